@@ -1,0 +1,40 @@
+# `make train` and `make test` are the whole interface: each builds .venv when it is missing or
+# older than the files that define it, and reinstalls nothing otherwise.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: train test lint clean help
+
+help:
+	@echo "make train   install, then run PAINT on the bundled tiny model (ARGS='--train.num_steps 10')"
+	@echo "make test    install, then run the tests (ARGS='-k masking')"
+	@echo "make lint    ruff, pyright, import-linter"
+	@echo "make clean   remove the virtual environment"
+
+train: $(VENV)/.installed
+	$(BIN)/python -m paint_engine.train $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) --editable '.[dev]'
+	touch $(VENV)/.installed $@
+
+clean:
+	rm -rf $(VENV)

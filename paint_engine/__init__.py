@@ -1,0 +1,1 @@
+"""PAINT: on-policy self-distillation with partially revealed solutions."""
