@@ -1,7 +1,7 @@
 """What the stages of one training step hand to each other.
 
-data -> Problem -> rollout -> Rollout -> anchors, masking -> PrivilegedRollout -> batch -> TrainBatch
--> model, teacher, objectives.
+data -> Problem -> rollout -> Rollout -> anchors, masking -> PrivilegedRollout -> batch ->
+TrainBatch -> model, teacher, objectives.
 """
 
 from dataclasses import dataclass
@@ -28,11 +28,12 @@ class Problem:
 class Rollout:
     """One completion that the student sampled, as the token ids that the sampler produced.
 
-    Rollout(problem, prompt_ids=(1, 9, 4), completion_ids=(17, 30, 2), rollout_logprobs=(-0.1, -2.3, -0.0),
+    Rollout(problem, prompt_ids=(1, 9, 4), completion_ids=(17, 30, 2), rollout_logprobs=(-0.1, -2.3,
+    -0.0),
             truncated=False, text="17 + 13 = 30")
 
-    `completion_ids` ends with the stop token unless `truncated`. `text` is decoded for anchors and the
-    answer check alone: nothing is ever tokenised again from it.
+    `completion_ids` ends with the stop token unless `truncated`. `text` is decoded for anchors and
+    the answer check alone: nothing is ever tokenised again from it.
     """
 
     problem: Problem
@@ -45,13 +46,17 @@ class Rollout:
 
 @dataclass(frozen=True)
 class PrivilegedRollout:
-    """A rollout and what the teacher sees of the verified solution (Eq. 4 to 6).
+    """A rollout, its verdict, and what the teacher sees of the verified solution (Eq. 4 to 6).
 
-    PrivilegedRollout(rollout, overlap=0.5, mask_ratio=0.35, partial_solution="First ...(omitted)...",
-                      teacher_prompt_ids=(1, 9, 4, 7, 7))
+    PrivilegedRollout(rollout, correct=False, check_error=None, overlap=0.5, mask_ratio=0.35,
+                      partial_solution="First ...(omitted)...", teacher_prompt_ids=(1, 9, 4, 7, 7))
+
+    The verdict is logged and never steers the teacher; `check_error` says why the checker failed.
     """
 
     rollout: Rollout
+    correct: bool
+    check_error: str | None
     overlap: float
     mask_ratio: float
     partial_solution: str
@@ -79,9 +84,9 @@ class PackedSequences:
 class TrainBatch:
     """Student and teacher sequences over the same N completion tokens.
 
-    `completion_ids` (N,) are those tokens and `cu_seqlens` (B+1,) the rollouts' bounds in them: row n of
-    the hidden states taken at `student.loss_positions` and at `teacher.loss_positions` both predict
-    `completion_ids[n]`.
+    `completion_ids` (N,) are those tokens and `cu_seqlens` (B+1,) the rollouts' bounds in them: row
+    n of the hidden states taken at `student.loss_positions` and at `teacher.loss_positions` both
+    predict `completion_ids[n]`.
     """
 
     student: PackedSequences

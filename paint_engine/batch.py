@@ -1,0 +1,127 @@
+"""From rollouts to the packed sequences of student and teacher: pure functions on token ids.
+
+The seam where training loops go wrong: the student's and the teacher's prompts differ in length,
+and the hidden states of both must be taken where they predict the same completion tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from paint_engine.types import PackedSequences, PrivilegedRollout, TrainBatch
+
+
+def _bounds(lengths: Sequence[int]) -> Int[Tensor, " B+1"]:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def pack_sequences(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> PackedSequences:
+    """Prompt and completion of each row, laid end to end; positions restart at 0 in each.
+
+    The token at position i is predicted by the hidden state at i - 1, so the loss positions of a
+    row run from its prompt's last token to its completion's last but one.
+    """
+    token_ids: list[int] = []
+    positions: list[int] = []
+    loss_positions: list[int] = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert len(prompt) > 0, "the first completion token needs a prompt token to predict it"
+        start = len(token_ids) + len(prompt) - 1
+        loss_positions.extend(range(start, start + len(completion)))
+        token_ids.extend((*prompt, *completion))
+        positions.extend(range(len(prompt) + len(completion)))
+    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+    return PackedSequences(
+        torch.tensor(token_ids, dtype=torch.long),
+        torch.tensor(positions, dtype=torch.long),
+        _bounds(lengths),
+        torch.tensor(loss_positions, dtype=torch.long),
+    )
+
+
+def build_batch(privileged: Sequence[PrivilegedRollout]) -> TrainBatch:
+    """Student and teacher sequences over the same completion ids."""
+    completions = [p.rollout.completion_ids for p in privileged]
+    return TrainBatch(
+        student=pack_sequences([p.rollout.prompt_ids for p in privileged], completions),
+        teacher=pack_sequences([p.teacher_prompt_ids for p in privileged], completions),
+        completion_ids=torch.tensor([t for c in completions for t in c], dtype=torch.long),
+        cu_seqlens=_bounds([len(c) for c in completions]),
+    )
+
+
+def split_microbatches(
+    privileged: Sequence[PrivilegedRollout], max_tokens: int
+) -> list[list[PrivilegedRollout]]:
+    """Groups of rollouts of like length, none with more than `max_tokens` tokens in its padded
+    rows.
+
+    Counted is the longer of the two roles' sequences, times the rows. A single rollout above the
+    limit is a group of its own: it cannot be cut without changing the loss.
+    """
+
+    def num_tokens(item: PrivilegedRollout) -> int:
+        longer_prompt = max(len(item.rollout.prompt_ids), len(item.teacher_prompt_ids))
+        return longer_prompt + len(item.rollout.completion_ids)
+
+    groups: list[list[PrivilegedRollout]] = []
+    for item in sorted(privileged, key=num_tokens):
+        # Sorted by length: the newest row is the longest of its group.
+        if groups and num_tokens(item) * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
+
+
+@dataclass(frozen=True)
+class PaddedSequences:
+    """The same sequences as rows of one rectangle, padded on the right, every row's positions from
+    0.
+
+    `mask` is True on real tokens; `loss_positions` index the rectangle flattened to (B * T).
+    """
+
+    token_ids: Int[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]
+    loss_positions: Int[Tensor, " N"]
+
+
+def pad_sequences(packed: PackedSequences) -> PaddedSequences:
+    """Rows for attention that knows no packing. The padding's token id is 0 and is seen by no
+    token."""
+    starts, ends = packed.cu_seqlens[:-1].long(), packed.cu_seqlens[1:].long()
+    lengths = ends - starts
+    num_rows, longest = len(lengths), int(lengths.max()) if len(lengths) else 0
+    mask = torch.arange(longest, device=lengths.device)[None, :] < lengths[:, None]
+    token_ids = packed.token_ids.new_zeros(num_rows, longest)
+    token_ids[mask] = packed.token_ids
+    # Where each packed token went in the flattened rectangle.
+    places = mask.flatten().nonzero().squeeze(1)
+    return PaddedSequences(token_ids, mask, places[packed.loss_positions])
+
+
+def _sequences_to(packed: PackedSequences, device: torch.device) -> PackedSequences:
+    return PackedSequences(
+        packed.token_ids.to(device),
+        packed.position_ids.to(device),
+        packed.cu_seqlens.to(device),
+        packed.loss_positions.to(device),
+    )
+
+
+def batch_to(batch: TrainBatch, device: torch.device) -> TrainBatch:
+    """The batch with every tensor on `device`."""
+    return replace(
+        batch,
+        student=_sequences_to(batch.student, device),
+        teacher=_sequences_to(batch.teacher, device),
+        completion_ids=batch.completion_ids.to(device),
+        cu_seqlens=batch.cu_seqlens.to(device),
+    )

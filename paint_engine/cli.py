@@ -1,0 +1,232 @@
+"""The command line of a run.
+
+[--preset NAME | --config FILE.toml | --resume RUN_DIR] [--section.key value ...]
+[--dry-run] [--print-config]
+
+A preset or a file lies over the defaults, `--section.key value` over both. With nothing given it is
+the preset tiny.
+"""
+
+import argparse
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from paint_engine.config import LEAVES, Config, build_config, toml_value, value_of
+
+DEFAULT_PRESET = "tiny"
+_PRESETS = Path(__file__).with_name("presets")
+_OPTIONS = ("preset", "config", "resume", "dry-run", "print-config", "help")
+_SECTIONS = tuple(dict.fromkeys(key.rsplit(".", 1)[0] for key in LEAVES))
+_MAY_DIFFER_ON_RESUME = ("train.num_steps", "run.samples_per_step", "run.tensorboard")
+_SECTIONS_MAY_DIFFER_ON_RESUME = ("checkpoint.", "eval.")
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What the user asked for.
+
+    CommandLine(config, preset="tiny", dry_run=False, print_config=False, resume=None)
+
+    preset: None where `--config` or `--resume` was given.
+    resume: the run directory to go on with; `config.run.dir` is then that directory.
+    """
+
+    config: Config
+    preset: str | None
+    dry_run: bool
+    print_config: bool
+    resume: Path | None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(
+            f"{message}; needs --section.key value, or --section.key=value where the value begins "
+            "with a dash; --help lists every key"
+        )
+
+
+def _parser(prog: str) -> _Parser:
+    parser = _Parser(
+        prog=prog,
+        usage="%(prog)s [--preset NAME | --config FILE.toml | --resume RUN_DIR] "
+        "[--section.key value ...] [--dry-run] [--print-config]",
+        description=f"With nothing given, runs the preset {DEFAULT_PRESET!r}. The defaults below "
+        "are the paper's; a preset or a file lies over them, and --section.key value over both.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(preset_names())}")
+    parser.add_argument("--config", metavar="FILE.toml", type=Path, help="sections as TOML tables")
+    parser.add_argument(
+        "--resume", metavar="RUN_DIR", type=Path, help="go on with a run from its last checkpoint"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved TOML and stop"
+    )
+    groups = {section: parser.add_argument_group(section) for section in _SECTIONS}
+    for key, field in LEAVES.items():
+        text = f"{field.description} (default: {toml_value(field.default)})".replace("%", "%%")
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        groups[key.rsplit(".", 1)[0]].add_argument(
+            f"--{key}", metavar="|".join(choices) or "VALUE", default=argparse.SUPPRESS, help=text
+        )
+    return parser
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names that `--preset` takes, sorted."""
+    return tuple(sorted(path.stem for path in _PRESETS.glob("*.toml")))
+
+
+def _nearest(name: str, candidates: Iterable[str]) -> str:
+    """The candidate that most resembles `name`, as a whole and in its last dotted part."""
+
+    def likeness(candidate: str) -> float:
+        pairs = (name, candidate), (name.split(".")[-1], candidate.split(".")[-1])
+        return sum(difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)
+
+    return max(candidates, key=likeness)
+
+
+def _refuse_unknown(key: str, source: str, candidates: Iterable[str]) -> NoReturn:
+    section = key.split(".")[0]
+    inside = [leaf for leaf in LEAVES if leaf.startswith(f"{section}.")]
+    listing = f"; [{section}] has {', '.join(inside)}" if inside else ""
+    raise ValueError(
+        f"{source}: got the unknown key {key!r}; needs a key that --help lists{listing}; "
+        f"did you mean {_nearest(key, candidates)}?"
+    )
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys. An empty table stays, as a key of its own."""
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        key = prefix + name
+        flat |= _flatten(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
+    return flat
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Dotted keys and values of a configuration file, every key a known one.
+
+    Raises ValueError naming the file, and the line or the nearest valid key.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such file; needs a TOML configuration; check the path, "
+            f"or name a preset: --preset {'|'.join(preset_names())}"
+        )
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not valid TOML: {error}; needs lines such as `num_steps = 40` under [train], "
+            "with text in quotes"
+        ) from error
+    flat = _flatten(table)
+    for key in flat:
+        if key not in LEAVES and not (flat[key] == {} and key in _SECTIONS):
+            _refuse_unknown(key, str(path), LEAVES)
+    return {key: value for key, value in flat.items() if key in LEAVES}
+
+
+def _takes_text(annotation: Any) -> bool:
+    if get_origin(annotation) in (Literal, tuple):
+        return False
+    return annotation is str or any(_takes_text(part) for part in get_args(annotation))
+
+
+def _parse_value(text: str, key: str) -> Any:
+    """TOML where `text` is TOML, else `text` itself; a text field keeps 2024 and true as text."""
+    takes_text = _takes_text(LEAVES[key].annotation)
+    # Lowered for True and False, as Python writes them.
+    for attempt in (text,) if takes_text else (text, text.lower()):
+        with suppress(tomllib.TOMLDecodeError):
+            value = tomllib.loads(f"value = {attempt}")["value"]
+            return text if takes_text and not isinstance(value, str) else value
+    if not takes_text:
+        # TOML has no .5 and no 1.
+        with suppress(ValueError):
+            return float(text)
+    return text
+
+
+def _check_resumed(run_dir: Path, config: Config, recorded: Config, keys: Iterable[str]) -> None:
+    for key in keys:
+        before, now = value_of(recorded, key), value_of(config, key)
+        free = key in _MAY_DIFFER_ON_RESUME or key.startswith(_SECTIONS_MAY_DIFFER_ON_RESUME)
+        if not free and before != now:
+            raise ValueError(
+                f"--{key} with --resume: got {now!r}, but the run was started with {before!r}; "
+                "needs the same value, because a resumed run goes on with the same training: only "
+                f"{', '.join(_MAY_DIFFER_ON_RESUME)}, checkpoint.* and eval.* may change; start a "
+                f"new run instead: --config {run_dir / 'config.toml'} --run.dir none --{key} VALUE"
+            )
+
+
+def _resume(run_dir: Path, overrides: Mapping[str, Any]) -> Config:
+    path = run_dir / "config.toml"
+    if not path.is_file():
+        raise ValueError(
+            f"--resume {run_dir}: no config.toml there; needs the directory of an earlier run; "
+            "check the path, or start a new run without --resume"
+        )
+    # A run directory that was moved goes on where it is now.
+    layers = [(str(path), read_toml(path)), ("--resume", {"run.dir": str(run_dir)})]
+    recorded = build_config(layers)
+    config = build_config([*layers, ("command line", overrides)])
+    _check_resumed(run_dir, config, recorded, overrides)
+    return config
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    names = preset_names()
+    if name not in names:
+        raise ValueError(
+            f"--preset: got {name!r}; needs one of {', '.join(names)}; "
+            f"did you mean {_nearest(name, names)}?"
+        )
+    return read_toml(_PRESETS / f"{name}.toml")
+
+
+def load_config(argv: Sequence[str], *, prog: str = "python -m paint_engine.train") -> CommandLine:
+    """The command line's configuration, every value checked; `-h` prints all keys and exits.
+
+    argv: without the program's name, such as ["--preset", "tiny", "--train.num_steps", "10"].
+    prog: the command as `--help` names it.
+
+    Raises ValueError: what came, what is needed, what to do; one line for each value refused.
+    """
+    parser = _parser(prog)
+    flags, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        if name.startswith("--"):
+            _refuse_unknown(name[2:], name, (*LEAVES, *_OPTIONS))
+        parser.error(f"got the argument {name!r} outside of any key")
+    given = [name for name in ("preset", "config", "resume") if getattr(flags, name) is not None]
+    if len(given) > 1:
+        raise ValueError(
+            f"got --{' and --'.join(given)}; needs at most one of them, since each is a whole "
+            "configuration; keep one and set single values with --section.key value"
+        )
+    texts = {key: value for key, value in vars(flags).items() if key in LEAVES}
+    overrides = {key: _parse_value(text, key) for key, text in texts.items()}
+    preset = None
+    if flags.resume is not None:
+        config = _resume(flags.resume, overrides)
+    else:
+        if flags.config is not None:
+            base = (str(flags.config), read_toml(flags.config))
+        else:
+            preset = DEFAULT_PRESET if flags.preset is None else flags.preset
+            base = (f"preset {preset}", _read_preset(preset))
+        config = build_config([base, ("command line", overrides)])
+    return CommandLine(config, preset, flags.dry_run, flags.print_config, flags.resume)

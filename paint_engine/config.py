@@ -1,0 +1,374 @@
+"""The configuration of a run: sections, defaults (the paper's) and every check on their values.
+
+Modules that receive a section can trust it. Presets, TOML files and the command line: `cli.py`.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+T = TypeVar("T")
+
+
+def _top_k_is_on_or_off(top_k: int) -> int:
+    if top_k < 1 and top_k != -1:
+        raise ValueError("-1 (all tokens) or a count of at least 1")
+    return top_k
+
+
+# TOML has no null: "none" stands for it, in files and on the command line.
+OrNone = Annotated[
+    T | None,
+    BeforeValidator(lambda v: None if isinstance(v, str) and v.lower() == "none" else v),
+]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
+TopK = Annotated[int, AfterValidator(_top_k_is_on_or_off)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+# Strict mode refuses the list that TOML gives for a tuple.
+TextTuple = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Section(BaseModel):
+    """Strict, so that 40.5 steps, `true` steps and "40" steps are refused, not converted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    name_or_path: Text = Field(
+        default="tiny", description="'tiny', a model directory or a Hugging Face id"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto = bfloat16 on a GPU that has it, else float32"
+    )
+    attention: Literal["auto", "padded", "packed"] = Field(
+        default="auto",
+        description="padded rows, or packed sequences (auto: packed where kernels exist)",
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="run Python code that comes with the model"
+    )
+
+
+class LoraSection(Section):
+    enabled: bool = Field(default=True, description="train adapters; false trains all weights")
+    rank: PositiveInt = Field(default=64, description="rank r of the adapters")
+    alpha: PositiveInt = Field(default=128, description="adapters are scaled by alpha / rank")
+    dropout: Decay = Field(default=0.0, description="dropout probability on the adapters' input")
+    target_modules: TextTuple = Field(
+        default=LORA_TARGETS, description="linear layers that get adapters"
+    )
+
+
+class ColumnsSection(Section):
+    problem: OrNone[Text] = Field(
+        default=None, description="column of the question (none = detect)"
+    )
+    solution: OrNone[Text] = Field(
+        default=None, description="column of the solution (none = detect)"
+    )
+    answer: OrNone[Text] = Field(
+        default=None, description="column of the final answer (none = detect)"
+    )
+
+
+class DataSection(Section):
+    path: Text = Field(
+        default="tiny",
+        description="'tiny', a .jsonl/.json/.parquet file, or a datasets id[:config]",
+    )
+    split: Text = Field(default="train", description="split of 'tiny' or of a datasets id")
+    columns: ColumnsSection = Field(
+        default=ColumnsSection(), description="column names that are not detected"
+    )
+    on_bad_row: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="stop at a row that cannot be used, or skip and count it (eval's rows too)",
+    )
+    max_rows: OrNone[PositiveInt] = Field(
+        default=None, description="use the first so many problems"
+    )
+    max_prompt_tokens: OrNone[PositiveInt] = Field(
+        default=None, description="drop problems whose student prompt is longer, in tokens"
+    )
+
+
+class PromptsSection(Section):
+    student_thinking: bool = Field(
+        default=False, description="chat template's thinking switch, student"
+    )
+    teacher_thinking: bool = Field(
+        default=False, description="chat template's thinking switch, teacher"
+    )
+    instruction: str = Field(default=INSTRUCTION, description="closing line of both prompts")
+    teacher_suffix: str = Field(
+        default="", description="text right after the teacher's generation prompt"
+    )
+
+
+class MaskingSection(Section):
+    rho_wrong: UnitInterval = Field(
+        default=0.30, description="hidden fraction at overlap 0 (Eq. 5)"
+    )
+    rho_correct: UnitInterval = Field(
+        default=0.40, description="hidden fraction at overlap 1 (Eq. 5)"
+    )
+    placement: Literal["suffix", "prefix", "middle", "random", "sentence_suffix"] = Field(
+        default="suffix", description="which part of the solution is hidden"
+    )
+    marker: str = Field(default="...(omitted)...", description="text in the hidden part's place")
+
+
+class RolloutSection(Section):
+    temperature: PositiveFloat = Field(default=1.1, description="sampling temperature")
+    top_p: TopP = Field(default=0.95, description="nucleus mass")
+    top_k: TopK = Field(default=20, description="likeliest tokens kept; -1 = all")
+    max_new_tokens: PositiveInt = Field(default=1024, description="longest completion, in tokens")
+    max_sequences: PositiveInt = Field(default=64, description="sequences decoded at once")
+
+
+class ObjectiveSection(Section):
+    name: Literal["paint"] = Field(default="paint", description="which loss")
+    pointwise_clip: OrNone[PositiveFloat] = Field(
+        default=0.06,
+        description="tau: upper bound of each vocabulary entry's KL term, in nats (Eq. 3)",
+    )
+    top_fraction: UnitInterval = Field(
+        default=0.03,
+        description="f: fraction of a rollout's tokens whose target is interpolated (Eq. 12)",
+    )
+    interpolation_weight: UnitInterval = Field(
+        default=0.03, description="k: weight of the student's logits in those targets (Eq. 12)"
+    )
+    temperature: PositiveFloat = Field(
+        default=1.1,
+        description="divides both roles' logits in the loss; OPSD's code takes the sampling "
+        "temperature, here it is set on its own and does not follow rollout.temperature",
+    )
+    reduction: Literal["sequence_mean", "token_mean"] = Field(
+        default="sequence_mean", description="mean over rollouts of token means, or over all tokens"
+    )
+    entropy_floor: PositiveFloat = Field(
+        default=1e-6, description="least student entropy in the ratio, in nats (Eq. 9)"
+    )
+    teacher_top_k: OrNone[PositiveInt] = Field(
+        default=None,
+        description="restrict both roles to the teacher's k likeliest entries (none = all)",
+    )
+
+
+class OptimSection(Section):
+    learning_rate: PositiveFloat = Field(default=5e-6, description="AdamW's peak learning rate")
+    weight_decay: NonNegativeFloat = Field(
+        default=0.0, description="AdamW's decoupled weight decay"
+    )
+    beta1: Decay = Field(default=0.9, description="AdamW's decay of the first moment")
+    beta2: Decay = Field(default=0.999, description="AdamW's decay of the second moment")
+    eps: PositiveFloat = Field(default=1e-8, description="AdamW's epsilon")
+    max_grad_norm: PositiveFloat = Field(
+        default=0.1, description="gradients are scaled to this L2 norm"
+    )
+    warmup_steps: NonNegativeInt = Field(default=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="learning rate after the warm-up; linear and cosine end at 0",
+    )
+
+
+class TrainSection(Section):
+    num_steps: PositiveInt = Field(default=100, description="optimizer steps")
+    batch_size: PositiveInt = Field(default=32, description="rollouts a step, over all devices")
+    max_tokens_per_microbatch: PositiveInt = Field(
+        default=16384, description="tokens of one forward pass, prompts included"
+    )
+    seed: NonNegativeInt = Field(default=0, description="seeds data order, adapters and sampling")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto = a GPU if there is one"
+    )
+
+
+class EvalSection(Section):
+    enabled: bool = Field(default=True, description="evaluate at all")
+    path: Text = Field(default="tiny", description="like data.path")
+    split: Text = Field(default="test", description="like data.split")
+    columns: ColumnsSection = Field(default=ColumnsSection(), description="like data.columns")
+    num_problems: OrNone[PositiveInt] = Field(
+        default=128, description="the first so many (none = all)"
+    )
+    num_samples: PositiveInt = Field(
+        default=12, description="completions a problem: the k of Avg@k"
+    )
+    temperature: PositiveFloat = Field(default=1.0, description="sampling temperature")
+    top_p: TopP = Field(default=0.95, description="nucleus mass")
+    top_k: TopK = Field(default=-1, description="likeliest tokens kept; -1 = all")
+    max_new_tokens: PositiveInt = Field(default=38912, description="longest completion, in tokens")
+    max_sequences: PositiveInt = Field(default=64, description="sequences decoded at once")
+    thinking: bool = Field(
+        default=True, description="chat template's thinking switch in evaluation"
+    )
+    every: NonNegativeInt = Field(
+        default=0, description="steps between evaluations (0 = none in between)"
+    )
+    at_start: bool = Field(default=True, description="evaluate before the first step")
+    at_end: bool = Field(default=True, description="evaluate after the last step")
+
+
+class CheckpointSection(Section):
+    every: NonNegativeInt = Field(
+        default=20, description="steps between checkpoints (0 = only the last)"
+    )
+    keep: PositiveInt = Field(default=2, description="newest checkpoints kept")
+
+
+class RunSection(Section):
+    dir: OrNone[Text] = Field(
+        default=None, description="run directory (none = runs/<preset or name>-<UTC time>)"
+    )
+    overwrite: bool = Field(default=False, description="replace an existing run directory")
+    samples_per_step: NonNegativeInt = Field(
+        default=2, description="rollouts of a step kept for the report"
+    )
+    tensorboard: bool = Field(default=False, description="also write TensorBoard events")
+    wandb_project: OrNone[Text] = Field(
+        default=None, description="also log to this Weights & Biases project"
+    )
+
+
+class Config(Section):
+    """One run. Only `train.py`, `evaluate.py` and tests see it whole."""
+
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    data: DataSection = DataSection()
+    prompts: PromptsSection = PromptsSection()
+    masking: MaskingSection = MaskingSection()
+    rollout: RolloutSection = RolloutSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _check_fields_against_each_other(self) -> "Config":
+        wrong, correct = self.masking.rho_wrong, self.masking.rho_correct
+        if correct < wrong:
+            raise ValueError(
+                f"masking.rho_correct: got {correct} with masking.rho_wrong {wrong}; needs at "
+                "least rho_wrong, since more overlap hides more (Eq. 5); swap them or set both "
+                "to one value"
+            )
+        if self.optim.warmup_steps > self.train.num_steps:
+            raise ValueError(
+                f"optim.warmup_steps: got {self.optim.warmup_steps} with train.num_steps "
+                f"{self.train.num_steps}; needs at most that many; lower it or train longer"
+            )
+        return self
+
+
+def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:
+    """Every key that can be set, dotted ("data.columns.problem"), with its pydantic field."""
+    leaves: dict[str, FieldInfo] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            leaves |= leaf_fields(field.annotation, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = field
+    return leaves
+
+
+LEAVES: Mapping[str, FieldInfo] = leaf_fields()
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    return reduce(getattr, key.split("."), config)
+
+
+def build_config(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Config:
+    """Config from (source, dotted keys) layers, later ones over earlier ones.
+
+    Raises ValueError with one line for each value refused: source, key, what came, what is needed.
+    """
+    nested: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, flat in layers:
+        for key, value in flat.items():
+            *sections, name = key.split(".")
+            table = nested
+            for section in sections:
+                table = table.setdefault(section, {})
+            table[name] = value
+            sources[key] = source
+    try:
+        return Config.model_validate(nested)
+    except ValidationError as error:
+        raise ValueError(_explain(error, sources)) from error
+
+
+def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
+    lines = []
+    for item in error.errors():
+        loc, message = item["loc"], item["msg"].removeprefix("Value error, ")
+        # The index of a list's item follows the key itself.
+        key = ".".join(str(part) for part in loc if isinstance(part, str))
+        if key not in LEAVES:
+            lines.append(message)
+            continue
+        field = LEAVES[key]
+        needed = re.sub(r"^\w+ should (be|have) | after validation.*", "", message)
+        needed = needed.replace("valid tuple", "list of texts")
+        lines.append(
+            f"{sources[key]}: {key}: got {item['input']!r}; needs {needed} ({field.description}); "
+            f"for example --{key} {toml_value(field.default)}"
+        )
+    return "\n".join(lines)
+
+
+def toml_value(value: object) -> str:
+    """One TOML value; None is written as "none"."""
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(toml_value(item) for item in value)}]"
+    assert isinstance(value, str), f"no TOML form for {value!r}"
+    # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML; reading it back gives an equal `Config`."""
+    # TOML allows a table's header once, and data has keys on both sides of data.columns.
+    tables: dict[str, list[str]] = {}
+    for key in LEAVES:
+        section, name = key.rsplit(".", 1)
+        lines = tables.setdefault(section, [f"[{section}]"])
+        lines.append(f"{name} = {toml_value(value_of(config, key))}")
+    return "\n\n".join("\n".join(lines) for lines in tables.values()) + "\n"

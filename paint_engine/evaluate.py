@@ -1,0 +1,127 @@
+"""Avg@k and pass@k on held-out problems, and the paired difference of two evaluations."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from paint_engine.config import EvalSection
+from paint_engine.model import causal_lm
+from paint_engine.rollout import request_seed, sampling_params, to_rollout
+from paint_engine.rollout_hf import Completion, generate
+from paint_engine.types import Problem
+from paint_engine.verify import check_answer
+
+
+@dataclass(frozen=True)
+class EvalSample:
+    """One answer to one problem.
+
+    EvalSample("tiny-test:3", 0, "The length is ...", 104, "312", True, False, None)
+
+    error: why the checker failed, apart from wrong answers; None where it did not.
+    """
+
+    problem_id: str
+    sample_index: int
+    text: str
+    num_tokens: int
+    extracted: str | None
+    correct: bool
+    truncated: bool
+    error: str | None
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean difference of two evaluations on the same problems, with its 95% interval
+    (fractions)."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def correct_matrix(samples: Sequence[EvalSample]) -> np.ndarray:
+    """(P, k) booleans: problems in their order of first appearance, samples by index."""
+    rows: dict[str, dict[int, bool]] = {}
+    for sample in samples:
+        rows.setdefault(sample.problem_id, {})[sample.sample_index] = sample.correct
+    return np.array([[row[j] for j in sorted(row)] for row in rows.values()], dtype=bool)
+
+
+def avg_at_k(correct: np.ndarray) -> float:
+    """Share of correct answers over all problems and samples, a fraction."""
+    return float(correct.mean())
+
+
+def pass_at_k(correct: np.ndarray) -> float:
+    """Share of problems with a correct answer among their k samples, a fraction."""
+    return float(correct.any(axis=1).mean())
+
+
+def paired_bootstrap(
+    before: np.ndarray, after: np.ndarray, *, num_resamples: int = 10_000, seed: int = 0
+) -> PairedDifference:
+    """after - before, resampling problems: both evaluations of a problem are drawn together.
+
+    before, after: (P, k) booleans over the same problems in the same order.
+    """
+    assert before.shape[0] == after.shape[0], (before.shape, after.shape)
+    per_problem = after.mean(axis=1) - before.mean(axis=1)
+    num_problems = len(per_problem)
+    draws = np.random.default_rng(seed).integers(num_problems, size=(num_resamples, num_problems))
+    low, high = np.quantile(per_problem[draws].mean(axis=1), [0.025, 0.975])
+    return PairedDifference(float(per_problem.mean()), float(low), float(high))
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    prompts: Sequence[tuple[int, ...]],
+    section: EvalSection,
+    *,
+    seed: int,
+    max_sequences: int,
+    on_samples: Callable[[list[EvalSample]], None],
+) -> list[EvalSample]:
+    """`section.num_samples` answers to every problem, checked; in the problems' order.
+
+    The seed of a sample depends on (seed, problem, index) alone: two evaluations draw the same
+    random numbers, which makes their difference less noisy. `on_samples` sees each finished group.
+    """
+    params = sampling_params(section, model, tokenizer)
+    requests = [(i, j) for i in range(len(problems)) for j in range(section.num_samples)]
+    finished: dict[int, EvalSample] = {}
+
+    def check(indices: list[int], completions: list[Completion]) -> None:
+        group = []
+        for index, completion in zip(indices, completions, strict=True):
+            i, j = requests[index]
+            rollout = to_rollout(tokenizer, problems[i], prompts[i], completion)
+            verdict = check_answer(problems[i].answer, rollout.text)
+            finished[index] = EvalSample(
+                problems[i].problem_id,
+                j,
+                rollout.text,
+                len(rollout.completion_ids),
+                verdict.extracted,
+                verdict.correct,
+                rollout.truncated,
+                verdict.error,
+            )
+            group.append(finished[index])
+        on_samples(group)
+
+    generate(
+        causal_lm(model),
+        [prompts[i] for i, _ in requests],
+        [request_seed("eval", seed, problems[i].problem_id, j) for i, j in requests],
+        params,
+        max_sequences=max_sequences,
+        on_batch=check,
+    )
+    return [finished[index] for index in range(len(requests))]

@@ -1,0 +1,1 @@
+"""The laptop's problem domain: word problems, their tokenizer and a small pretrained base."""

@@ -1,0 +1,207 @@
+"""Pretrains the tiny base: `python -m paint_engine.tiny.pretrain [--output DIR] [--num-steps N]`.
+
+The base gets what PAINT needs of a real one. Alone it is fallible: in the unaided solutions that it
+reads, a share of the intermediate results is wrong and carried on. With a verified solution in its
+prompt, whole or with a part hidden, it is much better: those solutions are clean, in words of their
+own.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from paint_engine.masking import mask_solution
+from paint_engine.prompts import encode_chat, student_text, teacher_text
+from paint_engine.tiny.problems import PRETRAIN_BUCKETS, WordProblem, draw_problem, render_solution
+from paint_engine.tiny.tokenizer import train_tokenizer
+
+BASE_DIR = Path(__file__).parent / "base"
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+MARKER = "...(omitted)..."
+
+SEED = 0
+NUM_STEPS = 1200
+BATCH_SIZE = 32
+MICROBATCH_SIZE = 8
+VOCAB_SIZE = 768
+PEAK_LEARNING_RATE = 3e-3
+MUON_LEARNING_RATE = 2e-2
+WARMUP_STEPS = 50
+
+SLIP_RATE = 0.12
+UNAIDED_SHARE = 0.4
+# Of the privileged documents: the whole solution, a hidden suffix, a span hidden anywhere.
+PLACEMENT_WEIGHTS = {"whole": 0.1, "suffix": 0.65, "random": 0.25}
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids of a prompt and its completion; only the completion is learned."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+
+
+def draw_pretraining_problem(rng: random.Random) -> WordProblem:
+    """A problem whose arithmetic is in none of the splits."""
+    while True:
+        problem = draw_problem(rng)
+        if problem.bucket in PRETRAIN_BUCKETS:
+            return problem
+
+
+def _user_text(problem: WordProblem, rng: random.Random, *, unaided: bool) -> str:
+    if unaided:
+        return student_text(problem.text, INSTRUCTION)
+    placements, weights = zip(*PLACEMENT_WEIGHTS.items(), strict=True)
+    placement = rng.choices(placements, weights)[0]
+    reference = render_solution(problem, rng)
+    if placement == "whole":
+        return teacher_text(problem.text, reference, INSTRUCTION, whole=True)
+    partial = mask_solution(
+        reference, rng.uniform(0.1, 0.9), placement=placement, generator=rng, marker=MARKER
+    )
+    return teacher_text(problem.text, partial, INSTRUCTION, whole=False)
+
+
+def draw_document(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Document:
+    """An unaided solution with slips, or a clean one after a verified solution."""
+    problem = draw_pretraining_problem(rng)
+    unaided = rng.random() < UNAIDED_SHARE
+    prompt = _user_text(problem, rng, unaided=unaided)
+    completion = render_solution(problem, rng, slip_rate=SLIP_RATE if unaided else 0.0)
+    return Document(
+        encode_chat(tokenizer, prompt, thinking=False),
+        tuple(tokenizer.encode(completion + "<|im_end|>")),
+    )
+
+
+def _train_tiny_tokenizer() -> PreTrainedTokenizerBase:
+    rng = random.Random(f"paint-tiny-tokenizer-{SEED}")
+    corpus = []
+    for _ in range(3000):
+        problem = draw_pretraining_problem(rng)
+        corpus.append(_user_text(problem, rng, unaided=False))
+        corpus.append(render_solution(problem, rng, slip_rate=SLIP_RATE))
+    return train_tokenizer(corpus, VOCAB_SIZE)
+
+
+def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
+    """Qwen3's architecture at 0.9 million parameters."""
+    return Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        bos_token_id=None,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        dtype="float32",
+    )
+
+
+def _batch_loss(model: Qwen3ForCausalLM, documents: list[Document]) -> Tensor:
+    """Summed cross-entropy over the completions' tokens; rows are padded on the right."""
+    length = max(len(d.prompt_ids) + len(d.completion_ids) for d in documents)
+    ids = torch.zeros(len(documents), length, dtype=torch.long)
+    labels = torch.full((len(documents), length), -100)
+    for row, document in enumerate(documents):
+        end = len(document.prompt_ids + document.completion_ids)
+        ids[row, :end] = torch.tensor(document.prompt_ids + document.completion_ids)
+        labels[row, : end - 1] = ids[row, 1:end]
+    # Causal attention alone keeps padding on the right from being seen: no mask is needed.
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    learned = labels != -100
+    return F.cross_entropy(model.lm_head(hidden[learned]), labels[learned], reduction="sum")
+
+
+def _optimizers(model: Qwen3ForCausalLM) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the layers' matrices, AdamW for embeddings and norms."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    return (
+        torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+    )
+
+
+def pretrain(
+    num_steps: int, *, log_every: int = 50
+) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
+    """Trains tokenizer and model from nothing; the same result on every run of one machine."""
+    torch.manual_seed(SEED)
+    torch.use_deterministic_algorithms(True)
+    tokenizer = _train_tiny_tokenizer()
+    model = Qwen3ForCausalLM(model_config(tokenizer))
+    optimizers = _optimizers(model)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    rng = random.Random(f"paint-tiny-pretrain-{SEED}")
+    started = time.monotonic()
+    for step in range(num_steps):
+        # Linear warm-up, then a cosine to zero.
+        warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+        scale = warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+        documents = [draw_document(tokenizer, rng) for _ in range(BATCH_SIZE)]
+        # Rows of like length share a micro-batch, so that little is spent on padding.
+        documents.sort(key=lambda d: len(d.prompt_ids) + len(d.completion_ids))
+        num_tokens = sum(len(d.prompt_ids) + len(d.completion_ids) - 1 for d in documents)
+        loss_sum = 0.0
+        for start in range(0, BATCH_SIZE, MICROBATCH_SIZE):
+            loss = _batch_loss(model, documents[start : start + MICROBATCH_SIZE]) / num_tokens
+            loss.backward()
+            loss_sum += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * scale
+            optimizer.step()
+            optimizer.zero_grad()
+        if (step + 1) % log_every == 0 or step + 1 == num_steps:
+            elapsed_s = time.monotonic() - started
+            print(
+                f"step {step + 1}/{num_steps}  loss {loss_sum:.4f} nats  {elapsed_s:.0f} s",
+                flush=True,
+            )
+    return model.eval(), tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pretrain the tiny base of the laptop domain.")
+    parser.add_argument("--output", type=Path, default=BASE_DIR)
+    parser.add_argument("--num-steps", type=int, default=NUM_STEPS)
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    model, tokenizer = pretrain(arguments.num_steps)
+    model.save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
+    weights = (arguments.output / "model.safetensors").read_bytes()
+    record = {
+        "command": "python -m paint_engine.tiny.pretrain",
+        "num_steps": arguments.num_steps,
+        "num_parameters": model.num_parameters(),
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        "seconds": round(time.monotonic() - started),
+        "torch": torch.__version__,
+        "num_threads": torch.get_num_threads(),
+    }
+    (arguments.output / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

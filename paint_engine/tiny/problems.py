@@ -1,0 +1,175 @@
+"""Multi-step word problems whose solutions look like real ones: prose, LaTeX, intermediate results,
+a box.
+
+A problem is a story (what the reader is told) and a plan (the steps that solve it). A plan can be
+rendered many times in different words, cleanly or with slips that are carried on, as a fallible
+writer would. Which split a problem belongs to is a hash of its arithmetic alone, so a held-out
+problem never returns under other names: no split shares a family, structure and set of numbers with
+another.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from paint_engine.tiny.stories import FAMILIES, Plan, Step
+from paint_engine.types import Problem
+
+# Share of the 64 hash buckets that each split takes; the rest is what the base is pretrained on.
+SPLIT_BUCKETS = {"test": range(0, 4), "validation": range(4, 6), "train": range(6, 22)}
+SPLIT_SIZES = {"test": 512, "validation": 256, "train": 4096}
+PRETRAIN_BUCKETS = range(22, 64)
+
+_STEP_PATTERNS = (
+    "{Label} is {formula}.",
+    "We compute {label}: {formula}.",
+    "So {label} is {formula}.",
+    "{Label} comes to {formula}.",
+)
+_CLOSING_PATTERNS = (
+    "The answer is $\\boxed{{{answer}}}$.",
+    "Therefore the answer is $\\boxed{{{answer}}}$.",
+    "This gives $\\boxed{{{answer}}}$ in the end.",
+)
+
+
+@dataclass(frozen=True)
+class WordProblem:
+    """A story, the plan that solves it and its true answer."""
+
+    text: str
+    plan: Plan
+    answer: int
+
+    @property
+    def bucket(self) -> int:
+        """One of 64, from the family, the structure and the numbers alone (no names, no
+        wording)."""
+        digest = hashlib.sha256(repr(self.plan.key).encode()).digest()
+        return digest[0] % 64
+
+
+def _apply(step: Step, left: int, right: int) -> int:
+    """A step's result. Slips can make a division inexact: the quotient is then rounded down."""
+    if step.op == "+":
+        return left + right
+    if step.op == "-":
+        return left - right
+    if step.op == "*":
+        return left * right
+    if step.op == "/":
+        return left // right
+    assert step.op == "%", step.op
+    return left * right // 100
+
+
+def _formula(step: Step, left: int, right: int, result: int) -> str:
+    if step.op == "+":
+        return f"${left} + {right} = {result}$"
+    if step.op == "-":
+        return f"${left} - {right} = {result}$"
+    if step.op == "*":
+        return f"${left} \\times {right} = {result}$"
+    if step.op == "/":
+        return f"$\\frac{{{left}}}{{{right}}} = {result}$"
+    return f"$\\frac{{{right}}}{{100}} \\times {left} = {result}$"
+
+
+def _slip(result: int, rng: random.Random) -> int:
+    """A plausible wrong result: off by a little, by a ten, or with one digit miswritten."""
+    kind = rng.random()
+    if kind < 0.5:
+        wrong = result + rng.choice((-3, -2, -1, 1, 2, 3))
+    elif kind < 0.75:
+        wrong = result + rng.choice((-10, 10))
+    else:
+        digits = list(str(result))
+        place = rng.randrange(len(digits))
+        digits[place] = rng.choice("123456789".replace(digits[place], ""))
+        wrong = int("".join(digits))
+    return wrong if wrong > 0 else result + 1
+
+
+def _values(plan: Plan, slip_rate: float, rng: random.Random) -> list[tuple[int, int, int]]:
+    """(left, right, result) of every step; a slip is carried on by the steps that use it."""
+    results: list[int] = []
+    values = []
+    for step in plan.steps:
+        left = results[-step.left - 1] if step.left < 0 else step.left
+        right = results[-step.right - 1] if step.right < 0 else step.right
+        result = _apply(step, left, right)
+        if rng.random() < slip_rate:
+            result = _slip(result, rng)
+        results.append(result)
+        values.append((left, right, result))
+    return values
+
+
+def render_solution(problem: WordProblem, rng: random.Random, *, slip_rate: float = 0.0) -> str:
+    """A solution in words chosen by `rng`.
+
+    slip_rate: probability, per step, that the written result is wrong and carried on.
+    """
+    values = _values(problem.plan, slip_rate, rng)
+    lines = []
+    for step, (left, right, result) in zip(problem.plan.steps, values, strict=True):
+        label = rng.choice(step.labels)
+        pattern = rng.choice(_STEP_PATTERNS)
+        formula = _formula(step, left, right, result)
+        lines.append(
+            pattern.format(label=label, Label=label[0].upper() + label[1:], formula=formula)
+        )
+    lines.append(rng.choice(_CLOSING_PATTERNS).format(answer=values[-1][2]))
+    return "\n".join(lines)
+
+
+def _is_within_reach(op: str, left: int, right: int, result: int) -> bool:
+    """Exact, positive, and no harder than a model of a million parameters can learn in minutes."""
+    if op == "/":
+        return left % right == 0 and result <= 40
+    if op == "%" and left * right % 100:
+        return False
+    return 0 < result < 600
+
+
+def draw_problem(rng: random.Random) -> WordProblem:
+    """One problem, each family as likely as the others, with whole positive intermediate
+    results."""
+    family: Callable[[random.Random], Plan] = rng.choice(FAMILIES)
+    while True:
+        plan = family(rng)
+        values = _values(plan, 0.0, rng)
+        steps = zip(plan.steps, values, strict=True)
+        if all(_is_within_reach(step.op, *value) for step, value in steps):
+            return WordProblem(" ".join(plan.story), plan, values[-1][2])
+
+
+@lru_cache(maxsize=8)
+def _draw_split(split: str) -> tuple[Problem, ...]:
+    rng = random.Random(f"paint-tiny-{split}")
+    seen: set[tuple[object, ...]] = set()
+    problems: list[Problem] = []
+    while len(problems) < SPLIT_SIZES[split]:
+        drawn = draw_problem(rng)
+        if drawn.bucket not in SPLIT_BUCKETS[split] or drawn.plan.key in seen:
+            continue
+        seen.add(drawn.plan.key)
+        solution = render_solution(drawn, rng)
+        name = f"tiny-{split}:{len(problems)}"
+        problems.append(Problem(name, drawn.text, solution, str(drawn.answer)))
+    return tuple(problems)
+
+
+def load_split(split: str, max_rows: int | None = None) -> list[Problem]:
+    """The first `max_rows` problems of "train", "validation" or "test": the same on every machine.
+
+    Raises ValueError for another split name.
+    """
+    if split not in SPLIT_BUCKETS:
+        raise ValueError(
+            f"the tiny domain has no split {split!r}; it has {sorted(SPLIT_BUCKETS)}: "
+            "set --data.split or --eval.split to one of them"
+        )
+    return list(_draw_split(split)[:max_rows])

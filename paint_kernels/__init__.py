@@ -1,0 +1,36 @@
+"""Fused output projection and distillation losses of PAINT: tensors in, tensors out.
+
+`paint_loss` replaces the two (N, V) logit tensors, the softmaxes and the divergence of a
+distillation loss by one differentiable call whose memory does not grow with N x V:
+
+    output = paint_loss(student_hidden_states, teacher_hidden_states, model.lm_head.weight,
+    cu_seqlens) output.loss.backward()
+
+`reference` holds the same functions in plain PyTorch, as the specification. Nothing here knows a
+config, a model library or a process group.
+"""
+
+from paint_kernels import reference
+from paint_kernels._types import PaintLossOutput, TokenLogprobs, TokenStats
+from paint_kernels.functional import (
+    paint_loss,
+    paint_loss_from_logits,
+    token_logprobs,
+    token_stats,
+)
+from paint_kernels.module import PaintLoss
+from paint_kernels.selection import entropy_ratio, select_top_fraction
+
+__all__ = [
+    "PaintLoss",
+    "PaintLossOutput",
+    "TokenLogprobs",
+    "TokenStats",
+    "entropy_ratio",
+    "paint_loss",
+    "paint_loss_from_logits",
+    "reference",
+    "select_top_fraction",
+    "token_logprobs",
+    "token_stats",
+]

@@ -1,0 +1,231 @@
+"""Argument checks: each ValueError says what came, what is needed and what to do."""
+
+import importlib.util
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paint_kernels._types import LossSettings
+
+BACKENDS = ("auto", "torch", "triton")
+DIVERGENCES = ("forward_kl",)
+REDUCTIONS = ("sequence_mean", "token_mean", "sum", "none")
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} is {value}: it must be a finite number above 0.")
+
+
+def check_fraction(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}: it must lie in [0, 1].")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: available are {', '.join(map(repr, choices))}.")
+
+
+def check_settings(
+    *,
+    temperature: float,
+    divergence: str,
+    jsd_weight: float,
+    pointwise_clip: float | None,
+    top_fraction: float,
+    interpolation_weight: float,
+    teacher_top_k: int | None,
+    entropy_floor: float,
+    vocab_size: int,
+    backend: str,
+) -> LossSettings:
+    """The settings that the operators take; `vocab_size` and `backend` are resolved already."""
+    check_positive("temperature", temperature)
+    check_choice("divergence", divergence, DIVERGENCES)
+    check_fraction("jsd_weight", jsd_weight)
+    if pointwise_clip is not None and not (math.isfinite(pointwise_clip) and pointwise_clip > 0):
+        raise ValueError(
+            f"pointwise_clip is {pointwise_clip}: it must be a finite number above 0, or None to "
+            "clip nothing."
+        )
+    check_fraction("top_fraction", top_fraction)
+    check_fraction("interpolation_weight", interpolation_weight)
+    check_positive("entropy_floor", entropy_floor)
+    if teacher_top_k is not None and not 1 <= teacher_top_k <= vocab_size:
+        raise ValueError(
+            f"teacher_top_k is {teacher_top_k}: it must lie in 1..{vocab_size}, the vocabulary, "
+            "or be None for the whole of it."
+        )
+    return LossSettings(
+        temperature=float(temperature),
+        pointwise_clip=None if pointwise_clip is None else float(pointwise_clip),
+        top_fraction=float(top_fraction),
+        interpolation_weight=float(interpolation_weight),
+        teacher_top_k=teacher_top_k,
+        entropy_floor=float(entropy_floor),
+        backend=backend,
+    )
+
+
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend behind "auto": triton for CUDA tensors where it is installed, else torch.
+
+    The Triton kernels compute in float32, so float64 goes to torch.
+    """
+    check_choice("backend", backend, BACKENDS)
+    if backend == "auto":
+        fits = device.type == "cuda" and dtype == torch.float32 and TRITON_INSTALLED
+        return "triton" if fits else "torch"
+    if backend == "triton" and not TRITON_INSTALLED:
+        raise ValueError(
+            'backend is "triton", but triton is not installed: install it, or use backend="torch".'
+        )
+    if backend == "triton" and dtype == torch.float64:
+        raise ValueError(
+            'backend is "triton", which computes in float32, and an input is float64: convert the '
+            'inputs, or use backend="torch".'
+        )
+    return backend
+
+
+def local_tensor(name: str, tensor: Any) -> Tensor:
+    """The plain tensor behind `tensor`, which may be a replicated DTensor but no sharded one."""
+    if isinstance(tensor, nn.Module):
+        if any("lora_" in child for child, _ in tensor.named_modules()):
+            raise ValueError(
+                f"{name} is a module with LoRA adapters, whose update would be ignored: leave "
+                "lm_head out of the LoRA target modules, or pass the merged weight."
+            )
+        raise ValueError(
+            f"{name} is the module {type(tensor).__name__}: pass its weight, a (V, H) tensor."
+        )
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is of type {type(tensor).__name__}: it must be a torch.Tensor.")
+    if type(tensor) in (Tensor, nn.Parameter):
+        return tensor
+    # Slow to import, and no tensor can be a DTensor before somebody has imported it.
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if not all(placement.is_replicate() for placement in tensor.placements):
+        raise ValueError(
+            f"{name} is a DTensor placed {tensor.placements}: it must be whole on each rank. "
+            "Gather it once per loss with .full_tensor(), or leave the head out of the sharding."
+        )
+    return tensor.to_local()
+
+
+def check_float(name: str, tensor: Tensor, shape: str, device: torch.device) -> None:
+    if tensor.ndim != 2:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be {shape}.")
+    if tensor.dtype not in FLOATS:
+        raise ValueError(
+            f"{name} is {tensor.dtype}: it must be float16, bfloat16, float32 or float64."
+        )
+    if tensor.device != device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, other inputs on {device}: move them to one device."
+        )
+
+
+def check_projection(
+    kind: str, hidden_states: Tensor, weight: Tensor, device: torch.device
+) -> None:
+    """Hidden states (N, H) and the head (V, H) that turns them into logits."""
+    weight_name = "teacher_lm_head_weight" if kind == "teacher_" else "lm_head_weight"
+    check_float(f"{kind}hidden_states", hidden_states, "(N, H), the packed completions", device)
+    check_float(weight_name, weight, "(V, H)", device)
+    if hidden_states.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{kind}hidden_states is {hidden_states.shape[1]} wide, {weight_name} "
+            f"{weight.shape[1]}: both must share H. A teacher of another width needs its own "
+            "teacher_lm_head_weight."
+        )
+
+
+def check_same_rows(name: str, student: Tensor, teacher: Tensor) -> None:
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"student_{name} has {student.shape[0]} rows, teacher_{name} {teacher.shape[0]}: both "
+            "must hold the same completion tokens, row by row."
+        )
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens is of type {type(cu_seqlens).__name__}: it must be a tensor.")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: it must be (B+1,), the bounds "
+            "of the rollouts."
+        )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens is {cu_seqlens.dtype}: it must be int32 or int64.")
+    if cu_seqlens.device != device:
+        raise ValueError(
+            f"cu_seqlens is on {cu_seqlens.device}, other inputs on {device}: move it there."
+        )
+
+
+def check_cu_seqlens_values(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Starts at 0, never decreases, ends at N. On a GPU the device asserts it, without a sync."""
+    lengths = cu_seqlens.diff()
+    good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens) & (lengths >= 0).all()
+    if cu_seqlens.device.type == "cpu":
+        if not good:
+            raise ValueError(
+                f"cu_seqlens is {cu_seqlens.tolist()}: it must start at 0, never decrease and end "
+                f"at {num_tokens}, the number of packed tokens."
+            )
+    else:
+        torch.ops.aten._assert_async.msg(
+            good, "cu_seqlens must start at 0, never decrease and end at N"
+        )
+
+
+def check_token_ids_values(token_ids: Tensor, vocab_size: int) -> None:
+    """Every id within the head's rows. On a GPU the device asserts it, without a sync."""
+    good = ((token_ids >= 0) & (token_ids < vocab_size)).all()
+    if token_ids.device.type == "cpu":
+        if not good:
+            raise ValueError(
+                f"token_ids span {token_ids.min().item()}..{token_ids.max().item()}: they must "
+                f"lie in 0..{vocab_size - 1}. Leave masked positions out; no id marks them."
+            )
+    else:
+        torch.ops.aten._assert_async.msg(good, "token_ids must lie within the vocabulary")
+
+
+def resolve_vocab_size(vocab_size: int | None, available: int) -> int:
+    if vocab_size is None:
+        return available
+    if not 1 <= vocab_size <= available:
+        raise ValueError(
+            f"vocab_size is {vocab_size}: it must lie in 1..{available}, the rows of the head."
+        )
+    return vocab_size
+
+
+def check_denominator(denominator: float | Tensor | None, reduction: str) -> None:
+    check_choice("reduction", reduction, REDUCTIONS)
+    if denominator is None:
+        return
+    if reduction in ("sum", "none"):
+        raise ValueError(
+            f"denominator was given with reduction {reduction!r}, which divides by nothing: drop "
+            'it, or use "sequence_mean" or "token_mean".'
+        )
+    if isinstance(denominator, Tensor):
+        if denominator.ndim != 0:
+            raise ValueError(
+                f"denominator has shape {tuple(denominator.shape)}: it must be a number or a 0-d "
+                "tensor."
+            )
+    else:
+        check_positive("denominator", denominator)

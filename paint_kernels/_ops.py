@@ -1,0 +1,356 @@
+"""The opaque operators, one per public op, so that torch.compile sees one node and traces no chunk
+loop.
+
+Gradients by the hidden states (or logits) are computed in the forward pass, one unweighted row a
+token, and scaled out of place in the backward pass: any upstream gradient and any number of
+backward passes work. The head's gradient needs the weight of each token before it is summed. The
+forward pass knows it for a reduced loss; for per-token losses the backward pass computes the head's
+gradient anew.
+"""
+
+import torch
+from torch import Tensor
+
+from paint_kernels import _chunked
+from paint_kernels._checks import check_cu_seqlens_values, check_token_ids_values
+from paint_kernels._matmul import compute_dtype
+from paint_kernels._types import LossSettings
+
+# The settings' names, types and order are those of LossSettings; operators take no dataclasses.
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    """Autocast would round the logits to half precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _no_second_derivative(*gradients: Tensor | None) -> None:
+    if any(gradient is not None for gradient in gradients):
+        raise RuntimeError(
+            "paint_kernels has first derivatives only: call backward without create_graph."
+        )
+
+
+def _reduced(token_loss: Tensor, token_weights: Tensor | None) -> Tensor:
+    # A copy, because an operator's outputs may not share memory.
+    return token_loss.clone() if token_weights is None else (token_loss * token_weights).sum()
+
+
+def _upstream(grad_loss: Tensor, token_weights: Tensor | None) -> Tensor:
+    """(N,) gradient of the final objective by each token's loss."""
+    return grad_loss if token_weights is None else grad_loss * token_weights
+
+
+def _scaled_rows(rows: Tensor, upstream: Tensor) -> Tensor:
+    return (rows * upstream[:, None]).to(rows.dtype)
+
+
+@torch.library.custom_op("paint_kernels::paint_loss", mutates_args=())
+def paint_loss(
+    student_hidden_states: Tensor,
+    teacher_hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    teacher_lm_head_weight: Tensor | None,
+    cu_seqlens: Tensor,
+    token_weights: Tensor | None,
+    with_hidden_gradient: bool,
+    with_weight_gradient: bool,
+    temperature: float,
+    pointwise_clip: float | None,
+    top_fraction: float,
+    interpolation_weight: float,
+    teacher_top_k: int | None,
+    entropy_floor: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, (6, N) token values, (N,) selected, grad_hidden, grad_weight (empty if unwanted)."""
+    check_cu_seqlens_values(cu_seqlens, student_hidden_states.shape[0])
+    settings = LossSettings(
+        temperature,
+        pointwise_clip,
+        top_fraction,
+        interpolation_weight,
+        teacher_top_k,
+        entropy_floor,
+        backend,
+    )
+    teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
+    with _no_autocast(student_hidden_states):
+        source = _chunked.HiddenSource(
+            (student_hidden_states, lm_head_weight),
+            (teacher_hidden_states, teacher_weight),
+            token_weights,
+            with_hidden_gradient=with_hidden_gradient,
+            with_weight_gradient=with_weight_gradient and token_weights is not None,
+        )
+        values = _chunked.run_loss(source, cu_seqlens, settings)
+    loss = _reduced(values.table[0], token_weights)
+    return loss, values.table, values.selected, source.grad_hidden, source.grad_weight
+
+
+@paint_loss.register_fake
+def _(
+    student_hidden_states,
+    teacher_hidden_states,
+    lm_head_weight,
+    teacher_lm_head_weight,
+    cu_seqlens,
+    token_weights,
+    with_hidden_gradient,
+    with_weight_gradient,
+    *settings,
+):
+    num_tokens = student_hidden_states.shape[0]
+    tensors = [student_hidden_states, teacher_hidden_states, lm_head_weight]
+    if teacher_lm_head_weight is not None:
+        tensors.append(teacher_lm_head_weight)
+    dtype = compute_dtype(*tensors)
+    new = student_hidden_states.new_empty
+    in_forward = with_weight_gradient and token_weights is not None
+    return (
+        new((num_tokens,) if token_weights is None else (), dtype=dtype),
+        new((6, num_tokens), dtype=dtype),
+        new((num_tokens,), dtype=torch.bool),
+        new(student_hidden_states.shape if with_hidden_gradient else (0,)),
+        lm_head_weight.new_empty(lm_head_weight.shape, dtype=dtype)
+        if in_forward
+        else lm_head_weight.new_empty((0,)),
+    )
+
+
+def _paint_loss_setup(ctx, inputs, output):
+    student, teacher, weight, teacher_weight, _, token_weights, _, with_weight, *settings = inputs
+    _, _, selected, grad_hidden, grad_weight = output
+    ctx.set_materialize_grads(False)
+    ctx.settings, ctx.weight_dtype, ctx.num_inputs = settings, weight.dtype, len(inputs)
+    ctx.with_weight = with_weight
+    redone = (None,) * 5
+    if with_weight and token_weights is None:
+        redone = (student, teacher, weight, teacher_weight, selected)
+    ctx.save_for_backward(token_weights, grad_hidden, grad_weight, *redone)
+
+
+def _paint_loss_backward(ctx, grad_loss, grad_table, grad_selected, *second):
+    _no_second_derivative(grad_table, *second)
+    grads: list[Tensor | None] = [None] * ctx.num_inputs
+    if grad_loss is None:
+        return tuple(grads)
+    token_weights, grad_hidden, grad_weight, *redone = ctx.saved_tensors
+    upstream = _upstream(grad_loss, token_weights)
+    if ctx.needs_input_grad[0]:
+        grads[0] = _scaled_rows(grad_hidden, upstream)
+    if ctx.needs_input_grad[2]:
+        if token_weights is None:
+            full = paint_loss_weight_gradient(*redone, upstream, *ctx.settings)
+        else:
+            full = grad_weight * grad_loss
+        grads[2] = full.to(ctx.weight_dtype)
+    return tuple(grads)
+
+
+paint_loss.register_autograd(_paint_loss_backward, setup_context=_paint_loss_setup)
+
+
+@torch.library.custom_op("paint_kernels::paint_loss_weight_gradient", mutates_args=())
+def paint_loss_weight_gradient(
+    student_hidden_states: Tensor,
+    teacher_hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    teacher_lm_head_weight: Tensor | None,
+    selected: Tensor,
+    token_weights: Tensor,
+    temperature: float,
+    pointwise_clip: float | None,
+    top_fraction: float,
+    interpolation_weight: float,
+    teacher_top_k: int | None,
+    entropy_floor: float,
+    backend: str,
+) -> Tensor:
+    """The head's gradient of sum(token_weights * token_loss), float32 or better."""
+    settings = LossSettings(
+        temperature,
+        pointwise_clip,
+        top_fraction,
+        interpolation_weight,
+        teacher_top_k,
+        entropy_floor,
+        backend,
+    )
+    teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
+    with _no_autocast(student_hidden_states):
+        source = _chunked.HiddenSource(
+            (student_hidden_states, lm_head_weight),
+            (teacher_hidden_states, teacher_weight),
+            token_weights,
+            with_hidden_gradient=False,
+            with_weight_gradient=True,
+        )
+        return _chunked.run_weight_gradient(source, selected, settings)
+
+
+@paint_loss_weight_gradient.register_fake
+def _(student_hidden_states, teacher_hidden_states, lm_head_weight, teacher_lm_head_weight, *rest):
+    tensors = [student_hidden_states, teacher_hidden_states, lm_head_weight]
+    if teacher_lm_head_weight is not None:
+        tensors.append(teacher_lm_head_weight)
+    return torch.empty_like(lm_head_weight, dtype=compute_dtype(*tensors))
+
+
+@torch.library.custom_op("paint_kernels::paint_loss_from_logits", mutates_args=())
+def paint_loss_from_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    cu_seqlens: Tensor,
+    token_weights: Tensor | None,
+    with_gradient: bool,
+    temperature: float,
+    pointwise_clip: float | None,
+    top_fraction: float,
+    interpolation_weight: float,
+    teacher_top_k: int | None,
+    entropy_floor: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, (6, N) token values, (N,) selected, grad_logits (empty if unwanted)."""
+    check_cu_seqlens_values(cu_seqlens, student_logits.shape[0])
+    settings = LossSettings(
+        temperature,
+        pointwise_clip,
+        top_fraction,
+        interpolation_weight,
+        teacher_top_k,
+        entropy_floor,
+        backend,
+    )
+    source = _chunked.LogitsSource(student_logits, teacher_logits, with_gradient=with_gradient)
+    values = _chunked.run_loss(source, cu_seqlens, settings)
+    loss = _reduced(values.table[0], token_weights)
+    return loss, values.table, values.selected, source.grad_logits
+
+
+@paint_loss_from_logits.register_fake
+def _(student_logits, teacher_logits, cu_seqlens, token_weights, with_gradient, *settings):
+    num_tokens = student_logits.shape[0]
+    dtype = compute_dtype(student_logits, teacher_logits)
+    new = student_logits.new_empty
+    return (
+        new((num_tokens,) if token_weights is None else (), dtype=dtype),
+        new((6, num_tokens), dtype=dtype),
+        new((num_tokens,), dtype=torch.bool),
+        new(student_logits.shape if with_gradient else (0,)),
+    )
+
+
+def _from_logits_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.num_inputs = len(inputs)
+    ctx.save_for_backward(inputs[3], output[3])
+
+
+def _from_logits_backward(ctx, grad_loss, grad_table, grad_selected, *second):
+    _no_second_derivative(grad_table, *second)
+    grads: list[Tensor | None] = [None] * ctx.num_inputs
+    if grad_loss is not None and ctx.needs_input_grad[0]:
+        token_weights, grad_logits = ctx.saved_tensors
+        grads[0] = _scaled_rows(grad_logits, _upstream(grad_loss, token_weights))
+    return tuple(grads)
+
+
+paint_loss_from_logits.register_autograd(_from_logits_backward, setup_context=_from_logits_setup)
+
+
+@torch.library.custom_op("paint_kernels::token_stats", mutates_args=())
+def token_stats(
+    hidden_states: Tensor, lm_head_weight: Tensor, temperature: float, backend: str
+) -> Tensor:
+    """(2, N): logsumexp and entropy."""
+    with _no_autocast(hidden_states):
+        return _chunked.run_stats(hidden_states, lm_head_weight, temperature, backend)
+
+
+@token_stats.register_fake
+def _(hidden_states, lm_head_weight, temperature, backend):
+    dtype = compute_dtype(hidden_states, lm_head_weight)
+    return hidden_states.new_empty((2, hidden_states.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("paint_kernels::token_logprobs", mutates_args=())
+def token_logprobs(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    token_ids: Tensor,
+    with_hidden_gradient: bool,
+    temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) log-probabilities, (N,) entropies, grad_hidden (empty where unwanted)."""
+    check_token_ids_values(token_ids, lm_head_weight.shape[0])
+    with _no_autocast(hidden_states):
+        values, grad_hidden = _chunked.run_logprobs(
+            hidden_states,
+            lm_head_weight,
+            token_ids,
+            temperature,
+            backend,
+            with_hidden_gradient=with_hidden_gradient,
+        )
+    return values[0].clone(), values[1].clone(), grad_hidden
+
+
+@token_logprobs.register_fake
+def _(hidden_states, lm_head_weight, token_ids, with_hidden_gradient, temperature, backend):
+    dtype = compute_dtype(hidden_states, lm_head_weight)
+    num_tokens = hidden_states.shape[0]
+    return (
+        hidden_states.new_empty((num_tokens,), dtype=dtype),
+        hidden_states.new_empty((num_tokens,), dtype=dtype),
+        hidden_states.new_empty(hidden_states.shape if with_hidden_gradient else (0,)),
+    )
+
+
+def _token_logprobs_setup(ctx, inputs, output):
+    hidden_states, weight, token_ids, _, temperature, backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.settings = (temperature, backend)
+    redone = (None,) * 3
+    if ctx.needs_input_grad[1]:
+        redone = (hidden_states, weight, token_ids)
+    ctx.save_for_backward(output[2], *redone)
+
+
+def _token_logprobs_backward(ctx, grad_logprobs, grad_entropy, *second):
+    _no_second_derivative(grad_entropy, *second)
+    grad_hidden, *redone = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * 6
+    if grad_logprobs is not None and ctx.needs_input_grad[0]:
+        grads[0] = _scaled_rows(grad_hidden, grad_logprobs)
+    if grad_logprobs is not None and ctx.needs_input_grad[1]:
+        full = token_logprobs_weight_gradient(*redone, grad_logprobs, *ctx.settings)
+        grads[1] = full.to(redone[1].dtype)
+    return tuple(grads)
+
+
+token_logprobs.register_autograd(_token_logprobs_backward, setup_context=_token_logprobs_setup)
+
+
+@torch.library.custom_op("paint_kernels::token_logprobs_weight_gradient", mutates_args=())
+def token_logprobs_weight_gradient(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    token_ids: Tensor,
+    token_weights: Tensor,
+    temperature: float,
+    backend: str,
+) -> Tensor:
+    """The head's gradient of sum(token_weights * logprobs), float32 or better."""
+    with _no_autocast(hidden_states):
+        return _chunked.run_logprobs_weight_gradient(
+            hidden_states, lm_head_weight, token_ids, token_weights, temperature, backend
+        )
+
+
+@token_logprobs_weight_gradient.register_fake
+def _(hidden_states, lm_head_weight, *rest):
+    dtype = compute_dtype(hidden_states, lm_head_weight)
+    return torch.empty_like(lm_head_weight, dtype=dtype)

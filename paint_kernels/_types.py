@@ -1,0 +1,82 @@
+"""What the public functions return, and the settings that cross into the opaque operators."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+class PaintLossOutput(NamedTuple):
+    """The loss and what to log beside it; all but `loss` are detached.
+
+    `loss` is a scalar, or (N,) with reduction "none". The (N,) values are float32 (float64 for
+    float64 inputs), entropies and divergences in nats.
+    """
+
+    loss: Float[Tensor, "..."]
+    token_loss: Float[Tensor, " N"]
+    """sum over v of min(f(v), pointwise_clip): negative at times, by design"""
+    token_kl: Float[Tensor, " N"]
+    """sum over v of f(v), the divergence without the clip"""
+    student_entropy: Float[Tensor, " N"]
+    teacher_entropy: Float[Tensor, " N"]
+    """of the teacher as it is, before any interpolation"""
+    entropy_ratio: Float[Tensor, " N"]
+    clipped_mass: Float[Tensor, " N"]
+    """target probability on the clipped entries; exactly 0 where nothing is clipped"""
+    selected: Bool[Tensor, " N"]
+    """positions whose target is interpolated"""
+
+
+class TokenStats(NamedTuple):
+    """Detached float32 statistics of softmax(logits / temperature), entropy in nats."""
+
+    logsumexp: Float[Tensor, " N"]
+    entropy: Float[Tensor, " N"]
+
+
+class TokenLogprobs(NamedTuple):
+    """Differentiable log-probabilities of the given tokens, and the detached entropy, in nats."""
+
+    logprobs: Float[Tensor, " N"]
+    entropy: Float[Tensor, " N"]
+
+
+class RowValues(NamedTuple):
+    """What a row kernel finds for each of R rows of logits."""
+
+    token_loss: Float[Tensor, " R"]
+    token_kl: Float[Tensor, " R"]
+    student_entropy: Float[Tensor, " R"]
+    teacher_entropy: Float[Tensor, " R"]
+    """before any interpolation"""
+    clipped_mass: Float[Tensor, " R"]
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The numbers of the objective, checked, in the order in which the operators take them."""
+
+    temperature: float
+    pointwise_clip: float | None
+    top_fraction: float
+    interpolation_weight: float
+    teacher_top_k: int | None
+    entropy_floor: float
+    backend: str
+
+    def as_arguments(self) -> tuple[float, float | None, float, float, int | None, float, str]:
+        return (
+            self.temperature,
+            self.pointwise_clip,
+            self.top_fraction,
+            self.interpolation_weight,
+            self.teacher_top_k,
+            self.entropy_floor,
+            self.backend,
+        )
+
+    @property
+    def interpolates(self) -> bool:
+        return self.top_fraction > 0 and self.interpolation_weight > 0

@@ -1,0 +1,118 @@
+"""`PaintLoss`: the loss with its settings kept, for packed and for padded hidden states."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from paint_kernels._types import PaintLossOutput
+from paint_kernels.functional import paint_loss
+
+
+class PaintLoss(nn.Module):
+    """`paint_loss` as a module without parameters.
+
+    The keyword arguments are those of `paint_loss` that do not change from batch to batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        divergence: str = "forward_kl",
+        jsd_weight: float = 0.5,
+        pointwise_clip: float | None = 0.06,
+        top_fraction: float = 0.03,
+        interpolation_weight: float = 0.03,
+        teacher_top_k: int | None = None,
+        entropy_floor: float = 1e-6,
+        vocab_size: int | None = None,
+        reduction: str = "sequence_mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.divergence = divergence
+        self.jsd_weight = jsd_weight
+        self.pointwise_clip = pointwise_clip
+        self.top_fraction = top_fraction
+        self.interpolation_weight = interpolation_weight
+        self.teacher_top_k = teacher_top_k
+        self.entropy_floor = entropy_floor
+        self.vocab_size = vocab_size
+        self.reduction = reduction
+        self.backend = backend
+
+    def forward(
+        self,
+        student_hidden_states: Float[Tensor, "*tokens H"],
+        teacher_hidden_states: Float[Tensor, "*tokens H_T"],
+        lm_head_weight: Float[Tensor, "V H"],
+        cu_seqlens: Int[Tensor, " B+1"] | None = None,
+        *,
+        loss_mask: Bool[Tensor, "B T"] | None = None,
+        teacher_lm_head_weight: Float[Tensor, "V H_T"] | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> PaintLossOutput:
+        """The loss of packed (N, H) hidden states with `cu_seqlens`, or padded (B, T, H) with
+        `loss_mask`.
+
+        `loss_mask` (B, T) is True on the positions to keep, whatever tokens stand there; the N kept
+        ones are the rows of the result, rollout after rollout. On a GPU the host waits for their
+        number.
+        """
+        if (cu_seqlens is None) == (loss_mask is None):
+            raise ValueError(
+                "PaintLoss needs either cu_seqlens, with packed (N, H) hidden states, or "
+                "loss_mask, with "
+                f"padded (B, T, H) ones: got {'neither' if loss_mask is None else 'both'}."
+            )
+        if loss_mask is not None:
+            student_hidden_states, cu_seqlens = pack(
+                "student_hidden_states", student_hidden_states, loss_mask
+            )
+            teacher_hidden_states, _ = pack(
+                "teacher_hidden_states", teacher_hidden_states, loss_mask
+            )
+        assert cu_seqlens is not None
+        return paint_loss(
+            student_hidden_states,
+            teacher_hidden_states,
+            lm_head_weight,
+            cu_seqlens,
+            teacher_lm_head_weight=teacher_lm_head_weight,
+            temperature=self.temperature,
+            divergence=self.divergence,
+            jsd_weight=self.jsd_weight,
+            pointwise_clip=self.pointwise_clip,
+            top_fraction=self.top_fraction,
+            interpolation_weight=self.interpolation_weight,
+            teacher_top_k=self.teacher_top_k,
+            entropy_floor=self.entropy_floor,
+            vocab_size=self.vocab_size,
+            reduction=self.reduction,
+            denominator=denominator,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.divergence}, temperature={self.temperature}, "
+            f"pointwise_clip={self.pointwise_clip}, "
+            f"top_fraction={self.top_fraction}, interpolation_weight={self.interpolation_weight}, "
+            f"reduction={self.reduction!r}"
+        )
+
+
+def pack(
+    name: str, hidden_states: Float[Tensor, "B T H"], loss_mask: Bool[Tensor, "B T"]
+) -> tuple[Float[Tensor, "N H"], Int[Tensor, " B+1"]]:
+    """The kept positions row after row, and their bounds."""
+    if loss_mask.dtype != torch.bool or hidden_states.shape[:-1] != loss_mask.shape:
+        raise ValueError(
+            f"loss_mask is {loss_mask.dtype} of shape {tuple(loss_mask.shape)}, {name} has shape "
+            f"{tuple(hidden_states.shape)}: they must be bool (B, T) and (B, T, H), True on kept "
+            "positions."
+        )
+    lengths = loss_mask.sum(dim=1)
+    cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    return hidden_states[loss_mask], cu_seqlens

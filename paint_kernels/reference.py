@@ -1,0 +1,226 @@
+"""Every op in plain PyTorch with the full logits: the specification, and what the tests compare
+with.
+
+Any floating dtype; half precision is computed in float32. Gradients come from autograd. The
+arguments are those of the public functions of the same names, without `backend`; nothing is checked
+here.
+"""
+
+import itertools
+import math
+from fractions import Fraction
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from paint_kernels._types import PaintLossOutput, TokenLogprobs, TokenStats
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def project(
+    hidden_states: Float[Tensor, "N H"], weight: Float[Tensor, "V H"]
+) -> Float[Tensor, "N V"]:
+    dtype = torch.promote_types(hidden_states.dtype, weight.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return hidden_states.to(dtype) @ weight.to(dtype).T
+
+
+def masked_rows(logits: Float[Tensor, "N V"]) -> Bool[Tensor, " N"]:
+    """Rows in which every logit is -inf: they define no distribution."""
+    return (logits == -math.inf).all(dim=-1)
+
+
+def log_probabilities(logits: Float[Tensor, "N V"], temperature: float) -> Float[Tensor, "N V"]:
+    """log softmax(logits / temperature); uniform on fully masked rows, which no result uses."""
+    usable = torch.where(masked_rows(logits)[:, None], 0.0, logits)
+    return torch.log_softmax(usable / temperature, dim=-1)
+
+
+def entropy_of(log_p: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    p = log_p.exp()
+    return -torch.where(p > 0, p * log_p, 0.0).sum(dim=-1)
+
+
+def select_top_fraction(
+    entropy_ratio: Float[Tensor, " N"], cu_seqlens: Int[Tensor, " B+1"], top_fraction: float
+) -> Bool[Tensor, " N"]:
+    ratios, bounds = entropy_ratio.tolist(), cu_seqlens.tolist()
+    selected = torch.zeros(len(ratios), dtype=torch.bool, device=entropy_ratio.device)
+    for start, end in itertools.pairwise(bounds):
+        num_selected = math.ceil(Fraction(str(top_fraction)) * (end - start))
+        ranked = sorted(range(start, end), key=lambda n: (-ratios[n], n))
+        selected[ranked[:num_selected]] = True
+    return selected
+
+
+def interpolate(
+    teacher_logits: Float[Tensor, "N V"],
+    student_logits: Float[Tensor, "N V"],
+    selected: Bool[Tensor, " N"],
+    weight: float,
+) -> Float[Tensor, "N V"]:
+    """(1-k) z_T + k z_S on the selected rows (Eq. 12), with 0 times -inf taken as 0."""
+    if weight == 0:
+        return teacher_logits
+    mixed = student_logits
+    if weight < 1:
+        mixed = (1 - weight) * teacher_logits + weight * student_logits
+    return torch.where(selected[:, None], mixed, teacher_logits)
+
+
+def clipped_forward_kl(
+    log_p_student: Float[Tensor, "N V"],
+    log_p_target: Float[Tensor, "N V"],
+    pointwise_clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) token losses (Eq. 3), unclipped divergences, and target mass on the clipped entries."""
+    p_target = log_p_target.exp()
+    # Where p~ is 0 the term is 0, whatever the logarithms are: without the guard 0 * inf is NaN.
+    log_ratio = torch.where(p_target > 0, log_p_target - log_p_student, 0.0)
+    f = p_target * log_ratio
+    token_kl = f.sum(dim=-1)
+    if pointwise_clip is None:
+        return token_kl, token_kl.detach(), torch.zeros_like(token_kl)
+    clipped_mass = torch.where(f > pointwise_clip, p_target, 0.0).sum(dim=-1)
+    # clamp passes the gradient at equality: an entry is unclipped when f <= tau.
+    return f.clamp(max=pointwise_clip).sum(dim=-1), token_kl.detach(), clipped_mass
+
+
+def reduce_tokens(
+    token_loss: Float[Tensor, " N"],
+    cu_seqlens: Int[Tensor, " B+1"],
+    reduction: str,
+    denominator: float | Tensor | None,
+) -> Tensor:
+    if reduction == "none":
+        return token_loss
+    if reduction == "sum":
+        return token_loss.sum()
+    if reduction == "token_mean":
+        return token_loss.sum() / (max(len(token_loss), 1) if denominator is None else denominator)
+    rollouts = token_loss.split(cu_seqlens.diff().tolist())
+    means = [rollout.mean() for rollout in rollouts if len(rollout)]
+    total = torch.stack(means).sum() if means else token_loss.sum()
+    return total / (max(len(means), 1) if denominator is None else denominator)
+
+
+def paint_loss_from_logits(
+    student_logits: Float[Tensor, "N V"],
+    teacher_logits: Float[Tensor, "N V"],
+    cu_seqlens: Int[Tensor, " B+1"],
+    *,
+    temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    jsd_weight: float = 0.5,
+    pointwise_clip: float | None = 0.06,
+    top_fraction: float = 0.03,
+    interpolation_weight: float = 0.03,
+    teacher_top_k: int | None = None,
+    entropy_floor: float = 1e-6,
+    vocab_size: int | None = None,
+    reduction: str = "sequence_mean",
+    denominator: float | Tensor | None = None,
+) -> PaintLossOutput:
+    student_logits = at_least_float32(student_logits[:, :vocab_size])
+    teacher_logits = at_least_float32(teacher_logits[:, :vocab_size]).detach()
+    if teacher_top_k is not None:
+        order = torch.sort(teacher_logits, dim=-1, descending=True, stable=True).indices
+        largest = order[:, :teacher_top_k]
+        student_logits = student_logits.gather(1, largest)
+        teacher_logits = teacher_logits.gather(1, largest)
+
+    student_masked, teacher_masked = masked_rows(student_logits), masked_rows(teacher_logits)
+    log_p_student = log_probabilities(student_logits, temperature)
+    with torch.no_grad():
+        student_entropy = entropy_of(log_p_student).masked_fill(student_masked, 0.0)
+        teacher_entropy = entropy_of(log_probabilities(teacher_logits, temperature))
+        teacher_entropy = teacher_entropy.masked_fill(teacher_masked, 0.0)
+        entropy_ratio = teacher_entropy / student_entropy.clamp(min=entropy_floor)
+        selected = select_top_fraction(entropy_ratio, cu_seqlens, top_fraction)
+        target_logits = interpolate(teacher_logits, student_logits, selected, interpolation_weight)
+        log_p_target = log_probabilities(target_logits, temperature)
+
+    values = clipped_forward_kl(log_p_student, log_p_target, pointwise_clip)
+    # A row that is masked on either side compares nothing: it counts as a token with loss 0.
+    usable = ~(student_masked | masked_rows(target_logits))
+    token_loss, token_kl, clipped_mass = (torch.where(usable, value, 0.0) for value in values)
+    return PaintLossOutput(
+        loss=reduce_tokens(token_loss, cu_seqlens, reduction, denominator),
+        token_loss=token_loss.detach(),
+        token_kl=token_kl,
+        student_entropy=student_entropy,
+        teacher_entropy=teacher_entropy,
+        entropy_ratio=entropy_ratio,
+        clipped_mass=clipped_mass,
+        selected=selected,
+    )
+
+
+def paint_loss(
+    student_hidden_states: Float[Tensor, "N H"],
+    teacher_hidden_states: Float[Tensor, "N H_T"],
+    lm_head_weight: Float[Tensor, "V H"],
+    cu_seqlens: Int[Tensor, " B+1"],
+    *,
+    teacher_lm_head_weight: Float[Tensor, "V H_T"] | None = None,
+    temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    jsd_weight: float = 0.5,
+    pointwise_clip: float | None = 0.06,
+    top_fraction: float = 0.03,
+    interpolation_weight: float = 0.03,
+    teacher_top_k: int | None = None,
+    entropy_floor: float = 1e-6,
+    vocab_size: int | None = None,
+    reduction: str = "sequence_mean",
+    denominator: float | Tensor | None = None,
+) -> PaintLossOutput:
+    teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
+    return paint_loss_from_logits(
+        project(student_hidden_states, lm_head_weight),
+        project(teacher_hidden_states, teacher_weight).detach(),
+        cu_seqlens,
+        temperature=temperature,
+        divergence=divergence,
+        jsd_weight=jsd_weight,
+        pointwise_clip=pointwise_clip,
+        top_fraction=top_fraction,
+        interpolation_weight=interpolation_weight,
+        teacher_top_k=teacher_top_k,
+        entropy_floor=entropy_floor,
+        vocab_size=vocab_size,
+        reduction=reduction,
+        denominator=denominator,
+    )
+
+
+def token_stats(
+    hidden_states: Float[Tensor, "N H"],
+    lm_head_weight: Float[Tensor, "V H"],
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> TokenStats:
+    with torch.no_grad():
+        logits = project(hidden_states, lm_head_weight)[:, :vocab_size]
+        entropy = entropy_of(log_probabilities(logits, temperature))
+        return TokenStats(torch.logsumexp(logits / temperature, dim=-1), entropy)
+
+
+def token_logprobs(
+    hidden_states: Float[Tensor, "N H"],
+    lm_head_weight: Float[Tensor, "V H"],
+    token_ids: Int[Tensor, " N"],
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> TokenLogprobs:
+    logits = project(hidden_states, lm_head_weight)[:, :vocab_size]
+    log_p = log_probabilities(logits, temperature)
+    logprobs = log_p.gather(1, token_ids.long()[:, None])[:, 0]
+    return TokenLogprobs(logprobs, entropy_of(log_p.detach()))

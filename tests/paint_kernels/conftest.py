@@ -1,0 +1,171 @@
+"""Inputs of every kind, and the comparison with the float64 reference that most tests end in."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from paint_kernels import PaintLossOutput, reference
+
+TOLERANCE = 2e-4
+VALUES = (
+    "token_loss",
+    "token_kl",
+    "student_entropy",
+    "teacher_entropy",
+    "entropy_ratio",
+    "clipped_mass",
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    student: Tensor
+    teacher: Tensor
+    weight: Tensor
+    teacher_weight: Tensor | None
+    cu_seqlens: Tensor
+
+    def double(self) -> "Batch":
+        own = None if self.teacher_weight is None else self.teacher_weight.double()
+        return replace(
+            self,
+            student=self.student.double(),
+            teacher=self.teacher.double(),
+            weight=self.weight.double(),
+            teacher_weight=own,
+        )
+
+    def trainable(self, head: bool = True) -> "Batch":
+        return replace(
+            self,
+            student=self.student.detach().clone().requires_grad_(),
+            weight=self.weight.detach().clone().requires_grad_(head),
+        )
+
+    def loss(self, function: Callable[..., PaintLossOutput], **settings: Any) -> PaintLossOutput:
+        return function(
+            self.student,
+            self.teacher,
+            self.weight,
+            self.cu_seqlens,
+            teacher_lm_head_weight=self.teacher_weight,
+            **settings,
+        )
+
+
+def make_batch(
+    lengths: tuple[int, ...] = (5, 0, 1, 11),
+    vocab_size: int = 203,
+    *,
+    hidden: int = 16,
+    teacher_hidden: int | None = None,
+    noise: float | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Batch:
+    """Independent teachers, or with `noise` a teacher that far from the student: a small KL."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+    num_tokens = sum(lengths)
+    student, weight = randn(num_tokens, hidden), randn(vocab_size, hidden) * 0.7
+    teacher, teacher_weight = randn(num_tokens, hidden), None
+    if noise is not None:
+        teacher = student + noise * teacher
+    if teacher_hidden is not None:
+        teacher = randn(num_tokens, teacher_hidden)
+        teacher_weight = randn(vocab_size, teacher_hidden) * 0.7
+    bounds = torch.tensor((0, *lengths)).cumsum(0).to(torch.int32).to(device)
+    return Batch(student, teacher, weight, teacher_weight, bounds)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """By norm; absolute where nothing is expected."""
+    difference = (actual.detach().double() - expected.detach().double()).norm()
+    norm = expected.detach().double().norm()
+    return (difference / norm if norm > 0 else difference).item()
+
+
+def pointwise_terms(batch: Batch, **settings: Any) -> Tensor:
+    """f(v) of every token and entry, float64, as the clip sees them."""
+    batch, temperature = batch.double(), settings.get("temperature", 1.0)
+    selected = batch.loss(reference.paint_loss, **settings).selected
+    student = reference.project(batch.student, batch.weight)
+    own = batch.weight if batch.teacher_weight is None else batch.teacher_weight
+    teacher = reference.project(batch.teacher, own)
+    weight = settings.get("interpolation_weight", 0.03)
+    target = reference.interpolate(teacher, student, selected, weight)
+    log_target = reference.log_probabilities(target, temperature)
+    return log_target.exp() * (log_target - reference.log_probabilities(student, temperature))
+
+
+def clear_clip(terms: Tensor, around: float = 0.06) -> float:
+    """A clip near `around` with no f close to it: f crossing the clip is a true discontinuity."""
+    candidates = around * torch.linspace(0.8, 1.2, 41, dtype=torch.float64)
+    distance = (terms.flatten()[:, None] - candidates).abs().amin(dim=0)
+    best = distance.argmax()
+    assert distance[best] > 1e-5 * around
+    return candidates[best].item()
+
+
+def gradients(output: PaintLossOutput, batch: Batch, upstream: Tensor) -> list[Tensor]:
+    wanted = [tensor for tensor in (batch.student, batch.weight) if tensor.requires_grad]
+    return list(torch.autograd.grad(output.loss, wanted, upstream.to(output.loss)))
+
+
+def check_against_reference(
+    function: Callable[..., PaintLossOutput],
+    batch: Batch,
+    *,
+    head: bool = True,
+    tolerance: float = TOLERANCE,
+    backend: str = "torch",
+    **settings: Any,
+) -> PaintLossOutput:
+    """Loss, every per-token value and every gradient, with an upstream gradient other than 1."""
+    batch = batch.trainable(head)
+    exact_batch = batch.double().trainable(head)
+    output = batch.loss(function, backend=backend, **settings)
+    exact = exact_batch.loss(reference.paint_loss, **settings)
+    assert torch.equal(output.selected, exact.selected)
+    assert relative_error(output.loss, exact.loss) < tolerance
+    for name in VALUES:
+        error = relative_error(getattr(output, name), getattr(exact, name))
+        assert error < tolerance, (name, error)
+    upstream = 1.7 + torch.arange(max(exact.loss.numel(), 1), dtype=torch.float64)
+    upstream = upstream[: exact.loss.numel()].view(exact.loss.shape).to(exact.loss.device)
+    actual = gradients(output, batch, upstream)
+    for gradient, expected in zip(actual, gradients(exact, exact_batch, upstream), strict=True):
+        assert gradient.shape == expected.shape
+        assert relative_error(gradient, expected) < tolerance
+    return output
+
+
+@pytest.fixture(scope="session")
+def build() -> Callable[..., Batch]:
+    return make_batch
+
+
+@pytest.fixture(scope="session")
+def error() -> Callable[[Tensor, Tensor], float]:
+    return relative_error
+
+
+@pytest.fixture(scope="session")
+def check() -> Callable[..., PaintLossOutput]:
+    return check_against_reference
+
+
+@pytest.fixture(scope="session")
+def clip_for() -> Callable[..., float]:
+    def clip(batch: Batch, around: float = 0.06, **settings: Any) -> float:
+        return clear_clip(pointwise_terms(batch, **settings), around)
+
+    return clip
