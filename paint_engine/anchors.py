@@ -8,9 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 
-from paint_engine.notation import Token, are_glued, join, joint, normalize_math, tokenize
-
-__all__ = ["extract_anchors", "find_anchors", "normalize_math", "overlap"]
+from paint_engine.notation import Token, are_glued, join, joint, tokenize
 
 _RELATIONS = frozenset("=<>") | {"\\le", "\\ge", "\\ne", "\\approx", "\\equiv"}
 _OPERATORS = _RELATIONS | frozenset("+-*/^") | {"\\frac", "\\sqrt", "\\binom", "\\pm", "\\sum"}
@@ -19,9 +17,23 @@ _CLOSING = frozenset(")]}") | {"\\}"}
 # A leading minus and a trailing factorial belong to the anchor.
 _LEADING = frozenset(".,;:!?+*/^_%") | _RELATIONS
 _TRAILING = frozenset(".,;:?+-*/^_") | _RELATIONS
+# A longer formula is a derivation that no rollout repeats sign by sign.
+_MAX_FORMULA_TOKENS = 100
 _NOT_IN_FORMULAS = frozenset(".,;:!?|#\"'")
 # Source code of drawings, which solutions from the AoPS wiki carry.
 _DRAWING = re.compile(r"\[asy\][^\[]*(?:\[(?!/?asy\])[^\[]*)*\[/asy\]")
+
+
+def normalize_math(text: str) -> str:
+    """`text` in one canonical mathematical notation (Norm in Eq. 4); idempotent.
+
+    Delimiters ($, \\(, \\[, environments), sizes (\\left, \\big), boxes, text commands, degrees,
+    GSM8K's <<...>> and Markdown's ** go. Fractions are \\frac{a}{b}, and a/b between numbers;
+    products are *; minus signs are -; numbers lose thousands separators and needless zeros. White
+    space stays between words, and after a comma or point before a digit, where it tells a list from
+    a number.
+    """
+    return join(tokenize(text))
 
 
 def extract_anchors(solution: str) -> tuple[str, ...]:
@@ -29,8 +41,8 @@ def extract_anchors(solution: str) -> tuple[str, ...]:
 
     - Boxed answers, whatever they hold.
     - Formula-like spans: each delimited formula or line of one, and each run such as 48/2 = 24 in
-      prose, that relates two operands or more. Listed formulas are split at their commas; a chain
-      a = b = c gives a = b and b = c, since a rollout seldom repeats a whole chain.
+      prose, that relates two operands or more (in 100 tokens or less). Listed formulas are split at
+      their commas; a chain a = b = c gives a = b and b = c, as a rollout seldom repeats it whole.
     - Informative numbers: integers of two digits or more and decimals, also inside formulas. One
       digit says nothing (every numbered list has it), nor do list indices, exponents, subscripts.
     """
@@ -203,7 +215,7 @@ def _is_formula(part: Sequence[Token]) -> bool:
     texts = {token.text for token in part}
     num_operands = sum(token.text[-1].isalnum() and token.text not in _OPERATORS for token in part)
     has_digit = any(token.is_number for token in part)
-    if num_operands < 2:
+    if num_operands < 2 or len(part) > _MAX_FORMULA_TOKENS:
         return False
     if part[0].formula:
         return has_digit or not texts.isdisjoint(_OPERATORS)

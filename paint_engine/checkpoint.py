@@ -106,8 +106,8 @@ def load_checkpoint(
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
         raise ValueError(
-            f"{run_dir} has no complete checkpoint under checkpoints/: nothing was saved before the "
-            "run stopped; start it again with --run.overwrite true, not --resume"
+            f"{run_dir} has no complete checkpoint under checkpoints/: the run stopped before its "
+            "first; start it again with --run.overwrite true and without --resume"
         )
     directory = checkpoints[-1]
     _load_weights(model, directory)

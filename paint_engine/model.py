@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -51,7 +52,7 @@ def _resolve(name_or_path: str) -> str:
     if "config.json" not in present:
         needed = "config.json (the model's configuration)"
     elif not present & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
-        needed = "a tokenizer (tokenizer.json, tokenizer.model or vocab.json)"
+        needed = "tokenizer (tokenizer.json, tokenizer.model or vocab.json)"
     elif not any(name.endswith(".safetensors") for name in present):
         needed = "weights in safetensors files"
     else:
@@ -63,10 +64,15 @@ def _resolve(name_or_path: str) -> str:
     )
 
 
-def _hub_failure(what: str, name: str, error: Exception) -> ValueError:
+def _load_failure(what: str, name: str, error: Exception) -> ValueError:
+    remedy = (
+        "a file in that directory is damaged or not of this model; save or fetch it again"
+        if name == "tiny" or Path(name).is_dir()
+        else "it is neither a local directory nor reachable on the hub; check "
+        "--model.name_or_path and the network"
+    )
     return ValueError(
-        f"{what} {name!r} could not be loaded ({type(error).__name__}: {error}): it is neither a "
-        "local directory nor reachable on the hub; check --model.name_or_path and the network"
+        f"{what} {name!r} could not be loaded ({type(error).__name__}: {error}): {remedy}"
     )
 
 
@@ -76,7 +82,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code)
     except OSError as error:
-        raise _hub_failure("tokenizer of", section.name_or_path, error) from error
+        raise _load_failure("tokenizer of", section.name_or_path, error) from error
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer of {section.name_or_path} has no chat template, which the prompts of "
@@ -97,9 +103,10 @@ def load_base(section: ModelSection, device: torch.device) -> PreTrainedModel:
             use_safetensors=True,
             attn_implementation="sdpa",
         )
-    except OSError as error:
-        raise _hub_failure("model", section.name_or_path, error) from error
-    return nn.Module.to(model, device)
+    except (OSError, SafetensorError) as error:
+        raise _load_failure("model", section.name_or_path, error) from error
+    nn.Module.to(model, device)
+    return model
 
 
 def add_lora(

@@ -37,8 +37,8 @@ _NUM_ARGUMENTS = {"\\frac": 2, "\\binom": 2, "\\sqrt": 1, "\\overline": 1, "\\pm
 _REWRITTEN = frozenset(_NUM_ARGUMENTS) | {"{", "}", "\\circ"}
 
 _SIGNS = (
-    "≤ le ≥ ge ≠ ne ≈ approx ≡ equiv ± pm ∞ infty ∑ sum √ sqrt ∈ in … dots ⇒ implies ⟹ implies ⇔ iff "
-    "\u03b1 alpha β beta δ delta θ theta λ lambda μ mu π pi φ phi ω omega Δ Delta Ω Omega"
+    "≤ le ≥ ge ≠ ne ≈ approx ≡ equiv ± pm ∞ infty ∑ sum √ sqrt ∈ in … dots ⇒ implies ⟹ implies "
+    "⇔ iff \u03b1 alpha β beta δ delta θ theta λ lambda μ mu π pi φ phi ω omega Δ Delta Ω Omega"
 )
 _CHARACTERS = str.maketrans(
     {
@@ -107,18 +107,6 @@ class Token(NamedTuple):
     @property
     def is_word(self) -> bool:
         return self.text[0].isalnum() and not self.is_number
-
-
-def normalize_math(text: str) -> str:
-    """`text` in the canonical notation; idempotent.
-
-    Delimiters ($, \\(, \\[, environments), sizes (\\left, \\big), boxes, text commands, degrees,
-    GSM8K's <<...>> and Markdown's ** go. Fractions are \\frac{a}{b}, and a/b between numbers;
-    products are *; minus signs are -; numbers lose thousands separators and needless zeros. White
-    space stays between words, and after a comma or point before a digit, where it tells a list from
-    a number.
-    """
-    return join(tokenize(text))
 
 
 def formula_spans(text: str) -> list[tuple[int, int]]:
@@ -390,11 +378,11 @@ def joint(left: Token, right: Token) -> str:
     if not right.text[0].isalnum():
         return ""
     last = left.text[-1]
-    if right.is_number:
-        is_apart = left.is_number or last in ".,"
-    else:
-        is_apart = left.text[0] == "\\" and last.isalpha()
-    return " " if is_apart or (right.spaced and last.isalnum()) else ""
+    if left.text[0] == "\\":
+        return " " if right.is_word and last.isalpha() else ""
+    if right.is_number and (left.is_number or last in ".,"):
+        return " "
+    return " " if right.spaced and last.isalnum() else ""
 
 
 def join(tokens: Sequence[Token]) -> str:
@@ -404,5 +392,6 @@ def join(tokens: Sequence[Token]) -> str:
 
 
 def are_glued(left: Token, right: Token) -> bool:
-    """Whether a letter or digit of one touches a letter or digit of the other, as in 2x."""
-    return left.text[-1].isalnum() and right.text[0].isalnum() and not joint(left, right)
+    """Whether a number or word touches the next one, as in 2x."""
+    is_pair = left.text[0].isalnum() and right.text[0].isalnum()
+    return is_pair and not joint(left, right)

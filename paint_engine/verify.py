@@ -18,13 +18,13 @@ from functools import cache
 from types import TracebackType
 from typing import Self
 
-from paint_engine.notation import normalize_math
+from paint_engine.anchors import normalize_math
 
 # Final answers are short; a longer one is degenerate text, and the parsers are superlinear in it.
 MAX_ANSWER_CHARS = 2000
 # Starting the child is one import of sympy, 0.5 s where the disk is warm.
 _START_LIMIT_S = 60.0
-_MEMORY_LIMIT_BYTES = 4 << 30
+_MEMORY_LIMIT_BYTES = 2 << 30
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)

@@ -17,7 +17,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
+    # Plain comparisons, which torch.compile can trace with symbolic numbers; NaN fails both.
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}: it must be a finite number above 0.")
 
 
@@ -48,7 +49,7 @@ def check_settings(
     check_positive("temperature", temperature)
     check_choice("divergence", divergence, DIVERGENCES)
     check_fraction("jsd_weight", jsd_weight)
-    if pointwise_clip is not None and not (math.isfinite(pointwise_clip) and pointwise_clip > 0):
+    if pointwise_clip is not None and not 0 < pointwise_clip < math.inf:
         raise ValueError(
             f"pointwise_clip is {pointwise_clip}: it must be a finite number above 0, or None to "
             "clip nothing."

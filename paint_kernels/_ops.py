@@ -24,8 +24,9 @@ def _no_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def _no_second_derivative(*gradients: Tensor | None) -> None:
-    if any(gradient is not None for gradient in gradients):
+def _no_second_derivative() -> None:
+    """The kept gradients are constants to autograd, so create_graph would silently miss terms."""
+    if torch.is_grad_enabled():
         raise RuntimeError(
             "paint_kernels has first derivatives only: call backward without create_graph."
         )
@@ -122,6 +123,7 @@ def _paint_loss_setup(ctx, inputs, output):
     student, teacher, weight, teacher_weight, _, token_weights, _, with_weight, *settings = inputs
     _, _, selected, grad_hidden, grad_weight = output
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.settings, ctx.weight_dtype, ctx.num_inputs = settings, weight.dtype, len(inputs)
     ctx.with_weight = with_weight
     redone = (None,) * 5
@@ -130,8 +132,8 @@ def _paint_loss_setup(ctx, inputs, output):
     ctx.save_for_backward(token_weights, grad_hidden, grad_weight, *redone)
 
 
-def _paint_loss_backward(ctx, grad_loss, grad_table, grad_selected, *second):
-    _no_second_derivative(grad_table, *second)
+def _paint_loss_backward(ctx, grad_loss, *_):
+    _no_second_derivative()
     grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_loss is None:
         return tuple(grads)
@@ -244,12 +246,13 @@ def _(student_logits, teacher_logits, cu_seqlens, token_weights, with_gradient, 
 
 def _from_logits_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.num_inputs = len(inputs)
     ctx.save_for_backward(inputs[3], output[3])
 
 
-def _from_logits_backward(ctx, grad_loss, grad_table, grad_selected, *second):
-    _no_second_derivative(grad_table, *second)
+def _from_logits_backward(ctx, grad_loss, *_):
+    _no_second_derivative()
     grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_loss is not None and ctx.needs_input_grad[0]:
         token_weights, grad_logits = ctx.saved_tensors
@@ -312,6 +315,7 @@ def _(hidden_states, lm_head_weight, token_ids, with_hidden_gradient, temperatur
 def _token_logprobs_setup(ctx, inputs, output):
     hidden_states, weight, token_ids, _, temperature, backend = inputs
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.settings = (temperature, backend)
     redone = (None,) * 3
     if ctx.needs_input_grad[1]:
@@ -319,8 +323,8 @@ def _token_logprobs_setup(ctx, inputs, output):
     ctx.save_for_backward(output[2], *redone)
 
 
-def _token_logprobs_backward(ctx, grad_logprobs, grad_entropy, *second):
-    _no_second_derivative(grad_entropy, *second)
+def _token_logprobs_backward(ctx, grad_logprobs, *_):
+    _no_second_derivative()
     grad_hidden, *redone = ctx.saved_tensors
     grads: list[Tensor | None] = [None] * 6
     if grad_logprobs is not None and ctx.needs_input_grad[0]:

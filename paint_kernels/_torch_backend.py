@@ -77,6 +77,17 @@ def shifted_exponentials(x: Float[Tensor, "R V"], exponentials: Float[Tensor, "R
     return Shifted(largest, maximum, rest, torch.log1p(rest) - energy / (1 + rest))
 
 
+def log_ratio(student_rest: Tensor, teacher_rest: Tensor) -> Tensor:
+    """log of (1 + rest_S) / (1 + rest_T), whose error would be that of every log p~ - log p_S.
+
+    A difference of two logarithms near 8 is good to 1e-6, as large as a small divergence; where the
+    sums are close, one logarithm of their ratio is good to 1e-7 and better.
+    """
+    change = (student_rest - teacher_rest) / (1 + teacher_rest)
+    apart = torch.log1p(student_rest) - torch.log1p(teacher_rest)
+    return torch.where(change.abs() < 0.5, torch.log1p(change), apart)
+
+
 def row_stats(logits: Float[Tensor, "R V"], temperature: float) -> TokenStats:
     logsumexp = logits.new_empty(logits.shape[0])
     entropy = torch.empty_like(logsumexp)
@@ -148,7 +159,7 @@ def _block_loss(
     target.mul_(torch.where(usable, 1 / (1 + t.rest), 0.0))
 
     f = torch.sub(teacher, student, out=teacher)
-    f.add_(torch.log1p(s.rest) - torch.log1p(t.rest)).mul_(target)
+    f.add_(log_ratio(s.rest, t.rest)).mul_(target)
     token_kl = f.sum(dim=-1, keepdim=True)
     token_kl = torch.where(token_kl > INFINITE_DIVERGENCE, math.inf, token_kl)
     token_loss, clipped_mass = token_kl, torch.zeros_like(token_kl)

@@ -23,15 +23,17 @@ FAR_BELOW = tl.constexpr(-2e30)
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x >= 0, to float32 precision also near 0, where the GPU's log is coarse."""
+    """log(1 + x) for x > -1, to float32 precision also near 0, where the GPU's log is coarse."""
     y = x / (2.0 + x)
     square = y * y
-    series = 1.0 / 9.0
+    series = 1.0 / 13.0
+    series = 1.0 / 11.0 + square * series
+    series = 1.0 / 9.0 + square * series
     series = 1.0 / 7.0 + square * series
     series = 1.0 / 5.0 + square * series
     series = 1.0 / 3.0 + square * series
     series = 1.0 + square * series
-    return tl.where(x < 0.5, 2.0 * y * series, tl.log(1.0 + x))
+    return tl.where(tl.abs(x) < 0.5, 2.0 * y * series, tl.log(1.0 + x))
 
 
 @triton.jit
@@ -138,12 +140,20 @@ def target_tile(
 def row_constants(
     student_maximum_ptr, student_rest_ptr, teacher_maximum_ptr, teacher_rest_ptr, row
 ):
-    """Maxima, log of (1 + rest_S) / (1 + rest_T), and 1 / (1 + rest_T), which is 0 in a masked
-    row."""
+    """Maxima, log of (1 + rest_S) / (1 + rest_T), and 1 / (1 + rest_T), which is 0 in a masked row.
+
+    The logarithm is taken as in `_torch_backend.log_ratio`.
+    """
     student_maximum = tl.load(student_maximum_ptr + row)
     teacher_maximum = tl.load(teacher_maximum_ptr + row)
+    student_rest = tl.load(student_rest_ptr + row)
     teacher_rest = tl.load(teacher_rest_ptr + row)
-    log_ratio = log1p(tl.load(student_rest_ptr + row)) - log1p(teacher_rest)
+    change = (student_rest - teacher_rest) / (1.0 + teacher_rest)
+    log_ratio = tl.where(
+        tl.abs(change) < 0.5,
+        log1p(tl.where(tl.abs(change) < 0.5, change, 0.0)),
+        log1p(student_rest) - log1p(teacher_rest),
+    )
     masked = (student_maximum == EMPTY) | (teacher_maximum == EMPTY)
     inverse = tl.where(masked, 0.0, 1.0 / (1.0 + teacher_rest))
     return student_maximum, teacher_maximum, log_ratio, inverse

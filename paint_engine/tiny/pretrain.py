@@ -46,7 +46,7 @@ PLACEMENT_WEIGHTS = {"whole": 0.1, "suffix": 0.65, "random": 0.25}
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids of a prompt and its completion; only the completion is learned."""
+    """Token ids of a prompt and its completion; both are learned."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -98,6 +98,7 @@ def _train_tiny_tokenizer() -> PreTrainedTokenizerBase:
 
 def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
     """Qwen3's architecture at 0.9 million parameters."""
+    stop, padding = tokenizer.encode("<|im_end|><|endoftext|>")
     return Qwen3Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
@@ -110,14 +111,14 @@ def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        eos_token_id=stop,
+        pad_token_id=padding,
         dtype="float32",
     )
 
 
 def _batch_loss(model: Qwen3ForCausalLM, documents: list[Document]) -> Tensor:
-    """Summed cross-entropy over the completions' tokens; rows are padded on the right."""
+    """Summed cross-entropy over every token but the first; rows are padded on the right."""
     length = max(len(d.prompt_ids) + len(d.completion_ids) for d in documents)
     ids = torch.zeros(len(documents), length, dtype=torch.long)
     labels = torch.full((len(documents), length), -100)

@@ -13,15 +13,16 @@ THINK_TOKENS = ("<think>", "</think>")
 # turns after the last user message, and enable_thinking=False opens the answer with an empty think
 # block.
 CHAT_TEMPLATE = """\
-{%- set ns = namespace(last_user=-1) -%}
+{%- set ns = namespace(last_user=messages | length - 1) -%}
 {%- for message in messages -%}
     {%- if message.role == 'user' -%}{%- set ns.last_user = loop.index0 -%}{%- endif -%}
 {%- endfor -%}
 {%- for message in messages -%}
     {%- if message.role == 'assistant' -%}
         {%- set content = message.content -%}
-        {%- set reasoning = message.reasoning_content | default('', true) -%}
-        {%- if not reasoning and '</think>' in content -%}
+        {%- set separate = message.reasoning_content is string -%}
+        {%- set reasoning = message.reasoning_content if separate else '' -%}
+        {%- if not separate and '</think>' in content -%}
             {%- set reasoning = content.split('</think>')[0].rstrip('\\n') -%}
             {%- set reasoning = reasoning.split('<think>')[-1].lstrip('\\n') -%}
             {%- set content = content.split('</think>')[-1].lstrip('\\n') -%}

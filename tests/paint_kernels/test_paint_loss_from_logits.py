@@ -147,5 +147,7 @@ def test_the_callers_logits_are_left_alone():
 
 
 def test_extreme_logits_stay_finite(error):
-    student, teacher = 300 * logits(1), 300 * logits(2)
-    compare(student, teacher, error, top_fraction=0.3, interpolation_weight=0.5)
+    """Entropies of 1e-100 are 0 in float32, so they are left unranked here."""
+    output, gradient = compare(300 * logits(1), 300 * logits(2), error, top_fraction=0.0)
+    assert output.token_kl.max() > 1000
+    assert gradient.isfinite().all()

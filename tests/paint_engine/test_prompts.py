@@ -1,0 +1,161 @@
+"""The prompts of Fig. 2: their parts in order, the thinking switch, and what goes when too long."""
+
+from dataclasses import replace
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from paint_engine.masking import mask_solution
+from paint_engine.prompts import (
+    encode_chat,
+    encode_student_prompt,
+    encode_teacher_prompt,
+    student_text,
+    teacher_text,
+)
+from paint_engine.types import Problem
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+MARKER = "...(omitted)..."
+SOLUTION = " ".join(f"Step {i}: we add ${i} + {i} = {2 * i}$." for i in range(1, 25))
+PROBLEM = Problem("p:0", "Mia adds. What is it?", f"{SOLUTION} So $\\boxed{{48}}$.", "48")
+PARTIAL = mask_solution(PROBLEM.solution, 0.35, marker=MARKER)
+OPENING = "<|im_start|>user\n"
+ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+
+
+def _teacher(
+    tokenizer: PreTrainedTokenizerBase,
+    partial: str = PARTIAL,
+    *,
+    max_tokens: int | None = None,
+    suffix: str = "",
+    marker: str = MARKER,
+) -> tuple[int, ...]:
+    return encode_teacher_prompt(
+        tokenizer,
+        PROBLEM,
+        partial,
+        INSTRUCTION,
+        thinking=False,
+        suffix=suffix,
+        max_tokens=max_tokens,
+        marker=marker,
+    )
+
+
+def test_the_student_sees_the_problem_and_the_instruction_alone(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    ids = encode_student_prompt(tokenizer, PROBLEM, INSTRUCTION, thinking=False)
+    expected = f"{OPENING}Problem: Mia adds. What is it?\n\n{INSTRUCTION}{ANSWER}{EMPTY_THOUGHT}"
+    assert tokenizer.decode(ids) == expected
+
+
+def test_the_teachers_message_has_the_parts_of_figure_2_in_order() -> None:
+    text = teacher_text(PROBLEM.problem, PARTIAL, INSTRUCTION, whole=False)
+    parts = (
+        "Problem: Mia adds. What is it?",
+        "Here is a part of reference solution to this problem:",
+        "=== Reference Solution Begin ===",
+        PARTIAL,
+        "=== Reference Solution End ===",
+        "After reading the reference solution above",
+        INSTRUCTION,
+    )
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+    assert [text.count(part) for part in parts] == [1] * len(parts)
+    assert text.endswith(INSTRUCTION)
+    whole = teacher_text(PROBLEM.problem, PROBLEM.solution, INSTRUCTION, whole=True)
+    assert "Here is a reference solution to this problem:" in whole
+    assert "a part of" not in whole
+
+
+def test_only_an_unmasked_solution_is_called_whole(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert "a part of reference solution" in tokenizer.decode(_teacher(tokenizer, PARTIAL))
+    assert "a part of" not in tokenizer.decode(_teacher(tokenizer, PROBLEM.solution))
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_each_role_has_its_own_thinking_switch(
+    thinking: bool, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    student = encode_student_prompt(tokenizer, PROBLEM, INSTRUCTION, thinking=thinking)
+    teacher = encode_teacher_prompt(
+        tokenizer, PROBLEM, PARTIAL, INSTRUCTION, thinking=not thinking, marker=MARKER
+    )
+    tails = (ANSWER + EMPTY_THOUGHT, ANSWER)
+    assert tokenizer.decode(student).endswith(tails[thinking])
+    assert tokenizer.decode(teacher).endswith(tails[not thinking])
+
+
+def test_the_suffix_stands_right_after_the_generation_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    text = tokenizer.decode(_teacher(tokenizer, suffix="<think>\n\n</think>\n\nFirst,"))
+    assert text.endswith(f"{ANSWER}{EMPTY_THOUGHT}<think>\n\n</think>\n\nFirst,")
+    # Special tokens of template and suffix are ids, not spelled out.
+    (im_start,) = tokenizer.encode("<|im_start|>")
+    assert _teacher(tokenizer).count(im_start) == 2
+
+
+def test_a_template_without_the_switch_takes_both_values(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
+    monkeypatch.setattr(tokenizer, "chat_template", plain)
+    ids = [encode_chat(tokenizer, "Hi", thinking=thinking) for thinking in (True, False)]
+    assert tokenizer.decode(ids[0]) == tokenizer.decode(ids[1]) == "[user] Hi\n[assistant]"
+
+
+def test_a_prompt_that_fits_is_not_touched(tokenizer: PreTrainedTokenizerBase) -> None:
+    free = _teacher(tokenizer)
+    assert _teacher(tokenizer, max_tokens=len(free)) == free
+    assert PARTIAL in tokenizer.decode(free)
+
+
+@pytest.mark.parametrize("room", [1, 2, 7, 20, 60, 150])
+@pytest.mark.parametrize("partial", [PARTIAL, PROBLEM.solution], ids=["masked", "whole"])
+def test_a_prompt_too_long_loses_the_end_of_the_solution_alone(
+    partial: str, room: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    bare = _teacher(tokenizer, MARKER, suffix="So")
+    limit = len(bare) + room
+    ids = _teacher(tokenizer, partial, max_tokens=limit, suffix="So")
+    text = tokenizer.decode(ids)
+    assert len(ids) <= limit
+    before, _, rest = text.partition("=== Reference Solution Begin ===\n")
+    shown, _, after = rest.partition("\n=== Reference Solution End ===")
+    assert f"{OPENING}Problem: {PROBLEM.problem}\n\nHere is a part of reference" in before
+    assert after.endswith(f"{INSTRUCTION}{ANSWER}{EMPTY_THOUGHT}So")
+    assert shown.endswith(MARKER)
+    kept = shown.removesuffix(MARKER)
+    assert partial.startswith(kept)
+    assert MARKER not in kept
+    # As long as possible: no longer beginning of the solution fits either.
+    for longer in range(len(kept) + 1, len(partial)):
+        whole = replace(PROBLEM, solution=partial)
+        text = teacher_text(whole.problem, partial[:longer] + MARKER, INSTRUCTION, whole=False)
+        assert len(encode_chat(tokenizer, text, thinking=False, suffix="So")) > limit
+
+
+def test_the_tightest_limit_shows_the_marker_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    bare = _teacher(tokenizer, MARKER)
+    assert _teacher(tokenizer, PROBLEM.solution, max_tokens=len(bare)) == bare
+
+
+@pytest.mark.parametrize("partial", [PARTIAL, "", MARKER])
+def test_a_prompt_that_cannot_fit_is_refused_with_both_lengths(
+    partial: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    limit = len(encode_student_prompt(tokenizer, PROBLEM, INSTRUCTION, thinking=False))
+    with pytest.raises(ValueError, match=r"^p:0: the teacher's prompt takes") as caught:
+        _teacher(tokenizer, partial, max_tokens=limit)
+    assert f"only {limit} are left" in str(caught.value)
+    assert "--rollout.max_new_tokens" in str(caught.value)
+
+
+def test_student_text_is_what_both_training_and_evaluation_ask() -> None:
+    assert student_text("2+2?", "Go.") == "Problem: 2+2?\n\nGo."

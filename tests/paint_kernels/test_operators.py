@@ -1,0 +1,224 @@
+"""What PyTorch asks of an operator: registration, compilation, autograd's corner cases, layouts."""
+
+import pytest
+import torch
+
+from paint_kernels import (
+    PaintLoss,
+    _ops,
+    paint_loss,
+    paint_loss_from_logits,
+    reference,
+    token_logprobs,
+    token_stats,
+)
+
+OPTIONS = (0.9, 0.06, 0.3, 0.3, None, 1e-6, "torch")
+REDUCTIONS = ("sequence_mean", "none")
+
+
+@pytest.fixture
+def batch(build):
+    return build((5, 0, 7), 61).trainable()
+
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("own_head", [True, False])
+@pytest.mark.parametrize("per_token", [True, False])
+def test_opcheck_paint_loss(build, head, own_head, per_token):
+    batch = build((5, 0, 7), 61, teacher_hidden=9 if own_head else None).trainable(head)
+    weights = None if per_token else torch.rand(12)
+    arguments = (
+        *(batch.student, batch.teacher, batch.weight, batch.teacher_weight, batch.cu_seqlens),
+        *(weights, True, head, *OPTIONS),
+    )
+    torch.library.opcheck(_ops.paint_loss, arguments)
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_opcheck_paint_loss_from_logits(batch, per_token):
+    student, teacher = torch.randn(12, 61, requires_grad=True), torch.randn(12, 61)
+    weights = None if per_token else torch.rand(12)
+    arguments = (student, teacher, batch.cu_seqlens, weights, True, *OPTIONS)
+    torch.library.opcheck(_ops.paint_loss_from_logits, arguments)
+
+
+def test_opcheck_the_others(batch):
+    ids = torch.arange(12)
+    weight = batch.weight.detach()
+    torch.library.opcheck(_ops.token_stats, (batch.student.detach(), weight, 0.9, "torch"))
+    torch.library.opcheck(
+        _ops.token_logprobs, (batch.student, batch.weight, ids, True, 0.9, "torch")
+    )
+    torch.library.opcheck(
+        _ops.token_logprobs_weight_gradient,
+        (batch.student.detach(), weight, ids, torch.rand(12), 0.9, "torch"),
+    )
+    selected = torch.arange(12) % 3 == 0
+    torch.library.opcheck(
+        _ops.paint_loss_weight_gradient,
+        (
+            *(batch.student.detach(), batch.teacher, weight, None, selected, torch.rand(12)),
+            *OPTIONS,
+        ),
+    )
+
+
+def both_gradients(function, batch):
+    loss = function(batch.student, batch.teacher, batch.weight, batch.cu_seqlens)
+    return [loss, *torch.autograd.grad(loss.sum(), (batch.student, batch.weight))]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_compiled_paint_loss_equals_eager(batch, reduction):
+    """fullgraph: one graph, without a break at the operator or at the checks."""
+
+    def function(student, teacher, weight, bounds):
+        output = paint_loss(2 * student, teacher, weight, bounds, reduction=reduction)
+        return output.loss * 3 + output.token_kl.sum()
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for actual, expected in zip(
+        both_gradients(compiled, batch), both_gradients(function, batch), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+def test_compiled_module_and_functions(batch):
+    module = PaintLoss(top_fraction=0.3)
+    ids = torch.arange(12)
+
+    def function(student, teacher, weight, bounds):
+        logits = student @ weight.T
+        return (
+            module(student, teacher, weight, bounds).loss
+            + paint_loss_from_logits(logits, logits.detach() + 1, bounds, denominator=3).loss
+            + token_logprobs(student, weight, ids).logprobs.sum()
+            + token_stats(student, weight).entropy.sum()
+        )
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for actual, expected in zip(
+        both_gradients(compiled, batch), both_gradients(function, batch), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_compiled_with_lengths_that_change(build):
+    compiled = torch.compile(
+        lambda *inputs: paint_loss(*inputs).loss, backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    for lengths in ((5, 0, 7), (3, 2, 9), (8, 8, 8)):
+        batch = build(lengths, 61).trainable()
+        expected = both_gradients(lambda *inputs: paint_loss(*inputs).loss, batch)
+        for actual, wanted in zip(both_gradients(compiled, batch), expected, strict=True):
+            assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_two_backward_passes(batch, reduction):
+    loss = batch.loss(paint_loss, reduction=reduction).loss
+    inputs = (batch.student, batch.weight)
+    first = torch.autograd.grad(loss.sum(), inputs, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(3 * loss.sum(), inputs)
+    for one, three, before in zip(first, second, kept, strict=True):
+        assert torch.equal(one, before)
+        torch.testing.assert_close(three, 3 * one)
+
+
+def test_two_backward_passes_of_logprobs(batch):
+    loss = token_logprobs(batch.student, batch.weight, torch.arange(12)).logprobs.sum()
+    inputs = (batch.student, batch.weight)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(3 * loss, inputs)
+    for one, three in zip(first, second, strict=True):
+        torch.testing.assert_close(three, 3 * one)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("wanted", ["student", "weight"])
+def test_one_gradient_at_a_time(batch, error, reduction, wanted):
+    both = dict(zip(("student", "weight"), both_gradients_of(batch, reduction), strict=True))
+    getattr(batch, "weight" if wanted == "student" else "student").requires_grad_(False)
+    alone = torch.autograd.grad(
+        batch.loss(paint_loss, reduction=reduction).loss.sum(), getattr(batch, wanted)
+    )[0]
+    assert error(alone, both[wanted]) < 1e-6
+
+
+def both_gradients_of(batch, reduction):
+    loss = batch.loss(paint_loss, reduction=reduction).loss
+    return torch.autograd.grad(loss.sum(), (batch.student, batch.weight))
+
+
+def test_the_teacher_gets_no_gradient(build):
+    batch = build(teacher_hidden=9).trainable()
+    batch.teacher.requires_grad_()
+    batch.teacher_weight.requires_grad_()
+    batch.loss(paint_loss).loss.backward()
+    assert batch.student.grad is not None and batch.weight.grad is not None
+    assert batch.teacher.grad is None and batch.teacher_weight.grad is None
+
+
+def test_no_gradient_no_work(batch):
+    """Under no_grad the loss has the same values, and neither graph nor gradient."""
+    with torch.no_grad():
+        output = batch.loss(paint_loss)
+    assert not output.loss.requires_grad
+    assert torch.equal(output.loss, batch.loss(paint_loss).loss)
+
+
+def test_logged_values_are_detached(batch):
+    output = batch.loss(paint_loss)
+    assert output.loss.requires_grad
+    assert not any(value.requires_grad for value in output[1:])
+
+
+def test_a_second_derivative_is_refused(batch):
+    loss = batch.loss(paint_loss).loss
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(loss, batch.student, create_graph=True)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_autocast_does_not_round_the_logits(batch, reduction):
+    expected = both_gradients_of(batch, reduction)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = both_gradients_of(batch, reduction)
+        stats = token_stats(batch.student, batch.weight)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(stats.entropy, token_stats(batch.student, batch.weight).entropy)
+
+
+def test_non_contiguous_inputs(build, error):
+    batch = build((5, 0, 7), 61)
+    student = torch.stack([batch.student, batch.student], dim=1)[:, 0].requires_grad_()
+    teacher = batch.teacher.T.contiguous().T
+    weight = batch.weight.T.contiguous().T.requires_grad_()
+    bounds = torch.stack([batch.cu_seqlens, batch.cu_seqlens], dim=1)[:, 0]
+    assert not any(t.is_contiguous() for t in (student, teacher, weight, bounds))
+    loss = paint_loss(student, teacher, weight, bounds).loss
+    plain = batch.trainable()
+    expected = both_gradients(lambda *inputs: paint_loss(*inputs).loss, plain)
+    actual = [loss, *torch.autograd.grad(loss, (student, weight))]
+    for one, other in zip(actual, expected, strict=True):
+        assert error(one, other) < 1e-6
+
+
+def test_gradients_reach_through_the_hidden_states(build, error):
+    """The upstream gradient passes on into a model below, as reference has it."""
+    batch = build((5, 7), 61)
+    layer = torch.nn.Linear(16, 16)
+    exact = torch.nn.Linear(16, 16, dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    settings = {"pointwise_clip": None}
+    paint_loss(
+        layer(batch.student), batch.teacher, batch.weight, batch.cu_seqlens, **settings
+    ).loss.backward()
+    wide = batch.double()
+    reference.paint_loss(
+        exact(wide.student), wide.teacher, wide.weight, wide.cu_seqlens, **settings
+    ).loss.backward()
+    assert error(layer.weight.grad, exact.weight.grad) < 2e-4

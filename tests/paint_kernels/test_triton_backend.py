@@ -1,0 +1,36 @@
+"""Runs the Triton cases where they can run: on a GPU if there is one, else in the interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+def run(*command: str, **variables: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=environment,
+        cwd=HERE.parents[1],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_numerics():
+    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    output = run("-m", "pytest", str(HERE / "triton_cases.py"), **interpreted)
+    assert " passed" in output and "skipped" not in output
+
+
+def test_every_kernel_compiles_for_a_gpu(tmp_path):
+    """Ahead of time for sm_90, in a fresh cache: no float64, no spilled registers."""
+    output = run(str(HERE / "triton_compile.py"), TRITON_CACHE_DIR=str(tmp_path))
+    assert "all kernels compile" in output

@@ -1,0 +1,182 @@
+"""The Triton backend against the float64 reference, on a GPU or else in Triton's interpreter.
+
+test_triton_backend.py runs this file in a process of its own: the interpreter is chosen by
+TRITON_INTERPRET=1 before triton is first imported.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from paint_kernels import (
+    _chunked,
+    _triton_backend,
+    paint_loss,
+    paint_loss_from_logits,
+    reference,
+    token_logprobs,
+    token_stats,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles():
+    """Several tiles, chunks and a ragged last one even at test sizes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_triton_backend, "MAX_BLOCK", 128)
+        patch.setattr(_chunked, "CPU_CHUNK_ELEMENTS", 1500)
+        patch.setattr(_chunked, "GPU_CHUNK_ROWS", 6)
+        yield
+
+
+@pytest.mark.parametrize("noise", [None, 0.05])
+@pytest.mark.parametrize("vocab_size", [2, 128, 301])
+@pytest.mark.parametrize("clip", [True, False])
+def test_every_vocabulary_and_kl(build, check, clip_for, vocab_size, noise, clip):
+    batch = build((7, 0, 1, 12), vocab_size, noise=noise, device=DEVICE)
+    options = {"top_fraction": 0.3, "interpolation_weight": 0.3, "temperature": 0.8}
+    tau = clip_for(batch, 0.06 if noise is None else 0.001, **options) if clip else None
+    output = check(paint_loss, batch, backend="triton", pointwise_clip=tau, **options)
+    assert (output.clipped_mass > 0).any().item() is clip
+
+
+# Each example takes a second here: a failing one is not shrunk.
+@settings(deadline=None, derandomize=True, max_examples=12, phases=[Phase.explicit, Phase.generate])
+@given(
+    lengths=st.lists(st.integers(0, 5), min_size=2, max_size=3).map(tuple),
+    vocab_size=st.integers(20, 200),
+    temperature=st.floats(0.7, 1.3),
+    top_fraction=st.sampled_from([0.0, 0.03, 0.5, 1.0]),
+    interpolation_weight=st.sampled_from([0.0, 0.03, 0.5]),
+    teacher_top_k=st.sampled_from([None, 7]),
+    reduction=st.sampled_from(["sequence_mean", "none"]),
+    head=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_settings_over_their_ranges(build, check, lengths, vocab_size, head, seed, **options):
+    batch = build(lengths, vocab_size, seed=seed, device=DEVICE)
+    check(paint_loss, batch, head=head, backend="triton", pointwise_clip=None, **options)
+
+
+def test_the_list_of_selected_rows_may_be_filled_up(build, check, monkeypatch):
+    """What a GPU does to know the list's length beforehand, on any device."""
+
+    def filled(selected, num_rollouts, top_fraction):
+        most = min(len(selected), math.ceil(top_fraction * len(selected)) + num_rollouts)
+        return torch.sort(selected.to(torch.uint8), descending=True, stable=True).indices[:most]
+
+    monkeypatch.setattr(_chunked, "selected_rows", filled)
+    batch = build((7, 0, 1, 12), device=DEVICE)
+    settings = {"top_fraction": 0.3, "interpolation_weight": 0.3, "pointwise_clip": None}
+    check(paint_loss, batch, backend="triton", **settings)
+    check(paint_loss, batch, backend="torch", **settings)
+
+
+def test_masked_tokens(error):
+    """-inf on either side or both, rows with one token left, rows with none."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 3 * torch.randn(2, 8, 150, generator=generator).to(DEVICE)
+    bounds = torch.tensor([0, 3, 8], device=DEVICE)
+    teacher[0, 3:100] = -math.inf
+    teacher[1, 5:70] = student[1, 5:70] = -math.inf
+    student[2, 70] = -math.inf
+    student[3, 1:] = teacher[3, 1:] = -math.inf
+    student[4], teacher[5] = -math.inf, -math.inf
+    student[6] = teacher[6] = -math.inf
+    for clip in (0.06, None):
+        for weight in (0.0, 0.3, 1.0):
+            options = {"pointwise_clip": clip, "interpolation_weight": weight, "top_fraction": 0.5}
+            mine, wide = student.clone().requires_grad_(), student.double().requires_grad_()
+            output = paint_loss_from_logits(mine, teacher, bounds, backend="triton", **options)
+            exact = reference.paint_loss_from_logits(wide, teacher.double(), bounds, **options)
+            assert torch.equal(output.selected, exact.selected)
+            for name in ("token_loss", "token_kl", "student_entropy", "clipped_mass"):
+                actual, expected = getattr(output, name), getattr(exact, name)
+                torch.testing.assert_close(actual.double(), expected, rtol=2e-4, atol=1e-6)
+            upstream = torch.ones_like(exact.loss)
+            (expected,) = torch.autograd.grad(exact.loss, wide, upstream)
+            (actual,) = torch.autograd.grad(output.loss, mine, upstream.float())
+            assert error(actual, expected) < 2e-4
+
+
+def test_confident_rows_keep_their_digits(build):
+    batch = build((6, 6), 150, noise=0.02, device=DEVICE)
+    batch.weight[:, 0] = 0.0
+    batch.weight[70] = 0.0
+    batch.weight[70, 0] = 1.0
+    for hidden in (batch.student, batch.teacher):
+        hidden[:, 0] = torch.linspace(17.0, 21.0, 12)
+        hidden[:, 1:] *= 0.5
+    settings = {"pointwise_clip": None, "top_fraction": 0.3, "reduction": "none"}
+    mine, exact_batch = batch.trainable(False), batch.double().trainable(False)
+    output = mine.loss(paint_loss, backend="triton", **settings)
+    exact = exact_batch.loss(reference.paint_loss, **settings)
+    assert exact.student_entropy.max() < 1e-3
+    for name in ("student_entropy", "teacher_entropy", "entropy_ratio"):
+        torch.testing.assert_close(
+            getattr(output, name).double(), getattr(exact, name), rtol=2e-4, atol=0.0
+        )
+    output.loss.sum().backward()
+    exact.loss.sum().backward()
+    row_errors = (mine.student.grad.double() - exact_batch.student.grad).norm(dim=1)
+    assert (row_errors < 2e-4 * exact_batch.student.grad.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("vocab_size", [None, 100])
+def test_token_functions(build, error, vocab_size):
+    batch = build((9,), device=DEVICE)
+    ids = torch.arange(9, device=DEVICE)
+    mine, wide = batch.trainable(), batch.double().trainable()
+    settings = {"temperature": 0.9, "vocab_size": vocab_size}
+    output = token_logprobs(mine.student, mine.weight, ids, backend="triton", **settings)
+    exact = reference.token_logprobs(wide.student, wide.weight, ids, **settings)
+    assert error(output.logprobs, exact.logprobs) < 2e-4
+    upstream = 0.5 + torch.arange(9, device=DEVICE)
+    output.logprobs.backward(upstream.float())
+    exact.logprobs.backward(upstream.double())
+    assert error(mine.student.grad, wide.student.grad) < 2e-4
+    assert error(mine.weight.grad, wide.weight.grad) < 2e-4
+    stats = token_stats(batch.student, batch.weight, backend="triton", **settings)
+    exact_stats = reference.token_stats(batch.student.double(), batch.weight.double(), **settings)
+    for actual, expected in zip(stats, exact_stats, strict=True):
+        assert error(actual, expected) < 2e-5
+
+
+def test_not_a_number_is_not_hidden():
+    student = torch.randn(4, 150, device=DEVICE)
+    student[2, 75] = math.nan
+    bounds = torch.tensor([0, 4], device=DEVICE)
+    teacher = torch.randn(4, 150, device=DEVICE)
+    output = paint_loss_from_logits(student, teacher, bounds, backend="triton")
+    assert output.token_loss.isnan().tolist() == [False, False, True, False]
+
+
+def test_offsets_past_two_to_the_31():
+    """Row 3 of a stride of 2^30: 32-bit offsets would wrap to somewhere else. No memory is touched
+    but the rows themselves, for the pages between them are never written."""
+    stride = 2**30
+    storage = torch.empty(3 * stride + 40, dtype=torch.float32, device=DEVICE)
+    logits = storage.as_strided((4, 40), (stride, 1))
+    rows = torch.randn(4, 40)
+    logits.copy_(rows)
+    stats = _triton_backend.row_stats(logits, 1.0)
+    torch.testing.assert_close(stats.logsumexp.cpu(), rows.logsumexp(-1))
+
+
+def test_compiled(build):
+    batch = build((5, 0, 7), 61, device=DEVICE).trainable()
+
+    def function(*inputs):
+        return paint_loss(*inputs, backend="triton", top_fraction=0.3).loss
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    inputs = (batch.student, batch.teacher, batch.weight, batch.cu_seqlens)
+    expected = torch.autograd.grad(function(*inputs), (batch.student, batch.weight))
+    actual = torch.autograd.grad(compiled(*inputs), (batch.student, batch.weight))
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
