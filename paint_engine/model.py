@@ -127,7 +127,8 @@ def add_lora(
         target_modules=list(section.target_modules),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    # Evaluation mode is the state of rest; the training step leaves it for the student's pass.
+    return get_peft_model(model, config).eval()
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:

@@ -6,6 +6,8 @@ from torch import Tensor
 from paint_engine.config import ObjectiveSection
 from paint_kernels import PaintLossOutput, paint_loss
 
+__all__ = ["PaintLossOutput", "metric_sums", "paint"]
+
 
 def paint(
     student_hidden_states: Float[Tensor, "N H"],

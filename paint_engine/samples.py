@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.anchors import extract_anchors, find_anchors
+from paint_engine.objectives import PaintLossOutput
 from paint_engine.types import PrivilegedRollout
-from paint_kernels import PaintLossOutput
 
 
 def _record(

@@ -29,7 +29,7 @@ class FixedTeacher:
 
     @contextmanager
     def scoring(self) -> Iterator[nn.Module]:
-        """The module to score with, without gradients.
+        """The module to score with, in evaluation mode and without gradients.
 
         Only the layers' own flag is flipped: peft's `disable_adapter()` would also clear
         requires_grad, which sharded training caches at its first forward.
@@ -40,6 +40,8 @@ class FixedTeacher:
             return
         flags = [layer._disable_adapters for layer in self._layers]
         assert not any(flags), "the adapters are off already: a teacher's context inside another"
+        was_training = self._model.training
+        self._model.eval()
         for layer in self._layers:
             layer._disable_adapters = True
         try:
@@ -48,3 +50,4 @@ class FixedTeacher:
         finally:
             for layer in self._layers:
                 layer._disable_adapters = False
+            self._model.train(was_training)

@@ -106,6 +106,9 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
     samples: list[dict[str, object]] = []
     sampled = time.monotonic()
 
+    # Dropout, where there is any, is in the student's pass alone and repeats when resumed.
+    torch.manual_seed(request_seed("dropout", config.train.seed, step))
+    run.model.train()
     for items in split_microbatches(privileged, config.train.max_tokens_per_microbatch):
         batch = batch_to(build_batch(items), run.device)
         with run.teacher.scoring() as scorer:
@@ -131,6 +134,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
     grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, config.optim.max_grad_norm)
     run.optimizer.step()
     run.optimizer.zero_grad()
+    run.model.eval()
     # ---------------------------------------------------------------------------------------------
     finished = time.monotonic()
     return {
@@ -211,6 +215,7 @@ def train(run: Run, progress: Progress, stop: StopRequest) -> None:
     """The loop, from the last finished step to the last one asked for, evaluations included."""
     config = run.config
     num_steps, section = config.train.num_steps, config.eval
+    in_between = range(section.every, num_steps + 1, section.every) if section.every else ()
     if run.eval_set is not None and section.at_start and run.step == 0:
         evaluate_at(run, 0, progress, stop)
     writer = MetricsWriter(
@@ -223,20 +228,23 @@ def train(run: Run, progress: Progress, stop: StopRequest) -> None:
     with writer, progress.training(num_steps, run.step) as show:
         while run.step < num_steps:
             stop.check()
+            evaluated = {}
+            # Before the step whose rollouts come from the same weights, so that a stop in an
+            # evaluation loses no step's metrics, and a resumed run begins with it again.
+            if run.eval_set is not None and run.step in in_between:
+                results = evaluate_at(run, run.step, progress, stop)
+                evaluated = {"eval_avg_at_k": avg_at_k(correct_matrix(results))}
             metrics, samples = train_step(run, run.step)
             run.step += 1
             run.seconds_train += metrics["seconds"]
-            if run.eval_set is not None and section.every and run.step % section.every == 0:
-                results = evaluate_at(run, run.step, progress, stop)
-                metrics["eval_avg_at_k"] = avg_at_k(correct_matrix(results))
-            writer.write(metrics)
+            writer.write(metrics | evaluated)
             for sample in samples:
                 writer.write_sample(sample)
             show(metrics)
             if config.checkpoint.every and run.step % config.checkpoint.every == 0:
                 save(run)
     save(run)
-    if run.eval_set is not None and section.at_end:
+    if run.eval_set is not None and (section.at_end or num_steps in in_between):
         evaluate_at(run, num_steps, progress, stop)
 
 
@@ -244,12 +252,16 @@ def summarise(run: Run) -> dict[str, Any]:
     """`summary.json`: Avg@k before and after on the same problems, and what it took."""
     config = run.config
     correct: dict[str, np.ndarray] = {}
+    problem_ids: list[list[str]] = []
     for moment, step in (("before", 0), ("after", config.train.num_steps)):
         file = run.evaluation_file(step)
         if file.exists():
-            correct[moment] = correct_matrix([EvalSample(**row) for row in read_jsonl(file)])
-    both = len(correct) == 2
-    paired = paired_bootstrap(correct["before"], correct["after"]) if both else None
+            samples = [EvalSample(**row) for row in read_jsonl(file)]
+            correct[moment] = correct_matrix(samples)
+            problem_ids.append(list(dict.fromkeys(sample.problem_id for sample in samples)))
+    # A resumed run may have been given another evaluation, whose problems cannot be paired.
+    pairs = len(correct) == 2 and problem_ids[0] == problem_ids[1]
+    paired = paired_bootstrap(correct["before"], correct["after"]) if pairs else None
     summary = {
         "avg_at_k_before": avg_at_k(correct["before"]) if "before" in correct else None,
         "avg_at_k_after": avg_at_k(correct["after"]) if "after" in correct else None,

@@ -3,8 +3,8 @@
 `paint_loss` replaces the two (N, V) logit tensors, the softmaxes and the divergence of a
 distillation loss by one differentiable call whose memory does not grow with N x V:
 
-    output = paint_loss(student_hidden_states, teacher_hidden_states, model.lm_head.weight,
-    cu_seqlens) output.loss.backward()
+    output = paint_loss(student_hidden, teacher_hidden, model.lm_head.weight, cu_seqlens)
+    output.loss.backward()
 
 `reference` holds the same functions in plain PyTorch, as the specification. Nothing here knows a
 config, a model library or a process group.

@@ -70,7 +70,7 @@ class HiddenSource:
         self.num_rows, self.vocab_size = len(self.student_hidden), len(self.student_weight)
         self.rows_per_chunk = chunk_rows(self.num_rows, self.vocab_size, self.student_weight.device)
         self.buffers = self.student_weight.new_empty(
-            2, self.rows_per_chunk, self.vocab_size, dtype=self.dtype
+            2 * self.rows_per_chunk, self.vocab_size, dtype=self.dtype
         )
         self.grad_hidden = self.student_hidden.new_empty(0)
         if with_hidden_gradient:
@@ -87,9 +87,14 @@ class HiddenSource:
 
     def logits(self, rows: Rows) -> tuple[Float[Tensor, "R V"], Float[Tensor, "R V"]]:
         student, teacher = self.student_hidden[rows], self.teacher_hidden[rows]
-        student_logits, teacher_logits = self.buffers[:, : len(student)]
-        project(student, self.student_weight, out=student_logits)
-        project(teacher, self.teacher_weight, out=teacher_logits)
+        both_logits = self.buffers[: 2 * len(student)]
+        student_logits, teacher_logits = both_logits.chunk(2)
+        if self.teacher_weight is self.student_weight:
+            # One product of twice the rows, which reads the shared head once.
+            project(torch.cat([student, teacher]), self.student_weight, out=both_logits)
+        else:
+            project(student, self.student_weight, out=student_logits)
+            project(teacher, self.teacher_weight, out=teacher_logits)
         return student_logits, teacher_logits
 
     def keep_gradient(self, rows: Rows, gradient: Float[Tensor, "R V"]) -> None:

@@ -1,5 +1,4 @@
-"""The opaque operators, one per public op, so that torch.compile sees one node and traces no chunk
-loop.
+"""The opaque operators, one per public op: torch.compile sees one node and traces no chunk loop.
 
 Gradients by the hidden states (or logits) are computed in the forward pass, one unweighted row a
 token, and scaled out of place in the backward pass: any upstream gradient and any number of

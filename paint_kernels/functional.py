@@ -52,6 +52,50 @@ def _token_weights(
     return (weights / count).to(dtype)
 
 
+def _check_logits(
+    student: Tensor, teacher: Tensor, cu_seqlens: Tensor, vocab_size: int | None
+) -> int:
+    """The vocabulary that both share."""
+    check_float("student_logits", student, "(N, V)", student.device)
+    check_float("teacher_logits", teacher, "(N, V)", student.device)
+    check_same_rows("logits", student, teacher)
+    check_cu_seqlens(cu_seqlens, student.device)
+    if vocab_size is None and student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"student_logits has {student.shape[1]} columns, teacher_logits {teacher.shape[1]}: "
+            "both need the same vocabulary. Set vocab_size to its size where one side is padded."
+        )
+    return resolve_vocab_size(vocab_size, min(student.shape[1], teacher.shape[1]))
+
+
+def _check_hidden_states(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    teacher_lm_head_weight: Tensor | None,
+    cu_seqlens: Tensor,
+    vocab_size: int | None,
+) -> tuple[int, Tensor | None]:
+    """The vocabulary that both heads share, and the teacher's own head, cut to it."""
+    device = student.device
+    check_projection("student_", student, weight, device)
+    check_same_rows("hidden_states", student, teacher)
+    check_cu_seqlens(cu_seqlens, device)
+    if teacher_lm_head_weight is None:
+        check_projection("teacher_", teacher, weight, device)
+        return resolve_vocab_size(vocab_size, weight.shape[0]), None
+    teacher_weight = local_tensor("teacher_lm_head_weight", teacher_lm_head_weight).detach()
+    check_projection("teacher_", teacher, teacher_weight, device)
+    if vocab_size is None and weight.shape[0] != teacher_weight.shape[0]:
+        raise ValueError(
+            f"lm_head_weight has {weight.shape[0]} rows, teacher_lm_head_weight "
+            f"{teacher_weight.shape[0]}: both need the same vocabulary. Set vocab_size to its size "
+            "where one head is padded."
+        )
+    vocab_size = resolve_vocab_size(vocab_size, min(weight.shape[0], teacher_weight.shape[0]))
+    return vocab_size, teacher_weight[:vocab_size]
+
+
 def _output(loss: Tensor, table: Tensor, selected: Tensor) -> PaintLossOutput:
     token_loss, token_kl, student_entropy, teacher_entropy, ratio, clipped_mass = table.detach()
     return PaintLossOutput(
@@ -184,23 +228,10 @@ def paint_loss_from_logits(
     The settings, the result and the errors are those of `paint_loss`. Half-precision logits have
     lost digits that no loss brings back: where divergences are small, prefer `paint_loss`.
     """
-    student_logits = local_tensor("student_logits", student_logits)
-    teacher_logits = local_tensor("teacher_logits", teacher_logits)
-    device = student_logits.device
-    check_float("student_logits", student_logits, "(N, V)", device)
-    check_float("teacher_logits", teacher_logits, "(N, V)", device)
-    check_same_rows("logits", student_logits, teacher_logits)
-    check_cu_seqlens(cu_seqlens, device)
-    if vocab_size is None and student_logits.shape[1] != teacher_logits.shape[1]:
-        raise ValueError(
-            f"student_logits has {student_logits.shape[1]} columns, teacher_logits "
-            f"{teacher_logits.shape[1]}: both need the same vocabulary. Set vocab_size to its "
-            "size where "
-            "one side is padded."
-        )
-    smaller = min(student_logits.shape[1], teacher_logits.shape[1])
-    vocab_size = resolve_vocab_size(vocab_size, smaller)
-    dtype = compute_dtype(student_logits, teacher_logits)
+    student = local_tensor("student_logits", student_logits)
+    teacher = local_tensor("teacher_logits", teacher_logits).detach()
+    vocab_size = _check_logits(student, teacher, cu_seqlens, vocab_size)
+    dtype = compute_dtype(student, teacher)
     settings = check_settings(
         temperature=temperature,
         divergence=divergence,
@@ -211,15 +242,14 @@ def paint_loss_from_logits(
         teacher_top_k=teacher_top_k,
         entropy_floor=entropy_floor,
         vocab_size=vocab_size,
-        backend=resolve_backend(backend, device, dtype),
+        backend=resolve_backend(backend, student.device, dtype),
     )
-    num_tokens = student_logits.shape[0]
     loss, table, selected, _ = _ops.paint_loss_from_logits(
-        student_logits[:, :vocab_size],
-        teacher_logits[:, :vocab_size].detach(),
+        student[:, :vocab_size],
+        teacher[:, :vocab_size],
         cu_seqlens,
-        _token_weights(cu_seqlens, num_tokens, reduction, denominator, dtype),
-        _wants_gradient(student_logits),
+        _token_weights(cu_seqlens, student.shape[0], reduction, denominator, dtype),
+        _wants_gradient(student),
         *settings.as_arguments(),
     )
     return _output(loss, table, selected)
@@ -250,9 +280,12 @@ def paint_loss(
     With log p = log_softmax(z / T) of each model and entropies H, the ceil(top_fraction * n)
     positions of each rollout with the largest R = H_T / max(H_S, entropy_floor) (Eq. 9) get the
     target softmax(((1-k) z_T + k z_S) / T), the others p_T (Eq. 12, 13). The target p~ is a
-    constant. A token's loss is the sum over v of min(f(v), tau), f(v) = p~(v) (log p~(v) - log
-    p_S(v)) (Eq. 3): it can be negative, since only the upper side is clipped. The gradient by the
-    student's logits is (p_S * sum of p~ over U - p~ on U) / T with U the entries where f <= tau.
+    constant. A token's loss (Eq. 3), which can be negative since only the upper side is clipped, is
+
+        sum over v of min(f(v), tau),  f(v) = p~(v) (log p~(v) - log p_S(v)).
+
+    Its gradient by the student's logits is (p_S * sum of p~ over U - p~ on U) / T, where U holds
+    the entries with f <= tau.
 
     Args:
         student_hidden_states: (N, H), the hidden states that predict the N packed completion
@@ -291,12 +324,8 @@ def paint_loss(
     student = local_tensor("student_hidden_states", student_hidden_states)
     teacher = local_tensor("teacher_hidden_states", teacher_hidden_states).detach()
     weight = local_tensor("lm_head_weight", lm_head_weight)
-    device = student.device
-    check_projection("student_", student, weight, device)
-    check_same_rows("hidden_states", student, teacher)
-    check_cu_seqlens(cu_seqlens, device)
-    vocab_size, teacher_weight = _teacher_head(
-        teacher, weight, teacher_lm_head_weight, vocab_size, device
+    vocab_size, teacher_weight = _check_hidden_states(
+        student, teacher, weight, teacher_lm_head_weight, cu_seqlens, vocab_size
     )
     heads = [weight] if teacher_weight is None else [weight, teacher_weight]
     dtype = compute_dtype(student, teacher, *heads)
@@ -310,7 +339,7 @@ def paint_loss(
         teacher_top_k=teacher_top_k,
         entropy_floor=entropy_floor,
         vocab_size=vocab_size,
-        backend=resolve_backend(backend, device, dtype),
+        backend=resolve_backend(backend, student.device, dtype),
     )
     loss, table, selected, _, _ = _ops.paint_loss(
         student,
@@ -324,27 +353,3 @@ def paint_loss(
         *settings.as_arguments(),
     )
     return _output(loss, table, selected)
-
-
-def _teacher_head(
-    teacher_hidden_states: Tensor,
-    weight: Tensor,
-    teacher_lm_head_weight: Tensor | None,
-    vocab_size: int | None,
-    device: torch.device,
-) -> tuple[int, Tensor | None]:
-    """The vocabulary that both heads share, and the teacher's own head, cut to it."""
-    if teacher_lm_head_weight is None:
-        check_projection("teacher_", teacher_hidden_states, weight, device)
-        return resolve_vocab_size(vocab_size, weight.shape[0]), None
-    teacher_weight = local_tensor("teacher_lm_head_weight", teacher_lm_head_weight).detach()
-    check_projection("teacher_", teacher_hidden_states, teacher_weight, device)
-    if vocab_size is None and weight.shape[0] != teacher_weight.shape[0]:
-        raise ValueError(
-            f"lm_head_weight has {weight.shape[0]} rows, teacher_lm_head_weight "
-            f"{teacher_weight.shape[0]}: both need the same vocabulary. Set vocab_size to its "
-            "size where "
-            "one head is padded."
-        )
-    vocab_size = resolve_vocab_size(vocab_size, min(weight.shape[0], teacher_weight.shape[0]))
-    return vocab_size, teacher_weight[:vocab_size]

@@ -53,18 +53,16 @@ class PaintLoss(nn.Module):
         teacher_lm_head_weight: Float[Tensor, "V H_T"] | None = None,
         denominator: float | Tensor | None = None,
     ) -> PaintLossOutput:
-        """The loss of packed (N, H) hidden states with `cu_seqlens`, or padded (B, T, H) with
-        `loss_mask`.
+        """The loss of packed hidden states with `cu_seqlens`, or of padded ones with `loss_mask`.
 
-        `loss_mask` (B, T) is True on the positions to keep, whatever tokens stand there; the N kept
-        ones are the rows of the result, rollout after rollout. On a GPU the host waits for their
-        number.
+        Packed are (N, H), padded (B, T, H). `loss_mask` (B, T) is True on the positions to keep,
+        whatever tokens stand there; the N kept ones are the rows of the result, rollout after
+        rollout. On a GPU the host waits for their number.
         """
         if (cu_seqlens is None) == (loss_mask is None):
             raise ValueError(
-                "PaintLoss needs either cu_seqlens, with packed (N, H) hidden states, or "
-                "loss_mask, with "
-                f"padded (B, T, H) ones: got {'neither' if loss_mask is None else 'both'}."
+                "PaintLoss needs cu_seqlens, with packed (N, H) hidden states, or loss_mask, "
+                f"with padded (B, T, H) ones: got {'neither' if loss_mask is None else 'both'}."
             )
         if loss_mask is not None:
             student_hidden_states, cu_seqlens = pack(
@@ -97,9 +95,8 @@ class PaintLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.divergence}, temperature={self.temperature}, "
-            f"pointwise_clip={self.pointwise_clip}, "
-            f"top_fraction={self.top_fraction}, interpolation_weight={self.interpolation_weight}, "
-            f"reduction={self.reduction!r}"
+            f"pointwise_clip={self.pointwise_clip}, top_fraction={self.top_fraction}, "
+            f"interpolation_weight={self.interpolation_weight}, reduction={self.reduction!r}"
         )
 
 

@@ -1,5 +1,4 @@
-"""Every op in plain PyTorch with the full logits: the specification, and what the tests compare
-with.
+"""Every op in plain PyTorch with the full logits: the specification, and the tests' measure.
 
 Any floating dtype; half precision is computed in float32. Gradients come from autograd. The
 arguments are those of the public functions of the same names, without `backend`; nothing is checked

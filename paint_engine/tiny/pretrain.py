@@ -22,7 +22,13 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from paint_engine.masking import mask_solution
 from paint_engine.prompts import encode_chat, student_text, teacher_text
-from paint_engine.tiny.problems import PRETRAIN_BUCKETS, WordProblem, draw_problem, render_solution
+from paint_engine.tiny.problems import (
+    PRETRAIN_BUCKETS,
+    WordProblem,
+    draw_drill,
+    draw_problem,
+    render_solution,
+)
 from paint_engine.tiny.tokenizer import train_tokenizer
 
 BASE_DIR = Path(__file__).parent / "base"
@@ -30,7 +36,7 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 MARKER = "...(omitted)..."
 
 SEED = 0
-NUM_STEPS = 1200
+NUM_STEPS = 1300
 BATCH_SIZE = 32
 MICROBATCH_SIZE = 8
 VOCAB_SIZE = 768
@@ -38,8 +44,9 @@ PEAK_LEARNING_RATE = 3e-3
 MUON_LEARNING_RATE = 2e-2
 WARMUP_STEPS = 50
 
-SLIP_RATE = 0.12
-UNAIDED_SHARE = 0.4
+SLIP_RATE = 0.08
+DRILL_SHARE = 0.2
+UNAIDED_SHARE = 0.35
 # Of the privileged documents: the whole solution, a hidden suffix, a span hidden anywhere.
 PLACEMENT_WEIGHTS = {"whole": 0.1, "suffix": 0.65, "random": 0.25}
 
@@ -75,9 +82,12 @@ def _user_text(problem: WordProblem, rng: random.Random, *, unaided: bool) -> st
 
 
 def draw_document(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Document:
-    """An unaided solution with slips, or a clean one after a verified solution."""
+    """An unaided solution with slips, a clean one after a verified solution, or a drill."""
+    kind = rng.random()
+    if kind < DRILL_SHARE:
+        return Document((), tuple(tokenizer.encode(draw_drill(rng) + "<|endoftext|>")))
     problem = draw_pretraining_problem(rng)
-    unaided = rng.random() < UNAIDED_SHARE
+    unaided = kind < DRILL_SHARE + UNAIDED_SHARE
     prompt = _user_text(problem, rng, unaided=unaided)
     completion = render_solution(problem, rng, slip_rate=SLIP_RATE if unaided else 0.0)
     return Document(

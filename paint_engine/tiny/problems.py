@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from paint_engine.tiny.stories import FAMILIES, Plan, Step
+from paint_engine.tiny.stories import FAMILIES, Operator, Plan, Step
 from paint_engine.types import Problem
 
 # Share of the 64 hash buckets that each split takes; the rest is what the base is pretrained on.
@@ -22,6 +22,8 @@ SPLIT_BUCKETS = {"test": range(0, 4), "validation": range(4, 6), "train": range(
 SPLIT_SIZES = {"test": 512, "validation": 256, "train": 4096}
 PRETRAIN_BUCKETS = range(22, 64)
 
+# Sums and differences need the most practice.
+_DRILL_OPERATORS: tuple[Operator, ...] = ("+", "+", "-", "-", "*", "/", "%")
 _STEP_PATTERNS = (
     "{Label} is {formula}.",
     "We compute {label}: {formula}.",
@@ -78,18 +80,16 @@ def _formula(step: Step, left: int, right: int, result: int) -> str:
 
 
 def _slip(result: int, rng: random.Random) -> int:
-    """A plausible wrong result: off by a little, by a ten, or with one digit miswritten."""
-    kind = rng.random()
-    if kind < 0.5:
-        wrong = result + rng.choice((-3, -2, -1, 1, 2, 3))
-    elif kind < 0.75:
-        wrong = result + rng.choice((-10, 10))
-    else:
-        digits = list(str(result))
-        place = rng.randrange(len(digits))
-        digits[place] = rng.choice("123456789".replace(digits[place], ""))
-        wrong = int("".join(digits))
-    return wrong if wrong > 0 else result + 1
+    """A plausible wrong result: one digit, at any place, off by one or two.
+
+    Slips before it can have made the result negative; its sign stays.
+    """
+    digits = [int(digit) for digit in str(abs(result))]
+    place = rng.randrange(len(digits))
+    lowest = 1 if place == 0 else 0
+    near = [digits[place] + offset for offset in (-2, -1, 1, 2)]
+    digits[place] = rng.choice([digit for digit in near if lowest <= digit <= 9])
+    return int("".join(map(str, digits))) * (-1 if result < 0 else 1)
 
 
 def _values(plan: Plan, slip_rate: float, rng: random.Random) -> list[tuple[int, int, int]]:
@@ -126,12 +126,13 @@ def render_solution(problem: WordProblem, rng: random.Random, *, slip_rate: floa
 
 
 def _is_within_reach(op: str, left: int, right: int, result: int) -> bool:
-    """Exact, positive, and no harder than a model of a million parameters can learn in minutes."""
-    if op == "/":
-        return left % right == 0 and result <= 40
+    """Exact, positive and small: up to 200, or up to 600 in tens, which a million parameters can
+    learn in minutes."""
+    if op == "/" and (left % right or result > 40):
+        return False
     if op == "%" and left * right % 100:
         return False
-    return 0 < result < 600
+    return 0 < result <= 200 or (result % 10 == 0 and 0 < result <= 600)
 
 
 def draw_problem(rng: random.Random) -> WordProblem:
@@ -144,6 +145,25 @@ def draw_problem(rng: random.Random) -> WordProblem:
         steps = zip(plan.steps, values, strict=True)
         if all(_is_within_reach(step.op, *value) for step, value in steps):
             return WordProblem(" ".join(plan.story), plan, values[-1][2])
+
+
+def draw_drill(rng: random.Random, num_lines: int = 16) -> str:
+    """Formulas of the kind that solutions hold, all of them right: practice without a story."""
+    lines: list[str] = []
+    while len(lines) < num_lines:
+        op = rng.choice(_DRILL_OPERATORS)
+        left = rng.choice((rng.randint(2, 200), 10 * rng.randint(1, 60)))
+        if op in "+-":
+            right = rng.choice((rng.randint(2, 60), rng.randint(2, 200), 10 * rng.randint(1, 60)))
+        elif op == "%":
+            right = rng.choice((10, 20, 25, 50))
+        else:
+            right = rng.choice((rng.randint(2, 9), 10 * rng.randint(1, 4)))
+        step = Step(op, left, right, ())
+        result = _apply(step, left, right)
+        if _is_within_reach(op, left, right, result):
+            lines.append(_formula(step, left, right, result))
+    return "\n".join(lines)
 
 
 @lru_cache(maxsize=8)

@@ -48,13 +48,13 @@ class Plan:
 def _harvest(rng: random.Random) -> Plan:
     first, second = rng.sample(_NAMES, 2)
     fruit = rng.choice(_FRUIT)
-    baskets, each = rng.randint(3, 9), rng.randint(6, 19)
+    baskets, each = rng.randint(2, 8), rng.randint(4, 15)
     story = [f"{first} picks {baskets} baskets with {each} {fruit} in each basket."]
     steps = [Step("*", baskets, each, (f"the number of {fruit} of {first}", f"what {first} picks"))]
     relation = rng.choice(("more", "fewer", "twice", "half"))
     second_labels = (f"the number of {fruit} of {second}", f"what {second} picks")
     if relation in ("more", "fewer"):
-        gap = rng.randint(5, 40)
+        gap = rng.randint(3, 25)
         story.append(f"{second} picks {gap} {relation} {fruit} than {first}.")
         steps.append(Step("+" if relation == "more" else "-", -1, gap, second_labels))
     elif relation == "twice":
@@ -67,7 +67,7 @@ def _harvest(rng: random.Random) -> Plan:
     steps.append(Step("+", -1, -2, total))
     ending = rng.choice(("eat", "pack", "sell"))
     if ending == "eat":
-        eaten = rng.randint(8, 60)
+        eaten = rng.randint(5, 40)
         story.append(f"They eat {eaten} of them. How many {fruit} are left?")
         steps.append(Step("-", -3, eaten, (f"the number of {fruit} left", "what is left")))
     elif ending == "pack":
@@ -75,7 +75,7 @@ def _harvest(rng: random.Random) -> Plan:
         story.append(f"They put all of them in boxes of {size}. How many boxes do they fill?")
         steps.append(Step("/", -3, size, ("the number of boxes", "the count of full boxes")))
     else:
-        price = rng.randint(2, 5)
+        price = rng.randint(2, 4)
         story.append(
             f"They sell all of them for {price} dollars each. How many dollars do they get?"
         )
@@ -85,7 +85,7 @@ def _harvest(rng: random.Random) -> Plan:
 
 def _savings(rng: random.Random) -> Plan:
     name, gift = rng.choice(_NAMES), rng.choice(_GIFTS)
-    start, weekly, weeks = rng.randint(10, 90), rng.randint(5, 25), rng.randint(3, 9)
+    start, weekly, weeks = rng.randint(10, 60), rng.randint(4, 15), rng.randint(3, 8)
     percent = rng.choice((10, 20, 25, 50))
     story = [
         f"{name} has {start} dollars and saves {weekly} dollars a week for {weeks} weeks.",
@@ -99,11 +99,11 @@ def _savings(rng: random.Random) -> Plan:
     ]
     ending = rng.choice(("need", "gift"))
     if ending == "need":
-        cost = rng.randint(12, 30) * 10
+        cost = rng.randint(8, 20) * 10
         story.append(f"A {gift} costs {cost} dollars. How many more dollars does {name} need?")
         steps.append(Step("-", cost, -4, ("the money still needed", f"what {name} needs")))
     else:
-        more = rng.randint(10, 80)
+        more = rng.randint(10, 50)
         story.append(
             f"For a birthday {name} gets {more} dollars more. How many dollars is that now?"
         )
@@ -140,7 +140,7 @@ def _journey(rng: random.Random) -> Plan:
 
 def _workshop(rng: random.Random) -> Plan:
     name, goods = rng.choice(_NAMES), rng.choice(_GOODS)
-    rate, hours = rng.randint(4, 30), rng.randint(4, 12)
+    rate, hours = rng.randint(4, 25), rng.randint(3, 9)
     percent = rng.choice((10, 20, 25, 50))
     story = [
         f"A machine makes {rate} {goods} an hour and runs for {hours} hours.",
@@ -171,7 +171,7 @@ def _workshop(rng: random.Random) -> Plan:
 
 def _garden(rng: random.Random) -> Plan:
     name = rng.choice(_NAMES)
-    width, extra = rng.randint(5, 40), rng.randint(3, 30)
+    width, extra = rng.randint(5, 30), rng.randint(3, 20)
     story = [f"The garden of {name} is {width} feet wide and {extra} feet longer than it is wide."]
     steps = [
         Step("+", width, extra, ("the length", "the length in feet")),
@@ -185,7 +185,7 @@ def _garden(rng: random.Random) -> Plan:
     if ending == "gate":
         story.append("How many feet of fence does it take?")
     elif ending == "cost":
-        cost = rng.randint(2, 9)
+        cost = rng.randint(2, 4)
         story.append(f"A foot of fence costs {cost} dollars. How many dollars is the fence?")
         steps.append(Step("*", -4, cost, ("the money in dollars", "the price of the fence")))
     else:
@@ -197,7 +197,7 @@ def _garden(rng: random.Random) -> Plan:
 
 def _library(rng: random.Random) -> Plan:
     name = rng.choice(_NAMES)
-    shelves, each, bought = rng.randint(4, 12), rng.randint(8, 35), rng.randint(10, 60)
+    shelves, each, bought = rng.randint(3, 9), rng.randint(6, 20), rng.randint(10, 40)
     story = [
         f"{name} runs a library with {shelves} shelves of {each} books.",
         f"{name} buys {bought} books more.",
@@ -215,7 +215,7 @@ def _library(rng: random.Random) -> Plan:
     if ending == "there":
         story.append("How many books are still there?")
     else:
-        back = rng.randint(5, 40)
+        back = rng.randint(5, 30)
         story.append(f"After a week {back} books come back. How many books are there then?")
         steps.append(Step("+", -4, back, ("the number of books in the end", "what is there then")))
     return Plan(f"library-{part}-{ending}", tuple(story), tuple(steps))

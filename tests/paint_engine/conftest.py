@@ -1,6 +1,7 @@
 """What the engine's tests share: a random two-layer Qwen3 with the tiny domain's tokenizer in a
 directory, rollouts with prompts of different lengths, and a run small enough for seconds."""
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
+from paint_engine import train
 from paint_engine.config import LoraSection, ModelSection
 from paint_engine.model import add_lora, load_base
 from paint_engine.tiny.problems import draw_problem, render_solution
@@ -19,6 +22,9 @@ from paint_engine.types import PrivilegedRollout, Problem, Rollout
 
 # The head's rows above the tokenizer's size, as in Qwen3, whose head is padded.
 NUM_PADDING_ROWS = 6
+
+
+transformers_logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")
@@ -158,3 +164,72 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
         return (actual.double() - expected.double()).norm().item() / scale
 
     return error
+
+
+def _gsm8k_row(i: int) -> dict[str, str]:
+    """Shaped like GSM8K, calculator marks included."""
+    return {
+        "question": f"Mia has {i} kites and buys {i + 1} more. How many kites has she?",
+        "answer": f"She has {i}+{i + 1}=<<{i}+{i + 1}={2 * i + 1}>>{2 * i + 1} kites.\n"
+        f"That is all.\n#### {2 * i + 1}",
+    }
+
+
+def _aime_row(i: int) -> dict[str, str]:
+    return {
+        "id": str(60 + i),
+        "problem": f"Find $x$ with $x^2 = {i * i}$ and $x > 0$.",
+        "solution": f"Take the root: $x = \\sqrt{{{i * i}}} = {i}$.\n\n"
+        f"So the answer is $\\boxed{{{i:03}}}$.",
+        "answer": f"{i:03}",
+        "url": "none",
+        "year": "2024",
+    }
+
+
+@pytest.fixture(scope="session")
+def write_rows() -> Callable[..., Path]:
+    def write(file: Path, count: int = 7, *, shape: str = "gsm8k") -> Path:
+        row = {"gsm8k": _gsm8k_row, "aime": _aime_row}[shape]
+        file.write_text("".join(json.dumps(row(i)) + "\n" for i in range(2, 2 + count)))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def command(model_dir: Path, tmp_path: Path, write_rows: Callable[..., Path]) -> list[str]:
+    """The arguments of a run of 4 steps that takes about a second."""
+    settings = {
+        "model.name_or_path": model_dir,
+        "data.path": write_rows(tmp_path / "train.jsonl"),
+        "eval.path": write_rows(tmp_path / "test.jsonl", 3),
+        "run.dir": tmp_path / "run",
+        "train.num_steps": 4,
+        "train.batch_size": 3,
+        "train.device": "cpu",
+        "rollout.max_new_tokens": 12,
+        "eval.max_new_tokens": 6,
+        "eval.num_samples": 2,
+        "lora.rank": 4,
+        "lora.alpha": 8,
+        # So large that each step changes what the next one samples.
+        "optim.learning_rate": 0.02,
+        "checkpoint.every": 1,
+    }
+    return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def run_main() -> Callable[[Sequence[str]], int]:
+    """The exit code of `python -m paint_engine.train` with these arguments."""
+
+    def run(argv: Sequence[str]) -> int:
+        try:
+            train.main(argv)
+        except SystemExit as stop:
+            assert isinstance(stop.code, int)
+            return stop.code
+        return 0
+
+    return run

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from paint_engine import evaluate as evaluate_module
 from paint_engine.config import EvalSection
 from paint_engine.evaluate import (
     EvalSample,
@@ -17,6 +18,7 @@ from paint_engine.evaluate import (
     paired_bootstrap,
     pass_at_k,
 )
+from paint_engine.rollout_hf import Completion
 from paint_engine.types import Problem
 
 
@@ -128,9 +130,7 @@ def test_samples_come_in_the_problems_order_and_are_all_reported(
     assert names == [(f"p:{i}", j) for i in (3, 1, 2, 0) for j in range(3)]
     assert sorted(seen, key=samples.index) == samples
     assert all(1 <= s.num_tokens <= 8 for s in samples)
-    assert all(s.truncated for s in samples if s.num_tokens < 8) is not True or all(
-        s.num_tokens == 8 for s in samples
-    )
+    assert all(s.num_tokens == 8 for s in samples if s.truncated)
 
 
 def test_a_sample_depends_on_seed_problem_and_index_alone(
@@ -147,9 +147,6 @@ def test_a_sample_depends_on_seed_problem_and_index_alone(
 def test_answers_are_checked_against_their_own_problem(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from paint_engine import evaluate as module
-    from paint_engine.rollout_hf import Completion
-
     texts = {3: "so $\\boxed{3}$", 4: "so $\\boxed{4}$", 5: "no box"}
     rng = random.Random(0)
 
@@ -163,7 +160,7 @@ def test_answers_are_checked_against_their_own_problem(
         on_batch(order, [done[i] for i in order])
         return done
 
-    monkeypatch.setattr(module, "generate", planted)
+    monkeypatch.setattr(evaluate_module, "generate", planted)
     problems = [Problem("a", "q", "", "3"), Problem("b", "q", "", "3"), Problem("c", "q", "", "3")]
     samples = evaluate(
         base,

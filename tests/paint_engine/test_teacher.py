@@ -119,3 +119,18 @@ def test_without_adapters_the_teacher_is_a_copy_that_does_not_move(
     # The copy keeps the tie between embeddings and head.
     copied = causal_lm(scorer)
     assert copied.get_output_embeddings().weight is copied.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_never_reaches_the_teacher(
+    training: bool, base: PreTrainedModel, ragged: list[PrivilegedRollout]
+) -> None:
+    with torch.no_grad():
+        expected = _states(base, ragged)
+    model = add_lora(base, LoraSection(rank=4, alpha=8, dropout=0.5), seed=0)
+    for layer in base.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train(training)
+    with FixedTeacher(model).scoring() as scorer:
+        assert torch.equal(_states(scorer, ragged), expected)
+    assert {module.training for module in model.modules()} == {training}

@@ -1,0 +1,221 @@
+"""Whole runs on made-up rows: what they leave, and that nothing depends on how they were cut."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from paint_engine import train
+from paint_engine.batch import build_batch
+from paint_engine.cli import load_config
+from paint_engine.metrics import read_jsonl
+from paint_engine.setup import Run, build_run
+from paint_engine.types import Problem, Rollout
+
+Main = Callable[[Sequence[str]], int]
+TIMING = {"seconds", "seconds_rollout", "seconds_update", "tokens_per_s"}
+
+
+def untimed(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in record.items() if k not in TIMING} for record in records]
+
+
+@pytest.fixture
+def run(command: list[str]) -> Run:
+    return build_run(load_config(command))
+
+
+@pytest.mark.parametrize("shape", ["gsm8k", "aime"])
+def test_two_steps_on_rows_of_each_shape_leave_a_whole_run_directory(
+    shape: str,
+    command: list[str],
+    run_main: Main,
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_rows(tmp_path / "train.jsonl", shape=shape)
+    write_rows(tmp_path / "test.jsonl", 3, shape=shape)
+    assert run_main([*command, "--train.num_steps", "2"]) == 0
+    run_dir = tmp_path / "run"
+    names = {path.name for path in run_dir.iterdir()}
+    assert names == {
+        "config.toml",
+        "versions.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "checkpoints",
+        "evaluations",
+        "summary.json",
+        "report.html",
+    }
+    assert [r["step"] for r in read_jsonl(run_dir / "metrics.jsonl")] == [1, 2]
+    samples = read_jsonl(run_dir / "samples.jsonl")
+    assert [s["step"] for s in samples] == [1, 1, 2, 2]
+    for sample in samples:
+        per_token = ("token_loss", "token_kl", "student_entropy", "selected", "clipped_mass")
+        assert {len(sample[name]) for name in per_token} == {len(sample["tokens"])}
+        assert "...(omitted)..." in sample["partial_solution"]
+        assert sample["anchors"]
+    problem = samples[0]["problem"]
+    assert ("kites" in problem) == (shape == "gsm8k")
+    for step in (0, 2):
+        assert len(read_jsonl(run_dir / "evaluations" / f"step-{step}.jsonl")) == 6
+    assert "<html" in (run_dir / "report.html").read_text()
+    versions = json.loads((run_dir / "versions.json").read_text())
+    assert versions["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    assert "Avg@2 before:" in printed and "Avg@2 after:" in printed
+    assert str(run_dir / "report.html") in printed
+
+
+def test_the_summary_has_what_is_promised(
+    command: list[str], run_main: Main, tmp_path: Path
+) -> None:
+    assert run_main([*command, "--train.num_steps", "2"]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0 <= summary["avg_at_k_before"] <= 1
+    assert 0 <= summary["avg_at_k_after"] <= 1
+    low, high = summary["paired_difference_ci95"]
+    assert low <= summary["avg_at_k_after"] - summary["avg_at_k_before"] <= high
+    assert summary["seconds"] == pytest.approx(summary["seconds_train"] + summary["seconds_eval"])
+    assert summary["seconds_train"] > 0 and summary["seconds_eval"] > 0
+    assert (summary["num_problems"], summary["num_samples"], summary["num_steps"]) == (3, 2, 2)
+
+
+def test_without_evaluation_the_summary_has_none(
+    command: list[str], run_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*command, "--train.num_steps", "1", "--eval.enabled", "false"]
+    assert run_main(argv) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["avg_at_k_before"] is summary["paired_difference_ci95"] is None
+    assert summary["num_problems"] == 0
+    assert not (tmp_path / "run" / "evaluations").exists()
+    assert "Avg@" not in capsys.readouterr().out
+
+
+def test_metrics_hold_what_the_design_logs_within_their_ranges(run: Run) -> None:
+    metrics, _ = train.train_step(run, 0)
+    fractions = ("clipped_mass", "clipped_token_share", "overlap", "accuracy", "truncation_rate")
+    for name in fractions:
+        assert 0 <= metrics[name] <= 1, name
+    for name in ("token_kl", "student_entropy", "teacher_entropy", "grad_norm"):
+        assert metrics[name] > 0, name
+    assert 0.3 <= metrics["mask_ratio"] <= 0.4
+    assert metrics["num_loss_tokens"] == 3 * metrics["completion_length"]
+    assert metrics["step"] == 1
+    # A random model's clipped loss is far below its divergence.
+    assert metrics["loss"] < metrics["token_kl"]
+
+
+def test_a_step_does_not_depend_on_the_size_of_its_micro_batches(
+    command: list[str], tmp_path: Path
+) -> None:
+    results = []
+    for limit in (1, 16384):
+        argv = [*command, "--train.max_tokens_per_microbatch", str(limit)]
+        run = build_run(load_config([*argv, "--run.dir", str(tmp_path / f"run-{limit}")]))
+        metrics, _ = train.train_step(run, 0)
+        results.append((metrics, torch.cat([p.detach().flatten() for p in run.parameters])))
+    (one_by_one, _), (whole, _) = results
+    for name in ("loss", "token_kl", "grad_norm", "student_entropy", "clipped_mass"):
+        assert one_by_one[name] == pytest.approx(whole[name], rel=1e-4), name
+    assert one_by_one["num_loss_tokens"] == whole["num_loss_tokens"]
+
+
+def test_a_step_moves_the_adapters_alone_by_at_most_the_learning_rate(run: Run) -> None:
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    metrics, _ = train.train_step(run, 0)
+    moved = {
+        name: (p.detach() - before[name]).abs().max().item()
+        for name, p in run.model.named_parameters()
+    }
+    assert {name for name, distance in moved.items() if distance} <= {
+        name for name in moved if "lora_" in name
+    }
+    # Adam's first step has the length of the learning rate; A has no gradient while B is zero.
+    longest = max(moved.values())
+    assert longest == pytest.approx(metrics["learning_rate"], rel=1e-3)
+    assert all(p.grad is None for p in run.parameters)
+
+
+def test_the_teacher_stays_the_base_while_the_student_learns(run: Run) -> None:
+    privileged = train.sample_step(run, 0)
+    batch = build_batch(privileged)
+
+    def teacher_states() -> torch.Tensor:
+        with run.teacher.scoring() as scorer:
+            return train.hidden_states(scorer, batch.teacher, attention="padded")
+
+    before = teacher_states()
+    for step in range(2):
+        train.train_step(run, step)
+    assert torch.equal(teacher_states(), before)
+
+
+def test_repeated_steps_on_one_batch_lower_the_divergence(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = train.sample_step(run, 0)
+    monkeypatch.setattr(train, "sample_step", lambda run, step: fixed)
+    divergences = [train.train_step(run, 0)[0]["token_kl"] for _ in range(6)]
+    assert divergences[-1] < 0.8 * divergences[0]
+
+
+def test_more_overlap_hides_more_of_the_solution(run: Run) -> None:
+    problem = Problem("p", "How many?", "First $3 + 4 = 7$. So $\\boxed{7}$." * 4, "7")
+
+    def reveal(text: str):
+        return train.reveal(run, Rollout(problem, (1,), (2,), (0.0,), False, text), 0, 0)
+
+    nothing, everything = reveal("no idea"), reveal(problem.solution)
+    assert (nothing.overlap, everything.overlap) == (0.0, 1.0)
+    assert (nothing.mask_ratio, everything.mask_ratio) == (0.3, pytest.approx(0.4))
+    assert (nothing.correct, everything.correct) == (False, True)
+    hidden = [
+        len(problem.solution) - len(p.partial_solution.removesuffix("...(omitted)..."))
+        for p in (nothing, everything)
+    ]
+    assert hidden == [round(0.3 * len(problem.solution)), round(0.4 * len(problem.solution))]
+    # The verdict is logged and decides nothing: a wrong box over the same anchors hides as much.
+    wrong = reveal(problem.solution + " \\boxed{8}")
+    assert not wrong.correct
+    assert wrong.partial_solution == everything.partial_solution
+    shown = run.tokenizer.decode(list(everything.teacher_prompt_ids))
+    assert everything.partial_solution in shown
+
+
+def test_adapters_on_disk_are_those_of_the_last_step(
+    command: list[str], run_main: Main, tmp_path: Path
+) -> None:
+    assert run_main([*command, "--train.num_steps", "1"]) == 0
+    saved = load_file(tmp_path / "run/checkpoints/step-1/adapter_model.safetensors")
+    run = build_run(load_config([*command, "--run.dir", str(tmp_path / "again")]))
+    train.train_step(run, 0)
+    own = {n.replace(".default", ""): p for n, p in run.model.named_parameters() if "lora_" in n}
+    assert saved.keys() == own.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, own[name]), name
+
+
+def test_dropout_of_the_adapters_is_applied_in_training_and_not_in_sampling(
+    command: list[str], tmp_path: Path
+) -> None:
+    records = []
+    for rate in ("0.0", "0.5"):
+        argv = [*command, "--lora.dropout", rate, "--run.dir", str(tmp_path / f"run-{rate}")]
+        run = build_run(load_config(argv))
+        sampled, losses = [], []
+        for step in range(2):
+            sampled.append([p.rollout.completion_ids for p in train.sample_step(run, step)])
+            losses.append(train.train_step(run, step)[0]["loss"])
+        records.append((sampled, losses))
+    without, with_dropout = records
+    # B is zero in the first step: the same rollouts and the same loss. Then the losses part.
+    assert without[0][0] == with_dropout[0][0]
+    assert without[1][0] == pytest.approx(with_dropout[1][0])
+    assert without[1][1] != with_dropout[1][1]
