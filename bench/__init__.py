@@ -1,1 +1,1 @@
-"""Benchmarks: each module is a command, `python -m bench.NAME`, and prints JSON on its last line."""
+"""Benchmarks: each module is a command, `python -m bench.NAME`; measurements end in JSON."""

@@ -60,9 +60,12 @@ def kernels_cpu_table(result: dict[str, Any]) -> str:
     rows.append(
         ["ratio", f"{result['time_ratio']:.2f}", f"{result['memory_ratio']:.2f}", ""],
     )
-    shape = ", ".join(f"{key} = {value}" for key, value in result["shape"].items())
+    shape = ", ".join(f"{key} {value}" for key, value in result["shape"].items())
     header = ["forward and backward", "time", "extra memory", "gradient error"]
-    caption = f"{shape}; float32, {result['num_threads']} threads; by `{result['command']}`."
+    caption = (
+        f"{shape}; float32, frozen head, {result['num_threads']} threads, {result['device']}; "
+        "by `python -m bench.kernels`."
+    )
     return f"{_table(header, rows)}\n\n{caption}"
 
 

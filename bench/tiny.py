@@ -1,8 +1,8 @@
 """The bare command on several seeds: `python -m bench.tiny [--seeds 0 1 2] [--output FILE]`.
 
 Each seed is `python -m paint_engine.train --train.seed N` in a process of its own; the result holds
-every run's `summary.json`. A seed changes the data order, the adapters' first values and every sample
-drawn; the base is the bundled one.
+every run's `summary.json`. A seed changes the data order, the adapters' first values and every
+sample drawn; the base is the bundled one. The last line printed is JSON.
 """
 
 import argparse

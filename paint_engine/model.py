@@ -116,9 +116,25 @@ def add_lora(
     off.
 
     seed: of A's initial values (B starts at zero, so the first step's student is the base).
+
+    Raises ValueError for adapters on the output head.
     """
     if not section.enabled:
         return model
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear), type(head)
+    # "lm_head", and "embed_tokens" where the two are tied.
+    holders = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if getattr(module, "weight", None) is head.weight
+    }
+    if refused := holders & set(section.target_modules):
+        raise ValueError(
+            f"--lora.target_modules: got {', '.join(sorted(refused))}, which holds the output "
+            "head; needs layers below it, since the loss reads the head as one plain matrix; "
+            "leave it out"
+        )
     torch.manual_seed(seed)
     config = LoraConfig(
         r=section.rank,

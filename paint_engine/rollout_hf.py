@@ -66,6 +66,8 @@ def sample_tokens(
     # can carry the target to the total itself: the last entry with mass is then the answer.
     places = (cumulative <= uniforms[:, None] * total).sum(-1, keepdim=True)
     places = torch.minimum(places, (probabilities > 0).sum(-1, keepdim=True) - 1)
+    # NaN logits of a diverged model have no entry with mass; the NaN goes on into the logprob.
+    places = places.clamp(min=0)
     logprobs = (probabilities.gather(1, places) / total).log()
     return order.gather(1, places).squeeze(1), logprobs.squeeze(1)
 

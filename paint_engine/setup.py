@@ -21,7 +21,14 @@ from paint_engine.cli import CommandLine
 from paint_engine.config import Config, OptimSection, to_toml
 from paint_engine.data import load_problems
 from paint_engine.masking import mask_solution
-from paint_engine.model import add_lora, load_base, load_tokenizer, max_context, pick_device
+from paint_engine.model import (
+    add_lora,
+    lm_head_weight,
+    load_base,
+    load_tokenizer,
+    max_context,
+    pick_device,
+)
 from paint_engine.prompts import encode_student_prompt, encode_teacher_prompt
 from paint_engine.teacher import FixedTeacher
 from paint_engine.types import Problem
@@ -109,6 +116,16 @@ def _check_length(problem: Problem, num_tokens: int, room: int, role: str, limit
         )
 
 
+def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase, base: nn.Module) -> None:
+    num_rows = lm_head_weight(base).shape[0]
+    if len(tokenizer) > num_rows:
+        raise ValueError(
+            f"the tokenizer of {config.model.name_or_path} has {len(tokenizer)} tokens, but the "
+            f"model's head has {num_rows} rows: they do not belong together; save the model's own "
+            "tokenizer beside it, or resize the model's embeddings"
+        )
+
+
 def load_train_set(config: Config, tokenizer: PreTrainedTokenizerBase, context: int) -> ProblemSet:
     """Training problems with prompts that fit: the student's, and the teacher's without its
     solution."""
@@ -190,7 +207,12 @@ def _make_run_dir(config: Config, name: str) -> Path:
                 "choose another with --run.dir, or replace an earlier run with --run.overwrite true"
             )
         shutil.rmtree(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"run directory {run_dir} cannot be made ({error}): choose another with --run.dir"
+        ) from error
     return run_dir
 
 
@@ -212,6 +234,7 @@ def build_run(command: CommandLine) -> Run:
     device = pick_device(config.train.device)
     tokenizer = load_tokenizer(config.model)
     base = load_base(config.model, device)
+    _check_vocabulary(config, tokenizer, base)
     context = max_context(base)
     train_set = load_train_set(config, tokenizer, context)
     eval_set = load_eval_set(config, tokenizer, context)

@@ -324,21 +324,21 @@ def run_training(run: Run, console: Console) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Build in order, then the loop. A mistake of the user's ends with one message and exit code
     2."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     transformers_logging.disable_progress_bar()
     # peft asks models of transformers for an attribute that has been renamed there.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:
         command = load_config(sys.argv[1:] if argv is None else argv)
         if command.print_config:
-            console.print(to_toml(command.config), markup=False, soft_wrap=True, end="")
+            console.print(to_toml(command.config), soft_wrap=True, end="")
             return
         run = build_run(command)
     except ValueError as error:
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        console.print(f"error: {error}", style="red", soft_wrap=True)
         sys.exit(2)
     if command.dry_run:
-        console.print(describe(run), markup=False, soft_wrap=True)
+        console.print(describe(run), soft_wrap=True)
         return
     console.print(f"run directory: {run.run_dir}", soft_wrap=True)
     run_training(run, console)

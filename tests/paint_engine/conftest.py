@@ -140,9 +140,7 @@ def privileged() -> Callable[..., list[PrivilegedRollout]]:
 @pytest.fixture
 def ragged(tokenizer: PreTrainedTokenizerBase) -> list[PrivilegedRollout]:
     """Prompts and completions of all kinds of lengths, one token among them."""
-    return make_privileged(
-        (5, 1, 9, 2), (11, 4, 1, 20), (4, 7, 1, 12), stop=tokenizer.eos_token_id
-    )
+    return make_privileged((5, 1, 9, 2), (11, 4, 1, 20), (4, 7, 1, 12), stop=tokenizer.eos_token_id)
 
 
 @pytest.fixture(scope="session")

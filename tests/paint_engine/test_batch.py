@@ -49,7 +49,9 @@ def test_the_token_after_each_loss_position_is_the_completion_token(rows) -> Non
     # Position and successor lie in one sequence, so no token is predicted from another rollout.
     owner = torch.repeat_interleave(torch.arange(len(rows)), packed.cu_seqlens.diff())
     assert torch.equal(owner[packed.loss_positions], owner[packed.loss_positions + 1])
-    positions = [len(p) - 1 + i for p, c in zip(prompts, completions, strict=True) for i in range(len(c))]
+    positions = [
+        len(p) - 1 + i for p, c in zip(prompts, completions, strict=True) for i in range(len(c))
+    ]
     assert packed.position_ids[packed.loss_positions].tolist() == positions
 
 

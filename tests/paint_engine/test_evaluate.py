@@ -87,7 +87,7 @@ def test_pairing_removes_the_spread_between_problems() -> None:
     result = paired_bootstrap(before, after)
     assert result.difference == pytest.approx(0.1)
     # Unpaired, the interval would be over 0.27 wide.
-    assert 0.0 < result.low and result.high - result.low < 0.13
+    assert result.low > 0.0 and result.high - result.low < 0.13
 
 
 def test_evaluations_of_other_problems_are_not_paired() -> None:

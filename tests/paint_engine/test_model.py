@@ -236,7 +236,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(model_dir: Path, tmp_pat
     directory = tmp_path / "model"
     shutil.copytree(model_dir, directory)
     (directory / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="no chat template.*instruct model"):
+    with pytest.raises(ValueError, match=r"no chat template.*instruct model"):
         load_tokenizer(ModelSection(name_or_path=str(directory)))
 
 
@@ -247,7 +247,7 @@ def test_a_damaged_config_is_named_and_not_taken_for_a_hub_id(
     shutil.copytree(model_dir, directory)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config)[:-20])
-    with pytest.raises(ValueError, match="config.*damaged") as caught:
+    with pytest.raises(ValueError, match=r"config.*damaged") as caught:
         load_base(ModelSection(name_or_path=str(directory)), CPU)
     assert "hub" not in str(caught.value)
 

@@ -88,7 +88,9 @@ def opsd_by_hand(
 @pytest.fixture
 def untrained(model_dir: Path) -> PreTrainedModel:
     """The base again, apart from the one that carries the adapters."""
-    model = load_base(ModelSection(name_or_path=str(model_dir), dtype="float32"), torch.device("cpu"))
+    model = load_base(
+        ModelSection(name_or_path=str(model_dir), dtype="float32"), torch.device("cpu")
+    )
     nn.Module.to(model, torch.float64)
     return model
 
@@ -252,7 +254,7 @@ def test_metric_sums_are_sums_over_the_tokens(
     output = engine_loss(lora_model, ragged, ObjectiveSection(temperature=0.5))
     sums = objectives.metric_sums(output)
     clipped = [mass > 0 for mass in output.clipped_mass.tolist()]
-    assert 0 < sum(clipped)
+    assert sum(clipped) > 0
     assert sums["clipped_token_share"] == sum(clipped)
     assert sums["token_kl"] == pytest.approx(math.fsum(output.token_kl.tolist()))
     assert sums["clipped_mass"] == pytest.approx(math.fsum(output.clipped_mass.tolist()))

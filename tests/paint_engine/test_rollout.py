@@ -104,9 +104,7 @@ def test_rollouts_stand_beside_their_own_problems(
     problems = [Problem(f"p:{i}", "q", "s", "a") for i in range(5)]
     # The longest first: decoding groups by length, and the order must come back.
     prompts = [tuple(range(20 - 4 * i, 40 - 5 * i)) for i in range(5)]
-    params = sampling_params(
-        RolloutSection(max_new_tokens=6, temperature=1.0), base, tokenizer
-    )
+    params = sampling_params(RolloutSection(max_new_tokens=6, temperature=1.0), base, tokenizer)
     rollouts = sample_rollouts(
         base, tokenizer, problems, prompts, [3, 4, 5, 6, 7], params, max_sequences=2
     )

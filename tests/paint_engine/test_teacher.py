@@ -1,4 +1,4 @@
-"""The fixed teacher: the base bit for bit, whatever was trained, and the student untouched by it."""
+"""The fixed teacher: the base bit for bit, whatever was trained; the student is left alone."""
 
 import pytest
 import torch

@@ -219,3 +219,21 @@ def test_dropout_of_the_adapters_is_applied_in_training_and_not_in_sampling(
     assert without[0][0] == with_dropout[0][0]
     assert without[1][0] == pytest.approx(with_dropout[1][0])
     assert without[1][1] != with_dropout[1][1]
+
+
+def test_a_diverged_run_says_so_and_keeps_its_checkpoints(
+    command: list[str], run_main: Main, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"step 2 is nan.*diverged.*resume from an earlier"):
+        run_main([*command, "--optim.learning_rate", "1e30"])
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
+    assert [m["step"] for m in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1]
+
+
+def test_brackets_in_a_path_are_printed_as_they_are(
+    command: list[str], run_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "[red]run"
+    argv = [*command, "--run.dir", str(run_dir), "--train.num_steps", "1"]
+    assert run_main([*argv, "--eval.enabled", "false"]) == 0
+    assert f"run directory: {run_dir}\n" in capsys.readouterr().out

@@ -17,9 +17,7 @@ from paint_engine.verify import extract_boxed
 
 
 @pytest.fixture(autouse=True)
-def small_and_restored(
-    monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase
-):
+def small_and_restored(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase):
     """Two short rows a step; the process-wide switch that pretraining sets is set back."""
     monkeypatch.setattr(pretrain, "BATCH_SIZE", 4)
     monkeypatch.setattr(pretrain, "MICROBATCH_SIZE", 2)
@@ -41,11 +39,14 @@ def test_the_base_reads_the_prompts_that_it_is_used_with() -> None:
     assert pretrain.BASE_DIR == TINY_BASE
 
 
-def test_documents_are_unaided_or_privileged_in_their_shares(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def test_documents_come_in_their_shares(tokenizer: PreTrainedTokenizerBase) -> None:
     kinds: Counter[str] = Counter()
     for prompt, completion in _documents(tokenizer, 300):
+        if not prompt:
+            kinds["drill"] += 1
+            assert completion.endswith("<|endoftext|>")
+            assert "boxed" not in completion and "Problem" not in completion
+            continue
         assert prompt.endswith("<think>\n\n</think>\n\n")
         assert completion.endswith("<|im_end|>")
         assert extract_boxed(completion) is not None
@@ -55,8 +56,10 @@ def test_documents_are_unaided_or_privileged_in_their_shares(
             partial = pretrain.MARKER in prompt
             assert ("a part of reference solution" in prompt) == partial
             kinds["partial" if partial else "whole"] += 1
-    assert abs(kinds["unaided"] / 300 - pretrain.UNAIDED_SHARE) < 0.12
-    assert kinds["whole"] > 5 and kinds["partial"] > 100
+    # Four standard deviations of a share near a third.
+    assert abs(kinds["unaided"] / 300 - pretrain.UNAIDED_SHARE) < 0.11
+    assert abs(kinds["drill"] / 300 - pretrain.DRILL_SHARE) < 0.11
+    assert kinds["whole"] > 5 and kinds["partial"] > 70
 
 
 def test_privileged_documents_are_clean_and_unaided_ones_slip(
@@ -75,6 +78,9 @@ def test_privileged_documents_are_clean_and_unaided_ones_slip(
     for _ in range(80):
         rates.append((False, 0.0))
         document = pretrain.draw_document(tokenizer, rng)
+        if not document.prompt_ids:
+            rates.pop()
+            continue
         aided = "Reference Solution" in tokenizer.decode(document.prompt_ids)
         rates[-1] = (aided, rates[-1][1])
     assert {rate for aided, rate in rates if aided} == {0.0}

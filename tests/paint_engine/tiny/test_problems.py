@@ -1,4 +1,4 @@
-"""Tiny problems: the same everywhere, disjoint splits, answers that an evaluator of LaTeX confirms."""
+"""Tiny problems: the same everywhere, in disjoint splits, with answers confirmed independently."""
 
 import hashlib
 import random
@@ -14,6 +14,7 @@ from paint_engine.tiny.problems import (
     SPLIT_BUCKETS,
     SPLIT_SIZES,
     WordProblem,
+    draw_drill,
     draw_problem,
     load_split,
     render_solution,
@@ -57,7 +58,11 @@ def test_the_evaluator_knows_a_wrong_formula() -> None:
 
 @pytest.mark.parametrize(
     ("split", "digest"),
-    [("test", "a19488617ed4c219"), ("validation", "28966ab43dd73a7c"), ("train", "79370c9e6990832a")],
+    [
+        ("test", "a19488617ed4c219"),
+        ("validation", "28966ab43dd73a7c"),
+        ("train", "79370c9e6990832a"),
+    ],
 )
 def test_a_split_is_the_same_on_every_machine(split: str, digest: str) -> None:
     problems = load_split(split)
@@ -180,7 +185,7 @@ def test_slips_are_carried_on_to_the_box() -> None:
         clean = formulas(render_solution(problem, rng))
         written = formulas(text)
         assert extract_boxed(text) == str(written[-1][1])
-        first = next((i for i, (l, r) in enumerate(written) if l // 1 != r), None)
+        first = next((i for i, (left, right) in enumerate(written) if left // 1 != right), None)
         if first is None:
             assert written == clean
             continue
@@ -208,3 +213,15 @@ def test_every_family_is_drawn_about_equally_often() -> None:
     counts = {name: families.count(name) for name in set(families)}
     assert len(counts) == len(FAMILIES)
     assert min(counts.values()) > 0.7 * 1200 / len(FAMILIES)
+
+
+def test_drills_are_right_small_and_of_every_operator() -> None:
+    rng = random.Random(6)
+    lines = [line for _ in range(60) for line in draw_drill(rng).splitlines()]
+    assert len(lines) == 60 * 16
+    for line in lines:
+        ((left, right),) = formulas(line)
+        assert left == right, line
+        assert 0 < right <= 600
+    for operator in (" + ", " - ", " \\times ", "\\frac{", "{100}"):
+        assert sum(operator in line for line in lines) > 60, operator

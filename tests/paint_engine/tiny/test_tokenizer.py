@@ -126,7 +126,7 @@ def test_the_chat_template_renders_as_qwen3s(
 @settings(deadline=None, derandomize=True, max_examples=200)
 @given(st.text())
 @example("  two  spaces\n\n\nand lines\t\r\n ")
-@example("×÷≤ \\frac{1}{2} 一二三 é e\u0301 👩‍👩‍👧 \u0000 ３٣")
+@example("\u00d7÷≤ \\frac{1}{2} 一二三 é e\u0301 👩‍👩‍👧 \u0000 ３٣")
 def test_any_text_comes_back_from_its_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids) == text

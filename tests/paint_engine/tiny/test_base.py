@@ -1,0 +1,102 @@
+"""The bundled base: the file that was made, small, fallible alone and better with the reference."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from paint_engine.config import INSTRUCTION, EvalSection, ModelSection
+from paint_engine.evaluate import avg_at_k, correct_matrix, evaluate, paired_bootstrap
+from paint_engine.masking import mask_solution
+from paint_engine.model import TINY_BASE, load_base, load_tokenizer
+from paint_engine.prompts import encode_student_prompt, encode_teacher_prompt
+from paint_engine.tiny import pretrain
+from paint_engine.tiny.problems import load_split
+from paint_engine.tiny.tokenizer import CHAT_TEMPLATE
+from paint_engine.types import Problem
+
+MARKER = "...(omitted)..."
+SECTION = EvalSection(num_samples=1, top_p=1.0, max_new_tokens=224)
+
+
+@pytest.fixture(scope="module")
+def bundled() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    section = ModelSection(name_or_path="tiny", dtype="float32")
+    return load_base(section, torch.device("cpu")), load_tokenizer(section)
+
+
+def test_the_weights_are_those_that_the_record_describes() -> None:
+    file = TINY_BASE / "model.safetensors"
+    record = json.loads((TINY_BASE / "pretraining.json").read_text())
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == record["sha256"]
+    assert file.stat().st_size <= 5_000_000
+    assert sum(t.numel() for t in load_file(file).values()) == record["num_parameters"]
+    # Fifteen minutes on two cores at most, as the default command makes it.
+    assert record["num_steps"] == pretrain.NUM_STEPS
+    assert record["seconds"] <= 900
+    assert record["command"] == "python -m paint_engine.tiny.pretrain"
+
+
+def test_it_is_a_qwen3_with_the_project_s_own_template(
+    bundled: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    model, tokenizer = bundled
+    assert model.config.model_type == "qwen3"
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert len(tokenizer) <= model.get_output_embeddings().weight.shape[0]
+    expected = pretrain.model_config(tokenizer)
+    for name in ("hidden_size", "num_hidden_layers", "head_dim", "eos_token_id", "pad_token_id"):
+        assert getattr(model.config, name) == getattr(expected, name), name
+
+
+def test_every_bundled_problem_fits_beside_its_solution(
+    bundled: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    model, tokenizer = bundled
+    for problem in [*load_split("test"), *load_split("validation"), *load_split("train", 500)]:
+        solution = tokenizer.encode(problem.solution + "<|im_end|>")
+        assert len(solution) <= SECTION.max_new_tokens, problem.problem_id
+        teacher = encode_teacher_prompt(
+            tokenizer, problem, problem.solution, INSTRUCTION, thinking=False, marker=MARKER
+        )
+        assert len(teacher) + SECTION.max_new_tokens <= model.config.max_position_embeddings
+
+
+def test_it_solves_clearly_more_with_the_reference_in_its_prompt(
+    bundled: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    model, tokenizer = bundled
+    problems = load_split("validation", 64)
+
+    def teacher_prompt(problem: Problem, ratio: float) -> tuple[int, ...]:
+        shown = mask_solution(problem.solution, ratio, marker=MARKER)
+        return encode_teacher_prompt(
+            tokenizer, problem, shown, INSTRUCTION, thinking=False, marker=MARKER
+        )
+
+    def accuracy(prompts: Sequence[tuple[int, ...]]):
+        samples = evaluate(
+            model,
+            tokenizer,
+            problems,
+            prompts,
+            SECTION,
+            seed=0,
+            max_sequences=64,
+            on_samples=lambda group: None,
+        )
+        return correct_matrix(samples)
+
+    alone = accuracy(
+        [encode_student_prompt(tokenizer, p, INSTRUCTION, thinking=False) for p in problems]
+    )
+    masked = accuracy([teacher_prompt(p, 0.35) for p in problems])
+    # Fallible alone, and neither hopeless nor done.
+    assert 0.25 <= avg_at_k(alone) <= 0.8
+    difference = paired_bootstrap(alone, masked)
+    assert difference.low > 0
+    assert avg_at_k(masked) > 0.65
