@@ -7,6 +7,7 @@ functions of the step, so nothing else is needed to go on bit for bit.
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -36,14 +37,21 @@ def _sync_to_disk(directory: Path) -> None:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = (run_dir / "checkpoints").glob("step-*")
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    found = {}
+    for path in (run_dir / "checkpoints").glob("step-*"):
+        # A copy that someone named step-40-best is theirs.
+        if match := re.fullmatch(r"step-(\d+)", path.name):
+            found[int(match[1])] = path
+    return [found[step] for step in sorted(found)]
 
 
 def save_weights(model: nn.Module, directory: Path) -> None:
     """The adapter in peft's format, or the whole model in transformers' where LoRA is off."""
-    saved = model if isinstance(model, PeftModel) else causal_lm(model)
-    saved.save_pretrained(str(directory), safe_serialization=True)
+    if isinstance(model, PeftModel):
+        # "auto" would ask the hub whether the vocabulary has grown; it never does here.
+        model.save_pretrained(str(directory), save_embedding_layers=False)
+    else:
+        causal_lm(model).save_pretrained(str(directory))
 
 
 def save_checkpoint(
@@ -107,17 +115,15 @@ def load_checkpoint(
     if not checkpoints:
         raise ValueError(
             f"{run_dir} has no complete checkpoint under checkpoints/: the run stopped before its "
-            "first; start it again with --run.overwrite true and without --resume"
+            f"first; start it again with --config {run_dir}/config.toml --run.dir {run_dir} "
+            "--run.overwrite true"
         )
     directory = checkpoints[-1]
     _load_weights(model, directory)
-    moments = load_file(directory / _OPTIMIZER_FILE)
-    for name, parameter in _trainable(model).items():
-        state = {
-            key.removesuffix(f".{name}"): value.to(parameter.device if value.ndim else "cpu")
-            for key, value in moments.items()
-            if key.endswith(f".{name}")
-        }
-        if state:
-            optimizer.state[parameter] = state
+    parameters = _trainable(model)
+    for entry, value in load_file(directory / _OPTIMIZER_FILE).items():
+        # The optimizer's own keys (exp_avg, step) hold no dot.
+        key, _, name = entry.partition(".")
+        device = parameters[name].device if value.ndim else "cpu"
+        optimizer.state[parameters[name]][key] = value.to(device)
     return json.loads((directory / _STATE_FILE).read_text())

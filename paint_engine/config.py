@@ -65,7 +65,7 @@ class ModelSection(Section):
     )
     attention: Literal["auto", "padded", "packed"] = Field(
         default="auto",
-        description="padded rows, or packed sequences (auto: packed where kernels exist)",
+        description="padded rows, or packed sequences (auto: padded)",
     )
     trust_remote_code: bool = Field(
         default=False, description="run Python code that comes with the model"
@@ -199,7 +199,7 @@ class OptimSection(Section):
 
 class TrainSection(Section):
     num_steps: PositiveInt = Field(default=100, description="optimizer steps")
-    batch_size: PositiveInt = Field(default=32, description="rollouts a step, over all devices")
+    batch_size: PositiveInt = Field(default=32, description="rollouts a step")
     max_tokens_per_microbatch: PositiveInt = Field(
         default=16384, description="tokens of one forward pass, prompts included"
     )
@@ -257,7 +257,7 @@ class RunSection(Section):
 
 
 class Config(Section):
-    """One run. Only `train.py`, `evaluate.py` and tests see it whole."""
+    """One run. Only `cli`, `setup`, `train` and tests see it whole."""
 
     model: ModelSection = ModelSection()
     lora: LoraSection = LoraSection()

@@ -248,8 +248,10 @@ def _find_columns(
         problem, solution = "problem", "solution"
         answer = "answer" if "answer" in fields else None
     problem, solution = columns.problem or problem, columns.solution or solution
-    if columns.answer is None and answer == solution:
-        answer = None
+    if columns.answer is None and answer in (solution, None):
+        # A solution named by the user may leave a column of plain answers free.
+        free = (name for name in ("answer", "Answer") if name in fields and name != solution)
+        answer = next(free, None) if columns.solution else None
     return problem, solution, columns.answer or answer
 
 

@@ -1,13 +1,17 @@
 """Avg@k and pass@k on held-out problems, and the paired difference of two evaluations."""
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.config import EvalSection
+from paint_engine.metrics import read_jsonl
 from paint_engine.model import causal_lm
 from paint_engine.rollout import request_seed, sampling_params, to_rollout
 from paint_engine.rollout_hf import Completion, generate
@@ -32,6 +36,20 @@ class EvalSample:
     correct: bool
     truncated: bool
     error: str | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation and what decided its outcome beside the weights after `step` steps.
+
+    settings: the evaluation's section, without what only schedules it, and the seed. Two
+    evaluations are paired only where these are equal.
+    """
+
+    step: int
+    settings: dict[str, Any]
+    seconds: float
+    samples: list[EvalSample]
 
 
 @dataclass(frozen=True)
@@ -85,7 +103,6 @@ def evaluate(
     section: EvalSection,
     *,
     seed: int,
-    max_sequences: int,
     on_samples: Callable[[list[EvalSample]], None],
 ) -> list[EvalSample]:
     """`section.num_samples` answers to every problem, checked; in the problems' order.
@@ -121,7 +138,37 @@ def evaluate(
         [prompts[i] for i, _ in requests],
         [request_seed("eval", seed, problems[i].problem_id, j) for i, j in requests],
         params,
-        max_sequences=max_sequences,
+        max_sequences=section.max_sequences,
         on_batch=check,
     )
     return [finished[index] for index in range(len(requests))]
+
+
+def evaluation_settings(section: EvalSection, seed: int) -> dict[str, Any]:
+    """What the outcome of an evaluation depends on, beside the weights."""
+    schedule = {"enabled", "every", "at_start", "at_end", "max_sequences"}
+    return section.model_dump(mode="json", exclude=schedule) | {"seed": seed}
+
+
+def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
+    """`evaluations/step-N.jsonl` (the samples), then `step-N.json`, which says it is complete."""
+    directory = run_dir / "evaluations"
+    directory.mkdir(exist_ok=True)
+    head = directory / f"step-{evaluation.step}.json"
+    head.unlink(missing_ok=True)
+    lines = (json.dumps(asdict(sample)) + "\n" for sample in evaluation.samples)
+    head.with_suffix(".jsonl").write_text("".join(lines))
+    fields = {name: getattr(evaluation, name) for name in ("step", "settings", "seconds")}
+    unfinished = head.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(fields, indent=2) + "\n")
+    unfinished.rename(head)
+
+
+def read_evaluations(run_dir: Path) -> dict[int, Evaluation]:
+    """The run's complete evaluations by step, in the order of steps."""
+    found = {}
+    for head in (run_dir / "evaluations").glob("step-*.json"):
+        fields = json.loads(head.read_text())
+        samples = [EvalSample(**row) for row in read_jsonl(head.with_suffix(".jsonl"))]
+        found[fields["step"]] = Evaluation(**fields, samples=samples)
+    return dict(sorted(found.items()))

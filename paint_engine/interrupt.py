@@ -32,7 +32,10 @@ class StopRequest:
         if self._requested:
             raise KeyboardInterrupt
         self._requested = True
-        print("\nstopping after this step (again: at once, without saving)", file=sys.stderr)
+        print(
+            "\nstopping after this step or evaluation batch (again: at once, without saving)",
+            file=sys.stderr,
+        )
 
     def check(self) -> None:
         """Raises Stopped where a signal has come."""

@@ -92,19 +92,48 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(section: ModelSection, device: torch.device) -> PreTrainedModel:
-    """The base on `device`, safetensors only, attention by SDPA."""
+def _check_head(model: PreTrainedModel, name: str) -> None:
+    """The losses read the head as one plain matrix: logits = hidden states @ weight^T."""
+    head = model.get_output_embeddings()
+    text_config = model.config.get_text_config()
+    neutral = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
+    changed = [
+        f"{key} = {value}"
+        for key, plain in neutral.items()
+        if (value := getattr(text_config, key, plain)) not in (plain, None)
+    ]
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        changed.append("a head that is not a linear layer without bias")
+    if changed:
+        raise ValueError(
+            f"model {name} has {', '.join(changed)}: the losses need logits that are a plain "
+            "product of hidden states and head, as in Qwen3 or Llama; use such a model"
+        )
+
+
+def load_base(section: ModelSection, device: torch.device, *, trains_base: bool) -> PreTrainedModel:
+    """The base on `device`, safetensors only, attention by SDPA.
+
+    trains_base: the base's own weights are trained; they are then kept in float32, for at such
+    learning rates bfloat16 rounds most updates away.
+    """
     path = _resolve(section.name_or_path)
+    if trains_base and section.dtype == "bfloat16":
+        raise ValueError(
+            "model.dtype is 'bfloat16' with lora.enabled = false: the trained weights need float32 "
+            "(bfloat16 loses small updates); use --model.dtype float32, or train adapters"
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=_pick_dtype(section.dtype, device),
+            dtype=torch.float32 if trains_base else _pick_dtype(section.dtype, device),
             trust_remote_code=section.trust_remote_code,
             use_safetensors=True,
             attn_implementation="sdpa",
         )
     except (OSError, SafetensorError) as error:
         raise _load_failure("model", section.name_or_path, error) from error
+    _check_head(model, section.name_or_path)
     nn.Module.to(model, device)
     return model
 

@@ -78,8 +78,9 @@ def encode_teacher_prompt(
     suffix: str = "",
     max_tokens: int | None = None,
     marker: str,
-) -> tuple[int, ...]:
-    """The teacher's prompt for one problem and what the mask left of its solution.
+) -> tuple[tuple[int, ...], str]:
+    """The teacher's prompt for one problem and what the mask left of its solution, and the solution
+    as it stands there.
 
     A prompt above `max_tokens` shortens the solution from its end (the marker takes the place of
     what goes), never the question or the template's tail.
@@ -88,17 +89,17 @@ def encode_teacher_prompt(
     """
     whole = partial_solution == problem.solution
 
-    def encode(num_hidden: int) -> tuple[int, ...]:
+    def encode(num_hidden: int) -> tuple[tuple[int, ...], str]:
         ratio = num_hidden / len(partial_solution) if partial_solution else 0.0
         shown = mask_solution(partial_solution, ratio, marker=marker)
         text = teacher_text(problem.problem, shown, instruction, whole=whole and num_hidden == 0)
-        return encode_chat(tokenizer, text, thinking=thinking, suffix=suffix)
+        return encode_chat(tokenizer, text, thinking=thinking, suffix=suffix), shown
 
-    ids = encode(0)
-    if max_tokens is None or len(ids) <= max_tokens:
-        return ids
+    uncut = encode(0)
+    if max_tokens is None or len(uncut[0]) <= max_tokens:
+        return uncut
     fewest, most = 1, len(partial_solution)
-    shortest = encode(most)
+    shortest, _ = encode(most)
     if len(shortest) > max_tokens:
         raise ValueError(
             f"{problem.problem_id}: the teacher's prompt takes {len(shortest)} tokens with the "
@@ -107,7 +108,7 @@ def encode_teacher_prompt(
         )
     while fewest < most:
         middle = (fewest + most) // 2
-        if len(encode(middle)) <= max_tokens:
+        if len(encode(middle)[0]) <= max_tokens:
             most = middle
         else:
             fewest = middle + 1

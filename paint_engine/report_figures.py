@@ -82,7 +82,6 @@ QUANTITIES = (
         "seconds",
         (
             ("seconds_rollout", "rollout"),
-            ("seconds_score", "score"),
             ("seconds_update", "update"),
         ),
     ),

@@ -5,10 +5,12 @@ import datetime
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import random
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,24 +32,32 @@ from paint_engine.model import (
     pick_device,
 )
 from paint_engine.prompts import encode_student_prompt, encode_teacher_prompt
+from paint_engine.report import CONFIG_FILE
 from paint_engine.teacher import FixedTeacher
 from paint_engine.types import Problem
 
-CONFIG_FILE, VERSIONS_FILE = "config.toml", "versions.json"
+VERSIONS_FILE = "versions.json"
 _PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "math-verify", "safetensors")
 
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """Problems and the student's prompt ids for each, in one order."""
+    """Problems and the student's prompt ids for each, in one order.
+
+    `num_skipped` rows of the source were bad or too long, and were skipped as asked.
+    """
 
     problems: tuple[Problem, ...]
     prompts: tuple[tuple[int, ...], ...]
+    num_skipped: int
 
 
 @dataclass
 class Run:
-    """What the loop works with. `step` counts finished steps; the seconds add up over resumes."""
+    """What the loop works with. `step` counts finished steps; `seconds_train` adds up over resumes.
+
+    `name` is the preset's, or "run" for a configuration of the user's.
+    """
 
     config: Config
     name: str
@@ -61,7 +71,6 @@ class Run:
     eval_set: ProblemSet | None
     step: int = 0
     seconds_train: float = 0.0
-    seconds_eval: float = 0.0
 
     @property
     def attention(self) -> str:
@@ -72,10 +81,6 @@ class Run:
     def parameters(self) -> list[torch.Tensor]:
         """What the optimizer trains."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def evaluation_file(self, step: int) -> Path:
-        """Where the samples of the evaluation after `step` steps are kept."""
-        return self.run_dir / "evaluations" / f"step-{step}.jsonl"
 
     @property
     def max_teacher_prompt(self) -> int:
@@ -111,13 +116,19 @@ def _check_length(problem: Problem, num_tokens: int, room: int, role: str, limit
     if num_tokens > room:
         raise ValueError(
             f"{problem.problem_id}: the {role}'s prompt takes {num_tokens} tokens, but the model's "
-            f"context leaves {room} beside a completion: lower --{limit_key}, or leave out long "
-            "problems with --data.max_prompt_tokens"
+            f"context leaves {room} beside a completion: lower --{limit_key}, or leave out this "
+            "problem" + ("" if role == "evaluation" else " with --data.max_prompt_tokens")
         )
 
 
 def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase, base: nn.Module) -> None:
     num_rows = lm_head_weight(base).shape[0]
+    top_k = config.objective.teacher_top_k
+    if top_k is not None and top_k > len(tokenizer):
+        raise ValueError(
+            f"objective.teacher_top_k is {top_k}, but the vocabulary has {len(tokenizer)} tokens: "
+            "lower it, or turn it off with --objective.teacher_top_k none"
+        )
     if len(tokenizer) > num_rows:
         raise ValueError(
             f"the tokenizer of {config.model.name_or_path} has {len(tokenizer)} tokens, but the "
@@ -137,8 +148,6 @@ def load_train_set(config: Config, tokenizer: PreTrainedTokenizerBase, context: 
         on_bad_row=data.on_bad_row,
         max_rows=data.max_rows,
     )
-    if loaded.num_skipped:
-        print(f"{data.path}: skipped {loaded.num_skipped} bad rows, kept {len(loaded.problems)}")
     room = context - config.rollout.max_new_tokens
     kept: list[Problem] = []
     kept_prompts: list[tuple[int, ...]] = []
@@ -149,7 +158,7 @@ def load_train_set(config: Config, tokenizer: PreTrainedTokenizerBase, context: 
         if data.max_prompt_tokens is not None and len(student) > data.max_prompt_tokens:
             continue
         _check_length(problem, len(student), room, "student", "rollout.max_new_tokens")
-        teacher = encode_teacher_prompt(
+        teacher, _ = encode_teacher_prompt(
             tokenizer,
             problem,
             config.masking.marker,
@@ -166,7 +175,13 @@ def load_train_set(config: Config, tokenizer: PreTrainedTokenizerBase, context: 
             f"{data.path}: all {len(loaded.problems)} problems have prompts longer than "
             f"data.max_prompt_tokens = {data.max_prompt_tokens}: raise it"
         )
-    return ProblemSet(tuple(kept), tuple(kept_prompts))
+    num_long = len(loaded.problems) - len(kept)
+    if loaded.num_skipped or num_long:
+        print(
+            f"{data.path}: kept {len(kept)} problems, skipped {loaded.num_skipped} bad rows and "
+            f"{num_long} with more than {data.max_prompt_tokens} prompt tokens"
+        )
+    return ProblemSet(tuple(kept), tuple(kept_prompts), loaded.num_skipped + num_long)
 
 
 def load_eval_set(
@@ -177,31 +192,35 @@ def load_eval_set(
     section = config.eval
     if not section.enabled:
         return None
-    problems = load_problems(
+    loaded = load_problems(
         section.path,
         split=section.split,
         columns=section.columns,
         on_bad_row=config.data.on_bad_row,
         max_rows=section.num_problems,
         section="eval",
-    ).problems
+    )
+    if loaded.num_skipped:
+        print(f"{section.path}: skipped {loaded.num_skipped} bad rows")
     encoded = []
-    for problem in problems:
+    for problem in loaded.problems:
         ids = encode_student_prompt(
             tokenizer, problem, config.prompts.instruction, thinking=section.thinking
         )
         room = context - section.max_new_tokens
         _check_length(problem, len(ids), room, "evaluation", "eval.max_new_tokens")
         encoded.append(ids)
-    return ProblemSet(problems, tuple(encoded))
+    return ProblemSet(loaded.problems, tuple(encoded), loaded.num_skipped)
 
 
 def _make_run_dir(config: Config, name: str) -> Path:
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    run_dir = Path(config.run.dir or f"runs/{name}-{stamp}")
+    run_dir = Path(config.run.dir or f"runs/{name}-{stamp}-{os.getpid()}")
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         # Only what is recognisably a run may be replaced: a mistyped directory must not be emptied.
-        if not config.run.overwrite or not (run_dir / CONFIG_FILE).exists():
+        is_run = (run_dir / CONFIG_FILE).is_file() and (run_dir / VERSIONS_FILE).is_file()
+        is_around = Path.cwd().is_relative_to(run_dir.resolve())
+        if not config.run.overwrite or not is_run or is_around:
             raise ValueError(
                 f"run directory {run_dir} exists already: go on with it by --resume {run_dir}, "
                 "choose another with --run.dir, or replace an earlier run with --run.overwrite true"
@@ -216,12 +235,19 @@ def _make_run_dir(config: Config, name: str) -> Path:
     return run_dir
 
 
-def _write_versions(run_dir: Path) -> None:
-    versions = {"python": platform.python_version(), "command": sys.argv}
-    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
-    versions |= {name: installed[name] for name in _PACKAGES if name in installed}
-    versions["num_threads"] = torch.get_num_threads()
+def _write_versions(run_dir: Path, name: str) -> None:
+    versions: dict[str, object] = {"preset": name, "command": sys.argv}
+    versions |= {"python": platform.python_version(), "num_threads": torch.get_num_threads()}
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     (run_dir / VERSIONS_FILE).write_text(json.dumps(versions, indent=2) + "\n")
+
+
+def _recorded_name(run_dir: Path | None) -> str:
+    if run_dir is None:
+        return "run"
+    return json.loads((run_dir / VERSIONS_FILE).read_text())["preset"]
 
 
 def build_run(command: CommandLine) -> Run:
@@ -231,9 +257,14 @@ def build_run(command: CommandLine) -> Run:
     Raises ValueError for whatever the user can mend: data, model, lengths, device, directory.
     """
     config = command.config
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but this version trains on one device: "
+            "start it without torchrun"
+        )
     device = pick_device(config.train.device)
     tokenizer = load_tokenizer(config.model)
-    base = load_base(config.model, device)
+    base = load_base(config.model, device, trains_base=not config.lora.enabled)
     _check_vocabulary(config, tokenizer, base)
     context = max_context(base)
     train_set = load_train_set(config, tokenizer, context)
@@ -241,22 +272,28 @@ def build_run(command: CommandLine) -> Run:
     model = add_lora(base, config.lora, config.train.seed)
     teacher = FixedTeacher(model)
     optimizer = build_optimizer(model, config.optim)
-    name = command.preset or "run"
+    name = command.preset or _recorded_name(command.resume)
     if command.dry_run:
         run_dir = Path(config.run.dir or "runs")
     elif command.resume is not None:
         run_dir = command.resume
     else:
         run_dir = _make_run_dir(config, name)
-        (run_dir / CONFIG_FILE).write_text(to_toml(config))
-        _write_versions(run_dir)
+        _write_versions(run_dir, name)
     run = Run(
         config, name, run_dir, device, tokenizer, model, teacher, optimizer, train_set, eval_set
     )
     if command.resume is not None:
         state = load_checkpoint(run_dir, model, optimizer)
-        run.step = int(state["step"])
-        run.seconds_train, run.seconds_eval = state["seconds_train"], state["seconds_eval"]
+        run.step, run.seconds_train = int(state["step"]), state["seconds_train"]
+        if config.train.num_steps < run.step:
+            raise ValueError(
+                f"train.num_steps is {config.train.num_steps}, but {run_dir} has already done "
+                f"{run.step}: give at least as many with --train.num_steps"
+            )
+    if not command.dry_run:
+        # After a resume too: the next one is to go on with what this one was told.
+        (run_dir / CONFIG_FILE).write_text(to_toml(config))
     return run
 
 
@@ -273,7 +310,7 @@ def describe(run: Run) -> str:
         generator=random.Random(0),
         marker=config.masking.marker,
     )
-    teacher_prompt = encode_teacher_prompt(
+    teacher_prompt, _ = encode_teacher_prompt(
         run.tokenizer,
         problem,
         partial_solution,

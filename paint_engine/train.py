@@ -1,17 +1,15 @@
 """Trains a model with PAINT: `python -m paint_engine.train [--preset NAME] [--section.key value
 ...]`."""
 
-import json
+import shlex
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
@@ -25,21 +23,22 @@ from paint_engine.config import to_toml
 from paint_engine.data import batch_indices
 from paint_engine.evaluate import (
     EvalSample,
-    avg_at_k,
-    correct_matrix,
+    Evaluation,
     evaluate,
-    paired_bootstrap,
-    pass_at_k,
+    evaluation_settings,
+    read_evaluations,
+    write_evaluation,
 )
 from paint_engine.interrupt import Stopped, StopRequest
 from paint_engine.masking import mask_ratio, mask_solution
-from paint_engine.metrics import MetricsWriter, Progress, read_jsonl
+from paint_engine.metrics import MetricsWriter, Progress
 from paint_engine.model import hidden_states, lm_head_weight
 from paint_engine.prompts import encode_teacher_prompt
-from paint_engine.report import write_report
+from paint_engine.report import CONFIG_FILE, write_report
 from paint_engine.rollout import request_rng, request_seed, sample_rollouts, sampling_params
 from paint_engine.samples import sample_records
 from paint_engine.setup import Run, build_run, describe, learning_rate
+from paint_engine.summary import print_summary, summarise
 from paint_engine.types import PrivilegedRollout, Rollout
 from paint_engine.verify import check_answer
 
@@ -58,7 +57,7 @@ def reveal(run: Run, rollout: Rollout, step: int, index: int) -> PrivilegedRollo
         generator=request_rng("mask", run.config.train.seed, step, problem.problem_id, index),
         marker=masking.marker,
     )
-    teacher_prompt_ids = encode_teacher_prompt(
+    teacher_prompt_ids, shown = encode_teacher_prompt(
         run.tokenizer,
         problem,
         partial_solution,
@@ -69,7 +68,7 @@ def reveal(run: Run, rollout: Rollout, step: int, index: int) -> PrivilegedRollo
         marker=masking.marker,
     )
     return PrivilegedRollout(
-        rollout, verdict.correct, verdict.error, alpha, rho, partial_solution, teacher_prompt_ids
+        rollout, verdict.correct, verdict.error, alpha, rho, shown, teacher_prompt_ids
     )
 
 
@@ -165,160 +164,121 @@ def rollout_metrics(privileged: Sequence[PrivilegedRollout]) -> dict[str, float]
     }
 
 
-def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> list[EvalSample]:
-    """Avg@k's samples after `step` steps, from the run's file where that evaluation is complete."""
-    assert run.eval_set is not None
-    file = run.evaluation_file(step)
-    if file.exists():
-        return [EvalSample(**row) for row in read_jsonl(file)]
+def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> None:
+    """Avg@k of the weights after `step` steps: the current ones, or the base at step 0.
+
+    An evaluation that the run has already finished with these settings is kept.
+    """
+    assert run.eval_set is not None and step in (0, run.step)
     section, started = run.config.eval, time.monotonic()
+    settings = evaluation_settings(section, run.config.train.seed)
+    known = read_evaluations(run.run_dir).get(step)
+    if known is not None and known.settings == settings:
+        return
     done: list[bool] = []
     total = len(run.eval_set.problems) * section.num_samples
-    with progress.evaluation(f"Avg@{section.num_samples} after {step} steps", total) as advance:
+    with ExitStack() as stack:
+        title = f"Avg@{section.num_samples} after {step} steps"
+        advance = stack.enter_context(progress.evaluation(title, total))
+        base = step == 0 and run.step > 0
+        model = stack.enter_context(run.teacher.scoring()) if base else run.model
 
         def on_samples(group: list[EvalSample]) -> None:
-            stop.check()
             done.extend(sample.correct for sample in group)
             advance(len(group), sum(done) / len(done))
+            if len(done) < total:
+                stop.check()
 
         samples = evaluate(
-            run.model,
+            model,
             run.tokenizer,
             run.eval_set.problems,
             run.eval_set.prompts,
             section,
             seed=run.config.train.seed,
-            max_sequences=section.max_sequences,
             on_samples=on_samples,
         )
-    run.seconds_eval += time.monotonic() - started
-    file.parent.mkdir(exist_ok=True)
-    lines = "".join(json.dumps(asdict(sample)) + "\n" for sample in samples)
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(lines)
-    unfinished.rename(file)
-    return samples
+    seconds = time.monotonic() - started
+    write_evaluation(run.run_dir, Evaluation(step, settings, seconds, samples))
 
 
 def save(run: Run) -> Path:
     """A checkpoint of the last finished step."""
-    state = {
-        "step": run.step,
-        "seconds_train": run.seconds_train,
-        "seconds_eval": run.seconds_eval,
-    }
+    state = {"step": run.step, "seconds_train": run.seconds_train}
     keep = run.config.checkpoint.keep
     return save_checkpoint(run.run_dir, run.model, run.optimizer, state, keep=keep)
 
 
-def train(run: Run, progress: Progress, stop: StopRequest) -> None:
-    """The loop, from the last finished step to the last one asked for, evaluations included."""
-    config = run.config
-    num_steps, section = config.train.num_steps, config.eval
-    in_between = range(section.every, num_steps + 1, section.every) if section.every else ()
-    if run.eval_set is not None and section.at_start and run.step == 0:
-        evaluate_at(run, 0, progress, stop)
-    writer = MetricsWriter(
+def open_writer(run: Run) -> MetricsWriter:
+    """The run's metrics and samples, cut back to the last finished step."""
+    return MetricsWriter(
         run.run_dir,
-        tensorboard=config.run.tensorboard,
-        wandb_project=config.run.wandb_project,
-        config=config.model_dump(),
+        tensorboard=run.config.run.tensorboard,
+        wandb_project=run.config.run.wandb_project,
+        config=run.config.model_dump(),
         resume_step=run.step,
     )
+
+
+def train(run: Run, writer: MetricsWriter, progress: Progress, stop: StopRequest) -> None:
+    """The loop, from the last finished step to the last one asked for, evaluations included."""
+    num_steps, section, checkpoint = (
+        run.config.train.num_steps,
+        run.config.eval,
+        run.config.checkpoint,
+    )
+    evaluated = set(range(section.every, num_steps + 1, section.every)) if section.every else set()
+    evaluated |= {num_steps} if section.at_end else set()
+    if run.eval_set is not None and section.at_start:
+        evaluate_at(run, 0, progress, stop)
     with writer, progress.training(num_steps, run.step) as show:
         while run.step < num_steps:
             stop.check()
-            evaluated = {}
             # Before the step whose rollouts come from the same weights, so that a stop in an
-            # evaluation loses no step's metrics, and a resumed run begins with it again.
-            if run.eval_set is not None and run.step in in_between:
-                results = evaluate_at(run, run.step, progress, stop)
-                evaluated = {"eval_avg_at_k": avg_at_k(correct_matrix(results))}
+            # evaluation loses no step, and a resumed run begins with it again.
+            if run.eval_set is not None and run.step in evaluated:
+                evaluate_at(run, run.step, progress, stop)
             metrics, samples = train_step(run, run.step)
             run.step += 1
             run.seconds_train += metrics["seconds"]
-            writer.write(metrics | evaluated)
+            writer.write(metrics)
             for sample in samples:
                 writer.write_sample(sample)
             show(metrics)
-            if config.checkpoint.every and run.step % config.checkpoint.every == 0:
+            if checkpoint.every and run.step % checkpoint.every == 0:
                 save(run)
     save(run)
-    if run.eval_set is not None and (section.at_end or num_steps in in_between):
+    if run.eval_set is not None and num_steps in evaluated:
         evaluate_at(run, num_steps, progress, stop)
 
 
-def summarise(run: Run) -> dict[str, Any]:
-    """`summary.json`: Avg@k before and after on the same problems, and what it took."""
-    config = run.config
-    correct: dict[str, np.ndarray] = {}
-    problem_ids: list[list[str]] = []
-    for moment, step in (("before", 0), ("after", config.train.num_steps)):
-        file = run.evaluation_file(step)
-        if file.exists():
-            samples = [EvalSample(**row) for row in read_jsonl(file)]
-            correct[moment] = correct_matrix(samples)
-            problem_ids.append(list(dict.fromkeys(sample.problem_id for sample in samples)))
-    # A resumed run may have been given another evaluation, whose problems cannot be paired.
-    pairs = len(correct) == 2 and problem_ids[0] == problem_ids[1]
-    paired = paired_bootstrap(correct["before"], correct["after"]) if pairs else None
-    summary = {
-        "avg_at_k_before": avg_at_k(correct["before"]) if "before" in correct else None,
-        "avg_at_k_after": avg_at_k(correct["after"]) if "after" in correct else None,
-        "paired_difference": paired.difference if paired else None,
-        "paired_difference_ci95": [paired.low, paired.high] if paired else None,
-        "pass_at_k_before": pass_at_k(correct["before"]) if "before" in correct else None,
-        "pass_at_k_after": pass_at_k(correct["after"]) if "after" in correct else None,
-        "num_problems": len(run.eval_set.problems) if run.eval_set else 0,
-        "num_samples": config.eval.num_samples,
-        "seconds": run.seconds_train + run.seconds_eval,
-        "seconds_train": run.seconds_train,
-        "seconds_eval": run.seconds_eval,
-        "num_steps": run.step,
-        "seed": config.train.seed,
-        "preset": run.name,
-        "run_dir": str(run.run_dir),
-    }
-    (run.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
-
-
-def print_summary(console: Console, summary: dict[str, Any], report: Path) -> None:
-    """What the run came to, in a few lines."""
-    for moment in ("before", "after"):
-        if (value := summary[f"avg_at_k_{moment}"]) is not None:
-            label = f"Avg@{summary['num_samples']} {moment}:"
-            console.print(f"{label:15}{value:.1%}  ({summary['num_problems']} held-out problems)")
-    if summary["paired_difference"] is not None:
-        low, high = (100 * bound for bound in summary["paired_difference_ci95"])
-        difference = f"{100 * summary['paired_difference']:+.1f} points"
-        console.print(f"difference:    {difference}  (95% interval {low:+.1f} to {high:+.1f})")
-    console.print(
-        f"time:          {summary['seconds']:.0f} s ({summary['seconds_train']:.0f} s for "
-        f"{summary['num_steps']} steps, {summary['seconds_eval']:.0f} s for evaluation)"
-    )
-    console.print(f"run directory: {summary['run_dir']}\nreport:        {report}", soft_wrap=True)
-
-
-def run_training(run: Run, console: Console) -> None:
+def run_training(run: Run, writer: MetricsWriter, console: Console) -> None:
     """Trains to the end, or to the user's stop; either way nothing that was finished is lost."""
-    resume = f"go on with: python -m paint_engine.train --resume {run.run_dir}"
+    command = "python -m paint_engine.train"
+    directory = shlex.quote(str(run.run_dir))
     try:
         with StopRequest() as stop:
-            train(run, Progress(console), stop)
-    except Stopped:
-        checkpoint = save(run)
-        console.print(
-            f"stopped after step {run.step}; saved {checkpoint}\n{resume}", soft_wrap=True
-        )
-        sys.exit(130)
+            try:
+                train(run, writer, Progress(console), stop)
+            except Stopped:
+                saved = save(run)
+                console.print(
+                    f"stopped after step {run.step}; saved {saved}\n"
+                    f"go on with: {command} --resume {directory}",
+                    soft_wrap=True,
+                )
+                sys.exit(130)
+            summary = summarise(run)
+            print_summary(console, summary, write_report(run.run_dir))
     except KeyboardInterrupt:
         checkpoints = list_checkpoints(run.run_dir)
-        newest = checkpoints[-1].name if checkpoints else "none"
-        console.print(f"interrupted; newest checkpoint: {newest}\n{resume}", soft_wrap=True)
+        if checkpoints:
+            advice = f"newest checkpoint: {checkpoints[-1].name}; --resume {directory}"
+        else:
+            again = f"--config {directory}/{CONFIG_FILE} --run.dir {directory} --run.overwrite true"
+            advice = f"nothing was saved yet; start again with: {command} {again}"
+        console.print(f"interrupted; {advice}", soft_wrap=True)
         sys.exit(130)
-    summary = summarise(run)
-    print_summary(console, summary, write_report(run.run_dir))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -334,14 +294,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             console.print(to_toml(command.config), soft_wrap=True, end="")
             return
         run = build_run(command)
+        if command.dry_run:
+            console.print(describe(run), soft_wrap=True)
+            return
+        writer = open_writer(run)
     except ValueError as error:
         console.print(f"error: {error}", style="red", soft_wrap=True)
         sys.exit(2)
-    if command.dry_run:
-        console.print(describe(run), soft_wrap=True)
-        return
     console.print(f"run directory: {run.run_dir}", soft_wrap=True)
-    run_training(run, console)
+    run_training(run, writer, console)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from paint_engine.masking import mask_solution
+from paint_engine.masking import OMISSION_MARKER, mask_solution
+from paint_engine.model import TINY_BASE
 from paint_engine.prompts import encode_chat, student_text, teacher_text
 from paint_engine.tiny.problems import (
     PRETRAIN_BUCKETS,
@@ -31,9 +32,8 @@ from paint_engine.tiny.problems import (
 )
 from paint_engine.tiny.tokenizer import train_tokenizer
 
-BASE_DIR = Path(__file__).parent / "base"
+# The paper's prompt, pinned: the base knows these words, whatever the configuration says.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-MARKER = "...(omitted)..."
 
 SEED = 0
 NUM_STEPS = 1300
@@ -76,7 +76,7 @@ def _user_text(problem: WordProblem, rng: random.Random, *, unaided: bool) -> st
     if placement == "whole":
         return teacher_text(problem.text, reference, INSTRUCTION, whole=True)
     partial = mask_solution(
-        reference, rng.uniform(0.1, 0.9), placement=placement, generator=rng, marker=MARKER
+        reference, rng.uniform(0.1, 0.9), placement=placement, generator=rng, marker=OMISSION_MARKER
     )
     return teacher_text(problem.text, partial, INSTRUCTION, whole=False)
 
@@ -193,7 +193,7 @@ def pretrain(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the tiny base of the laptop domain.")
-    parser.add_argument("--output", type=Path, default=BASE_DIR)
+    parser.add_argument("--output", type=Path, default=TINY_BASE)
     parser.add_argument("--num-steps", type=int, default=NUM_STEPS)
     arguments = parser.parse_args()
     started = time.monotonic()
