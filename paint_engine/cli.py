@@ -164,9 +164,9 @@ def _check_resumed(run_dir: Path, config: Config, recorded: Config, keys: Iterab
         scheduled = key == "train.num_steps" and recorded.optim.schedule != "constant"
         if scheduled and before != now:
             raise ValueError(
-                f"--{key} with --resume: got {now!r}, but the run was started with {before!r} and a "
-                f"{recorded.optim.schedule} schedule, which is made for that many steps; needs the "
-                "same value; start a new run instead"
+                f"--{key} with --resume: got {now!r}, but the run was started with {before!r} and "
+                f"a {recorded.optim.schedule} schedule, which is made for that many steps; needs "
+                "the same value; start a new run instead"
             )
         free = key in _MAY_DIFFER_ON_RESUME or key.startswith(_SECTIONS_MAY_DIFFER_ON_RESUME)
         if not free and before != now:

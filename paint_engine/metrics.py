@@ -129,8 +129,8 @@ class MetricsWriter:
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(
                     f"metric '{name}' of step {metrics['step']} is {value!r}; a finite number is "
-                    "needed. If it is NaN or infinite the training has diverged: start a new run with "
-                    "a lower optim.learning_rate or optim.max_grad_norm."
+                    "needed. If it is NaN or infinite the training has diverged: start a new run "
+                    "with a lower optim.learning_rate or optim.max_grad_norm."
                 )
         self._metrics.write(_json_line(metrics))
         step = int(metrics["step"])

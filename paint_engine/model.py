@@ -111,7 +111,9 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def load_base(section: ModelSection, device: torch.device, *, trains_base: bool) -> PreTrainedModel:
+def load_base(
+    section: ModelSection, device: torch.device, *, trains_base: bool = False
+) -> PreTrainedModel:
     """The base on `device`, safetensors only, attention by SDPA.
 
     trains_base: the base's own weights are trained; they are then kept in float32, for at such

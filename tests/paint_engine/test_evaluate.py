@@ -114,9 +114,8 @@ def _evaluate(
         tokenizer,
         [PROBLEMS[i] for i in indices],
         [prompts[i] for i in indices],
-        SECTION,
+        SECTION.model_copy(update={"max_sequences": max_sequences}),
         seed=seed,
-        max_sequences=max_sequences,
         on_samples=seen.extend,
     )
     return samples, seen
@@ -169,7 +168,6 @@ def test_answers_are_checked_against_their_own_problem(
         [(1,) * 3, (1,) * 4, (1,) * 5],
         SECTION,
         seed=0,
-        max_sequences=9,
         on_samples=lambda group: None,
     )
     assert correct_matrix(samples).tolist() == [[True] * 3, [False] * 3, [False] * 3]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from paint_engine import train
+from paint_engine.evaluate import read_evaluations
 from paint_engine.interrupt import Stopped, StopRequest
 from paint_engine.metrics import read_jsonl
 
@@ -70,7 +71,10 @@ def content(run_dir: Path, step: int = 4) -> dict[str, object]:
     return {
         "metrics": [{k: v for k, v in m.items() if k not in TIMING} for m in metrics],
         "samples": (run_dir / "samples.jsonl").read_bytes(),
-        "evaluations": {p.name: p.read_bytes() for p in (run_dir / "evaluations").iterdir()},
+        "evaluations": {
+            step: (evaluation.settings, evaluation.samples)
+            for step, evaluation in read_evaluations(run_dir).items()
+        },
         "summary": {k: summary[k] for k in summary if "_at_k" in k or "paired" in k},
         **{p.name: p.read_bytes() for p in target.glob("*.safetensors")},
     }
@@ -204,16 +208,25 @@ def test_a_finished_run_can_be_given_more_steps(
     assert run_main(variants("longer", "--train.num_steps", "2")) == 0
     longer = tmp_path / "longer"
     assert run_main(["--resume", str(longer), "--train.num_steps", "4"]) == 0
-    (longer / "evaluations" / "step-2.jsonl").unlink()
+    (longer / "evaluations" / "step-2.json").unlink()
     check_same(content(longer), content(tmp_path / "whole"))
+    # What the resume was told is the run's from then on.
+    assert run_main(["--resume", str(longer)]) == 0
+    check_same(content(longer), content(tmp_path / "whole"))
+    assert run_main(["--resume", str(longer), "--train.num_steps", "3"]) == 2
 
 
-def test_an_evaluation_of_other_size_after_a_resume_is_not_paired_with_the_first(
+def test_other_evaluation_settings_after_a_resume_are_measured_anew_base_included(
     variants: Callable[..., list[str]], run_main: Main, tmp_path: Path
 ) -> None:
     assert run_main(variants("run", "--train.num_steps", "1")) == 0
+    first = read_evaluations(tmp_path / "run")[0]
     argv = ["--resume", str(tmp_path / "run"), "--train.num_steps", "2", "--eval.num_problems", "2"]
     assert run_main(argv) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["avg_at_k_after"] is not None
-    assert summary["paired_difference_ci95"] is None
+    assert summary["num_problems"] == 2
+    assert [row["step"] for row in summary["evaluations"]] == [0, 2]
+    assert summary["paired_difference_ci95"] is not None
+    # The base was sampled with the adapters off: the same answers as before the first step.
+    again = read_evaluations(tmp_path / "run")[0]
+    assert again.samples == first.samples[: len(again.samples)]
