@@ -35,7 +35,8 @@ def summarise(run: Run) -> dict[str, Any]:
     if 0 in correct and last in correct:
         paired = paired_bootstrap(correct[0], correct[last])
     trained = {step: average for step, average in averages.items() if step > 0}
-    best = max(trained, key=trained.__getitem__, default=None)
+    # Of equals the later one.
+    best = max(trained, key=lambda step: (trained[step], step), default=None)
     num_problems, num_samples = next(iter(correct.values())).shape if correct else (0, 0)
     seconds_eval = sum(evaluation.seconds for evaluation in complete.values())
     summary = {

@@ -231,7 +231,7 @@ def train(run: Run, writer: MetricsWriter, progress: Progress, stop: StopRequest
     evaluated |= {num_steps} if section.at_end else set()
     if run.eval_set is not None and section.at_start:
         evaluate_at(run, 0, progress, stop)
-    with writer, progress.training(num_steps, run.step) as show:
+    with progress.training(num_steps, run.step) as show:
         while run.step < num_steps:
             stop.check()
             # Before the step whose rollouts come from the same weights, so that a stop in an
@@ -257,7 +257,7 @@ def run_training(run: Run, writer: MetricsWriter, console: Console) -> None:
     command = "python -m paint_engine.train"
     directory = shlex.quote(str(run.run_dir))
     try:
-        with StopRequest() as stop:
+        with writer, StopRequest() as stop:
             try:
                 train(run, writer, Progress(console), stop)
             except Stopped:

@@ -33,7 +33,7 @@ def _teacher(
     suffix: str = "",
     marker: str = MARKER,
 ) -> tuple[int, ...]:
-    return encode_teacher_prompt(
+    ids, shown = encode_teacher_prompt(
         tokenizer,
         PROBLEM,
         partial,
@@ -43,6 +43,9 @@ def _teacher(
         max_tokens=max_tokens,
         marker=marker,
     )
+    # What is recorded as shown is what stands in the prompt.
+    assert f"Begin ===\n{shown}\n=== Reference Solution End" in tokenizer.decode(list(ids))
+    return ids
 
 
 def test_the_student_sees_the_problem_and_the_instruction_alone(
@@ -83,7 +86,7 @@ def test_each_role_has_its_own_thinking_switch(
     thinking: bool, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     student = encode_student_prompt(tokenizer, PROBLEM, INSTRUCTION, thinking=thinking)
-    teacher = encode_teacher_prompt(
+    teacher, _ = encode_teacher_prompt(
         tokenizer, PROBLEM, PARTIAL, INSTRUCTION, thinking=not thinking, marker=MARKER
     )
     tails = (ANSWER + EMPTY_THOUGHT, ANSWER)

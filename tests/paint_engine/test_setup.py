@@ -219,7 +219,7 @@ def test_an_unknown_key_and_a_bad_row_end_with_one_message_each(
         file.write('{"question": "Why?"}\n')
     assert "train.jsonl:8" in refused(run_main, capsys, command)
     assert run_main([*command, "--data.on_bad_row", "skip", "--dry-run"]) == 0
-    assert "skipped 1 bad rows, kept 7" in capsys.readouterr().out
+    assert "kept 7 problems, skipped 1 bad rows" in capsys.readouterr().out
 
 
 def test_a_dry_run_shows_both_prompts_with_their_special_tokens_and_leaves_nothing(

@@ -224,7 +224,7 @@ def test_dropout_of_the_adapters_is_applied_in_training_and_not_in_sampling(
 def test_a_diverged_run_says_so_and_keeps_its_checkpoints(
     command: list[str], run_main: Main, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"step 2 is nan.*diverged.*resume from an earlier"):
+    with pytest.raises(ValueError, match=r"step 2 is nan.*diverged.*start a new run"):
         run_main([*command, "--optim.learning_rate", "1e30"])
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
     assert [m["step"] for m in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1]

@@ -60,7 +60,7 @@ def test_every_bundled_problem_fits_beside_its_solution(
     for problem in [*load_split("test"), *load_split("validation"), *load_split("train", 500)]:
         solution = tokenizer.encode(problem.solution + "<|im_end|>")
         assert len(solution) <= SECTION.max_new_tokens, problem.problem_id
-        teacher = encode_teacher_prompt(
+        teacher, _ = encode_teacher_prompt(
             tokenizer, problem, problem.solution, INSTRUCTION, thinking=False, marker=MARKER
         )
         assert len(teacher) + SECTION.max_new_tokens <= model.config.max_position_embeddings
@@ -74,9 +74,10 @@ def test_it_solves_clearly_more_with_the_reference_in_its_prompt(
 
     def teacher_prompt(problem: Problem, ratio: float) -> tuple[int, ...]:
         shown = mask_solution(problem.solution, ratio, marker=MARKER)
-        return encode_teacher_prompt(
+        ids, _ = encode_teacher_prompt(
             tokenizer, problem, shown, INSTRUCTION, thinking=False, marker=MARKER
         )
+        return ids
 
     def accuracy(prompts: Sequence[tuple[int, ...]]):
         samples = evaluate(
@@ -86,7 +87,6 @@ def test_it_solves_clearly_more_with_the_reference_in_its_prompt(
             prompts,
             SECTION,
             seed=0,
-            max_sequences=64,
             on_samples=lambda group: None,
         )
         return correct_matrix(samples)
