@@ -177,9 +177,10 @@ def load_train_set(config: Config, tokenizer: PreTrainedTokenizerBase, context: 
         )
     num_long = len(loaded.problems) - len(kept)
     if loaded.num_skipped or num_long:
+        long = f" and {num_long} with more than {data.max_prompt_tokens} prompt tokens"
         print(
-            f"{data.path}: kept {len(kept)} problems, skipped {loaded.num_skipped} bad rows and "
-            f"{num_long} with more than {data.max_prompt_tokens} prompt tokens"
+            f"{data.path}: kept {len(kept)} problems, skipped {loaded.num_skipped} bad rows"
+            + (long if num_long else "")
         )
     return ProblemSet(tuple(kept), tuple(kept_prompts), loaded.num_skipped + num_long)
 

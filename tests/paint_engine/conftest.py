@@ -40,6 +40,7 @@ def save_random_model(
 ) -> None:
     """Weights large enough that every context token moves the logits visibly."""
     torch.manual_seed(0)
+    stop, padding = tokenizer.encode("<|im_end|><|endoftext|>")
     config = Qwen3Config(
         vocab_size=len(tokenizer) + NUM_PADDING_ROWS,
         hidden_size=32,
@@ -52,8 +53,8 @@ def save_random_model(
         initializer_range=0.15,
         tie_word_embeddings=tied,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=stop,
+        pad_token_id=padding,
         dtype="float32",
     )
     Qwen3ForCausalLM(config).save_pretrained(directory)
@@ -140,7 +141,8 @@ def privileged() -> Callable[..., list[PrivilegedRollout]]:
 @pytest.fixture
 def ragged(tokenizer: PreTrainedTokenizerBase) -> list[PrivilegedRollout]:
     """Prompts and completions of all kinds of lengths, one token among them."""
-    return make_privileged((5, 1, 9, 2), (11, 4, 1, 20), (4, 7, 1, 12), stop=tokenizer.eos_token_id)
+    (stop,) = tokenizer.encode("<|im_end|>")
+    return make_privileged((5, 1, 9, 2), (11, 4, 1, 20), (4, 7, 1, 12), stop=stop)
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def test_training_goes_on_bit_for_bit_from_a_checkpoint(
         take_step(resumed, its_optimizer, seed)
     for name, tensor in trainable(resumed).items():
         assert torch.equal(tensor, expected[name]), name
-    assert not torch.equal(expected[name], at_two[name])
+    assert not all(torch.equal(expected[name], at_two[name]) for name in expected)
     moments = [s for s in its_optimizer.state.values() if s["exp_avg_sq"].any()]
     assert len(moments) > len(expected) // 2
     assert {s["step"].item() for s in moments} == {4.0}

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, at_step: int, num_signals: int
     monkeypatch.setattr(train, "train_step", step_under_fire)
 
 
-def content(run_dir: Path, step: int = 4) -> dict[str, object]:
+def content(run_dir: Path, step: int = 4) -> dict[str, Any]:
     """Everything that must not depend on how a run was cut."""
     target = run_dir / "checkpoints" / f"step-{step}"
     metrics = read_jsonl(run_dir / "metrics.jsonl")
@@ -80,7 +81,7 @@ def content(run_dir: Path, step: int = 4) -> dict[str, object]:
     }
 
 
-def check_same(actual: dict[str, object], expected: dict[str, object]) -> None:
+def check_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert actual[name] == value, name

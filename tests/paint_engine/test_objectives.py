@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from paint_engine import objectives
 from paint_engine.batch import build_batch, split_microbatches
 from paint_engine.config import LoraSection, ModelSection, ObjectiveSection
-from paint_engine.model import add_lora, hidden_states, lm_head_weight, load_base
+from paint_engine.model import add_lora, causal_lm, hidden_states, lm_head_weight, load_base
 from paint_engine.teacher import FixedTeacher
 from paint_engine.types import PrivilegedRollout
 from paint_kernels import PaintLossOutput
@@ -108,7 +108,7 @@ def test_paint_without_clip_and_interpolation_is_opsds_forward_kl(
     section = OPSD.model_copy(update={"reduction": reduction})
     output = engine_loss(lora_model, ragged, section, attention=attention)
     actual = gradients(lora_model, output.loss)
-    student = lora_model.get_base_model()
+    student = causal_lm(lora_model)
     expected = opsd_by_hand(student, untrained, ragged, 1.1, reduction=reduction)
     assert output.loss.dtype == torch.float64
     assert expected.item() > 0.01
@@ -138,7 +138,7 @@ def test_the_trained_heads_teacher_keeps_its_own_head(
 ) -> None:
     teacher = FixedTeacher(base)
     with torch.no_grad():
-        base.get_output_embeddings().weight.mul_(1.3)
+        lm_head_weight(base).mul_(1.3)
         batch = build_batch(ragged)
         with teacher.scoring() as scorer:
             states, head = (
@@ -243,7 +243,7 @@ def test_padded_rows_of_the_head_are_outside_the_distribution(
 ) -> None:
     with torch.no_grad():
         before = engine_loss(base, ragged, OPSD)
-        base.get_output_embeddings().weight[VOCAB_SIZE:] = 100.0
+        lm_head_weight(base)[VOCAB_SIZE:] = 100.0
         after = engine_loss(base, ragged, OPSD)
     assert torch.equal(before.token_loss, after.token_loss)
 

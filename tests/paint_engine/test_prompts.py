@@ -25,6 +25,12 @@ ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 
 
+def _text(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
+    text = tokenizer.decode(list(ids))
+    assert isinstance(text, str)
+    return text
+
+
 def _teacher(
     tokenizer: PreTrainedTokenizerBase,
     partial: str = PARTIAL,
@@ -44,7 +50,7 @@ def _teacher(
         marker=marker,
     )
     # What is recorded as shown is what stands in the prompt.
-    assert f"Begin ===\n{shown}\n=== Reference Solution End" in tokenizer.decode(list(ids))
+    assert f"Begin ===\n{shown}\n=== Reference Solution End" in _text(tokenizer, ids)
     return ids
 
 
@@ -53,7 +59,7 @@ def test_the_student_sees_the_problem_and_the_instruction_alone(
 ) -> None:
     ids = encode_student_prompt(tokenizer, PROBLEM, INSTRUCTION, thinking=False)
     expected = f"{OPENING}Problem: Mia adds. What is it?\n\n{INSTRUCTION}{ANSWER}{EMPTY_THOUGHT}"
-    assert tokenizer.decode(ids) == expected
+    assert _text(tokenizer, ids) == expected
 
 
 def test_the_teachers_message_has_the_parts_of_figure_2_in_order() -> None:
@@ -77,8 +83,8 @@ def test_the_teachers_message_has_the_parts_of_figure_2_in_order() -> None:
 
 
 def test_only_an_unmasked_solution_is_called_whole(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert "a part of reference solution" in tokenizer.decode(_teacher(tokenizer, PARTIAL))
-    assert "a part of" not in tokenizer.decode(_teacher(tokenizer, PROBLEM.solution))
+    assert "a part of reference solution" in _text(tokenizer, _teacher(tokenizer, PARTIAL))
+    assert "a part of" not in _text(tokenizer, _teacher(tokenizer, PROBLEM.solution))
 
 
 @pytest.mark.parametrize("thinking", [True, False])
@@ -90,14 +96,14 @@ def test_each_role_has_its_own_thinking_switch(
         tokenizer, PROBLEM, PARTIAL, INSTRUCTION, thinking=not thinking, marker=MARKER
     )
     tails = (ANSWER + EMPTY_THOUGHT, ANSWER)
-    assert tokenizer.decode(student).endswith(tails[thinking])
-    assert tokenizer.decode(teacher).endswith(tails[not thinking])
+    assert _text(tokenizer, student).endswith(tails[thinking])
+    assert _text(tokenizer, teacher).endswith(tails[not thinking])
 
 
 def test_the_suffix_stands_right_after_the_generation_prompt(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    text = tokenizer.decode(_teacher(tokenizer, suffix="<think>\n\n</think>\n\nFirst,"))
+    text = _text(tokenizer, _teacher(tokenizer, suffix="<think>\n\n</think>\n\nFirst,"))
     assert text.endswith(f"{ANSWER}{EMPTY_THOUGHT}<think>\n\n</think>\n\nFirst,")
     # Special tokens of template and suffix are ids, not spelled out.
     (im_start,) = tokenizer.encode("<|im_start|>")
@@ -110,13 +116,13 @@ def test_a_template_without_the_switch_takes_both_values(
     plain = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
     monkeypatch.setattr(tokenizer, "chat_template", plain)
     ids = [encode_chat(tokenizer, "Hi", thinking=thinking) for thinking in (True, False)]
-    assert tokenizer.decode(ids[0]) == tokenizer.decode(ids[1]) == "[user] Hi\n[assistant]"
+    assert _text(tokenizer, ids[0]) == _text(tokenizer, ids[1]) == "[user] Hi\n[assistant]"
 
 
 def test_a_prompt_that_fits_is_not_touched(tokenizer: PreTrainedTokenizerBase) -> None:
     free = _teacher(tokenizer)
     assert _teacher(tokenizer, max_tokens=len(free)) == free
-    assert PARTIAL in tokenizer.decode(free)
+    assert PARTIAL in _text(tokenizer, free)
 
 
 @pytest.mark.parametrize("room", [1, 2, 7, 20, 60, 150])
@@ -127,7 +133,7 @@ def test_a_prompt_too_long_loses_the_end_of_the_solution_alone(
     bare = _teacher(tokenizer, MARKER, suffix="So")
     limit = len(bare) + room
     ids = _teacher(tokenizer, partial, max_tokens=limit, suffix="So")
-    text = tokenizer.decode(ids)
+    text = _text(tokenizer, ids)
     assert len(ids) <= limit
     before, _, rest = text.partition("=== Reference Solution Begin ===\n")
     shown, _, after = rest.partition("\n=== Reference Solution End ===")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from paint_engine.config import EvalSection, RolloutSection
+from paint_engine.model import lm_head_weight
 from paint_engine.rollout import (
     request_rng,
     request_seed,
@@ -41,7 +42,7 @@ def test_seeds_suit_torchs_generator(parts) -> None:
 
 
 def test_every_declared_stop_token_ends_an_answer(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     im_end, endoftext = tokenizer.encode("<|im_end|><|endoftext|>")
     for declared, expected in (
@@ -53,7 +54,7 @@ def test_every_declared_stop_token_ends_an_answer(
         stops = stop_token_ids(base, tokenizer)
         assert set(stops) == expected
         assert list(stops) == sorted(stops)
-    base.generation_config = None
+    monkeypatch.setattr(base, "generation_config", None)
     assert set(stop_token_ids(base, tokenizer)) == {im_end, endoftext}
 
 
@@ -73,15 +74,15 @@ def test_the_sections_settings_reach_the_sampler(
     for name in ("temperature", "top_p", "top_k", "max_new_tokens"):
         assert getattr(params, name) == getattr(section, name), name
     assert params.vocab_size == len(tokenizer)
-    assert base.get_output_embeddings().weight.shape[0] > params.vocab_size
+    assert lm_head_weight(base).shape[0] > params.vocab_size
 
 
 def test_a_rollout_keeps_the_sampled_ids_even_where_text_would_encode_otherwise(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    stop = tokenizer.eos_token_id
+    (stop,) = tokenizer.encode("<|im_end|>")
     # "apples" letter by letter: encoding the text again would give other, fewer ids.
-    spelled = [tokenizer.convert_tokens_to_ids(letter) for letter in "apples"]
+    spelled = [tokenizer.encode(letter)[0] for letter in "apples"]
     assert tokenizer.encode("apples") != spelled
     ids = (*spelled, stop)
     rollout = to_rollout(tokenizer, PROBLEM, (1, 2), Completion(ids, (-0.5,) * 7, False))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from paint_engine import rollout_hf
+from paint_engine.model import causal_lm, lm_head_weight
 from paint_engine.rollout_hf import Completion, SamplingParams, generate, sample_tokens
+from paint_engine.teacher import FixedTeacher
 
 VOCAB_SIZE = 340
 PARAMS = SamplingParams(1.0, 1.0, -1, 24, (), VOCAB_SIZE)
@@ -157,7 +160,8 @@ def test_greedy_decoding_is_that_of_transformers(base: PreTrainedModel) -> None:
     for prompt, completion in zip(prompts, completions, strict=True):
         ids = torch.tensor([prompt])
         with torch.no_grad():
-            expected = base.generate(
+            generate_by_transformers: Any = base.generate
+            expected = generate_by_transformers(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
@@ -211,7 +215,7 @@ def test_finished_rows_leave_the_batch_and_the_cache(
     sizes: list[int] = []
     original = DynamicCache.batch_select_indices
 
-    def spy(cache: DynamicCache, indices: Tensor) -> None:
+    def spy(cache: Any, indices: Tensor) -> None:
         original(cache, indices)
         sizes.append(cache.layers[0].keys.shape[0])
 
@@ -230,7 +234,7 @@ def test_finished_rows_leave_the_batch_and_the_cache(
 def test_padding_rows_of_the_head_are_never_drawn(base: PreTrainedModel) -> None:
     with torch.no_grad():
         # Rows above the tokenizer's size with by far the largest logits.
-        base.get_output_embeddings().weight[VOCAB_SIZE:] *= 50.0
+        lm_head_weight(base)[VOCAB_SIZE:] *= 50.0
     completions = generate(base, _prompts(6), list(range(6)), PARAMS, max_sequences=6)
     assert max(max(c.token_ids) for c in completions) < VOCAB_SIZE
 
@@ -256,7 +260,7 @@ def test_groups_are_reported_once_each_with_their_own_indices(base: PreTrainedMo
 def test_sampling_leaves_mode_and_gradients_as_they_were(
     training: bool, lora_model: torch.nn.Module
 ) -> None:
-    inner = lora_model.get_base_model()
+    inner = causal_lm(lora_model)
     inner.train(training)
     completions = generate(inner, _prompts(2), [0, 1], PARAMS, max_sequences=2)
     assert len(completions) == 2
@@ -267,12 +271,10 @@ def test_sampling_leaves_mode_and_gradients_as_they_were(
 
 def test_adapters_are_part_of_what_is_sampled(lora_model: torch.nn.Module) -> None:
     prompts = _prompts(3)
-    inner = lora_model.get_base_model()
+    inner = causal_lm(lora_model)
     with_adapters = generate(inner, prompts, [0, 1, 2], PARAMS, max_sequences=3)
-    for module in lora_model.modules():
-        if hasattr(module, "_disable_adapters"):
-            module._disable_adapters = True
-    without = generate(inner, prompts, [0, 1, 2], PARAMS, max_sequences=3)
+    with FixedTeacher(lora_model).scoring():
+        without = generate(inner, prompts, [0, 1, 2], PARAMS, max_sequences=3)
     assert [c.token_ids for c in with_adapters] != [c.token_ids for c in without]
 
 

@@ -62,7 +62,9 @@ def test_anchors_are_marked_as_found_in_the_completion(
     )
     shown = replace(item, rollout=rollout, partial_solution="First ...", overlap=0.5)
     (record,) = sample_records(1, [shown], [shown], planted_output(2), tokenizer)
-    found = {anchor["text"]: anchor["found"] for anchor in record["anchors"]}
+    anchors = record["anchors"]
+    assert isinstance(anchors, list)
+    found = {anchor["text"]: anchor["found"] for anchor in anchors}
     assert True in found.values() and False in found.values()
     assert {text for text, was in found.items() if was} and all(
         "84" not in text for text, was in found.items() if was

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from paint_engine.batch import build_batch
 from paint_engine.config import LoraSection
-from paint_engine.model import add_lora, causal_lm, hidden_states
+from paint_engine.model import add_lora, causal_lm, hidden_states, lm_head_weight
 from paint_engine.teacher import FixedTeacher
 from paint_engine.types import PrivilegedRollout
 
@@ -118,7 +118,7 @@ def test_without_adapters_the_teacher_is_a_copy_that_does_not_move(
     assert not shared
     # The copy keeps the tie between embeddings and head.
     copied = causal_lm(scorer)
-    assert copied.get_output_embeddings().weight is copied.get_input_embeddings().weight
+    assert lm_head_weight(copied) is copied.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize("training", [True, False])

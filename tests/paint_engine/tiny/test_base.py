@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paint_engine.config import INSTRUCTION, EvalSection, ModelSection
 from paint_engine.evaluate import avg_at_k, correct_matrix, evaluate, paired_bootstrap
 from paint_engine.masking import mask_solution
-from paint_engine.model import TINY_BASE, load_base, load_tokenizer
+from paint_engine.model import TINY_BASE, lm_head_weight, load_base, load_tokenizer
 from paint_engine.prompts import encode_student_prompt, encode_teacher_prompt
 from paint_engine.tiny import pretrain
 from paint_engine.tiny.problems import load_split
@@ -47,7 +47,7 @@ def test_it_is_a_qwen3_with_the_project_s_own_template(
     model, tokenizer = bundled
     assert model.config.model_type == "qwen3"
     assert tokenizer.chat_template == CHAT_TEMPLATE
-    assert len(tokenizer) <= model.get_output_embeddings().weight.shape[0]
+    assert len(tokenizer) <= lm_head_weight(model).shape[0]
     expected = pretrain.model_config(tokenizer)
     for name in ("hidden_size", "num_hidden_layers", "head_dim", "eos_token_id", "pad_token_id"):
         assert getattr(model.config, name) == getattr(expected, name), name

@@ -26,10 +26,16 @@ def small_and_restored(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTok
     torch.use_deterministic_algorithms(before)
 
 
+def _text(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
+    text = tokenizer.decode(list(ids))
+    assert isinstance(text, str)
+    return text
+
+
 def _documents(tokenizer: PreTrainedTokenizerBase, count: int) -> list[tuple[str, str]]:
     rng = random.Random(1)
     drawn = [pretrain.draw_document(tokenizer, rng) for _ in range(count)]
-    return [(tokenizer.decode(d.prompt_ids), tokenizer.decode(d.completion_ids)) for d in drawn]
+    return [(_text(tokenizer, d.prompt_ids), _text(tokenizer, d.completion_ids)) for d in drawn]
 
 
 def test_the_base_reads_the_prompts_that_it_is_used_with() -> None:
@@ -79,7 +85,7 @@ def test_privileged_documents_are_clean_and_unaided_ones_slip(
         if not document.prompt_ids:
             rates.pop()
             continue
-        aided = "Reference Solution" in tokenizer.decode(document.prompt_ids)
+        aided = "Reference Solution" in _text(tokenizer, document.prompt_ids)
         rates[-1] = (aided, rates[-1][1])
     assert {rate for aided, rate in rates if aided} == {0.0}
     assert {rate for aided, rate in rates if not aided} == {pretrain.SLIP_RATE}

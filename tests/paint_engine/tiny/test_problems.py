@@ -196,9 +196,10 @@ def test_slips_are_carried_on_to_the_box() -> None:
 
 
 def test_a_slip_is_used_by_the_steps_that_refer_to_it() -> None:
-    steps = tuple(
-        Step(op, left, right, ("x",))
-        for op, left, right in (("*", 4, 12), ("-", -1, 15), ("+", -2, -1))
+    steps = (
+        Step("*", 4, 12, ("x",)),
+        Step("-", -1, 15, ("x",)),
+        Step("+", -2, -1, ("x",)),
     )
     problem = WordProblem("", Plan("p", (), steps), 81)
     for seed in range(50):

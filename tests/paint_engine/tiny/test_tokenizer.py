@@ -1,6 +1,7 @@
 """The tiny tokenizer: Qwen3's template, digits and special tokens, and any text there and back."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -116,7 +117,7 @@ CONVERSATIONS: Sequence[tuple[str, list[Message], dict[str, bool], str]] = (
 )
 def test_the_chat_template_renders_as_qwen3s(
     messages: list[Message],
-    arguments: dict[str, bool],
+    arguments: dict[str, Any],
     expected: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
