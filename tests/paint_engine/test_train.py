@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from paint_engine import train
+from paint_engine import objectives, train
 from paint_engine.batch import build_batch
 from paint_engine.cli import load_config
 from paint_engine.metrics import read_jsonl
@@ -155,6 +155,41 @@ def test_the_teacher_stays_the_base_while_the_student_learns(run: Run) -> None:
     for step in range(2):
         train.train_step(run, step)
     assert torch.equal(teacher_states(), before)
+
+
+def test_a_trained_head_is_compared_with_the_teachers_own(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = build_run(load_config([*command, "--lora.enabled", "false"]))
+    initial = train.lm_head_weight(run.model).detach().clone()
+    heads: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    original = objectives.paint
+
+    def spy(student, teacher, head, *arguments, teacher_lm_head_weight, **settings):
+        heads.append((head.detach().clone(), teacher_lm_head_weight))
+        return original(
+            student,
+            teacher,
+            head,
+            *arguments,
+            teacher_lm_head_weight=teacher_lm_head_weight,
+            **settings,
+        )
+
+    monkeypatch.setattr(objectives, "paint", spy)
+    for step in range(2):
+        train.train_step(run, step)
+    student_head, teacher_head = heads[-1]
+    assert teacher_head is not None and torch.equal(teacher_head, initial)
+    assert not torch.equal(student_head, initial)
+
+
+def test_one_problem_is_answered_anew_in_every_place_and_step(command: list[str]) -> None:
+    run = build_run(load_config([*command, "--data.max_rows", "1", "--train.batch_size", "2"]))
+    steps = [train.sample_step(run, step) for step in (0, 1, 0)]
+    ids = [[p.rollout.completion_ids for p in step] for step in steps]
+    assert ids[0] == ids[2]
+    assert len({*ids[0], *ids[1]}) == 4
 
 
 def test_repeated_steps_on_one_batch_lower_the_divergence(
