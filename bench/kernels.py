@@ -1,201 +1,382 @@
-"""Time, memory and accuracy of `paint_loss` on a CPU against plain PyTorch.
+"""Time, memory and accuracy of the fused losses against bare GEMMs, plain PyTorch and the peers.
 
-    OMP_NUM_THREADS=2 python -m bench.kernels --output kernels.json
+    python -m bench.kernels                     # the device that is there
+    OMP_NUM_THREADS=2 python -m bench.kernels --device cpu --output bench/results/kernels-cpu.json
+    python -m bench.kernels --model 8b --num-tokens 32768 --seconds-budget 120
 
-Both sides compute the same loss of the same inputs, forward and backward, with a frozen shared
-head. Times are medians of runs that alternate in one process. Extra memory is the growth of the
-peak resident set (ru_maxrss) over what it was with the inputs in place, each side in a process of
-its own. Gradient errors are relative, by norm, against float64 on the first rollout. The last line
-printed is JSON.
+On a GPU: Qwen3's head shapes in bfloat16, rollouts of 2048 tokens. On a CPU: float32, H = 256,
+eight rollouts of 64 tokens. The variants of a group compute the same loss of the same inputs and its
+gradient; `gemms` are the bare matrix products in the same chunks and dtypes, the floor. Only a
+variant whose gradient agrees with float64 in this very run is timed. Progress goes to stderr; the
+last line of stdout is JSON.
 """
 
 import argparse
+import functools
 import json
-import platform
-import resource
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from paint_kernels import entropy_ratio, paint_loss, reference, select_top_fraction
+from bench import measure
+from bench.losses import (
+    FORWARD_KL,
+    JSD,
+    LOGPROBS,
+    PAINT,
+    Inputs,
+    Shape,
+    Variant,
+    bare_gemms,
+    gradient_operand,
+    gradients,
+    make_inputs,
+    our_logprobs_loss,
+    our_loss,
+    our_loss_bounds_on_device,
+    our_variant,
+    plain_variants,
+)
+from bench.peers import peers
+from bench.tables import kernel_group_table
 
-TEMPERATURE, CLIP, TOP_FRACTION, INTERPOLATION = 1.1, 0.06, 0.03, 0.03
-
-
-class Inputs(NamedTuple):
-    student: Tensor
-    teacher: Tensor
-    weight: Tensor
-    cu_seqlens: Tensor
-
-
-def make_inputs(num_rollouts: int, num_tokens: int, hidden: int, vocab_size: int) -> Inputs:
-    """A teacher close to the student, and logits with a standard deviation of about 2.4."""
-    torch.manual_seed(0)
-    student = torch.randn(num_tokens, hidden)
-    teacher = student + 0.2 * torch.randn(num_tokens, hidden)
-    weight = torch.randn(vocab_size, hidden).mul_(2.4 / hidden**0.5)
-    cu_seqlens = torch.linspace(0, num_tokens, num_rollouts + 1).round().int()
-    return Inputs(student.requires_grad_(), teacher, weight, cu_seqlens)
-
-
-def plain_loss(student: Tensor, teacher: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The loss as one writes it with the logits of all tokens at hand."""
-    student_logits = student @ weight.T
-    log_p_student = torch.log_softmax(student_logits / TEMPERATURE, dim=-1)
-    with torch.no_grad():
-        teacher_logits = teacher @ weight.T
-        log_p_target = torch.log_softmax(teacher_logits / TEMPERATURE, dim=-1)
-        teacher_entropy = -(log_p_target.exp() * log_p_target).sum(dim=-1)
-        student_entropy = -(log_p_student.exp() * log_p_student).sum(dim=-1)
-        ratio = entropy_ratio(teacher_entropy, student_entropy)
-        rows = select_top_fraction(ratio, cu_seqlens, TOP_FRACTION)
-        mixed = (1 - INTERPOLATION) * teacher_logits[rows] + INTERPOLATION * student_logits[rows]
-        log_p_target[rows] = torch.log_softmax(mixed / TEMPERATURE, dim=-1)
-        del teacher_logits
-    f = log_p_target.exp() * (log_p_target - log_p_student)
-    token_loss = f.clamp(max=CLIP).sum(dim=-1)
-    return torch.stack(
-        [part.mean() for part in token_loss.split(cu_seqlens.diff().tolist())]
-    ).mean()
+HIDDEN = {"cpu": 256, "1.7b": 2048, "4b": 2560, "8b": 4096}
+"""hidden size of each --model; the numbers are Qwen3's"""
+VOCAB_SIZE = 151936
+GPU_NUM_TOKENS, GPU_ROLLOUT_TOKENS = (4096, 32768, 131072), 2048
+CPU_NUM_TOKENS, CPU_NUM_ROLLOUTS = (512,), 8
+GPU_SECONDS_PER_VARIANT, CPU_ROUNDS = 1.5, 5
+CHILD_PREFIX = "extra_bytes "
+GROUPS = ("PAINT", "forward KL", "JSD", "log-probabilities")
 
 
-def fused_loss(student: Tensor, teacher: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return paint_loss(
-        student,
-        teacher,
-        weight,
-        cu_seqlens,
-        temperature=TEMPERATURE,
-        pointwise_clip=CLIP,
-        top_fraction=TOP_FRACTION,
-        interpolation_weight=INTERPOLATION,
-        backend="torch",
-    ).loss
+def all_variants(device: torch.device) -> list[Variant]:
+    """Every variant of every group, those too that cannot run here."""
+    head_loss = functools.partial(our_loss, objective=PAINT)
+    with_head = functools.partial(gradients, head_loss, trains_head=True)
+    reverse, jsd = replace(PAINT, divergence="reverse_kl"), replace(PAINT, divergence="jsd")
+    ours = [
+        our_variant("PAINT", "paint_loss", PAINT),
+        Variant("PAINT", "paint_loss, trainable head", with_head, PAINT, "ours", trains_head=True),
+        our_variant("PAINT", "paint_loss, reverse KL", reverse),
+        our_variant("PAINT", "paint_loss, JSD", jsd),
+        our_variant("forward KL", "paint_loss", FORWARD_KL),
+        our_variant("JSD", "paint_loss", JSD),
+        Variant(
+            "log-probabilities",
+            "token_logprobs",
+            functools.partial(gradients, our_logprobs_loss),
+            LOGPROBS,
+            "ours",
+        ),
+    ]
+    if device.type == "cuda":
+        loss = functools.partial(our_loss_bounds_on_device, objective=PAINT)
+        run = functools.partial(gradients, loss)
+        ours.insert(1, Variant("PAINT", "paint_loss, bounds on the GPU", run, PAINT, "ours"))
+    found = []
+    for group, objective in zip(GROUPS, (PAINT, FORWARD_KL, JSD, LOGPROBS), strict=True):
+        run = functools.partial(bare_gemms, num_projections=1 if objective == LOGPROBS else 2)
+        found.append(Variant(group, "gemms", run, objective, "floor", ("the loss",)))
+        found += [variant for variant in ours if variant.group == group]
+        found += plain_variants(group, objective, device)
+        found += [variant for variant in peers(device) if variant.group == group]
+    return found
 
 
-SIDES: dict[str, Callable[..., Tensor]] = {"paint_kernels": fused_loss, "plain": plain_loss}
+def row_of(variant: Variant, status: str, reason: str = "") -> dict[str, Any]:
+    row = {"variant": variant.name, "kind": variant.kind, "lacks": list(variant.lacks)}
+    return {**row, "status": status, **({"reason": reason} if reason else {})}
 
 
-def gradient(loss: Callable[..., Tensor], inputs: Inputs) -> Tensor:
-    return torch.autograd.grad(loss(*inputs), inputs.student)[0]
+def in_own_processes(
+    variants: list[Variant], shape: Shape, device: torch.device
+) -> dict[str, tuple[int, str]]:
+    """By "group/name": extra bytes of a call (0 on a GPU), why it failed; from other processes.
+
+    Peers fail in many ways, some of which end the process; this one survives them. On a CPU each
+    variant has a process of its own, for its peak. On a GPU they share one until one of them fails.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    pending = list(variants)
+    while pending:
+        batch = pending if device.type == "cuda" else pending[:1]
+        keys = [f"{variant.group}/{variant.name}" for variant in batch]
+        progress(f"  in another process: {', '.join(keys)}")
+        command = [sys.executable, "-m", "bench.kernels", "--device", device.type]
+        command += ["--model", shape.model, "--num-tokens", str(shape.num_tokens)]
+        command += ["--vocab-size", str(shape.vocab_size), "--child", *keys]
+        done = subprocess.run(command, capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith(CHILD_PREFIX)]
+        for key, line in zip(keys, lines, strict=False):
+            found[key] = int(line.removeprefix(CHILD_PREFIX)), ""
+        pending = pending[len(lines) :]
+        if len(lines) < len(batch):
+            failed = pending.pop(0)
+            if failed.kind in ("floor", "ours"):
+                raise RuntimeError(f"{keys[len(lines)]} failed:\n{done.stderr}")
+            reasons = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            found[keys[len(lines)]] = 0, reasons[-1][:200]
+    return found
 
 
-def measure_seconds(inputs: Inputs, repeats: int) -> dict[str, float]:
-    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
-    for repeat in range(repeats + 1):
-        for name, loss in SIDES.items():
-            start = time.perf_counter()
-            gradient(loss, inputs)
-            if repeat > 0:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+def child(keys: list[str], shape: Shape, device: torch.device) -> None:
+    """Runs each variant at a tiny shape, which loads and compiles what it needs. On a CPU then once
+    at the full shape, and prints the growth of this process's peak; on a GPU 0."""
+    by_key = {f"{variant.group}/{variant.name}": variant for variant in all_variants(device)}
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for variant in (by_key[key] for key in keys):
+        # Two sizes, so that torch.compile makes its number of tokens dynamic here, not below; on a
+        # CPU both too small to move the peak.
+        for rollout_tokens in (64, 128) if device.type == "cuda" else (4, 8):
+            tiny = replace(shape, num_tokens=2 * rollout_tokens, rollout_tokens=rollout_tokens)
+            variant.run(make_inputs(tiny, device, dtype))
+        extra_bytes = 0
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        else:
+            inputs = make_inputs(shape, device, dtype)
+            before = measure.peak_bytes()
+            kept = variant.run(inputs)
+            extra_bytes = measure.peak_bytes() - before
+            del kept
+        print(f"{CHILD_PREFIX}{extra_bytes}", flush=True)
 
 
-def peak_bytes() -> int:
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kibibytes * (1 if platform.system() == "Darwin" else 1024)
-
-
-def extra_bytes_here(name: str, shape: dict[str, int]) -> int:
-    """Growth of this process's peak; a tiny run first loads what the libraries load once."""
-    gradient(SIDES[name], make_inputs(2, 8, 16, 64))
-    inputs = make_inputs(**shape)
-    before = peak_bytes()
-    gradient(SIDES[name], inputs)
-    return peak_bytes() - before
-
-
-def measure_extra_bytes(shape: dict[str, int]) -> dict[str, int]:
-    """Each side in a fresh process. To be called while this one is small: a child inherits its
-    peak."""
-    measured = {}
-    for name in SIDES:
-        command = [sys.executable, "-m", "bench.kernels", "--memory-of", name]
-        for key, value in shape.items():
-            command += [f"--{key.replace('_', '-')}", str(value)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        measured[name] = int(done.stdout)
-    return measured
-
-
-def gradient_errors(inputs: Inputs) -> dict[str, float]:
-    """On the first rollout: the sequence mean makes its gradient independent of the others."""
-    end = int(inputs.cu_seqlens[1])
-    student = inputs.student.detach()[:end].double().requires_grad_()
-    exact = reference.paint_loss(
-        student,
-        inputs.teacher[:end].double(),
-        inputs.weight.double(),
-        inputs.cu_seqlens[:2],
-        temperature=TEMPERATURE,
-        pointwise_clip=CLIP,
-        top_fraction=TOP_FRACTION,
-        interpolation_weight=INTERPOLATION,
-        denominator=len(inputs.cu_seqlens) - 1,
-    )
-    (expected,) = torch.autograd.grad(exact.loss, student)
-    errors = {}
-    for name, loss in SIDES.items():
-        difference = gradient(loss, inputs)[:end].double() - expected
-        errors[name] = (difference.norm() / expected.norm()).item()
-    return errors
-
-
-def run(shape: dict[str, int], repeats: int) -> dict[str, Any]:
-    extra_bytes = measure_extra_bytes(shape)
-    inputs = make_inputs(**shape)
-    seconds = measure_seconds(inputs, repeats)
-    return {
-        "name": "paint_loss_cpu",
-        "shape": shape,
-        "time_ratio": seconds["paint_kernels"] / seconds["plain"],
-        "memory_ratio": extra_bytes["paint_kernels"] / extra_bytes["plain"],
-        "seconds": seconds,
-        "extra_bytes": extra_bytes,
-        "gradient_relative_error": gradient_errors(inputs),
-        "device": f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}",
-        "num_threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
-
-
-def print_table(result: dict[str, Any]) -> None:
-    print(f"forward and backward at {result['shape']}, {result['num_threads']} threads")
-    print(f"{'':14}{'seconds':>10}{'extra MB':>12}{'gradient error':>18}")
-    for name in SIDES:
-        seconds, megabytes = result["seconds"][name], result["extra_bytes"][name] / 1e6
-        error = result["gradient_relative_error"][name]
-        print(f"{name:14}{seconds:10.3f}{megabytes:12.1f}{error:18.1e}")
-    print(f"{'ratio':14}{result['time_ratio']:10.3f}{result['memory_ratio']:12.3f}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--num-rollouts", type=int, default=8)
-    parser.add_argument("--num-tokens", type=int, default=512, help="of all rollouts together")
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--vocab-size", type=int, default=151936)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
-    parser.add_argument("--memory-of", choices=list(SIDES), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    shape = {
-        name: getattr(arguments, name)
-        for name in ("num_rollouts", "num_tokens", "hidden", "vocab_size")
-    }
-    if arguments.memory_of:
-        print(extra_bytes_here(arguments.memory_of, shape))
+def check(variant: Variant, accuracy: measure.Accuracy, row: dict[str, Any]) -> None:
+    """Fills in the row's memory (on a GPU) and gradient errors; a failed check is its status."""
+    inputs = accuracy.inputs
+    if inputs.student.is_cuda:
+        row["extra_bytes"] = measure.extra_bytes_on_gpu(lambda: variant.run(inputs))
+    if variant.kind == "floor":
         return
-    result = run(shape, arguments.repeats)
-    print_table(result)
+    errors = accuracy.errors(variant, variant.run(inputs))
+    if variant.float32_rows is not None and inputs.student.dtype != torch.float32:
+        errors["gradient_error_before_rounding"] = accuracy.error_before_rounding(variant)
+    row.update(errors)
+    failed = measure.failure(errors, inputs.student.dtype)
+    if failed:
+        row.update(status="failed accuracy", reason=failed)
+
+
+def check_all(
+    variants: list[Variant],
+    accuracy: measure.Accuracy,
+    probes: dict[str, tuple[int, str]],
+    deadline: float,
+) -> list[dict[str, Any]]:
+    """One row a variant, in order, without times."""
+    rows = []
+    for variant in variants:
+        extra_bytes, failed = probes.get(f"{variant.group}/{variant.name}", (0, ""))
+        row = row_of(variant, "measured")
+        rows.append(row)
+        if variant.unavailable or failed:
+            row.update(status="cannot run", reason=variant.unavailable or failed)
+            continue
+        if time.monotonic() > deadline:
+            row.update(status="left out", reason="the time budget was used up")
+            continue
+        if extra_bytes and variant.kind != "floor":
+            row["extra_bytes"] = extra_bytes
+        progress(f"  {variant.group}: checking {variant.name}")
+        try:
+            check(variant, accuracy, row)
+        except torch.cuda.OutOfMemoryError:
+            row.update(status="out of memory", reason="out of memory")
+    return rows
+
+
+def time_all(
+    variants: list[Variant], rows: list[dict[str, Any]], inputs: Inputs, deadline: float
+) -> None:
+    """Fills in the times of the rows that passed."""
+    device = inputs.student.device
+    passed = {
+        variant.name: functools.partial(variant.run, inputs)
+        for variant, row in zip(variants, rows, strict=True)
+        if row["status"] == "measured"
+    }
+    if device.type == "cpu":
+        times = measure.times_round_robin(passed, device, CPU_ROUNDS)
+    else:
+        times = {}
+        # The floor comes first and last: a GPU slows as it warms.
+        for name in [*passed, *(name for name in passed if name == "gemms")]:
+            if time.monotonic() > deadline:
+                continue
+            torch.cuda.empty_cache()
+            seconds = GPU_SECONDS_PER_VARIANT
+            measured = measure.times_on_gpu(passed[name], device, seconds)
+            times[name] = times.get(name, []) + measured
+    for row in rows:
+        if row["variant"] in times:
+            row.update(measure.summary_of_times(times[row["variant"]]))
+        elif row["status"] == "measured":
+            row.update(status="left out", reason="the time budget was used up")
+
+
+def add_ratios(rows: list[dict[str, Any]], shape: Shape, num_gemms: int, on_gpu: bool) -> None:
+    """Against the floor: times, single GEMMs, and bytes a second of what is not a GEMM."""
+    floor = next((row.get("median_ms") for row in rows if row["kind"] == "floor"), None)
+    if floor is None:
+        return
+    for row in rows:
+        if "median_ms" not in row:
+            continue
+        row["ratio_to_floor"] = row["median_ms"] / floor
+        row["gemm_equivalents"] = num_gemms * row["median_ms"] / floor
+        beyond_s = (row["median_ms"] - floor) / 1e3
+        whole_pass = row["kind"] == "ours" and "head_gradient_error" not in row and num_gemms == 3
+        if on_gpu and whole_pass and beyond_s > 0:
+            moved = measure.ROW_BYTES * shape.num_tokens * shape.vocab_size
+            row["row_kernel_bytes_per_s"] = moved / beyond_s
+
+
+def fastest_peer(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """How many times as long as our own first variant the fastest peer takes."""
+    ours = [row for row in rows if row["kind"] == "ours" and "median_ms" in row]
+    others = [row for row in rows if row["kind"] == "peer" and "median_ms" in row]
+    if not ours or not others:
+        return None
+    best = min(others, key=lambda row: row["median_ms"])
+    return {"variant": best["variant"], "ratio": best["median_ms"] / ours[0]["median_ms"]}
+
+
+def measure_shape(
+    shape: Shape,
+    variants: list[Variant],
+    device: torch.device,
+    probes: dict[str, tuple[int, str]],
+    deadline: float,
+) -> list[dict[str, Any]]:
+    """The groups of one shape, each with the rows of its variants."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    inputs = make_inputs(shape, device, dtype)
+    accuracy = measure.Accuracy(inputs, shape)
+    mean_kl = accuracy.mean_kl()
+    progress(f"{shape}, mean KL {mean_kl:.2e} nats")
+    groups = []
+    for group in GROUPS:
+        members = [variant for variant in variants if variant.group == group]
+        if not members:
+            continue
+        rows = check_all(members, accuracy, probes, deadline)
+        time_all(members, rows, inputs, deadline)
+        num_gemms = 2 if group == "log-probabilities" else 3
+        add_ratios(rows, shape, num_gemms, device.type == "cuda")
+        groups.append(
+            {
+                "group": group,
+                "shape": vars(shape),
+                "dtype": str(dtype).removeprefix("torch."),
+                "mean_kl": mean_kl,
+                "rows": rows,
+                "fastest_peer": fastest_peer(rows),
+            }
+        )
+        print(f"{kernel_group_table(groups[-1])}\n", flush=True)
+    gradient_operand.cache_clear()
+    return groups
+
+
+def run(
+    shapes: list[Shape],
+    names: list[str] | None,
+    device: torch.device,
+    seconds_budget: float,
+    command: str,
+) -> dict[str, Any]:
+    """Everything `python -m bench.kernels` measures; `names` chooses variants, None all of them."""
+    deadline = time.monotonic() + seconds_budget
+    variants = [v for v in all_variants(device) if names is None or v.name in names]
+    # On a CPU every variant, for its memory, before this process has grown: a child inherits its
+    # parent's peak. On a GPU once, what may not run at all.
+    probed = [variant for variant in variants if not variant.unavailable]
+    if device.type == "cuda":
+        probed = [v for v in probed if v.kind == "peer" or v.name == "compiled"]
+        by_shape = [in_own_processes(probed, shapes[0], device)] * len(shapes)
+    else:
+        by_shape = [in_own_processes(probed, shape, device) for shape in shapes]
+    groups = []
+    for shape, probes in zip(shapes, by_shape, strict=True):
+        groups += measure_shape(shape, variants, device, probes, deadline)
+    result = {"name": "kernels", **measure.environment(device, command), "groups": groups}
+    return {**result, **ratios_to_plain(groups)}
+
+
+def ratios_to_plain(groups: list[dict[str, Any]]) -> dict[str, float]:
+    """Time and extra memory of `paint_loss` over plain PyTorch's, at the first shape."""
+    rows = {row["variant"]: row for row in groups[0]["rows"]} if groups else {}
+    ours, plain = rows.get("paint_loss", {}), rows.get("plain", {})
+    ratios = {}
+    for name, key in (("time_ratio", "median_ms"), ("memory_ratio", "extra_bytes")):
+        if ours.get(key) and plain.get(key):
+            ratios[name] = ours[key] / plain[key]
+    return ratios
+
+
+def make_shape(model: str, num_tokens: int, vocab_size: int) -> Shape:
+    """Of the CPU's model eight rollouts, of the others rollouts of 2048 tokens."""
+    rollout_tokens = min(GPU_ROLLOUT_TOKENS, num_tokens)
+    if model == "cpu":
+        rollout_tokens = max(1, num_tokens // CPU_NUM_ROLLOUTS)
+    if num_tokens % rollout_tokens:
+        raise ValueError(
+            f"--num-tokens {num_tokens}: rollouts are of one length, so it must be a multiple of "
+            f"{GPU_ROLLOUT_TOKENS}, for --model cpu of {CPU_NUM_ROLLOUTS}."
+        )
+    return Shape(model, num_tokens, rollout_tokens, HIDDEN[model], vocab_size)
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--model", nargs="+", choices=list(HIDDEN), help="all that fit the device")
+    parser.add_argument("--num-tokens", type=int, nargs="+")
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="as the tables name them")
+    parser.add_argument("--seconds-budget", type=float, default=float("inf"))
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = arguments.device == "cuda"
+    arguments.model = arguments.model or (["1.7b", "4b", "8b"] if on_gpu else ["cpu"])
+    arguments.num_tokens = arguments.num_tokens or (GPU_NUM_TOKENS if on_gpu else CPU_NUM_TOKENS)
+    return arguments
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
+    device = torch.device(arguments.device)
+    shapes = [
+        make_shape(model, num_tokens, arguments.vocab_size)
+        for model in arguments.model
+        for num_tokens in arguments.num_tokens
+    ]
+    if arguments.child:
+        child(arguments.child, shapes[0], device)
+        return
+    known = {variant.name for variant in all_variants(device)}
+    unknown = set(arguments.variants or ()) - known
+    if unknown:
+        raise ValueError(f"--variants {sorted(unknown)}: choose from {sorted(known)}.")
+    command = " ".join(["python -m bench.kernels", *argv])
+    result = run(shapes, arguments.variants, device, arguments.seconds_budget, command)
+    for name in ("time_ratio", "memory_ratio"):
+        if name in result:
+            print(f"{name}, paint_loss over plain PyTorch: {result[name]:.3f}")
     line = json.dumps(result)
     if arguments.output:
         arguments.output.write_text(line + "\n")
@@ -203,4 +384,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

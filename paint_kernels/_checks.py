@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from paint_kernels._types import LossSettings
 
 BACKENDS = ("auto", "torch", "triton")
-DIVERGENCES = ("forward_kl",)
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 REDUCTIONS = ("sequence_mean", "token_mean", "sum", "none")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -49,6 +49,12 @@ def check_settings(
     check_positive("temperature", temperature)
     check_choice("divergence", divergence, DIVERGENCES)
     check_fraction("jsd_weight", jsd_weight)
+    if divergence == "jsd" and jsd_weight in (0, 1):
+        limit = "forward_kl" if jsd_weight == 0 else "reverse_kl"
+        raise ValueError(
+            f"jsd_weight is {jsd_weight}, where the JSD of any two distributions is 0: it must lie "
+            f'inside (0, 1). The divergence that it tends to, scaled, is "{limit}".'
+        )
     if pointwise_clip is not None and not 0 < pointwise_clip < math.inf:
         raise ValueError(
             f"pointwise_clip is {pointwise_clip}: it must be a finite number above 0, or None to "
@@ -64,6 +70,8 @@ def check_settings(
         )
     return LossSettings(
         temperature=float(temperature),
+        divergence=divergence,
+        jsd_weight=float(jsd_weight),
         pointwise_clip=None if pointwise_clip is None else float(pointwise_clip),
         top_fraction=float(top_fraction),
         interpolation_weight=float(interpolation_weight),
@@ -159,6 +167,7 @@ def check_same_rows(name: str, student: Tensor, teacher: Tensor) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
+    """On the CPU, where their values can be read at once, or beside the other inputs."""
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens is of type {type(cu_seqlens).__name__}: it must be a tensor.")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
@@ -168,9 +177,10 @@ def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
         )
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens is {cu_seqlens.dtype}: it must be int32 or int64.")
-    if cu_seqlens.device != device:
+    if cu_seqlens.device != device and cu_seqlens.device.type != "cpu":
         raise ValueError(
-            f"cu_seqlens is on {cu_seqlens.device}, other inputs on {device}: move it there."
+            f"cu_seqlens is on {cu_seqlens.device}, other inputs on {device}: move it there, or to "
+            "the CPU."
         )
 
 

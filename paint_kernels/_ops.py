@@ -10,20 +10,22 @@ gradient anew.
 import torch
 from torch import Tensor
 
-from paint_kernels import _chunked
-from paint_kernels._checks import check_cu_seqlens_values, check_token_ids_values
+from paint_kernels import _loss
+from paint_kernels._checks import check_cu_seqlens_values
 from paint_kernels._matmul import compute_dtype
+from paint_kernels._plan import largest_chunk, most_rows, plan_chunks
+from paint_kernels._sources import HiddenSource, LogitsSource
 from paint_kernels._types import LossSettings
 
 # The settings' names, types and order are those of LossSettings; operators take no dataclasses.
 
 
-def _no_autocast(tensor: Tensor) -> torch.autocast:
+def no_autocast(tensor: Tensor) -> torch.autocast:
     """Autocast would round the logits to half precision."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def _no_second_derivative() -> None:
+def no_second_derivative() -> None:
     """The kept gradients are constants to autograd, so create_graph would silently miss terms."""
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -41,8 +43,10 @@ def _upstream(grad_loss: Tensor, token_weights: Tensor | None) -> Tensor:
     return grad_loss if token_weights is None else grad_loss * token_weights
 
 
-def _scaled_rows(rows: Tensor, upstream: Tensor) -> Tensor:
-    return (rows * upstream[:, None]).to(rows.dtype)
+def scaled_rows(rows: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    # Into the result at once: a product followed by a cast would hold a float32 copy of it.
+    scaled = rows.new_empty(rows.shape, dtype=dtype)
+    return torch.mul(rows, upstream[:, None], out=scaled)
 
 
 @torch.library.custom_op("paint_kernels::paint_loss", mutates_args=())
@@ -56,6 +60,8 @@ def paint_loss(
     with_hidden_gradient: bool,
     with_weight_gradient: bool,
     temperature: float,
+    divergence: str,
+    jsd_weight: float,
     pointwise_clip: float | None,
     top_fraction: float,
     interpolation_weight: float,
@@ -63,10 +69,16 @@ def paint_loss(
     entropy_floor: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, (6, N) token values, (N,) selected, grad_hidden, grad_weight (empty if unwanted)."""
+    """loss, (6, N) token values, (N,) selected, grad_hidden, grad_weight (empty if unwanted).
+
+    Rows of grad_hidden are each token's own, unweighted, in float32 or better: the one rounding to
+    the dtype of the hidden states comes after the upstream gradient's.
+    """
     check_cu_seqlens_values(cu_seqlens, student_hidden_states.shape[0])
     settings = LossSettings(
         temperature,
+        divergence,
+        jsd_weight,
         pointwise_clip,
         top_fraction,
         interpolation_weight,
@@ -75,15 +87,21 @@ def paint_loss(
         backend,
     )
     teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
-    with _no_autocast(student_hidden_states):
-        source = _chunked.HiddenSource(
+    most = most_rows(*lm_head_weight.shape, lm_head_weight.device)
+    whole = _loss.finds_statistics_first(settings)
+    chunks = plan_chunks(cu_seqlens, len(student_hidden_states), most, whole=whole)
+    with no_autocast(student_hidden_states):
+        source = HiddenSource(
             (student_hidden_states, lm_head_weight),
             (teacher_hidden_states, teacher_weight),
             token_weights,
+            rows_per_chunk=largest_chunk(chunks),
+            temperature=temperature,
             with_hidden_gradient=with_hidden_gradient,
             with_weight_gradient=with_weight_gradient and token_weights is not None,
+            backend=backend,
         )
-        values = _chunked.run_loss(source, cu_seqlens, settings)
+        values = _loss.run_loss(source, chunks, cu_seqlens, settings)
     loss = _reduced(values.table[0], token_weights)
     return loss, values.table, values.selected, source.grad_hidden, source.grad_weight
 
@@ -111,7 +129,7 @@ def _(
         new((num_tokens,) if token_weights is None else (), dtype=dtype),
         new((6, num_tokens), dtype=dtype),
         new((num_tokens,), dtype=torch.bool),
-        new(student_hidden_states.shape if with_hidden_gradient else (0,)),
+        new(student_hidden_states.shape if with_hidden_gradient else (0,), dtype=dtype),
         lm_head_weight.new_empty(lm_head_weight.shape, dtype=dtype)
         if in_forward
         else lm_head_weight.new_empty((0,)),
@@ -123,7 +141,8 @@ def _paint_loss_setup(ctx, inputs, output):
     _, _, selected, grad_hidden, grad_weight = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.settings, ctx.weight_dtype, ctx.num_inputs = settings, weight.dtype, len(inputs)
+    ctx.settings, ctx.num_inputs = settings, len(inputs)
+    ctx.hidden_dtype, ctx.weight_dtype = student.dtype, weight.dtype
     ctx.with_weight = with_weight
     redone = (None,) * 5
     if with_weight and token_weights is None:
@@ -132,14 +151,14 @@ def _paint_loss_setup(ctx, inputs, output):
 
 
 def _paint_loss_backward(ctx, grad_loss, *_):
-    _no_second_derivative()
+    no_second_derivative()
     grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_loss is None:
         return tuple(grads)
     token_weights, grad_hidden, grad_weight, *redone = ctx.saved_tensors
     upstream = _upstream(grad_loss, token_weights)
     if ctx.needs_input_grad[0]:
-        grads[0] = _scaled_rows(grad_hidden, upstream)
+        grads[0] = scaled_rows(grad_hidden, upstream, ctx.hidden_dtype)
     if ctx.needs_input_grad[2]:
         if token_weights is None:
             full = paint_loss_weight_gradient(*redone, upstream, *ctx.settings)
@@ -161,6 +180,8 @@ def paint_loss_weight_gradient(
     selected: Tensor,
     token_weights: Tensor,
     temperature: float,
+    divergence: str,
+    jsd_weight: float,
     pointwise_clip: float | None,
     top_fraction: float,
     interpolation_weight: float,
@@ -171,6 +192,8 @@ def paint_loss_weight_gradient(
     """The head's gradient of sum(token_weights * token_loss), float32 or better."""
     settings = LossSettings(
         temperature,
+        divergence,
+        jsd_weight,
         pointwise_clip,
         top_fraction,
         interpolation_weight,
@@ -179,15 +202,19 @@ def paint_loss_weight_gradient(
         backend,
     )
     teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
-    with _no_autocast(student_hidden_states):
-        source = _chunked.HiddenSource(
+    most = most_rows(*lm_head_weight.shape, lm_head_weight.device)
+    with no_autocast(student_hidden_states):
+        source = HiddenSource(
             (student_hidden_states, lm_head_weight),
             (teacher_hidden_states, teacher_weight),
             token_weights,
+            rows_per_chunk=min(most, len(student_hidden_states)),
+            temperature=temperature,
             with_hidden_gradient=False,
             with_weight_gradient=True,
+            backend=backend,
         )
-        return _chunked.run_weight_gradient(source, selected, settings)
+        return _loss.run_weight_gradient(source, selected, settings)
 
 
 @paint_loss_weight_gradient.register_fake
@@ -206,6 +233,8 @@ def paint_loss_from_logits(
     token_weights: Tensor | None,
     with_gradient: bool,
     temperature: float,
+    divergence: str,
+    jsd_weight: float,
     pointwise_clip: float | None,
     top_fraction: float,
     interpolation_weight: float,
@@ -217,6 +246,8 @@ def paint_loss_from_logits(
     check_cu_seqlens_values(cu_seqlens, student_logits.shape[0])
     settings = LossSettings(
         temperature,
+        divergence,
+        jsd_weight,
         pointwise_clip,
         top_fraction,
         interpolation_weight,
@@ -224,8 +255,20 @@ def paint_loss_from_logits(
         entropy_floor,
         backend,
     )
-    source = _chunked.LogitsSource(student_logits, teacher_logits, with_gradient=with_gradient)
-    values = _chunked.run_loss(source, cu_seqlens, settings)
+    num_rows, vocab_size = student_logits.shape
+    # The logits are there already, and their gradient too: only copies of them need chunks.
+    most = max(1, num_rows)
+    if backend == "torch" or teacher_top_k is not None:
+        most = most_rows(vocab_size, vocab_size, student_logits.device)
+    whole = _loss.finds_statistics_first(settings)
+    chunks = plan_chunks(cu_seqlens, num_rows, most, whole=whole)
+    source = LogitsSource(
+        student_logits,
+        teacher_logits,
+        rows_per_chunk=largest_chunk(chunks),
+        with_gradient=with_gradient,
+    )
+    values = _loss.run_loss(source, chunks, cu_seqlens, settings)
     loss = _reduced(values.table[0], token_weights)
     return loss, values.table, values.selected, source.grad_logits
 
@@ -251,109 +294,12 @@ def _from_logits_setup(ctx, inputs, output):
 
 
 def _from_logits_backward(ctx, grad_loss, *_):
-    _no_second_derivative()
+    no_second_derivative()
     grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_loss is not None and ctx.needs_input_grad[0]:
         token_weights, grad_logits = ctx.saved_tensors
-        grads[0] = _scaled_rows(grad_logits, _upstream(grad_loss, token_weights))
+        grads[0] = scaled_rows(grad_logits, _upstream(grad_loss, token_weights), grad_logits.dtype)
     return tuple(grads)
 
 
 paint_loss_from_logits.register_autograd(_from_logits_backward, setup_context=_from_logits_setup)
-
-
-@torch.library.custom_op("paint_kernels::token_stats", mutates_args=())
-def token_stats(
-    hidden_states: Tensor, lm_head_weight: Tensor, temperature: float, backend: str
-) -> Tensor:
-    """(2, N): logsumexp and entropy."""
-    with _no_autocast(hidden_states):
-        return _chunked.run_stats(hidden_states, lm_head_weight, temperature, backend)
-
-
-@token_stats.register_fake
-def _(hidden_states, lm_head_weight, temperature, backend):
-    dtype = compute_dtype(hidden_states, lm_head_weight)
-    return hidden_states.new_empty((2, hidden_states.shape[0]), dtype=dtype)
-
-
-@torch.library.custom_op("paint_kernels::token_logprobs", mutates_args=())
-def token_logprobs(
-    hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    token_ids: Tensor,
-    with_hidden_gradient: bool,
-    temperature: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(N,) log-probabilities, (N,) entropies, grad_hidden (empty where unwanted)."""
-    check_token_ids_values(token_ids, lm_head_weight.shape[0])
-    with _no_autocast(hidden_states):
-        values, grad_hidden = _chunked.run_logprobs(
-            hidden_states,
-            lm_head_weight,
-            token_ids,
-            temperature,
-            backend,
-            with_hidden_gradient=with_hidden_gradient,
-        )
-    return values[0].clone(), values[1].clone(), grad_hidden
-
-
-@token_logprobs.register_fake
-def _(hidden_states, lm_head_weight, token_ids, with_hidden_gradient, temperature, backend):
-    dtype = compute_dtype(hidden_states, lm_head_weight)
-    num_tokens = hidden_states.shape[0]
-    return (
-        hidden_states.new_empty((num_tokens,), dtype=dtype),
-        hidden_states.new_empty((num_tokens,), dtype=dtype),
-        hidden_states.new_empty(hidden_states.shape if with_hidden_gradient else (0,)),
-    )
-
-
-def _token_logprobs_setup(ctx, inputs, output):
-    hidden_states, weight, token_ids, _, temperature, backend = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.settings = (temperature, backend)
-    redone = (None,) * 3
-    if ctx.needs_input_grad[1]:
-        redone = (hidden_states, weight, token_ids)
-    ctx.save_for_backward(output[2], *redone)
-
-
-def _token_logprobs_backward(ctx, grad_logprobs, *_):
-    _no_second_derivative()
-    grad_hidden, *redone = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * 6
-    if grad_logprobs is not None and ctx.needs_input_grad[0]:
-        grads[0] = _scaled_rows(grad_hidden, grad_logprobs)
-    if grad_logprobs is not None and ctx.needs_input_grad[1]:
-        full = token_logprobs_weight_gradient(*redone, grad_logprobs, *ctx.settings)
-        grads[1] = full.to(redone[1].dtype)
-    return tuple(grads)
-
-
-token_logprobs.register_autograd(_token_logprobs_backward, setup_context=_token_logprobs_setup)
-
-
-@torch.library.custom_op("paint_kernels::token_logprobs_weight_gradient", mutates_args=())
-def token_logprobs_weight_gradient(
-    hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    token_ids: Tensor,
-    token_weights: Tensor,
-    temperature: float,
-    backend: str,
-) -> Tensor:
-    """The head's gradient of sum(token_weights * logprobs), float32 or better."""
-    with _no_autocast(hidden_states):
-        return _chunked.run_logprobs_weight_gradient(
-            hidden_states, lm_head_weight, token_ids, token_weights, temperature, backend
-        )
-
-
-@token_logprobs_weight_gradient.register_fake
-def _(hidden_states, lm_head_weight, *rest):
-    dtype = compute_dtype(hidden_states, lm_head_weight)
-    return torch.empty_like(lm_head_weight, dtype=dtype)

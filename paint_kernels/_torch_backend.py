@@ -1,38 +1,49 @@
 """Row computations in PyTorch: what lies between the GEMMs, the fast path on a CPU.
 
-Rows are worked off in blocks that stay in the cache, in place and without boolean masks: on a CPU a
-comparison into a float buffer runs eight times faster than one into booleans, and masked_fill fifty
-times slower than a product. The largest logit of a row is left out of every sum, so that entropies
-and gradients of confident rows keep their digits (log1p instead of log, and gradients of a row that
-add up to 0).
+Rows are worked off in blocks whose buffers stay in the cache, in place and without boolean masks:
+on a CPU a comparison into a float buffer runs eight times faster than one into booleans, and
+masked_fill fifty times slower than a product. The largest logit of a row is left out of every sum,
+so that entropies and gradients of confident rows keep their digits (log1p instead of log, and
+gradients of a row that add up to 0).
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from paint_kernels._types import RowValues, TokenStats
+from paint_kernels._matmul import compute_dtype
+from paint_kernels._types import LossSettings, RowValues, TokenStats
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 BLOCK_ELEMENTS = 2**18
-"""float32 elements of a row block: 1 MiB a buffer, of which four are live"""
-ARGMAX_TILE = 1024
+"""float32 elements of a row block: 1 MiB a buffer, of which five are live"""
+TILE = 1024
 NEGATIVE_INFINITY = -1e30
 """stands for -inf in differences, so that 0 * -inf does not arise; its exponential is 0"""
 INFINITE_DIVERGENCE = 1e9
 """above any finite divergence and below any that a NEGATIVE_INFINITY went into"""
+LARGEST_LOG_RATIO = 80.0
+"""of log q - log p in the JSD: beyond it one side has no weight, and its exponential is finite"""
 
 
 class Shifted(NamedTuple):
-    """A softmax kept relative to its row's largest logit m: p = exp(x - m) / (1 + rest)."""
+    """A softmax relative to its row's largest logit m: x = (z - m) / T, p = exp(x) / (1 + rest)."""
 
+    x: Float[Tensor, "R V"]
+    exponentials: Float[Tensor, "R V"]
+    """exp(x), and 0 at the largest entry"""
     largest: Int[Tensor, "R 1"]
     maximum: Float[Tensor, "R 1"]
+    """of z / T"""
     rest: Float[Tensor, "R 1"]
-    """sum of exp(x - m) over all entries but the largest"""
+    """float64: sum of exp(x) over all entries but the largest"""
     entropy: Float[Tensor, "R 1"]
 
 
@@ -48,160 +59,223 @@ def row_blocks(logits: Float[Tensor, "R V"]) -> Iterator[slice]:
 def row_argmax(x: Float[Tensor, "R V"]) -> tuple[Float[Tensor, "R 1"], Int[Tensor, "R 1"]]:
     """Row maxima and a place of each, by tiles: several times faster than max(dim=-1) on a CPU."""
     num_columns = x.shape[1]
-    whole = num_columns - num_columns % ARGMAX_TILE
+    whole = num_columns - num_columns % TILE
     if whole == 0 or x.device.type != "cpu":
         return x.max(dim=-1, keepdim=True)
-    tiles = x[:, :whole].unflatten(1, (-1, ARGMAX_TILE)).amax(dim=-1)
+    tiles = x[:, :whole].unflatten(1, (-1, TILE)).amax(dim=-1)
     if whole < num_columns:
         tiles = torch.cat([tiles, x[:, whole:].amax(dim=-1, keepdim=True)], dim=1)
     maximum, tile = tiles.max(dim=-1, keepdim=True)
-    columns = tile * ARGMAX_TILE + torch.arange(ARGMAX_TILE, device=x.device)
+    columns = tile * TILE + torch.arange(TILE, device=x.device)
     columns.clamp_(max=num_columns - 1)
     within = x.gather(1, columns).argmax(dim=-1, keepdim=True)
     return maximum, columns.gather(1, within)
 
 
-def shifted_exponentials(x: Float[Tensor, "R V"], exponentials: Float[Tensor, "R V"]) -> Shifted:
-    """Turns x into x - max(x), and fills `exponentials` with exp of it, 0 at the largest entry.
+def row_sum(x: Float[Tensor, "R V"]) -> Float[Tensor, "R 1"]:
+    """Row sums in float64, of float32 sums over tiles: an error near 1e-10, not 1e-7.
 
-    H = log1p(s) - t / (1 + s), with s the sum of exp(d) and t that of d exp(d) over all entries but
-    the largest, d = x - max(x).
+    The normalisers enter log p~ - log p_S of every entry of a row alike, so their error shifts a
+    row's divergence by as much, and 1e-7 is a thousandth of the small ones.
     """
-    maximum, largest = row_argmax(x)
-    x.sub_(torch.where(maximum == -math.inf, 0.0, maximum))
+    whole = x.shape[1] - x.shape[1] % TILE
+    total = x[:, whole:].sum(dim=-1, keepdim=True, dtype=torch.float64)
+    tiles = x[:, :whole].unflatten(1, (-1, TILE)).sum(dim=-1)
+    return total + tiles.sum(dim=-1, keepdim=True, dtype=torch.float64)
+
+
+def shift(
+    logits: Float[Tensor, "R V"],
+    temperature: float,
+    x: Float[Tensor, "R V"],
+    exponentials: Float[Tensor, "R V"],
+) -> Shifted:
+    """Fills the two buffers. H = log1p(s) - t / (1 + s), with s the sum of exp(x) and t that of
+    x exp(x) over all entries but the largest."""
+    maximum, largest = row_argmax(logits)
+    maximum = maximum.to(x.dtype)
+    finite_maximum = torch.where(maximum == -math.inf, 0.0, maximum)
+    if logits.dtype == x.dtype:
+        torch.sub(logits, finite_maximum, out=x)
+    else:
+        x.copy_(logits).sub_(finite_maximum)
+    if temperature != 1:
+        x.mul_(1 / temperature)
     x.clamp_(min=NEGATIVE_INFINITY)
     torch.exp(x, out=exponentials)
     exponentials.scatter_(1, largest, 0.0)
-    rest = exponentials.sum(dim=-1, keepdim=True)
+    rest = row_sum(exponentials)
     energy = torch.linalg.vecdot(exponentials, x)[:, None]
-    return Shifted(largest, maximum, rest, torch.log1p(rest) - energy / (1 + rest))
+    entropy = torch.log1p(rest) - energy / (1 + rest)
+    return Shifted(x, exponentials, largest, maximum / temperature, rest, entropy.to(x.dtype))
+
+
+def buffers(number: int, logits: Float[Tensor, "R V"]) -> Float[Tensor, "number R V"]:
+    """Scratch for the largest block, in the dtype of the computation."""
+    rows = next(row_blocks(logits), slice(0, 0))
+    dtype = compute_dtype(logits)
+    return logits.new_empty(number, rows.stop - rows.start, logits.shape[1], dtype=dtype)
 
 
 def log_ratio(student_rest: Tensor, teacher_rest: Tensor) -> Tensor:
-    """log of (1 + rest_S) / (1 + rest_T), whose error would be that of every log p~ - log p_S.
-
-    A difference of two logarithms near 8 is good to 1e-6, as large as a small divergence; where the
-    sums are close, one logarithm of their ratio is good to 1e-7 and better.
-    """
-    change = (student_rest - teacher_rest) / (1 + teacher_rest)
-    apart = torch.log1p(student_rest) - torch.log1p(teacher_rest)
-    return torch.where(change.abs() < 0.5, torch.log1p(change), apart)
+    """log of (1 + rest_S) / (1 + rest_T), in float64."""
+    return torch.log1p((student_rest - teacher_rest) / (1 + teacher_rest))
 
 
 def row_stats(logits: Float[Tensor, "R V"], temperature: float) -> TokenStats:
-    logsumexp = logits.new_empty(logits.shape[0])
+    scratch = buffers(2, logits)
+    logsumexp = logits.new_empty(logits.shape[0], dtype=scratch.dtype)
     entropy = torch.empty_like(logsumexp)
     for rows in row_blocks(logits):
-        x = logits[rows] / temperature
-        shifted = shifted_exponentials(x, torch.empty_like(x))
+        x, exponentials = scratch[:, : rows.stop - rows.start]
+        shifted = shift(logits[rows], temperature, x, exponentials)
         logsumexp[rows] = (shifted.maximum + torch.log1p(shifted.rest))[:, 0]
         entropy[rows] = shifted.entropy[:, 0]
     return TokenStats(logsumexp, entropy)
 
 
-def interpolate_(
+def pair_stats(
+    student_logits: Float[Tensor, "R V"], teacher_logits: Float[Tensor, "R V"], temperature: float
+) -> tuple[TokenStats, TokenStats]:
+    return row_stats(student_logits, temperature), row_stats(teacher_logits, temperature)
+
+
+def interpolate(
     teacher: Float[Tensor, "R V"],
     student: Float[Tensor, "R V"],
     rows: Bool[Tensor, " R"],
     weight: float,
-) -> None:
-    """teacher <- (1-k) z_T + k z_S on the rows marked (Eq. 12)."""
+) -> Float[Tensor, "R V"]:
+    """(1-k) z_T + k z_S on the rows marked (Eq. 12), z_T elsewhere."""
+    teacher, student = teacher.to(compute_dtype(teacher)), student.to(compute_dtype(student))
     mixed = student if weight == 1 else (1 - weight) * teacher + weight * student
-    teacher.copy_(torch.where(rows[:, None], mixed, teacher))
+    return torch.where(rows[:, None], mixed, teacher)
 
 
 def row_loss(
     student_logits: Float[Tensor, "R V"],
     teacher_logits: Float[Tensor, "R V"],
     interpolated: Bool[Tensor, " R"] | None,
+    settings: LossSettings,
+    gradient: Float[Tensor, "R V"] | None,
     *,
-    interpolation_weight: float,
-    temperature: float,
-    pointwise_clip: float | None,
-    with_gradient: bool,
+    gradient_scale: float = 1.0,
+    stats: tuple[TokenStats, TokenStats] | None = None,
 ) -> RowValues:
-    """Clipped forward KL of each row. `student_logits` becomes its gradient where one is wanted.
+    """Clipped divergence of each row; fills `gradient`, that of the row's loss by the raw logits.
 
-    Both buffers are overwritten. The gradient is that of the row's own loss, by the raw logits:
-    (p_S * sum of p~ over the unclipped entries - p~ on the unclipped entries) / temperature.
+    `gradient` (times `gradient_scale`) may be `student_logits` itself: a block of rows is read
+    before it is written. `stats` are of no use here: a block's sums come with its exponentials.
     """
-    values = RowValues(*student_logits.new_empty(5, student_logits.shape[0]))
+    scratch = buffers(5, student_logits)
+    values = RowValues(*scratch.new_empty(5, student_logits.shape[0]))
     for rows in row_blocks(student_logits):
         student, teacher = student_logits[rows], teacher_logits[rows]
-        teacher_entropy = None
         if interpolated is not None:
-            teacher_entropy = row_stats(teacher, temperature).entropy
-            interpolate_(teacher, student, interpolated[rows], interpolation_weight)
-        block = _block_loss(student, teacher, temperature, pointwise_clip, with_gradient)
-        for value, block_value in zip(values, block, strict=True):
-            value[rows] = block_value[:, 0]
-        if teacher_entropy is not None:
-            values.teacher_entropy[rows] = teacher_entropy
+            weight = settings.interpolation_weight
+            teacher = interpolate(teacher, student, interpolated[rows], weight)
+        x_s, exp_s, x_t, exp_t, spare = scratch[:, : rows.stop - rows.start]
+        s = shift(student, settings.temperature, x_s, exp_s)
+        t = shift(teacher, settings.temperature, x_t, exp_t)
+        *terms, by_logits = _block_loss(s, t, spare, settings, gradient is not None)
+        if gradient is not None:
+            scale = gradient_scale / settings.temperature
+            gradient[rows] = by_logits if scale == 1 else by_logits.mul_(scale)
+        for value, block in zip(values, (*terms, s.entropy, t.entropy), strict=True):
+            value[rows] = block[:, 0]
     return values
 
 
 def _block_loss(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float,
-    pointwise_clip: float | None,
-    with_gradient: bool,
-) -> RowValues:
-    if temperature != 1:
-        student.mul_(1 / temperature)
-        teacher.mul_(1 / temperature)
-    student_exp, target = torch.empty_like(student), torch.empty_like(teacher)
-    s = shifted_exponentials(student, student_exp)
-    t = shifted_exponentials(teacher, target)
-    # A row without one finite logit on either side has no loss: its target is set to 0 throughout.
-    usable = (s.maximum != -math.inf) & (t.maximum != -math.inf)
-    target.scatter_(1, t.largest, 1.0)
-    target.mul_(torch.where(usable, 1 / (1 + t.rest), 0.0))
+    s: Shifted, t: Shifted, spare: Tensor, settings: LossSettings, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token loss, divergence, clipped mass and, in a buffer, the gradient by x_S = z_S / T.
 
-    f = torch.sub(teacher, student, out=teacher)
-    f.add_(log_ratio(s.rest, t.rest)).mul_(target)
-    token_kl = f.sum(dim=-1, keepdim=True)
-    token_kl = torch.where(token_kl > INFINITE_DIVERGENCE, math.inf, token_kl)
-    token_loss, clipped_mass = token_kl, torch.zeros_like(token_kl)
-    unclipped_mass = target.sum(dim=-1, keepdim=True)
-    if pointwise_clip is not None:
-        unclipped = torch.le(f, pointwise_clip, out=student)
-        token_loss = f.clamp_(max=pointwise_clip).sum(dim=-1, keepdim=True)
-        target_mass = unclipped_mass
-        unclipped_mass = target.mul_(unclipped).sum(dim=-1, keepdim=True)
-        clipped_mass = target_mass - unclipped_mass
-    if with_gradient:
-        student_exp.mul_(unclipped_mass / ((1 + s.rest) * temperature))
-        # The row's gradient adds up to 0: its largest entry, 0 here, takes what the others leave.
-        target.scatter_(1, s.largest, 0.0)
-        gradient = torch.sub(student_exp, target, alpha=1 / temperature, out=student)
-        gradient.scatter_(1, s.largest, -gradient.sum(dim=-1, keepdim=True))
-    return RowValues(token_loss, token_kl, s.entropy, t.entropy, clipped_mass)
+    With d = log p~ - log p_S, u = 1 on unclipped entries and g = df / d log p_S, the gradient is
+    g u - p_S sum(g u):  p_S sum(p~ u) - p~ u  for the forward KL;  p_S C - p_S d u - p_S (1 - u),
+    C = sum(p_S d u + p_S (1 - u)), for the reverse KL, from g = p_S (1 - d) without its
+    cancellation;  and g = (1-b) p_S (log p_S - log m) for the JSD.
+    """
+    # A row without one finite logit on either side has no loss: both its sides are set to 0.
+    usable = (s.maximum != -math.inf) & (t.maximum != -math.inf)
+    q = t.exponentials.scatter_(1, t.largest, 1.0)
+    q.mul_(torch.where(usable, 1 / (1 + t.rest), 0.0).to(q.dtype))
+    p = s.exponentials
+    p_scale = torch.where(usable, 1 / (1 + s.rest), 0.0).to(p.dtype)
+    if settings.divergence != "forward_kl":
+        p.scatter_(1, s.largest, 1.0).mul_(p_scale)
+    d = t.x.sub_(s.x).add_(log_ratio(s.rest, t.rest).to(p.dtype))
+    g = s.x
+    if settings.divergence == "forward_kl":
+        f = d.mul_(q)
+    elif settings.divergence == "reverse_kl":
+        f = d.mul_(p).neg_()
+    else:
+        b = settings.jsd_weight
+        d.clamp_(min=-LARGEST_LOG_RATIO, max=LARGEST_LOG_RATIO)
+        torch.expm1(d, out=g).mul_(b).log1p_().neg_()
+        f = d.add_(g).mul_(q).mul_(b)
+        f.add_(g.mul_(p).mul_(1 - b))
+    divergence = f.sum(dim=-1, keepdim=True)
+    divergence = torch.where(divergence > INFINITE_DIVERGENCE, math.inf, divergence)
+
+    token_loss, clipped_mass, unclipped = divergence, torch.zeros_like(divergence), None
+    target_mass = q.sum(dim=-1, keepdim=True)
+    if settings.pointwise_clip is not None:
+        unclipped = torch.le(f, settings.pointwise_clip, out=spare)
+        token_loss = f.clamp_(max=settings.pointwise_clip).sum(dim=-1, keepdim=True)
+        unclipped_mass = q.mul_(unclipped).sum(dim=-1, keepdim=True)
+        target_mass, clipped_mass = unclipped_mass, target_mass - unclipped_mass
+    if not with_gradient:
+        return token_loss, divergence, clipped_mass, g
+
+    if settings.divergence == "forward_kl":
+        result = torch.sub(p.mul_(p_scale * target_mass), q, out=g)
+    elif settings.divergence == "reverse_kl":
+        result = _reverse_gradient(f, p, unclipped)
+    else:
+        if unclipped is not None:
+            g.mul_(unclipped)
+        result = g.sub_(p.mul_(g.sum(dim=-1, keepdim=True)))
+    # The row's gradient adds up to 0: its largest entry takes what the others leave.
+    result.scatter_(1, s.largest, 0.0)
+    result.scatter_(1, s.largest, -result.sum(dim=-1, keepdim=True))
+    return token_loss, divergence, clipped_mass, result
+
+
+def _reverse_gradient(f: Tensor, p: Tensor, unclipped: Tensor | None) -> Tensor:
+    """p C + f u - p (1 - u), where f = -p d."""
+    if unclipped is not None:
+        f.mul_(unclipped)
+        f.sub_(unclipped.neg_().add_(1).mul_(p))
+    return f.sub_(p.mul_(f.sum(dim=-1, keepdim=True)))
 
 
 def row_logprobs(
     logits: Float[Tensor, "R V"],
     token_ids: Int[Tensor, " R"],
-    *,
     temperature: float,
-    with_gradient: bool,
+    gradient: Float[Tensor, "R V"] | None,
+    *,
+    gradient_scale: float = 1.0,
 ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
     """Log-probability of each row's token, and the row's entropy.
 
-    `logits` is overwritten, with the gradient (one_hot - p) / temperature where one is wanted.
+    Fills `gradient`, which may be `logits`, with (one_hot - p) / temperature * gradient_scale.
     """
-    logprobs = logits.new_empty(logits.shape[0])
+    scratch = buffers(2, logits)
+    logprobs = scratch.new_empty(logits.shape[0])
     entropy = torch.empty_like(logprobs)
     for rows in row_blocks(logits):
-        x, ids = logits[rows], token_ids[rows].long()[:, None]
-        if temperature != 1:
-            x.mul_(1 / temperature)
-        exponentials = torch.empty_like(x)
-        shifted = shifted_exponentials(x, exponentials)
-        logprobs[rows] = (x.gather(1, ids) - torch.log1p(shifted.rest))[:, 0]
+        ids = token_ids[rows].long()[:, None]
+        x, exponentials = scratch[:, : rows.stop - rows.start]
+        shifted = shift(logits[rows], temperature, x, exponentials)
+        logprobs[rows] = (x.gather(1, ids) - torch.log1p(shifted.rest))[:, 0].to(x.dtype)
         entropy[rows] = shifted.entropy[:, 0]
-        if with_gradient:
+        if gradient is not None:
             exponentials.scatter_(1, shifted.largest, 1.0).scatter_(1, ids, 0.0)
-            torch.mul(exponentials, -1 / ((1 + shifted.rest) * temperature), out=x)
-            x.scatter_(1, ids, -x.sum(dim=-1, keepdim=True))
+            scale = -gradient_scale / ((1 + shifted.rest) * temperature)
+            exponentials.mul_(scale.to(x.dtype))
+            exponentials.scatter_(1, ids, -exponentials.sum(dim=-1, keepdim=True))
+            gradient[rows] = exponentials.to(gradient.dtype)
     return logprobs, entropy

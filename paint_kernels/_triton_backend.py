@@ -4,19 +4,25 @@ Without a GPU they run in Triton's interpreter, for which TRITON_INTERPRET=1 is 
 import.
 """
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from paint_kernels import _triton_kernels as kernels
-from paint_kernels._types import RowValues, TokenStats
+from paint_kernels._types import LossSettings, RowValues, TokenStats
 
-MAX_BLOCK = 4096
-"""columns of a tile: 16 a thread, so that two tiles of logits and four sums fit the registers"""
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+MAX_BLOCK = 2048
+"""columns of a tile: 8 a thread, so that two tiles of logits and five sums fit the registers"""
 NUM_WARPS = 8
+DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 
 class RowStats(NamedTuple):
@@ -28,28 +34,25 @@ class RowStats(NamedTuple):
     largest: Int[Tensor, " R"]
 
 
-def launch(kernel: Any, logits: Float[Tensor, "R V"], *arguments: Tensor, **constants: Any) -> None:
+def launch(kernel: Any, logits: Float[Tensor, "R V"], *arguments: Tensor, **settings: Any) -> None:
     """Runs `kernel` with one program a row, on the GPU that holds `logits`."""
     if not logits.is_cuda and isinstance(kernel, triton.JITFunction):
         raise ValueError(
             f'backend is "triton" for tensors on {logits.device}: it needs CUDA tensors, or '
             'TRITON_INTERPRET=1 set before Python starts. Use backend="torch" on a CPU.'
         )
-    assert logits.stride(1) == 1
     num_rows, num_columns = logits.shape
+    if num_rows == 0:
+        return
     block = min(MAX_BLOCK, triton.next_power_of_2(num_columns))
     with torch.cuda.device_of(logits):
         kernel[(num_rows,)](
-            *arguments,
-            logits.stride(0),
-            num_columns,
-            **constants,
-            BLOCK=block,
-            num_warps=NUM_WARPS,
+            *arguments, num_columns=num_columns, **settings, BLOCK=block, num_warps=NUM_WARPS
         )
 
 
 def shifted_stats(logits: Float[Tensor, "R V"], temperature: float) -> RowStats:
+    assert logits.stride(1) == 1
     maximum, rest, entropy = torch.empty(
         3, len(logits), dtype=torch.float32, device=logits.device
     ).unbind(0)
@@ -58,6 +61,7 @@ def shifted_stats(logits: Float[Tensor, "R V"], temperature: float) -> RowStats:
         kernels.stats_kernel,
         logits,
         *(logits, maximum, rest, entropy, largest),
+        row_stride=logits.stride(0),
         INVERSE_TEMPERATURE=1 / temperature,
     )
     return RowStats(maximum, rest, entropy, largest)
@@ -68,78 +72,80 @@ def row_stats(logits: Float[Tensor, "R V"], temperature: float) -> TokenStats:
     return TokenStats(stats.maximum + torch.log1p(stats.rest), stats.entropy)
 
 
+def pair_stats(
+    student_logits: Float[Tensor, "R V"], teacher_logits: Float[Tensor, "R V"], temperature: float
+) -> tuple[RowStats, RowStats]:
+    """Of both models; `row_loss` takes them instead of computing them again."""
+    return shifted_stats(student_logits, temperature), shifted_stats(teacher_logits, temperature)
+
+
 def row_loss(
     student_logits: Float[Tensor, "R V"],
     teacher_logits: Float[Tensor, "R V"],
     interpolated: Bool[Tensor, " R"] | None,
+    settings: LossSettings,
+    gradient: Float[Tensor, "R V"] | None,
     *,
-    interpolation_weight: float,
-    temperature: float,
-    pointwise_clip: float | None,
-    with_gradient: bool,
+    gradient_scale: float = 1.0,
+    stats: tuple[RowStats, RowStats] | None = None,
 ) -> RowValues:
-    """Clipped forward KL of each row. `student_logits` becomes its gradient where one is wanted.
+    """Clipped divergence of each row; fills `gradient`, that of the row's loss by the raw logits.
 
-    Both buffers, of one shape and stride, are overwritten.
+    `gradient` (times `gradient_scale`) shares no memory with the logits, which may be read again
+    after it has been written.
     """
-    assert student_logits.stride() == teacher_logits.stride()
-    student = shifted_stats(student_logits, temperature)
-    teacher = shifted_stats(teacher_logits, temperature)
-    teacher_entropy = teacher.entropy
-    if interpolated is not None:
-        launch(
-            kernels.interpolate_kernel,
-            student_logits,
-            *(student_logits, teacher_logits, interpolated.to(torch.int8)),
-            WEIGHT=interpolation_weight,
-        )
-        teacher = shifted_stats(teacher_logits, temperature)
-    token_loss, token_kl, unclipped_mass, clipped_mass = torch.empty(
-        4, len(student_logits), dtype=torch.float32, device=student_logits.device
+    student, teacher = stats or pair_stats(student_logits, teacher_logits, settings.temperature)
+    token_loss, divergence, clipped_mass = torch.empty(
+        3, len(student_logits), dtype=torch.float32, device=student_logits.device
     ).unbind(0)
-    constants = {
-        "CLIP": 0.0 if pointwise_clip is None else pointwise_clip,
-        "HAS_CLIP": pointwise_clip is not None,
-        "INVERSE_TEMPERATURE": 1 / temperature,
-    }
-    rows = (student.maximum, student.rest, teacher.maximum, teacher.rest)
+    written = student_logits if gradient is None else gradient
+    assert student_logits.stride(1) == teacher_logits.stride(1) == written.stride(1) == 1
+    marks = student.largest if interpolated is None else interpolated.to(torch.int8)
     launch(
         kernels.loss_kernel,
         student_logits,
-        *(student_logits, teacher_logits, *rows),
-        *(token_loss, token_kl, unclipped_mass, clipped_mass),
-        **constants,
+        *(student_logits, teacher_logits, written, marks),
+        *(student.maximum, student.rest, student.largest, teacher.maximum, teacher.rest),
+        *(token_loss, divergence, clipped_mass),
+        student_stride=student_logits.stride(0),
+        teacher_stride=teacher_logits.stride(0),
+        gradient_stride=written.stride(0),
+        INTERPOLATE=interpolated is not None,
+        INTERPOLATION_WEIGHT=settings.interpolation_weight,
+        DIVERGENCE=DIVERGENCES[settings.divergence],
+        JSD_WEIGHT=settings.jsd_weight,
+        CLIP=math.inf if settings.pointwise_clip is None else settings.pointwise_clip,
+        WITH_GRADIENT=gradient is not None,
+        GRADIENT_SCALE=gradient_scale,
+        INVERSE_TEMPERATURE=1 / settings.temperature,
     )
-    if with_gradient:
-        launch(
-            kernels.gradient_kernel,
-            student_logits,
-            *(student_logits, teacher_logits, *rows, student.largest, unclipped_mass),
-            **constants,
-        )
-    return RowValues(token_loss, token_kl, student.entropy, teacher_entropy, clipped_mass)
+    return RowValues(token_loss, divergence, clipped_mass, student.entropy, teacher.entropy)
 
 
 def row_logprobs(
     logits: Float[Tensor, "R V"],
     token_ids: Int[Tensor, " R"],
-    *,
     temperature: float,
-    with_gradient: bool,
+    gradient: Float[Tensor, "R V"] | None,
+    *,
+    gradient_scale: float = 1.0,
 ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
     """Log-probability of each row's token, and the row's entropy.
 
-    `logits` is overwritten, with the gradient (one_hot - p) / temperature where one is wanted.
+    Fills `gradient`, which may be `logits`, with (one_hot - p) / temperature * gradient_scale.
     """
     token_ids = token_ids.long()
     stats = shifted_stats(logits, temperature)
-    chosen = logits.gather(1, token_ids[:, None])[:, 0] / temperature
+    chosen = logits.gather(1, token_ids[:, None])[:, 0].float() / temperature
     logprobs = chosen - stats.maximum - torch.log1p(stats.rest)
-    if with_gradient:
+    if gradient is not None:
         launch(
             kernels.logprobs_gradient_kernel,
             logits,
-            *(logits, token_ids, stats.maximum, stats.rest),
+            *(logits, gradient, token_ids, stats.maximum, stats.rest),
+            row_stride=logits.stride(0),
+            gradient_stride=gradient.stride(0),
+            GRADIENT_SCALE=gradient_scale,
             INVERSE_TEMPERATURE=1 / temperature,
         )
     return logprobs, stats.entropy

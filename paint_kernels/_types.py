@@ -1,10 +1,14 @@
 """What the public functions return, and the settings that cross into the opaque operators."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from __future__ import annotations
 
-from jaxtyping import Bool, Float
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 
 class PaintLossOutput(NamedTuple):
@@ -14,7 +18,7 @@ class PaintLossOutput(NamedTuple):
     float64 inputs), entropies and divergences in nats.
     """
 
-    loss: Float[Tensor, "..."]
+    loss: Float[Tensor, ...]
     token_loss: Float[Tensor, " N"]
     """sum over v of min(f(v), pointwise_clip): negative at times, by design"""
     token_kl: Float[Tensor, " N"]
@@ -48,10 +52,10 @@ class RowValues(NamedTuple):
 
     token_loss: Float[Tensor, " R"]
     token_kl: Float[Tensor, " R"]
-    student_entropy: Float[Tensor, " R"]
-    teacher_entropy: Float[Tensor, " R"]
-    """before any interpolation"""
     clipped_mass: Float[Tensor, " R"]
+    student_entropy: Float[Tensor, " R"]
+    target_entropy: Float[Tensor, " R"]
+    """of the teacher, after the interpolation where there is one"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class LossSettings:
     """The numbers of the objective, checked, in the order in which the operators take them."""
 
     temperature: float
+    divergence: str
+    jsd_weight: float
     pointwise_clip: float | None
     top_fraction: float
     interpolation_weight: float
@@ -66,9 +72,11 @@ class LossSettings:
     entropy_floor: float
     backend: str
 
-    def as_arguments(self) -> tuple[float, float | None, float, float, int | None, float, str]:
+    def as_arguments(self) -> tuple[Any, ...]:
         return (
             self.temperature,
+            self.divergence,
+            self.jsd_weight,
             self.pointwise_clip,
             self.top_fraction,
             self.interpolation_weight,

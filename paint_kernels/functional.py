@@ -1,10 +1,13 @@
 """The public functions: checks, operators, named results."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from paint_kernels import _ops
+from paint_kernels import _ops, _token_ops
 from paint_kernels._checks import (
     check_cu_seqlens,
     check_denominator,
@@ -21,6 +24,21 @@ from paint_kernels._matmul import compute_dtype
 from paint_kernels._types import PaintLossOutput, TokenLogprobs, TokenStats
 from paint_kernels.selection import rollout_ids
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+def _as_autocast_would(tensor: Tensor) -> Tensor:
+    """float32 inputs in the dtype that torch.nn.functional.linear would give them.
+
+    Autocast is for speed: the head's products then run in half precision. What they add up to stays
+    float32.
+    """
+    device = tensor.device.type
+    if tensor.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
 
 def _token_weights(
     cu_seqlens: Tensor,
@@ -28,12 +46,13 @@ def _token_weights(
     reduction: str,
     denominator: float | Tensor | None,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor | None:
     """(N,) weights w with loss = sum(w * token_loss); None where the token losses stay apart."""
     check_denominator(denominator, reduction)
-    device = cu_seqlens.device
     if reduction == "none":
         return None
+    cu_seqlens = cu_seqlens.to(device, non_blocking=True)
     weights = torch.ones(num_tokens, dtype=dtype, device=device)
     if reduction == "sum":
         return weights
@@ -136,9 +155,10 @@ def token_stats(
     check_projection("", hidden_states, weight, hidden_states.device)
     check_positive("temperature", temperature)
     weight = weight[: resolve_vocab_size(vocab_size, weight.shape[0])]
+    hidden_states, weight = _as_autocast_would(hidden_states), _as_autocast_would(weight)
     dtype = compute_dtype(hidden_states, weight)
     backend = resolve_backend(backend, hidden_states.device, dtype)
-    logsumexp, entropy = _ops.token_stats(
+    logsumexp, entropy = _token_ops.token_stats(
         hidden_states.detach(), weight.detach(), float(temperature), backend
     )
     return TokenStats(logsumexp, entropy)
@@ -187,8 +207,9 @@ def token_logprobs(
             f"token_ids has shape {tuple(token_ids.shape)} on {token_ids.device}: it must be "
             f"({hidden_states.shape[0]},) on {device}, one id for each hidden state."
         )
+    hidden_states, weight = _as_autocast_would(hidden_states), _as_autocast_would(weight)
     weight = weight[: resolve_vocab_size(vocab_size, weight.shape[0])]
-    logprobs, entropy, _ = _ops.token_logprobs(
+    logprobs, entropy, _ = _token_ops.token_logprobs(
         hidden_states,
         weight,
         token_ids,
@@ -248,7 +269,7 @@ def paint_loss_from_logits(
         student[:, :vocab_size],
         teacher[:, :vocab_size],
         cu_seqlens,
-        _token_weights(cu_seqlens, student.shape[0], reduction, denominator, dtype),
+        _token_weights(cu_seqlens, student.shape[0], reduction, denominator, dtype, student.device),
         _wants_gradient(student),
         *settings.as_arguments(),
     )
@@ -285,7 +306,12 @@ def paint_loss(
         sum over v of min(f(v), tau),  f(v) = p~(v) (log p~(v) - log p_S(v)).
 
     Its gradient by the student's logits is (p_S * sum of p~ over U - p~ on U) / T, where U holds
-    the entries with f <= tau.
+    the entries with f <= tau. The other divergences have summands f of their own, clipped alike:
+    p_S (log p_S - log p~), and b p~ (log p~ - log m) + (1-b) p_S (log p_S - log m) with
+    m = b p~ + (1-b) p_S.
+
+    Under autocast, float32 inputs are taken in its dtype, as by torch.nn.functional.linear; logits
+    are float32 or better in any case.
 
     Args:
         student_hidden_states: (N, H), the hidden states that predict the N packed completion
@@ -293,11 +319,14 @@ def paint_loss(
         teacher_hidden_states: (N, H_T), the teacher's for the same tokens; constant.
         lm_head_weight: (V, H) of the student, and of the teacher unless that has its own.
         cu_seqlens: (B+1,) int32 or int64, bounds of the rollouts: from 0 to N, empty rollouts
-            allowed.
+            allowed. On the CPU or beside the other inputs. A GPU works from bounds on the CPU with
+            three products (four with a trainable head); bounds that are on the GPU are not read,
+            and 3% of the rows are computed twice.
         teacher_lm_head_weight: (V, H_T); constant.
         temperature: T.
-        divergence: "forward_kl", KL(teacher, student).
-        jsd_weight: weight of the teacher's side in a JSD; without effect on the forward KL.
+        divergence: "forward_kl", KL(target, student); "reverse_kl", KL(student, target); "jsd",
+            the generalised Jensen-Shannon divergence of Agarwal et al. (arXiv 2306.13649).
+        jsd_weight: b of the JSD, in (0, 1): the target's weight in m and in the sum.
         pointwise_clip: tau in nats, or None for no clip.
         top_fraction: share of each rollout's positions that are interpolated.
         interpolation_weight: k.
@@ -327,6 +356,9 @@ def paint_loss(
     vocab_size, teacher_weight = _check_hidden_states(
         student, teacher, weight, teacher_lm_head_weight, cu_seqlens, vocab_size
     )
+    student, teacher, weight = (_as_autocast_would(t) for t in (student, teacher, weight))
+    if teacher_weight is not None:
+        teacher_weight = _as_autocast_would(teacher_weight)
     heads = [weight] if teacher_weight is None else [weight, teacher_weight]
     dtype = compute_dtype(student, teacher, *heads)
     settings = check_settings(
@@ -347,7 +379,7 @@ def paint_loss(
         weight[:vocab_size],
         teacher_weight,
         cu_seqlens,
-        _token_weights(cu_seqlens, student.shape[0], reduction, denominator, dtype),
+        _token_weights(cu_seqlens, student.shape[0], reduction, denominator, dtype, student.device),
         _wants_gradient(student),
         _wants_gradient(weight),
         *settings.as_arguments(),

@@ -1,11 +1,17 @@
 """`PaintLoss`: the loss with its settings kept, for packed and for padded hidden states."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from paint_kernels._types import PaintLossOutput
 from paint_kernels.functional import paint_loss
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 class PaintLoss(nn.Module):

@@ -5,15 +5,20 @@ arguments are those of the public functions of the same names, without `backend`
 here.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from paint_kernels._types import PaintLossOutput, TokenLogprobs, TokenStats
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -72,22 +77,50 @@ def interpolate(
     return torch.where(selected[:, None], mixed, teacher_logits)
 
 
-def clipped_forward_kl(
+def divergence_terms(
+    log_p: Float[Tensor, "N V"],
+    log_q: Float[Tensor, "N V"],
+    divergence: str,
+    jsd_weight: float,
+) -> Float[Tensor, "N V"]:
+    """f(v), whose sum over v is the divergence of the student p from the target q.
+
+    forward_kl: q (log q - log p). reverse_kl: p (log p - log q). jsd, with weight b on the target
+    and m = b q + (1-b) p: b q (log q - log m) + (1-b) p (log p - log m). A factor 0 makes its
+    product 0, whatever the logarithms are: without the guards 0 * inf is NaN.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    if divergence == "forward_kl":
+        return q * torch.where(q > 0, log_q - log_p, 0.0)
+    if divergence == "reverse_kl":
+        apart = (p > 0) & (q == 0)
+        f = p * torch.where((p > 0) & (q > 0), log_p - log_q, 0.0)
+        return torch.where(apart, math.inf, f)
+    assert divergence == "jsd"
+    b = jsd_weight
+    some = (p > 0) | (q > 0)
+    safe_p, safe_q = torch.where(some, log_p, 0.0), torch.where(some, log_q, 0.0)
+    log_m = torch.logaddexp(safe_q + math.log(b), safe_p + math.log1p(-b))
+    target_term = q * torch.where(q > 0, log_q - log_m, 0.0)
+    student_term = p * torch.where(p > 0, safe_p - log_m, 0.0)
+    return b * target_term + (1 - b) * student_term
+
+
+def clipped_divergence(
     log_p_student: Float[Tensor, "N V"],
     log_p_target: Float[Tensor, "N V"],
+    divergence: str,
+    jsd_weight: float,
     pointwise_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(N,) token losses (Eq. 3), unclipped divergences, and target mass on the clipped entries."""
-    p_target = log_p_target.exp()
-    # Where p~ is 0 the term is 0, whatever the logarithms are: without the guard 0 * inf is NaN.
-    log_ratio = torch.where(p_target > 0, log_p_target - log_p_student, 0.0)
-    f = p_target * log_ratio
-    token_kl = f.sum(dim=-1)
+    f = divergence_terms(log_p_student, log_p_target, divergence, jsd_weight)
+    token_divergence = f.sum(dim=-1)
     if pointwise_clip is None:
-        return token_kl, token_kl.detach(), torch.zeros_like(token_kl)
-    clipped_mass = torch.where(f > pointwise_clip, p_target, 0.0).sum(dim=-1)
+        return token_divergence, token_divergence.detach(), torch.zeros_like(token_divergence)
+    clipped_mass = torch.where(f > pointwise_clip, log_p_target.exp(), 0.0).sum(dim=-1)
     # clamp passes the gradient at equality: an entry is unclipped when f <= tau.
-    return f.clamp(max=pointwise_clip).sum(dim=-1), token_kl.detach(), clipped_mass
+    return f.clamp(max=pointwise_clip).sum(dim=-1), token_divergence.detach(), clipped_mass
 
 
 def reduce_tokens(
@@ -144,7 +177,7 @@ def paint_loss_from_logits(
         target_logits = interpolate(teacher_logits, student_logits, selected, interpolation_weight)
         log_p_target = log_probabilities(target_logits, temperature)
 
-    values = clipped_forward_kl(log_p_student, log_p_target, pointwise_clip)
+    values = clipped_divergence(log_p_student, log_p_target, divergence, jsd_weight, pointwise_clip)
     # A row that is masked on either side compares nothing: it counts as a token with loss 0.
     usable = ~(student_masked | masked_rows(target_logits))
     token_loss, token_kl, clipped_mass = (torch.where(usable, value, 0.0) for value in values)

@@ -1,9 +1,11 @@
 """Which positions get the interpolated target (Eq. 9 and Alg. 1), and which tokens the top-k."""
 
+from __future__ import annotations
+
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from paint_kernels._checks import (
@@ -12,6 +14,9 @@ from paint_kernels._checks import (
     check_fraction,
     check_positive,
 )
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 def rollout_ids(cu_seqlens: Int[Tensor, " B+1"], num_tokens: int) -> Int[Tensor, " N"]:

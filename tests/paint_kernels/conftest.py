@@ -29,15 +29,18 @@ class Batch:
     teacher_weight: Tensor | None
     cu_seqlens: Tensor
 
-    def double(self) -> "Batch":
-        own = None if self.teacher_weight is None else self.teacher_weight.double()
+    def to(self, dtype: torch.dtype) -> "Batch":
+        own = None if self.teacher_weight is None else self.teacher_weight.to(dtype)
         return replace(
             self,
-            student=self.student.double(),
-            teacher=self.teacher.double(),
-            weight=self.weight.double(),
+            student=self.student.detach().to(dtype),
+            teacher=self.teacher.to(dtype),
+            weight=self.weight.detach().to(dtype),
             teacher_weight=own,
         )
+
+    def double(self) -> "Batch":
+        return self.to(torch.float64)
 
     def trainable(self, head: bool = True) -> "Batch":
         return replace(
@@ -102,8 +105,12 @@ def pointwise_terms(batch: Batch, **settings: Any) -> Tensor:
     teacher = reference.project(batch.teacher, own)
     weight = settings.get("interpolation_weight", 0.03)
     target = reference.interpolate(teacher, student, selected, weight)
-    log_target = reference.log_probabilities(target, temperature)
-    return log_target.exp() * (log_target - reference.log_probabilities(student, temperature))
+    return reference.divergence_terms(
+        reference.log_probabilities(student, temperature),
+        reference.log_probabilities(target, temperature),
+        settings.get("divergence", "forward_kl"),
+        settings.get("jsd_weight", 0.5),
+    )
 
 
 def clear_clip(terms: Tensor, around: float = 0.06) -> float:

@@ -25,8 +25,10 @@ from paint_kernels import (
     [
         ({"temperature": 0.0}, "temperature is 0.0: it must be a finite number above 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"divergence": "reverse_kl"}, "divergence is 'reverse_kl': available are 'forward_kl'"),
+        ({"divergence": "kl"}, "divergence is 'kl': available are 'forward_kl', 'reverse_kl', 'jsd'"),
         ({"jsd_weight": 1.5}, "jsd_weight is 1.5: it must lie in [0, 1]"),
+        ({"divergence": "jsd", "jsd_weight": 0.0}, "it must lie inside (0, 1)"),
+        ({"divergence": "jsd", "jsd_weight": 1.0}, 'it tends to, scaled, is "reverse_kl"'),
         ({"pointwise_clip": float("inf")}, "pointwise_clip is inf"),
         ({"pointwise_clip": 0.0}, "or None to clip nothing"),
         ({"top_fraction": -0.1}, "top_fraction is -0.1: it must lie in [0, 1]"),

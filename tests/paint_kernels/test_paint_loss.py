@@ -5,8 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paint_kernels import _chunked, _matmul, _torch_backend, paint_loss, reference
+from paint_kernels import _loss, _matmul, _plan, _torch_backend, paint_loss, reference
+from paint_kernels._sources import HiddenSource
+from paint_kernels._types import LossSettings
 
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+# Low enough to clip something at each of the two distances of the teacher.
+CLIPS = {(name, None): 0.06 for name in DIVERGENCES} | {
+    ("forward_kl", 0.05): 1e-3,
+    ("reverse_kl", 0.05): 1e-3,
+    ("jsd", 0.05): 1e-5,
+}
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=5).map(tuple)
 
 
@@ -14,9 +23,9 @@ LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=5).map(tuple)
 def small_chunks():
     """Several chunks and blocks even at test sizes, none of them aligned with a rollout."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_chunked, "CPU_CHUNK_ELEMENTS", 1500)
+        patch.setattr(_plan, "CPU_CHUNK_ELEMENTS", 1500)
         patch.setattr(_torch_backend, "BLOCK_ELEMENTS", 600)
-        patch.setattr(_torch_backend, "ARGMAX_TILE", 64)
+        patch.setattr(_torch_backend, "TILE", 64)
         patch.setattr(_matmul, "WEIGHT_TILE", 48)
         yield
 
@@ -24,19 +33,23 @@ def small_chunks():
 @pytest.mark.parametrize("noise", [None, 0.05])
 @pytest.mark.parametrize("vocab_size", [2, 64, 203, 1031])
 @pytest.mark.parametrize("clip", [True, False])
-def test_every_vocabulary_and_kl(build, check, clip_for, vocab_size, noise, clip):
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_vocabulary_and_kl(build, check, clip_for, vocab_size, noise, clip, divergence):
     batch = build((7, 0, 1, 12), vocab_size, noise=noise)
     options = {"top_fraction": 0.3, "interpolation_weight": 0.3, "temperature": 0.8}
-    tau = clip_for(batch, 0.06 if noise is None else 0.001, **options) if clip else None
+    options |= {"divergence": divergence, "jsd_weight": 0.3}
+    tau = clip_for(batch, CLIPS[divergence, noise], **options) if clip else None
     output = check(paint_loss, batch, pointwise_clip=tau, **options)
     assert (output.clipped_mass > 0).any().item() is clip
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=90)
 @given(
     lengths=LENGTHS,
     vocab_size=st.integers(2, 300),
     temperature=st.floats(0.7, 1.3),
+    divergence=st.sampled_from(DIVERGENCES),
+    jsd_weight=st.sampled_from([0.01, 0.5, 0.9]),
     top_fraction=st.sampled_from([0.0, 0.03, 0.07, 0.5, 1.0]),
     interpolation_weight=st.sampled_from([0.0, 0.03, 0.5]),
     clip=st.booleans(),
@@ -66,9 +79,11 @@ def test_full_interpolation_moves_the_target_onto_the_student(build, check, weig
 
 @pytest.mark.parametrize("k", [1, 7, 203])
 @pytest.mark.parametrize("top_fraction", [0.3, 1.0])
-def test_teacher_top_k(build, check, clip_for, k, top_fraction):
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_teacher_top_k(build, check, k, top_fraction, divergence):
     batch = build((7, 0, 1, 12))
     settings = {
+        "divergence": divergence,
         "top_fraction": top_fraction,
         "interpolation_weight": 0.3,
         "pointwise_clip": None,
@@ -231,13 +246,18 @@ def test_no_tensor_of_the_size_of_the_logits(build):
 
     batch = build((60, 40), 300).trainable(head=False)
     with LargestTensor() as largest:
-        source = _chunked.HiddenSource(
+        settings = LossSettings(1.0, "forward_kl", 0.5, 0.06, 0.03, 0.03, None, 1e-6, "torch")
+        most = _plan.most_rows(300, 16, torch.device("cpu"))
+        chunks = _plan.plan_chunks(batch.cu_seqlens, 100, most, whole=False)
+        source = HiddenSource(
             (batch.student.detach(), batch.weight),
             (batch.teacher, batch.weight),
             None,
+            rows_per_chunk=_plan.largest_chunk(chunks),
+            temperature=1.0,
             with_hidden_gradient=True,
             with_weight_gradient=False,
+            backend="torch",
         )
-        options = (1.0, 0.06, 0.03, 0.03, None, 1e-6, "torch")
-        _chunked.run_loss(source, batch.cu_seqlens, _chunked.LossSettings(*options))
+        _loss.run_loss(source, chunks, batch.cu_seqlens, settings)
     assert 0 < largest.numel <= 300 * 16

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from paint_kernels import _chunked, _torch_backend, paint_loss_from_logits, reference
+from paint_kernels import _plan, _torch_backend, paint_loss_from_logits, reference
 
 BOUNDS = torch.tensor([0, 4, 4, 10], dtype=torch.int32)
 
@@ -13,7 +13,7 @@ BOUNDS = torch.tensor([0, 4, 4, 10], dtype=torch.int32)
 @pytest.fixture(autouse=True, scope="module")
 def small_chunks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_chunked, "CPU_CHUNK_ELEMENTS", 400)
+        patch.setattr(_plan, "CPU_CHUNK_ELEMENTS", 400)
         patch.setattr(_torch_backend, "BLOCK_ELEMENTS", 200)
         yield
 
@@ -129,9 +129,9 @@ def test_an_entry_on_the_clip_is_unclipped():
     student = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64)
     bounds = torch.tensor([0, 1])
-    f = reference.clipped_forward_kl(
-        torch.log_softmax(student.detach(), -1)[:, :1], torch.log_softmax(teacher, -1)[:, :1], None
-    )[0].item()
+    f = reference.divergence_terms(
+        torch.log_softmax(student.detach(), -1), torch.log_softmax(teacher, -1), "forward_kl", 0.5
+    )[0, 0].item()
     settings = {"interpolation_weight": 0.0, "pointwise_clip": f + 1e-12}
     output = paint_loss_from_logits(student, teacher, bounds, **settings)
     assert output.clipped_mass.item() == 0

@@ -5,15 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paint_kernels import _chunked, _torch_backend, reference, token_logprobs, token_stats
+from paint_kernels import _plan, _torch_backend, reference, token_logprobs, token_stats
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small_chunks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_chunked, "CPU_CHUNK_ELEMENTS", 900)
+        patch.setattr(_plan, "CPU_CHUNK_ELEMENTS", 900)
         patch.setattr(_torch_backend, "BLOCK_ELEMENTS", 400)
-        patch.setattr(_torch_backend, "ARGMAX_TILE", 32)
+        patch.setattr(_torch_backend, "TILE", 32)
         yield
 
 

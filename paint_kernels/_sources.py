@@ -1,0 +1,155 @@
+"""Where rows of logits come from, and where their gradients go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from paint_kernels._matmul import GradientProduct, compute_dtype, project
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+    Rows = slice | Int[Tensor, " R"]
+
+ROW_ALIGNMENT = 64
+"""elements to which rows of a GPU's buffers are padded: both GEMMs and kernels read 16 bytes"""
+
+
+def chunk_buffer(
+    num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device, backend: str
+) -> Float[Tensor, "R V"]:
+    width = vocab_size
+    if backend == "triton":
+        width = -(-vocab_size // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return torch.empty(num_rows, width, dtype=dtype, device=device)[:, :vocab_size]
+
+
+class HiddenSource:
+    """Logits out of hidden states and heads; gradients by the student's of both.
+
+    Rows of `grad_hidden` are those of each token's own loss, in float32 or better, for any upstream
+    gradient to scale later; `grad_weight` is weighted by `token_weights`.
+    """
+
+    def __init__(
+        self,
+        student: tuple[Float[Tensor, "N H"], Float[Tensor, "V H"]],
+        teacher: tuple[Float[Tensor, "N H_T"], Float[Tensor, "V H_T"]],
+        token_weights: Float[Tensor, " N"] | None,
+        *,
+        rows_per_chunk: int,
+        temperature: float,
+        with_hidden_gradient: bool,
+        with_weight_gradient: bool,
+        backend: str,
+    ) -> None:
+        self.student_hidden, self.student_weight = student
+        self.teacher_hidden, self.teacher_weight = teacher
+        self.dtype = compute_dtype(*student, *teacher)
+        self.num_rows, self.vocab_size = len(self.student_hidden), len(self.student_weight)
+        self.device = self.student_weight.device
+        self.rows_per_chunk = rows_per_chunk
+        self.with_hidden_gradient = with_hidden_gradient
+        self.with_weight_gradient = with_weight_gradient
+        self.with_gradient = with_hidden_gradient or with_weight_gradient
+        size = (rows_per_chunk, self.vocab_size)
+        self.logits_buffer = chunk_buffer(2 * size[0], size[1], self.dtype, self.device, backend)
+        self.product = GradientProduct(*student, temperature, self.dtype)
+        # PyTorch's rows are done with their logits when they write the gradient, Triton's are not.
+        self.gradient_buffer = self.logits_buffer
+        if self.with_gradient and (backend == "triton" or self.product.dtype != self.dtype):
+            self.gradient_buffer = chunk_buffer(*size, self.product.dtype, self.device, backend)
+        self.gradient_scale = self.product.scale
+        self.grad_hidden = self.student_hidden.new_empty(0, dtype=self.dtype)
+        if with_hidden_gradient:
+            self.product.prepare_hidden()
+            self.grad_hidden = self.grad_hidden.new_empty(self.student_hidden.shape)
+        self.grad_weight = self.student_weight.new_empty(0)
+        if with_weight_gradient:
+            assert token_weights is not None
+            self.product.prepare_head(token_weights)
+            self.grad_weight = torch.zeros_like(self.student_weight, dtype=self.dtype)
+
+    def logits(self, rows: Rows) -> tuple[Float[Tensor, "R V"], Float[Tensor, "R V"]]:
+        student, teacher = self.student_hidden[rows], self.teacher_hidden[rows]
+        both_logits = self.logits_buffer[: 2 * len(student)]
+        student_logits, teacher_logits = both_logits.chunk(2)
+        if self.teacher_weight is self.student_weight and student.dtype == teacher.dtype:
+            # One product of twice the rows, which reads the shared head once.
+            project(torch.cat([student, teacher]), self.student_weight, out=both_logits)
+        else:
+            project(student, self.student_weight, out=student_logits)
+            project(teacher, self.teacher_weight, out=teacher_logits)
+        return student_logits, teacher_logits
+
+    def gradient(self, rows: Rows, num_rows: int) -> Float[Tensor, "R V"] | None:
+        """Where the gradient by the logits of these rows is to be written."""
+        return self.gradient_buffer[:num_rows] if self.with_gradient else None
+
+    def keep_gradient(self, rows: Rows, gradient: Float[Tensor, "R V"]) -> None:
+        if self.with_hidden_gradient:
+            if isinstance(rows, slice):
+                self.product.hidden(gradient, out=self.grad_hidden[rows])
+            else:
+                back = self.grad_hidden.new_empty(len(rows), self.grad_hidden.shape[1])
+                self.product.hidden(gradient, out=back)
+                self.grad_hidden[rows] = back
+        self.add_weight_gradient(rows, gradient, 1.0)
+
+    def add_weight_gradient(self, rows: Rows, gradient: Float[Tensor, "R V"], sign: float) -> None:
+        if self.with_weight_gradient:
+            self.product.head(gradient, rows, sign, out=self.grad_weight)
+
+    def finish(self) -> None:
+        """Divides the sums by the scale in which they were kept."""
+        if self.with_hidden_gradient:
+            self.product.unscale_hidden(self.grad_hidden)
+        if self.with_weight_gradient:
+            self.product.unscale_head(self.grad_weight)
+
+
+class LogitsSource:
+    """Logits that the caller holds; their gradient has their size and dtype."""
+
+    with_weight_gradient = False
+    gradient_scale = 1.0
+
+    def __init__(
+        self,
+        student_logits: Float[Tensor, "N V"],
+        teacher_logits: Float[Tensor, "N V"],
+        *,
+        rows_per_chunk: int,
+        with_gradient: bool,
+    ) -> None:
+        self.student_logits, self.teacher_logits = student_logits, teacher_logits
+        self.with_gradient = with_gradient
+        self.dtype = compute_dtype(student_logits, teacher_logits)
+        self.device = student_logits.device
+        self.num_rows, self.vocab_size = student_logits.shape
+        self.rows_per_chunk = rows_per_chunk
+        size = student_logits.shape if with_gradient else (0,)
+        self.grad_logits = student_logits.new_empty(size)
+
+    def logits(self, rows: Rows) -> tuple[Float[Tensor, "R V"], Float[Tensor, "R V"]]:
+        return self.student_logits[rows], self.teacher_logits[rows]
+
+    def gradient(self, rows: Rows, num_rows: int) -> Float[Tensor, "R V"] | None:
+        if not self.with_gradient:
+            return None
+        if isinstance(rows, slice):
+            return self.grad_logits[rows]
+        return self.grad_logits.new_empty(num_rows, self.vocab_size)
+
+    def keep_gradient(self, rows: Rows, gradient: Float[Tensor, "R V"]) -> None:
+        if not isinstance(rows, slice):
+            self.grad_logits[rows] = gradient
+
+    def add_weight_gradient(self, rows: Rows, gradient: Float[Tensor, "R V"], sign: float) -> None:
+        raise AssertionError("logits have no head whose gradient could be kept")
+
+    def finish(self) -> None:
+        pass

@@ -1,0 +1,84 @@
+"""What the integration tests share: the code blocks of docs/integrations.md, small random models
+and the tiny domain's tokenizer. Nothing here asks the network for anything."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils import logging as transformers_logging
+
+import paint_engine.tiny
+
+PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
+TOKENIZER_DIR = Path(paint_engine.tiny.__file__).parent / "base"
+
+transformers_logging.disable_progress_bar()
+
+
+def code_of(heading: str) -> SimpleNamespace:
+    """What the python blocks under a heading of level 2 define, its subsections included."""
+    page = PAGE.read_text()
+    section = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", page, re.S | re.M)
+    assert section is not None, f"docs/integrations.md has no heading {heading!r}"
+    blocks = re.findall(r"^```python\n(.*?)^```", section[1], re.S | re.M)
+    assert blocks, f"no python block under {heading!r}"
+    names: dict[str, object] = {"__name__": "docs_integrations"}
+    exec(compile("\n\n".join(blocks), f"{PAGE.name}: {heading}", "exec"), names)
+    return SimpleNamespace(**names)
+
+
+@pytest.fixture(scope="session")
+def docs_code():
+    return code_of
+
+
+@pytest.fixture
+def tokenizer(monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerBase:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return AutoTokenizer.from_pretrained(TOKENIZER_DIR, padding_side="left")
+
+
+def random_model(seed: int, hidden_size: int = 32, *, tied: bool = True) -> Qwen3ForCausalLM:
+    """Two layers, weights large enough that two seeds disagree by some tenths of a nat or more."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=768,
+        hidden_size=hidden_size,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=512,
+        initializer_range=0.15,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=765,
+        pad_token_id=763,
+        dtype="float32",
+    )
+    return Qwen3ForCausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    return random_model
+
+
+def weights_of(model: torch.nn.Module) -> Tensor:
+    """All parameters end to end, a copy."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.fixture(scope="session")
+def flat_weights():
+    return weights_of

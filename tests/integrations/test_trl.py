@@ -1,0 +1,220 @@
+"""The sections on TRL in docs/integrations.md, run with TRL's own trainers beside them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from datasets.utils import logging as datasets_logging
+from peft import LoraConfig
+from torch import Tensor
+from trl import DistillationConfig, DistillationTrainer
+
+pytestmark = [
+    # Raised at the module's first import, which is why that waits for the test.
+    pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental':UserWarning"),
+    # TRL's configurations and its sampling use names that transformers has renamed.
+    pytest.mark.filterwarnings(
+        r"ignore:`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated:FutureWarning"
+    ),
+]
+
+NUM_STEPS = 3
+TOLERANCE = 1e-5
+"""of the distance that the weights have moved; float32 rounding leaves about 2e-6"""
+
+SHARED_SETTINGS: dict[str, Any] = {
+    "max_steps": NUM_STEPS,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 0.5,
+    "lr_scheduler_type": "constant",
+    "optim": "sgd",
+    "max_grad_norm": 0.0,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
+datasets_logging.disable_progress_bar()
+
+
+MANY_STOP_TOKENS = list(range(600, 768))
+"""so that random models end some completions early, and the padding behind them matters"""
+
+
+def equal_settings(beta: float) -> dict[str, Any]:
+    """The settings of the documentation's first table: TRL's own loss."""
+    divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")
+    plain = {"divergence": divergence, "pointwise_clip": None, "interpolation_weight": 0.0}
+    return plain | ({"jsd_weight": beta} if divergence == "jsd" else {})
+
+
+def train_gkd(
+    trainer_class: Any,
+    models: tuple[Any, Any],
+    tokenizer: Any,
+    output_dir: Path,
+    *,
+    loss_settings: dict[str, Any] | None = None,
+    peft_config: LoraConfig | None = None,
+    **options: Any,
+) -> Any:
+    from trl.experimental.gkd import GKDConfig
+
+    rows = []
+    for i in range(12):
+        answer = f"The answer is {3 * i}." + " Yes." * (i % 4)
+        question = {"role": "user", "content": f"Tom has {i} apples."}
+        rows.append({"messages": [question, {"role": "assistant", "content": answer}]})
+    settings = SHARED_SETTINGS | {"lmbda": 0.0, "max_length": 64, "max_new_tokens": 8} | options
+    trainer = trainer_class(
+        model=models[0],
+        teacher_model=models[1],
+        args=GKDConfig(output_dir=str(output_dir), **settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    if loss_settings is not None:
+        trainer.loss_settings = loss_settings
+    trainer.train()
+    return trainer
+
+
+def train_distillation(
+    trainer_class: Any,
+    models: tuple[Any, Any],
+    tokenizer: Any,
+    output_dir: Path,
+    *,
+    loss_settings: dict[str, Any] | None = None,
+    peft_config: LoraConfig | None = None,
+    **options: Any,
+) -> Any:
+    rows = [{"prompt": f"Tom has {i} apples." + " And more." * (i % 3)} for i in range(12)]
+    settings = SHARED_SETTINGS | {"max_completion_length": 8, "per_device_eval_batch_size": 4}
+    trainer = trainer_class(
+        model=models[0],
+        teacher_model=models[1],
+        args=DistillationConfig(output_dir=str(output_dir), **(settings | options)),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:4]),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    if loss_settings is not None:
+        trainer.loss_settings = loss_settings
+    trainer.train()
+    return trainer
+
+
+TRAINERS = {"GKDTrainer": train_gkd, "DistillationTrainer": train_distillation}
+
+
+@pytest.fixture(params=list(TRAINERS))
+def setup(
+    request, docs_code: Callable[[str], SimpleNamespace], make_model, tokenizer, tmp_path
+) -> SimpleNamespace:
+    """TRL's class, ours, and run(class, **settings) -> (trainer, student, teacher)."""
+    train = TRAINERS[request.param]
+    code = docs_code(f"TRL's {request.param}")
+    theirs, ours = getattr(code, request.param), getattr(code, f"Paint{request.param}")
+
+    def run(trainer_class: Any, **options: Any) -> tuple[Any, Any, Any]:
+        models = make_model(0), make_model(1, hidden_size=48, tied=False)
+        models[0].generation_config.eos_token_id = MANY_STOP_TOKENS
+        trainer = train(trainer_class, models, tokenizer, tmp_path, **options)
+        return trainer, *models
+
+    return SimpleNamespace(name=request.param, theirs=theirs, ours=ours, run=run)
+
+
+def logged(trainer: Any, key: str) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def relative_gap(got: Tensor, expected: Tensor, start: Tensor) -> float:
+    """|got - expected| / |expected - start|, and a check that there is a distance at all."""
+    moved = (expected - start).norm()
+    assert moved > 1e-3 * start.norm()
+    return ((got - expected).norm() / moved).item()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
+def test_equal_settings_train_equal_weights(setup, make_model, flat_weights, beta):
+    their_trainer, expected, _ = setup.run(setup.theirs, beta=beta, logging_steps=1)
+    our_trainer, got, _ = setup.run(setup.ours, loss_settings=equal_settings(beta), logging_steps=1)
+    start = flat_weights(make_model(0))
+    assert relative_gap(flat_weights(got), flat_weights(expected), start) < TOLERANCE
+    losses = logged(our_trainer, "loss")
+    assert len(losses) == NUM_STEPS
+    assert losses == pytest.approx(logged(their_trainer, "loss"), rel=1e-5)
+
+
+def test_equal_settings_train_equal_adapters(setup):
+    adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    trained = []
+    for trainer_class, settings in [(setup.theirs, None), (setup.ours, equal_settings(0.0))]:
+        trainer, *_ = setup.run(
+            trainer_class, loss_settings=settings, beta=0.0, peft_config=adapters
+        )
+        parameters = trainer.model.named_parameters()
+        trained.append({name: p.detach() for name, p in parameters if p.requires_grad})
+    # B starts at zero, so that what it is now is what it has learnt.
+    flat = [torch.cat([w.flatten() for n, w in t.items() if "lora_B" in n]) for t in trained]
+    assert relative_gap(flat[1], flat[0], torch.zeros_like(flat[0])) < TOLERANCE
+    assert not any("lm_head" in name or "base_layer" in name for name in trained[1])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_paint_loss_trains_the_student_alone(setup, make_model, flat_weights, bf16):
+    """Clip and interpolation lead elsewhere than the forward KL. Both trainers sample."""
+    options = {"lmbda": 1.0} if setup.name == "GKDTrainer" else {}
+    _, student, teacher = setup.run(setup.ours, bf16=bf16, **options)
+    _, plain, _ = setup.run(setup.ours, loss_settings=equal_settings(0.0), bf16=bf16, **options)
+    start = flat_weights(make_model(0))
+    assert flat_weights(student).isfinite().all()
+    assert relative_gap(flat_weights(student), flat_weights(plain), start) > 0.01
+    untouched = make_model(1, hidden_size=48, tied=False)
+    assert torch.equal(flat_weights(teacher), flat_weights(untouched))
+
+
+def test_the_student_comes_nearer_to_the_teacher(setup):
+    options = {"max_steps": 30, "logging_steps": 1, "learning_rate": 1.0}
+    trainer, _, _ = setup.run(setup.ours, **options)
+    losses = logged(trainer, "loss")
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_evaluation_is_that_of_trl(make_model, docs_code, tokenizer, tmp_path, beta):
+    """Their entropies are logged from our loss, and the temperature is that of the trainer."""
+    ours = docs_code("TRL's DistillationTrainer").PaintDistillationTrainer
+    measured = []
+    for trainer_class in (DistillationTrainer, ours):
+        models = make_model(0), make_model(1)
+        models[0].generation_config.eos_token_id = MANY_STOP_TOKENS
+        settings = {} if trainer_class is DistillationTrainer else equal_settings(beta)
+        trainer = train_distillation(
+            trainer_class,
+            models,
+            tokenizer,
+            tmp_path,
+            loss_settings=settings or None,
+            beta=beta,
+            temperature=0.7,
+            max_steps=1,
+            logging_steps=1,
+        )
+        torch.manual_seed(11)
+        assert logged(trainer, "completions/min_length") < logged(trainer, "completions/max_length")
+        measured.append(trainer.evaluate() | {"entropy": logged(trainer, "entropy")[0]})
+    for key in ("eval_loss", "eval_entropy", "entropy"):
+        assert measured[1][key] == pytest.approx(measured[0][key], rel=1e-4), key
