@@ -72,20 +72,20 @@ class ChunkRows:
 
     def losses(self, interpolated: Bool[Tensor, " R"] | None) -> RowValues:
         """Values, and `gradient` filled where one is wanted."""
-        gradient = self.gradient
-        if gradient is not None and self.largest is not None:
-            gradient = gradient.new_empty(self.student.shape)
+        written = self.gradient
+        if self.gradient is not None and self.largest is not None:
+            written = self.gradient.new_empty(self.student.shape)
         values = self.functions.row_loss(
             self.student,
             self.teacher,
             interpolated,
             self.settings,
-            gradient,
+            written,
             gradient_scale=self.source.gradient_scale,
             stats=self.stats,
         )
-        if self.gradient is not None and self.largest is not None:
-            self.gradient.zero_().scatter_(1, self.largest, gradient)
+        if self.gradient is not None and self.largest is not None and written is not None:
+            self.gradient.zero_().scatter_(1, self.largest, written)
         return values
 
     def keep_gradient(self) -> None:

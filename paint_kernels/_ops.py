@@ -87,7 +87,8 @@ def paint_loss(
         backend,
     )
     teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
-    most = most_rows(*lm_head_weight.shape, lm_head_weight.device)
+    vocab_size, hidden_size = lm_head_weight.shape
+    most = most_rows(vocab_size, hidden_size, lm_head_weight.device)
     whole = _loss.finds_statistics_first(settings)
     chunks = plan_chunks(cu_seqlens, len(student_hidden_states), most, whole=whole)
     with no_autocast(student_hidden_states):
@@ -202,7 +203,8 @@ def paint_loss_weight_gradient(
         backend,
     )
     teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
-    most = most_rows(*lm_head_weight.shape, lm_head_weight.device)
+    vocab_size, hidden_size = lm_head_weight.shape
+    most = most_rows(vocab_size, hidden_size, lm_head_weight.device)
     with no_autocast(student_hidden_states):
         source = HiddenSource(
             (student_hidden_states, lm_head_weight),

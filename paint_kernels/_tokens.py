@@ -63,8 +63,9 @@ class LogprobsGradient:
         if self.product.dtype == self.dtype:
             return logits
         if self.buffer is None:
+            num_rows, vocab_size = logits.shape
             self.buffer = chunk_buffer(
-                *logits.shape, self.product.dtype, logits.device, self.backend
+                num_rows, vocab_size, self.product.dtype, logits.device, self.backend
             )
         return self.buffer[: len(logits)]
 

@@ -7,8 +7,9 @@ of 151,936. Settings are constexpr: a Python float that reached a kernel as an a
 the arithmetic into float64.
 """
 
-# pyright: reportOperatorIssue=false
-# tl.sum and tl.max are annotated as if they could return tuples here.
+# pyright: reportOperatorIssue=false, reportArgumentType=false
+# tl.sum and tl.max are annotated as if they could return tuples here, constexpr as if they took no
+# Python values.
 
 import triton
 import triton.language as tl
@@ -280,9 +281,9 @@ def loss_kernel(
             constant += constant_term(p, q, d, slope, clipped, DIVERGENCE)
         if WITH_GRADIENT and DIVERGENCE == FORWARD_KL:
             gradient = (p - q) * INVERSE_TEMPERATURE
-            keep = (columns < num_columns) & (columns != largest)
-            total += tl.where(keep, gradient, 0.0)
-            tl.store(gradient_row_ptr + columns, gradient * GRADIENT_SCALE, mask=keep)
+            inside = columns < num_columns
+            total += tl.where(inside & (columns != largest), gradient, 0.0)
+            tl.store(gradient_row_ptr + columns, gradient * GRADIENT_SCALE, mask=inside)
 
     row_divergence = tl.sum(divergence, axis=0)
     row_clipped_mass = tl.sum(clipped_mass, axis=0)
@@ -318,10 +319,12 @@ def loss_kernel(
                 clipped = f > CLIP
                 gradient = gradient_of(p, q, d, slope, clipped, row_constant, DIVERGENCE)
                 gradient *= INVERSE_TEMPERATURE
-                keep = (columns < num_columns) & (columns != largest)
-                total += tl.where(keep, gradient, 0.0)
-                tl.store(gradient_row_ptr + columns, gradient * GRADIENT_SCALE, mask=keep)
+                inside = columns < num_columns
+                total += tl.where(inside & (columns != largest), gradient, 0.0)
+                tl.store(gradient_row_ptr + columns, gradient * GRADIENT_SCALE, mask=inside)
         # A row's gradient adds up to 0: what the others leave keeps its digits in a confident row.
+        # Written last, over a tile that was stored without an exception, and so 8 bytes at a time.
+        tl.debug_barrier()
         tl.store(gradient_row_ptr + largest, -tl.sum(total, axis=0) * GRADIENT_SCALE)
 
 
@@ -350,7 +353,8 @@ def logprobs_gradient_kernel(
         columns = start + tl.arange(0, BLOCK)
         logits = load_logits(logits_ptr + row * row_stride, columns, num_columns)
         gradient = tl.exp(scaled(logits, INVERSE_TEMPERATURE) - maximum) * scale
-        keep = (columns < num_columns) & (columns != token)
-        total += tl.where(keep, gradient, 0.0)
-        tl.store(gradient_row_ptr + columns, gradient * GRADIENT_SCALE, mask=keep)
+        inside = columns < num_columns
+        total += tl.where(inside & (columns != token), gradient, 0.0)
+        tl.store(gradient_row_ptr + columns, gradient * GRADIENT_SCALE, mask=inside)
+    tl.debug_barrier()
     tl.store(gradient_row_ptr + token, -tl.sum(total, axis=0) * GRADIENT_SCALE)

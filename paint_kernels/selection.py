@@ -14,9 +14,13 @@ from paint_kernels._checks import (
     check_fraction,
     check_positive,
 )
+from paint_kernels._plan import row_slices
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+
+TOP_K_ROWS = 128
+"""ranked together: their ranks, int32, are small beside a chunk's logits"""
 
 
 def rollout_ids(cu_seqlens: Int[Tensor, " B+1"], num_tokens: int) -> Int[Tensor, " N"]:
@@ -38,11 +42,15 @@ def selected_counts(lengths: Int[Tensor, " B"], top_fraction: float) -> Int[Tens
 def teacher_top_k_indices(logits: Float[Tensor, "R V"], k: int) -> Int[Tensor, "R k"]:
     """The k largest entries of each row, ties to the lower index, which torch.topk leaves open."""
     vocab_size = logits.shape[1]
-    threshold = torch.topk(logits, k, dim=-1).values[:, -1:]
     lower_first = torch.arange(vocab_size, 0, -1, device=logits.device, dtype=torch.int32)
-    rank = torch.where(logits == threshold, lower_first, 0)
-    rank = torch.where(logits > threshold, lower_first + vocab_size, rank)
-    return torch.topk(rank, k, dim=-1).indices
+    indices = torch.empty(len(logits), k, dtype=torch.int64, device=logits.device)
+    for rows in row_slices(len(logits), TOP_K_ROWS):
+        part = logits[rows]
+        threshold = torch.topk(part, k, dim=-1).values[:, -1:]
+        rank = torch.where(part == threshold, lower_first, 0)
+        rank = torch.where(part > threshold, lower_first + vocab_size, rank)
+        indices[rows] = torch.topk(rank, k, dim=-1).indices
+    return indices
 
 
 def entropy_ratio(

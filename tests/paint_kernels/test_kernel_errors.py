@@ -25,7 +25,10 @@ from paint_kernels import (
     [
         ({"temperature": 0.0}, "temperature is 0.0: it must be a finite number above 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"divergence": "kl"}, "divergence is 'kl': available are 'forward_kl', 'reverse_kl', 'jsd'"),
+        (
+            {"divergence": "kl"},
+            "divergence is 'kl': available are 'forward_kl', 'reverse_kl', 'jsd'",
+        ),
         ({"jsd_weight": 1.5}, "jsd_weight is 1.5: it must lie in [0, 1]"),
         ({"divergence": "jsd", "jsd_weight": 0.0}, "it must lie inside (0, 1)"),
         ({"divergence": "jsd", "jsd_weight": 1.0}, 'it tends to, scaled, is "reverse_kl"'),

@@ -24,6 +24,7 @@ from paint_kernels import (
     token_logprobs,
     token_stats,
 )
+from paint_kernels._types import LossSettings
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MOST_ROWS = 9
@@ -194,16 +195,75 @@ def test_not_a_number_is_not_hidden():
     assert output.token_loss.isnan().tolist() == [False, False, True, False]
 
 
-def test_offsets_past_two_to_the_31():
-    """The third row starts at element 2^31, where 32-bit offsets wrap. Only the rows' own pages are
-    ever written, so the storage between them takes no memory on a CPU."""
-    stride = 2**30
+def spread_rows(values, stride=2**30):
+    """A copy whose third row starts at element 2^31, where 32-bit offsets wrap. Only the rows' own
+    pages are ever written, so the storage between them takes no memory on a CPU."""
     storage = torch.empty(2 * stride + 40, dtype=torch.float16, device=DEVICE)
-    logits = storage.as_strided((3, 40), (stride, 1))
-    rows = torch.randn(3, 40).half()
-    logits.copy_(rows)
-    stats = _triton_backend.row_stats(logits, 1.0)
-    torch.testing.assert_close(stats.logsumexp.cpu(), rows.float().logsumexp(-1))
+    return storage.as_strided((3, 40), (stride, 1)).copy_(values)
+
+
+def test_offsets_past_two_to_the_31(error):
+    student, teacher = torch.randn(2, 3, 40).half()
+    spread = spread_rows(student), spread_rows(teacher), spread_rows(torch.zeros(3, 40))
+    stats = _triton_backend.row_stats(spread[0], 1.0)
+    torch.testing.assert_close(stats.logsumexp.cpu(), student.float().logsumexp(-1))
+    marked = torch.tensor([True, False, True], device=DEVICE)
+    settings = LossSettings(1.0, "forward_kl", 0.5, None, 0.5, 0.5, None, 1e-6, "triton")
+    _triton_backend.row_loss(*spread[:2], marked, settings, spread[2])
+    wide, kept = student.double().requires_grad_(), teacher.double()
+    target = torch.where(marked.cpu()[:, None], 0.5 * (kept + wide.detach()), kept)
+    kl = reference.clipped_divergence(
+        wide.log_softmax(-1), target.log_softmax(-1), "forward_kl", 0.5, None
+    )[0]
+    (expected,) = torch.autograd.grad(kl.sum(), wide)
+    assert error(spread[2].cpu(), expected) < 2e-3
+    ids = torch.tensor([3, 39, 0], device=DEVICE)
+    logprobs, _ = _triton_backend.row_logprobs(spread[0], ids, 1.0, spread[2])
+    expected = torch.nn.functional.one_hot(ids.cpu(), 40) - wide.detach().softmax(-1)
+    assert error(spread[2].cpu(), expected) < 2e-3
+    chosen = wide.detach().log_softmax(-1).gather(1, ids.cpu()[:, None])[:, 0]
+    assert error(logprobs.cpu(), chosen) < 2e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("divergence", CLIPS)
+def test_half_precision_logits(error, dtype, divergence):
+    """Values are exact for the logits as they are; the gradient is rounded where it is stored.
+    (Triton's interpreter cuts digits off where a GPU rounds.)"""
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(2, 9, 150, generator=generator).to(dtype).to(DEVICE)
+    bounds = torch.tensor([0, 4, 9])
+    options = {"divergence": divergence, "pointwise_clip": None, "top_fraction": 0.3}
+    mine, wide = student.clone().requires_grad_(), student.double().requires_grad_()
+    output = paint_loss_from_logits(mine, teacher, bounds, backend="triton", **options)
+    exact = reference.paint_loss_from_logits(wide, teacher.double(), bounds, **options)
+    assert error(output.token_kl, exact.token_kl) < 2e-4
+    (expected,) = torch.autograd.grad(exact.loss, wide)
+    (actual,) = torch.autograd.grad(output.loss, mine)
+    assert actual.dtype == dtype
+    assert error(actual, expected) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.parametrize("lengths", [(), (0, 0), (1,)])
+@pytest.mark.parametrize("divergence", CLIPS)
+def test_no_tokens_and_one(build, check, lengths, divergence):
+    batch = build(lengths, 61, device=DEVICE)
+    output = check(paint_loss, batch, backend="triton", divergence=divergence, pointwise_clip=None)
+    assert output.selected.tolist() == [True] * sum(lengths)
+
+
+@pytest.mark.parametrize("divergence", CLIPS)
+def test_opcheck(build, divergence):
+    batch = build((5, 0, 7), 61, device=DEVICE).trainable()
+    options = (0.9, divergence, 0.3, 0.06, 0.3, 0.3, None, 1e-6, "triton")
+    weights = torch.rand(12, device=DEVICE)
+    torch.library.opcheck(
+        _ops.paint_loss,
+        (
+            *(batch.student, batch.teacher, batch.weight, None, batch.cu_seqlens),
+            *(weights, True, True, *options),
+        ),
+    )
 
 
 def test_compiled(build):
