@@ -117,11 +117,11 @@ def _sequences_to(packed: PackedSequences, device: torch.device) -> PackedSequen
 
 
 def batch_to(batch: TrainBatch, device: torch.device) -> TrainBatch:
-    """The batch with every tensor on `device`."""
+    """The batch with its tensors on `device`, but for the completions' bounds: the loss plans its
+    chunks from them, and would have to wait for the device to read them there."""
     return replace(
         batch,
         student=_sequences_to(batch.student, device),
         teacher=_sequences_to(batch.teacher, device),
         completion_ids=batch.completion_ids.to(device),
-        cu_seqlens=batch.cu_seqlens.to(device),
     )

@@ -86,7 +86,7 @@ class TrainBatch:
 
     `completion_ids` (N,) are those tokens and `cu_seqlens` (B+1,) the rollouts' bounds in them: row
     n of the hidden states taken at `student.loss_positions` and at `teacher.loss_positions` both
-    predict `completion_ids[n]`.
+    predict `completion_ids[n]`. `cu_seqlens` stays on the CPU.
     """
 
     student: PackedSequences
