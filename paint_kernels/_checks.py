@@ -125,7 +125,9 @@ def local_tensor(name: str, tensor: Any) -> Tensor:
     if not all(placement.is_replicate() for placement in tensor.placements):
         raise ValueError(
             f"{name} is a DTensor placed {tensor.placements}: it must be whole on each rank. "
-            "Gather it once per loss with .full_tensor(), or leave the head out of the sharding."
+            "Gather it once per loss with .full_tensor(), or leave the head out of the sharding. A "
+            "head that trains needs .full_tensor(grad_placements=[Partial('avg')] * mesh.ndim), or "
+            "each shard gets the gradient of its own rank alone."
         )
     return tensor.to_local()
 

@@ -1,9 +1,15 @@
 """What the integration tests share: the code blocks of docs/integrations.md, small random models
 and the tiny domain's tokenizer. Nothing here asks the network for anything."""
 
+import os
 import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch
@@ -37,8 +43,55 @@ def code_of(heading: str) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def docs_code():
+def docs_code() -> Callable[[str], SimpleNamespace]:
     return code_of
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads on tensors this small only wait for each other, for long where cores are busy."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def run_two_ranks(script: str, *arguments: object) -> None:
+    """Runs a test file as a script, once for each of two ranks, and waits for both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    command = [sys.executable, script, *map(str, arguments)]
+    ranks = [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def end_rank() -> NoReturn:
+    """Out of a rank whose work is done, past the interpreter's teardown, in which gloo's threads
+    now and then abort a process that has nothing left to do."""
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Callable[..., None]:
+    return run_two_ranks
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
 """The recipe for packed batches in docs/integrations.md, and its section on sharded heads."""
 
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from paint_kernels import PaintLoss, paint_loss
 
@@ -82,8 +79,7 @@ def packed_states(model: nn.Module, packed: Packed) -> tuple[Tensor, Tensor, Ten
 
 def packed_loss(
     docs: Any,
-    student: Any,
-    teacher: Any,
+    models: tuple[Any, Any],
     rollouts: list[int],
     denominator: float,
     *,
@@ -91,11 +87,11 @@ def packed_loss(
     **settings: Any,
 ) -> Tensor:
     sides = []
-    for side, model in [("student", student), ("teacher", teacher)]:
+    for side, model in zip(("student", "teacher"), models, strict=True):
         packed = pack(make_batch(side, rollouts), docs.packed_response_mask)
         with torch.set_grad_enabled(side == "student"):
             sides.append(packed_states(model, packed))
-    heads = [whole(model.get_output_embeddings().weight) for model in (student, teacher)]
+    heads = [whole(model.get_output_embeddings().weight) for model in models]
     return docs.packed_paint_loss(*sides, *heads, denominator, **settings)
 
 
@@ -159,7 +155,7 @@ def expected(make_model) -> Callable[[str], tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
 def test_packed_is_padded(docs, models, expected, reduction):
     everything = list(range(len(RESPONSE_LENGTHS)))
-    loss = packed_loss(docs, *models, everything, total(reduction), reduction=reduction)
+    loss = packed_loss(docs, models, everything, total(reduction), reduction=reduction)
     loss.backward()
     expected_loss, expected_gradients = expected(reduction)
     assert relative_error(loss.detach(), expected_loss) < TOLERANCE
@@ -175,7 +171,7 @@ def test_micro_batches_add_up_and_ranks_average(docs, models, expected, reductio
         models[0].zero_grad()
         for rollouts in micro_batches:
             per_rank = total(reduction) / len(ranks)
-            loss = packed_loss(docs, *models, rollouts, per_rank, reduction=reduction)
+            loss = packed_loss(docs, models, rollouts, per_rank, reduction=reduction)
             loss.backward()
             losses.append(loss.detach() / len(ranks))
         rank_gradients.append(gradients(models[0]))
@@ -214,29 +210,9 @@ def test_a_frozen_head_is_not_kept_for_backward():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_sharded_models_get_the_gradient_of_the_whole_step(make_model, tmp_path, tied):
+def test_sharded_models_get_the_gradient_of_the_whole_step(two_ranks, make_model, tmp_path, tied):
     """This file run as a script by two FSDP2 ranks, a micro-batch of three rollouts on each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path), str(int(tied))],
-            env=environment | {"RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    two_ranks(__file__, tmp_path, int(tied))
 
     student = make_model(0, tied=tied)
     padded_loss(student, make_model(1, hidden_size=48)).backward()
@@ -261,8 +237,7 @@ def backward_sharded(output_dir: Path, *, tied: bool, resharded: bool) -> None:
     fully_shard(student, mesh=mesh, reshard_after_forward=resharded)
     loss = packed_loss(
         code_of("Packed batches without padding"),
-        student,
-        teacher,
+        (student, teacher),
         [[0, 1, 2], [3, 4, 5]][rank],
         total("sequence_mean") / num_ranks,
         whole=code_of("Sharded heads").whole,
@@ -277,7 +252,9 @@ def backward_sharded(output_dir: Path, *, tied: bool, resharded: bool) -> None:
 
 
 if __name__ == "__main__":
+    from conftest import end_rank  # pyright: ignore[reportMissingImports]
+
     torch.distributed.init_process_group("gloo")
     for resharded in (True, False):
         backward_sharded(Path(sys.argv[1]), tied=sys.argv[2] == "1", resharded=resharded)
-    torch.distributed.destroy_process_group()
+    end_rank()

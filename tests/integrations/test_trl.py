@@ -11,7 +11,7 @@ from datasets import Dataset
 from datasets.utils import logging as datasets_logging
 from peft import LoraConfig
 from torch import Tensor
-from trl import DistillationConfig, DistillationTrainer
+from trl.trainer.distillation_config import DistillationConfig
 
 pytestmark = [
     # Raised at the module's first import, which is why that waits for the test.
@@ -24,7 +24,7 @@ pytestmark = [
 
 NUM_STEPS = 3
 TOLERANCE = 1e-5
-"""of the distance that the weights have moved; float32 rounding leaves about 2e-6"""
+"""of the distance that the weights have moved; float32 rounding leaves up to 4e-6"""
 
 SHARED_SETTINGS: dict[str, Any] = {
     "max_steps": NUM_STEPS,
@@ -50,90 +50,72 @@ MANY_STOP_TOKENS = list(range(600, 768))
 
 
 def equal_settings(beta: float) -> dict[str, Any]:
-    """The settings of the documentation's first table: TRL's own loss."""
+    """The settings of the documentation's first section: TRL's own loss."""
     divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")
     plain = {"divergence": divergence, "pointwise_clip": None, "interpolation_weight": 0.0}
     return plain | ({"jsd_weight": beta} if divergence == "jsd" else {})
 
 
-def train_gkd(
-    trainer_class: Any,
-    models: tuple[Any, Any],
-    tokenizer: Any,
-    output_dir: Path,
-    *,
-    loss_settings: dict[str, Any] | None = None,
-    peft_config: LoraConfig | None = None,
-    **options: Any,
-) -> Any:
-    from trl.experimental.gkd import GKDConfig
-
+def conversations() -> list[dict[str, Any]]:
     rows = []
     for i in range(12):
         answer = f"The answer is {3 * i}." + " Yes." * (i % 4)
         question = {"role": "user", "content": f"Tom has {i} apples."}
         rows.append({"messages": [question, {"role": "assistant", "content": answer}]})
-    settings = SHARED_SETTINGS | {"lmbda": 0.0, "max_length": 64, "max_new_tokens": 8} | options
-    trainer = trainer_class(
-        model=models[0],
-        teacher_model=models[1],
-        args=GKDConfig(output_dir=str(output_dir), **settings),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
-    if loss_settings is not None:
-        trainer.loss_settings = loss_settings
-    trainer.train()
-    return trainer
+    return rows
 
 
-def train_distillation(
-    trainer_class: Any,
-    models: tuple[Any, Any],
-    tokenizer: Any,
-    output_dir: Path,
-    *,
-    loss_settings: dict[str, Any] | None = None,
-    peft_config: LoraConfig | None = None,
-    **options: Any,
-) -> Any:
-    rows = [{"prompt": f"Tom has {i} apples." + " And more." * (i % 3)} for i in range(12)]
-    settings = SHARED_SETTINGS | {"max_completion_length": 8, "per_device_eval_batch_size": 4}
-    trainer = trainer_class(
-        model=models[0],
-        teacher_model=models[1],
-        args=DistillationConfig(output_dir=str(output_dir), **(settings | options)),
-        train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(rows[:4]),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
-    if loss_settings is not None:
-        trainer.loss_settings = loss_settings
-    trainer.train()
-    return trainer
+def prompts() -> list[dict[str, Any]]:
+    return [{"prompt": f"Tom has {i} apples." + " And more." * (i % 3)} for i in range(12)]
 
 
-TRAINERS = {"GKDTrainer": train_gkd, "DistillationTrainer": train_distillation}
+def configuration(name: str, output_dir: Path, options: dict[str, Any]) -> Any:
+    """GKD off-policy, on the data set's completions, unless the options say otherwise."""
+    settings: dict[str, Any] = SHARED_SETTINGS | {"output_dir": str(output_dir)}
+    if name == "DistillationTrainer":
+        settings |= {"max_completion_length": 8, "per_device_eval_batch_size": 4}
+        return DistillationConfig(**(settings | options))
+    from trl.experimental.gkd import GKDConfig
+
+    settings |= {"lmbda": 0.0, "max_length": 64, "max_new_tokens": 8}
+    return GKDConfig(**(settings | options))
 
 
-@pytest.fixture(params=list(TRAINERS))
+@pytest.fixture(params=["GKDTrainer", "DistillationTrainer"])
 def setup(
     request, docs_code: Callable[[str], SimpleNamespace], make_model, tokenizer, tmp_path
 ) -> SimpleNamespace:
     """TRL's class, ours, and run(class, **settings) -> (trainer, student, teacher)."""
-    train = TRAINERS[request.param]
-    code = docs_code(f"TRL's {request.param}")
-    theirs, ours = getattr(code, request.param), getattr(code, f"Paint{request.param}")
+    name = request.param
+    code = docs_code(f"TRL's {name}")
+    rows = conversations() if name == "GKDTrainer" else prompts()
 
-    def run(trainer_class: Any, **options: Any) -> tuple[Any, Any, Any]:
-        models = make_model(0), make_model(1, hidden_size=48, tied=False)
-        models[0].generation_config.eos_token_id = MANY_STOP_TOKENS
-        trainer = train(trainer_class, models, tokenizer, tmp_path, **options)
-        return trainer, *models
+    def run(
+        trainer_class: Any,
+        *,
+        loss_settings: dict[str, Any] | None = None,
+        peft_config: LoraConfig | None = None,
+        **options: Any,
+    ) -> tuple[Any, Any, Any]:
+        student, teacher = make_model(0), make_model(1, hidden_size=48, tied=False)
+        student.generation_config.eos_token_id = MANY_STOP_TOKENS
+        trainer = trainer_class(
+            model=student,
+            teacher_model=teacher,
+            args=configuration(name, tmp_path, options),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(rows[:4]),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+        if loss_settings is not None:
+            trainer.loss_settings = loss_settings
+        trainer.train()
+        return trainer, student, teacher
 
-    return SimpleNamespace(name=request.param, theirs=theirs, ours=ours, run=run)
+    return SimpleNamespace(
+        name=name, theirs=getattr(code, name), ours=getattr(code, f"Paint{name}"), run=run
+    )
 
 
 def logged(trainer: Any, key: str) -> list[float]:
@@ -193,28 +175,17 @@ def test_the_student_comes_nearer_to_the_teacher(setup):
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
+@pytest.mark.parametrize("setup", ["DistillationTrainer"], indirect=True)
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_evaluation_is_that_of_trl(make_model, docs_code, tokenizer, tmp_path, beta):
-    """Their entropies are logged from our loss, and the temperature is that of the trainer."""
-    ours = docs_code("TRL's DistillationTrainer").PaintDistillationTrainer
+def test_evaluation_and_entropies_are_those_of_trl(setup, beta):
+    """At the trainer's own temperature, on completions of different lengths."""
     measured = []
-    for trainer_class in (DistillationTrainer, ours):
-        models = make_model(0), make_model(1)
-        models[0].generation_config.eos_token_id = MANY_STOP_TOKENS
-        settings = {} if trainer_class is DistillationTrainer else equal_settings(beta)
-        trainer = train_distillation(
-            trainer_class,
-            models,
-            tokenizer,
-            tmp_path,
-            loss_settings=settings or None,
-            beta=beta,
-            temperature=0.7,
-            max_steps=1,
-            logging_steps=1,
+    for trainer_class, settings in [(setup.theirs, None), (setup.ours, equal_settings(beta))]:
+        trainer, *_ = setup.run(
+            trainer_class, loss_settings=settings, beta=beta, temperature=0.7, logging_steps=1
         )
-        torch.manual_seed(11)
         assert logged(trainer, "completions/min_length") < logged(trainer, "completions/max_length")
+        torch.manual_seed(11)
         measured.append(trainer.evaluate() | {"entropy": logged(trainer, "entropy")[0]})
     for key in ("eval_loss", "eval_entropy", "entropy"):
-        assert measured[1][key] == pytest.approx(measured[0][key], rel=1e-4), key
+        assert measured[1][key] == pytest.approx(measured[0][key], rel=1e-5), key
