@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test lint clean help
+.PHONY: train test lint kernels-report clean help
 
 help:
-	@echo "make train   install, then run PAINT on the bundled tiny model (ARGS='--train.num_steps 10')"
-	@echo "make test    install, then run the tests (ARGS='-k masking')"
-	@echo "make lint    ruff, pyright, import-linter"
-	@echo "make clean   remove the virtual environment"
+	@echo "make train           install, then run PAINT on the bundled tiny model (ARGS='--train.num_steps 10')"
+	@echo "make test            install, then run the tests (ARGS='-k masking')"
+	@echo "make lint            ruff, pyright, import-linter"
+	@echo "make kernels-report  compile every Triton kernel for four GPUs, without one"
+	@echo "make clean           remove the virtual environment"
 
 train: $(VENV)/.installed
 	$(BIN)/python -m paint_engine.train $(ARGS)
@@ -24,6 +25,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+kernels-report: $(VENV)/.installed-dev
+	$(BIN)/python -m bench.kernels_report $(ARGS)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

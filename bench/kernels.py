@@ -4,9 +4,9 @@
     OMP_NUM_THREADS=2 python -m bench.kernels --device cpu --output bench/results/kernels-cpu.json
     python -m bench.kernels --model 8b --num-tokens 32768 --seconds-budget 120
 
-On a GPU: Qwen3's head shapes in bfloat16, rollouts of 2048 tokens. On a CPU: float32, H = 256,
-eight rollouts of 64 tokens. The variants of a group compute the same loss of the same inputs and its
-gradient; `gemms` are the bare matrix products in the same chunks and dtypes, the floor. Only a
+On a GPU: Qwen3's head shapes in bfloat16, rollouts of 1024 tokens. On a CPU: float32, H = 256,
+eight rollouts of 64 tokens. The variants of a group compute the same loss of the same inputs and
+its gradient; `gemms` are the bare matrix products in the same chunks and dtypes, the floor. Only a
 variant whose gradient agrees with float64 in this very run is timed. Progress goes to stderr; the
 last line of stdout is JSON.
 """
@@ -48,7 +48,7 @@ from bench.tables import kernel_group_table
 HIDDEN = {"cpu": 256, "1.7b": 2048, "4b": 2560, "8b": 4096}
 """hidden size of each --model; the numbers are Qwen3's"""
 VOCAB_SIZE = 151936
-GPU_NUM_TOKENS, GPU_ROLLOUT_TOKENS = (4096, 32768, 131072), 2048
+GPU_NUM_TOKENS, GPU_ROLLOUT_TOKENS = (4096, 32768, 131072), 1024
 CPU_NUM_TOKENS, CPU_NUM_ROLLOUTS = (512,), 8
 GPU_SECONDS_PER_VARIANT, CPU_ROUNDS = 1.5, 5
 CHILD_PREFIX = "extra_bytes "
@@ -87,11 +87,6 @@ def all_variants(device: torch.device) -> list[Variant]:
         found += plain_variants(group, objective, device)
         found += [variant for variant in peers(device) if variant.group == group]
     return found
-
-
-def row_of(variant: Variant, status: str, reason: str = "") -> dict[str, Any]:
-    row = {"variant": variant.name, "kind": variant.kind, "lacks": list(variant.lacks)}
-    return {**row, "status": status, **({"reason": reason} if reason else {})}
 
 
 def in_own_processes(
@@ -141,10 +136,7 @@ def child(keys: list[str], shape: Shape, device: torch.device) -> None:
             torch.cuda.synchronize()
         else:
             inputs = make_inputs(shape, device, dtype)
-            before = measure.peak_bytes()
-            kept = variant.run(inputs)
-            extra_bytes = measure.peak_bytes() - before
-            del kept
+            extra_bytes = measure.extra_bytes_on_cpu(functools.partial(variant.run, inputs))
         print(f"{CHILD_PREFIX}{extra_bytes}", flush=True)
 
 
@@ -152,10 +144,10 @@ def check(variant: Variant, accuracy: measure.Accuracy, row: dict[str, Any]) -> 
     """Fills in the row's memory (on a GPU) and gradient errors; a failed check is its status."""
     inputs = accuracy.inputs
     if inputs.student.is_cuda:
-        row["extra_bytes"] = measure.extra_bytes_on_gpu(lambda: variant.run(inputs))
-    if variant.kind == "floor":
-        return
-    errors = accuracy.errors(variant, variant.run(inputs))
+        row["extra_bytes"], result = measure.extra_bytes_on_gpu(lambda: variant.run(inputs))
+    else:
+        result = variant.run(inputs)
+    errors = accuracy.errors(variant, result)
     if variant.float32_rows is not None and inputs.student.dtype != torch.float32:
         errors["gradient_error_before_rounding"] = accuracy.error_before_rounding(variant)
     row.update(errors)
@@ -174,7 +166,8 @@ def check_all(
     rows = []
     for variant in variants:
         extra_bytes, failed = probes.get(f"{variant.group}/{variant.name}", (0, ""))
-        row = row_of(variant, "measured")
+        row: dict[str, Any] = {"variant": variant.name, "kind": variant.kind}
+        row |= {"lacks": list(variant.lacks), "status": "measured"}
         rows.append(row)
         if variant.unavailable or failed:
             row.update(status="cannot run", reason=variant.unavailable or failed)
@@ -182,9 +175,12 @@ def check_all(
         if time.monotonic() > deadline:
             row.update(status="left out", reason="the time budget was used up")
             continue
-        if extra_bytes and variant.kind != "floor":
+        if variant.kind == "floor":
+            continue
+        if extra_bytes:
             row["extra_bytes"] = extra_bytes
         progress(f"  {variant.group}: checking {variant.name}")
+        accuracy.exact(variant.objective)  # apart, for its memory is not the variant's
         try:
             check(variant, accuracy, row)
         except torch.cuda.OutOfMemoryError:
@@ -287,16 +283,14 @@ def measure_shape(
 
 def run(
     shapes: list[Shape],
-    names: list[str] | None,
+    variants: list[Variant],
     device: torch.device,
     seconds_budget: float,
     command: str,
 ) -> dict[str, Any]:
-    """Everything `python -m bench.kernels` measures; `names` chooses variants, None all of them."""
+    """Everything that `python -m bench.kernels` measures, in its JSON's form."""
     deadline = time.monotonic() + seconds_budget
-    variants = [v for v in all_variants(device) if names is None or v.name in names]
-    # On a CPU every variant, for its memory, before this process has grown: a child inherits its
-    # parent's peak. On a GPU once, what may not run at all.
+    # On a CPU every variant, for its memory; on a GPU, once, what may not run at all.
     probed = [variant for variant in variants if not variant.unavailable]
     if device.type == "cuda":
         probed = [v for v in probed if v.kind == "peer" or v.name == "compiled"]
@@ -312,7 +306,8 @@ def run(
 
 def ratios_to_plain(groups: list[dict[str, Any]]) -> dict[str, float]:
     """Time and extra memory of `paint_loss` over plain PyTorch's, at the first shape."""
-    rows = {row["variant"]: row for row in groups[0]["rows"]} if groups else {}
+    first = next((group["rows"] for group in groups if group["group"] == "PAINT"), [])
+    rows = {row["variant"]: row for row in first}
     ours, plain = rows.get("paint_loss", {}), rows.get("plain", {})
     ratios = {}
     for name, key in (("time_ratio", "median_ms"), ("memory_ratio", "extra_bytes")):
@@ -334,6 +329,15 @@ def make_shape(model: str, num_tokens: int, vocab_size: int) -> Shape:
     return Shape(model, num_tokens, rollout_tokens, HIDDEN[model], vocab_size)
 
 
+def choose(variants: list[Variant], groups: list[str], names: list[str] | None) -> list[Variant]:
+    """Of the groups, the variants of these names; all of them for None."""
+    known = {variant.name for variant in variants}
+    unknown = set(names or ()) - known
+    if unknown:
+        raise ValueError(f"--variants {sorted(unknown)}: choose from {sorted(known)}.")
+    return [v for v in variants if v.group in groups and (names is None or v.name in names)]
+
+
 def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -344,6 +348,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", choices=list(HIDDEN), help="all that fit the device")
     parser.add_argument("--num-tokens", type=int, nargs="+")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="as the tables name them")
     parser.add_argument("--seconds-budget", type=float, default=float("inf"))
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
@@ -368,12 +373,9 @@ def main(argv: list[str]) -> None:
     if arguments.child:
         child(arguments.child, shapes[0], device)
         return
-    known = {variant.name for variant in all_variants(device)}
-    unknown = set(arguments.variants or ()) - known
-    if unknown:
-        raise ValueError(f"--variants {sorted(unknown)}: choose from {sorted(known)}.")
+    variants = choose(all_variants(device), arguments.groups, arguments.variants)
     command = " ".join(["python -m bench.kernels", *argv])
-    result = run(shapes, arguments.variants, device, arguments.seconds_budget, command)
+    result = run(shapes, variants, device, arguments.seconds_budget, command)
     for name in ("time_ratio", "memory_ratio"):
         if name in result:
             print(f"{name}, paint_loss over plain PyTorch: {result[name]:.3f}")

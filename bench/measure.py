@@ -1,8 +1,10 @@
 """Time, extra memory and accuracy of one call, and what they were measured with."""
 
 import math
+import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import time
@@ -36,8 +38,6 @@ written"""
 class Exact(NamedTuple):
     grad_hidden: Tensor
     """(n, H) float64"""
-    clipped: Tensor
-    """(n,) bool: rows in which the clip acts"""
     token_divergence: Tensor
     """(n,) float64, unclipped, in nats"""
     grad_weight: Tensor | None
@@ -57,14 +57,13 @@ def exact_gradient(
     weight = inputs.weight.double().requires_grad_(with_weight)
     parts = [slice(first, first + 256) for first in range(0, end - start, 256)]
     selected = exact_selection(student, teacher, weight, objective, parts)
-    grad_hidden, clipped, divergence = [], [], []
+    grad_hidden, divergence = [], []
     grad_weight = torch.zeros_like(weight) if with_weight else None
     for part in parts:
         leaf = student[part].requires_grad_()
         if objective.divergence == "logprobs":
             token_ids = inputs.token_ids[start:end][part]
             token_loss = -reference.token_logprobs(leaf, weight, token_ids).logprobs
-            clipped.append(torch.zeros_like(token_ids, dtype=torch.bool))
             divergence.append(token_loss.detach())
         else:
             logits = reference.project(leaf, weight)
@@ -83,14 +82,13 @@ def exact_gradient(
                 reduction="none",
             )
             token_loss = output.loss
-            clipped.append(output.clipped_mass > 0)
             divergence.append(output.token_kl)
         wanted = (leaf, weight) if with_weight else (leaf,)
         part_gradients = torch.autograd.grad(token_loss.sum() / num_tokens, wanted)
         grad_hidden.append(part_gradients[0])
         if grad_weight is not None:
             grad_weight += part_gradients[1]
-    return Exact(torch.cat(grad_hidden), torch.cat(clipped), torch.cat(divergence), grad_weight)
+    return Exact(torch.cat(grad_hidden), torch.cat(divergence), grad_weight)
 
 
 def exact_selection(
@@ -129,8 +127,7 @@ def seconds_once(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def times_on_gpu(call: Callable[[], Any], device: torch.device, seconds: float) -> list[float]:
-    """In seconds, after two calls that warm up: 5 to 30 of them, as many as the seconds allow."""
-    seconds_once(call, device)
+    """In seconds, after a call that warms up: 5 to 30 of them, as many as the seconds allow."""
     estimate = seconds_once(call, device)
     repeats = min(30, max(5, math.ceil(seconds / max(estimate, 1e-6))))
     return [seconds_once(call, device) for _ in range(repeats)]
@@ -149,33 +146,42 @@ def times_round_robin(
     return times
 
 
-def extra_bytes_on_gpu(call: Callable[[], Any]) -> int:
-    """Peak of what one call allocates, its results included, beyond what was there before."""
+def extra_bytes_on_gpu(call: Callable[[], Any]) -> tuple[int, Any]:
+    """Peak of what one call allocates beyond what was there before, and its result, included."""
+    call()  # libraries' workspaces and compiled kernels come with the first call
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    kept = call()
+    result = call()
     torch.cuda.synchronize()
-    del kept
-    return torch.cuda.max_memory_allocated() - before
+    return torch.cuda.max_memory_allocated() - before, result
 
 
 def peak_bytes() -> int:
-    """Largest resident set that this process ever had. A child process inherits its parent's."""
+    """Largest resident set that this process ever had, or since `extra_bytes_on_cpu` reset it."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where ru_maxrss starts at the parent's peak
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kibibytes * (1 if platform.system() == "Darwin" else 1024)
 
 
+def extra_bytes_on_cpu(call: Callable[[], Any]) -> int:
+    """Growth of this process's peak in one call, its results included; for one call a process."""
+    reset = Path("/proc/self/clear_refs")
+    if reset.exists():
+        reset.write_text("5")  # Linux: forget the peak of compiling and loading
+    before = peak_bytes()
+    kept = call()
+    after = peak_bytes()
+    del kept
+    return after - before
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm()).item()
-
-
-def row_error(actual: Tensor, exact: Exact) -> float:
-    """The larger of two relative errors by norm: of the rows in which the clip acts and of the
-    others, whose much smaller gradients would vanish in a common norm."""
-    classes = [rows for rows in (exact.clipped, ~exact.clipped) if rows.any()]
-    return max(relative_error(actual[rows], exact.grad_hidden[rows]) for rows in classes)
 
 
 def join(parts: list[Exact]) -> Exact:
@@ -185,7 +191,6 @@ def join(parts: list[Exact]) -> Exact:
         assert isinstance(grad_weight, Tensor)
     return Exact(
         torch.cat([part.grad_hidden for part in parts]),
-        torch.cat([part.clipped for part in parts]),
         torch.cat([part.token_divergence for part in parts]),
         grad_weight,
     )
@@ -216,7 +221,7 @@ class Accuracy:
         """Of a result for all inputs; where the head trains, also of the head's gradient."""
         exact = self.exact(variant.objective)
         rows = self.rows.to(result[0].device)
-        errors = {"gradient_error": row_error(result[0][rows], exact)}
+        errors = {"gradient_error": relative_error(result[0][rows], exact.grad_hidden)}
         if variant.trains_head:
             errors["head_gradient_error"] = self.head_error(variant)
         return errors
@@ -224,7 +229,8 @@ class Accuracy:
     def error_before_rounding(self, variant: Variant) -> float:
         assert variant.float32_rows is not None
         rows = self.rows.to(self.inputs.student.device)
-        return row_error(variant.float32_rows(self.inputs)[rows], self.exact(variant.objective))
+        actual = variant.float32_rows(self.inputs)[rows]
+        return relative_error(actual, self.exact(variant.objective).grad_hidden)
 
     def head_error(self, variant: Variant) -> float:
         """Of a run on the checked rollouts alone: an exact sum over all tokens would take long."""
@@ -274,14 +280,19 @@ def git(*arguments: str) -> str:
 
 
 def commit() -> str:
-    """Empty outside a git checkout."""
-    head = git("rev-parse", "HEAD")
-    return head + ("+changes" if head and git("status", "--porcelain") else "")
+    """The checkout's, or what BENCH_COMMIT says where there is none; empty where neither is."""
+    head = git("rev-parse", "HEAD") if shutil.which("git") else ""
+    if not head:
+        return os.environ.get("BENCH_COMMIT", "")
+    return head + ("+changes" if git("status", "--porcelain") else "")
 
 
 def versions() -> dict[str, str]:
     """Of Python and of every package in a comparison that is installed."""
-    installed = {item.metadata["Name"]: item.version for item in metadata.distributions()}
+    installed = {
+        item.metadata["Name"].lower().replace("_", "-"): item.version
+        for item in metadata.distributions()
+    }
     found = {name: installed[name] for name in PACKAGES if name in installed}
     return {"python": platform.python_version(), **found, **cuda_version()}
 

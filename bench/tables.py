@@ -9,7 +9,8 @@ HEADLINE_TOKENS = 32768
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    left = (header[0], "lacks")
+    lines = [header, ["---" if name in left else "---:" for name in header], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -181,7 +182,9 @@ def scaling_table(result: Result) -> str:
         for layout in result["layouts"]
     )
     shape = f"H {result['hidden']:,}, V {result['vocab_size']:,}, {result['dtype']}"
-    caption = f"`paint_loss`, forward and backward, {shape}. {fits}. Measured on {made_by(result)}"
+    caption = (
+        f"`paint_loss`, forward and backward, {shape}. Fits: {fits}. Measured on {made_by(result)}"
+    )
     return f"{markdown(header, rows)}\n\n{caption}"
 
 
@@ -205,12 +208,43 @@ def logit_formats_table(result: Result) -> str:
     return f"{markdown(header, rows)}\n\n{caption}"
 
 
+def floor_table(result: Result) -> str:
+    """Counted products and bytes, and the time that they predict."""
+    header = ["", "rows a chunk", "three products", "row kernels", "other", "predicted", "ratio"]
+    header.append("extra memory")
+    rows = [
+        [
+            f"Qwen3 {row['model'].upper()}, {row['device']}",
+            number(row["rows_per_chunk"], 0),
+            *(
+                f"{row[key] * 1e3:.0f} ms"
+                for key in ("gemms_s", "rows_s", "other_s", "predicted_s")
+            ),
+            f"{row['ratio_to_floor']:.2f}",
+            f"{row['extra_bytes'] / 1e9:.1f} GB",
+        ]
+        for row in result["rows"]
+    ]
+    devices = "; ".join(
+        f"{device['name']} {device['flops_per_s'] / 1e12:.0f} TFLOP/s and "
+        f"{device['bytes_per_s'] / 1e12:.1f} TB/s"
+        for device in result["devices"]
+    )
+    caption = (
+        f"Counted, not measured: N {result['num_tokens']:,}, V {result['vocab_size']:,}, rollouts "
+        f"of {result['rollout_tokens']:,} tokens, frozen bfloat16 head; {devices}; by "
+        "`python -m bench.floor`."
+    )
+    return f"{markdown(header, rows)}\n\n{caption}"
+
+
 TABLES: dict[tuple[str, str], Callable[[Result], str]] = {
     ("tiny", ""): tiny_table,
     ("kernels", ""): kernels_table,
     ("kernels", "shapes"): kernel_shapes_table,
     ("scaling", ""): scaling_table,
     ("logit_formats", ""): logit_formats_table,
+    ("floor", ""): floor_table,
 }
 """by the result's own name and the view that a marker asks for"""
 

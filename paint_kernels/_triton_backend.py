@@ -20,15 +20,11 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 MAX_BLOCK = 2048
-"""columns of a tile: 8 a thread, so that two tiles of logits and five sums fit the registers"""
+"""columns of a tile: 4 or 8 a thread, so that two tiles of logits and five sums fit registers"""
 NUM_WARPS = 8
-REVERSE_KL_NUM_WARPS = 16
-"""with 8, the compiler aims at 64 registers and spills one of them on NVIDIA's processors"""
+LOSS_NUM_WARPS = 16
+"""with 8, a few of the loss kernel's variants spill registers (`python -m bench.kernels_report`)"""
 DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
-
-
-def loss_num_warps(divergence: str) -> int:
-    return REVERSE_KL_NUM_WARPS if divergence == "reverse_kl" else NUM_WARPS
 
 
 class RowStats(NamedTuple):
@@ -122,7 +118,7 @@ def row_loss(
         student_stride=student_logits.stride(0),
         teacher_stride=teacher_logits.stride(0),
         gradient_stride=written.stride(0),
-        num_warps=loss_num_warps(settings.divergence),
+        num_warps=LOSS_NUM_WARPS,
         INTERPOLATE=interpolated is not None,
         INTERPOLATION_WEIGHT=settings.interpolation_weight,
         DIVERGENCE=DIVERGENCES[settings.divergence],

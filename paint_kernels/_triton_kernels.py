@@ -221,6 +221,7 @@ def loss_kernel(
     corrects it only in rows with a clipped entry. The other divergences always take both loops.
     """
     HAS_CLIP: tl.constexpr = float("inf") > CLIP
+    NEEDS_CONSTANT: tl.constexpr = HAS_CLIP or DIVERGENCE != FORWARD_KL
     row = tl.program_id(0).to(tl.int64)
     student_row_ptr = student_ptr + row * student_stride
     teacher_row_ptr = teacher_ptr + row * teacher_stride
@@ -277,7 +278,7 @@ def loss_kernel(
         if HAS_CLIP:
             loss += tl.where(clipped, CLIP - left, gap)
             clipped_mass += tl.where(clipped, q, 0.0)
-        if WITH_GRADIENT and (HAS_CLIP or DIVERGENCE != FORWARD_KL):
+        if WITH_GRADIENT and NEEDS_CONSTANT:
             constant += constant_term(p, q, d, slope, clipped, DIVERGENCE)
         if WITH_GRADIENT and DIVERGENCE == FORWARD_KL:
             gradient = (p - q) * INVERSE_TEMPERATURE
@@ -293,7 +294,7 @@ def loss_kernel(
         tl.store(loss_ptr + row, tl.sum(loss, axis=0))
     else:
         tl.store(loss_ptr + row, row_divergence)
-    if WITH_GRADIENT:
+    if WITH_GRADIENT and NEEDS_CONSTANT:
         row_constant = tl.sum(constant, axis=0)
         if (DIVERGENCE != FORWARD_KL) | (row_clipped_mass > 0.0):
             total = tl.zeros([BLOCK], tl.float32)
@@ -322,6 +323,7 @@ def loss_kernel(
                 inside = columns < num_columns
                 total += tl.where(inside & (columns != largest), gradient, 0.0)
                 tl.store(gradient_row_ptr + columns, gradient * GRADIENT_SCALE, mask=inside)
+    if WITH_GRADIENT:
         # A row's gradient adds up to 0: what the others leave keeps its digits in a confident row.
         # Written last, over a tile that was stored without an exception, and so 8 bytes at a time.
         tl.debug_barrier()

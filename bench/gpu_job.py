@@ -1,0 +1,126 @@
+"""What one part of `python -m bench.gpu_check` is given, and how it hands back what it found.
+
+Everything found is written at once, so that a part that is stopped later loses none of it.
+"""
+
+import json
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import measure
+
+PACKAGES = (
+    *("torch", "triton", "transformers", "peft", "safetensors", "numpy", "pytest", "hypothesis"),
+    *("rich", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-linear-attention"),
+)
+WORTH_IT = 0.03
+"""share of the time that a change has to save before its complexity is worth it"""
+
+
+@dataclass
+class Job:
+    device: torch.device
+    quick: bool
+    output: Path
+    """folder of the results"""
+    found_file: Path
+    """this part's own results"""
+    deadline: float
+    """of time.monotonic, after which the part is stopped"""
+    environment: dict[str, Any]
+    """device, versions and commit, for results that have a file of their own"""
+    found: dict[str, Any] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def save(self, **found: Any) -> None:
+        self.found.update(found)
+        content = {"found": self.found, "failures": self.failures}
+        self.found_file.write_text(json.dumps(content))
+
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def attempt(self, name: str, call: Callable[[], Any]) -> Any:
+        """The result of `call`, saved under `name`; None where it failed, which fails the part.
+
+        Any error is caught, because the rest is still worth knowing on a GPU that is there once; it
+        is printed and counted.
+        """
+        begin = time.perf_counter()
+        try:
+            result = call()
+        except Exception as error:
+            traceback.print_exc()
+            lines = str(error).strip().splitlines() or [""]
+            self.failures.append(f"{name}: {type(error).__name__}: {lines[0][:200]}")
+            self.save()
+            return None
+        print(f"{name}: {time.perf_counter() - begin:.1f} s", flush=True)
+        self.save(**{name: result})
+        return result
+
+
+def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Of one call: median over three batches of `repeats` calls in a row, after one to warm up."""
+    call()
+
+    def batch() -> None:
+        for _ in range(repeats):
+            call()
+
+    seconds = [measure.seconds_once(batch, device) / repeats for _ in range(3)]
+    return 1e3 * statistics.median(seconds)
+
+
+def version(package: str) -> str:
+    """Empty where the package is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def first_line(*command: str) -> str:
+    """Of what a command prints; empty where there is no such command, or it fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    return lines[0].strip() if done.returncode == 0 and lines else ""
+
+
+def describe_environment(device: torch.device, command: str, commit: str) -> dict[str, Any]:
+    """In the form of `measure.environment`. commit: used where git knows none."""
+    found = measure.commit() if shutil.which("git") else ""
+    versions = {name: version(name) for name in PACKAGES if version(name)}
+    if device.type == "cuda":
+        versions["cuda"] = str(torch.version.cuda)
+        query = ("--query-gpu=driver_version", "--format=csv,noheader")
+        versions["driver"] = first_line("nvidia-smi", *query)
+    return {
+        "command": command,
+        "commit": found or commit,
+        "device": measure.device_name(device),
+        "num_threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def slug(device: torch.device) -> str:
+    """The device's name for file names: nvidia-h100-80gb-hbm3, x86-64-cpu."""
+    name = f"{platform.machine()} cpu"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
