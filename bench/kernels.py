@@ -317,7 +317,7 @@ def ratios_to_plain(groups: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def make_shape(model: str, num_tokens: int, vocab_size: int) -> Shape:
-    """Of the CPU's model eight rollouts, of the others rollouts of 2048 tokens."""
+    """Of the CPU's model eight rollouts, of the others rollouts of 1024 tokens."""
     rollout_tokens = min(GPU_ROLLOUT_TOKENS, num_tokens)
     if model == "cpu":
         rollout_tokens = max(1, num_tokens // CPU_NUM_ROLLOUTS)

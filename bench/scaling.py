@@ -1,6 +1,6 @@
 """Time and memory of `paint_loss` over the number of tokens: `python -m bench.scaling`.
 
-N doubles from 4096 to 131072, in rollouts of 2048 tokens and as one rollout. On a GPU at the shape
+N doubles from 4096 to 131072, in rollouts of 1024 tokens and as one rollout. On a GPU at the shape
 of Qwen3-8B in bfloat16, on a CPU at H = 64, V = 4096 in float32. Extra memory is what the forward
 and backward pass allocate at their peak; apart from it stand the float32 gradient rows (N, H) and
 the values per token, which have to grow with N. What is left, the working memory, should not. The
@@ -24,7 +24,7 @@ from bench.kernels import HIDDEN, VOCAB_SIZE, progress
 from bench.losses import PAINT, Shape, gradients, make_inputs, our_loss
 
 NUM_TOKENS = [4096 * 2**doubling for doubling in range(6)]
-ROLLOUT_TOKENS = 2048
+ROLLOUT_TOKENS = 1024
 CPU_HIDDEN, CPU_VOCAB_SIZE = 64, 4096
 VALUE_BYTES = 6 * 4 + 1
 """of one token: six float32 values and whether it was selected"""

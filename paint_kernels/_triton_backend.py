@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 MAX_BLOCK = 2048
-"""columns of a tile: 4 or 8 a thread, so that two tiles of logits and five sums fit registers"""
+"""columns of a tile: 8 a thread"""
+LOSS_MAX_BLOCK = 1024
+"""4 a thread: with more, two tiles of logits and five sums make some variants spill registers
+(`python -m bench.kernels_report --all`)"""
 NUM_WARPS = 8
-LOSS_NUM_WARPS = 16
-"""with 8, a few of the loss kernel's variants spill registers (`python -m bench.kernels_report`)"""
 DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 
@@ -40,7 +41,7 @@ def launch(
     kernel: Any,
     logits: Float[Tensor, "R V"],
     *arguments: Tensor,
-    num_warps: int = NUM_WARPS,
+    max_block: int,
     **settings: Any,
 ) -> None:
     """Runs `kernel` with one program a row, on the GPU that holds `logits`."""
@@ -52,10 +53,10 @@ def launch(
     num_rows, num_columns = logits.shape
     if num_rows == 0:
         return
-    block = min(MAX_BLOCK, triton.next_power_of_2(num_columns))
+    block = min(max_block, triton.next_power_of_2(num_columns))
     with torch.cuda.device_of(logits):
         kernel[(num_rows,)](
-            *arguments, num_columns=num_columns, **settings, BLOCK=block, num_warps=num_warps
+            *arguments, num_columns=num_columns, **settings, BLOCK=block, num_warps=NUM_WARPS
         )
 
 
@@ -69,6 +70,7 @@ def shifted_stats(logits: Float[Tensor, "R V"], temperature: float) -> RowStats:
         kernels.stats_kernel,
         logits,
         *(logits, maximum, rest, entropy, largest),
+        max_block=MAX_BLOCK,
         row_stride=logits.stride(0),
         INVERSE_TEMPERATURE=1 / temperature,
     )
@@ -118,7 +120,7 @@ def row_loss(
         student_stride=student_logits.stride(0),
         teacher_stride=teacher_logits.stride(0),
         gradient_stride=written.stride(0),
-        num_warps=LOSS_NUM_WARPS,
+        max_block=LOSS_MAX_BLOCK,
         INTERPOLATE=interpolated is not None,
         INTERPOLATION_WEIGHT=settings.interpolation_weight,
         DIVERGENCE=DIVERGENCES[settings.divergence],
@@ -152,6 +154,7 @@ def row_logprobs(
             kernels.logprobs_gradient_kernel,
             logits,
             *(logits, gradient, token_ids, stats.maximum, stats.rest),
+            max_block=MAX_BLOCK,
             row_stride=logits.stride(0),
             gradient_stride=gradient.stride(0),
             GRADIENT_SCALE=gradient_scale,

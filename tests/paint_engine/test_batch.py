@@ -151,7 +151,9 @@ def test_one_generous_limit_is_one_microbatch(
     assert [len(group) for group in split_microbatches(items, 1)] == [1] * 8
 
 
-def test_moving_a_batch_keeps_every_tensor_and_the_bounds_where_they_are(ragged: list[PrivilegedRollout]) -> None:
+def test_moving_a_batch_keeps_every_tensor_and_the_bounds_where_they_are(
+    ragged: list[PrivilegedRollout],
+) -> None:
     batch = build_batch(ragged)
     moved = batch_to(batch, torch.device("meta"))
     for before, after in (

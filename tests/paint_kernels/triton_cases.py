@@ -38,6 +38,7 @@ def small_tiles():
     """Several tiles, chunks and a ragged last one even at test sizes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_triton_backend, "MAX_BLOCK", 128)
+        patch.setattr(_triton_backend, "LOSS_MAX_BLOCK", 64)
         patch.setattr(_ops, "most_rows", lambda *_: MOST_ROWS)
         patch.setattr(_tokens, "most_rows", lambda *_: MOST_ROWS)
         yield
