@@ -221,6 +221,7 @@ def loss_kernel(
     corrects it only in rows with a clipped entry. The other divergences always take both loops.
     """
     HAS_CLIP: tl.constexpr = float("inf") > CLIP
+    GRADIENT_FACTOR: tl.constexpr = INVERSE_TEMPERATURE * GRADIENT_SCALE
     NEEDS_CONSTANT: tl.constexpr = HAS_CLIP or DIVERGENCE != FORWARD_KL
     row = tl.program_id(0).to(tl.int64)
     student_row_ptr = student_ptr + row * student_stride
@@ -281,10 +282,10 @@ def loss_kernel(
         if WITH_GRADIENT and NEEDS_CONSTANT:
             constant += constant_term(p, q, d, slope, clipped, DIVERGENCE)
         if WITH_GRADIENT and DIVERGENCE == FORWARD_KL:
-            gradient = (p - q) * INVERSE_TEMPERATURE
+            gradient = (p - q) * GRADIENT_FACTOR
             inside = columns < num_columns
             total += tl.where(inside & (columns != largest), gradient, 0.0)
-            tl.store(gradient_row_ptr + columns, gradient * GRADIENT_SCALE, mask=inside)
+            tl.store(gradient_row_ptr + columns, gradient, mask=inside)
 
     row_divergence = tl.sum(divergence, axis=0)
     row_clipped_mass = tl.sum(clipped_mass, axis=0)
@@ -319,15 +320,15 @@ def loss_kernel(
                 )
                 clipped = f > CLIP
                 gradient = gradient_of(p, q, d, slope, clipped, row_constant, DIVERGENCE)
-                gradient *= INVERSE_TEMPERATURE
+                gradient *= GRADIENT_FACTOR
                 inside = columns < num_columns
                 total += tl.where(inside & (columns != largest), gradient, 0.0)
-                tl.store(gradient_row_ptr + columns, gradient * GRADIENT_SCALE, mask=inside)
+                tl.store(gradient_row_ptr + columns, gradient, mask=inside)
     if WITH_GRADIENT:
         # A row's gradient adds up to 0: what the others leave keeps its digits in a confident row.
         # Written last, over a tile that was stored without an exception, and so 8 bytes at a time.
         tl.debug_barrier()
-        tl.store(gradient_row_ptr + largest, -tl.sum(total, axis=0) * GRADIENT_SCALE)
+        tl.store(gradient_row_ptr + largest, -tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -348,7 +349,7 @@ def logprobs_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     gradient_row_ptr = gradient_ptr + row * gradient_stride
     maximum = tl.load(maximum_ptr + row)
-    scale = -INVERSE_TEMPERATURE / (1.0 + tl.load(rest_ptr + row))
+    scale = -INVERSE_TEMPERATURE * GRADIENT_SCALE / (1.0 + tl.load(rest_ptr + row))
     token = tl.load(token_ids_ptr + row)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_columns, BLOCK):
@@ -357,6 +358,6 @@ def logprobs_gradient_kernel(
         gradient = tl.exp(scaled(logits, INVERSE_TEMPERATURE) - maximum) * scale
         inside = columns < num_columns
         total += tl.where(inside & (columns != token), gradient, 0.0)
-        tl.store(gradient_row_ptr + columns, gradient * GRADIENT_SCALE, mask=inside)
+        tl.store(gradient_row_ptr + columns, gradient, mask=inside)
     tl.debug_barrier()
-    tl.store(gradient_row_ptr + token, -tl.sum(total, axis=0) * GRADIENT_SCALE)
+    tl.store(gradient_row_ptr + token, -tl.sum(total, axis=0))

@@ -116,8 +116,8 @@ def pack(
             f"{tuple(hidden_states.shape)}: they must be bool (B, T) and (B, T, H), True on kept "
             "positions."
         )
-    # Picking rows by a mask waits for their number anyway; bounds on the host let the loss keep whole
-    # rollouts together.
+    # Picking rows by a mask waits for their number anyway, and bounds on the host let the loss keep
+    # whole rollouts together.
     lengths = loss_mask.sum(dim=1).cpu()
     cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     return hidden_states[loss_mask], cu_seqlens
