@@ -23,16 +23,17 @@ def gemm_rate(device: torch.device, size: int) -> float:
 def run(job: Job) -> str:
     on_gpu = job.device.type == "cuda"
     print(job.environment, flush=True)
+    num_bytes, size = 2**24, 512
     if on_gpu:
         free, total = torch.cuda.mem_get_info(job.device)
         capability = ".".join(map(str, torch.cuda.get_device_capability(job.device)))
         job.save(free_bytes=free, total_bytes=total, compute_capability=capability)
         if free < 0.9 * total:
             print(f"only {free / 2**30:.0f} of {total / 2**30:.0f} GiB of memory are free")
-    small = job.quick or not on_gpu
-    bandwidth = copy_bandwidth(job.device, 2**24 if small else min(2**32, free // 4))
+        num_bytes, size = min(2**32, free // 4), 8192
+    bandwidth = copy_bandwidth(job.device, num_bytes)
     job.save(copy_bytes_per_s=bandwidth)
-    rate = gemm_rate(job.device, 512 if small else 8192)
+    rate = gemm_rate(job.device, size)
     job.save(gemm_flop_per_s=rate)
     versions = job.environment["versions"]
     named = ("driver", "torch", "triton", "transformers", "peft")

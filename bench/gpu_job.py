@@ -47,7 +47,9 @@ class Job:
     def save(self, **found: Any) -> None:
         self.found.update(found)
         content = {"found": self.found, "failures": self.failures}
-        self.found_file.write_text(json.dumps(content))
+        whole = self.found_file.with_suffix(".new")
+        whole.write_text(json.dumps(content))
+        whole.replace(self.found_file)
 
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
@@ -101,9 +103,8 @@ def first_line(*command: str) -> str:
     return lines[0].strip() if done.returncode == 0 and lines else ""
 
 
-def describe_environment(device: torch.device, command: str, commit: str) -> dict[str, Any]:
-    """In the form of `measure.environment`. commit: used where git knows none."""
-    found = measure.commit() if shutil.which("git") else ""
+def describe_environment(device: torch.device, command: str) -> dict[str, Any]:
+    """In the form of `measure.environment`, with the versions of what the check uses."""
     versions = {name: version(name) for name in PACKAGES if version(name)}
     if device.type == "cuda":
         versions["cuda"] = str(torch.version.cuda)
@@ -111,7 +112,7 @@ def describe_environment(device: torch.device, command: str, commit: str) -> dic
         versions["driver"] = first_line("nvidia-smi", *query)
     return {
         "command": command,
-        "commit": found or commit,
+        "commit": measure.commit(),
         "device": measure.device_name(device),
         "num_threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **versions},

@@ -114,7 +114,7 @@ def large_logits(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.arange(LARGE_NUM_TOKENS, device=device)
     student[rows, rows * 10 % VOCAB_SIZE] = 15.0
     teacher = torch.randn(LARGE_NUM_TOKENS, VOCAB_SIZE, **options).mul_(0.3).add_(student)
-    bounds = [0, 7000, LARGE_NUM_TOKENS - CHECKED_TOKENS, LARGE_NUM_TOKENS]
+    bounds = [0, LARGE_NUM_TOKENS // 2, LARGE_NUM_TOKENS - CHECKED_TOKENS, LARGE_NUM_TOKENS]
     return student.requires_grad_(), teacher, torch.tensor(bounds, dtype=torch.int32)
 
 

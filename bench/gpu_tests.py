@@ -21,6 +21,8 @@ from bench.measure import ROOT
 FOLDER = ROOT / "tests" / "paint_kernels"
 TRITON_CASES = "triton_cases.py"
 RUNS_TRITON_CASES = "test_triton_backend.py"
+COMPILES_EVERYTHING = "test_kernels_report.py"
+"""takes half a minute however few of its tests run"""
 NUM_PROCESSES = 4
 """of each of the two groups; on a GPU they share it, and most of the time is compilation"""
 QUICK_SHARE = 20
@@ -57,11 +59,13 @@ class Shard:
             self.write(test=report.nodeid, outcome=report.outcome)
 
 
-def test_files() -> tuple[list[Path], list[str]]:
+def test_files(quick: bool) -> tuple[list[Path], list[str]]:
     """Files that can be run here, and why others cannot."""
-    files = sorted(FOLDER.glob("test_*.py")) + [FOLDER / TRITON_CASES]
+    files = [*sorted(FOLDER.glob("test_*.py")), FOLDER / TRITON_CASES]
     # That file would run the Triton cases once more.
     files = [file for file in files if file.name != RUNS_TRITON_CASES]
+    if quick:
+        files = [file for file in files if file.name != COMPILES_EVERYTHING]
     if importlib.util.find_spec("hypothesis"):
         return files, []
     needing = [file for file in files if "hypothesis" in file.read_text()]
@@ -76,6 +80,7 @@ def start(job: Job, files: list[Path], index: int, count: int, folder: Path) -> 
     variables = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "hypothesis"),
     }
     if job.device.type == "cpu" and group == "triton":
@@ -106,7 +111,7 @@ def tally(folder: Path, group: str) -> dict[str, Any]:
 
 
 def run(job: Job) -> str:
-    files, absent = test_files()
+    files, absent = test_files(job.quick)
     groups = {
         "triton": [file for file in files if file.name == TRITON_CASES],
         "others": [file for file in files if file.name != TRITON_CASES],
@@ -124,7 +129,7 @@ def run(job: Job) -> str:
         exit_codes = [wait(process, job.seconds_left() - SECONDS_TO_REPORT) for process in running]
         counted = {group: tally(folder, group) for group in groups}
     job.save(**counted, exit_codes=exit_codes, absent=absent)
-    problems = [*absent]
+    problems = []
     for group, of_group in counted.items():
         problems += of_group["failed_tests"]
         if of_group["not_run"]:
@@ -134,11 +139,12 @@ def run(job: Job) -> str:
         problems.append(f"exit codes of pytest: {exit_codes}")
     job.failures += problems
     named = {"triton": TRITON_CASES, "others": "other files"}
-    return "; ".join(
+    counts = [
         f"{named[group]}: {of_group['passed']} passed, {of_group['failed']} failed, "
         f"{of_group['skipped']} skipped, {of_group['not_run']} not run"
         for group, of_group in counted.items()
-    )
+    ]
+    return "; ".join([*counts, *absent])
 
 
 def wait(process: subprocess.Popen, seconds: float) -> int:

@@ -289,10 +289,8 @@ def commit() -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and of every package in a comparison that is installed."""
-    installed = {
-        item.metadata["Name"].lower().replace("_", "-"): item.version
-        for item in metadata.distributions()
-    }
+    names = {item.metadata["Name"]: item.version for item in metadata.distributions()}
+    installed = {name.lower().replace("_", "-"): names[name] for name in names if name}
     found = {name: installed[name] for name in PACKAGES if name in installed}
     return {"python": platform.python_version(), **found, **cuda_version()}
 

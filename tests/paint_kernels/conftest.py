@@ -115,7 +115,7 @@ def pointwise_terms(batch: Batch, **settings: Any) -> Tensor:
 
 def clear_clip(terms: Tensor, around: float = 0.06) -> float:
     """A clip near `around` with no f close to it: f crossing the clip is a true discontinuity."""
-    candidates = around * torch.linspace(0.8, 1.2, 41, dtype=torch.float64)
+    candidates = around * torch.linspace(0.8, 1.2, 41, dtype=torch.float64, device=terms.device)
     distance = (terms.flatten()[:, None] - candidates).abs().amin(dim=0)
     best = distance.argmax()
     assert distance[best] > 1e-5 * around
