@@ -7,8 +7,8 @@
 On a GPU: Qwen3's head shapes in bfloat16, rollouts of 1024 tokens. On a CPU: float32, H = 256,
 eight rollouts of 64 tokens. The variants of a group compute the same loss of the same inputs and
 its gradient; `gemms` are the bare matrix products in the same dtypes, the floor, in chunks that are
-large enough for full speed. Only a variant whose gradient agrees with float64 in this very run is timed. Progress goes to stderr; the
-last line of stdout is JSON.
+large enough for full speed. Only a variant whose gradient agrees with float64 in this very run is
+timed. Progress goes to stderr; the last line of stdout is JSON.
 """
 
 import argparse
