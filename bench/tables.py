@@ -127,7 +127,16 @@ def headline(result: Result) -> list[Result]:
 
 def kernels_table(result: Result) -> str:
     """Every group at the headline shape."""
-    tables = [kernel_group_table(group) for group in headline(result)]
+    return groups_table(result, headline(result))
+
+
+def kernels_first_table(result: Result) -> str:
+    """The PAINT loss alone, for the README."""
+    return groups_table(result, headline(result)[:1])
+
+
+def groups_table(result: Result, groups: list[Result]) -> str:
+    tables = [kernel_group_table(group) for group in groups]
     ratios = ""
     if "time_ratio" in result and len({str(g["shape"]) for g in result["groups"]}) == 1:
         parts = [f"{result['time_ratio']:.2f} of plain PyTorch's time"]
@@ -241,6 +250,7 @@ def floor_table(result: Result) -> str:
 TABLES: dict[tuple[str, str], Callable[[Result], str]] = {
     ("tiny", ""): tiny_table,
     ("kernels", ""): kernels_table,
+    ("kernels", "first"): kernels_first_table,
     ("kernels", "shapes"): kernel_shapes_table,
     ("scaling", ""): scaling_table,
     ("logit_formats", ""): logit_formats_table,

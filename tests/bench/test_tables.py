@@ -128,4 +128,4 @@ def test_documents_hold_the_tables_of_the_committed_results() -> None:
     for path in plots.documents():
         document = path.read_text()
         assert fill(document, plots.result_of) == document, f"run `python -m bench.plots`: {path}"
-    assert {"tiny", "kernels-cpu"} <= set(markers((plots.ROOT / "README.md").read_text()))
+    assert {"tiny", "kernels-cpu:first"} <= set(markers((plots.ROOT / "README.md").read_text()))
