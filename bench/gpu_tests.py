@@ -21,8 +21,7 @@ from bench.measure import ROOT
 FOLDER = ROOT / "tests" / "paint_kernels"
 TRITON_CASES = "triton_cases.py"
 RUNS_TRITON_CASES = "test_triton_backend.py"
-COMPILES_EVERYTHING = "test_kernels_report.py"
-"""takes half a minute however few of its tests run"""
+COMPILES_AHEAD = "test_kernels_report.py"
 NUM_PROCESSES = 4
 """of each of the two groups; on a GPU they share it, and most of the time is compilation"""
 QUICK_SHARE = 20
@@ -59,13 +58,11 @@ class Shard:
             self.write(test=report.nodeid, outcome=report.outcome)
 
 
-def test_files(quick: bool) -> tuple[list[Path], list[str]]:
+def test_files() -> tuple[list[Path], list[str]]:
     """Files that can be run here, and why others cannot."""
     files = [*sorted(FOLDER.glob("test_*.py")), FOLDER / TRITON_CASES]
-    # That file would run the Triton cases once more.
-    files = [file for file in files if file.name != RUNS_TRITON_CASES]
-    if quick:
-        files = [file for file in files if file.name != COMPILES_EVERYTHING]
+    # One would run the Triton cases once more; the other needs no GPU, and Triton's interpreter.
+    files = [file for file in files if file.name not in (RUNS_TRITON_CASES, COMPILES_AHEAD)]
     if importlib.util.find_spec("hypothesis"):
         return files, []
     needing = [file for file in files if "hypothesis" in file.read_text()]
@@ -111,7 +108,7 @@ def tally(folder: Path, group: str) -> dict[str, Any]:
 
 
 def run(job: Job) -> str:
-    files, absent = test_files(job.quick)
+    files, absent = test_files()
     groups = {
         "triton": [file for file in files if file.name == TRITON_CASES],
         "others": [file for file in files if file.name != TRITON_CASES],

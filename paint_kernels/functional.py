@@ -67,7 +67,7 @@ def _token_weights(
     if denominator is not None:
         count = denominator.detach() if isinstance(denominator, Tensor) else denominator
         if isinstance(count, Tensor):
-            count = count.to(device)
+            count = count.to(device, non_blocking=True)
     return (weights / count).to(dtype)
 
 

@@ -209,7 +209,7 @@ def test_memory_is_the_growth_of_the_peak() -> None:
 def test_impossible_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="choose from"):
         kernels.choose(list(VARIANTS.values()), ["PAINT"], ["no such variant"])
-    with pytest.raises(ValueError, match="multiple of 2048"):
+    with pytest.raises(ValueError, match="multiple of 1024"):
         kernels.make_shape("8b", 3000, 151936)
 
 
