@@ -163,9 +163,10 @@ def _paint_loss_backward(ctx, grad_loss, *_):
     if ctx.needs_input_grad[2]:
         if token_weights is None:
             full = paint_loss_weight_gradient(*redone, upstream, *ctx.settings)
+            grads[2] = full.to(ctx.weight_dtype)
         else:
-            full = grad_weight * grad_loss
-        grads[2] = full.to(ctx.weight_dtype)
+            scaled = grad_weight.new_empty(grad_weight.shape, dtype=ctx.weight_dtype)
+            grads[2] = torch.mul(grad_weight, grad_loss, out=scaled)
     return tuple(grads)
 
 
@@ -260,7 +261,8 @@ def paint_loss_from_logits(
     num_rows, vocab_size = student_logits.shape
     # The logits are there already, and their gradient too: only copies of them need chunks.
     most = max(1, num_rows)
-    if backend == "torch" or teacher_top_k is not None:
+    row_major = student_logits.stride(1) == teacher_logits.stride(1) == 1
+    if backend == "torch" or teacher_top_k is not None or not row_major:
         most = most_rows(vocab_size, vocab_size, student_logits.device)
     whole = _loss.finds_statistics_first(settings)
     chunks = plan_chunks(cu_seqlens, num_rows, most, whole=whole)

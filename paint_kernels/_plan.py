@@ -11,7 +11,7 @@ from torch import Tensor
 
 CPU_CHUNK_ELEMENTS = 2**24
 """logits in one chunk, 64 MiB of float32 a model: fewer rows read the head too often"""
-GPU_MAX_CHUNK_ROWS = 2048
+GPU_MIN_CHUNK_ROWS, GPU_MAX_CHUNK_ROWS = 1024, 2048
 GEMM_TILE = (128, 256)
 """rows and columns of the result that one multiprocessor works on in a large half-precision GEMM"""
 UNKNOWN_MULTIPROCESSORS = 132
@@ -28,13 +28,15 @@ def most_rows(vocab_size: int, hidden_size: int, device: torch.device) -> int:
     """The most rows of a chunk.
 
     On a GPU, as many as let the product that goes back to (rows, hidden size) fill every
-    multiprocessor once: 1024 for a hidden size of 4096 on an H100, 1664 for 2560, 2048 for 2048.
-    More rows would only take more memory, 10 bytes a logit.
+    multiprocessor once, or more often up to the paper's rollouts of 1024 tokens: on an H100 1024
+    for a hidden size of 4096, 1664 for 2560, 2048 for 2048; 1536 for 4096 on an A100. More rows
+    would only take more memory, 10 bytes a logit.
     """
     if device.type == "cpu":
         return max(1, CPU_CHUNK_ELEMENTS // vocab_size)
-    tiles = _multiprocessors(device) // max(1, hidden_size // GEMM_TILE[1])
-    return min(max(tiles, 4) * GEMM_TILE[0], GPU_MAX_CHUNK_ROWS)
+    tiles = max(1, _multiprocessors(device) // max(1, hidden_size // GEMM_TILE[1]))
+    rows = tiles * GEMM_TILE[0]
+    return min(rows * math.ceil(GPU_MIN_CHUNK_ROWS / rows), GPU_MAX_CHUNK_ROWS)
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -27,6 +27,10 @@ def chunk_buffer(
     return torch.empty(num_rows, width, dtype=dtype, device=device)[:, :vocab_size]
 
 
+def row_major(logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
 class HiddenSource:
     """Logits out of hidden states and heads; gradients by the student's of both.
 
@@ -132,10 +136,13 @@ class LogitsSource:
         self.num_rows, self.vocab_size = student_logits.shape
         self.rows_per_chunk = rows_per_chunk
         size = student_logits.shape if with_gradient else (0,)
-        self.grad_logits = student_logits.new_empty(size)
+        # new_empty would keep the layout of logits that are not row-major.
+        self.grad_logits = torch.empty(
+            size, dtype=student_logits.dtype, device=student_logits.device
+        )
 
     def logits(self, rows: Rows) -> tuple[Float[Tensor, "R V"], Float[Tensor, "R V"]]:
-        return self.student_logits[rows], self.teacher_logits[rows]
+        return row_major(self.student_logits[rows]), row_major(self.teacher_logits[rows])
 
     def gradient(self, rows: Rows, num_rows: int) -> Float[Tensor, "R V"] | None:
         if not self.with_gradient:

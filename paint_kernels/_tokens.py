@@ -60,7 +60,8 @@ class LogprobsGradient:
         self.buffer, self.backend = None, backend
 
     def of(self, logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
-        if self.product.dtype == self.dtype:
+        # Triton's lanes may hold an entry twice, and one copy be read after the other was written.
+        if self.product.dtype == self.dtype and self.backend == "torch":
             return logits
         if self.buffer is None:
             num_rows, vocab_size = logits.shape

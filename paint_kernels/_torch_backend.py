@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 BLOCK_ELEMENTS = 2**18
 """float32 elements of a row block: 1 MiB a buffer, of which five are live"""
 TILE = 1024
-NEGATIVE_INFINITY = -1e30
+NEGATIVE_INFINITY = -1e38
 """stands for -inf in differences, so that 0 * -inf does not arise; its exponential is 0"""
 INFINITE_DIVERGENCE = 1e9
-"""above any finite divergence and below any that a NEGATIVE_INFINITY went into"""
+"""above any finite divergence, and below any that a NEGATIVE_INFINITY went into with a probability
+of 1e-29 or more"""
 LARGEST_LOG_RATIO = 80.0
 """of log q - log p in the JSD: beyond it one side has no weight, and its exponential is finite"""
 
@@ -186,6 +187,24 @@ def row_loss(
     return values
 
 
+class SmallDivergence(NamedTuple):
+    sum: Float[Tensor, "R 1"]
+    holds: Bool[Tensor, "R 1"]
+    """where no exponential overflows"""
+
+
+def small_divergence(
+    a: Float[Tensor, "R V"], log_ratio: Float[Tensor, "R V"], spare: Float[Tensor, "R V"]
+) -> SmallDivergence:
+    """sum of a (x + exp(-x) - 1) = a log(a/b) - a + b for x = log(a/b), whose -a + b adds up to 0.
+
+    An error of x, from the rounding of logits, enters this sum times x, and that of a x whole.
+    """
+    torch.neg(log_ratio, out=spare).expm1_().add_(log_ratio)
+    total = torch.linalg.vecdot(a, spare)[:, None]
+    return SmallDivergence(total, log_ratio.amin(dim=-1, keepdim=True) > -LARGEST_LOG_RATIO)
+
+
 def _block_loss(
     s: Shifted, t: Shifted, spare: Tensor, settings: LossSettings, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -205,11 +224,13 @@ def _block_loss(
     if settings.divergence != "forward_kl":
         p.scatter_(1, s.largest, 1.0).mul_(p_scale)
     d = t.x.sub_(s.x).add_(log_ratio(s.rest, t.rest).to(p.dtype))
-    g = s.x
+    g, small = s.x, None
     if settings.divergence == "forward_kl":
+        small = small_divergence(q, d, spare)
         f = d.mul_(q)
     elif settings.divergence == "reverse_kl":
-        f = d.mul_(p).neg_()
+        small = small_divergence(p, d.neg_(), spare)
+        f = d.mul_(p)
     else:
         b = settings.jsd_weight
         d.clamp_(min=-LARGEST_LOG_RATIO, max=LARGEST_LOG_RATIO)
@@ -217,13 +238,16 @@ def _block_loss(
         f = d.add_(g).mul_(q).mul_(b)
         f.add_(g.mul_(p).mul_(1 - b))
     divergence = f.sum(dim=-1, keepdim=True)
-    divergence = torch.where(divergence > INFINITE_DIVERGENCE, math.inf, divergence)
+    correction = 0.0
+    if small is not None:
+        correction = torch.where(small.holds & (divergence < 0.05), small.sum - divergence, 0.0)
+    divergence = torch.where(divergence > INFINITE_DIVERGENCE, math.inf, divergence + correction)
 
     token_loss, clipped_mass, unclipped = divergence, torch.zeros_like(divergence), None
     target_mass = q.sum(dim=-1, keepdim=True)
     if settings.pointwise_clip is not None:
         unclipped = torch.le(f, settings.pointwise_clip, out=spare)
-        token_loss = f.clamp_(max=settings.pointwise_clip).sum(dim=-1, keepdim=True)
+        token_loss = f.clamp_(max=settings.pointwise_clip).sum(dim=-1, keepdim=True) + correction
         unclipped_mass = q.mul_(unclipped).sum(dim=-1, keepdim=True)
         target_mass, clipped_mass = unclipped_mass, target_mass - unclipped_mass
     if not with_gradient:

@@ -60,11 +60,17 @@ def launch(
         )
 
 
+def row_vectors(number: int, logits: Float[Tensor, "R V"]) -> tuple[Tensor, ...]:
+    """(R,) float32 vectors, each aligned to 16 bytes: kernels are compiled for what is aligned."""
+    num_rows = len(logits)
+    padded = -(-num_rows // 4) * 4
+    table = torch.empty(number, padded, dtype=torch.float32, device=logits.device)
+    return table[:, :num_rows].unbind(0)
+
+
 def shifted_stats(logits: Float[Tensor, "R V"], temperature: float) -> RowStats:
     assert logits.stride(1) == 1
-    maximum, rest, entropy = torch.empty(
-        3, len(logits), dtype=torch.float32, device=logits.device
-    ).unbind(0)
+    maximum, rest, entropy = row_vectors(3, logits)
     largest = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
     launch(
         kernels.stats_kernel,
@@ -105,9 +111,7 @@ def row_loss(
     after it has been written.
     """
     student, teacher = stats or pair_stats(student_logits, teacher_logits, settings.temperature)
-    token_loss, divergence, clipped_mass = torch.empty(
-        3, len(student_logits), dtype=torch.float32, device=student_logits.device
-    ).unbind(0)
+    token_loss, divergence, clipped_mass = row_vectors(3, student_logits)
     written = student_logits if gradient is None else gradient
     assert student_logits.stride(1) == teacher_logits.stride(1) == written.stride(1) == 1
     marks = student.largest if interpolated is None else interpolated.to(torch.int8)
@@ -143,11 +147,12 @@ def row_logprobs(
 ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
     """Log-probability of each row's token, and the row's entropy.
 
-    Fills `gradient`, which may be `logits`, with (one_hot - p) / temperature * gradient_scale.
+    Fills `gradient`, which shares no memory with `logits`, with (one_hot - p) / temperature *
+    gradient_scale.
     """
     token_ids = token_ids.long()
     stats = shifted_stats(logits, temperature)
-    chosen = logits.gather(1, token_ids[:, None])[:, 0].float() / temperature
+    chosen = logits.gather(1, token_ids[:, None])[:, 0].float() * (1 / temperature)
     logprobs = chosen - stats.maximum - torch.log1p(stats.rest)
     if gradient is not None:
         launch(

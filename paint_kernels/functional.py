@@ -320,8 +320,9 @@ def paint_loss(
         lm_head_weight: (V, H) of the student, and of the teacher unless that has its own.
         cu_seqlens: (B+1,) int32 or int64, bounds of the rollouts: from 0 to N, empty rollouts
             allowed. On the CPU or beside the other inputs. A GPU works from bounds on the CPU with
-            three products (four with a trainable head); bounds that are on the GPU are not read,
-            and 3% of the rows are computed twice.
+            three products (four with a trainable head), as long as rollouts fit into a chunk of
+            1024 to 2048 rows. Of longer ones, and where the bounds are on the GPU and so not read,
+            3% of the rows are computed twice.
         teacher_lm_head_weight: (V, H_T); constant.
         temperature: T.
         divergence: "forward_kl", KL(target, student); "reverse_kl", KL(student, target); "jsd",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from paint_kernels import PaintLossOutput, reference
+from paint_kernels import PaintLossOutput, _matmul, reference
 
 TOLERANCE = 2e-4
 VALUES = (
@@ -176,3 +176,56 @@ def clip_for() -> Callable[..., float]:
         return clear_clip(pointwise_terms(batch, **settings), around)
 
     return clip
+
+
+def operator_gradients(batch: Batch, **settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """By the hidden states, unweighted rows before their last rounding, and by the head; then both
+    in float64."""
+    arguments = {
+        "temperature": 0.9,
+        "divergence": "forward_kl",
+        "jsd_weight": 0.5,
+        "pointwise_clip": 0.06,
+        "top_fraction": 0.3,
+        "interpolation_weight": 0.3,
+        "teacher_top_k": None,
+        "entropy_floor": 1e-6,
+        "backend": "torch",
+    } | settings
+    token_weights = torch.linspace(0.1, 1.3, len(batch.student)).to(batch.student.device) / 1000
+    _, _, _, rows, head = torch.ops.paint_kernels.paint_loss(
+        *(batch.student, batch.teacher, batch.weight, batch.teacher_weight, batch.cu_seqlens),
+        *(token_weights, True, True),
+        **arguments,
+    )
+    exact = batch.double().trainable()
+    del arguments["backend"]
+    loss = exact.loss(reference.paint_loss, reduction="none", **arguments).loss
+    (exact_rows,) = torch.autograd.grad(loss.sum(), exact.student, retain_graph=True)
+    (exact_head,) = torch.autograd.grad((loss * token_weights).sum(), exact.weight)
+    return rows, head, exact_rows, exact_head
+
+
+@pytest.fixture(scope="session")
+def row_gradients() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    return operator_gradients
+
+
+@pytest.fixture
+def half_products_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The half-precision path of a GPU; without one, its product in float32."""
+    if torch.cuda.is_available():
+        return
+    halves = (torch.bfloat16, torch.float16)
+
+    def runs_in_half(hidden_states: Tensor, weight: Tensor) -> bool:
+        return hidden_states.dtype == weight.dtype and weight.dtype in halves
+
+    def half_product(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
+        assert a.dtype == b.dtype and a.dtype in halves and out.dtype == torch.float32
+        if not add:
+            out.zero_()
+        out.add_(a.float() @ b.float())
+
+    monkeypatch.setattr(_matmul, "runs_in_half", runs_in_half)
+    monkeypatch.setattr(_matmul, "half_product", half_product)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paint_kernels._plan import GPU_MAX_CHUNK_ROWS, most_rows, plan_chunks, row_slices
+from paint_kernels import _plan
+from paint_kernels._plan import most_rows, plan_chunks, row_slices
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)
@@ -48,21 +49,36 @@ def test_neighbours_share_a_chunk():
     ]
 
 
+def test_two_rollouts_that_fit_exactly_share_a_chunk():
+    chunks = plan_chunks(torch.tensor([0, 4, 8, 12]), 12, 8, whole=True)
+    assert [chunk.rollouts for chunk in chunks] == [slice(0, 2), slice(2, 3)]
+
+
 def test_bounds_that_are_not_on_the_host_are_not_read():
     bounds = torch.empty(4, device="meta")
     assert [chunk.rollouts for chunk in plan_chunks(bounds, 20, 8, whole=True)] == [None] * 3
     assert plan_chunks(bounds, 8, 8, whole=True)[0].rollouts == slice(0, 3)
 
 
-@pytest.mark.parametrize(("hidden_size", "rows"), [(2048, 2048), (2560, 1664), (4096, 1024)])
-def test_rows_that_fill_an_h100_once(hidden_size, rows):
-    """132 multiprocessors, 128 x 256 of the result each."""
-    assert most_rows(151936, hidden_size, torch.device("meta")) == rows
+@pytest.mark.parametrize(
+    ("multiprocessors", "hidden_size", "rows"),
+    [
+        (132, 2048, 2048),
+        (132, 2560, 1664),
+        (132, 4096, 1024),
+        (108, 4096, 1536),
+        (132, 5120, 1536),
+        (132, 64, 2048),
+        (132, 10**6, 1024),
+    ],
+)
+def test_rows_that_fill_a_gpu_and_hold_a_rollout(monkeypatch, multiprocessors, hidden_size, rows):
+    """128 x 256 of the result for each multiprocessor, as often as 1024 tokens take."""
+    monkeypatch.setattr(_plan, "UNKNOWN_MULTIPROCESSORS", multiprocessors)
+    assert _plan.most_rows(151936, hidden_size, torch.device("meta")) == rows
 
 
 def test_rows_have_bounds():
-    assert most_rows(151936, 64, torch.device("meta")) == GPU_MAX_CHUNK_ROWS
-    assert most_rows(151936, 10**6, torch.device("meta")) == 512
     assert most_rows(10**9, 64, torch.device("cpu")) == 1
     assert row_slices(0, 5) == []
     assert row_slices(11, 5) == [slice(0, 4), slice(4, 8), slice(8, 11)]

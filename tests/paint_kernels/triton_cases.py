@@ -245,6 +245,76 @@ def test_half_precision_logits(error, dtype, divergence):
     assert error(actual, expected) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
+@pytest.mark.parametrize("divergence", CLIPS)
+def test_half_precision_products(build, error, row_gradients, half_products_anywhere, divergence):
+    """What a GPU runs: float32 logits, and scaled float16 gradients back through the head."""
+    batch = build((7, 0, 12), 301, noise=0.3, dtype=torch.bfloat16, device=DEVICE)
+    options = {"divergence": divergence, "pointwise_clip": None, "backend": "triton"}
+    rows, head, exact_rows, exact_head = row_gradients(batch, **options)
+    assert error(rows, exact_rows) < 5e-4
+    assert error(head, exact_head) < 5e-4
+
+
+def test_half_precision_log_probabilities(build, error, half_products_anywhere):
+    batch = build((9,), 301, dtype=torch.bfloat16, device=DEVICE).trainable()
+    exact = batch.double().trainable()
+    ids = torch.arange(9, device=DEVICE)
+    token_logprobs(
+        batch.student, batch.weight, ids, temperature=0.7, backend="triton"
+    ).logprobs.sum().backward()
+    reference.token_logprobs(
+        exact.student, exact.weight, ids, temperature=0.7
+    ).logprobs.sum().backward()
+    for one, other in ((batch.student, exact.student), (batch.weight, exact.weight)):
+        assert error(one.grad, other.grad) < 4e-3
+
+
+def test_log_probabilities_of_certain_tokens(build):
+    """1 - p near 1e-5, at a temperature whose reciprocal is rounded."""
+    weight = torch.eye(30, device=DEVICE)
+    hidden = torch.zeros(4, 30, device=DEVICE)
+    hidden[torch.arange(4), torch.arange(4)] = torch.tensor([9.0, 10.1, 10.7, 11.3], device=DEVICE)
+    ids = torch.arange(4, device=DEVICE)
+    actual = token_logprobs(hidden, weight, ids, temperature=0.7, backend="triton").logprobs
+    expected = reference.token_logprobs(hidden.double(), weight.double(), ids, temperature=0.7)
+    torch.testing.assert_close(actual.double(), expected.logprobs, rtol=1e-4, atol=0.0)
+
+
+def test_logits_that_are_not_row_major(error):
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(2, 90, 9, generator=generator).to(DEVICE)
+    bounds = torch.tensor([0, 4, 9])
+    options = {"pointwise_clip": None, "top_fraction": 0.3}
+    mine = student.clone().requires_grad_()
+    wide = student.T.double().requires_grad_()
+    paint_loss_from_logits(mine.T, teacher.T, bounds, backend="triton", **options).loss.backward()
+    reference.paint_loss_from_logits(wide, teacher.T.double(), bounds, **options).loss.backward()
+    assert error(mine.grad.T, wide.grad) < 2e-4
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_top_k_and_token_losses_of_the_other_divergences(build, check, divergence):
+    batch = build((7, 12), 90, device=DEVICE)
+    options = {"divergence": divergence, "pointwise_clip": None, "top_fraction": 0.3}
+    check(paint_loss, batch, backend="triton", teacher_top_k=7, **options)
+    check(paint_loss, batch, backend="triton", reduction="none", **options)
+
+
+def test_an_entry_on_the_clip_is_unclipped():
+    """f exactly as the kernel has it: tau itself keeps the entry, a step below cuts it."""
+    student = torch.zeros(1, 2, device=DEVICE)
+    teacher = torch.tensor([[1e4, 0.0]], device=DEVICE)
+    settings = {"backend": "triton", "interpolation_weight": 0.0}
+    f = paint_loss_from_logits(
+        student, teacher, torch.tensor([0, 1]), pointwise_clip=None, **settings
+    ).token_kl.item()
+    for tau, clipped in ((f, 0.0), (f * (1 - 2**-23), 1.0)):
+        output = paint_loss_from_logits(
+            student, teacher, torch.tensor([0, 1]), pointwise_clip=tau, **settings
+        )
+        assert output.clipped_mass.item() == clipped
+
+
 @pytest.mark.parametrize("lengths", [(), (0, 0), (1,)])
 @pytest.mark.parametrize("divergence", CLIPS)
 def test_no_tokens_and_one(build, check, lengths, divergence):
