@@ -232,7 +232,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     names = [part.name for part in PARTS]
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--parts", help=f"some of {','.join(names)}", default=",".join(names))
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few tests")
     parser.add_argument("--output", type=Path, help="folder of the results")
@@ -243,13 +243,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def settings_of(arguments: argparse.Namespace, command: str) -> Settings:
     """ValueError for a GPU that is not there."""
-    name = arguments.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no usable CUDA device; use cpu or auto.")
-    device = torch.device(name)
-    default = ROOT / ("runs/gpu-check" if arguments.quick else "bench/results")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "this machine has no usable CUDA device: `--device cpu --quick` tries the command "
+            "itself, python -m bench.kernels measures on a CPU."
+        )
+    device = torch.device(arguments.device)
+    on_trial = arguments.quick or arguments.device == "cpu"
+    default = ROOT / ("runs/gpu-check" if on_trial else "bench/results")
     output = (arguments.output or default).resolve()
     output.mkdir(parents=True, exist_ok=True)
     environment = describe_environment(device, command)

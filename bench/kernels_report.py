@@ -142,7 +142,7 @@ class Compiled(NamedTuple):
 
 def compile_launch(launch: Launch, variant: str, architecture: Architecture) -> Compiled:
     """Compiles in an empty cache, so that ptxas runs and reports."""
-    num_warps = launch.settings["num_warps"]
+    num_warps = max(1, launch.settings["num_warps"] * 32 // architecture.target.warp_size)
     # Fused multiply-add is Triton 3.9's default; left unset, it warns that 3.10 turns it off.
     options = {"num_warps": num_warps, "enable_fp_fusion": True}
     log = io.StringIO()

@@ -16,13 +16,20 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_number(name: str, value: float) -> None:
+    if isinstance(value, str):
+        raise ValueError(f"{name} is the string {value!r}: it must be a number.")
+
+
 def check_positive(name: str, value: float) -> None:
+    check_number(name, value)
     # Plain comparisons, which torch.compile can trace with symbolic numbers; NaN fails both.
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}: it must be a finite number above 0.")
 
 
 def check_fraction(name: str, value: float) -> None:
+    check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}: it must lie in [0, 1].")
 
@@ -55,18 +62,22 @@ def check_settings(
             f"jsd_weight is {jsd_weight}, where the JSD of any two distributions is 0: it must lie "
             f'inside (0, 1). The divergence that it tends to, scaled, is "{limit}".'
         )
-    if pointwise_clip is not None and not 0 < pointwise_clip < math.inf:
+    if isinstance(pointwise_clip, str) or (
+        pointwise_clip is not None and not 0 < pointwise_clip < math.inf
+    ):
         raise ValueError(
-            f"pointwise_clip is {pointwise_clip}: it must be a finite number above 0, or None to "
+            f"pointwise_clip is {pointwise_clip!r}: it must be a finite number above 0, or None to "
             "clip nothing."
         )
     check_fraction("top_fraction", top_fraction)
     check_fraction("interpolation_weight", interpolation_weight)
     check_positive("entropy_floor", entropy_floor)
-    if teacher_top_k is not None and not 1 <= teacher_top_k <= vocab_size:
+    if isinstance(teacher_top_k, float) or (
+        teacher_top_k is not None and not 1 <= teacher_top_k <= vocab_size
+    ):
         raise ValueError(
-            f"teacher_top_k is {teacher_top_k}: it must lie in 1..{vocab_size}, the vocabulary, "
-            "or be None for the whole of it."
+            f"teacher_top_k is {teacher_top_k}: it must lie in 1..{vocab_size}, the vocabulary, as "
+            "an integer, or be None for the whole of it."
         )
     return LossSettings(
         temperature=float(temperature),
@@ -146,17 +157,20 @@ def check_float(name: str, tensor: Tensor, shape: str, device: torch.device) -> 
 
 
 def check_projection(
-    kind: str, hidden_states: Tensor, weight: Tensor, device: torch.device
+    kind: str,
+    hidden_states: Tensor,
+    weight: Tensor,
+    device: torch.device,
+    weight_name: str = "lm_head_weight",
 ) -> None:
     """Hidden states (N, H) and the head (V, H) that turns them into logits."""
-    weight_name = "teacher_lm_head_weight" if kind == "teacher_" else "lm_head_weight"
     check_float(f"{kind}hidden_states", hidden_states, "(N, H), the packed completions", device)
     check_float(weight_name, weight, "(V, H)", device)
     if hidden_states.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{kind}hidden_states is {hidden_states.shape[1]} wide, {weight_name} "
-            f"{weight.shape[1]}: both must share H. A teacher of another width needs its own "
-            "teacher_lm_head_weight."
+            f"{weight.shape[1]}: both must share H, and the weight be (V, H). A teacher of another "
+            "width needs its own teacher_lm_head_weight."
         )
 
 
@@ -218,9 +232,9 @@ def check_token_ids_values(token_ids: Tensor, vocab_size: int) -> None:
 def resolve_vocab_size(vocab_size: int | None, available: int) -> int:
     if vocab_size is None:
         return available
-    if not 1 <= vocab_size <= available:
+    if isinstance(vocab_size, float) or not 1 <= vocab_size <= available:
         raise ValueError(
-            f"vocab_size is {vocab_size}: it must lie in 1..{available}, the rows of the head."
+            f"vocab_size is {vocab_size}: it must be an integer in 1..{available}, the head's rows."
         )
     return vocab_size
 

@@ -25,6 +25,7 @@ LOSS_MAX_BLOCK = 1024
 """4 a thread: with more, two tiles of logits and five sums make some variants spill registers
 (`python -m bench.kernels_report --all`)"""
 NUM_WARPS = 8
+"""of 32 threads; AMD's hold 64"""
 DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 
@@ -53,10 +54,11 @@ def launch(
     num_rows, num_columns = logits.shape
     if num_rows == 0:
         return
+    num_warps = NUM_WARPS // 2 if torch.version.hip else NUM_WARPS
     block = min(max_block, triton.next_power_of_2(num_columns))
     with torch.cuda.device_of(logits):
         kernel[(num_rows,)](
-            *arguments, num_columns=num_columns, **settings, BLOCK=block, num_warps=NUM_WARPS
+            *arguments, num_columns=num_columns, **settings, BLOCK=block, num_warps=num_warps
         )
 
 

@@ -104,7 +104,7 @@ def _check_hidden_states(
         check_projection("teacher_", teacher, weight, device)
         return resolve_vocab_size(vocab_size, weight.shape[0]), None
     teacher_weight = local_tensor("teacher_lm_head_weight", teacher_lm_head_weight).detach()
-    check_projection("teacher_", teacher, teacher_weight, device)
+    check_projection("teacher_", teacher, teacher_weight, device, "teacher_lm_head_weight")
     if vocab_size is None and weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(
             f"lm_head_weight has {weight.shape[0]} rows, teacher_lm_head_weight "
@@ -328,7 +328,9 @@ def paint_loss(
         divergence: "forward_kl", KL(target, student); "reverse_kl", KL(student, target); "jsd",
             the generalised Jensen-Shannon divergence of Agarwal et al. (arXiv 2306.13649).
         jsd_weight: b of the JSD, in (0, 1): the target's weight in m and in the sum.
-        pointwise_clip: tau in nats, or None for no clip.
+        pointwise_clip: tau in nats, or None for no clip. The default is PAINT's, for the forward
+            KL. It bounds each summand from above only: the reverse KL's minimum moves away from the
+            target with it, so pass None there unless that is wanted.
         top_fraction: share of each rollout's positions that are interpolated.
         interpolation_weight: k.
         teacher_top_k: restricts both distributions to the teacher's k largest logits, renormalised
