@@ -4,6 +4,9 @@ A peer is imported only when it runs. `unavailable` says why it cannot: not inst
 another device. What a peer cannot do stands in `lacks`; it says nothing of what it does well.
 """
 
+# pyright: reportMissingImports=false
+# The peers are optional.
+
 import functools
 import importlib.util
 
@@ -53,7 +56,7 @@ def liger_chunked_jsd_loss(inputs: Inputs, beta: float, compiled: bool) -> Tenso
 
 
 def fla_kl_loss(inputs: Inputs) -> Tensor:
-    from fla.modules.fused_kl_div import FusedKLDivLoss  # pyright: ignore[reportMissingImports]
+    from fla.modules.fused_kl_div import FusedKLDivLoss
 
     return FusedKLDivLoss()(inputs.student, inputs.teacher, inputs.weight, inputs.weight.detach())
 
@@ -67,7 +70,7 @@ def cce_loss(inputs: Inputs, implementation: str) -> Tensor:
 
 
 def quack_loss(inputs: Inputs) -> Tensor:
-    from quack.linear_cross_entropy import (  # pyright: ignore[reportMissingImports]
+    from quack.linear_cross_entropy import (
         chunked_linear_cross_entropy,
     )
 
