@@ -8,12 +8,12 @@ device memory, each divided by a rate that somebody has measured. A GPU's own fi
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from bench import measure
 from paint_kernels._plan import most_rows
 
 VOCAB_SIZE, NUM_TOKENS, ROLLOUT_TOKENS = 151936, 32768, 1024
@@ -91,10 +91,7 @@ def main() -> None:
             f"{row['other_s'] * 1e3:.1f} ms, {row['ratio_to_floor']:.2f} times the products, "
             f"{row['extra_bytes'] / 1e9:.1f} GB"
         )
-    line = json.dumps(result)
-    if arguments.output:
-        arguments.output.write_text(line + "\n")
-    print(line)
+    measure.emit(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ timed. Progress goes to stderr; the last line of stdout is JSON.
 
 import argparse
 import functools
-import json
 import subprocess
 import sys
 import time
@@ -379,10 +378,7 @@ def main(argv: list[str]) -> None:
     for name in ("time_ratio", "memory_ratio"):
         if name in result:
             print(f"{name}, paint_loss over plain PyTorch: {result[name]:.3f}")
-    line = json.dumps(result)
-    if arguments.output:
-        arguments.output.write_text(line + "\n")
-    print(line)
+    measure.emit(result, arguments.output)
 
 
 if __name__ == "__main__":

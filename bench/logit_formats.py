@@ -8,7 +8,6 @@ mean KL is met by scaling h_T - h_S. The last line printed is JSON.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -177,10 +176,7 @@ def main(argv: list[str]) -> None:
         " ".join(["python -m bench.logit_formats", *argv]),
     )
     print(logit_formats_table(result))
-    line = json.dumps(result)
-    if arguments.output:
-        arguments.output.write_text(line + "\n")
-    print(line)
+    measure.emit(result, arguments.output)
 
 
 if __name__ == "__main__":

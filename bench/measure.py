@@ -1,5 +1,6 @@
 """Time, extra memory and accuracy of one call, and what they were measured with."""
 
+import json
 import math
 import os
 import platform
@@ -314,3 +315,11 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "versions": versions(),
     }
+
+
+def emit(result: dict[str, Any], output: Path | None) -> None:
+    """JSON as the last line of stdout, and in a file where one is asked for."""
+    line = json.dumps(result)
+    if output:
+        output.write_text(line + "\n")
+    print(line)

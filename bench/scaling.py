@@ -10,7 +10,6 @@ is JSON.
 
 import argparse
 import functools
-import json
 import math
 import subprocess
 import sys
@@ -151,10 +150,7 @@ def main(argv: list[str]) -> None:
         arguments.repeats,
         " ".join(["python -m bench.scaling", *argv]),
     )
-    line = json.dumps(result)
-    if arguments.output:
-        arguments.output.write_text(line + "\n")
-    print(line)
+    measure.emit(result, arguments.output)
 
 
 if __name__ == "__main__":
