@@ -4,6 +4,8 @@ The seam where training loops go wrong: the student's and the teacher's prompts 
 and the hidden states of both must be taken where they predict the same completion tokens.
 """
 
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -56,28 +58,112 @@ def build_batch(privileged: Sequence[PrivilegedRollout]) -> TrainBatch:
     )
 
 
-def split_microbatches(
+def _lengths(item: PrivilegedRollout) -> tuple[int, int]:
+    """The student's and the teacher's tokens, prompt and completion."""
+    completion = len(item.rollout.completion_ids)
+    return len(item.rollout.prompt_ids) + completion, len(item.teacher_prompt_ids) + completion
+
+
+def _num_tokens(group: Sequence[PrivilegedRollout], *, padded: bool) -> int:
+    """What a group costs: the tokens of its longer role, counted in padded rows or as they are."""
+    if not group:
+        return 0
+    lengths = [_lengths(item) for item in group]
+    if padded:
+        return len(group) * max(map(max, lengths))
+    return max(map(sum, zip(*lengths, strict=True)))
+
+
+def _fill_rows(
     privileged: Sequence[PrivilegedRollout], max_tokens: int
 ) -> list[list[PrivilegedRollout]]:
-    """Groups of rollouts of like length, none with more than `max_tokens` tokens in its padded
-    rows.
-
-    Counted is the longer of the two roles' sequences, times the rows. A single rollout above the
-    limit is a group of its own: it cannot be cut without changing the loss.
-    """
-
-    def num_tokens(item: PrivilegedRollout) -> int:
-        longer_prompt = max(len(item.rollout.prompt_ids), len(item.teacher_prompt_ids))
-        return longer_prompt + len(item.rollout.completion_ids)
-
+    """Groups of like length: a padded row wastes least beside rows of its own length."""
     groups: list[list[PrivilegedRollout]] = []
-    for item in sorted(privileged, key=num_tokens):
-        # Sorted by length: the newest row is the longest of its group.
-        if groups and num_tokens(item) * (len(groups[-1]) + 1) <= max_tokens:
+    for item in sorted(privileged, key=lambda item: max(_lengths(item))):
+        # By rising length: the newest row is the longest of its group.
+        if groups and max(_lengths(item)) * (len(groups[-1]) + 1) <= max_tokens:
             groups[-1].append(item)
         else:
             groups.append([item])
     return groups
+
+
+def _fill_packed(
+    privileged: Sequence[PrivilegedRollout], max_tokens: int
+) -> list[list[PrivilegedRollout]]:
+    """First fit, the longest first: the first group with room for both of a rollout's roles."""
+    groups: list[list[PrivilegedRollout]] = []
+    sums: list[tuple[int, int]] = []
+    for item in sorted(privileged, key=lambda item: max(_lengths(item)), reverse=True):
+        student, teacher = _lengths(item)
+        room = (
+            place
+            for place, held in enumerate(sums)
+            if held[0] + student <= max_tokens and held[1] + teacher <= max_tokens
+        )
+        place = next(room, len(groups))
+        if place == len(groups):
+            groups.append([])
+            sums.append((0, 0))
+        groups[place].append(item)
+        sums[place] = (sums[place][0] + student, sums[place][1] + teacher)
+    return groups
+
+
+def _fill_evenly(
+    privileged: Sequence[PrivilegedRollout], max_tokens: int, num_ranks: int, *, padded: bool
+) -> list[list[PrivilegedRollout]]:
+    """As few groups as filling up needs, rounded up to a multiple of the ranks, of like cost."""
+    fill = _fill_rows if padded else _fill_packed
+    # One rank waits for nobody.
+    if num_ranks == 1:
+        return fill(privileged, max_tokens)
+    wanted = math.ceil(len(fill(privileged, max_tokens)) / num_ranks) * num_ranks
+    # The smallest limit that needs no more groups makes the dearest group cheapest.
+    even = bisect_left(
+        range(max_tokens), True, lo=1, key=lambda limit: len(fill(privileged, limit)) <= wanted
+    )
+    groups = fill(privileged, even)
+    # A rank without a group would run a dummy: halve the dearest group for it instead.
+    while len(groups) < wanted and (divisible := [group for group in groups if len(group) > 1]):
+        dearest = max(divisible, key=lambda group: _num_tokens(group, padded=padded))
+        groups.append(dearest[1::2])
+        del dearest[1::2]
+    return groups + [[] for _ in range(wanted - len(groups))]
+
+
+def plan_microbatches(
+    privileged: Sequence[PrivilegedRollout], max_tokens: int, num_ranks: int, *, padded: bool
+) -> list[list[list[PrivilegedRollout]]]:
+    """For each rank its micro-batches, equally many on every rank: sharded weights are gathered by
+    all ranks together.
+
+    No micro-batch has more than `max_tokens` tokens, but for a single rollout above the limit: it
+    cannot be cut without changing the loss. With `padded` they are the rows times the longest
+    sequence of either role, otherwise the tokens of that role which has more.
+
+    The i-th micro-batches of all ranks cost about the same, for each waits for the dearest; so do
+    the ranks' sums. Every rollout is in one micro-batch, and there are as few of them as the
+    filling finds. With fewer rollouts than ranks some ranks get an EMPTY one, in the last place:
+    they must still run the model, at zero weight. The same on every rank that asks.
+    """
+    assert privileged and max_tokens > 0, (len(privileged), max_tokens)
+
+    def cost(group: list[PrivilegedRollout]) -> int:
+        return _num_tokens(group, padded=padded)
+
+    groups = _fill_evenly(privileged, max_tokens, num_ranks, padded=padded)
+    if num_ranks == 1:
+        return [groups]
+    # The dearest first: what does not fit into memory fails at once.
+    groups.sort(key=cost, reverse=True)
+    plan: list[list[list[PrivilegedRollout]]] = [[] for _ in range(num_ranks)]
+    for place in range(0, len(groups), num_ranks):
+        # The dearest of this place goes to the rank with the least work so far.
+        ranks = sorted(plan, key=lambda rank: sum(map(cost, rank)))
+        for rank, group in zip(ranks, groups[place : place + num_ranks], strict=True):
+            rank.append(group)
+    return plan
 
 
 @dataclass(frozen=True)
@@ -96,32 +182,33 @@ class PaddedSequences:
 def pad_sequences(packed: PackedSequences) -> PaddedSequences:
     """Rows for attention that knows no packing. The padding's token id is 0 and is seen by no
     token."""
-    starts, ends = packed.cu_seqlens[:-1].long(), packed.cu_seqlens[1:].long()
-    lengths = ends - starts
+    device, lengths = packed.token_ids.device, packed.cu_seqlens.diff()
     num_rows, longest = len(lengths), int(lengths.max()) if len(lengths) else 0
-    mask = torch.arange(longest, device=lengths.device)[None, :] < lengths[:, None]
-    token_ids = packed.token_ids.new_zeros(num_rows, longest)
-    token_ids[mask] = packed.token_ids
-    # Where each packed token went in the flattened rectangle.
-    places = mask.flatten().nonzero().squeeze(1)
-    return PaddedSequences(token_ids, mask, places[packed.loss_positions])
+    mask = torch.arange(longest)[None, :] < lengths[:, None]
+    # Where each packed token goes in the flattened rectangle, found where the bounds are.
+    places = mask.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+    token_ids = packed.token_ids.new_zeros(num_rows * longest)
+    token_ids[places] = packed.token_ids
+    mask = mask.to(device, non_blocking=True)
+    return PaddedSequences(token_ids.view(num_rows, longest), mask, places[packed.loss_positions])
 
 
 def _sequences_to(packed: PackedSequences, device: torch.device) -> PackedSequences:
     return PackedSequences(
-        packed.token_ids.to(device),
-        packed.position_ids.to(device),
-        packed.cu_seqlens.to(device),
-        packed.loss_positions.to(device),
+        packed.token_ids.to(device, non_blocking=True),
+        packed.position_ids.to(device, non_blocking=True),
+        packed.cu_seqlens,
+        packed.loss_positions.to(device, non_blocking=True),
     )
 
 
 def batch_to(batch: TrainBatch, device: torch.device) -> TrainBatch:
-    """The batch with its tensors on `device`, but for the completions' bounds: the loss plans its
-    chunks from them, and would have to wait for the device to read them there."""
+    """The batch with its tensors on `device`, but for the bounds of sequences and completions:
+    padding, the packed kernels' longest sequence and the loss's chunks are planned from them, and
+    would have to wait for the device to read them there."""
     return replace(
         batch,
         student=_sequences_to(batch.student, device),
         teacher=_sequences_to(batch.teacher, device),
-        completion_ids=batch.completion_ids.to(device),
+        completion_ids=batch.completion_ids.to(device, non_blocking=True),
     )

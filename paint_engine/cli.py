@@ -16,14 +16,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from paint_engine.config import LEAVES, Config, build_config, toml_value, value_of
+from paint_engine.config import Config
+from paint_engine.config_toml import LEAVES, build_config, toml_value, value_of
 
 DEFAULT_PRESET = "tiny"
 _PRESETS = Path(__file__).with_name("presets")
 _OPTIONS = ("preset", "config", "resume", "dry-run", "print-config", "help")
 _SECTIONS = tuple(dict.fromkeys(key.rsplit(".", 1)[0] for key in LEAVES))
-_MAY_DIFFER_ON_RESUME = ("train.num_steps", "run.samples_per_step", "run.tensorboard")
-_SECTIONS_MAY_DIFFER_ON_RESUME = ("checkpoint.", "eval.")
+# What decides how a step is computed and not what it computes may change, as the machines may.
+_MAY_DIFFER_ON_RESUME = (
+    "train.num_steps",
+    "train.max_tokens_per_microbatch",
+    "train.device",
+    "model.attention",
+    "rollout.engine",
+    "rollout.url",
+    "rollout.max_sequences",
+    "rollout.gpu_memory_utilization",
+    "rollout.tensor_parallel_size",
+    "rollout.adapter_dir",
+    "run.samples_per_step",
+    "run.tensorboard",
+    "run.auto_resume",
+)
+_SECTIONS_MAY_DIFFER_ON_RESUME = ("checkpoint.", "eval.", "parallel.")
 
 
 @dataclass(frozen=True)
@@ -173,9 +189,18 @@ def _check_resumed(run_dir: Path, config: Config, recorded: Config, keys: Iterab
             raise ValueError(
                 f"--{key} with --resume: got {now!r}, but the run was started with {before!r}; "
                 "needs the same value, because a resumed run goes on with the same training: only "
-                f"{', '.join(_MAY_DIFFER_ON_RESUME)}, checkpoint.* and eval.* may change; start a "
-                f"new run instead: --config {run_dir / 'config.toml'} --run.dir none --{key} VALUE"
+                f"{', '.join(_MAY_DIFFER_ON_RESUME)}, checkpoint.*, eval.* and parallel.* may "
+                f"change; start a new run instead: --config {run_dir / 'config.toml'} "
+                f"--run.dir none --{key} VALUE"
             )
+
+
+def check_same_run(run_dir: Path, config: Config) -> None:
+    """Raises ValueError where the run in the directory was started with other settings that decide
+    what it computes."""
+    recorded = build_config([(str(run_dir), read_toml(run_dir / "config.toml"))])
+    keys = (key for key in LEAVES if key not in ("run.dir", "run.overwrite"))
+    _check_resumed(run_dir, config, recorded, keys)
 
 
 def _resume(run_dir: Path, overrides: Mapping[str, Any]) -> Config:

@@ -1,13 +1,10 @@
 """The configuration of a run: sections, defaults (the paper's) and every check on their values.
 
-Modules that receive a section can trust it. Presets, TOML files and the command line: `cli.py`.
+Modules that receive a section can trust it. From and to TOML: `config_toml.py`. Presets, files and
+the command line: `cli.py`.
 """
 
-import json
-import re
-from collections.abc import Mapping, Sequence
-from functools import reduce
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -19,10 +16,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 
 T = TypeVar("T")
 
@@ -42,6 +37,7 @@ UnitInterval = Annotated[float, Field(ge=0, le=1)]
 TopK = Annotated[int, AfterValidator(_top_k_is_on_or_off)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 # Strict mode refuses the list that TOML gives for a tuple.
 TextTuple = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
@@ -61,11 +57,14 @@ class ModelSection(Section):
         default="tiny", description="'tiny', a model directory or a Hugging Face id"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto = bfloat16 on a GPU that has it, else float32"
-    )
-    attention: Literal["auto", "padded", "packed"] = Field(
         default="auto",
-        description="padded rows, or packed sequences (auto: padded)",
+        description="of frozen weights and of the arithmetic: auto = bfloat16 on a GPU that has "
+        "it, else float32; trained weights are float32 always",
+    )
+    attention: Literal["auto", "padded", "packed", "varlen", "flash_attention_2"] = Field(
+        default="auto",
+        description="in the loss: padded rows, or packed sequences by a dense mask (packed), "
+        "PyTorch's varlen or flash-attn; auto: varlen on a GPU in bfloat16, else padded",
     )
     trust_remote_code: bool = Field(
         default=False, description="run Python code that comes with the model"
@@ -147,6 +146,32 @@ class RolloutSection(Section):
     top_k: TopK = Field(default=20, description="likeliest tokens kept; -1 = all")
     max_new_tokens: PositiveInt = Field(default=1024, description="longest completion, in tokens")
     max_sequences: PositiveInt = Field(default=64, description="sequences decoded at once")
+    engine: Literal["auto", "vllm", "builtin"] = Field(
+        default="auto",
+        description="what samples, in training and evaluation: auto = vLLM where it is installed "
+        "or rollout.url is given, else the built-in sampler",
+    )
+    url: OrNone[Text] = Field(
+        default=None,
+        description="vLLM's OpenAI-compatible server, such as http://node7:8000 (none = in this "
+        "process)",
+    )
+    ahead: Annotated[int, Field(ge=0, le=1)] = Field(
+        default=0,
+        description="1 = sample the next batch while this one trains, from weights that are one "
+        "step old",
+    )
+    gpu_memory_utilization: Fraction = Field(
+        default=0.35, description="share of the GPU's memory for vLLM in this process"
+    )
+    tensor_parallel_size: PositiveInt = Field(
+        default=1, description="GPUs that one vLLM engine in these processes is spread over"
+    )
+    adapter_dir: OrNone[Text] = Field(
+        default=None,
+        description="where adapters are handed to vLLM (none = shared memory); a server elsewhere "
+        "must see it too",
+    )
 
 
 class ObjectiveSection(Section):
@@ -209,6 +234,21 @@ class TrainSection(Section):
     )
 
 
+class ParallelSection(Section):
+    shard: Literal["full", "replicate"] = Field(
+        default="full",
+        description="under torchrun: weights split over all ranks (FSDP2), or whole on each",
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute each layer in the backward pass: slower, less memory"
+    )
+    device_memory_gb: OrNone[PositiveFloat] = Field(
+        default=None,
+        description="memory of one GPU, in GiB (an 80 GB one has 80), that the estimate must fit; "
+        "none = this machine's",
+    )
+
+
 class EvalSection(Section):
     enabled: bool = Field(default=True, description="evaluate at all")
     path: Text = Field(default="tiny", description="like data.path")
@@ -239,7 +279,9 @@ class CheckpointSection(Section):
     every: NonNegativeInt = Field(
         default=20, description="steps between checkpoints (0 = only the last)"
     )
-    keep: PositiveInt = Field(default=2, description="newest checkpoints kept")
+    keep: PositiveInt = Field(
+        default=2, description="newest checkpoints kept, beside the best evaluated one"
+    )
 
 
 class RunSection(Section):
@@ -247,6 +289,11 @@ class RunSection(Section):
         default=None, description="run directory (none = runs/<preset or name>-<UTC time>)"
     )
     overwrite: bool = Field(default=False, description="replace an existing run directory")
+    auto_resume: bool = Field(
+        default=False,
+        description="go on with the run in run.dir where there is one, else start it: for jobs "
+        "that are queued again",
+    )
     samples_per_step: NonNegativeInt = Field(
         default=2, description="rollouts of a step kept for the report"
     )
@@ -268,6 +315,7 @@ class Config(Section):
     objective: ObjectiveSection = ObjectiveSection()
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     run: RunSection = RunSection()
@@ -286,89 +334,31 @@ class Config(Section):
                 f"optim.warmup_steps: got {self.optim.warmup_steps} with train.num_steps "
                 f"{self.train.num_steps}; needs at most that many; lower it or train longer"
             )
+        self._check_rollouts()
+        if self.run.auto_resume and (self.run.dir is None or self.run.overwrite):
+            raise ValueError(
+                f"run.auto_resume: got true with run.dir {self.run.dir} and run.overwrite "
+                f"{str(self.run.overwrite).lower()}; needs a directory to go on in, which is not "
+                "overwritten; give --run.dir, and leave out --run.overwrite"
+            )
         return self
 
-
-def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:
-    """Every key that can be set, dotted ("data.columns.problem"), with its pydantic field."""
-    leaves: dict[str, FieldInfo] = {}
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            leaves |= leaf_fields(field.annotation, f"{prefix}{name}.")
-        else:
-            leaves[prefix + name] = field
-    return leaves
-
-
-LEAVES: Mapping[str, FieldInfo] = leaf_fields()
-
-
-def value_of(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
-    return reduce(getattr, key.split("."), config)
-
-
-def build_config(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Config:
-    """Config from (source, dotted keys) layers, later ones over earlier ones.
-
-    Raises ValueError with one line for each value refused: source, key, what came, what is needed.
-    """
-    nested: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for source, flat in layers:
-        for key, value in flat.items():
-            *sections, name = key.split(".")
-            table = nested
-            for section in sections:
-                table = table.setdefault(section, {})
-            table[name] = value
-            sources[key] = source
-    try:
-        return Config.model_validate(nested)
-    except ValidationError as error:
-        raise ValueError(_explain(error, sources)) from error
-
-
-def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
-    lines = []
-    for item in error.errors():
-        loc, message = item["loc"], item["msg"].removeprefix("Value error, ")
-        # The index of a list's item follows the key itself.
-        key = ".".join(str(part) for part in loc if isinstance(part, str))
-        if key not in LEAVES:
-            lines.append(message)
-            continue
-        field = LEAVES[key]
-        needed = re.sub(r"^\w+ should (be|have) | after validation.*", "", message)
-        needed = needed.replace("valid tuple", "list of texts")
-        lines.append(
-            f"{sources[key]}: {key}: got {item['input']!r}; needs {needed} ({field.description}); "
-            f"for example --{key} {toml_value(field.default)}"
-        )
-    return "\n".join(lines)
-
-
-def toml_value(value: object) -> str:
-    """One TOML value; None is written as "none"."""
-    if value is None:
-        return '"none"'
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, tuple):
-        return f"[{', '.join(toml_value(item) for item in value)}]"
-    assert isinstance(value, str), f"no TOML form for {value!r}"
-    # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
-
-
-def to_toml(config: Config) -> str:
-    """The resolved configuration as TOML; reading it back gives an equal `Config`."""
-    # TOML allows a table's header once, and data has keys on both sides of data.columns.
-    tables: dict[str, list[str]] = {}
-    for key in LEAVES:
-        section, name = key.rsplit(".", 1)
-        lines = tables.setdefault(section, [f"[{section}]"])
-        lines.append(f"{name} = {toml_value(value_of(config, key))}")
-    return "\n\n".join("\n".join(lines) for lines in tables.values()) + "\n"
+    def _check_rollouts(self) -> None:
+        rollout = self.rollout
+        if rollout.engine == "builtin" and (rollout.ahead or rollout.url):
+            given = "rollout.ahead 1" if rollout.ahead else f"rollout.url {rollout.url}"
+            raise ValueError(
+                f"rollout.engine: got 'builtin' with {given}; the built-in sampler uses the "
+                "weights that are being trained, in this process; needs vLLM: set rollout.engine "
+                "to 'vllm', or leave out the other key"
+            )
+        if rollout.url is not None and rollout.tensor_parallel_size > 1:
+            raise ValueError(
+                f"rollout.tensor_parallel_size: got {rollout.tensor_parallel_size} with "
+                "rollout.url; a server has its own --tensor-parallel-size; leave this key out"
+            )
+        if rollout.url is not None and not self.lora.enabled:
+            raise ValueError(
+                "rollout.url: got a server with lora.enabled false; a server takes adapters "
+                "only; leave out rollout.url, or train adapters"
+            )

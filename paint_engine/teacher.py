@@ -10,6 +10,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from paint_engine.model import compute_dtype
+
 
 class FixedTeacher:
     """The base as it was before training: adapters off, or a frozen copy where no adapters are
@@ -26,6 +28,15 @@ class FixedTeacher:
         self._copy: nn.Module | None = None
         if not isinstance(model, PeftModel):
             self._copy = copy.deepcopy(model).requires_grad_(False).eval()
+            if compute_dtype(model) != torch.float32:
+                # Not trained, so it can take the narrower dtype.
+                self._copy.to(compute_dtype(model))
+
+    @property
+    def copy(self) -> nn.Module | None:
+        """The frozen copy, to be sharded like the model; None where the teacher is the model with
+        its adapters off."""
+        return self._copy
 
     @contextmanager
     def scoring(self) -> Iterator[nn.Module]:

@@ -70,7 +70,7 @@ class PackedSequences:
     Two sequences, prompts (5, 6) and (7,), completions (1, 2) and (3,):
     token_ids       5 6 1 2 7 3
     position_ids    0 1 2 3 0 1
-    cu_seqlens      0 4 6
+    cu_seqlens      0 4 6         on the CPU, where lengths are read without waiting for a device
     loss_positions  1 2 4         the positions whose hidden state predicts 1, 2 and 3
     """
 

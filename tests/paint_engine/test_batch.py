@@ -1,6 +1,9 @@
 """Packing, padding, micro-batches: the seam between token ids and hidden states."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from paint_engine.batch import (
     build_batch,
     pack_sequences,
     pad_sequences,
-    split_microbatches,
+    plan_microbatches,
 )
 from paint_engine.types import PrivilegedRollout, Problem, Rollout
 
@@ -106,28 +109,7 @@ def test_an_empty_prompt_is_refused() -> None:
         pack_sequences([()], [(1, 2)])
 
 
-@fuzz
-@given(ROWS, st.integers(1, 60))
-def test_microbatches_partition_the_rollouts_within_the_limit(rows, max_tokens: int) -> None:
-    lengths = [(len(s), len(t), len(c)) for s, t, c in rows]
-
-    def longest(item: PrivilegedRollout) -> int:
-        prompts = len(item.rollout.prompt_ids), len(item.teacher_prompt_ids)
-        return max(prompts) + len(item.rollout.completion_ids)
-
-    items = _items(lengths)
-    groups = split_microbatches(items, max_tokens)
-    flat = [item for group in groups for item in group]
-    assert sorted(map(id, flat)) == sorted(map(id, items))
-    for group in groups:
-        assert len(group) == 1 or len(group) * max(map(longest, group)) <= max_tokens
-        # The rectangle that is really run has no more tokens than were counted.
-        batch = build_batch(group)
-        for role in (batch.student, batch.teacher):
-            assert pad_sequences(role).token_ids.numel() <= len(group) * max(map(longest, group))
-
-
-def _items(lengths: list[tuple[int, int, int]]) -> list[PrivilegedRollout]:
+def make_items(lengths: Sequence[tuple[int, int, int]]) -> list[PrivilegedRollout]:
     return [
         PrivilegedRollout(
             Rollout(Problem("p", "q", "s", "a"), (1,) * s, (2,) * c, (0.0,) * c, True, ""),
@@ -142,13 +124,142 @@ def _items(lengths: list[tuple[int, int, int]]) -> list[PrivilegedRollout]:
     ]
 
 
-def test_one_generous_limit_is_one_microbatch(
-    privileged: Callable[..., list[PrivilegedRollout]],
-) -> None:
-    items = privileged((3,) * 8, (5,) * 8, (4,) * 8)
-    assert len(split_microbatches(items, 72)) == 1
-    assert len(split_microbatches(items, 71)) == 2
-    assert [len(group) for group in split_microbatches(items, 1)] == [1] * 8
+@dataclass(frozen=True)
+class Plan:
+    """One call of plan_microbatches, its rollouts and its result."""
+
+    items: list[PrivilegedRollout]
+    max_tokens: int
+    num_ranks: int
+    padded: bool
+    ranks: list[list[list[PrivilegedRollout]]]
+
+    @property
+    def groups(self) -> list[list[PrivilegedRollout]]:
+        return [group for rank in self.ranks for group in rank]
+
+    def tokens(self, group: list[PrivilegedRollout]) -> int:
+        """Tokens that are really run for a group, of the role that has more."""
+        batch = build_batch(group)
+        if self.padded:
+            # One limit for both roles' rectangles, so that no row is longer in the other.
+            longest = [int(role.cu_seqlens.diff().max()) for role in (batch.student, batch.teacher)]
+            return len(group) * max(longest)
+        return max(len(batch.student.token_ids), len(batch.teacher.token_ids))
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    lengths = st.tuples(st.integers(1, 9), st.integers(1, 20), st.integers(0, 12))
+    items = make_items(draw(st.lists(lengths, min_size=1, max_size=24)))
+    max_tokens, num_ranks = draw(st.integers(1, 90)), draw(st.integers(1, 5))
+    padded = draw(st.booleans())
+    ranks = plan_microbatches(items, max_tokens, num_ranks, padded=padded)
+    return Plan(items, max_tokens, num_ranks, padded, ranks)
+
+
+@fuzz
+@given(plans())
+def test_every_rollout_is_in_one_micro_batch_and_ranks_have_equally_many(plan: Plan) -> None:
+    assert len(plan.ranks) == plan.num_ranks
+    assert len({len(rank) for rank in plan.ranks}) == 1
+    planned = [id(item) for group in plan.groups for item in group]
+    assert sorted(planned) == sorted(map(id, plan.items))
+
+
+@fuzz
+@given(plans())
+def test_no_micro_batch_is_above_the_limit_but_a_single_rollout(plan: Plan) -> None:
+    for group in plan.groups:
+        assert len(group) <= 1 or plan.tokens(group) <= plan.max_tokens
+
+
+@fuzz
+@given(plans())
+def test_empty_micro_batches_stand_only_where_rollouts_are_fewer(plan: Plan) -> None:
+    empty = [place for rank in plan.ranks for place, group in enumerate(rank) if not group]
+    # All in the last place, one a rank at most.
+    assert all(place == len(plan.ranks[0]) - 1 for place in empty)
+    if empty:
+        assert all(len(group) == 1 for group in plan.groups if group)
+
+
+@fuzz
+@given(plans())
+def test_as_few_micro_batches_as_one_rank_would_need(plan: Plan) -> None:
+    (alone,) = plan_microbatches(plan.items, plan.max_tokens, 1, padded=plan.padded)
+    assert len(plan.ranks[0]) == -(-len(alone) // plan.num_ranks)
+    if not plan.padded:
+        # First fit leaves no two groups that would fit into one.
+        fitting = [group for group in alone if plan.tokens(group) <= plan.max_tokens]
+        for one, other in combinations(fitting, 2):
+            assert plan.tokens([*one, *other]) > plan.max_tokens
+
+
+@fuzz
+@given(plans())
+def test_every_rank_that_asks_gets_the_same_plan(plan: Plan) -> None:
+    again = plan_microbatches(plan.items, plan.max_tokens, plan.num_ranks, padded=plan.padded)
+    assert [[list(map(id, group)) for group in rank] for rank in again] == [
+        [list(map(id, group)) for group in rank] for rank in plan.ranks
+    ]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_ranks_work_in_step_and_equally_much(num_ranks: int, padded: bool) -> None:
+    rng = random.Random(num_ranks)
+    items = make_items(
+        [(rng.randint(10, 40), rng.randint(40, 250), rng.randint(10, 102)) for _ in range(160)]
+    )
+    ranks = plan_microbatches(items, 1638, num_ranks, padded=padded)
+    plan = Plan(items, 1638, num_ranks, padded, ranks)
+    costs = [[plan.tokens(group) for group in rank] for rank in ranks]
+    sums = [sum(cost) for cost in costs]
+    assert max(sums) < 1.05 * min(sums)
+    # What lockstep costs over perfect balance: each place takes as long as its dearest.
+    assert sum(map(max, zip(*costs, strict=True))) < 1.1 * sum(sums) / num_ranks
+    # The dearest micro-batch comes first.
+    assert max(map(max, costs)) == max(cost[0] for cost in costs)
+
+
+def test_a_step_that_fits_into_one_micro_batch_is_divided_among_the_ranks() -> None:
+    items = make_items([(3, 5, 4)] * 8)
+    for padded in (False, True):
+        ranks = plan_microbatches(items, 10_000, 4, padded=padded)
+        assert [[len(group) for group in rank] for rank in ranks] == [[2]] * 4
+
+
+def test_fewer_rollouts_than_ranks_leave_empty_micro_batches() -> None:
+    items = make_items([(3, 5, 4)] * 3)
+    for padded in (False, True):
+        ranks = plan_microbatches(items, 10_000, 4, padded=padded)
+        assert sorted(len(group) for rank in ranks for group in rank) == [0, 1, 1, 1]
+        assert all(len(rank) == 1 for rank in ranks)
+
+
+def test_each_role_is_counted_apart() -> None:
+    # Student 20 + 2, teacher 2 + 20, and 1 of completion: 23 tokens of either, not 20 + 21.
+    items = make_items([(20, 2, 0), (2, 20, 1)])
+    assert len(plan_microbatches(items, 23, 1, padded=False)[0]) == 1
+    assert len(plan_microbatches(items, 22, 1, padded=False)[0]) == 2
+    assert len(plan_microbatches(items, 42, 1, padded=True)[0]) == 1
+    assert len(plan_microbatches(items, 41, 1, padded=True)[0]) == 2
+
+
+def test_one_rank_in_padded_rows_is_filled_by_rising_length() -> None:
+    items = make_items([(9, 1, 1), (1, 2, 1), (1, 5, 1), (3, 1, 2), (1, 1, 1)])
+    (groups,) = plan_microbatches(items, 12, 1, padded=True)
+    assert [[items.index(item) for item in group] for group in groups] == [[4, 1], [3, 2], [0]]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_generous_limit_is_one_microbatch(padded: bool) -> None:
+    items = make_items([(3, 5, 4)] * 8)
+    assert len(plan_microbatches(items, 72, 1, padded=padded)[0]) == 1
+    assert len(plan_microbatches(items, 71, 1, padded=padded)[0]) == 2
+    (groups,) = plan_microbatches(items, 1, 1, padded=padded)
+    assert [len(group) for group in groups] == [1] * 8
 
 
 def test_moving_a_batch_keeps_every_tensor_and_the_bounds_where_they_are(
@@ -164,6 +275,6 @@ def test_moving_a_batch_keeps_every_tensor_and_the_bounds_where_they_are(
         for name, tensor in vars(before).items():
             if isinstance(tensor, torch.Tensor):
                 there = getattr(after, name)
-                stays = before is batch and name == "cu_seqlens"
+                stays = name == "cu_seqlens"
                 assert there.device.type == ("cpu" if stays else "meta"), name
                 assert (there.shape, there.dtype) == (tensor.shape, tensor.dtype), name

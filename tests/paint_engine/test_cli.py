@@ -6,7 +6,8 @@ import pytest
 
 from paint_engine import cli
 from paint_engine.cli import load_config, preset_names
-from paint_engine.config import LEAVES, Config, to_toml, toml_value, value_of
+from paint_engine.config import Config
+from paint_engine.config_toml import LEAVES, to_toml, toml_value, value_of
 
 PAPER_PRESETS = ("paint-qwen3-1.7b", "paint-qwen3-4b", "paint-qwen3-8b")
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from paint_engine.config import LEAVES, Config, build_config, to_toml, value_of
+from paint_engine.config import Config
+from paint_engine.config_toml import LEAVES, build_config, to_toml, value_of
 from paint_engine.masking import PLACEMENTS
 
 properties = settings(deadline=None, derandomize=True, max_examples=60)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from paint_engine import objectives
-from paint_engine.batch import build_batch, split_microbatches
+from paint_engine.batch import build_batch, plan_microbatches
 from paint_engine.config import LoraSection, ModelSection, ObjectiveSection
 from paint_engine.model import add_lora, causal_lm, hidden_states, lm_head_weight, load_base
 from paint_engine.teacher import FixedTeacher
@@ -174,7 +174,7 @@ def test_micro_batches_add_up_to_the_whole_batch(
     denominator = len(items) if reduction == "sequence_mean" else num_tokens
 
     def run(max_tokens: int) -> tuple[Tensor, Counter[str], int]:
-        groups = split_microbatches(items, max_tokens)
+        groups = plan_microbatches(items, max_tokens, 1, padded=True)[0]
         sums: Counter[str] = Counter()
         lora_model.zero_grad()
         for group in groups:

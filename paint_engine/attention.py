@@ -1,0 +1,216 @@
+"""Attention over packed sequences: which implementation runs it, and how the model is told.
+
+transformers asks its registry for the attention function of every layer. Models that train on
+packed sequences get ours, which runs a packed kernel in the calls that bring `packing` and is
+transformers' SDPA, masks included, in all others: the sampler's cache and padding are as before.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from inspect import signature
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from paint_engine.types import PackedSequences
+
+IMPLEMENTATION = "paint_packed"
+# FlashAttention, in torch as in its own package, needs tensor cores of this generation (Ampere).
+_MIN_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the sequences of one packed row begin and end, as the kernels want it.
+
+    Two sequences of 4 and 2 tokens: cu_seqlens 0 4 6 (int32, where the model is), max_length 4,
+    known here without asking the device.
+    """
+
+    kernel: str
+    cu_seqlens: Int[Tensor, " B+1"]
+    max_length: int
+
+
+def _usable(device: torch.device, dtype: torch.dtype) -> bool:
+    return (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY
+    )
+
+
+def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What "auto" stands for, "varlen" on a GPU in half precision and "padded" elsewhere; any other
+    `name` as it is.
+
+    dtype: of the computation, not of the weights that are trained.
+
+    Raises ValueError for an implementation that this device, dtype or installation cannot run.
+    """
+    if name == "auto":
+        return "varlen" if _usable(device, dtype) else "padded"
+    if name not in _KERNELS:
+        return name
+    asked = f"model.attention is {name!r}, which needs"
+    if device.type != "cuda":
+        raise ValueError(
+            f"{asked} a GPU, and the device is {device.type}: use --model.attention auto or padded"
+        )
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{asked} bfloat16, and the model computes in {str(dtype).removeprefix('torch.')}: use "
+            "--model.dtype bfloat16, or --model.attention padded"
+        )
+    if not _usable(device, dtype):
+        raise ValueError(
+            f"{asked} a GPU of compute capability 8.0 (Ampere) or newer, and this is "
+            f"{torch.cuda.get_device_name(device)}: use --model.attention auto or padded"
+        )
+    if name == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise ValueError(
+            f"{asked} the package flash-attn, which is not installed: install the extra with pip "
+            "install 'paint-engine[flash]', or use --model.attention varlen, which needs no package"
+        )
+    return name
+
+
+def adopt_attention(model: PreTrainedModel, attention: str) -> None:
+    """Prepares a model that was loaded with SDPA for `attention`, one of pick_attention's answers.
+
+    Raises ValueError for a model whose sequences cannot be kept apart in one row.
+    """
+    if attention == "padded":
+        return
+    config = model.config.get_text_config()
+    remedy = "use --model.attention padded"
+    # A recurrent layer, for one, would carry its state from one sequence into the next.
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if others := layers - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"model.attention is {attention!r}, but the model has layers of type "
+            f"{', '.join(sorted(others))}, which do not keep packed sequences apart: {remedy}"
+        )
+    if attention == "packed":
+        return
+    if getattr(config, "attention_dropout", 0.0):
+        raise ValueError(
+            f"model.attention is {attention!r}, whose kernel has no dropout, but the model's "
+            f"attention_dropout is {config.attention_dropout}: set it to 0 in its config.json, or "
+            f"{remedy}"
+        )
+    AttentionInterface.register(IMPLEMENTATION, packed_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    model.set_attn_implementation(IMPLEMENTATION)
+    if model.config._attn_implementation != IMPLEMENTATION:
+        raise ValueError(
+            f"model.attention is {attention!r}, but {type(model).__name__} does not take its "
+            f"attention from transformers' AttentionInterface: {remedy}"
+        )
+
+
+def packed_arguments(sequences: PackedSequences, attention: str) -> dict[str, Any]:
+    """What a model's forward takes for all sequences in one row: `backbone(**arguments)`.
+
+    "packed" leaves it to transformers to find the bounds in the positions, which it does only
+    without a mask and without a cache, and to build a dense (M, M) mask from them. The kernels get
+    the bounds themselves, and a mask of no elements: transformers then builds none, and a model
+    that loses `packing` on the way to its layers fails instead of seeing across sequences.
+    """
+    arguments: dict[str, Any] = {
+        "input_ids": sequences.token_ids[None],
+        "position_ids": sequences.position_ids[None],
+        "use_cache": False,
+    }
+    if attention == "packed":
+        return arguments
+    device = sequences.token_ids.device
+    packing = Packing(
+        attention,
+        sequences.cu_seqlens.to(device, non_blocking=True),
+        int(sequences.cu_seqlens.diff().max()),
+    )
+    no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
+    return arguments | {"attention_mask": no_mask, "packing": packing}
+
+
+@cache
+def _gqa_flag(kernel: Callable[..., object]) -> dict[str, Any]:
+    """Newer torch wants fewer heads in keys than in queries allowed; torch 2.11 runs the same
+    kernel unasked and has no such flag."""
+    return {"enable_gqa": True} if "enable_gqa" in signature(kernel).parameters else {}
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int
+) -> Tensor:
+    bounds, longest = packing.cu_seqlens, packing.max_length
+    sizes = (bounds, bounds, longest, longest)
+    flag = _gqa_flag(varlen_attn)
+    # Nothing to the right: causal.
+    out = varlen_attn(query, key, value, *sizes, scale=scale, window_size=(window, 0), **flag)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _flash_attention_2(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, window: int
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    bounds, longest = packing.cu_seqlens, packing.max_length
+    sizes = (bounds, bounds, longest, longest)
+    return flash_attn_varlen_func(
+        query, key, value, *sizes, softmax_scale=scale, causal=True, window_size=(window, 0)
+    )
+
+
+_KERNELS = {"varlen": _varlen, "flash_attention_2": _flash_attention_2}
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 Hq M D"],
+    key: Float[Tensor, "1 Hkv M D"],
+    value: Float[Tensor, "1 Hkv M D"],
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    packing: Packing | None = None,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Causal attention of one layer, within each sequence of `packing`: (1, M, Hq, D).
+
+    Without `packing` this is transformers' SDPA, of any batch and with any mask.
+
+    sliding_window: how many tokens each one sees, itself included; None for all before it.
+    """
+    if packing is None:
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kwargs,
+        )
+    # What SDPA would honour and these kernels cannot.
+    assert not kwargs.get("dropout") and kwargs.get("position_bias") is None, kwargs
+    assert len(query) == 1 and query.shape[2] == key.shape[2], (query.shape, key.shape)
+    # Under autocast a norm with float32 weights widens queries and keys; values stay as computed.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    window = -1 if sliding_window is None else sliding_window - 1
+    out = _KERNELS[packing.kernel](query, key, value, packing, scaling, window)
+    return out[None], None
