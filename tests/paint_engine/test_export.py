@@ -1,0 +1,233 @@
+"""Export: the merged model computes what base and adapter computed, rounded once; nothing half
+written; mistakes told in one message."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from paint_engine import export
+from paint_engine.checkpoint import save_checkpoint
+from paint_engine.checkpoint_files import mark_best
+from paint_engine.config import LoraSection, ModelSection
+from paint_engine.distributed import World
+from paint_engine.export import choose_checkpoint, find_base
+from paint_engine.model import add_lora, load_base
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, CPU)
+IDS = torch.arange(3, 40)[None]
+
+
+def make_run(
+    run_dir: Path, base_dir: Path, *, lora: bool = True, size: float = 0.1, step: int = 1
+) -> nn.Module:
+    """A run directory with one checkpoint of a model whose update has entries of that size."""
+    base = load_base(ModelSection(name_or_path=str(base_dir), dtype="float32"), CPU)
+    model = add_lora(base, LoraSection(enabled=lora, rank=4, alpha=8), seed=0)
+    generator = torch.Generator().manual_seed(step)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_A" not in name:
+            parameter.data += size * torch.randn(parameter.shape, generator=generator)
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "config.toml").write_text(f"[model]\nname_or_path = {json.dumps(str(base_dir))}\n")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    save_checkpoint(run_dir, model, optimizer, {"step": step}, keep=9, world=ALONE)
+    return model
+
+
+def run_export(*arguments: object) -> int:
+    """The exit code."""
+    try:
+        export.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+    return 0
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=IDS).logits
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    """W + scaling * B A in float64 by the formula, under the base's names."""
+    state = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    merged = {}
+    for name, weight in state.items():
+        if name.endswith("base_layer.weight"):
+            a = state[name.replace("base_layer", "lora_A.default")]
+            b = state[name.replace("base_layer", "lora_B.default")]
+            name, weight = name.replace("base_layer.", ""), weight + 8 / 4 * b @ a
+        if "lora_" not in name:
+            merged[name.removeprefix("base_model.model.")] = weight
+    return merged
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_exported_model_computes_what_was_trained(
+    tied: bool, lora: bool, model_dir: Path, untied_model_dir: Path, tmp_path: Path
+) -> None:
+    base_dir = model_dir if tied else untied_model_dir
+    model = make_run(tmp_path / "run", base_dir, lora=lora)
+    assert run_export(tmp_path / "run", tmp_path / "out", "--dtype", "float32") == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert exported.dtype == torch.float32
+    torch.testing.assert_close(logits(exported), logits(model), rtol=0, atol=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(base_dir)
+    assert (logits(exported) - logits(base)).abs().max() > 0.1
+    head, embeddings = exported.get_output_embeddings(), exported.get_input_embeddings()
+    assert head is not None and embeddings is not None
+    assert (head.weight is embeddings.weight) == tied
+    stored = load_file(tmp_path / "out/model.safetensors")
+    assert ("lm_head.weight" in stored) != tied
+    assert not any("lora" in name for name in stored)
+
+
+def test_the_tokenizer_with_its_template_and_the_stop_tokens_come_along(
+    model_dir: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    make_run(tmp_path / "run", model_dir)
+    assert run_export(tmp_path / "run", tmp_path / "out") == 0
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": "user", "content": "How many kites?"}]
+    assert loaded.chat_template == tokenizer.chat_template
+    assert loaded.apply_chat_template(messages) == tokenizer.apply_chat_template(messages)
+    generation = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert generation["eos_token_id"] == tokenizer.eos_token_id
+    assert not list(tmp_path.glob(".*"))
+
+
+def to_bfloat16(base_dir: Path, directory: Path) -> Path:
+    """The same model, stored in bfloat16."""
+    shutil.copytree(base_dir, directory)
+    AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("named", ["auto", "bfloat16"])
+def test_a_bfloat16_export_is_the_exact_sum_rounded_once(
+    named: str, model_dir: Path, tmp_path: Path
+) -> None:
+    base_dir = to_bfloat16(model_dir, tmp_path / "base")
+    model = make_run(tmp_path / "run", base_dir)
+    assert run_export(tmp_path / "run", tmp_path / "out", "--dtype", named) == 0
+    stored = load_file(tmp_path / "out/model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    exact = merged_weights(model)
+    for name, tensor in stored.items():
+        # Half of bfloat16's spacing, 2^-8 relative, and float32's own rounding before it.
+        error = (tensor.double() - exact[name]).abs()
+        assert (error <= exact[name].abs() * 2**-8 * (1 + 1e-4) + 1e-6).all(), name
+
+
+def test_a_float32_export_keeps_an_update_that_a_sum_in_bfloat16_loses(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    base_dir = to_bfloat16(model_dir, tmp_path / "base")
+    # Some twenty steps at a learning rate of 5e-6.
+    model = make_run(tmp_path / "run", base_dir, size=1e-4)
+    assert run_export(tmp_path / "run", tmp_path / "out", "--dtype", "float32") == 0
+    stored = load_file(tmp_path / "out/model.safetensors")
+    base, exact = load_file(base_dir / "model.safetensors"), merged_weights(model)
+    lost, kept = [], []
+    for name in stored:
+        delta = exact[name] - base[name].double()
+        if not delta.any():
+            continue
+        in_bfloat16 = base[name] + delta.to(torch.bfloat16)
+        lost.append((in_bfloat16.double() - exact[name]).norm() / delta.norm())
+        kept.append((stored[name].double() - exact[name]).norm() / delta.norm())
+    assert len(kept) == 14
+    assert max(kept) < 1e-3
+    assert min(lost) > 0.3
+
+
+def test_full_fine_tuning_is_exported_in_the_bases_own_dtype(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    base_dir = to_bfloat16(model_dir, tmp_path / "base")
+    model = make_run(tmp_path / "run", base_dir, lora=False)
+    assert run_export(tmp_path / "run", tmp_path / "out") == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    expected = dict(model.named_parameters())
+    for name, parameter in exported.named_parameters():
+        assert torch.equal(parameter, expected[name].to(torch.bfloat16)), name
+
+
+def test_the_run_or_one_of_its_checkpoints_is_exported(model_dir: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    for step in (1, 2, 3):
+        make_run(run_dir, model_dir, step=step)
+    mark_best(run_dir, 2)
+    directory = run_dir / "checkpoints"
+    assert choose_checkpoint(run_dir, None).name == "step-3"
+    assert choose_checkpoint(run_dir, "last").name == "step-3"
+    assert choose_checkpoint(run_dir, "best").name == "step-2"
+    assert choose_checkpoint(run_dir, "step-1").name == "step-1"
+    assert choose_checkpoint(directory / "step-1", None).name == "step-1"
+    assert choose_checkpoint(directory / "best", None).name == "step-2"
+    assert find_base(directory / "step-1", None).name_or_path == str(model_dir)
+    assert find_base(directory / "step-1", "elsewhere").name_or_path == "elsewhere"
+    # An adapter that was taken out of its run says itself what it belongs to.
+    alone = shutil.copytree(directory / "step-1", tmp_path / "alone")
+    assert find_base(alone, None).name_or_path == str(model_dir)
+    assert run_export(alone, tmp_path / "out") == 0
+
+
+def test_mistakes_end_with_one_message(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, full_dir, taken = tmp_path / "run", tmp_path / "full", tmp_path / "taken"
+    make_run(run_dir, model_dir)
+    make_run(full_dir, model_dir, lora=False)
+    taken.mkdir()
+    (taken / "notes.txt").write_text("mine")
+    alone = shutil.copytree(full_dir / "checkpoints/step-1", tmp_path / "alone")
+    damaged = shutil.copytree(run_dir, tmp_path / "damaged")
+    (damaged / "checkpoints/step-1/adapter_model.safetensors").write_bytes(b"")
+    out = tmp_path / "out"
+    cases = [
+        ((run_dir, taken), "taken exists already"),
+        ((tmp_path / "nowhere", out), "nowhere has no checkpoint"),
+        ((run_dir, out, "--checkpoint", "step-9"), "has step-1"),
+        ((run_dir, out, "--checkpoint", "best"), "no best"),
+        ((damaged, out), "adapter_model.safetensors is not what was written"),
+        ((alone, out), "give that with --model"),
+        ((run_dir, out, "--model", taken), "has no config.json"),
+    ]
+    for arguments, message in cases:
+        assert run_export(*arguments) == 2, message
+        printed = capsys.readouterr().out
+        assert printed.startswith("error: ") and message in printed, printed
+        assert not out.exists()
+    assert [path.name for path in taken.iterdir()] == ["notes.txt"]
+    out.mkdir()
+    assert run_export(run_dir, out) == 0
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "run", model_dir)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        assert run_export(tmp_path / "run", disk / "out") == 2
+        assert "could not be written" in capsys.readouterr().out
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
