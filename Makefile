@@ -5,11 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test lint kernels-report clean help
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: train test test-vllm lint kernels-report clean help
 
 help:
 	@echo "make train           install, then run PAINT on the bundled tiny model (ARGS='--train.num_steps 10')"
 	@echo "make test            install, then run the tests (ARGS='-k masking')"
+	@echo "make test-vllm       install vLLM for CPUs beside it, then run the tests with the real engine"
 	@echo "make lint            ruff, pyright, import-linter"
 	@echo "make kernels-report  compile every Triton kernel for four GPUs, without one"
 	@echo "make clean           remove the virtual environment"
@@ -19,6 +23,10 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# Without pytest's own capture of logs, which would turn on the debug logs of torch.compile.
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest -p no:logging tests/vllm $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -40,5 +48,13 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable '.[dev]'
 	touch $(VENV)/.installed $@
 
+# Its own environment: vLLM pins other versions than constraints.txt.
+$(VLLM)/.installed: pyproject.toml constraints.txt requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) --constraint constraints.txt torch
+	$(VLLM_PIP) --no-deps --requirement requirements-vllm.txt
+	$(VLLM_PIP) --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM)

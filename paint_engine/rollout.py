@@ -1,15 +1,23 @@
-"""The student's rollouts: one completion a problem, each with a seed of its own."""
+"""The student's rollouts: one completion a problem, each with a seed of its own; and what samples
+them, the built-in sampler or vLLM."""
 
 import hashlib
+import importlib.util
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, cast
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.config import EvalSection, RolloutSection
-from paint_engine.model import causal_lm
+from paint_engine.distributed import gather_objects
+from paint_engine.model import causal_lm, unsharded
 from paint_engine.rollout_hf import Completion, SamplingParams, generate
+from paint_engine.timings import Timings
 from paint_engine.types import Problem, Rollout
 
 
@@ -62,19 +70,264 @@ def to_rollout(
     )
 
 
-def sample_rollouts(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    prompts: Sequence[tuple[int, ...]],
-    seeds: Sequence[int],
-    params: SamplingParams,
-    *,
-    max_sequences: int,
-) -> list[Rollout]:
-    """One rollout a problem from the current student."""
-    completions = generate(causal_lm(model), prompts, seeds, params, max_sequences=max_sequences)
-    return [
-        to_rollout(tokenizer, problem, prompt, completion)
-        for problem, prompt, completion in zip(problems, prompts, completions, strict=True)
-    ]
+T = TypeVar("T")
+
+
+class EngineDied(Exception):
+    """What samples has died; one restart is worth a try."""
+
+
+class RolloutEngine(Protocol):
+    """What completions come from. vLLM's two forms are in `rollout_vllm` and `rollout_server`."""
+
+    def sync(self, weights_version: int) -> None:
+        """Makes the student's present weights the ones to sample from. A collective of all ranks.
+
+        weights_version: the number of finished steps.
+        """
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        params: SamplingParams,
+        *,
+        base: bool = False,
+        on_batch: Callable[[list[int], list[Completion]], None] | None = None,
+    ) -> list[Completion]:
+        """One completion for each of this rank's prompts, in their order.
+
+        base: from the model as it was before training.
+        on_batch: called with the indices and the completions of those that have finished.
+
+        Raises EngineDied.
+        """
+        ...
+
+    def restart(self) -> None:
+        """Builds what has died anew, with the weights of the last `sync`. Raises EngineDied where
+        that cannot be done."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the engine holds, files in shared memory included."""
+        ...
+
+
+class BuiltinEngine:
+    """The built-in sampler, on the very model that trains.
+
+    base: the context of the model before training.
+    max_sequences: how many are decoded at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: Callable[[], AbstractContextManager[nn.Module]],
+        max_sequences: int,
+    ) -> None:
+        self._model = model
+        self._base = base
+        self._max_sequences = max_sequences
+
+    def sync(self, weights_version: int) -> None:
+        """Nothing to do: the weights are the trainer's own."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        params: SamplingParams,
+        *,
+        base: bool = False,
+        on_batch: Callable[[list[int], list[Completion]], None] | None = None,
+    ) -> list[Completion]:
+        """Completions by `rollout_hf.generate`."""
+        with ExitStack() as stack:
+            model = stack.enter_context(self._base()) if base else self._model
+            stack.enter_context(unsharded(model))
+            return generate(
+                causal_lm(model),
+                prompts,
+                seeds,
+                params,
+                max_sequences=self._max_sequences,
+                on_batch=on_batch,
+            )
+
+    def restart(self) -> None:
+        """Nothing of its own can die."""
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def vllm_is_installed() -> bool:
+    """Whether `import vllm` would find a package."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def uses_vllm(section: RolloutSection) -> bool:
+    """Whether the configuration asks for vLLM, outright or by leaving the choice open where it is
+    installed.
+
+    Raises ValueError where it is asked for, not as a server, and not installed.
+    """
+    if section.engine == "vllm" and section.url is None and not vllm_is_installed():
+        raise ValueError(
+            "rollout.engine is 'vllm', but vLLM is not installed: install it (pip install "
+            "'paint-engine[vllm]'), name a server with --rollout.url, or use --rollout.engine "
+            "builtin"
+        )
+    if section.engine == "auto":
+        return section.url is not None or vllm_is_installed()
+    return section.engine == "vllm"
+
+
+@dataclass(frozen=True)
+class Requests:
+    """This rank's part of a step's requests: Requests(prompts=((1, 9, 4),), seeds=(17,))"""
+
+    prompts: tuple[tuple[int, ...], ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """This rank's completions of one step, and the number of steps that the weights behind them
+    had finished.
+
+    Sampled(step=3, weights_version=3, completions=[Completion((17, 30, 2), (-0.1, -2.3, -0.0),
+    False)])
+    """
+
+    step: int
+    weights_version: int
+    completions: list[Completion]
+
+
+class Sampler:
+    """A run's rollouts, step by step.
+
+    engine: what samples.
+    requests: this rank's requests of a step.
+    params: how tokens are drawn.
+    ahead: the next step's are sampled, by weights one step old, while the present one trains.
+    timings: gets the spans "sync" and, where the step waits for them, "rollout".
+    warn: told of a restart.
+    pending: completions that a stopped run had sampled ahead.
+
+    An engine that dies is restarted once, and its batch is done again. The second time EngineDied
+    comes out of `take`, on every rank.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        requests: Callable[[int], Requests],
+        params: SamplingParams,
+        *,
+        ahead: bool,
+        timings: Timings,
+        warn: Callable[[str], None],
+        pending: Sampled | None = None,
+    ) -> None:
+        self._engine = engine
+        self._requests = requests
+        self.params = params
+        self._warn = warn
+        self._timings = timings
+        self._restarts_left = 1
+        # One thread, so that the engine is never asked two things at a time.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if ahead else None
+        self._pending: Future[Sampled] | None = None
+        if pending is not None:
+            self._pending = Future()
+            self._pending.set_result(pending)
+
+    def take(self, step: int, num_steps: int) -> Sampled:
+        """This rank's completions of `step`, sampled now or ahead. With `ahead`, those of the next
+        step are then begun, unless it is not among `num_steps`. A collective of all ranks."""
+        future, self._pending = self._pending, None
+        with self._timings.span("rollout"):
+            sampled = None if future is None else self._together(future.result)
+        if sampled is None:
+            self.sync(step)
+            with self._timings.span("rollout"):
+                sampled = self._together(lambda: self._sample(step, step))
+        assert sampled.step == step, (sampled.step, step)
+        if self._thread is not None and step + 1 < num_steps:
+            if sampled.weights_version != step:
+                self.sync(step)
+            self._pending = self._thread.submit(self._sample, step + 1, step)
+        return sampled
+
+    def sync(self, weights_version: int) -> None:
+        """Gives the engine the student's present weights, once it rests. A collective."""
+        self.pending()
+
+        # An engine that died while it took the new weights has them after its restart; asking again
+        # would be a collective that the other ranks know nothing of.
+        def sync() -> None:
+            self._engine.sync(weights_version)
+
+        with self._timings.span("sync"):
+            self._together(lambda: self._or_restart(sync, lambda: None))
+
+    def guarded(self, attempt: Callable[[], T]) -> T:
+        """The attempt's value, which asks the engine for this rank's part of something, once it
+        rests; again after a restart. A collective. Raises EngineDied on every rank."""
+        self.pending()
+        return self._together(lambda: self._or_restart(attempt, attempt))
+
+    def pending(self) -> Sampled | None:
+        """What has been sampled ahead, waited for: a checkpoint keeps it. A collective.
+
+        None where the engine died of it for good: the next step will find that out for itself.
+        """
+        if self._pending is None:
+            return None
+        try:
+            return self._together(self._pending.result)
+        except EngineDied:
+            self._pending = None
+            return None
+
+    def close(self) -> None:
+        """Waits for what is under way, and frees the engine."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+        self._engine.close()
+
+    def _sample(self, step: int, weights_version: int) -> Sampled:
+        requests = self._requests(step)
+
+        def generate() -> list[Completion]:
+            return self._engine.generate(requests.prompts, requests.seeds, self.params)
+
+        return Sampled(step, weights_version, self._or_restart(generate, generate))
+
+    def _or_restart(self, attempt: Callable[[], T], again: Callable[[], T]) -> T:
+        try:
+            return attempt()
+        except EngineDied as death:
+            if self._restarts_left == 0:
+                raise
+            self._restarts_left -= 1
+            self._warn(f"the rollout engine died ({death}); it is restarted once")
+            self._engine.restart()
+            return again()
+
+    def _together(self, attempt: Callable[[], T]) -> T:
+        """The attempt's value, or EngineDied on every rank where any rank's attempt raised it."""
+        value, death = None, None
+        try:
+            value = attempt()
+        except EngineDied as error:
+            death = str(error)
+        for text in gather_objects(death):
+            if text is not None:
+                raise EngineDied(text)
+        return cast(T, value)

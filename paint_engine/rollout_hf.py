@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from paint_engine.model import backbone_states
+
 # Finished rows are dropped from the batch when they make up this share of it: rarely enough that
 # copying the cache costs little, often enough that stragglers do not decode with a mostly dead
 # batch.
@@ -44,13 +46,11 @@ class Completion:
     truncated: bool
 
 
-def sample_tokens(
-    logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], params: SamplingParams
-) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """One token a row by inverting the cumulative distribution at `uniforms` in [0, 1).
-
-    Returns the token ids and their log-probabilities after temperature, top-k and top-p.
-    """
+def kept_distribution(
+    logits: Float[Tensor, "B V"], params: SamplingParams
+) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+    """What temperature, top-k and top-p leave of each row: float32 probabilities, not normalised
+    again, in falling order, and the token ids that they belong to."""
     logits = logits[:, : params.vocab_size].float()
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     if params.top_k > 0:
@@ -60,6 +60,17 @@ def sample_tokens(
         # A token stays while the mass of those before it is below top_p: the first always does.
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= params.top_p, 0.0)
+    return probabilities, order
+
+
+def sample_tokens(
+    logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], params: SamplingParams
+) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """One token a row by inverting the cumulative distribution at `uniforms` in [0, 1).
+
+    Returns the token ids and their log-probabilities after temperature, top-k and top-p.
+    """
+    probabilities, order = kept_distribution(logits, params)
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]
     # The count of entries at or below the target is the index of the first one above it. Rounding
@@ -138,13 +149,14 @@ def _decode_batch(
     cache = DynamicCache(config=model.config)
     rows = torch.arange(len(prompts), device=device)
     for step in range(params.max_new_tokens):
-        hidden = model.base_model(
+        hidden = backbone_states(
+            model,
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state[:, -1]
+        )[:, -1]
         tokens, logprobs = sample_tokens(head(hidden), uniforms[rows, step], params)
         live = drawn.record(step, rows, tokens, logprobs)
         num_live = int(live.sum())

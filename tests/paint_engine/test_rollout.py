@@ -1,5 +1,7 @@
 """Requests: seeds, stop tokens, sampling settings, and rollouts that keep the sampled ids."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +11,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from paint_engine.config import EvalSection, RolloutSection
 from paint_engine.model import lm_head_weight
 from paint_engine.rollout import (
+    BuiltinEngine,
     request_rng,
     request_seed,
-    sample_rollouts,
     sampling_params,
     stop_token_ids,
     to_rollout,
@@ -99,19 +101,14 @@ def test_text_shows_thinking_but_no_special_tokens(tokenizer: PreTrainedTokenize
     assert rollout.text == "<think>\nso\n</think>\n\n3"
 
 
-def test_rollouts_stand_beside_their_own_problems(
+def test_completions_come_in_the_order_of_their_prompts(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    problems = [Problem(f"p:{i}", "q", "s", "a") for i in range(5)]
     # The longest first: decoding groups by length, and the order must come back.
     prompts = [tuple(range(20 - 4 * i, 40 - 5 * i)) for i in range(5)]
     params = sampling_params(RolloutSection(max_new_tokens=6, temperature=1.0), base, tokenizer)
-    rollouts = sample_rollouts(
-        base, tokenizer, problems, prompts, [3, 4, 5, 6, 7], params, max_sequences=2
-    )
-    assert [r.problem.problem_id for r in rollouts] == [p.problem_id for p in problems]
-    assert [r.prompt_ids for r in rollouts] == prompts
-    alone = sample_rollouts(
-        base, tokenizer, problems[3:4], prompts[3:4], [6], params, max_sequences=2
-    )
-    assert alone[0].completion_ids == rollouts[3].completion_ids
+    engine = BuiltinEngine(base, lambda: nullcontext(base), max_sequences=2)
+    together = engine.generate(prompts, [3, 4, 5, 6, 7], params)
+    for i, completion in enumerate(together):
+        (alone,) = engine.generate(prompts[i : i + 1], [3 + i], params)
+        assert alone.token_ids == completion.token_ids

@@ -1,0 +1,210 @@
+"""Rollouts by vLLM beside the trainer: in its process, or in one of their own on the same GPU."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from peft import PeftModel
+from torch import nn
+
+from paint_engine.distributed import World
+from paint_engine.model import compute_dtype, lm_head_weight
+from paint_engine.rollout import EngineDied
+from paint_engine.rollout_hf import Completion, SamplingParams
+from paint_engine.rollout_vllm_core import Core, OwnProcess, deaths, reserved_lora_rank
+from paint_engine.rollout_weights import WeightFiles, WrittenWeights
+
+T = TypeVar("T")
+
+# The most tokens that one forward pass takes. vLLM's own default grows with the GPU, and its
+# start-up measures the memory of a pass of that size, which the trainer then lacks.
+_MAX_BATCHED_TOKENS = 4096
+# vLLM refuses a higher one.
+_MAX_TEMPERATURE = 2.0
+
+
+class VllmEngine:
+    """vLLM beside the trainer; see `rollout.RolloutEngine`.
+
+    model: the student, a PeftModel or, with all of it trained, a causal language model.
+    model_path: what it was loaded from.
+    max_model_len: the longest prompt and completion together, in tokens.
+    max_sequences: how many are decoded at once.
+    gpu_memory_utilization: share of the GPU's memory (on CPUs of the node's, over all its ranks).
+    tensor_parallel_size: consecutive ranks of a node that one engine is spread over; they must
+        call `generate` together.
+    own_process: the engine runs beside this process; not over several ranks.
+
+    Building it and `sync` are collectives of all ranks. Raises ValueError where the settings and
+    the ranks do not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        model_path: str,
+        world: World,
+        *,
+        max_model_len: int,
+        max_sequences: int,
+        gpu_memory_utilization: float,
+        tensor_parallel_size: int = 1,
+        adapter_dir: str | None = None,
+        trust_remote_code: bool = False,
+        own_process: bool = False,
+    ) -> None:
+        _check_ranks(world, tensor_parallel_size, own_process)
+        self._world = world
+        self._own_process = own_process
+        self._group_size = tensor_parallel_size
+        self._head_size = lm_head_weight(model).shape[0]
+        if world.device.type == "cpu":
+            gpu_memory_utilization /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._llm_args: dict[str, Any] = {
+            "model": model_path,
+            "trust_remote_code": trust_remote_code,
+            "dtype": str(compute_dtype(model)).removeprefix("torch."),
+            # Else the model's generation settings would fill in what a request leaves out.
+            "generation_config": "vllm",
+            # Of the distribution that was drawn from: after temperature, top-k and top-p.
+            "logprobs_mode": "processed_logprobs",
+            "seed": 0,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_sequences,
+            "max_num_batched_tokens": max(_MAX_BATCHED_TOKENS, max_sequences),
+            "gpu_memory_utilization": gpu_memory_utilization,
+            **_adapter_args(model),
+        }
+        if world.size > 1 and not own_process:
+            # The ranks are vLLM's workers: the engine joins the trainer's process group and GPU.
+            self._llm_args["distributed_executor_backend"] = "external_launcher"
+            self._llm_args["tensor_parallel_size"] = tensor_parallel_size
+        self._files = WeightFiles(model, world, adapter_dir, per_node=True)
+        self._written: WrittenWeights | None = None
+        self._core = self._build()
+
+    def sync(self, weights_version: int) -> None:
+        """Writes the weights of this moment to files and has the engine read them."""
+        self._written = self._files.write(weights_version)
+        self._alive(lambda core: core.load(self._current()))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        params: SamplingParams,
+        *,
+        base: bool = False,
+        on_batch: Callable[[list[int], list[Completion]], None] | None = None,
+    ) -> list[Completion]:
+        """One completion a prompt, in their order; `on_batch` gets them all at the end."""
+        assert len(prompts) == len(seeds)
+        assert base or self._written is not None, "sync comes before generate"
+        self._check(prompts, params)
+        shares = self._gather((list(prompts), list(seeds)))
+        place = self._world.rank % self._group_size
+        first = sum(len(share[0]) for share in shares[:place])
+        all_prompts = [prompt for share in shares for prompt in share[0]]
+        all_seeds = [seed for share in shares for seed in share[1]]
+        if not all_prompts:
+            return []
+        completions = self._alive(lambda core: core.generate(all_prompts, all_seeds, params, base))[
+            first : first + len(prompts)
+        ]
+        if on_batch is not None:
+            on_batch(list(range(len(prompts))), completions)
+        return completions
+
+    def restart(self) -> None:
+        """Builds the engine anew, with the weights of the last `sync`.
+
+        Raises EngineDied where it dies again, and where it runs in the processes of several ranks:
+        there it can only be built by all of them, which the others do not know of.
+        """
+        if self._world.size > 1 and not self._own_process:
+            raise EngineDied(
+                "an engine inside one of several ranks cannot be rebuilt alone; start the run "
+                "again (torchrun --max-restarts does), or give engines their own processes with "
+                "--rollout.ahead 1"
+            )
+        self._core.close()
+        with deaths():
+            self._core = self._build()
+        if self._written is not None:
+            self._alive(lambda core: core.load(self._current()))
+
+    def close(self) -> None:
+        """Ends the engine and deletes its files."""
+        self._core.close()
+        self._files.close()
+
+    def _build(self) -> Core | OwnProcess:
+        if not self._own_process:
+            return Core(self._llm_args, self._head_size)
+        visible_gpu = None
+        if self._world.device.type == "cuda":
+            listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+            index = self._world.local_rank
+            visible_gpu = listed.split(",")[index] if listed else str(index)
+        return OwnProcess(self._llm_args, self._head_size, visible_gpu)
+
+    def _check(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+        if params.temperature > _MAX_TEMPERATURE:
+            raise ValueError(
+                f"the sampling temperature is {params.temperature}; vLLM takes at most "
+                f"{_MAX_TEMPERATURE}; lower it, or use --rollout.engine builtin"
+            )
+        longest, room = max(map(len, prompts), default=0), self._llm_args["max_model_len"]
+        if longest + params.max_new_tokens > room:
+            raise ValueError(
+                f"a prompt has {longest} tokens and its completion may have "
+                f"{params.max_new_tokens}; the engine was built for {room} together; lower "
+                "max_new_tokens, or leave out longer problems"
+            )
+
+    def _current(self) -> WrittenWeights:
+        assert self._written is not None
+        return self._written
+
+    def _alive(self, ask: Callable[[Any], T]) -> T:
+        if self._own_process:
+            return ask(self._core)
+        with deaths():
+            return ask(self._core)
+
+    def _gather(self, share: T) -> list[T]:
+        """The shares of the ranks that this engine is spread over: all must be given all."""
+        if self._group_size == 1:
+            return [share]
+        from vllm.distributed.parallel_state import (  # pyright: ignore[reportMissingImports]
+            get_tp_group,
+        )
+
+        shares: list[Any] = [None] * self._group_size
+        dist.all_gather_object(shares, share, group=get_tp_group().cpu_group)
+        return shares
+
+
+def _adapter_args(model: nn.Module) -> dict[str, Any]:
+    if not isinstance(model, PeftModel):
+        return {"enable_lora": False}
+    rank = reserved_lora_rank(model)
+    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
+
+
+def _check_ranks(world: World, tensor_parallel_size: int, own_process: bool) -> None:
+    if tensor_parallel_size == 1:
+        return
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if on_node % tensor_parallel_size:
+        raise ValueError(
+            f"rollout.tensor_parallel_size is {tensor_parallel_size} with {on_node} processes on "
+            f"this node ({world.size} in all); needs a number that divides the node's; change it, "
+            "or torchrun's --nproc-per-node"
+        )
+    if own_process:
+        raise ValueError(
+            f"rollout.tensor_parallel_size is {tensor_parallel_size} with rollout.ahead 1, whose "
+            "engines have a process and a GPU each; set one of the two back (to 1, or to 0)"
+        )

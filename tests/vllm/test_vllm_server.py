@@ -1,0 +1,314 @@
+"""A real vLLM server on loopback: rollouts from it, its death, and servers that do not fit."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from torch import nn
+
+from paint_engine.distributed import World
+from paint_engine.rollout import EngineDied
+from paint_engine.rollout_hf import SamplingParams
+from paint_engine.rollout_server import ServerEngine
+
+Prompts = Sequence[tuple[int, ...]]
+START_TIMEOUT_S = 240.0
+
+
+class Served:
+    """`vllm serve` in a session of its own, so that its engine's process ends with it."""
+
+    def __init__(self, model_dir: Path, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._model_dir = model_dir
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        settings = {
+            "model": self._model_dir,
+            "host": "127.0.0.1",
+            "port": self.port,
+            "dtype": "float32",
+            "max-lora-rank": 8,
+            "logprobs-mode": "processed_logprobs",
+            "generation-config": "vllm",
+            "max-model-len": 512,
+            "max-num-seqs": 8,
+        }
+        command += [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+        environment = os.environ | {
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "--enable-lora"],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return
+            except OSError:
+                time.sleep(0.5)
+        self.kill()
+        pytest.fail(f"the server did not start:\n{self._log.read_text()[-4000:]}")
+
+    def kill(self) -> None:
+        """All of its processes but the one that frees Python's shared memory after them."""
+        if self._process is not None:
+            server = psutil.Process(self._process.pid)
+            for process in (server, *server.children(recursive=True)):
+                if not any("resource_tracker" in part for part in process.cmdline()):
+                    process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="module")
+def served(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(model_dir, tmp_path_factory.mktemp("server") / "log.txt")
+    served.start()
+    served.wait()
+    yield served
+    served.kill()
+
+
+@pytest.fixture(scope="module")
+def student(make_student: Callable[..., nn.Module]) -> nn.Module:
+    return make_student()
+
+
+@pytest.fixture
+def engine(
+    served: Served, student: nn.Module, model_dir: Path, world: World
+) -> Iterator[ServerEngine]:
+    engine = ServerEngine(
+        served.url, student, str(model_dir), world, max_sequences=8, restart_timeout_s=240
+    )
+    engine.sync(0)
+    yield engine
+    engine.close()
+
+
+def test_token_ids_stops_and_lengths(
+    engine: ServerEngine, prompts: Prompts, params: SamplingParams
+) -> None:
+    batches: list[int] = []
+    completions = engine.generate(
+        prompts, range(len(prompts)), params, on_batch=lambda indices, _: batches.extend(indices)
+    )
+    assert batches == list(range(len(prompts)))
+    assert {c.truncated for c in completions} == {True, False}
+    for completion in completions:
+        *body, last = completion.token_ids
+        assert not set(params.stop_token_ids) & set(body)
+        assert (last in params.stop_token_ids) == (not completion.truncated)
+        assert len(completion.logprobs) == len(completion.token_ids)
+        # Though the head prefers its padding rows.
+        assert max(completion.token_ids) < params.vocab_size
+
+
+def test_five_steps_each_sample_from_their_own_weights(
+    engine: ServerEngine,
+    student: nn.Module,
+    prompts: Prompts,
+    params: SamplingParams,
+    mismatch: Callable[..., float],
+    train_step: Callable[[nn.Module, int], None],
+    left_in_shared_memory: Callable[[], list[str]],
+) -> None:
+    seeds = range(len(prompts))
+    base = engine.generate(prompts, seeds, params, base=True)
+    assert mismatch(student, prompts, base, params, base=True) < 1e-4
+    for step in range(1, 6):
+        train_step(student, step)
+        engine.sync(step)
+        completions = engine.generate(prompts, seeds, params)
+        assert mismatch(student, prompts, completions, params) < 1e-4, step
+        assert mismatch(student, prompts, completions, params, base=True) > 0.01, step
+        (name,) = left_in_shared_memory()
+        assert len(list(Path("/dev/shm", name).iterdir())) == 1
+    # Only the newest adapter has a name on the server.
+    assert engine._server.get("/v1/models").count('"parent":"') == 1
+
+
+def test_a_server_that_is_killed_and_started_again(
+    engine: ServerEngine,
+    served: Served,
+    student: nn.Module,
+    prompts: Prompts,
+    params: SamplingParams,
+    mismatch: Callable[..., float],
+) -> None:
+    seeds = range(len(prompts))
+    before = engine.generate(prompts, seeds, params)
+    killer = threading.Timer(0.3, served.kill)
+    killer.start()
+    many = 400
+    with pytest.raises(EngineDied, match="is gone"):
+        engine.generate([prompts[0]] * many, range(many), params)
+    killer.join()
+    served.start()
+    engine.restart()
+    after = engine.generate(prompts, seeds, params)
+    assert [c.token_ids for c in after] == [c.token_ids for c in before]
+    assert mismatch(student, prompts, after, params) < 1e-4
+
+
+def test_a_server_that_has_forgotten_the_adapter(
+    engine: ServerEngine, prompts: Prompts, params: SamplingParams
+) -> None:
+    """As one that was started again before anybody noticed."""
+    assert engine._written is not None
+    engine._server.post("/v1/unload_lora_adapter", {"lora_name": engine._written.name})
+    with pytest.raises(EngineDied, match="status 404"):
+        engine.generate(prompts, range(len(prompts)), params)
+    engine.restart()
+    # Every rank restarts by itself: a second one finds the adapter loaded.
+    engine.restart()
+    assert len(engine.generate(prompts, range(len(prompts)), params)) == len(prompts)
+
+
+def test_a_directory_that_the_server_does_not_see(
+    served: Served, student: nn.Module, model_dir: Path, world: World, tmp_path: Path
+) -> None:
+    engine = ServerEngine(
+        served.url, student, str(model_dir), world, max_sequences=8, adapter_dir=str(tmp_path)
+    )
+    write = engine._files.write
+
+    def elsewhere(version: int) -> Any:
+        written = write(version)
+        written.directory.rename(tmp_path / "moved")
+        return written
+
+    engine._files.write = elsewhere
+    with pytest.raises(ValueError, match=r"did not load the adapter in .*--rollout\.adapter_dir"):
+        engine.sync(1)
+    engine.close()
+
+
+def test_refused_requests_and_other_models(
+    engine: ServerEngine,
+    served: Served,
+    student: nn.Module,
+    make_student: Callable[..., nn.Module],
+    model_dir: Path,
+    world: World,
+    params: SamplingParams,
+) -> None:
+    with pytest.raises(ValueError, match="status 400"):
+        engine.generate([(1,) * 600], [0], params)
+    with pytest.raises(ValueError, match="the student is /other/model; start it with"):
+        ServerEngine(served.url, student, "/other/model", world, max_sequences=8)
+    with pytest.raises(ValueError, match="trains all weights"):
+        ServerEngine(served.url, make_student(lora=False), str(model_dir), world, max_sequences=8)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://127.0.0.1:9", r"does not answer .* start it with: VLLM_ALLOW_RUNTIME_LORA"),
+        ("node7:8000", r"rollout\.url is 'node7:8000'; needs"),
+    ],
+)
+def test_no_server(
+    student: nn.Module, model_dir: Path, world: World, url: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ServerEngine(url, student, str(model_dir), world, max_sequences=8)
+
+
+class _Impostor(BaseHTTPRequestHandler):
+    """Answers as a server that was started without one of the needed options."""
+
+    completion: dict[str, Any]
+    loads_adapters: bool
+    model: str
+
+    def _reply(self, status: int, body: object) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        self._reply(200, {"data": [{"id": self.model, "root": self.model, "parent": None}]})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path.endswith("load_lora_adapter"):
+            self._reply(400 if self.loads_adapters else 404, {})
+        else:
+            self._reply(200, {"choices": [self.completion]})
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("loads_adapters", "completion", "message"),
+    [
+        (False, {}, "does not load adapters while it runs; start it with"),
+        (True, {"text": "x"}, "does not return token ids"),
+        (
+            True,
+            {"token_ids": [3], "logprobs": {"token_logprobs": [-2.5]}},
+            "returns raw log-probabilities",
+        ),
+    ],
+)
+def test_servers_started_without_what_is_needed(
+    student: nn.Module,
+    model_dir: Path,
+    world: World,
+    loads_adapters: bool,
+    completion: dict[str, Any],
+    message: str,
+) -> None:
+    fields = {
+        "loads_adapters": loads_adapters,
+        "completion": completion,
+        "model": str(model_dir),
+    }
+    handler = type("Handler", (_Impostor,), fields)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(ValueError, match=message):
+                ServerEngine(
+                    f"http://127.0.0.1:{server.server_port}",
+                    student,
+                    str(model_dir),
+                    world,
+                    max_sequences=8,
+                )
+        finally:
+            server.shutdown()
+            thread.join()
