@@ -1,0 +1,232 @@
+"""What `--dry-run` prints: the configuration, the first batch, and what a step will take."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from paint_engine.config import Config
+from paint_engine.config_toml import to_toml
+from paint_engine.data import batch_indices
+from paint_engine.fit import check_fits, device_memory_bytes
+from paint_engine.masking import mask_solution
+from paint_engine.memory import GIB, Lengths, estimate_memory
+from paint_engine.model import TINY_BASE, add_lora, max_context
+from paint_engine.model_shape import ModelShape, shape_of, step_flops
+from paint_engine.problem_sets import ProblemSet
+from paint_engine.prompts import encode_teacher_prompt
+from paint_engine.types import Problem
+
+_MEASURED_PROMPTS = 256
+"""problems whose teacher's prompts are measured; each takes the tokenizer a millisecond or so"""
+
+
+def meta_model(config: Config) -> nn.Module:
+    """The model that a run would train, with its adapters, without one weight: on the meta device,
+    from its config.json alone.
+
+    Raises ValueError where there is no such model, or adapters that it cannot have.
+    """
+    section = config.model
+    path = str(TINY_BASE) if section.name_or_path == "tiny" else section.name_or_path
+    try:
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"configuration of {section.name_or_path!r} could not be read ({error}): check "
+            "--model.name_or_path; a directory needs the model's config.json"
+        ) from error
+    narrow = config.lora.enabled and section.dtype == "bfloat16"
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            settings,
+            dtype=torch.bfloat16 if narrow else torch.float32,
+            trust_remote_code=section.trust_remote_code,
+            attn_implementation="sdpa",
+        )
+        return add_lora(base, config.lora, config.train.seed)
+
+
+@dataclass(frozen=True)
+class PromptLengths:
+    """Tokens of the students' prompts, of all problems, and of some of the teachers'."""
+
+    student: Sequence[int]
+    teacher: Sequence[int]
+
+    def longest(self, completion: int) -> Lengths:
+        """The longest of each role."""
+        return Lengths(max(self.student), max(self.teacher), completion)
+
+    def typical(self, completion: int) -> Lengths:
+        """The mean of each role."""
+        return Lengths(round(mean(self.student)), round(mean(self.teacher)), completion)
+
+
+def _teacher_prompt(
+    config: Config, tokenizer: PreTrainedTokenizerBase, problem: Problem, context: int
+) -> tuple[int, ...]:
+    """With as little of the solution hidden as ever is."""
+    masking, prompts = config.masking, config.prompts
+    partial_solution = mask_solution(
+        problem.solution,
+        masking.rho_wrong,
+        placement=masking.placement,
+        generator=random.Random(0),
+        marker=masking.marker,
+    )
+    prompt, _ = encode_teacher_prompt(
+        tokenizer,
+        problem,
+        partial_solution,
+        prompts.instruction,
+        thinking=prompts.teacher_thinking,
+        suffix=prompts.teacher_suffix,
+        max_tokens=context - config.rollout.max_new_tokens,
+        marker=masking.marker,
+    )
+    return prompt
+
+
+def prompt_lengths(
+    config: Config, tokenizer: PreTrainedTokenizerBase, train_set: ProblemSet, context: int
+) -> PromptLengths:
+    """Measured over the data set, the teacher's over problems spread evenly through it.
+
+    context: the model's, in tokens.
+    """
+    every = -(-len(train_set.problems) // _MEASURED_PROMPTS)
+    measured = train_set.problems[::every]
+    teacher = [len(_teacher_prompt(config, tokenizer, problem, context)) for problem in measured]
+    return PromptLengths([len(prompt) for prompt in train_set.prompts], teacher)
+
+
+def _first_batch(
+    config: Config, tokenizer: PreTrainedTokenizerBase, train_set: ProblemSet, context: int
+) -> list[str]:
+    """The first problem's prompts in full, and the lengths of the others'."""
+    indices = batch_indices(len(train_set.problems), config.train.batch_size, config.train.seed, 0)
+    problem, student = train_set.problems[indices[0]], train_set.prompts[indices[0]]
+    teacher = _teacher_prompt(config, tokenizer, problem, context)
+    lines = [
+        f"# student's prompt of {problem.problem_id} ({len(student)} tokens)",
+        str(tokenizer.decode(list(student))),
+        "",
+        f"# teacher's prompt of the same at mask ratio {config.masking.rho_wrong} "
+        f"({len(teacher)} tokens)",
+        str(tokenizer.decode(list(teacher))),
+    ]
+    others = [len(train_set.prompts[i]) for i in indices[1:]]
+    if others:
+        lines += [
+            "",
+            f"# and {len(others)} more in the first step, with student's prompts of "
+            f"{min(others)} to {max(others)} tokens",
+        ]
+    return lines
+
+
+def _sizes(config: Config, shape: ModelShape, lengths: PromptLengths) -> list[str]:
+    completion, batch_size = config.rollout.max_new_tokens, config.train.batch_size
+    total = shape.base_parameters + shape.adapter_parameters
+    trained = shape.trained_parameters
+    typical = lengths.typical(completion)
+    flops = step_flops(
+        shape,
+        student_prompt=typical.student_prompt,
+        teacher_prompt=typical.teacher_prompt,
+        completion=completion,
+        checkpointing=config.parallel.activation_checkpointing,
+    )
+    parts = ", ".join(f"{name} {size * batch_size / 1e12:.3g}" for name, size in flops.items())
+    student = batch_size * (typical.student_prompt + completion)
+    teacher = batch_size * (typical.teacher_prompt + completion)
+    return [
+        f"# {total:,} parameters, {trained:,} trainable ({trained / total:.1%})",
+        f"# prompts of {typical.student_prompt} tokens in the mean for the student (at most "
+        f"{max(lengths.student)}), {typical.teacher_prompt} for the teacher (at most "
+        f"{max(lengths.teacher)} in {len(lengths.teacher)} measured)",
+        f"# a step: at most {batch_size * completion:,} completion tokens, {student:,} tokens "
+        f"through the student and {teacher:,} through the teacher",
+        f"# a step: {sum(flops.values()) * batch_size / 1e12:.3g} TFLOP ({parts})",
+    ]
+
+
+def check_run_fits(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    train_set: ProblemSet,
+    model: nn.Module,
+    *,
+    device: torch.device,
+    num_ranks: int,
+) -> None:
+    """Raises ValueError for a run that its GPU has no room for, with the setting to change.
+
+    model: the one to train, with its adapters, not sharded; the meta device will do (`meta_model`).
+    """
+    lengths = prompt_lengths(config, tokenizer, train_set, max_context(model))
+    check_fits(
+        shape_of(model),
+        config=config,
+        lengths=lengths.longest(config.rollout.max_new_tokens),
+        num_ranks=num_ranks,
+        device_memory_bytes=device_memory_bytes(config.parallel, device),
+    )
+
+
+def describe(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    train_set: ProblemSet,
+    eval_set: ProblemSet | None,
+    model: nn.Module,
+    *,
+    device: torch.device,
+    num_ranks: int,
+) -> str:
+    """The whole report, whether the run fits or not (`check_run_fits`).
+
+    model: the one to train, with its adapters, not sharded; the meta device will do (`meta_model`).
+    """
+    shape, context = shape_of(model), max_context(model)
+    lengths = prompt_lengths(config, tokenizer, train_set, context)
+    completion = config.rollout.max_new_tokens
+    checkpointing = not config.parallel.activation_checkpointing
+    parallel = config.parallel.model_copy(update={"activation_checkpointing": checkpointing})
+    other = config.model_copy(update={"parallel": parallel})
+    longest, typical, otherwise = (
+        estimate_memory(
+            shape,
+            config=estimated,
+            lengths=roles,
+            num_ranks=num_ranks,
+            device_memory_bytes=device_memory_bytes(config.parallel, device),
+        )
+        for estimated, roles in (
+            (config, lengths.longest(completion)),
+            (config, lengths.typical(completion)),
+            (other, lengths.longest(completion)),
+        )
+    )
+    processors = "a CPU" if longest.device_memory_bytes is None else "a GPU"
+    num_held_out = len(eval_set.problems) if eval_set else 0
+    return "\n".join(
+        (
+            to_toml(config),
+            f"# {len(train_set.problems)} training problems, {num_held_out} held-out problems",
+            *_sizes(config, shape, lengths),
+            "",
+            *_first_batch(config, tokenizer, train_set, context),
+            "",
+            f"# memory that each of {num_ranks} processes takes on {processors}, in GiB, with the "
+            f"longest prompts (with typical ones {typical.total_bytes / GIB:.3f})",
+            longest.table(),
+            f"{otherwise.total_bytes / GIB:9.3f}  {'with' if checkpointing else 'without'} "
+            "activation checkpointing",
+        )
+    )

@@ -1,0 +1,174 @@
+"""The report of a dry run: from a config.json alone, with no weights anywhere."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from paint_engine.cli import load_config
+from paint_engine.config import Config, LoraSection
+from paint_engine.data import batch_indices
+from paint_engine.dry_run import check_run_fits, describe, meta_model, prompt_lengths
+from paint_engine.model import add_lora, causal_lm
+from paint_engine.model_shape import shape_of, step_flops
+from paint_engine.problem_sets import ProblemSet, load_train_set
+
+CPU = torch.device("cpu")
+# Of the published checkpoints, as the hub counts them.
+PUBLISHED = {
+    "1.7b": (2048, 28, 16, 6144, True, 1_720_574_976),
+    "4b": (2560, 36, 32, 9728, True, 4_022_468_096),
+    "8b": (4096, 36, 32, 12288, False, 8_190_735_360),
+}
+
+
+def write_config(directory: Path, name: str) -> None:
+    hidden, layers, heads, intermediate, tied, _ = PUBLISHED[name]
+    Qwen3Config(
+        vocab_size=151936,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=intermediate,
+        tie_word_embeddings=tied,
+        max_position_embeddings=40960,
+    ).save_pretrained(directory)
+
+
+def config_of(directory: Path, *options: str) -> Config:
+    fixed = ("--preset", "paint-qwen3-8b", "--data.path", "tiny", "--rollout.engine", "vllm")
+    named = ("--model.name_or_path", str(directory), "--eval.enabled", "false")
+    return load_config([*fixed, *named, "--data.max_rows", "300", *options]).config
+
+
+def train_set_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> ProblemSet:
+    return load_train_set(config, tokenizer, 40960, lambda _: None)
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_the_sizes_of_published_models_follow_from_their_configuration(
+    name: str, tmp_path: Path
+) -> None:
+    write_config(tmp_path, name)
+    model = meta_model(config_of(tmp_path))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    shape = shape_of(model)
+    assert shape.base_parameters == PUBLISHED[name][-1]
+    whole = shape_of(meta_model(config_of(tmp_path, "--lora.enabled", "false")))
+    assert whole.trained_parameters == whole.base_parameters == shape.base_parameters
+    # Rank 64 on seven matrices a layer: r (inputs + outputs) each.
+    hidden, layers, heads, intermediate, _, _ = PUBLISHED[name]
+    queries, keys = 128 * heads, 128 * 8
+    attention = 2 * (hidden + queries) + 2 * (hidden + keys)
+    assert shape.adapter_parameters == layers * 64 * (attention + 3 * (hidden + intermediate))
+
+
+def test_the_report_shows_the_settings_the_first_batch_and_the_memory(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    write_config(tmp_path, "8b")
+    config = config_of(tmp_path, "--parallel.device_memory_gb", "80")
+    train_set, model = train_set_of(config, tokenizer), meta_model(config)
+    report = describe(config, tokenizer, train_set, None, model, device=CPU, num_ranks=8)
+    assert 'placement = "suffix"' in report
+    assert "# 300 training problems, 0 held-out problems" in report
+    assert "# 8,365,323,264 parameters, 174,587,904 trainable (2.1%)" in report
+    assert "at most 32,768 completion tokens" in report
+    first = batch_indices(300, config.train.batch_size, config.train.seed, 0)[0]
+    assert f"student's prompt of {train_set.problems[first].problem_id} (" in report
+    assert str(tokenizer.decode(list(train_set.prompts[first]))) in report
+    assert report.count("<|im_start|>assistant") == 2
+    assert "...(omitted)..." in report
+    assert "# and 31 more in the first step" in report
+    assert "TFLOP" in report
+    assert "each of 8 processes takes on a GPU" in report
+    for part in ("frozen base", "optimizer", "vLLM", "CUDA context", "NCCL", "<- peak"):
+        assert part in report
+    assert "activation checkpointing" in report.rpartition("# memory")[2]
+
+
+def test_a_run_without_room_is_reported_in_full_and_then_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    write_config(tmp_path, "8b")
+    config = config_of(tmp_path, "--parallel.device_memory_gb", "24")
+    train_set, model = train_set_of(config, tokenizer), meta_model(config)
+    report = describe(config, tokenizer, train_set, None, model, device=CPU, num_ranks=1)
+    assert "of 24.0" in report
+    with pytest.raises(ValueError, match=r"of each GPU at its peak .* a GPU has 24\.0 GiB"):
+        check_run_fits(config, tokenizer, train_set, model, device=CPU, num_ranks=1)
+
+
+def test_on_a_cpu_there_is_no_gpu_s_share(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    write_config(tmp_path, "1.7b")
+    config = config_of(tmp_path)
+    train_set, model = train_set_of(config, tokenizer), meta_model(config)
+    report = describe(config, tokenizer, train_set, None, model, device=CPU, num_ranks=1)
+    assert "each of 1 processes takes on a CPU" in report
+    assert "CUDA context" not in report
+    check_run_fits(config, tokenizer, train_set, model, device=CPU, num_ranks=1)
+
+
+def test_prompts_are_measured_over_the_data(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    write_config(tmp_path, "1.7b")
+    config = config_of(tmp_path)
+    train_set = train_set_of(config, tokenizer)
+    lengths = prompt_lengths(config, tokenizer, train_set, 40960)
+    assert list(lengths.student) == [len(prompt) for prompt in train_set.prompts]
+    assert len(lengths.teacher) == 150
+    assert lengths.longest(10).student_prompt == max(lengths.student)
+    assert lengths.typical(10).teacher_prompt == round(sum(lengths.teacher) / 150)
+    tight = 10 + config.rollout.max_new_tokens + min(lengths.teacher)
+    assert max(prompt_lengths(config, tokenizer, train_set, tight).teacher) <= tight - 1024
+
+
+def test_a_directory_without_a_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"needs the model's config\.json"):
+        meta_model(config_of(tmp_path))
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_operations_are_those_that_pytorch_counts(lora: bool, checkpointing: bool) -> None:
+    base = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=500,
+            hidden_size=64,
+            num_hidden_layers=12,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            intermediate_size=192,
+        )
+    )
+    model = add_lora(base, LoraSection(enabled=lora, rank=4), 0)
+    prompt, completion = 3, 5
+    length = prompt + completion
+    ids = torch.zeros(1, length, dtype=torch.long)
+    with FlopCounterMode(display=False) as forward:
+        states = causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
+    with FlopCounterMode(display=False) as backward:
+        states.sum().backward()
+    shape = shape_of(model)
+    flops = step_flops(
+        shape,
+        student_prompt=prompt,
+        teacher_prompt=prompt,
+        completion=completion,
+        checkpointing=checkpointing,
+    )
+    # Of an attention this short nearly nothing; the first layer's inputs need no gradient.
+    assert flops["student"] == pytest.approx(forward.get_total_flops(), rel=0.05)
+    recomputed = flops["student"] * checkpointing
+    assert flops["backward"] - recomputed == pytest.approx(backward.get_total_flops(), rel=0.05)
+    assert flops["loss"] == 2 * shape.head_parameters * completion * (3 if lora else 4)
