@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.config import EvalSection
+from paint_engine.distributed import World, my_share
 from paint_engine.metrics import read_jsonl
-from paint_engine.model import causal_lm
-from paint_engine.rollout import request_seed, sampling_params, to_rollout
-from paint_engine.rollout_hf import Completion, generate
+from paint_engine.rollout import RolloutEngine, request_seed, to_rollout
+from paint_engine.rollout_hf import Completion, SamplingParams
 from paint_engine.types import Problem
 from paint_engine.verify import check_answer
 
@@ -95,23 +94,32 @@ def paired_bootstrap(
     return PairedDifference(float(per_problem.mean()), float(low), float(high))
 
 
+def my_requests(num_problems: int, num_samples: int, world: World) -> list[tuple[int, int]]:
+    """(problem, sample) indices of this rank's share of an evaluation."""
+    return my_share([(i, j) for i in range(num_problems) for j in range(num_samples)], world)
+
+
 def evaluate(
-    model: nn.Module,
+    engine: RolloutEngine,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     prompts: Sequence[tuple[int, ...]],
     section: EvalSection,
+    params: SamplingParams,
     *,
     seed: int,
+    world: World,
+    base: bool,
     on_samples: Callable[[list[EvalSample]], None],
 ) -> list[EvalSample]:
-    """`section.num_samples` answers to every problem, checked; in the problems' order.
+    """This rank's share of `section.num_samples` answers to every problem, checked.
+
+    base: from the model as it was before training.
 
     The seed of a sample depends on (seed, problem, index) alone: two evaluations draw the same
     random numbers, which makes their difference less noisy. `on_samples` sees each finished group.
     """
-    params = sampling_params(section, model, tokenizer)
-    requests = [(i, j) for i in range(len(problems)) for j in range(section.num_samples)]
+    requests = my_requests(len(problems), section.num_samples, world)
     finished: dict[int, EvalSample] = {}
 
     def check(indices: list[int], completions: list[Completion]) -> None:
@@ -133,12 +141,11 @@ def evaluate(
             group.append(finished[index])
         on_samples(group)
 
-    generate(
-        causal_lm(model),
+    engine.generate(
         [prompts[i] for i, _ in requests],
         [request_seed("eval", seed, problems[i].problem_id, j) for i, j in requests],
         params,
-        max_sequences=section.max_sequences,
+        base=base,
         on_batch=check,
     )
     return [finished[index] for index in range(len(requests))]

@@ -5,17 +5,26 @@ import sys
 from types import FrameType
 from typing import Self
 
+from paint_engine.distributed import gather_objects
+
 
 class Stopped(Exception):
-    """The user asked the run to stop; everything up to the last finished step is intact."""
+    """A signal asked the run to stop; everything up to the last finished step is intact."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
 
 
 class StopRequest:
-    """While entered, the first signal is a request that `check` honours; the second interrupts at
-    once."""
+    """While entered, the first signal is a request that `check` honours.
+
+    A second Ctrl-C interrupts at once. A second SIGTERM does not: a scheduler and torchrun may both
+    send one.
+    """
 
     def __init__(self) -> None:
-        self._requested = False
+        self._signal: int | None = None
 
     def __enter__(self) -> Self:
         self._previous = {
@@ -29,15 +38,24 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._requested:
-            raise KeyboardInterrupt
-        self._requested = True
+        if self._signal is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self._signal = number
         print(
-            "\nstopping after this step or evaluation batch (again: at once, without saving)",
+            "\nstopping after this step or evaluation batch (Ctrl-C again: at once, without "
+            "saving)",
             file=sys.stderr,
         )
 
     def check(self) -> None:
-        """Raises Stopped where a signal has come."""
-        if self._requested:
-            raise Stopped
+        """Raises Stopped where a signal has come to this process."""
+        if self._signal is not None:
+            raise Stopped(self._signal)
+
+    def check_together(self) -> None:
+        """Raises Stopped on every rank where a signal has come to any. A collective."""
+        for number in gather_objects(self._signal):
+            if number is not None:
+                raise Stopped(number)

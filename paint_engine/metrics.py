@@ -88,6 +88,22 @@ def _json_line(record: Mapping[str, Any]) -> bytes:
     return ("{" + ", ".join(parts) + "}\n").encode()
 
 
+class Diverged(Exception):
+    """A step's metrics are not finite: the training cannot go on from here."""
+
+
+def check_finite(metrics: Mapping[str, float]) -> None:
+    """Raises Diverged where a metric is no finite number; names it and the step."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise Diverged(
+                f"metric '{name}' of step {metrics['step']} is {value!r}; a finite number is "
+                "needed: the training has diverged. Start a new run with a lower "
+                "optim.learning_rate or optim.max_grad_norm; the checkpoints of the steps before "
+                "are kept."
+            )
+
+
 class MetricsWriter:
     """Writes a run's `metrics.jsonl` and `samples.jsonl`, and TensorBoard and W&B where asked.
 
@@ -120,18 +136,7 @@ class MetricsWriter:
         self._samples = _open_lines(run_dir / SAMPLES_FILE, resume_step)
 
     def write(self, metrics: Mapping[str, float]) -> None:
-        """Append one step's metrics, `step` (1-based) among them.
-
-        Raises:
-            ValueError: a value is no finite number; names the metric and the step.
-        """
-        for name, value in metrics.items():
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(
-                    f"metric '{name}' of step {metrics['step']} is {value!r}; a finite number is "
-                    "needed. If it is NaN or infinite the training has diverged: start a new run "
-                    "with a lower optim.learning_rate or optim.max_grad_norm."
-                )
+        """Append one step's metrics, `step` (1-based) among them, all finite (`check_finite`)."""
         self._metrics.write(_json_line(metrics))
         step = int(metrics["step"])
         numbers = {name: value for name, value in metrics.items() if name != "step"}

@@ -11,6 +11,7 @@ from paint_engine.types import PrivilegedRollout
 
 def _record(
     step: int,
+    place: int,
     item: PrivilegedRollout,
     output: PaintLossOutput,
     tokens: slice,
@@ -21,6 +22,7 @@ def _record(
     found = find_anchors(rollout.text, anchors)
     return {
         "step": step,
+        "place": place,
         "problem_id": problem.problem_id,
         "problem": problem.problem,
         "solution": problem.solution,
@@ -48,14 +50,16 @@ def sample_records(
     output: PaintLossOutput,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, object]]:
-    """One JSON-ready record for each of the micro-batch's `items` that is among `kept`.
+    """One JSON-ready record for each of the micro-batch's `items` that is among `kept`, the first
+    of the batch; `place` is where it is in it.
 
     output: the micro-batch's losses, the items' tokens in their order.
     """
     records, start = [], 0
     for item in items:
         end = start + len(item.rollout.completion_ids)
-        if any(item is candidate for candidate in kept):
-            records.append(_record(step, item, output, slice(start, end), tokenizer))
+        for place, candidate in enumerate(kept):
+            if item is candidate:
+                records.append(_record(step, place, item, output, slice(start, end), tokenizer))
         start = end
     return records

@@ -1,55 +1,65 @@
 """Everything a run is built from, in order: data, prompts, base, adapters, teacher, optimizer,
-directory."""
+directory, sampler."""
 
-import datetime
-import importlib.metadata
-import json
 import math
-import os
-import platform
-import random
-import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 
+from paint_engine.attention import adopt_attention, pick_attention
 from paint_engine.checkpoint import load_checkpoint
 from paint_engine.cli import CommandLine
-from paint_engine.config import Config, OptimSection, to_toml
-from paint_engine.data import load_problems
-from paint_engine.masking import mask_solution
+from paint_engine.config import Config, OptimSection
+from paint_engine.config_toml import to_toml
+from paint_engine.distributed import (
+    World,
+    gather_objects,
+    launched_ranks,
+    my_share,
+    raise_together,
+)
+from paint_engine.dry_run import check_run_fits, describe, meta_model
 from paint_engine.model import (
     add_lora,
+    checkpoint_activations,
+    compute_dtype,
     lm_head_weight,
     load_base,
     load_tokenizer,
     max_context,
     pick_device,
+    resolve_model,
+    shard_model,
 )
-from paint_engine.prompts import encode_student_prompt, encode_teacher_prompt
+from paint_engine.problem_sets import (
+    ProblemSet,
+    load_eval_set,
+    load_train_set,
+    longest_sequence,
+    step_requests,
+)
 from paint_engine.report import CONFIG_FILE
+from paint_engine.rollout import (
+    BuiltinEngine,
+    Requests,
+    RolloutEngine,
+    Sampled,
+    Sampler,
+    sampling_params,
+    uses_vllm,
+)
+from paint_engine.rollout_hf import Completion, SamplingParams
+from paint_engine.rollout_server import ServerEngine
+from paint_engine.rollout_vllm import VllmEngine
+from paint_engine.run_dir import choose_run_dir, recorded_name, write_versions
 from paint_engine.teacher import FixedTeacher
-from paint_engine.types import Problem
-
-VERSIONS_FILE = "versions.json"
-_PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "math-verify", "safetensors")
-
-
-@dataclass(frozen=True)
-class ProblemSet:
-    """Problems and the student's prompt ids for each, in one order.
-
-    `num_skipped` rows of the source were bad or too long, and were skipped as asked.
-    """
-
-    problems: tuple[Problem, ...]
-    prompts: tuple[tuple[int, ...], ...]
-    num_skipped: int
+from paint_engine.timings import Timings
 
 
 @dataclass
@@ -62,20 +72,19 @@ class Run:
     config: Config
     name: str
     run_dir: Path
-    device: torch.device
+    world: World
     tokenizer: PreTrainedTokenizerBase
     model: nn.Module
     teacher: FixedTeacher
     optimizer: torch.optim.Optimizer
     train_set: ProblemSet
     eval_set: ProblemSet | None
+    attention: str
+    sampler: Sampler
+    eval_engine: RolloutEngine
+    timings: Timings
     step: int = 0
     seconds_train: float = 0.0
-
-    @property
-    def attention(self) -> str:
-        """Rows padded to a rectangle, unless the configuration asks for packing."""
-        return "packed" if self.config.model.attention == "packed" else "padded"
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -86,6 +95,11 @@ class Run:
     def max_teacher_prompt(self) -> int:
         """Tokens that the teacher's prompt may take beside the longest completion."""
         return max_context(self.model) - self.config.rollout.max_new_tokens
+
+    @property
+    def eval_params(self) -> SamplingParams:
+        """How the evaluations' answers are drawn."""
+        return sampling_params(self.config.eval, self.model, self.tokenizer)
 
 
 def learning_rate(section: OptimSection, step: int, num_steps: int) -> float:
@@ -112,15 +126,6 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Opti
     )
 
 
-def _check_length(problem: Problem, num_tokens: int, room: int, role: str, limit_key: str) -> None:
-    if num_tokens > room:
-        raise ValueError(
-            f"{problem.problem_id}: the {role}'s prompt takes {num_tokens} tokens, but the model's "
-            f"context leaves {room} beside a completion: lower --{limit_key}, or leave out this "
-            "problem" + ("" if role == "evaluation" else " with --data.max_prompt_tokens")
-        )
-
-
 def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase, base: nn.Module) -> None:
     num_rows = lm_head_weight(base).shape[0]
     top_k = config.objective.teacher_top_k
@@ -137,207 +142,186 @@ def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase, base: 
         )
 
 
-def load_train_set(config: Config, tokenizer: PreTrainedTokenizerBase, context: int) -> ProblemSet:
-    """Training problems with prompts that fit: the student's, and the teacher's without its
-    solution."""
-    data, prompts = config.data, config.prompts
-    loaded = load_problems(
-        data.path,
-        split=data.split,
-        columns=data.columns,
-        on_bad_row=data.on_bad_row,
-        max_rows=data.max_rows,
-    )
-    room = context - config.rollout.max_new_tokens
-    kept: list[Problem] = []
-    kept_prompts: list[tuple[int, ...]] = []
-    for problem in loaded.problems:
-        student = encode_student_prompt(
-            tokenizer, problem, prompts.instruction, thinking=prompts.student_thinking
-        )
-        if data.max_prompt_tokens is not None and len(student) > data.max_prompt_tokens:
-            continue
-        _check_length(problem, len(student), room, "student", "rollout.max_new_tokens")
-        teacher, _ = encode_teacher_prompt(
-            tokenizer,
-            problem,
-            config.masking.marker,
-            prompts.instruction,
-            thinking=prompts.teacher_thinking,
-            suffix=prompts.teacher_suffix,
-            marker=config.masking.marker,
-        )
-        _check_length(problem, len(teacher), room, "teacher", "rollout.max_new_tokens")
-        kept.append(problem)
-        kept_prompts.append(student)
-    if not kept:
-        raise ValueError(
-            f"{data.path}: all {len(loaded.problems)} problems have prompts longer than "
-            f"data.max_prompt_tokens = {data.max_prompt_tokens}: raise it"
-        )
-    num_long = len(loaded.problems) - len(kept)
-    if loaded.num_skipped or num_long:
-        long = f" and {num_long} with more than {data.max_prompt_tokens} prompt tokens"
-        print(
-            f"{data.path}: kept {len(kept)} problems, skipped {loaded.num_skipped} bad rows"
-            + (long if num_long else "")
-        )
-    return ProblemSet(tuple(kept), tuple(kept_prompts), loaded.num_skipped + num_long)
+def find_run_dir(command: CommandLine, world: World) -> tuple[Path, bool]:
+    """The run's directory, the same on every rank, and whether training goes on there.
+
+    It does with `--resume`, and, where there is a checkpoint, with `run.auto_resume` or after
+    torchrun has started the processes again.
+    """
+    if command.resume is not None:
+        return command.resume, True
+    choice, error = None, None
+    if world.is_main:
+        try:
+            choice = choose_run_dir(command.config, command.preset or "run")
+        except ValueError as refused:
+            error = str(refused)
+    raise_together(error)
+    choice = gather_objects(choice)[0]
+    assert choice is not None
+    return choice
 
 
-def load_eval_set(
-    config: Config, tokenizer: PreTrainedTokenizerBase, context: int
-) -> ProblemSet | None:
-    """Held-out problems with the prompts that the student is evaluated on; None where that is
-    off."""
-    section = config.eval
-    if not section.enabled:
+def make_engines(
+    config: Config,
+    model: nn.Module,
+    teacher: FixedTeacher,
+    world: World,
+    max_model_len: int,
+) -> tuple[RolloutEngine, RolloutEngine]:
+    """What samples the rollouts, and what samples in evaluations: vLLM does both."""
+    section, name = config.rollout, resolve_model(config.model.name_or_path)
+    if not uses_vllm(section):
+        return (
+            BuiltinEngine(model, teacher.scoring, section.max_sequences),
+            BuiltinEngine(model, teacher.scoring, config.eval.max_sequences),
+        )
+    if section.url is not None:
+        engine = ServerEngine(
+            section.url,
+            model,
+            name,
+            world,
+            max_sequences=section.max_sequences,
+            adapter_dir=section.adapter_dir,
+        )
+    else:
+        engine = VllmEngine(
+            model,
+            name,
+            world,
+            max_model_len=max_model_len,
+            max_sequences=section.max_sequences,
+            gpu_memory_utilization=section.gpu_memory_utilization,
+            tensor_parallel_size=section.tensor_parallel_size,
+            adapter_dir=section.adapter_dir,
+            trust_remote_code=config.model.trust_remote_code,
+            own_process=section.ahead == 1,
+        )
+    return engine, engine
+
+
+def _sampled_ahead(state: dict[str, Any], world: World) -> Sampled | None:
+    """This rank's part of the completions that a checkpoint keeps."""
+    ahead = state["sampled_ahead"]
+    if ahead is None:
         return None
-    loaded = load_problems(
-        section.path,
-        split=section.split,
-        columns=section.columns,
-        on_bad_row=config.data.on_bad_row,
-        max_rows=section.num_problems,
-        section="eval",
-    )
-    if loaded.num_skipped:
-        print(f"{section.path}: skipped {loaded.num_skipped} bad rows")
-    encoded = []
-    for problem in loaded.problems:
-        ids = encode_student_prompt(
-            tokenizer, problem, config.prompts.instruction, thinking=section.thinking
-        )
-        room = context - section.max_new_tokens
-        _check_length(problem, len(ids), room, "evaluation", "eval.max_new_tokens")
-        encoded.append(ids)
-    return ProblemSet(loaded.problems, tuple(encoded), loaded.num_skipped)
+    completions = [Completion(tuple(ids), tuple(logprobs), cut) for ids, logprobs, cut in ahead[1]]
+    return Sampled(int(state["step"]), ahead[0], my_share(completions, world))
 
 
-def _make_run_dir(config: Config, name: str) -> Path:
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    run_dir = Path(config.run.dir or f"runs/{name}-{stamp}-{os.getpid()}")
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        # Only what is recognisably a run may be replaced: a mistyped directory must not be emptied.
-        is_run = (run_dir / CONFIG_FILE).is_file() and (run_dir / VERSIONS_FILE).is_file()
-        is_around = Path.cwd().is_relative_to(run_dir.resolve())
-        if not config.run.overwrite or not is_run or is_around:
-            raise ValueError(
-                f"run directory {run_dir} exists already: go on with it by --resume {run_dir}, "
-                "choose another with --run.dir, or replace an earlier run with --run.overwrite true"
-            )
-        shutil.rmtree(run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+def _load_progress(
+    run_dir: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    num_steps: int,
+    world: World,
+    say: Callable[[str], object],
+) -> dict[str, Any]:
+    """The state of the newest intact checkpoint, which is loaded."""
+    state = load_checkpoint(run_dir, model, optimizer, world=world, warn=say)
+    if state is None:
         raise ValueError(
-            f"run directory {run_dir} cannot be made ({error}): choose another with --run.dir"
-        ) from error
-    return run_dir
+            f"{run_dir} has no complete checkpoint under checkpoints/: the run stopped before its "
+            f"first; start it again with --config {run_dir}/{CONFIG_FILE} --run.dir {run_dir} "
+            "--run.overwrite true"
+        )
+    if num_steps < state["step"]:
+        raise ValueError(
+            f"train.num_steps is {num_steps}, but {run_dir} has already done {state['step']}: "
+            "give at least as many with --train.num_steps"
+        )
+    return state
 
 
-def _write_versions(run_dir: Path, name: str) -> None:
-    versions: dict[str, object] = {"preset": name, "command": sys.argv}
-    versions |= {"python": platform.python_version(), "num_threads": torch.get_num_threads()}
-    for package in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    (run_dir / VERSIONS_FILE).write_text(json.dumps(versions, indent=2) + "\n")
+def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
+    """What `--dry-run` shows. Everything is checked but the weights, of which none is loaded.
+
+    Raises ValueError as `build_run` does; for a run that does not fit, after all has been shown.
+    """
+    config, device = command.config, pick_device(command.config.train.device)
+    tokenizer, model = load_tokenizer(config.model), meta_model(config)
+    _check_vocabulary(config, tokenizer, model)
+    train_set = load_train_set(config, tokenizer, max_context(model), show)
+    eval_set = load_eval_set(config, tokenizer, max_context(model), show)
+    num_ranks = launched_ranks()
+    show(
+        describe(config, tokenizer, train_set, eval_set, model, device=device, num_ranks=num_ranks)
+    )
+    check_run_fits(config, tokenizer, train_set, model, device=device, num_ranks=num_ranks)
 
 
-def _recorded_name(run_dir: Path | None) -> str:
-    if run_dir is None:
-        return "run"
-    return json.loads((run_dir / VERSIONS_FILE).read_text())["preset"]
-
-
-def build_run(command: CommandLine) -> Run:
+def build_run(command: CommandLine, world: World) -> Run:
     """Loads and builds everything; the run directory comes last, so that a mistake leaves none
     behind.
 
     Raises ValueError for whatever the user can mend: data, model, lengths, device, directory.
     """
-    config = command.config
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but this version trains on one device: "
-            "start it without torchrun"
-        )
-    device = pick_device(config.train.device)
+    config, device = command.config, world.device
+    say = print if world.is_main else lambda text: None
+    # Nothing here draws from the global generators; a library that does is then repeatable.
+    set_seed(config.train.seed)
     tokenizer = load_tokenizer(config.model)
-    base = load_base(config.model, device, trains_base=not config.lora.enabled)
+    sharded = world.size > 1 and config.parallel.shard == "full"
+    # Sharding takes each layer's share to the device: none ever holds the whole model.
+    base = load_base(config.model, device, trains_base=not config.lora.enabled, on_cpu=sharded)
     _check_vocabulary(config, tokenizer, base)
-    context = max_context(base)
-    train_set = load_train_set(config, tokenizer, context)
-    eval_set = load_eval_set(config, tokenizer, context)
+    attention = pick_attention(config.model.attention, device, compute_dtype(base))
+    adopt_attention(base, attention)
+    train_set = load_train_set(config, tokenizer, max_context(base), say)
+    eval_set = load_eval_set(config, tokenizer, max_context(base), say)
     model = add_lora(base, config.lora, config.train.seed)
+    check_run_fits(config, tokenizer, train_set, model, device=device, num_ranks=world.size)
     teacher = FixedTeacher(model)
+    if config.parallel.activation_checkpointing:
+        checkpoint_activations(model)
+    if sharded:
+        for module in filter(None, (model, teacher.copy)):
+            shard_model(module, world)
     optimizer = build_optimizer(model, config.optim)
-    name = command.preset or _recorded_name(command.resume)
-    if command.dry_run:
-        run_dir = Path(config.run.dir or "runs")
-    elif command.resume is not None:
-        run_dir = command.resume
-    else:
-        run_dir = _make_run_dir(config, name)
-        _write_versions(run_dir, name)
-    run = Run(
-        config, name, run_dir, device, tokenizer, model, teacher, optimizer, train_set, eval_set
+    run_dir, resumes = find_run_dir(command, world)
+    name = recorded_name(run_dir) if resumes else command.preset or "run"
+    state: dict[str, Any] = {"step": 0, "seconds_train": 0.0, "sampled_ahead": None}
+    if resumes:
+        state = _load_progress(run_dir, model, optimizer, config.train.num_steps, world, say)
+
+    def requests(step: int) -> Requests:
+        mine = step_requests(config, train_set, step, world)
+        return Requests(tuple(prompt for _, _, prompt, _ in mine), tuple(seed for *_, seed in mine))
+
+    longest = longest_sequence(config, train_set, eval_set)
+    engine, eval_engine = make_engines(config, model, teacher, world, longest)
+    timings = Timings()
+    sampler = Sampler(
+        engine,
+        requests,
+        sampling_params(config.rollout, model, tokenizer),
+        ahead=config.rollout.ahead == 1,
+        timings=timings,
+        warn=lambda text: print(f"rank {world.rank}: {text}", file=sys.stderr),
+        pending=_sampled_ahead(state, world),
     )
-    if command.resume is not None:
-        state = load_checkpoint(run_dir, model, optimizer)
-        run.step, run.seconds_train = int(state["step"]), state["seconds_train"]
-        if config.train.num_steps < run.step:
-            raise ValueError(
-                f"train.num_steps is {config.train.num_steps}, but {run_dir} has already done "
-                f"{run.step}: give at least as many with --train.num_steps"
-            )
-    if not command.dry_run:
+    # Nothing that the user can mend comes after this, so that a mistake leaves no run behind.
+    if world.is_main:
+        if not resumes:
+            write_versions(run_dir, name, world.size)
         # After a resume too: the next one is to go on with what this one was told.
         (run_dir / CONFIG_FILE).write_text(to_toml(config))
-    return run
-
-
-def describe(run: Run) -> str:
-    """What `--dry-run` prints: the configuration, the sizes and the first prompts, special tokens
-    shown."""
-    config, problem = run.config, run.train_set.problems[0]
-    num_parameters = sum(p.numel() for p in run.model.parameters())
-    num_trainable = sum(p.numel() for p in run.parameters)
-    partial_solution = mask_solution(
-        problem.solution,
-        config.masking.rho_wrong,
-        placement=config.masking.placement,
-        generator=random.Random(0),
-        marker=config.masking.marker,
-    )
-    teacher_prompt, _ = encode_teacher_prompt(
-        run.tokenizer,
-        problem,
-        partial_solution,
-        config.prompts.instruction,
-        thinking=config.prompts.teacher_thinking,
-        suffix=config.prompts.teacher_suffix,
-        max_tokens=run.max_teacher_prompt,
-        marker=config.masking.marker,
-    )
-    num_held_out = len(run.eval_set.problems) if run.eval_set else 0
-    student_prompt = run.train_set.prompts[0]
-    longest = config.train.batch_size * config.rollout.max_new_tokens
-    share = num_trainable / num_parameters
-    return "\n".join(
-        (
-            to_toml(config),
-            f"# {len(run.train_set.problems)} training problems, {num_held_out} held-out problems",
-            f"# {num_parameters:,} parameters, {num_trainable:,} trainable ({share:.1%}), "
-            f"on {run.device}",
-            f"# at most {longest:,} completion tokens a step",
-            "",
-            f"# student's prompt of {problem.problem_id} ({len(student_prompt)} tokens)",
-            str(run.tokenizer.decode(list(student_prompt))),
-            "",
-            f"# teacher's prompt of the same at mask ratio {config.masking.rho_wrong} "
-            f"({len(teacher_prompt)} tokens)",
-            str(run.tokenizer.decode(list(teacher_prompt))),
-        )
+    return Run(
+        config=config,
+        name=name,
+        run_dir=run_dir,
+        world=world,
+        tokenizer=tokenizer,
+        model=model,
+        teacher=teacher,
+        optimizer=optimizer,
+        train_set=train_set,
+        eval_set=eval_set,
+        attention=attention,
+        sampler=sampler,
+        eval_engine=eval_engine,
+        timings=timings,
+        step=int(state["step"]),
+        seconds_train=state["seconds_train"],
     )

@@ -1,12 +1,14 @@
 """What a run came to: `summary.json` and the lines printed at its end."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from paint_engine.evaluate import (
+    Evaluation,
     avg_at_k,
     correct_matrix,
     evaluation_settings,
@@ -16,6 +18,17 @@ from paint_engine.evaluate import (
 )
 from paint_engine.report import SUMMARY_FILE
 from paint_engine.setup import Run
+
+
+def best_step(evaluations: Mapping[int, Evaluation]) -> int | None:
+    """The training step with the highest Avg@k, of equals the later one; None where there is
+    none."""
+    averages = {
+        step: avg_at_k(correct_matrix(evaluation.samples))
+        for step, evaluation in evaluations.items()
+        if step > 0
+    }
+    return max(averages, key=lambda step: (averages[step], step), default=None)
 
 
 def summarise(run: Run) -> dict[str, Any]:
@@ -34,9 +47,7 @@ def summarise(run: Run) -> dict[str, Any]:
     paired = None
     if 0 in correct and last in correct:
         paired = paired_bootstrap(correct[0], correct[last])
-    trained = {step: average for step, average in averages.items() if step > 0}
-    # Of equals the later one.
-    best = max(trained, key=lambda step: (trained[step], step), default=None)
+    best = best_step({step: complete[step] for step in correct})
     num_problems, num_samples = next(iter(correct.values())).shape if correct else (0, 0)
     seconds_eval = sum(evaluation.seconds for evaluation in complete.values())
     summary = {

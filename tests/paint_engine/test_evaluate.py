@@ -1,15 +1,17 @@
 """Avg@k, pass@k, the paired bootstrap, and evaluations that draw the same random numbers."""
 
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paint_engine import evaluate as evaluate_module
 from paint_engine.config import EvalSection
+from paint_engine.distributed import World, merge_shares
 from paint_engine.evaluate import (
     EvalSample,
     avg_at_k,
@@ -18,6 +20,7 @@ from paint_engine.evaluate import (
     paired_bootstrap,
     pass_at_k,
 )
+from paint_engine.rollout import BuiltinEngine, sampling_params
 from paint_engine.rollout_hf import Completion
 from paint_engine.types import Problem
 
@@ -95,6 +98,7 @@ def test_evaluations_of_other_problems_are_not_paired() -> None:
         paired_bootstrap(np.ones((3, 2), dtype=bool), np.ones((4, 2), dtype=bool))
 
 
+WORLD = World(0, 1, 0, torch.device("cpu"))
 PROBLEMS = [Problem(f"p:{i}", "q", "", "3") for i in range(4)]
 SECTION = EvalSection(num_samples=3, max_new_tokens=8)
 
@@ -106,16 +110,20 @@ def _evaluate(
     *,
     seed: int = 0,
     max_sequences: int = 5,
+    world: World = WORLD,
 ) -> tuple[list[EvalSample], list[EvalSample]]:
     seen: list[EvalSample] = []
     prompts = [tuple(range(10, 14 + 3 * i)) for i in range(4)]
     samples = evaluate(
-        model,
+        BuiltinEngine(model, lambda: nullcontext(model), max_sequences),
         tokenizer,
         [PROBLEMS[i] for i in indices],
         [prompts[i] for i in indices],
-        SECTION.model_copy(update={"max_sequences": max_sequences}),
+        SECTION,
+        sampling_params(SECTION, model, tokenizer),
         seed=seed,
+        world=world,
+        base=False,
         on_samples=seen.extend,
     )
     return samples, seen
@@ -143,13 +151,27 @@ def test_a_sample_depends_on_seed_problem_and_index_alone(
     assert [s.text for s in other] != [s.text for s in alone]
 
 
+@pytest.mark.parametrize("size", [2, 5])
+def test_ranks_divide_an_evaluation_and_together_have_all_of_it(
+    size: int, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    whole, _ = _evaluate(base, tokenizer, [0, 1, 2, 3])
+    shares = []
+    for rank in range(size):
+        world = World(rank, size, rank, torch.device("cpu"))
+        share, seen = _evaluate(base, tokenizer, [0, 1, 2, 3], world=world)
+        assert len(share) == len(seen) in (12 // size, 12 // size + 1)
+        shares.append(share)
+    assert merge_shares(shares) == whole
+
+
 def test_answers_are_checked_against_their_own_problem(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = {3: "so $\\boxed{3}$", 4: "so $\\boxed{4}$", 5: "no box"}
     rng = random.Random(0)
 
-    def planted(model, prompts, seeds, params, *, max_sequences, on_batch) -> list[Completion]:
+    def planted(self, prompts, seeds, params, *, base, on_batch) -> list[Completion]:
         order = list(range(len(prompts)))
         rng.shuffle(order)
         done = [
@@ -159,15 +181,18 @@ def test_answers_are_checked_against_their_own_problem(
         on_batch(order, [done[i] for i in order])
         return done
 
-    monkeypatch.setattr(evaluate_module, "generate", planted)
+    monkeypatch.setattr(BuiltinEngine, "generate", planted)
     problems = [Problem("a", "q", "", "3"), Problem("b", "q", "", "3"), Problem("c", "q", "", "3")]
     samples = evaluate(
-        base,
+        BuiltinEngine(base, lambda: nullcontext(base), 5),
         tokenizer,
         problems,
         [(1,) * 3, (1,) * 4, (1,) * 5],
         SECTION,
+        sampling_params(SECTION, base, tokenizer),
         seed=0,
+        world=WORLD,
+        base=False,
         on_samples=lambda group: None,
     )
     assert correct_matrix(samples).tolist() == [[True] * 3, [False] * 3, [False] * 3]

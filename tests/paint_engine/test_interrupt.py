@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from paint_engine import train
 from paint_engine.evaluate import read_evaluations
@@ -34,11 +35,22 @@ def test_the_first_signal_is_a_request(
             stop.check()
 
 
-def test_the_second_signal_interrupts_at_once() -> None:
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_after_a_signal_interrupts_at_once(first: signal.Signals) -> None:
     with StopRequest():
-        send()
+        send(first)
         with pytest.raises(KeyboardInterrupt):
-            send(signal.SIGTERM)
+            send(signal.SIGINT)
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_scheduler_may_send_sigterm_more_than_once(first: signal.Signals) -> None:
+    with StopRequest() as stop:
+        for number in (first, signal.SIGTERM, signal.SIGTERM):
+            send(number)
+        with pytest.raises(Stopped) as stopped:
+            stop.check_together()
+        assert stopped.value.signal_number == first
 
 
 def test_the_handlers_before_are_put_back() -> None:
@@ -77,7 +89,19 @@ def content(run_dir: Path, step: int = 4) -> dict[str, Any]:
             for step, evaluation in read_evaluations(run_dir).items()
         },
         "summary": {k: summary[k] for k in summary if "_at_k" in k or "paired" in k},
-        **{p.name: p.read_bytes() for p in target.glob("*.safetensors")},
+        **{p.name: p.read_bytes() for p in target.glob("*model.safetensors")},
+        **exact_state(target),
+    }
+
+
+def exact_state(checkpoint: Path) -> dict[str, bytes]:
+    """The optimizer's moments and the random generators, tensor by tensor: safetensors orders the
+    metadata of a file as it likes."""
+    files = [*checkpoint.glob("trainer/*.safetensors"), *checkpoint.glob("rng-*.safetensors")]
+    return {
+        f"{file.name}:{name}": tensor.numpy().tobytes()
+        for file in files
+        for name, tensor in load_file(file).items()
     }
 
 

@@ -10,10 +10,13 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.cli import load_config, read_toml
-from paint_engine.config import OptimSection, to_toml
-from paint_engine.setup import build_run, describe, learning_rate
+from paint_engine.config import OptimSection
+from paint_engine.config_toml import to_toml
+from paint_engine.distributed import World
+from paint_engine.setup import build_run, learning_rate, plan_run
 
 Main = Callable[[Sequence[str]], int]
+WORLD = World(0, 1, 0, torch.device("cpu"))
 
 
 def refused(run_main: Main, capsys: pytest.CaptureFixture[str], argv: Sequence[str]) -> str:
@@ -55,7 +58,7 @@ def test_a_warm_up_as_long_as_the_run_ends_at_the_peak() -> None:
 
 def test_the_optimizer_has_the_settings_and_only_what_is_trainable(command: list[str]) -> None:
     argv = [*command, "--optim.beta1", "0.8", "--optim.eps", "1e-6", "--optim.weight_decay", "0.1"]
-    run = build_run(load_config(argv))
+    run = build_run(load_config(argv), WORLD)
     (group,) = run.optimizer.param_groups
     assert group["betas"] == (0.8, 0.999)
     assert (group["eps"], group["weight_decay"], group["lr"]) == (1e-6, 0.1, 0.02)
@@ -68,7 +71,7 @@ def test_the_run_directory_holds_the_resolved_configuration(
     command: list[str], tmp_path: Path
 ) -> None:
     line = load_config(command)
-    build_run(line)
+    build_run(line, WORLD)
     file = tmp_path / "run" / "config.toml"
     assert file.read_text() == to_toml(line.config)
     assert load_config(["--config", str(file)]).config == line.config
@@ -78,14 +81,14 @@ def test_the_run_directory_holds_the_resolved_configuration(
 def test_an_existing_run_directory_is_refused_with_three_ways_out(
     command: list[str], run_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build_run(load_config(command))
+    build_run(load_config(command), WORLD)
     marker = tmp_path / "run" / "metrics.jsonl"
     marker.write_text('{"step": 1}\n')
     text = refused(run_main, capsys, command)
     for way in (f"--resume {tmp_path / 'run'}", "--run.dir", "--run.overwrite true"):
         assert way in text
     assert marker.exists()
-    build_run(load_config([*command, "--run.overwrite", "true"]))
+    build_run(load_config([*command, "--run.overwrite", "true"]), WORLD)
     assert not marker.exists()
 
 
@@ -99,7 +102,7 @@ def test_overwrite_never_empties_a_directory_that_is_no_run(
     assert precious.exists()
     # An empty directory is in nobody's way.
     (tmp_path / "empty").mkdir()
-    build_run(load_config([*command, "--run.dir", str(tmp_path / "empty")]))
+    build_run(load_config([*command, "--run.dir", str(tmp_path / "empty")]), WORLD)
 
 
 def test_a_prompt_longer_than_the_context_names_the_row_and_the_remedies(
@@ -118,7 +121,7 @@ def test_a_prompt_longer_than_the_context_names_the_row_and_the_remedies(
     assert "context leaves 1012" in text
     assert "--rollout.max_new_tokens" in text and "--data.max_prompt_tokens" in text
     assert not (tmp_path / "run").exists()
-    run = build_run(load_config([*command, "--data.max_prompt_tokens", "900"]))
+    run = build_run(load_config([*command, "--data.max_prompt_tokens", "900"]), WORLD)
     assert [p.problem_id for p in run.train_set.problems] == [
         f"train.jsonl:{line}" for line in (1, 2, 4, 5, 6, 7)
     ]
@@ -127,7 +130,7 @@ def test_a_prompt_longer_than_the_context_names_the_row_and_the_remedies(
 def test_a_teachers_prompt_that_never_fits_is_found_before_training(
     command: list[str], run_main: Main, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = build_run(load_config([*command, "--dry-run"]))
+    run = build_run(load_config(command), WORLD)
     longest = max(map(len, run.train_set.prompts))
     # Room for every student's prompt, and not for a teacher's with the solution hidden.
     room = str(1024 - longest - 5)
@@ -206,7 +209,7 @@ def test_adapters_on_no_layer_at_all_are_refused(
 def test_resuming_without_a_checkpoint_says_what_to_do(
     command: list[str], run_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build_run(load_config(command))
+    build_run(load_config(command), WORLD)
     text = refused(run_main, capsys, ["--resume", str(tmp_path / "run")])
     assert "no complete checkpoint" in text and "--run.overwrite true" in text
 
@@ -228,7 +231,7 @@ def test_a_dry_run_shows_both_prompts_with_their_special_tokens_and_leaves_nothi
     assert run_main([*command, "--dry-run", "--prompts.teacher_suffix", "Sure:"]) == 0
     printed = capsys.readouterr().out
     student, _, teacher = printed.partition("# teacher's prompt")
-    opening = "<|im_start|>user\nProblem: Mia has 2 kites"
+    opening = "<|im_start|>user\nProblem: Mia has "
     tail = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert opening in student and tail in student
     assert opening in teacher and tail + "Sure:" in teacher
@@ -257,11 +260,15 @@ def test_printing_the_configuration_loads_no_model(
 
 
 def test_two_builds_of_one_configuration_are_equal(command: list[str], tmp_path: Path) -> None:
-    runs = [build_run(load_config([*command, "--run.dir", str(tmp_path / name)])) for name in "ab"]
+    lines = [load_config([*command, "--run.dir", str(tmp_path / name)]) for name in "ab"]
+    runs = [build_run(line, WORLD) for line in lines]
     first, second = ([p.detach() for p in run.parameters] for run in runs)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert runs[0].train_set == runs[1].train_set
-    assert describe(runs[0]).replace("/a", "/b") == describe(runs[1])
+    shown: list[str] = []
+    for line in lines:
+        plan_run(line, shown.append)
+    assert shown[0].replace("/a", "/b") == shown[1]
 
 
 def test_a_run_directory_that_cannot_be_made_is_named(

