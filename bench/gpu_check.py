@@ -6,12 +6,13 @@
 
 Parts: `environment` (versions, copy bandwidth, GEMM rate), `tests` (of paint_kernels), `waits` (no
 wait for the device, offsets past 2^31), `kernels` (the shapes of bench.kernels that matter most),
-`steps` (training at Qwen3-1.7B's shape), `questions` (tile sizes, chunk sizes, and so on). Each is
-a process of its own with a time limit, so that none takes the others with it; time that one leaves
-is passed on. One table is printed at the end, and everything found is written to
-gpu-check-<device>.json after each part. The exit status is 1 where a part failed or was stopped. It
-needs torch, triton, transformers, peft, safetensors, numpy and pytest; rich draws the table,
-hypothesis is needed by the tests, and other projects' losses are compared with where installed.
+`steps` (training at Qwen3-1.7B's shape), `engine` (the engine's own step, plain PyTorch's loss and
+TRL at Qwen3's shapes), `questions` (tile sizes, chunk sizes, and so on). Each is a process of its
+own with a time limit, so that none takes the others with it; time that one leaves is passed on. One
+table is printed at the end, and everything found is written to gpu-check-<device>.json after each
+part. The exit status is 1 where a part failed or was stopped. It needs torch, triton, transformers,
+peft, safetensors, numpy and pytest; rich draws the table, hypothesis is needed by the tests, what
+paint_engine imports by `engine`, and other projects are compared with where installed.
 """
 
 import argparse
@@ -51,12 +52,13 @@ class Part:
 
 # What a first try on a GPU needs most comes first; shares add up to 1.
 PARTS = (
-    Part("environment", "bench.gpu_environment", 0.10),
-    Part("tests", "bench.gpu_tests", 0.24),
-    Part("waits", "bench.gpu_syncs", 0.09, needs_gpu=True),
-    Part("kernels", "bench.gpu_kernels", 0.29),
-    Part("steps", "bench.gpu_steps", 0.14),
-    Part("questions", "bench.gpu_questions", 0.14, needs_gpu=True),
+    Part("environment", "bench.gpu_environment", 0.06),
+    Part("tests", "bench.gpu_tests", 0.20),
+    Part("waits", "bench.gpu_syncs", 0.07, needs_gpu=True),
+    Part("kernels", "bench.gpu_kernels", 0.24),
+    Part("steps", "bench.gpu_steps", 0.08),
+    Part("engine", "bench.engine_gpu", 0.25),
+    Part("questions", "bench.gpu_questions", 0.10, needs_gpu=True),
 )
 
 

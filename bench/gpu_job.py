@@ -23,7 +23,8 @@ from bench import measure
 
 PACKAGES = (
     *("torch", "triton", "transformers", "peft", "safetensors", "numpy", "pytest", "hypothesis"),
-    *("rich", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-linear-attention"),
+    *("rich", "pydantic", "trl"),
+    *("liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-linear-attention"),
 )
 WORTH_IT = 0.03
 """share of the time that a change has to save before its complexity is worth it"""
