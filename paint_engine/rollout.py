@@ -296,10 +296,11 @@ class Sampler:
             return None
 
     def close(self) -> None:
-        """Waits for what is under way, and frees the engine."""
+        """Frees the engine; what is under way is lost."""
+        self._restarts_left = 0
+        self._engine.close()
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
-        self._engine.close()
 
     def _sample(self, step: int, weights_version: int) -> Sampled:
         requests = self._requests(step)

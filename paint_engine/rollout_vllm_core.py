@@ -274,11 +274,10 @@ class OwnProcess:
         return self._call("generate", prompts, seeds, params, base)
 
     def close(self) -> None:
-        """Ends the process, and kills it where it does not."""
-        self._connection.close()
-        self._process.join(_EXIT_TIMEOUT_S)
+        """Ends the process, in the middle of a batch if need be: it keeps nothing of its own."""
         self._process.kill()
         self._process.join()
+        self._connection.close()
         atexit.unregister(self._process.kill)
 
     def _call(self, method: str, *args: Any) -> Any:
