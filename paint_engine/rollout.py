@@ -238,7 +238,7 @@ class Sampler:
         self._requests = requests
         self.params = params
         self._warn = warn
-        self._timings = timings
+        self.timings = timings
         self._restarts_left = 1
         # One thread, so that the engine is never asked two things at a time.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if ahead else None
@@ -251,11 +251,11 @@ class Sampler:
         """This rank's completions of `step`, sampled now or ahead. With `ahead`, those of the next
         step are then begun, unless it is not among `num_steps`. A collective of all ranks."""
         future, self._pending = self._pending, None
-        with self._timings.span("rollout"):
+        with self.timings.span("rollout"):
             sampled = None if future is None else self._together(future.result)
         if sampled is None:
             self.sync(step)
-            with self._timings.span("rollout"):
+            with self.timings.span("rollout"):
                 sampled = self._together(lambda: self._sample(step, step))
         assert sampled.step == step, (sampled.step, step)
         if self._thread is not None and step + 1 < num_steps:
@@ -273,7 +273,7 @@ class Sampler:
         def sync() -> None:
             self._engine.sync(weights_version)
 
-        with self._timings.span("sync"):
+        with self.timings.span("sync"):
             self._together(lambda: self._or_restart(sync, lambda: None))
 
     def guarded(self, attempt: Callable[[], T]) -> T:

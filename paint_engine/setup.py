@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from paint_engine.attention import adopt_attention, pick_attention
 from paint_engine.checkpoint import load_checkpoint
@@ -82,7 +82,6 @@ class Run:
     attention: str
     sampler: Sampler
     eval_engine: RolloutEngine
-    timings: Timings
     step: int = 0
     seconds_train: float = 0.0
 
@@ -90,6 +89,11 @@ class Run:
     def parameters(self) -> list[torch.Tensor]:
         """What the optimizer trains."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def timings(self) -> Timings:
+        """Where the steps' time goes."""
+        return self.sampler.timings
 
     @property
     def max_teacher_prompt(self) -> int:
@@ -251,63 +255,84 @@ def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     check_run_fits(config, tokenizer, train_set, model, device=device, num_ranks=num_ranks)
 
 
-def build_run(command: CommandLine, world: World) -> Run:
-    """Loads and builds everything; the run directory comes last, so that a mistake leaves none
-    behind.
+def _build_model(
+    config: Config,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_set: ProblemSet,
+    world: World,
+) -> tuple[nn.Module, FixedTeacher]:
+    """The student, with its adapters, on its device or split over all, and its teacher."""
+    device = world.device
+    adopt_attention(base, pick_attention(config.model.attention, device, compute_dtype(base)))
+    model = add_lora(base, config.lora, config.train.seed)
+    # Before sharding, which hides the layers that are counted.
+    check_run_fits(config, tokenizer, train_set, model, device=device, num_ranks=world.size)
+    teacher = FixedTeacher(model)
+    if config.parallel.activation_checkpointing:
+        checkpoint_activations(model)
+    if _is_sharded(config, world):
+        for module in filter(None, (model, teacher.copy)):
+            shard_model(module, world)
+    return model, teacher
 
-    Raises ValueError for whatever the user can mend: data, model, lengths, device, directory.
+
+def _is_sharded(config: Config, world: World) -> bool:
+    return world.size > 1 and config.parallel.shard == "full"
+
+
+def _build_sampler(
+    config: Config,
+    engine: RolloutEngine,
+    params: SamplingParams,
+    train_set: ProblemSet,
+    world: World,
+    pending: Sampled | None,
+) -> Sampler:
+    def requests(step: int) -> Requests:
+        mine = step_requests(config, train_set, step, world)
+        return Requests(tuple(prompt for _, _, prompt, _ in mine), tuple(seed for *_, seed in mine))
+
+    return Sampler(
+        engine,
+        requests,
+        params,
+        ahead=config.rollout.ahead == 1,
+        timings=Timings(),
+        warn=lambda text: print(f"rank {world.rank}: {text}", file=sys.stderr),
+        pending=pending,
+    )
+
+
+def build_run(command: CommandLine, world: World) -> Run:
+    """Loads and builds everything; the run's files come last, so that a mistake leaves none behind.
+
+    Raises ValueError for whatever the user can mend: data, model, lengths, device, directory,
+    sampler.
     """
     config, device = command.config, world.device
     say = print if world.is_main else lambda text: None
     # Nothing here draws from the global generators; a library that does is then repeatable.
     set_seed(config.train.seed)
     tokenizer = load_tokenizer(config.model)
-    sharded = world.size > 1 and config.parallel.shard == "full"
     # Sharding takes each layer's share to the device: none ever holds the whole model.
-    base = load_base(config.model, device, trains_base=not config.lora.enabled, on_cpu=sharded)
+    on_cpu, trains_base = _is_sharded(config, world), not config.lora.enabled
+    base = load_base(config.model, device, trains_base=trains_base, on_cpu=on_cpu)
     _check_vocabulary(config, tokenizer, base)
-    attention = pick_attention(config.model.attention, device, compute_dtype(base))
-    adopt_attention(base, attention)
     train_set = load_train_set(config, tokenizer, max_context(base), say)
     eval_set = load_eval_set(config, tokenizer, max_context(base), say)
-    model = add_lora(base, config.lora, config.train.seed)
-    check_run_fits(config, tokenizer, train_set, model, device=device, num_ranks=world.size)
-    teacher = FixedTeacher(model)
-    if config.parallel.activation_checkpointing:
-        checkpoint_activations(model)
-    if sharded:
-        for module in filter(None, (model, teacher.copy)):
-            shard_model(module, world)
+    model, teacher = _build_model(config, base, tokenizer, train_set, world)
     optimizer = build_optimizer(model, config.optim)
     run_dir, resumes = find_run_dir(command, world)
     name = recorded_name(run_dir) if resumes else command.preset or "run"
     state: dict[str, Any] = {"step": 0, "seconds_train": 0.0, "sampled_ahead": None}
     if resumes:
         state = _load_progress(run_dir, model, optimizer, config.train.num_steps, world, say)
-
-    def requests(step: int) -> Requests:
-        mine = step_requests(config, train_set, step, world)
-        return Requests(tuple(prompt for _, _, prompt, _ in mine), tuple(seed for *_, seed in mine))
-
     longest = longest_sequence(config, train_set, eval_set)
     engine, eval_engine = make_engines(config, model, teacher, world, longest)
-    timings = Timings()
-    sampler = Sampler(
-        engine,
-        requests,
-        sampling_params(config.rollout, model, tokenizer),
-        ahead=config.rollout.ahead == 1,
-        timings=timings,
-        warn=lambda text: print(f"rank {world.rank}: {text}", file=sys.stderr),
-        pending=_sampled_ahead(state, world),
-    )
-    # Nothing that the user can mend comes after this, so that a mistake leaves no run behind.
-    if world.is_main:
-        if not resumes:
-            write_versions(run_dir, name, world.size)
-        # After a resume too: the next one is to go on with what this one was told.
-        (run_dir / CONFIG_FILE).write_text(to_toml(config))
-    return Run(
+    params = sampling_params(config.rollout, model, tokenizer)
+    pending = _sampled_ahead(state, world)
+    run = Run(
         config=config,
         name=name,
         run_dir=run_dir,
@@ -318,10 +343,15 @@ def build_run(command: CommandLine, world: World) -> Run:
         optimizer=optimizer,
         train_set=train_set,
         eval_set=eval_set,
-        attention=attention,
-        sampler=sampler,
+        attention=pick_attention(config.model.attention, device, compute_dtype(base)),
+        sampler=_build_sampler(config, engine, params, train_set, world, pending),
         eval_engine=eval_engine,
-        timings=timings,
         step=int(state["step"]),
         seconds_train=state["seconds_train"],
     )
+    if world.is_main:
+        if not resumes:
+            write_versions(run_dir, name, world.size)
+        # After a resume too: the next one is to go on with what this one was told.
+        (run_dir / CONFIG_FILE).write_text(to_toml(config))
+    return run
