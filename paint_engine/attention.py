@@ -83,6 +83,24 @@ def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
+def choose_attention(
+    model: PreTrainedModel, name: str, device: torch.device, dtype: torch.dtype
+) -> str:
+    """The attention that `name` asks for, which the model is made ready for. "auto" is "padded"
+    for a model that cannot have its sequences packed.
+
+    Raises ValueError as `pick_attention` and `adopt_attention` do.
+    """
+    attention = pick_attention(name, device, dtype)
+    try:
+        adopt_attention(model, attention)
+    except ValueError:
+        if name != "auto":
+            raise
+        return "padded"
+    return attention
+
+
 def adopt_attention(model: PreTrainedModel, attention: str) -> None:
     """Prepares a model that was loaded with SDPA for `attention`, one of pick_attention's answers.
 

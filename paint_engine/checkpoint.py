@@ -214,8 +214,9 @@ def save_checkpoint(
         saving.attempt(lambda: world.is_main and saving.make_directory())
         saving.attempt(write_small_files)
         saving.attempt(lambda: saving.write_shards(tensors, world))
-        # One rank's list, for another's view of a shared directory may be older.
-        names = gather_objects(file_names(unfinished))[0][world.rank :: world.size]
+        # All ranks' lists, for one's view of a shared directory may be older than another's.
+        listed = set().union(*gather_objects(set(file_names(unfinished))))
+        names = sorted(listed)[world.rank :: world.size]
         saving.attempt(lambda: share.update(seal(unfinished, names)))
         manifest = {name: entry for part in gather_objects(share) for name, entry in part.items()}
         saving.attempt(lambda: world.is_main and saving.finish(manifest))

@@ -264,7 +264,10 @@ class EvalSection(Section):
     top_p: TopP = Field(default=0.95, description="nucleus mass")
     top_k: TopK = Field(default=-1, description="likeliest tokens kept; -1 = all")
     max_new_tokens: PositiveInt = Field(default=38912, description="longest completion, in tokens")
-    max_sequences: PositiveInt = Field(default=64, description="sequences decoded at once")
+    max_sequences: PositiveInt = Field(
+        default=64,
+        description="sequences that the built-in sampler decodes at once (vLLM: rollout's)",
+    )
     thinking: bool = Field(
         default=True, description="chat template's thinking switch in evaluation"
     )

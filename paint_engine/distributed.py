@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +22,15 @@ from torch.distributed.tensor import DTensor
 T = TypeVar("T")
 
 _POLL_S = 0.01
+# How long ranks wait for each other where one may have far more to do: an evaluation, a server.
+_PATIENCE = timedelta(hours=12)
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+
+
+class _Group:
+    """The process group in which ranks wait for each other; None before there is one."""
+
+    patient: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,10 @@ def init_world(device: torch.device) -> World:
             rank=rank,
             world_size=size,
         )
+        # Tensors' exchanges keep the usual limit, by which a dead peer is noticed.
+        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        assert isinstance(group, dist.ProcessGroup), group
+        _Group.patient = group
     return World(rank, launched_ranks(), local_rank, device)
 
 
@@ -109,6 +122,7 @@ def _agree_on_session(store: Store, rank: int, size: int) -> str:
 
 def close_world() -> None:
     """Leaves the process group, where there is one."""
+    _Group.patient = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -121,7 +135,7 @@ def _is_alone() -> bool:
 def barrier() -> None:
     """Waits for every rank."""
     if not _is_alone():
-        dist.barrier()
+        dist.barrier(_Group.patient)
 
 
 def gather_objects(value: T) -> list[T]:
@@ -129,7 +143,7 @@ def gather_objects(value: T) -> list[T]:
     if _is_alone():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, _Group.patient)
     return gathered
 
 

@@ -1,11 +1,15 @@
 """Ctrl-C and SIGTERM as a request: the step that runs is finished, then the run is saved."""
 
+import os
 import signal
-import sys
 from types import FrameType
 from typing import Self
 
 from paint_engine.distributed import gather_objects
+
+_NOTICE = (
+    b"\nstopping after this step or evaluation batch (Ctrl-C again: at once, without saving)\n"
+)
 
 
 class Stopped(Exception):
@@ -19,12 +23,13 @@ class Stopped(Exception):
 class StopRequest:
     """While entered, the first signal is a request that `check` honours.
 
-    A second Ctrl-C interrupts at once. A second SIGTERM does not: a scheduler and torchrun may both
-    send one.
+    A second Ctrl-C interrupts at once, and so does the first before `begin`, when there is nothing
+    to save. A second SIGTERM does not: a scheduler and torchrun may both send one.
     """
 
     def __init__(self) -> None:
         self._signal: int | None = None
+        self._begun = False
 
     def __enter__(self) -> Self:
         self._previous = {
@@ -37,17 +42,18 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def begin(self) -> None:
+        """From here on there are steps to finish and to save."""
+        self._begun = True
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and (self._signal is not None or not self._begun):
+            raise KeyboardInterrupt
         if self._signal is not None:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
             return
         self._signal = number
-        print(
-            "\nstopping after this step or evaluation batch (Ctrl-C again: at once, without "
-            "saving)",
-            file=sys.stderr,
-        )
+        # Not print: its buffer may be in use by what the signal has interrupted.
+        os.write(2, _NOTICE)
 
     def check(self) -> None:
         """Raises Stopped where a signal has come to this process."""

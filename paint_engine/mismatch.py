@@ -54,7 +54,8 @@ def mismatch_metrics(by_rank: Sequence[Sequence[float]]) -> dict[str, float]:
     exp(difference) as a share of the tokens, (sum w)^2 / (n sum w^2): 1 where both agree."""
     differences = [difference for rank in by_rank for difference in rank]
     inside = [d for d in differences if math.isfinite(d)]
-    weights = [math.exp(d) for d in differences]
+    # Far beyond anything but a fault, and short of what a float can hold.
+    weights = [math.exp(min(d, 100.0)) for d in differences]
     squares = sum(w * w for w in weights)
     return {
         "rollout_logprob_diff": sum(map(abs, inside)) / max(1, len(inside)),

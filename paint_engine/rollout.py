@@ -80,6 +80,11 @@ class EngineDied(Exception):
 class RolloutEngine(Protocol):
     """What completions come from. vLLM's two forms are in `rollout_vllm` and `rollout_server`."""
 
+    @property
+    def can_restart(self) -> bool:
+        """Whether this rank can build the engine anew by itself."""
+        ...
+
     def sync(self, weights_version: int) -> None:
         """Makes the student's present weights the ones to sample from. A collective of all ranks.
 
@@ -131,6 +136,11 @@ class BuiltinEngine:
         self._model = model
         self._base = base
         self._max_sequences = max_sequences
+
+    @property
+    def can_restart(self) -> bool:
+        """There is nothing of its own that could die."""
+        return True
 
     def sync(self, weights_version: int) -> None:
         """Nothing to do: the weights are the trainer's own."""
@@ -219,8 +229,8 @@ class Sampler:
     warn: told of a restart.
     pending: completions that a stopped run had sampled ahead.
 
-    An engine that dies is restarted once, and its batch is done again. The second time EngineDied
-    comes out of `take`, on every rank.
+    An engine that dies is restarted once, where it can be, and its batch is done again. Else
+    EngineDied comes out of `take`, on every rank.
     """
 
     def __init__(
@@ -314,7 +324,7 @@ class Sampler:
         try:
             return attempt()
         except EngineDied as death:
-            if self._restarts_left == 0:
+            if self._restarts_left == 0 or not self._engine.can_restart:
                 raise
             self._restarts_left -= 1
             self._warn(f"the rollout engine died ({death}); it is restarted once")

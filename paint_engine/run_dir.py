@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,9 @@ from paint_engine.config import Config
 from paint_engine.report import CONFIG_FILE
 
 VERSIONS_FILE = "versions.json"
+# Which launch by torchrun has made the directory, for its restarts to know it by.
+_LAUNCH_FILE = ".launch"
+_UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
 _PACKAGES = (
     "torch",
     "triton",
@@ -35,11 +39,18 @@ _PACKAGES = (
 def _launch_id() -> int:
     """The process that stays the same when torchrun starts its workers again; without torchrun,
     this one."""
-    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    return os.getppid() if _UNDER_TORCHRUN in os.environ else os.getpid()
 
 
-def _was_restarted() -> bool:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def _launch_mark() -> str:
+    return f"{socket.gethostname()}:{_launch_id()}:{os.environ[_UNDER_TORCHRUN]}\n"
+
+
+def _is_ours(run_dir: Path) -> bool:
+    """Whether this launch has made the directory, before torchrun started the processes again."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    mark = run_dir / _LAUNCH_FILE
+    return restarted and mark.is_file() and mark.read_text() == _launch_mark()
 
 
 def choose_run_dir(config: Config, name: str) -> tuple[Path, bool]:
@@ -49,27 +60,36 @@ def choose_run_dir(config: Config, name: str) -> tuple[Path, bool]:
     Raises ValueError where it exists and is not to be gone on with or replaced, or where the run
     in it was started with other settings.
     """
-    goes_on = config.run.auto_resume or _was_restarted()
     if config.run.dir is not None:
         run_dir = Path(config.run.dir)
     else:
-        earlier = sorted(Path("runs").glob(f"{name}-*-{_launch_id()}")) if goes_on else []
+        earlier = filter(_is_ours, sorted(Path("runs").glob(f"{name}-*-{_launch_id()}")))
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-        run_dir = earlier[-1] if earlier else Path(f"runs/{name}-{stamp}-{_launch_id()}")
-    if goes_on and list_checkpoints(run_dir):
+        run_dir = next(earlier, Path(f"runs/{name}-{stamp}-{_launch_id()}"))
+    goes_on = _is_ours(run_dir) or (config.run.auto_resume and _is_run(run_dir))
+    if not goes_on:
+        _make_run_dir(run_dir, replace=config.run.overwrite)
+    elif (run_dir / CONFIG_FILE).is_file():
         check_same_run(run_dir, config)
-        return run_dir, True
-    # A run that stopped before its first checkpoint has nothing to go on with: it starts again.
-    _make_run_dir(run_dir, replace=config.run.overwrite or goes_on)
-    return run_dir, False
+    if _UNDER_TORCHRUN in os.environ:
+        (run_dir / _LAUNCH_FILE).write_text(_launch_mark())
+    # A run that stopped before its first checkpoint starts again; its evaluation of the base stays.
+    return run_dir, goes_on and bool(list_checkpoints(run_dir))
+
+
+def _is_run(run_dir: Path) -> bool:
+    return (run_dir / CONFIG_FILE).is_file() and (run_dir / VERSIONS_FILE).is_file()
+
+
+def _is_empty(run_dir: Path) -> bool:
+    return run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {_LAUNCH_FILE}
 
 
 def _make_run_dir(run_dir: Path, *, replace: bool) -> None:
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    if run_dir.exists() and not _is_empty(run_dir):
         # Only what is recognisably a run may be replaced: a mistyped directory must not be emptied.
-        is_run = (run_dir / CONFIG_FILE).is_file() and (run_dir / VERSIONS_FILE).is_file()
         is_around = Path.cwd().is_relative_to(run_dir.resolve())
-        if not replace or not is_run or is_around:
+        if not replace or not _is_run(run_dir) or is_around:
             raise ValueError(
                 f"run directory {run_dir} exists already: go on with it by --resume {run_dir}, "
                 "choose another with --run.dir, or replace an earlier run with --run.overwrite true"

@@ -29,8 +29,8 @@ class SaveFailed(Exception):
 def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> None:
     """Avg@k of the weights after `step` steps: the current ones, or the base at step 0.
 
-    An evaluation that the run has already finished with these settings is kept. The best weights
-    so far are saved.
+    An evaluation that the run has already finished with these settings is kept. The weights are
+    saved before, for a long evaluation may be cut short, and marked where none were better.
     """
     assert run.eval_set is not None and step in (0, run.step)
     section, started = run.config.eval, time.monotonic()
@@ -39,6 +39,8 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
     if known:
         return
     base = step == 0 and run.step > 0
+    if step > 0:
+        save(run)
     if not base:
         run.sampler.sync(step)
     samples = run.sampler.guarded(lambda: answer_all(run, step, base, progress, stop))
@@ -90,16 +92,16 @@ def finished_evaluations(run: Run, settings: dict[str, object]) -> dict[int, Eva
 
 
 def keep_best(run: Run, step: int, settings: dict[str, object]) -> None:
-    """Saves the weights that were evaluated last, where none were better."""
+    """Marks the checkpoint of the weights that were evaluated last, where none were better."""
     best = gather_objects(best_step(finished_evaluations(run, settings)))[0]
-    if best == step > 0:
-        save(run)
-        if run.world.is_main:
-            mark_best(run.run_dir, step)
+    if run.world.is_main and best == step > 0:
+        mark_best(run.run_dir, step)
 
 
 def save(run: Run) -> Path:
-    """A checkpoint of the last finished step. A collective."""
+    """A checkpoint of the last finished step, unless there is one. A collective."""
+    if run.saved is not None and run.saved[0] == run.step:
+        return run.saved[1]
     ahead = run.sampler.pending()
     completions = [] if ahead is None else merge_shares(gather_objects(ahead.completions))
     state = {
@@ -110,8 +112,10 @@ def save(run: Run) -> Path:
     }
     keep = run.config.checkpoint.keep
     try:
-        return save_checkpoint(
+        path = save_checkpoint(
             run.run_dir, run.model, run.optimizer, state, keep=keep, world=run.world
         )
     except ValueError as error:
         raise SaveFailed(str(error)) from error
+    run.saved = run.step, path
+    return path

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from paint_engine.attention import adopt_attention, pick_attention
+from paint_engine.attention import choose_attention
 from paint_engine.checkpoint import load_checkpoint
 from paint_engine.cli import CommandLine
 from paint_engine.config import Config, OptimSection
@@ -66,7 +66,8 @@ from paint_engine.timings import Timings
 class Run:
     """What the loop works with. `step` counts finished steps; `seconds_train` adds up over resumes.
 
-    `name` is the preset's, or "run" for a configuration of the user's.
+    `name` is the preset's, or "run" for a configuration of the user's. `saved` is the step of the
+    newest checkpoint that this process has written, and where it is.
     """
 
     config: Config
@@ -84,6 +85,7 @@ class Run:
     eval_engine: RolloutEngine
     step: int = 0
     seconds_train: float = 0.0
+    saved: tuple[int, Path] | None = None
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -264,7 +266,6 @@ def _build_model(
 ) -> tuple[nn.Module, FixedTeacher]:
     """The student, with its adapters, on its device or split over all, and its teacher."""
     device = world.device
-    adopt_attention(base, pick_attention(config.model.attention, device, compute_dtype(base)))
     model = add_lora(base, config.lora, config.train.seed)
     # Before sharding, which hides the layers that are counted.
     check_run_fits(config, tokenizer, train_set, model, device=device, num_ranks=world.size)
@@ -319,6 +320,7 @@ def build_run(command: CommandLine, world: World) -> Run:
     on_cpu, trains_base = _is_sharded(config, world), not config.lora.enabled
     base = load_base(config.model, device, trains_base=trains_base, on_cpu=on_cpu)
     _check_vocabulary(config, tokenizer, base)
+    attention = choose_attention(base, config.model.attention, device, compute_dtype(base))
     train_set = load_train_set(config, tokenizer, max_context(base), say)
     eval_set = load_eval_set(config, tokenizer, max_context(base), say)
     model, teacher = _build_model(config, base, tokenizer, train_set, world)
@@ -343,7 +345,7 @@ def build_run(command: CommandLine, world: World) -> Run:
         optimizer=optimizer,
         train_set=train_set,
         eval_set=eval_set,
-        attention=pick_attention(config.model.attention, device, compute_dtype(base)),
+        attention=attention,
         sampler=_build_sampler(config, engine, params, train_set, world, pending),
         eval_engine=eval_engine,
         step=int(state["step"]),

@@ -8,8 +8,8 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from operator import itemgetter
@@ -109,7 +109,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
     sampled = time.monotonic()
 
     # Dropout, where there is any, is in the student's pass alone and repeats when resumed.
-    torch.manual_seed(request_seed("dropout", config.train.seed, step))
+    torch.manual_seed(request_seed("dropout", config.train.seed, step, run.world.rank))
     run.model.train()
     microbatches = my_microbatches(run, privileged)
     for place, items in enumerate(microbatches):
@@ -142,14 +142,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
             samples += sample_records(step + 1, items, kept, output, run.tokenizer)
 
     with span("optimizer"):
-        rate = learning_rate(config.optim, step, config.train.num_steps)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        sum_gradients(run.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(run.parameters, config.optim.max_grad_norm)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.model.eval()
+        rate, grad_norm = update(run, step)
     # ---------------------------------------------------------------------------------------------
     totals = sum_over_ranks(sums)
     mismatch = mismatch_metrics(gather_objects([d for part in differences for d in part.tolist()]))
@@ -161,7 +154,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
         **rollout_metrics(privileged),
         "rollout_lag": lag,
         **mismatch,
-        "grad_norm": whole(norm).item(),
+        "grad_norm": grad_norm,
         "learning_rate": rate,
         "num_loss_tokens": num_tokens,
         "tokens_per_s": num_tokens / (finished - started),
@@ -169,6 +162,20 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
         "seconds_rollout": sampled - started,
         "seconds_update": finished - sampled,
     }, sorted(chain.from_iterable(gather_objects(samples)), key=itemgetter("place"))
+
+
+def update(run: Run, step: int) -> tuple[float, float]:
+    """One optimizer step on all ranks' gradients: the learning rate, and the gradients' L2 norm
+    before they were scaled to `optim.max_grad_norm`."""
+    rate = learning_rate(run.config.optim, step, run.config.train.num_steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    sum_gradients(run.parameters)
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.optim.max_grad_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.model.eval()
+    return rate, whole(norm).item()
 
 
 def my_microbatches(
@@ -240,37 +247,29 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
         evaluate_at(run, num_steps, progress, stop)
 
 
-def run_training(run: Run, console: Console) -> None:
+def run_training(run: Run, console: Console, stop: StopRequest) -> None:
     """Trains to the end, or to a stop; either way nothing that was finished is lost."""
     directory = shlex.quote(str(run.run_dir))
-    resume = f"python -m paint_engine.train --resume {directory}"
+    say = partial(console.print, soft_wrap=True)
+    resume = f"go on with: python -m paint_engine.train --resume {directory}"
     try:
         writer = open_writer(run)
-        with writer or nullcontext(), StopRequest() as stop:
+        with writer or nullcontext():
             try:
                 train(run, writer, Progress(console), stop)
             except Stopped as stopped:
-                saved = save(run)
-                console.print(
-                    f"stopped after step {run.step}; saved {saved}\ngo on with: {resume}",
-                    soft_wrap=True,
-                )
+                say(f"stopped after step {run.step}; saved {save(run)}\n{resume}")
                 # A scheduler that takes the machine back is no failure; a user's Ctrl-C is 130.
                 sys.exit(0 if stopped.signal_number == signal.SIGTERM else 130)
             except EngineDied as death:
-                saved = save(run)
-                console.print(
-                    f"the rollout engine died twice ({death}); saved {saved}\n"
-                    f"see to it, then go on with: {resume}",
-                    soft_wrap=True,
-                )
-                sys.exit(1)
-            except (Diverged, SaveFailed) as failure:
-                console.print(f"error: {failure}", style="red", soft_wrap=True)
+                say(f"the rollout engine died ({death}); saved {save(run)}\nthen {resume}")
                 sys.exit(1)
             if run.world.is_main:
                 summary = summarise(run)
                 print_summary(console, summary, write_report(run.run_dir))
+    except (Diverged, SaveFailed) as failure:
+        say(f"error: {failure}", style="red")
+        sys.exit(1)
     except KeyboardInterrupt:
         checkpoints = list_checkpoints(run.run_dir)
         if checkpoints:
@@ -280,21 +279,34 @@ def run_training(run: Run, console: Console) -> None:
             advice = (
                 f"nothing was saved yet; start again with: python -m paint_engine.train {again}"
             )
-        console.print(f"interrupted; {advice}", soft_wrap=True)
+        say(f"interrupted; {advice}")
         sys.exit(130)
     finally:
         run.sampler.close()
 
 
+@contextmanager
+def user_errors(console: Console, rank: int) -> Iterator[None]:
+    """Ends the program with one message and exit code 2 at a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        # A mistake may show on one rank alone, and be known to no other.
+        where = Console(stderr=True, highlight=False, markup=False) if rank else console
+        prefix = f"rank {rank}: " if rank else ""
+        where.print(f"{prefix}error: {error}", style="red", soft_wrap=True)
+        sys.exit(2)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Build in order, then the loop. A mistake of the user's ends with one message and exit code
     2."""
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    console = Console(highlight=False, markup=False, quiet=not is_main)
+    rank = int(os.environ.get("RANK", "0"))
+    console = Console(highlight=False, markup=False, quiet=rank > 0)
     transformers_logging.disable_progress_bar()
     # peft asks models of transformers for an attribute that has been renamed there.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    try:
+    with user_errors(console, rank):
         command = load_config(sys.argv[1:] if argv is None else argv)
         if command.print_config:
             console.print(to_toml(command.config), soft_wrap=True, end="")
@@ -302,12 +314,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if command.dry_run:
             plan_run(command, partial(console.print, soft_wrap=True))
             return
-        run = build_run(command, init_world(pick_device(command.config.train.device)))
-    except ValueError as error:
-        console.print(f"error: {error}", style="red", soft_wrap=True)
-        sys.exit(2)
-    console.print(f"run directory: {run.run_dir}", soft_wrap=True)
-    run_training(run, console)
+    # From here on, so that a scheduler's signal while the model is loaded is not lost.
+    with StopRequest() as stop:
+        with user_errors(console, rank):
+            run = build_run(command, init_world(pick_device(command.config.train.device)))
+        console.print(f"run directory: {run.run_dir}", soft_wrap=True)
+        stop.begin()
+        run_training(run, console, stop)
     # The others wait for what the main rank still writes: none leaves the group under another.
     barrier()
 

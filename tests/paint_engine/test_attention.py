@@ -17,7 +17,12 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from paint_engine import attention
-from paint_engine.attention import adopt_attention, packed_arguments, pick_attention
+from paint_engine.attention import (
+    adopt_attention,
+    choose_attention,
+    packed_arguments,
+    pick_attention,
+)
 from paint_engine.batch import batch_to, build_batch
 from paint_engine.model import causal_lm, hidden_states
 from paint_engine.rollout_hf import SamplingParams, generate
@@ -275,3 +280,16 @@ def test_a_packed_pass_on_a_gpu_waits_for_nothing(
     hidden_states(lora_model, there, attention="varlen").sum().backward()
     request.getfixturevalue("no_waits")
     hidden_states(lora_model, there, attention="varlen").sum().backward()
+
+
+def test_auto_pads_where_a_model_cannot_be_packed(
+    base: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paint_engine.attention._usable", lambda device, dtype: True)
+    gpu = torch.device("cuda")
+    base.config.attention_dropout = 0.1
+    assert choose_attention(base, "auto", gpu, torch.bfloat16) == "padded"
+    with pytest.raises(ValueError, match=r"attention_dropout is 0\.1"):
+        choose_attention(base, "varlen", gpu, torch.bfloat16)
+    base.config.attention_dropout = 0.0
+    assert choose_attention(base, "auto", gpu, torch.bfloat16) == "varlen"

@@ -25,27 +25,40 @@ def send(number: signal.Signals = signal.SIGINT) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_a_request(
-    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with StopRequest() as stop:
+        stop.begin()
         stop.check()
         send(number)
-        assert "stopping after this step" in capsys.readouterr().err
+        assert "stopping after this step" in capfd.readouterr().err
         with pytest.raises(Stopped):
             stop.check()
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_after_a_signal_interrupts_at_once(first: signal.Signals) -> None:
-    with StopRequest():
+    with StopRequest() as stop:
+        stop.begin()
         send(first)
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
 
 
+def test_before_the_first_step_ctrl_c_ends_at_once_and_sigterm_is_kept_for_later() -> None:
+    with StopRequest() as stop:
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+        send(signal.SIGTERM)
+        stop.begin()
+        with pytest.raises(Stopped):
+            stop.check_together()
+
+
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_a_scheduler_may_send_sigterm_more_than_once(first: signal.Signals) -> None:
     with StopRequest() as stop:
+        stop.begin()
         for number in (first, signal.SIGTERM, signal.SIGTERM):
             send(number)
         with pytest.raises(Stopped) as stopped:
@@ -57,6 +70,7 @@ def test_the_handlers_before_are_put_back() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped), StopRequest() as stop:
         assert signal.getsignal(signal.SIGINT) is not before[0]
+        stop.begin()
         send()
         stop.check()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

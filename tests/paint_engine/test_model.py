@@ -3,15 +3,16 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paint_engine.batch import build_batch, pack_sequences
+from paint_engine.batch import build_batch, pack_sequences, pad_sequences
 from paint_engine.config import LoraSection, ModelSection
 from paint_engine.model import (
     add_lora,
@@ -135,6 +136,40 @@ def test_row_n_is_the_state_that_predicts_completion_token_n(
                 logits = naive_logits(base, context)[-1]
                 expected.append(torch.log_softmax(logits, dim=-1)[token])
     assert torch.allclose(rows, torch.stack(expected), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("attention", ["packed", "padded"])
+def test_no_token_is_masked_by_its_id(
+    attention: str,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    privileged: Callable[..., list[PrivilegedRollout]],
+    relative_error: Callable[[Tensor, Tensor], float],
+) -> None:
+    """Padding's id and the stop tokens', in prompts and amid completions, are tokens like others:
+    the padding of a rectangle has the id 0."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    items = []
+    for item, token in zip(privileged((5, 2, 3), (1, 1, 1), (6, 9, 1)), ids, strict=True):
+        (start, *prompt), (first, *rest) = item.rollout.prompt_ids, item.rollout.completion_ids
+        rollout = replace(
+            item.rollout,
+            prompt_ids=(start, *(token for _ in prompt)),
+            completion_ids=(first, *(token if i % 2 else ids[0] for i, _ in enumerate(rest))),
+        )
+        items.append(replace(item, rollout=rollout))
+    sequences = build_batch(items).student
+    with torch.no_grad():
+        states, expected = hidden_states(base, sequences, attention=attention), _alone(base, items)
+        assert len(states) == 6 + 9 + 1
+        assert relative_error(states, expected) < TOLERANCE
+        padded = pad_sequences(sequences)
+        by_id = base.base_model(
+            input_ids=padded.token_ids,
+            attention_mask=(padded.token_ids != ids[0]) & padded.mask,
+            use_cache=False,
+        ).last_hidden_state.flatten(0, 1)[padded.loss_positions]
+    assert relative_error(by_id, expected) > VISIBLE
 
 
 def test_a_shift_by_one_token_would_be_seen(

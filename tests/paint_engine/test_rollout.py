@@ -1,6 +1,8 @@
 """Requests: seeds, stop tokens, sampling settings, and rollouts that keep the sampled ids."""
 
+import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+import paint_engine
 from paint_engine.config import EvalSection, RolloutSection
 from paint_engine.model import lm_head_weight
 from paint_engine.rollout import (
@@ -22,6 +25,14 @@ from paint_engine.rollout_hf import Completion
 from paint_engine.types import Problem
 
 PROBLEM = Problem("p:0", "How many?", "It is $\\boxed{3}$.", "3")
+
+
+def test_two_files_alone_know_vllm() -> None:
+    """Its releases move names often, and a laptop has none of it."""
+    files = Path(str(paint_engine.__file__)).parent.rglob("*.py")
+    importing = re.compile(r"^\s*(from|import) vllm\b", re.MULTILINE)
+    found = {file.name for file in files if importing.search(file.read_text())}
+    assert found == {"rollout_vllm.py", "rollout_vllm_core.py"}
 
 
 def test_request_seeds_are_pinned_and_told_apart() -> None:

@@ -21,7 +21,7 @@ class FakeEngine:
         self.calls: list[str] = []
         self.num_generated = 0
         self.loaded = self.current = -1
-        self.alive = True
+        self.alive = self.can_restart = True
         self.closed = False
 
     def sync(self, weights_version: int) -> None:
@@ -142,6 +142,16 @@ def test_the_second_death_comes_out(deaths: list[int]) -> None:
         for step in range(1, 4):
             sampler.take(step, 4)
     assert engine.calls.count("restart") == 1
+
+
+def test_an_engine_that_cannot_be_restarted_is_not_said_to_be() -> None:
+    engine = FakeEngine(deaths=[2])
+    engine.can_restart = False
+    sampler, warnings = make(engine)
+    sampler.take(0, 4)
+    with pytest.raises(EngineDied, match="killed"):
+        sampler.take(1, 4)
+    assert "restart" not in engine.calls and not warnings
 
 
 def test_an_engine_found_dead_when_it_takes_the_weights_has_them_after_its_restart() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from paint_engine import objectives, run_eval, train
@@ -227,6 +228,54 @@ def test_more_overlap_hides_more_of_the_solution(run: Run) -> None:
     assert wrong.partial_solution == everything.partial_solution
     shown = run.tokenizer.decode(list(everything.teacher_prompt_ids))
     assert everything.partial_solution in shown
+
+
+def test_a_solution_too_long_for_the_context_is_cut_and_nothing_else(run: Run) -> None:
+    def reveal(solution: str) -> tuple[int, ...]:
+        problem = Problem("p", "How many kites has Mia?", solution, "7")
+        rollout = Rollout(problem, (1,), (2,), (0.0,), False, "no idea")
+        return train.reveal(run, rollout, 0, 0).teacher_prompt_ids
+
+    short, long = reveal("So $\\boxed{7}$."), reveal("First $3 + 4 = 7$. " * 400)
+    # All that is left beside the longest completion is used: a character more is a token at most.
+    assert run.max_teacher_prompt - 3 <= len(long) <= run.max_teacher_prompt == 1024 - 12
+    text, whole = (run.tokenizer.decode(list(ids)) for ids in (long, short))
+    tail = whole[whole.index("\n=== Reference Solution End") :]
+    assert text.endswith(tail) and tail.endswith("</think>\n\n")
+    assert text.startswith("<|im_start|>user\nProblem: How many kites has Mia?\n")
+
+
+@pytest.mark.parametrize(
+    "switch", ["prompts.student_thinking", "prompts.teacher_thinking", "eval.thinking", "none"]
+)
+def test_each_thinking_switch_reaches_its_own_prompts(switch: str, command: list[str]) -> None:
+    names = ("prompts.student_thinking", "prompts.teacher_thinking", "eval.thinking")
+    settings = [part for n in names for part in (f"--{n}", str(n == switch).lower())]
+    run = build_run(load_config([*command, *settings]), WORLD)
+    (first, *_), _ = train.sample_step(run, 0)
+    assert run.eval_set is not None
+    prompts = (first.rollout.prompt_ids, first.teacher_prompt_ids, run.eval_set.prompts[0])
+    for name, ids in zip(names, prompts, strict=True):
+        text = run.tokenizer.decode(list(ids))
+        # Qwen3's template: with thinking off the answer begins after an empty thought.
+        assert text.endswith("<think>\n\n</think>\n\n") == (name != switch), name
+        assert text.endswith("<|im_start|>assistant\n") == (name == switch), name
+
+
+def test_a_bfloat16_base_is_never_written_to(command: list[str]) -> None:
+    """It is the teacher: adapters merged into it and taken out again would leave their rounding."""
+    run = build_run(load_config([*command, "--model.dtype", "bfloat16"]), WORLD)
+    frozen = {n: p for n, p in run.model.named_parameters() if not p.requires_grad}
+    before = {name: p.detach().clone() for name, p in frozen.items()}
+    for step in range(3):
+        train.train_step(run, step)
+    assert {p.dtype for p in frozen.values()} == {torch.bfloat16}
+    assert {p.dtype for p in run.parameters} == {torch.float32}
+    assert all(torch.equal(p, before[name]) for name, p in frozen.items())
+    assert isinstance(run.model, PeftModel)
+    run.model.merge_adapter()
+    run.model.unmerge_adapter()
+    assert not all(torch.equal(p, before[name]) for name, p in frozen.items())
 
 
 def test_adapters_on_disk_are_those_of_the_last_step(
