@@ -77,8 +77,8 @@ def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
         )
     if name == "flash_attention_2" and find_spec("flash_attn") is None:
         raise ValueError(
-            f"{asked} the package flash-attn, which is not installed: install the extra with pip "
-            "install 'paint-engine[flash]', or use --model.attention varlen, which needs no package"
+            f"{asked} the package flash-attn, which is not installed: install it (pip install "
+            "'.[flash]' in the clone), or use --model.attention varlen, which needs no package"
         )
     return name
 

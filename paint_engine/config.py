@@ -352,8 +352,8 @@ class Config(Section):
             given = "rollout.ahead 1" if rollout.ahead else f"rollout.url {rollout.url}"
             raise ValueError(
                 f"rollout.engine: got 'builtin' with {given}; the built-in sampler uses the "
-                "weights that are being trained, in this process; needs vLLM: set rollout.engine "
-                "to 'vllm', or leave out the other key"
+                "weights that are being trained, in this process; needs vLLM: set --rollout.engine "
+                "vllm (the preset tiny has 'builtin'), or leave out the other key"
             )
         if rollout.url is not None and rollout.tensor_parallel_size > 1:
             raise ValueError(

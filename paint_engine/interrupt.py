@@ -52,8 +52,9 @@ class StopRequest:
         if self._signal is not None:
             return
         self._signal = number
-        # Not print: its buffer may be in use by what the signal has interrupted.
-        os.write(2, _NOTICE)
+        if os.environ.get("RANK", "0") == "0":
+            # Not print: its buffer may be in use by what the signal has interrupted.
+            os.write(2, _NOTICE)
 
     def check(self) -> None:
         """Raises Stopped where a signal has come to this process."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -117,8 +118,7 @@ class MetricsWriter:
         config: the resolved configuration, handed to W&B.
         resume_step: the last step whose lines are kept.
 
-    Raises:
-        ValueError: TensorBoard or W&B is asked for and not installed.
+    Where TensorBoard or W&B is asked for, it is installed (`check_loggers`).
     """
 
     def __init__(
@@ -177,19 +177,23 @@ def _open_lines(path: Path, resume_step: int) -> BinaryIO:
     return path.open("ab", buffering=0)
 
 
+def check_loggers(*, tensorboard: bool, wandb_project: str | None) -> None:
+    """Raises ValueError where TensorBoard or W&B is asked for and not installed."""
+    if tensorboard and find_spec("tensorboard") is None:
+        raise ValueError(_missing_package("run.tensorboard", "tensorboard"))
+    if wandb_project is not None and find_spec("wandb") is None:
+        raise ValueError(_missing_package("run.wandb_project", "wandb"))
+
+
 def _open_tensorboard(run_dir: Path, resume_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard.writer import SummaryWriter
-    except ImportError as error:
-        raise ValueError(_missing_package("run.tensorboard", "tensorboard")) from error
+    from torch.utils.tensorboard.writer import SummaryWriter
+
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
 
 def _open_wandb(run_dir: Path, project: str, config: dict[str, Any]) -> Any:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError(_missing_package("run.wandb_project", "wandb")) from error
+    import wandb  # pyright: ignore[reportMissingImports]
+
     # The id makes a resumed run continue its own curves; W&B drops the few steps it already has.
     name = run_dir.resolve().name
     return wandb.init(
@@ -200,7 +204,7 @@ def _open_wandb(run_dir: Path, project: str, config: dict[str, Any]) -> Any:
 def _missing_package(setting: str, extra: str) -> str:
     return (
         f"{setting} is set but the package {extra} is not installed; run "
-        f"pip install 'paint-engine[{extra}]', or unset {setting}."
+        f"pip install '.[{extra}]' in the clone, or unset {setting}."
     )
 
 

@@ -26,7 +26,15 @@ class ProblemSet:
     num_skipped: int
 
 
-def _check_length(problem: Problem, num_tokens: int, room: int, role: str, limit_key: str) -> None:
+def _check_length(
+    problem: Problem, num_tokens: int, context: int, completion: int, role: str, limit_key: str
+) -> None:
+    room = context - completion
+    if room < 1:
+        raise ValueError(
+            f"--{limit_key}: got {completion}; needs less than the model's context of {context} "
+            "tokens, in which a prompt must fit too; lower it"
+        )
     if num_tokens > room:
         raise ValueError(
             f"{problem.problem_id}: the {role}'s prompt takes {num_tokens} tokens, but the model's "
@@ -48,7 +56,7 @@ def load_train_set(
         on_bad_row=data.on_bad_row,
         max_rows=data.max_rows,
     )
-    room = context - config.rollout.max_new_tokens
+    limits = context, config.rollout.max_new_tokens
     kept: list[Problem] = []
     kept_prompts: list[tuple[int, ...]] = []
     for problem in loaded.problems:
@@ -57,7 +65,7 @@ def load_train_set(
         )
         if data.max_prompt_tokens is not None and len(student) > data.max_prompt_tokens:
             continue
-        _check_length(problem, len(student), room, "student", "rollout.max_new_tokens")
+        _check_length(problem, len(student), *limits, "student", "rollout.max_new_tokens")
         teacher, _ = encode_teacher_prompt(
             tokenizer,
             problem,
@@ -67,7 +75,7 @@ def load_train_set(
             suffix=prompts.teacher_suffix,
             marker=config.masking.marker,
         )
-        _check_length(problem, len(teacher), room, "teacher", "rollout.max_new_tokens")
+        _check_length(problem, len(teacher), *limits, "teacher", "rollout.max_new_tokens")
         kept.append(problem)
         kept_prompts.append(student)
     if not kept:
@@ -108,8 +116,8 @@ def load_eval_set(
         ids = encode_student_prompt(
             tokenizer, problem, config.prompts.instruction, thinking=section.thinking
         )
-        room = context - section.max_new_tokens
-        _check_length(problem, len(ids), room, "evaluation", "eval.max_new_tokens")
+        limits = context, section.max_new_tokens
+        _check_length(problem, len(ids), *limits, "evaluation", "eval.max_new_tokens")
         encoded.append(ids)
     return ProblemSet(loaded.problems, tuple(encoded), loaded.num_skipped)
 

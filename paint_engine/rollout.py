@@ -188,7 +188,7 @@ def uses_vllm(section: RolloutSection) -> bool:
     if section.engine == "vllm" and section.url is None and not vllm_is_installed():
         raise ValueError(
             "rollout.engine is 'vllm', but vLLM is not installed: install it (pip install "
-            "'paint-engine[vllm]'), name a server with --rollout.url, or use --rollout.engine "
+            "'.[vllm]' in the clone), name a server with --rollout.url, or use --rollout.engine "
             "builtin"
         )
     if section.engine == "auto":

@@ -6,9 +6,12 @@ The server is asked for token ids by token ids, so its tokenizer and chat templa
 import http.client
 import json
 import os
+import socket
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,9 +25,13 @@ from paint_engine.rollout_hf import Completion, SamplingParams
 from paint_engine.rollout_vllm_core import biased_tokens, reserved_lora_rank
 from paint_engine.rollout_weights import WeightFiles, WrittenWeights
 
-# The longest that one completion, or the loading of an adapter, may take before the server counts
-# as dead.
-_ANSWER_TIMEOUT_S = 3600.0
+# How long a server may be silent before it counts as dead: to what needs no engine,
+_CONTROL_TIMEOUT_S = 10.0
+# to the loading of an adapter, which waits for the requests under way, and may read a shared disk,
+_LOAD_TIMEOUT_S = 600.0
+# and to a completion, which may queue behind those of other ranks: this, and so much a token.
+_ANSWER_TIMEOUT_S = 600.0
+_TOKEN_TIMEOUT_S = 0.5
 # Between two looks at a server that is starting.
 _POLL_S = 1.0
 # The strongest that the protocol allows: it makes a token e^100 times less likely, so that it is
@@ -38,7 +45,7 @@ class ServerEngine:
     url: of the server, such as "http://node7:8000". VLLM_API_KEY is sent where it is set.
     model: the student, a PeftModel: a server takes adapters alone.
     model_path: what the student was loaded from; the server must serve the same.
-    max_sequences: the requests that each rank has under way at once.
+    max_sequences: the requests that each rank has under way at once, in evaluations too.
     adapter_dir: a directory that the server sees under the same path; none = shared memory, for a
         server on this machine.
     restart_timeout_s: how long `restart` waits for a server that comes back.
@@ -73,8 +80,10 @@ class ServerEngine:
             f"--max-lora-rank {reserved_lora_rank(model)} --logprobs-mode processed_logprobs "
             "--generation-config vllm"
         )
-        raise_together(self._unfit(model_path) if world.is_main else None)
+        raise_together(self._unfit(model_path))
         self._base_name = self._server.base_model()[0]
+        self._calls = _Calls()
+        self._closed = False
         self._files = WeightFiles(model, world, adapter_dir, per_node=False)
         self._written: WrittenWeights | None = None
 
@@ -88,7 +97,7 @@ class ServerEngine:
             }:
                 fault = f"serves {' from '.join(names)}, and the student is {model_path}"
             # A request without a name: refused where adapters can be loaded, unknown elsewhere.
-            elif self._server.post("/v1/load_lora_adapter", _adapter("", ""))[0] == 404:
+            elif self._server.load("", "", _CONTROL_TIMEOUT_S)[0] == 404:
                 fault = "does not load adapters while it runs"
             else:
                 fault = self._probe(names[0])
@@ -101,7 +110,7 @@ class ServerEngine:
     def _probe(self, name: str) -> str | None:
         # Of one candidate, the processed log-probability is 0; the raw one hardly ever is.
         params = SamplingParams(1.0, 1.0, 1, 1, (), self._head_size)
-        answer = self._server.ask("/v1/completions", self._request(name, (0,), 0, params))
+        answer = self._server.complete(self._request(name, (0,), 0, params), _Calls())
         choice = answer["choices"][0]
         if choice.get("token_ids") is None:
             return "does not return token ids (return_token_ids): it is too old"
@@ -115,9 +124,9 @@ class ServerEngine:
         failure = None
         if self._world.is_main:
             try:
-                self._load(self._written)
+                self._load(self._written, _LOAD_TIMEOUT_S)
                 if previous is not None:
-                    self._server.post("/v1/unload_lora_adapter", {"lora_name": previous.name})
+                    self._server.unload(previous.name)
             except (EngineDied, ValueError) as error:
                 failure = error
         for error in gather_objects(failure):
@@ -134,16 +143,22 @@ class ServerEngine:
         on_batch: Callable[[list[int], list[Completion]], None] | None = None,
     ) -> list[Completion]:
         """One completion a prompt, in their order; `on_batch` gets each when all before it are
-        done."""
+        done. Raises EngineDied where the server has not answered a request within ten minutes and
+        half a second a token that it may draw."""
         assert len(prompts) == len(seeds)
         assert base or self._written is not None, "sync comes before generate"
         name = self._base_name if base or self._written is None else self._written.name
 
+        calls = self._calls = _Calls()
+
         def complete(index: int) -> Completion:
             request = self._request(name, prompts[index], seeds[index], params)
-            return _completion(self._ask(request), prompts[index])
+            return _completion(self._ask(request, calls), prompts[index])
 
-        pool = ThreadPoolExecutor(self._max_sequences)
+        # Only now: a `close` before has missed these calls, and one from now on ends them.
+        if self._closed:
+            calls.hang_up()
+        pool = ThreadPoolExecutor(self._max_sequences, thread_name_prefix="completions")
         completions = []
         try:
             for index, completion in enumerate(pool.map(complete, range(len(prompts)))):
@@ -151,32 +166,44 @@ class ServerEngine:
                 if on_batch is not None:
                     on_batch([index], [completion])
         finally:
-            pool.shutdown(cancel_futures=True)
+            # After a failure nobody waits for the answers to the others.
+            pool.shutdown(wait=False, cancel_futures=True)
+            calls.hang_up()
         return completions
+
+    @property
+    def can_restart(self) -> bool:
+        """Whoever started the server can start it again."""
+        return True
 
     def restart(self) -> None:
         """Waits for the server to come back (whoever started it must start it again), and has it
         read the weights of the last `sync`. Raises EngineDied where it does not come back."""
         deadline = time.monotonic() + self._restart_timeout_s
-        while not self._server.is_healthy():
-            if time.monotonic() > deadline:
-                raise EngineDied(
-                    f"the server at {self._server.url} has not come back within "
-                    f"{self._restart_timeout_s:.0f} s"
-                )
-            time.sleep(_POLL_S)
-        if self._written is not None:
-            self._load(self._written)
+        while (left := deadline - time.monotonic()) > 0:
+            if self._server.is_healthy(min(left, _CONTROL_TIMEOUT_S)):
+                if self._written is not None:
+                    self._load(self._written, max(deadline - time.monotonic(), _POLL_S))
+                return
+            time.sleep(min(left, _POLL_S))
+        raise EngineDied(
+            f"the server at {self._server.url} has not come back within "
+            f"{self._restart_timeout_s:.0f} s"
+        )
 
     def close(self) -> None:
-        """Takes the adapter off the server, where it still answers, and deletes its files."""
-        if self._world.is_main and self._written is not None and self._server.is_healthy():
-            self._server.post("/v1/unload_lora_adapter", {"lora_name": self._written.name})
+        """Gives up what is under way, takes the adapter off the server, where it still answers, and
+        deletes its files."""
+        self._closed = True
+        self._calls.hang_up()
+        if self._world.is_main and self._written is not None:
+            self._server.unload(self._written.name)
         self._files.close()
 
-    def _load(self, written: WrittenWeights) -> None:
-        request = _adapter(written.name, str(written.directory))
-        status, text = self._reach(lambda: self._server.post("/v1/load_lora_adapter", request))
+    def _load(self, written: WrittenWeights, timeout_s: float) -> None:
+        status, text = self._reach(
+            lambda: self._server.load(written.name, str(written.directory), timeout_s)
+        )
         # Every rank restarts by itself, so another may have been faster.
         if status == 200 or "already been loaded" in text:
             return
@@ -186,9 +213,9 @@ class ServerEngine:
             f"both see with --rollout.adapter_dir, and start the server with: {self._command}"
         )
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, request: dict[str, Any], calls: "_Calls") -> dict[str, Any]:
         try:
-            return self._reach(lambda: self._server.ask("/v1/completions", request))
+            return self._reach(lambda: self._server.complete(request, calls))
         except _Refused as refusal:
             # A server that was started again does not know the adapter's name: 404.
             if refusal.status == 404 or refusal.status >= 500:
@@ -234,10 +261,6 @@ class ServerEngine:
         }
 
 
-def _adapter(name: str, path: str) -> dict[str, str]:
-    return {"lora_name": name, "lora_path": path}
-
-
 def _completion(answer: dict[str, Any], prompt: Sequence[int]) -> Completion:
     choice = answer["choices"][0]
     assert choice["prompt_token_ids"] == list(prompt), "the server changed a prompt's token ids"
@@ -257,6 +280,37 @@ class _Refused(Exception):
         self.status = status
 
 
+class _Calls:
+    """Requests under way that can be given up together, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lines: set[socket.socket] = set()
+        self._over = False
+
+    @contextmanager
+    def counted(self, line: socket.socket) -> Iterator[None]:
+        """While the line waits for its answer. Raises OSError once these calls are given up."""
+        with self._lock:
+            if self._over:
+                raise ConnectionAbortedError("this request has been given up")
+            self._lines.add(line)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._lines.remove(line)
+
+    def hang_up(self) -> None:
+        """Every request of these, and of any to come, ends with an OSError."""
+        with self._lock:
+            self._over = True
+            for line in self._lines:
+                # The other side may have hung up first.
+                with suppress(OSError):
+                    line.shutdown(socket.SHUT_RDWR)
+
+
 class _Server:
     """JSON over HTTP, one connection a request; usable from several threads."""
 
@@ -272,35 +326,54 @@ class _Server:
         if key := os.environ.get("VLLM_API_KEY"):
             self._headers["Authorization"] = f"Bearer {key}"
 
-    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, str]:
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        timeout_s: float,
+        calls: _Calls | None = None,
+    ) -> tuple[int, str]:
+        """Status and body. Raises OSError where nothing answers for `timeout_s`."""
         secure = self._parts.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         assert self._parts.hostname is not None
         # Not through a proxy of the environment: the server is one of the run's own machines.
-        connection = kind(self._parts.hostname, self._parts.port, timeout=_ANSWER_TIMEOUT_S)
-        try:
-            data = None if body is None else json.dumps(body)
-            connection.request(method, self._parts.path.rstrip("/") + path, data, self._headers)
-            response = connection.getresponse()
-            return response.status, response.read().decode()
-        finally:
-            connection.close()
+        connection = kind(
+            self._parts.hostname, self._parts.port, timeout=min(timeout_s, _CONTROL_TIMEOUT_S)
+        )
+        data = None if body is None else json.dumps(body)
+        with closing(connection):
+            connection.connect()
+            connection.sock.settimeout(timeout_s)
+            with (calls or _Calls()).counted(connection.sock):
+                connection.request(method, self._parts.path.rstrip("/") + path, data, self._headers)
+                response = connection.getresponse()
+                return response.status, response.read().decode()
 
     def get(self, path: str) -> str:
         """The body of a success. Raises _Refused for any other status, OSError where nothing
         answers."""
-        status, text = self._send("GET", path, None)
+        status, text = self._send("GET", path, None, _CONTROL_TIMEOUT_S)
         if status != 200:
             raise _Refused(status, text)
         return text
 
-    def post(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
-        """Status and body, whatever the status."""
-        return self._send("POST", path, body)
+    def load(self, name: str, directory: str, timeout_s: float) -> tuple[int, str]:
+        """Has the server read an adapter: status and body, whatever the status. Raises OSError."""
+        body = {"lora_name": name, "lora_path": directory}
+        return self._send("POST", "/v1/load_lora_adapter", body, timeout_s)
 
-    def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request that needs one. Raises _Refused, or OSError."""
-        status, text = self._send("POST", path, body)
+    def unload(self, name: str) -> None:
+        """Takes an adapter off the server; one that does not answer is left alone."""
+        with suppress(OSError, http.client.HTTPException):
+            body = {"lora_name": name}
+            self._send("POST", "/v1/unload_lora_adapter", body, _CONTROL_TIMEOUT_S)
+
+    def complete(self, request: dict[str, Any], calls: _Calls) -> dict[str, Any]:
+        """The answer to a request for a completion. Raises _Refused, or OSError."""
+        timeout_s = _ANSWER_TIMEOUT_S + _TOKEN_TIMEOUT_S * request["max_tokens"]
+        status, text = self._send("POST", "/v1/completions", request, timeout_s, calls)
         if status != 200:
             raise _Refused(status, text)
         return json.loads(text)
@@ -311,9 +384,9 @@ class _Server:
         base = next(card for card in cards if card.get("parent") is None)
         return list(dict.fromkeys([base["id"], base.get("root") or base["id"]]))
 
-    def is_healthy(self) -> bool:
+    def is_healthy(self, timeout_s: float) -> bool:
         """Whether the server answers and its engine is alive."""
         try:
-            return self._send("GET", "/health", None)[0] == 200
+            return self._send("GET", "/health", None, timeout_s)[0] == 200
         except (OSError, http.client.HTTPException):
             return False

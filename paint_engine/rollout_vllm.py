@@ -8,7 +8,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
 
-from paint_engine.distributed import World
+from paint_engine.distributed import World, raise_together
 from paint_engine.model import compute_dtype, lm_head_weight
 from paint_engine.rollout import EngineDied
 from paint_engine.rollout_hf import Completion, SamplingParams
@@ -25,19 +25,23 @@ _MAX_TEMPERATURE = 2.0
 
 
 class VllmEngine:
-    """vLLM beside the trainer; see `rollout.RolloutEngine`.
+    """vLLM beside the trainer; see `rollout.RolloutEngine`. In the trainer's process where that is
+    the only one; of several, each has an engine in a process beside it, or is a worker of one that
+    is spread over them.
 
     model: the student, a PeftModel or, with all of it trained, a causal language model.
     model_path: what it was loaded from.
     max_model_len: the longest prompt and completion together, in tokens.
-    max_sequences: how many are decoded at once.
+    max_sequences: how many are decoded at once; vLLM has one such limit, so that it holds for
+        evaluations as it does for rollouts.
     gpu_memory_utilization: share of the GPU's memory (on CPUs of the node's, over all its ranks).
     tensor_parallel_size: consecutive ranks of a node that one engine is spread over; they must
         call `generate` together.
-    own_process: the engine runs beside this process; not over several ranks.
+    own_process: the engine runs beside this process even if that is the only one, so that it
+        generates while this one trains; not with an engine over several ranks.
 
     Building it and `sync` are collectives of all ranks. Raises ValueError where the settings and
-    the ranks do not fit.
+    the ranks do not fit, and where vLLM does not start.
     """
 
     def __init__(
@@ -56,7 +60,8 @@ class VllmEngine:
     ) -> None:
         _check_ranks(world, tensor_parallel_size, own_process)
         self._world = world
-        self._own_process = own_process
+        # One inside several ranks could not be built anew without the others.
+        self._own_process = own_process or (world.size > 1 and tensor_parallel_size == 1)
         self._group_size = tensor_parallel_size
         self._head_size = lm_head_weight(model).shape[0]
         if world.device.type == "cpu":
@@ -76,13 +81,13 @@ class VllmEngine:
             "gpu_memory_utilization": gpu_memory_utilization,
             **_adapter_args(model),
         }
-        if world.size > 1 and not own_process:
+        if tensor_parallel_size > 1:
             # The ranks are vLLM's workers: the engine joins the trainer's process group and GPU.
             self._llm_args["distributed_executor_backend"] = "external_launcher"
             self._llm_args["tensor_parallel_size"] = tensor_parallel_size
         self._files = WeightFiles(model, world, adapter_dir, per_node=True)
         self._written: WrittenWeights | None = None
-        self._core = self._build()
+        self._core = self._first_core()
 
     def sync(self, weights_version: int) -> None:
         """Writes the weights of this moment to files and has the engine read them."""
@@ -116,38 +121,62 @@ class VllmEngine:
             on_batch(list(range(len(prompts))), completions)
         return completions
 
+    @property
+    def can_restart(self) -> bool:
+        """Whether `restart` may succeed. An engine over several ranks can only be built by all of
+        them, and the others do not know of its death."""
+        return self._group_size == 1
+
     def restart(self) -> None:
         """Builds the engine anew, with the weights of the last `sync`.
 
-        Raises EngineDied where it dies again, and where it runs in the processes of several ranks:
-        there it can only be built by all of them, which the others do not know of.
+        Raises EngineDied where it dies again, and where not `can_restart`.
         """
-        if self._world.size > 1 and not self._own_process:
+        if not self.can_restart:
             raise EngineDied(
-                "an engine inside one of several ranks cannot be rebuilt alone; start the run "
-                "again (torchrun --max-restarts does), or give engines their own processes with "
-                "--rollout.ahead 1"
+                f"an engine over {self._group_size} ranks cannot be built anew by one of them; "
+                "start the run again (torchrun --max-restarts does), or give every rank an engine "
+                "with --rollout.tensor_parallel_size 1"
             )
-        self._core.close()
-        with deaths():
-            self._core = self._build()
+        self._alive(lambda core: core.close())
+        self._core = self._build()
         if self._written is not None:
             self._alive(lambda core: core.load(self._current()))
 
     def close(self) -> None:
         """Ends the engine and deletes its files."""
-        self._core.close()
-        self._files.close()
+        try:
+            self._core.close()
+        finally:
+            self._files.close()
+
+    def _first_core(self) -> Core | OwnProcess:
+        core, error = None, None
+        try:
+            core = self._build()
+        except EngineDied as death:
+            error = (
+                f"vLLM did not start on rank {self._world.rank} ({death}); if it is a matter of "
+                "memory, change --rollout.gpu_memory_utilization or --rollout.max_sequences; or "
+                "use --rollout.engine builtin"
+            )
+        # Ranks that are vLLM's own workers wait inside it for the one that failed: it ends alone.
+        if error is not None and self._group_size > 1:
+            raise ValueError(error)
+        try:
+            raise_together(error)
+        except ValueError:
+            self._files.close()
+            if core is not None:
+                core.close()
+            raise
+        assert core is not None
+        return core
 
     def _build(self) -> Core | OwnProcess:
-        if not self._own_process:
-            return Core(self._llm_args, self._head_size)
-        visible_gpu = None
-        if self._world.device.type == "cuda":
-            listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-            index = self._world.local_rank
-            visible_gpu = listed.split(",")[index] if listed else str(index)
-        return OwnProcess(self._llm_args, self._head_size, visible_gpu)
+        if self._own_process:
+            return OwnProcess(self._llm_args, self._head_size, own_environment(self._world))
+        return Core(self._llm_args, self._head_size)
 
     def _check(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
         if params.temperature > _MAX_TEMPERATURE:
@@ -184,6 +213,23 @@ class VllmEngine:
         shares: list[Any] = [None] * self._group_size
         dist.all_gather_object(shares, share, group=get_tp_group().cpu_group)
         return shares
+
+
+def own_environment(world: World) -> dict[str, str]:
+    """What the engine's process of this rank has in its environment instead of the trainer's."""
+    environment = {}
+    if world.device.type == "cuda":
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        index = world.local_rank
+        environment["CUDA_VISIBLE_DEVICES"] = (
+            listed.split(",")[index].strip() if listed else str(index)
+        )
+    if world.size > 1:
+        # Each takes itself for rank 0, whose compiled code all would write to the same files.
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        root = os.environ.get("VLLM_CACHE_ROOT") or os.path.join(cache, "vllm")
+        environment["VLLM_CACHE_ROOT"] = os.path.join(root, f"rank-{world.rank}")
+    return environment
 
 
 def _adapter_args(model: nn.Module) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,8 +29,13 @@ from paint_engine.rollout_weights import WrittenWeights
 _MAX_BIASES = 1024
 # The ranks that vLLM reserves room for; an adapter may be smaller.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# What a start of vLLM fails with, for it has no exception of its own: settings and memory, CUDA,
+# files, its own checks of the memory, libraries.
+_START_FAILURES = (ValueError, RuntimeError, OSError, AssertionError, ImportError)
 # How long an engine's process may take to end when it is asked to.
 _EXIT_TIMEOUT_S = 10.0
+# Between two looks of an engine's process at whether its trainer still lives.
+_WATCH_S = 1.0
 # What torchrun tells its processes: an engine that read it would take itself for one of the ranks.
 _TORCHRUN_PREFIXES = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC")
 
@@ -81,22 +88,28 @@ class Core:
 
     llm_args: of vllm.LLM.
     head_size: rows of the model's head.
+
+    Raises EngineDied where vLLM does not start.
     """
 
     def __init__(self, llm_args: Mapping[str, Any], head_size: int) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        from vllm import LLM  # pyright: ignore[reportMissingImports]
-
         self._base_path = llm_args["model"]
         self._head_size = head_size
         self._has_adapters = llm_args["enable_lora"]
         self._adapter: Any = None
         # Without adapters: where the weights in the engine came from, and where the student's are.
         self._in_place = self._student_path = self._base_path
-        with _random_state_kept():
-            self._llm = LLM(**llm_args)
+        self._llm: Any = None
+        try:
+            from vllm import LLM  # pyright: ignore[reportMissingImports]
+
+            with _random_state_kept():
+                self._llm = LLM(**llm_args)
+        except _START_FAILURES as error:
+            raise EngineDied(f"{type(error).__name__}: {error}") from error
 
     def load(self, written: WrittenWeights) -> None:
         """Makes these weights the student's."""
@@ -127,7 +140,10 @@ class Core:
         params: SamplingParams,
         base: bool,
     ) -> list[Completion]:
-        """One completion a prompt. The trainer's random numbers stay as they are."""
+        """One completion a prompt. The trainer's random numbers stay as they are. Raises EngineDied
+        after `close`."""
+        if self._llm is None:
+            raise EngineDied("vLLM has been closed")
         wanted = self._base_path if base else self._student_path
         with _random_state_kept():
             if not self._has_adapters and wanted != self._in_place:
@@ -171,9 +187,12 @@ class Core:
         )
 
     def close(self) -> None:
-        """Frees the engine's memory."""
-        self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
+        """Frees the engine's memory; a second time does nothing."""
+        llm, self._llm = self._llm, None
+        if llm is None:
+            return
+        llm.llm_engine.engine_core.shutdown()
+        del llm
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
@@ -209,7 +228,7 @@ def deaths() -> Iterator[None]:
 
 
 def _serve(
-    connection: Any, llm_args: Mapping[str, Any], head_size: int, visible_gpu: str | None
+    connection: Any, llm_args: Mapping[str, Any], head_size: int, environment: Mapping[str, str]
 ) -> None:
     """The main function of an engine's own process: answers calls until the trainer is gone."""
     # Ctrl-C reaches every process of a terminal, and torchrun's SIGTERM every process of a rank's
@@ -218,9 +237,13 @@ def _serve(
         signal.signal(number, signal.SIG_IGN)
     for name in [n for n in os.environ if n.startswith(_TORCHRUN_PREFIXES)]:
         del os.environ[name]
-    if visible_gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu
-    core = Core(llm_args, head_size)
+    os.environ.update(environment)
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+    try:
+        core = Core(llm_args, head_size)
+    except EngineDied as death:
+        connection.send(death)
+        raise
     connection.send(None)
     while True:
         try:
@@ -230,25 +253,37 @@ def _serve(
         try:
             answer = getattr(core, method)(*args)
         except ValueError as error:
-            answer = error
+            # Those of vLLM and pydantic do not all survive the way through a pipe.
+            answer = ValueError(str(error))
         connection.send(answer)
+
+
+def _end_with_the_trainer() -> None:
+    """A trainer that is killed by SIGKILL tells nobody, and one that generates hears nothing."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    while os.getppid() == trainer.pid:
+        time.sleep(_WATCH_S)
+    os._exit(1)
 
 
 class OwnProcess:
     """A `Core` in a process of its own: generation overlaps with training, and its death leaves
     the trainer alive.
 
-    visible_gpu: the entry of CUDA_VISIBLE_DEVICES that it shares with this rank; none on CPUs.
+    environment: its own environment variables, beside the trainer's.
+
+    Raises EngineDied where the engine cannot be built.
     """
 
     def __init__(
-        self, llm_args: Mapping[str, Any], head_size: int, visible_gpu: str | None
+        self, llm_args: Mapping[str, Any], head_size: int, environment: Mapping[str, str]
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
             target=_serve,
-            args=(theirs, llm_args, head_size, visible_gpu),
+            args=(theirs, llm_args, head_size, environment),
             name="paint-vllm",
             daemon=True,
         )
@@ -257,7 +292,11 @@ class OwnProcess:
         atexit.register(self._process.kill)
         # Else this process would hold the other end open, and a death would not be noticed.
         theirs.close()
-        self._answer()
+        try:
+            self._answer()
+        except EngineDied:
+            self.close()
+            raise
 
     def load(self, written: WrittenWeights) -> None:
         """See `Core`."""
@@ -292,7 +331,7 @@ class OwnProcess:
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             raise self._death() from error
-        if isinstance(answer, ValueError):
+        if isinstance(answer, ValueError | EngineDied):
             raise answer
         return answer
 

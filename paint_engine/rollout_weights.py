@@ -4,9 +4,12 @@ vLLM's prefix cache is keyed by the adapter's name, so a name that came twice wo
 values of the older weights.
 """
 
+import hashlib
 import os
+import re
 import secrets
 import shutil
+import socket
 import tempfile
 import weakref
 from dataclasses import dataclass
@@ -21,12 +24,15 @@ from paint_engine.model import compute_dtype
 from paint_engine.weights import gather_weights, write_weights
 
 _SHARED_MEMORY = Path("/dev/shm")
+# Of two kernels or two containers with one host name, the same process id is another process.
+_MACHINE_MARKS = (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid"))
 
 
 @dataclass(frozen=True)
 class WrittenWeights:
-    """WrittenWeights("paint-812-9fc3-7-v40", 7, Path("/dev/shm/paint-812-9fc3/7")): the seventh
-    set that this run has written, as it was after 40 steps."""
+    """WrittenWeights("paint-812-5d1ba3c0-9fc3e08b-7-v40", 7,
+    Path("/dev/shm/paint-812-5d1ba3c0-9fc3e08b/7")): the seventh set that process 812 has written,
+    as it was after 40 steps."""
 
     name: str
     serial: int
@@ -35,7 +41,8 @@ class WrittenWeights:
 
 class WeightFiles:
     """Where one run's weights are handed over. Only the newest are kept, and none after `close` or
-    after an exception that ends the process.
+    after an exception that ends the process; what a process of this machine left that was killed
+    goes when the next one starts.
 
     model: the student; its adapters are written, or all of it where it has none.
     adapter_dir: an existing directory; none = shared memory, or the temporary directory of a
@@ -53,12 +60,13 @@ class WeightFiles:
         self._writes = world.rank == writer
         # Nodes that share adapter_dir, and a run that comes back to a server which has seen it
         # before, each get names of their own.
-        names = gather_objects(f"paint-{os.getpid()}-{secrets.token_hex(4)}")
+        names = gather_objects(f"paint-{os.getpid()}-{_machine()}-{secrets.token_hex(4)}")
         self._name = names[writer]
         self._root = _parent(adapter_dir) / self._name
         self._serial = 0
         error = None
         if self._writes:
+            _remove_orphans(self._root.parent)
             try:
                 self._root.mkdir()
             except OSError as problem:
@@ -112,6 +120,34 @@ def _parent(adapter_dir: str | None) -> Path:
     if adapter_dir is not None:
         return Path(adapter_dir).resolve()
     return _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+
+
+def _machine() -> str:
+    """Eight digits for what a process id is unique in: host, start of its kernel, container."""
+    marks = [
+        os.readlink(m) if m.is_symlink() else m.read_text() for m in _MACHINE_MARKS if m.exists()
+    ]
+    return hashlib.sha256(repr([socket.gethostname(), *marks]).encode()).hexdigest()[:8]
+
+
+def _remove_orphans(parent: Path) -> None:
+    """Deletes what processes of this machine that are no more have left: SIGKILL runs no
+    finalizer, and memory that files of a whole model occupy is missed."""
+    for directory in parent.glob("paint-*"):
+        name = re.fullmatch(rf"paint-(\d+)-{_machine()}-[0-9a-f]{{8}}", directory.name)
+        if name is not None and not _is_alive(int(name[1])):
+            _remove(directory)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        # Another user's.
+        return True
+    return True
 
 
 def _remove(directory: Path | None) -> None:

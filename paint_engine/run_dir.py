@@ -88,8 +88,13 @@ def _is_empty(run_dir: Path) -> bool:
 def _make_run_dir(run_dir: Path, *, replace: bool) -> None:
     if run_dir.exists() and not _is_empty(run_dir):
         # Only what is recognisably a run may be replaced: a mistyped directory must not be emptied.
+        if replace and not _is_run(run_dir):
+            raise ValueError(
+                f"run directory {run_dir} is no earlier run of PAINT, and is not deleted: choose "
+                "another with --run.dir"
+            )
         is_around = Path.cwd().is_relative_to(run_dir.resolve())
-        if not replace or not _is_run(run_dir) or is_around:
+        if not replace or is_around:
             raise ValueError(
                 f"run directory {run_dir} exists already: go on with it by --resume {run_dir}, "
                 "choose another with --run.dir, or replace an earlier run with --run.overwrite true"

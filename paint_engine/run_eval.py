@@ -61,7 +61,9 @@ def answer_all(
     assert run.eval_set is not None
     section, done = run.config.eval, []
     total = len(my_requests(len(run.eval_set.problems), section.num_samples, run.world))
-    with progress.evaluation(f"Avg@{section.num_samples} after {step} steps", total) as advance:
+    share = "" if run.world.size == 1 else f" (this of {run.world.size} ranks)"
+    title = f"Avg@{section.num_samples} after {step} steps{share}"
+    with progress.evaluation(title, total) as advance:
 
         def on_samples(group: list[EvalSample]) -> None:
             done.extend(sample.correct for sample in group)

@@ -25,6 +25,7 @@ from paint_engine.distributed import (
     raise_together,
 )
 from paint_engine.dry_run import check_run_fits, describe, meta_model
+from paint_engine.metrics import check_loggers
 from paint_engine.model import (
     add_lora,
     checkpoint_activations,
@@ -240,12 +241,23 @@ def _load_progress(
     return state
 
 
+def _check_before_loading(config: Config, say: Callable[[str], object]) -> None:
+    check_loggers(tensorboard=config.run.tensorboard, wandb_project=config.run.wandb_project)
+    if config.eval.enabled and config.eval.path == "tiny" and config.data.path != "tiny":
+        say(
+            f"note: training on {config.data.path}, evaluating on the bundled word problems; name "
+            "held-out problems of your own with --eval.path, or switch that off with "
+            "--eval.enabled false"
+        )
+
+
 def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     """What `--dry-run` shows. Everything is checked but the weights, of which none is loaded.
 
     Raises ValueError as `build_run` does; for a run that does not fit, after all has been shown.
     """
     config, device = command.config, pick_device(command.config.train.device)
+    _check_before_loading(config, show)
     tokenizer, model = load_tokenizer(config.model), meta_model(config)
     _check_vocabulary(config, tokenizer, model)
     train_set = load_train_set(config, tokenizer, max_context(model), show)
@@ -315,6 +327,7 @@ def build_run(command: CommandLine, world: World) -> Run:
     say = print if world.is_main else lambda text: None
     # Nothing here draws from the global generators; a library that does is then repeatable.
     set_seed(config.train.seed)
+    _check_before_loading(config, say)
     tokenizer = load_tokenizer(config.model)
     # Sharding takes each layer's share to the device: none ever holds the whole model.
     on_cpu, trains_base = _is_sharded(config, world), not config.lora.enabled

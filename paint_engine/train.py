@@ -251,7 +251,9 @@ def run_training(run: Run, console: Console, stop: StopRequest) -> None:
     """Trains to the end, or to a stop; either way nothing that was finished is lost."""
     directory = shlex.quote(str(run.run_dir))
     say = partial(console.print, soft_wrap=True)
-    resume = f"go on with: python -m paint_engine.train --resume {directory}"
+    one = run.world.size == 1
+    launcher = "python" if one else f"torchrun with {run.world.size} processes,"
+    resume = f"go on with: {launcher} -m paint_engine.train --resume {directory}"
     try:
         writer = open_writer(run)
         with writer or nullcontext():

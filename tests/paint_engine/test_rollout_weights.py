@@ -1,5 +1,6 @@
 """Weights handed over as files: new names, one set kept, nothing left behind."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,33 @@ raise RuntimeError("out of memory")
     assert done.stdout == "True\n", done.stderr
     assert "out of memory" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_goes_and_nothing_else(
+    lora_model: PeftModel, tmp_path: Path
+) -> None:
+    mine = WeightFiles(lora_model, WORLD, str(tmp_path), per_node=True)
+    machine = mine.write(1).directory.parent.name.split("-")[2]
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    dead = f"paint-{process.pid}"
+    orphan = f"{dead}-{machine}-00c0ffee"
+    kept = [
+        # Of a process that lives: this one, and init.
+        f"paint-{os.getpid()}-{machine}-00c0ffee",
+        f"paint-1-{machine}-00c0ffee",
+        # Of another machine, container or boot; and whatever is not ours.
+        f"{dead}-{'0' * 8}-00c0ffee",
+        f"{dead}-{machine}-00c0ffee.bak",
+        f"{dead}-notes",
+        "paint-runs",
+    ]
+    for name in [orphan, *kept]:
+        (tmp_path / name / "3").mkdir(parents=True)
+        (tmp_path / name / "3" / "adapter_model.safetensors").write_bytes(b"weights")
+    other = WeightFiles(lora_model, WORLD, str(tmp_path), per_node=True)
+    other.close()
+    assert not (tmp_path / orphan).exists()
+    assert all((tmp_path / name / "3" / "adapter_model.safetensors").exists() for name in kept)
+    assert mine.write(2).directory.exists()
+    mine.close()

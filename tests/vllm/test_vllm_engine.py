@@ -18,6 +18,7 @@ from paint_engine.batch import pack_sequences
 from paint_engine.distributed import World
 from paint_engine.mismatch import logprob_differences
 from paint_engine.model import hidden_states, lm_head_weight
+from paint_engine.prompts import encode_student_prompt
 from paint_engine.rollout import EngineDied
 from paint_engine.rollout_hf import SamplingParams
 from paint_engine.rollout_vllm import VllmEngine
@@ -76,6 +77,65 @@ def test_the_head_prefers_its_padding_rows(
     drawn = [token for c in completions for token in c.token_ids]
     padding = sum(token >= params.vocab_size for token in drawn)
     assert padding > len(drawn) / 2, (padding, len(drawn))
+
+
+def test_prompts_are_taken_as_ids(
+    engine: VllmEngine,
+    student: nn.Module,
+    params: SamplingParams,
+    tokenizer: PreTrainedTokenizerBase,
+    mismatch: Callable[..., float],
+) -> None:
+    """Special tokens stay, and what text would encode otherwise; through text both would go."""
+    problem = Problem("p", "How many apples?", "", "3")
+    templated = encode_student_prompt(tokenizer, problem, "Go.", thinking=False)
+    spelled = tuple(tokenizer.encode(letter)[0] for letter in "apples and apples")
+    special = (tokenizer.eos_token_id, tokenizer.pad_token_id, *spelled, tokenizer.eos_token_id)
+    prompts = [templated, spelled, special]
+    by_text = [
+        tuple(tokenizer.encode(tokenizer.decode(list(prompt), skip_special_tokens=True)))
+        for prompt in prompts
+    ]
+    assert all(ids != prompt for ids, prompt in zip(by_text, prompts, strict=True))
+    for i in range(3):
+        completions = engine.generate([prompts[i]], [i], params)
+        assert mismatch(student, [prompts[i]], completions, params) < 1e-4
+        assert mismatch(student, [by_text[i]], completions, params) > 0.01
+
+
+def test_only_our_stop_tokens_end_an_answer(
+    engine: VllmEngine, prompts: Prompts, params: SamplingParams, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Not the tokenizer's, and not those of the model's generation settings (7 and 8)."""
+    many = [prompts[i % 4] for i in range(160)]
+    completions = engine.generate(many, range(160), replace(params, stop_token_ids=()))
+    assert {len(c.token_ids) for c in completions} == {params.max_new_tokens}
+    assert all(c.truncated for c in completions)
+    inside = {token for c in completions for token in c.token_ids[:-1]}
+    assert {7, 8, tokenizer.eos_token_id} & inside
+
+
+def test_what_the_engine_was_built_with(engine: VllmEngine) -> None:
+    """No sleep, whose waking has put old weights in the place of new ones; a profile of 4096 tokens
+    and not of the GPU's size."""
+    built = engine._core._llm.llm_engine.vllm_config
+    assert not built.model_config.enable_sleep_mode
+    assert built.model_config.generation_config == "vllm"
+    assert built.model_config.logprobs_mode == "processed_logprobs"
+    assert built.scheduler_config.max_num_batched_tokens == 4096
+
+
+def test_an_adapter_is_read_once(
+    engine: VllmEngine, prompts: Prompts, params: SamplingParams
+) -> None:
+    """A request that asks for `load_inplace` would read the files again, whatever they hold."""
+    before = engine.generate(prompts, range(len(prompts)), params)
+    assert not engine._core._adapter.load_inplace
+    assert engine._written is not None
+    shutil.rmtree(engine._written.directory)
+    engine.generate(prompts, range(len(prompts)), params, base=True)
+    assert engine.generate(prompts, range(len(prompts)), params) == before
+    engine.sync(0)
 
 
 def test_five_steps_each_sample_from_their_own_weights(
@@ -203,6 +263,72 @@ def test_an_engine_that_fails_is_built_anew_with_the_same_weights(
             engine.generate(prompts, seeds, params)
     engine.restart()
     assert engine.generate(prompts, seeds, params) == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_an_engine_that_cannot_be_built_anew(
+    student: nn.Module,
+    model_dir: Path,
+    world: World,
+    params: SamplingParams,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[Exception],
+) -> None:
+    """vLLM has no one exception for what it lacks, memory above all."""
+    import vllm
+
+    def fail(**_: object) -> None:
+        raise error("no memory left for the cache")
+
+    engine = VllmEngine(student, str(model_dir), world, adapter_dir=str(tmp_path), **SETTINGS)
+    engine.sync(1)
+    assert engine.can_restart
+    monkeypatch.setattr(vllm, "LLM", fail)
+    with pytest.raises(EngineDied, match="no memory left"):
+        engine.restart()
+    with pytest.raises(EngineDied, match="has been closed"):
+        engine.generate([(1,)], [0], params)
+    assert list(tmp_path.iterdir())
+    engine.close()
+    engine.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_fails_to_close(
+    student: nn.Module,
+    model_dir: Path,
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    engine = VllmEngine(student, str(model_dir), world, adapter_dir=str(tmp_path), **SETTINGS)
+    engine.sync(1)
+    core = engine._core._llm.llm_engine.engine_core
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "shutdown", fail)
+        with pytest.raises(EngineDied, match="launch failure"):
+            engine.restart()
+    core.shutdown()
+    engine.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("own_process", [False, True])
+def test_vllm_that_does_not_start(
+    student: nn.Module, world: World, tmp_path: Path, own_process: bool
+) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    nothing = str(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"did not start on rank 0 .*--rollout\.engine builtin"):
+        VllmEngine(
+            student, nothing, world, adapter_dir=str(files), own_process=own_process, **SETTINGS
+        )
+    assert list(files.iterdir()) == []
 
 
 def test_no_requests_no_completions(engine: VllmEngine, params: SamplingParams) -> None:

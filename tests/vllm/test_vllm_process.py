@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +16,7 @@ from torch import nn
 from paint_engine.distributed import World
 from paint_engine.rollout import EngineDied
 from paint_engine.rollout_hf import Completion, SamplingParams
-from paint_engine.rollout_vllm import VllmEngine
+from paint_engine.rollout_vllm import VllmEngine, own_environment
 
 Prompts = Sequence[tuple[int, ...]]
 # What torchrun tells a process. An engine that believed it would wait for a second rank for ever.
@@ -124,3 +126,92 @@ def test_killed_while_it_generates(
     assert left_in_shared_memory() == []
     # A second close, as when a run that failed is cleaned up, does no harm.
     engine.close()
+
+
+# A trainer whose engine generates for ever, after it has shown that it can.
+TRAINER = """
+import sys
+import torch
+from paint_engine.config import LoraSection, ModelSection
+from paint_engine.distributed import World
+from paint_engine.model import add_lora, load_base
+from paint_engine.rollout_hf import SamplingParams
+from paint_engine.rollout_vllm import VllmEngine
+
+if __name__ == "__main__":
+    world = World(0, 1, 0, torch.device("cpu"))
+    base = load_base(ModelSection(name_or_path=sys.argv[1]), world.device)
+    engine = VllmEngine(
+        add_lora(base, LoraSection(rank=4, alpha=8), seed=0),
+        sys.argv[1],
+        world,
+        max_model_len=512,
+        max_sequences=8,
+        gpu_memory_utilization=0.1,
+        own_process=True,
+    )
+    engine.generate([(1,)], [0], SamplingParams(1.0, 1.0, -1, 4, (), 300), base=True)
+    print("engine", engine._core._process.pid, flush=True)
+    params = SamplingParams(1.0, 1.0, -1, 500, (), 300)
+    engine.generate([(1,)] * 10_000, range(10_000), params, base=True)
+"""
+
+
+def test_a_killed_trainer_takes_a_generating_engine_along(model_dir: Path, tmp_path: Path) -> None:
+    """SIGKILL leaves it nothing to say, and an engine that lived on would keep the GPU."""
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER)
+    trainer = subprocess.Popen(
+        [sys.executable, str(script), str(model_dir)], stdout=subprocess.PIPE, text=True
+    )
+    assert trainer.stdout is not None
+    # vLLM prints to the same place.
+    told = next(line for line in trainer.stdout if line.startswith("engine "))
+    pid = int(told.split()[1])
+    try:
+        # Into the long batch.
+        time.sleep(3)
+        used_before = _cpu_ticks(pid)
+        time.sleep(0.5)
+        assert _cpu_ticks(pid) > used_before
+        trainer.kill()
+        trainer.wait()
+        deadline = time.monotonic() + 6
+        while _is_running(pid):
+            assert time.monotonic() < deadline, "the engine outlived its trainer"
+            time.sleep(0.1)
+    finally:
+        trainer.kill()
+        trainer.communicate()
+        if _is_running(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _stat(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def _cpu_ticks(pid: int) -> int:
+    return int(_stat(pid)[11]) + int(_stat(pid)[12])
+
+
+def _is_running(pid: int) -> bool:
+    # Where nothing reaps orphans, a dead one stays listed as a zombie.
+    return Path(f"/proc/{pid}").exists() and _stat(pid)[0] != "Z"
+
+
+@pytest.mark.parametrize(
+    ("listed", "gpu"), [(None, "1"), ("", "1"), ("3,5,7", "5"), ("GPU-a, GPU-b", "GPU-b")]
+)
+def test_an_engine_sees_the_gpu_of_its_rank(
+    monkeypatch: pytest.MonkeyPatch, listed: str | None, gpu: str
+) -> None:
+    """By its place on the node; its compiled code goes by its place among all, for nodes may share
+    the cache's disk."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if listed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/cache")
+    environment = own_environment(World(5, 8, 1, torch.device("cuda", 1)))
+    assert environment == {"CUDA_VISIBLE_DEVICES": gpu, "VLLM_CACHE_ROOT": "/cache/rank-5"}
+    assert own_environment(World(0, 1, 0, torch.device("cpu"))) == {}

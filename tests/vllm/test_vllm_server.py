@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from paint_engine.distributed import World
 from paint_engine.rollout import EngineDied
@@ -132,6 +134,28 @@ def test_token_ids_stops_and_lengths(
         assert max(completion.token_ids) < params.vocab_size
 
 
+def test_special_tokens_go_in_and_come_out_as_ids(
+    engine: ServerEngine,
+    student: nn.Module,
+    params: SamplingParams,
+    tokenizer: PreTrainedTokenizerBase,
+    mismatch: Callable[..., float],
+) -> None:
+    """And no stop token but ours ends an answer: not the tokenizer's, not those of the model's
+    generation settings (7 and 8)."""
+    special = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    prompt = (*special, *(tokenizer.encode(letter)[0] for letter in "apples"), special[0])
+    endless = replace(params, stop_token_ids=())
+    completions = engine.generate([prompt] * 160, range(160), endless)
+    assert mismatch(student, [prompt] * 160, completions, endless) < 1e-4
+    without = [prompt[2:-1]] * 160
+    assert mismatch(student, without, completions, endless) > 0.01
+    assert all(c.truncated for c in completions)
+    assert {len(c.token_ids) for c in completions} == {params.max_new_tokens}
+    inside = {token for c in completions for token in c.token_ids[:-1]}
+    assert {7, 8, tokenizer.eos_token_id} & inside
+
+
 def test_five_steps_each_sample_from_their_own_weights(
     engine: ServerEngine,
     student: nn.Module,
@@ -184,7 +208,7 @@ def test_a_server_that_has_forgotten_the_adapter(
 ) -> None:
     """As one that was started again before anybody noticed."""
     assert engine._written is not None
-    engine._server.post("/v1/unload_lora_adapter", {"lora_name": engine._written.name})
+    engine._server.unload(engine._written.name)
     with pytest.raises(EngineDied, match="status 404"):
         engine.generate(prompts, range(len(prompts)), params)
     engine.restart()

@@ -1,5 +1,5 @@
 """What each rank does in `test_vllm_ranks`: python -m torch.distributed.run ... vllm_ranks.py
-MODEL_DIR TENSOR_PARALLEL_SIZE OUTPUT_DIR"""
+MODEL_DIR OUTPUT_DIR"""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from paint_engine.rollout_hf import SamplingParams
 from paint_engine.rollout_vllm import VllmEngine
 
 
-def main(model_dir: str, tensor_parallel_size: int, output: Path) -> None:
+def main(model_dir: str, output: Path) -> None:
     world = init_world(torch.device("cpu"))
     base = load_base(ModelSection(name_or_path=model_dir), world.device)
     model = add_lora(base, LoraSection(rank=4, alpha=8), seed=0)
@@ -27,7 +27,7 @@ def main(model_dir: str, tensor_parallel_size: int, output: Path) -> None:
         max_model_len=256,
         max_sequences=8,
         gpu_memory_utilization=0.1,
-        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_size=world.size,
         adapter_dir=str(output),
     )
     vocab_size = lm_head_weight(model).shape[0] - 6
@@ -64,4 +64,4 @@ def main(model_dir: str, tensor_parallel_size: int, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]))
