@@ -9,12 +9,15 @@ the preset tiny.
 
 import argparse
 import difflib
+import sys
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from rich.console import Console
 
 from paint_engine.config import Config
 from paint_engine.config_toml import LEAVES, build_config, toml_value, value_of
@@ -57,6 +60,19 @@ class CommandLine:
     dry_run: bool
     print_config: bool
     resume: Path | None
+
+
+@contextmanager
+def user_errors(console: Console, rank: int = 0) -> Iterator[None]:
+    """Ends the program with one message and exit code 2 at a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        # A mistake may show on one rank alone, and be known to no other.
+        where = Console(stderr=True, highlight=False, markup=False) if rank else console
+        prefix = f"rank {rank}: " if rank else ""
+        where.print(f"{prefix}error: {error}", style="red", soft_wrap=True)
+        sys.exit(2)
 
 
 class _Parser(argparse.ArgumentParser):

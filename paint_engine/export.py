@@ -11,7 +11,6 @@ one weight in float32; merging goes matrix by matrix.
 import argparse
 import json
 import shutil
-import sys
 import tomllib
 import warnings
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from paint_engine.checkpoint_files import (
     flush,
     list_checkpoints,
 )
+from paint_engine.cli import user_errors
 from paint_engine.config import ModelSection
 from paint_engine.model import load_tokenizer, resolve_model
 from paint_engine.report import CONFIG_FILE
@@ -211,13 +211,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # peft asks models of transformers for an attribute that has been renamed there.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     arguments = _parser().parse_args(argv)
-    try:
+    with user_errors(console):
         checkpoint = choose_checkpoint(arguments.source, arguments.checkpoint)
         section = find_base(checkpoint, arguments.model)
         export(checkpoint, arguments.output_dir, section, _DTYPES[arguments.dtype])
-    except ValueError as error:
-        console.print(f"error: {error}", style="red", soft_wrap=True)
-        sys.exit(2)
     console.print(f"{checkpoint} is exported to {arguments.output_dir}", soft_wrap=True)
 
 

@@ -57,7 +57,7 @@ class WeightFiles:
     ) -> None:
         self._model = model
         writer = world.rank - world.local_rank if per_node else 0
-        self._writes = world.rank == writer
+        self._writes = world.writes_for_node if per_node else world.is_main
         # Nodes that share adapter_dir, and a run that comes back to a server which has seen it
         # before, each get names of their own.
         names = gather_objects(f"paint-{os.getpid()}-{_machine()}-{secrets.token_hex(4)}")

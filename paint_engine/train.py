@@ -8,8 +8,8 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from operator import itemgetter
@@ -23,7 +23,7 @@ from paint_engine import objectives
 from paint_engine.anchors import overlap
 from paint_engine.batch import batch_to, build_batch, plan_microbatches
 from paint_engine.checkpoint import list_checkpoints
-from paint_engine.cli import load_config
+from paint_engine.cli import load_config, user_errors
 from paint_engine.config_toml import to_toml
 from paint_engine.distributed import (
     barrier,
@@ -47,7 +47,7 @@ from paint_engine.run_eval import SaveFailed, evaluate_at, save
 from paint_engine.samples import sample_records
 from paint_engine.setup import Run, build_run, learning_rate, plan_run
 from paint_engine.summary import print_summary, summarise
-from paint_engine.types import PrivilegedRollout, Rollout
+from paint_engine.types import PrivilegedRollout, Rollout, TrainBatch
 from paint_engine.verify import check_answer
 from paint_engine.weights import whole
 
@@ -103,6 +103,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
     kept = privileged[: config.run.samples_per_step]
     num_tokens = sum(len(p.rollout.completion_ids) for p in privileged)
     per_rollout = config.objective.reduction == "sequence_mean"
+    denominator = len(privileged) if per_rollout else num_tokens
     sums: Counter[str] = Counter()
     samples: list[dict[str, object]] = []
     differences: list[Tensor] = []
@@ -116,25 +117,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
         # A rank without rollouts runs one at weight zero: sharded weights need every rank.
         batch = batch_to(build_batch(items or privileged[:1]), run.world.device)
         sync_gradients(run.model, last=place == len(microbatches) - 1)
-        with span("teacher"), run.teacher.scoring() as scorer:
-            teacher_states = hidden_states(scorer, batch.teacher, attention=run.attention)
-            teacher_head = None if scorer is run.model else lm_head_weight(scorer)
-        with span("student"):
-            student_states = hidden_states(run.model, batch.student, attention=run.attention)
-        with span("loss"), autocast(run.model):
-            output = objectives.paint(
-                student_states,
-                teacher_states,
-                lm_head_weight(run.model),
-                batch.cu_seqlens,
-                config.objective,
-                teacher_lm_head_weight=teacher_head,
-                vocab_size=len(run.tokenizer),
-                denominator=len(privileged) if per_rollout else num_tokens,
-            )
-            differences += logprob_differences(
-                student_states, lm_head_weight(run.model), items, run.sampler.params
-            )
+        output, found = score(run, batch, items, denominator)
+        differences += found
         with span("backward"):
             (output.loss if items else 0.0 * output.loss).backward()
         if items:
@@ -162,6 +146,37 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
         "seconds_rollout": sampled - started,
         "seconds_update": finished - sampled,
     }, sorted(chain.from_iterable(gather_objects(samples)), key=itemgetter("place"))
+
+
+def score(
+    run: Run, batch: TrainBatch, items: Sequence[PrivilegedRollout], denominator: int
+) -> tuple[objectives.PaintLossOutput, list[Tensor]]:
+    """The loss of one micro-batch, and by how much the sampler's log-probabilities of its items are
+    off.
+
+    denominator: rollouts or tokens of the whole step, of all ranks.
+    """
+    span = run.timings.span
+    with span("teacher"), run.teacher.scoring() as scorer:
+        teacher_states = hidden_states(scorer, batch.teacher, attention=run.attention)
+        teacher_head = None if scorer is run.model else lm_head_weight(scorer)
+    with span("student"):
+        student_states = hidden_states(run.model, batch.student, attention=run.attention)
+    with span("loss"), autocast(run.model):
+        output = objectives.paint(
+            student_states,
+            teacher_states,
+            lm_head_weight(run.model),
+            batch.cu_seqlens,
+            run.config.objective,
+            teacher_lm_head_weight=teacher_head,
+            vocab_size=len(run.tokenizer),
+            denominator=denominator,
+        )
+        found = logprob_differences(
+            student_states, lm_head_weight(run.model), items, run.sampler.params
+        )
+    return output, found
 
 
 def update(run: Run, step: int) -> tuple[float, float]:
@@ -285,19 +300,6 @@ def run_training(run: Run, console: Console, stop: StopRequest) -> None:
         sys.exit(130)
     finally:
         run.sampler.close()
-
-
-@contextmanager
-def user_errors(console: Console, rank: int) -> Iterator[None]:
-    """Ends the program with one message and exit code 2 at a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        # A mistake may show on one rank alone, and be known to no other.
-        where = Console(stderr=True, highlight=False, markup=False) if rank else console
-        prefix = f"rank {rank}: " if rank else ""
-        where.print(f"{prefix}error: {error}", style="red", soft_wrap=True)
-        sys.exit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
