@@ -14,7 +14,7 @@ from bench.losses import float32_logits
 from bench.scaling import dtype_on
 from paint_engine import objectives, train
 from paint_engine.batch import batch_to, build_batch
-from paint_engine.config import ObjectiveSection
+from paint_engine.config_sections import ObjectiveSection
 from paint_engine.model import autocast, hidden_states, lm_head_weight
 from paint_engine.objectives import PaintLossOutput
 from paint_engine.setup import Run

@@ -1,309 +1,29 @@
-"""The configuration of a run: sections, defaults (the paper's) and every check on their values.
+"""The configuration of a run, and the checks on keys that depend on each other.
 
-Modules that receive a section can trust it. From and to TOML: `config_toml.py`. Presets, files and
-the command line: `cli.py`.
+The sections: `config_sections.py`. From and to TOML: `config_toml.py`. Presets, files and the
+command line: `cli.py`.
 """
 
-from typing import Annotated, Literal, TypeVar
+from pydantic import model_validator
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
+from paint_engine.config_sections import (
+    CheckpointSection,
+    DataSection,
+    EvalSection,
+    GrpoSection,
+    LoraSection,
+    MaskingSection,
+    ModelSection,
+    ObjectiveSection,
+    OptimSection,
+    ParallelSection,
+    PromptsSection,
+    RolloutSection,
+    RunSection,
+    Section,
+    TeacherSection,
+    TrainSection,
 )
-
-T = TypeVar("T")
-
-
-def _top_k_is_on_or_off(top_k: int) -> int:
-    if top_k < 1 and top_k != -1:
-        raise ValueError("-1 (all tokens) or a count of at least 1")
-    return top_k
-
-
-# TOML has no null: "none" stands for it, in files and on the command line.
-OrNone = Annotated[
-    T | None,
-    BeforeValidator(lambda v: None if isinstance(v, str) and v.lower() == "none" else v),
-]
-UnitInterval = Annotated[float, Field(ge=0, le=1)]
-TopK = Annotated[int, AfterValidator(_top_k_is_on_or_off)]
-TopP = Annotated[float, Field(gt=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
-# Strict mode refuses the list that TOML gives for a tuple.
-TextTuple = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
-
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class Section(BaseModel):
-    """Strict, so that 40.5 steps, `true` steps and "40" steps are refused, not converted."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class ModelSection(Section):
-    name_or_path: Text = Field(
-        default="tiny", description="'tiny', a model directory or a Hugging Face id"
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto",
-        description="of frozen weights and of the arithmetic: auto = bfloat16 on a GPU that has "
-        "it, else float32; trained weights are float32 always",
-    )
-    attention: Literal["auto", "padded", "packed", "varlen", "flash_attention_2"] = Field(
-        default="auto",
-        description="in the loss: padded rows, or packed sequences by a dense mask (packed), "
-        "PyTorch's varlen or flash-attn; auto: varlen on a GPU in bfloat16, else padded",
-    )
-    trust_remote_code: bool = Field(
-        default=False, description="run Python code that comes with the model"
-    )
-
-
-class LoraSection(Section):
-    enabled: bool = Field(default=True, description="train adapters; false trains all weights")
-    rank: PositiveInt = Field(default=64, description="rank r of the adapters")
-    alpha: PositiveInt = Field(default=128, description="adapters are scaled by alpha / rank")
-    dropout: Decay = Field(default=0.0, description="dropout probability on the adapters' input")
-    target_modules: TextTuple = Field(
-        default=LORA_TARGETS, description="linear layers that get adapters"
-    )
-
-
-class ColumnsSection(Section):
-    problem: OrNone[Text] = Field(
-        default=None, description="column of the question (none = detect)"
-    )
-    solution: OrNone[Text] = Field(
-        default=None, description="column of the solution (none = detect)"
-    )
-    answer: OrNone[Text] = Field(
-        default=None, description="column of the final answer (none = detect)"
-    )
-
-
-class DataSection(Section):
-    path: Text = Field(
-        default="tiny",
-        description="'tiny', a .jsonl/.json/.parquet file, or a datasets id[:config]",
-    )
-    split: Text = Field(default="train", description="split of 'tiny' or of a datasets id")
-    columns: ColumnsSection = Field(
-        default=ColumnsSection(), description="column names that are not detected"
-    )
-    on_bad_row: Literal["stop", "skip"] = Field(
-        default="stop",
-        description="stop at a row that cannot be used, or skip and count it (eval's rows too)",
-    )
-    max_rows: OrNone[PositiveInt] = Field(
-        default=None, description="use the first so many problems"
-    )
-    max_prompt_tokens: OrNone[PositiveInt] = Field(
-        default=None, description="drop problems whose student prompt is longer, in tokens"
-    )
-
-
-class PromptsSection(Section):
-    student_thinking: bool = Field(
-        default=False, description="chat template's thinking switch, student"
-    )
-    teacher_thinking: bool = Field(
-        default=False, description="chat template's thinking switch, teacher"
-    )
-    instruction: str = Field(default=INSTRUCTION, description="closing line of both prompts")
-    teacher_suffix: str = Field(
-        default="", description="text right after the teacher's generation prompt"
-    )
-
-
-class MaskingSection(Section):
-    rho_wrong: UnitInterval = Field(
-        default=0.30, description="hidden fraction at overlap 0 (Eq. 5)"
-    )
-    rho_correct: UnitInterval = Field(
-        default=0.40, description="hidden fraction at overlap 1 (Eq. 5)"
-    )
-    placement: Literal["suffix", "prefix", "middle", "random", "sentence_suffix"] = Field(
-        default="suffix", description="which part of the solution is hidden"
-    )
-    marker: str = Field(default="...(omitted)...", description="text in the hidden part's place")
-
-
-class RolloutSection(Section):
-    temperature: PositiveFloat = Field(default=1.1, description="sampling temperature")
-    top_p: TopP = Field(default=0.95, description="nucleus mass")
-    top_k: TopK = Field(default=20, description="likeliest tokens kept; -1 = all")
-    max_new_tokens: PositiveInt = Field(default=1024, description="longest completion, in tokens")
-    max_sequences: PositiveInt = Field(default=64, description="sequences decoded at once")
-    engine: Literal["auto", "vllm", "builtin"] = Field(
-        default="auto",
-        description="what samples, in training and evaluation: auto = vLLM where it is installed "
-        "or rollout.url is given, else the built-in sampler",
-    )
-    url: OrNone[Text] = Field(
-        default=None,
-        description="vLLM's OpenAI-compatible server, such as http://node7:8000 (none = in this "
-        "process)",
-    )
-    ahead: Annotated[int, Field(ge=0, le=1)] = Field(
-        default=0,
-        description="1 = sample the next batch while this one trains, from weights that are one "
-        "step old",
-    )
-    gpu_memory_utilization: Fraction = Field(
-        default=0.35, description="share of the GPU's memory for vLLM in this process"
-    )
-    tensor_parallel_size: PositiveInt = Field(
-        default=1, description="GPUs that one vLLM engine in these processes is spread over"
-    )
-    adapter_dir: OrNone[Text] = Field(
-        default=None,
-        description="where adapters are handed to vLLM (none = shared memory); a server elsewhere "
-        "must see it too",
-    )
-
-
-class ObjectiveSection(Section):
-    name: Literal["paint"] = Field(default="paint", description="which loss")
-    pointwise_clip: OrNone[PositiveFloat] = Field(
-        default=0.06,
-        description="tau: upper bound of each vocabulary entry's KL term, in nats (Eq. 3)",
-    )
-    top_fraction: UnitInterval = Field(
-        default=0.03,
-        description="f: fraction of a rollout's tokens whose target is interpolated (Eq. 12)",
-    )
-    interpolation_weight: UnitInterval = Field(
-        default=0.03, description="k: weight of the student's logits in those targets (Eq. 12)"
-    )
-    temperature: PositiveFloat = Field(
-        default=1.1,
-        description="divides both roles' logits in the loss; OPSD's code takes the sampling "
-        "temperature, here it is set on its own and does not follow rollout.temperature",
-    )
-    reduction: Literal["sequence_mean", "token_mean"] = Field(
-        default="sequence_mean", description="mean over rollouts of token means, or over all tokens"
-    )
-    entropy_floor: PositiveFloat = Field(
-        default=1e-6, description="least student entropy in the ratio, in nats (Eq. 9)"
-    )
-    teacher_top_k: OrNone[PositiveInt] = Field(
-        default=None,
-        description="restrict both roles to the teacher's k likeliest entries (none = all)",
-    )
-
-
-class OptimSection(Section):
-    learning_rate: PositiveFloat = Field(default=5e-6, description="AdamW's peak learning rate")
-    weight_decay: NonNegativeFloat = Field(
-        default=0.0, description="AdamW's decoupled weight decay"
-    )
-    beta1: Decay = Field(default=0.9, description="AdamW's decay of the first moment")
-    beta2: Decay = Field(default=0.999, description="AdamW's decay of the second moment")
-    eps: PositiveFloat = Field(default=1e-8, description="AdamW's epsilon")
-    max_grad_norm: PositiveFloat = Field(
-        default=0.1, description="gradients are scaled to this L2 norm"
-    )
-    warmup_steps: NonNegativeInt = Field(default=0, description="steps of linear warm-up")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant",
-        description="learning rate after the warm-up; linear and cosine end at 0",
-    )
-
-
-class TrainSection(Section):
-    num_steps: PositiveInt = Field(default=100, description="optimizer steps")
-    batch_size: PositiveInt = Field(default=32, description="rollouts a step")
-    max_tokens_per_microbatch: PositiveInt = Field(
-        default=16384, description="tokens of one forward pass, prompts included"
-    )
-    seed: NonNegativeInt = Field(default=0, description="seeds data order, adapters and sampling")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto = a GPU if there is one"
-    )
-
-
-class ParallelSection(Section):
-    shard: Literal["full", "replicate"] = Field(
-        default="full",
-        description="under torchrun: weights split over all ranks (FSDP2), or whole on each",
-    )
-    activation_checkpointing: bool = Field(
-        default=False, description="recompute each layer in the backward pass: slower, less memory"
-    )
-    device_memory_gb: OrNone[PositiveFloat] = Field(
-        default=None,
-        description="memory of one GPU, in GiB (an 80 GB one has 80), that the estimate must fit; "
-        "none = this machine's",
-    )
-
-
-class EvalSection(Section):
-    enabled: bool = Field(default=True, description="evaluate at all")
-    path: Text = Field(default="tiny", description="like data.path")
-    split: Text = Field(default="test", description="like data.split")
-    columns: ColumnsSection = Field(default=ColumnsSection(), description="like data.columns")
-    num_problems: OrNone[PositiveInt] = Field(
-        default=128, description="the first so many (none = all)"
-    )
-    num_samples: PositiveInt = Field(
-        default=12, description="completions a problem: the k of Avg@k"
-    )
-    temperature: PositiveFloat = Field(default=1.0, description="sampling temperature")
-    top_p: TopP = Field(default=0.95, description="nucleus mass")
-    top_k: TopK = Field(default=-1, description="likeliest tokens kept; -1 = all")
-    max_new_tokens: PositiveInt = Field(default=38912, description="longest completion, in tokens")
-    max_sequences: PositiveInt = Field(
-        default=64,
-        description="sequences that the built-in sampler decodes at once (vLLM: rollout's)",
-    )
-    thinking: bool = Field(
-        default=True, description="chat template's thinking switch in evaluation"
-    )
-    every: NonNegativeInt = Field(
-        default=0, description="steps between evaluations (0 = none in between)"
-    )
-    at_start: bool = Field(default=True, description="evaluate before the first step")
-    at_end: bool = Field(default=True, description="evaluate after the last step")
-
-
-class CheckpointSection(Section):
-    every: NonNegativeInt = Field(
-        default=20, description="steps between checkpoints (0 = only the last)"
-    )
-    keep: PositiveInt = Field(
-        default=2, description="newest checkpoints kept, beside the best evaluated one"
-    )
-
-
-class RunSection(Section):
-    dir: OrNone[Text] = Field(
-        default=None, description="run directory (none = runs/<preset or name>-<UTC time>)"
-    )
-    overwrite: bool = Field(default=False, description="replace an existing run directory")
-    auto_resume: bool = Field(
-        default=False,
-        description="go on with the run in run.dir where there is one, else start it: for jobs "
-        "that are queued again",
-    )
-    samples_per_step: NonNegativeInt = Field(
-        default=2, description="rollouts of a step kept for the report"
-    )
-    tensorboard: bool = Field(default=False, description="also write TensorBoard events")
-    wandb_project: OrNone[Text] = Field(
-        default=None, description="also log to this Weights & Biases project"
-    )
 
 
 class Config(Section):
@@ -315,7 +35,9 @@ class Config(Section):
     prompts: PromptsSection = PromptsSection()
     masking: MaskingSection = MaskingSection()
     rollout: RolloutSection = RolloutSection()
+    teacher: TeacherSection = TeacherSection()
     objective: ObjectiveSection = ObjectiveSection()
+    grpo: GrpoSection = GrpoSection()
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     parallel: ParallelSection = ParallelSection()
@@ -338,6 +60,8 @@ class Config(Section):
                 f"{self.train.num_steps}; needs at most that many; lower it or train longer"
             )
         self._check_rollouts()
+        self._check_teacher()
+        self._check_policy_gradient()
         if self.run.auto_resume and (self.run.dir is None or self.run.overwrite):
             raise ValueError(
                 f"run.auto_resume: got true with run.dir {self.run.dir} and run.overwrite "
@@ -364,4 +88,53 @@ class Config(Section):
             raise ValueError(
                 "rollout.url: got a server with lora.enabled false; a server takes adapters "
                 "only; leave out rollout.url, or train adapters"
+            )
+        if self.objective.name == "sft" and rollout.ahead:
+            raise ValueError(
+                "rollout.ahead: got 1 with objective.name 'sft'; the reference solutions are "
+                "trained on and nothing is sampled; leave it out"
+            )
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the loss compares the student with a teacher that sees a solution."""
+        return self.objective.name in ("paint", "sampled_token")
+
+    def _check_teacher(self) -> None:
+        teacher = self.teacher
+        changed = [
+            name
+            for name, off in (("weights", "fixed"), ("reason_first", False))
+            if getattr(teacher, name) != off
+        ]
+        if changed and not self.uses_teacher:
+            raise ValueError(
+                f"teacher.{changed[0]}: got {getattr(teacher, changed[0])!r} with objective.name "
+                f"{self.objective.name!r}, which has no teacher; leave it out, or use "
+                "--objective.name paint or sampled_token"
+            )
+        if teacher.weights == "ema" and not self.lora.enabled:
+            raise ValueError(
+                "teacher.weights: got 'ema' with lora.enabled false; the running mean is one of "
+                "adapters; train adapters, or use --teacher.weights fixed or live"
+            )
+
+    def _check_policy_gradient(self) -> None:
+        objective, rollout, size = self.objective, self.rollout, self.grpo.group_size
+        if objective.name == "grpo" and self.train.batch_size % size:
+            raise ValueError(
+                f"train.batch_size: got {self.train.batch_size} with grpo.group_size {size}; needs "
+                "a multiple of it, since the batch is made of whole groups; change one of them"
+            )
+        if objective.name not in ("grpo", "sampled_token") or objective.importance_cap is None:
+            return
+        truncated = rollout.top_p < 1 or rollout.top_k != -1
+        if truncated or rollout.temperature != objective.temperature:
+            raise ValueError(
+                f"objective.importance_cap: got {objective.importance_cap} with rollout.top_p "
+                f"{rollout.top_p}, rollout.top_k {rollout.top_k}, rollout.temperature "
+                f"{rollout.temperature} and objective.temperature {objective.temperature}; the "
+                "sampler's and the trainer's probabilities are comparable only without truncation "
+                "and at one temperature; use --rollout.top_p 1.0 --rollout.top_k -1 and equal "
+                "temperatures, or --objective.importance_cap none"
             )

@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from paint_engine.config import ColumnsSection
+from paint_engine.config_sections import ColumnsSection
 from paint_engine.types import Problem
 from paint_engine.verify import extract_boxed
 

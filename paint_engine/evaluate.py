@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from paint_engine.config import EvalSection
+from paint_engine.config_sections import EvalSection
 from paint_engine.distributed import World, my_share
 from paint_engine.metrics import read_jsonl
 from paint_engine.rollout import RolloutEngine, request_seed, to_rollout

@@ -33,7 +33,7 @@ from paint_engine.checkpoint_files import (
     list_checkpoints,
 )
 from paint_engine.cli import user_errors
-from paint_engine.config import ModelSection
+from paint_engine.config_sections import ModelSection
 from paint_engine.model import load_tokenizer, resolve_model
 from paint_engine.report import CONFIG_FILE
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from paint_engine.config import Config, ParallelSection
+from paint_engine.config import Config
+from paint_engine.config_sections import ParallelSection
 from paint_engine.memory import GIB, Lengths, MemoryEstimate, estimate_memory
 from paint_engine.model_shape import ModelShape
 

@@ -29,7 +29,7 @@ from transformers import (
 
 from paint_engine.attention import packed_arguments
 from paint_engine.batch import pad_sequences
-from paint_engine.config import LoraSection, ModelSection
+from paint_engine.config_sections import LoraSection, ModelSection
 from paint_engine.distributed import World
 from paint_engine.types import PackedSequences
 

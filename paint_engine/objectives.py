@@ -3,7 +3,7 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from paint_engine.config import ObjectiveSection
+from paint_engine.config_sections import ObjectiveSection
 from paint_kernels import PaintLossOutput, paint_loss
 
 __all__ = ["PaintLossOutput", "metric_sums", "paint"]

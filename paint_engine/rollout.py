@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar, cast
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from paint_engine.config import EvalSection, RolloutSection
+from paint_engine.config_sections import EvalSection, RolloutSection
 from paint_engine.distributed import gather_objects
 from paint_engine.model import causal_lm, unsharded
 from paint_engine.rollout_hf import Completion, SamplingParams, generate

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from paint_engine.attention import choose_attention
 from paint_engine.checkpoint import load_checkpoint
 from paint_engine.cli import CommandLine
-from paint_engine.config import Config, OptimSection
+from paint_engine.config import Config
+from paint_engine.config_sections import OptimSection
 from paint_engine.config_toml import to_toml
 from paint_engine.distributed import (
     World,

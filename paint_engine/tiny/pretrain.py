@@ -1,4 +1,4 @@
-"""Pretrains the tiny base: `python -m paint_engine.tiny.pretrain [--output DIR] [--num-steps N]`.
+"""Pretrains the tiny base: `python -m paint_engine.tiny.pretrain [--size S] [--output DIR]`.
 
 The base gets what PAINT needs of a real one. Alone it is fallible: in the unaided solutions that it
 reads, a share of the intermediate results is wrong and carried on. With a verified solution in its
@@ -49,6 +49,19 @@ DRILL_SHARE = 0.2
 UNAIDED_SHARE = 0.35
 # Of the privileged documents: the whole solution, a hidden suffix, a span hidden anywhere.
 PLACEMENT_WEIGHTS = {"whole": 0.1, "suffix": 0.65, "random": 0.25}
+
+
+@dataclass(frozen=True)
+class Width:
+    """What differs between the sizes of the base; heads have 32 dimensions in all of them."""
+
+    hidden_size: int
+    num_heads: int
+    num_key_value_heads: int
+
+
+# Medium is the one that is bundled.
+SIZES = {"small": Width(96, 3, 1), "medium": Width(128, 4, 2), "large": Width(192, 6, 2)}
 
 
 @dataclass(frozen=True)
@@ -106,16 +119,17 @@ def _train_tiny_tokenizer() -> PreTrainedTokenizerBase:
     return train_tokenizer(corpus, VOCAB_SIZE)
 
 
-def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
-    """Qwen3's architecture at 0.9 million parameters."""
+def model_config(tokenizer: PreTrainedTokenizerBase, size: str = "medium") -> Qwen3Config:
+    """Qwen3's architecture at 0.5, 0.9 or 1.9 million parameters: one depth, three widths."""
+    width = SIZES[size]
     stop, padding = tokenizer.encode("<|im_end|><|endoftext|>")
     return Qwen3Config(
         vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=width.hidden_size,
+        intermediate_size=3 * width.hidden_size,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=width.num_heads,
+        num_key_value_heads=width.num_key_value_heads,
         head_dim=32,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
@@ -153,13 +167,13 @@ def _optimizers(model: Qwen3ForCausalLM) -> tuple[torch.optim.Optimizer, ...]:
 
 
 def pretrain(
-    num_steps: int, *, log_every: int = 50
+    num_steps: int, *, size: str = "medium", log_every: int = 50
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
     """Trains tokenizer and model from nothing; the same result on every run of one machine."""
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)
     tokenizer = _train_tiny_tokenizer()
-    model = Qwen3ForCausalLM(model_config(tokenizer))
+    model = Qwen3ForCausalLM(model_config(tokenizer, size))
     optimizers = _optimizers(model)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     rng = random.Random(f"paint-tiny-pretrain-{SEED}")
@@ -193,16 +207,21 @@ def pretrain(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the tiny base of the laptop domain.")
-    parser.add_argument("--output", type=Path, default=TINY_BASE)
+    parser.add_argument("--size", choices=SIZES, default="medium")
+    parser.add_argument("--output", type=Path, help="default: the bundled base's, medium only")
     parser.add_argument("--num-steps", type=int, default=NUM_STEPS)
     arguments = parser.parse_args()
+    output: Path | None = arguments.output
+    if output is None and arguments.size != "medium":
+        parser.error(f"--size {arguments.size} needs --output DIR: the bundled base is medium")
+    output = output or TINY_BASE
     started = time.monotonic()
-    model, tokenizer = pretrain(arguments.num_steps)
-    model.save_pretrained(arguments.output)
-    tokenizer.save_pretrained(arguments.output)
-    weights = (arguments.output / "model.safetensors").read_bytes()
+    model, tokenizer = pretrain(arguments.num_steps, size=arguments.size)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    weights = (output / "model.safetensors").read_bytes()
     record = {
-        "command": "python -m paint_engine.tiny.pretrain",
+        "command": f"python -m paint_engine.tiny.pretrain --size {arguments.size}",
         "num_steps": arguments.num_steps,
         "num_parameters": model.num_parameters(),
         "sha256": hashlib.sha256(weights).hexdigest(),
@@ -210,7 +229,7 @@ def main() -> None:
         "torch": torch.__version__,
         "num_threads": torch.get_num_threads(),
     }
-    (arguments.output / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
+    (output / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record))
 
 

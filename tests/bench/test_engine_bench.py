@@ -27,7 +27,7 @@ from bench.engine_trl import rows_a_batch
 from bench.gpu_job import Job
 from bench.tables import TABLES, engine_case_table
 from paint_engine import objectives, train
-from paint_engine.config import ObjectiveSection
+from paint_engine.config_sections import ObjectiveSection
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental':UserWarning"),

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, 
 from transformers.utils import logging as transformers_logging
 
 from paint_engine import train
-from paint_engine.config import LoraSection, ModelSection
+from paint_engine.config_sections import LoraSection, ModelSection
 from paint_engine.model import add_lora, load_base
 from paint_engine.tiny.problems import draw_problem, render_solution
 from paint_engine.tiny.tokenizer import train_tokenizer

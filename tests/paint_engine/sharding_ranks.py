@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from paint_engine import objectives
 from paint_engine.batch import build_batch, pack_sequences, plan_microbatches
-from paint_engine.config import LoraSection, ModelSection, ObjectiveSection
+from paint_engine.config_sections import LoraSection, ModelSection, ObjectiveSection
 from paint_engine.distributed import World, gather_objects, sum_gradients, sum_over_ranks
 from paint_engine.model import (
     add_lora,

@@ -24,7 +24,7 @@ from paint_engine.checkpoint_files import (
     list_checkpoints,
     mark_best,
 )
-from paint_engine.config import LoraSection, ModelSection
+from paint_engine.config_sections import LoraSection, ModelSection
 from paint_engine.distributed import World
 from paint_engine.model import add_lora, load_base
 

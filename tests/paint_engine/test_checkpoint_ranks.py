@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from paint_engine.checkpoint import load_checkpoint, save_checkpoint
 from paint_engine.checkpoint_files import list_checkpoints
-from paint_engine.config import LoraSection, ModelSection
+from paint_engine.config_sections import LoraSection, ModelSection
 from paint_engine.distributed import World, barrier, close_world, gather_objects, init_world
 from paint_engine.model import add_lora, load_base, shard_model
 from paint_engine.weights import whole

@@ -164,7 +164,13 @@ def test_later_layers_win_and_leave_the_rest() -> None:
         ("rollout.temperature", 0.0, "got 0.0", "greater than 0"),
         ("rollout.max_new_tokens", 0, "got 0", "greater than 0"),
         ("rollout.max_sequences", 0, "got 0", "greater than 0"),
-        ("objective.name", "grpo", "got 'grpo'", "'paint'"),
+        ("objective.name", "gspo", "got 'gspo'", "'paint', 'sampled_token', 'grpo' or 'sft'"),
+        ("objective.jsd_weight", 0.0, "got 0.0", "greater than 0"),
+        ("objective.importance_cap", 0.0, "got 0.0", "greater than 0"),
+        ("teacher.weights", "mean", "got 'mean'", "'fixed', 'ema' or 'live'"),
+        ("teacher.ema_decay", 1.0, "got 1.0", "less than 1"),
+        ("grpo.group_size", 1, "got 1", "greater than or equal to 2"),
+        ("grpo.kl_weight", -0.1, "got -0.1", "greater than or equal to 0"),
         ("objective.pointwise_clip", 0.0, "got 0.0", "greater than 0"),
         ("objective.pointwise_clip", float("nan"), "got nan", "a finite number"),
         ("objective.top_fraction", 1.01, "got 1.01", "less than or equal to 1"),
@@ -245,3 +251,27 @@ def test_equal_mask_ratios_and_the_ends_of_ranges_are_allowed() -> None:
     )
     assert config.masking.rho_wrong == config.masking.rho_correct == 0.0
     assert config.objective.top_fraction == config.rollout.top_p == 1.0
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        ({"objective.name": "grpo", "train.batch_size": 12}, "a multiple of it"),
+        ({"objective.name": "grpo", "objective.importance_cap": 2.0}, "rollout.top_p 1.0"),
+        ({"objective.name": "sampled_token", "objective.importance_cap": 2.0}, "without trunc"),
+        ({"objective.name": "sft", "rollout.ahead": 1}, "nothing is sampled"),
+        ({"objective.name": "grpo", "teacher.weights": "ema"}, "which has no teacher"),
+        ({"objective.name": "sft", "teacher.reason_first": True}, "which has no teacher"),
+        ({"teacher.weights": "ema", "lora.enabled": False}, "train adapters"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(layer: dict[str, object], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        build_config([("my.toml", layer)])
+
+
+def test_an_importance_cap_needs_only_comparable_probabilities() -> None:
+    comparable = {"rollout.top_p": 1.0, "rollout.top_k": -1, "rollout.temperature": 1.1}
+    for name in ("grpo", "sampled_token"):
+        layer = {"objective.name": name, "objective.importance_cap": 2.0, **comparable}
+        assert build_config([("my.toml", layer)]).objective.importance_cap == 2.0

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paint_engine.config import ColumnsSection
+from paint_engine.config_sections import ColumnsSection
 from paint_engine.data import LoadedProblems, batch_indices, load_problems, problem_order
 from paint_engine.types import Problem
 

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from paint_engine.cli import load_config
-from paint_engine.config import Config, LoraSection
+from paint_engine.config import Config
+from paint_engine.config_sections import LoraSection
 from paint_engine.data import batch_indices
 from paint_engine.dry_run import check_run_fits, describe, meta_model, prompt_lengths
 from paint_engine.model import add_lora, causal_lm

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paint_engine.config import EvalSection
+from paint_engine.config_sections import EvalSection
 from paint_engine.distributed import World, merge_shares
 from paint_engine.evaluate import (
     EvalSample,

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from paint_engine import export
 from paint_engine.checkpoint import save_checkpoint
 from paint_engine.checkpoint_files import mark_best
-from paint_engine.config import LoraSection, ModelSection
+from paint_engine.config_sections import LoraSection, ModelSection
 from paint_engine.distributed import World
 from paint_engine.export import choose_checkpoint, find_base
 from paint_engine.model import add_lora, load_base

@@ -8,7 +8,8 @@ import torch
 from transformers import Qwen3Config
 
 from paint_engine.cli import load_config
-from paint_engine.config import Config, ParallelSection
+from paint_engine.config import Config
+from paint_engine.config_sections import ParallelSection
 from paint_engine.dry_run import meta_model
 from paint_engine.fit import check_fits, device_memory_bytes
 from paint_engine.memory import GIB, Lengths, estimate_memory, largest_microbatch

@@ -17,8 +17,8 @@ from transformers import AttentionInterface, LlamaConfig, Qwen3Config, Qwen3ForC
 
 from paint_engine import memory, objectives
 from paint_engine.batch import build_batch
-from paint_engine.config import (
-    Config,
+from paint_engine.config import Config
+from paint_engine.config_sections import (
     EvalSection,
     LoraSection,
     ModelSection,

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paint_engine.batch import build_batch
-from paint_engine.config import RolloutSection
+from paint_engine.config_sections import RolloutSection
 from paint_engine.mismatch import logprob_differences, mismatch_metrics
 from paint_engine.model import hidden_states, lm_head_weight
 from paint_engine.rollout import sampling_params

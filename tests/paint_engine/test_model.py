@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paint_engine.batch import build_batch, pack_sequences, pad_sequences
-from paint_engine.config import LoraSection, ModelSection
+from paint_engine.config_sections import LoraSection, ModelSection
 from paint_engine.model import (
     add_lora,
     causal_lm,

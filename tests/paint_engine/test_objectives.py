@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from paint_engine import objectives
 from paint_engine.batch import build_batch, plan_microbatches
-from paint_engine.config import LoraSection, ModelSection, ObjectiveSection
+from paint_engine.config_sections import LoraSection, ModelSection, ObjectiveSection
 from paint_engine.model import add_lora, causal_lm, hidden_states, lm_head_weight, load_base
 from paint_engine.teacher import FixedTeacher
 from paint_engine.types import PrivilegedRollout

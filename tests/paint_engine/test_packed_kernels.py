@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from paint_engine import attention
 from paint_engine.attention import adopt_attention
 from paint_engine.batch import build_batch, pack_sequences
-from paint_engine.config import ModelSection
+from paint_engine.config_sections import ModelSection
 from paint_engine.model import (
     causal_lm,
     checkpoint_activations,

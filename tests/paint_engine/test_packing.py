@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from paint_engine import attention, objectives
 from paint_engine.attention import adopt_attention
 from paint_engine.batch import build_batch, plan_microbatches
-from paint_engine.config import ObjectiveSection
+from paint_engine.config_sections import ObjectiveSection
 from paint_engine.model import causal_lm, hidden_states, lm_head_weight
 from paint_engine.teacher import FixedTeacher
 from paint_engine.types import PackedSequences, PrivilegedRollout

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import paint_engine
-from paint_engine.config import EvalSection, RolloutSection
+from paint_engine.config_sections import EvalSection, RolloutSection
 from paint_engine.model import lm_head_weight
 from paint_engine.rollout import (
     BuiltinEngine,

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, load_peft_weights
 from peft.tuners.lora import LoraLayer
 
-from paint_engine.config import LoraSection, ModelSection
+from paint_engine.config_sections import LoraSection, ModelSection
 from paint_engine.distributed import World
 from paint_engine.model import add_lora, autocast, load_base
 from paint_engine.rollout_weights import WeightFiles
@@ -68,7 +68,7 @@ def test_adapters_on_a_bfloat16_base_are_handed_over_as_they_are_trained(
 def test_an_exception_that_ends_the_process_leaves_nothing(tmp_path: Path, model_dir: Path) -> None:
     script = f"""
 import torch
-from paint_engine.config import LoraSection, ModelSection
+from paint_engine.config_sections import LoraSection, ModelSection
 from paint_engine.distributed import World
 from paint_engine.model import add_lora, load_base
 from paint_engine.rollout_weights import WeightFiles

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.cli import load_config, read_toml
-from paint_engine.config import OptimSection
+from paint_engine.config_sections import OptimSection
 from paint_engine.config_toml import to_toml
 from paint_engine.distributed import World
 from paint_engine.setup import build_run, learning_rate, plan_run

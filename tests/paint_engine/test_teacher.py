@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from paint_engine.batch import build_batch
-from paint_engine.config import LoraSection
+from paint_engine.config_sections import LoraSection
 from paint_engine.model import add_lora, causal_lm, hidden_states, lm_head_weight
 from paint_engine.teacher import FixedTeacher
 from paint_engine.types import PrivilegedRollout

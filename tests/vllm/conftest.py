@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from paint_engine.batch import pack_sequences
-from paint_engine.config import LoraSection, ModelSection
+from paint_engine.config_sections import LoraSection, ModelSection
 from paint_engine.distributed import World
 from paint_engine.model import (
     add_lora,

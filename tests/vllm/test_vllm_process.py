@@ -132,7 +132,7 @@ def test_killed_while_it_generates(
 TRAINER = """
 import sys
 import torch
-from paint_engine.config import LoraSection, ModelSection
+from paint_engine.config_sections import LoraSection, ModelSection
 from paint_engine.distributed import World
 from paint_engine.model import add_lora, load_base
 from paint_engine.rollout_hf import SamplingParams

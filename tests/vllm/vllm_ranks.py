@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from paint_engine.batch import pack_sequences
-from paint_engine.config import LoraSection, ModelSection
+from paint_engine.config_sections import LoraSection, ModelSection
 from paint_engine.distributed import barrier, close_world, init_world
 from paint_engine.model import add_lora, hidden_states, lm_head_weight, load_base
 from paint_engine.rollout import EngineDied

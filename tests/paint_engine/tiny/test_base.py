@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paint_engine.config import INSTRUCTION, EvalSection, ModelSection
+from paint_engine.config_sections import INSTRUCTION, EvalSection, ModelSection
 from paint_engine.distributed import World
 from paint_engine.evaluate import avg_at_k, correct_matrix, evaluate, paired_bootstrap
 from paint_engine.masking import mask_solution
