@@ -16,7 +16,7 @@ from paint_engine import objectives, train
 from paint_engine.batch import batch_to, build_batch
 from paint_engine.config_sections import ObjectiveSection
 from paint_engine.model import autocast, hidden_states, lm_head_weight
-from paint_engine.objectives import PaintLossOutput
+from paint_engine.objectives import ObjectiveOutput
 from paint_engine.setup import Run
 from paint_engine.types import PrivilegedRollout
 from paint_kernels import entropy_ratio, reference, select_top_fraction
@@ -35,7 +35,7 @@ def plain_paint(
     teacher_lm_head_weight: Tensor | None,
     vocab_size: int,
     denominator: int,
-) -> PaintLossOutput:
+) -> ObjectiveOutput:
     """`objectives.paint` as one writes it with the logits of all tokens at hand: same loss, same
     values beside it, gradients by autograd."""
     assert section.teacher_top_k is None, section.teacher_top_k
@@ -59,15 +59,17 @@ def plain_paint(
         clipped_mass = torch.where(f.detach() > clip, q, 0.0).sum(dim=-1)
         f = f.clamp(max=clip)
     token_loss = f.sum(dim=-1)
-    return PaintLossOutput(
-        loss=reference.reduce_tokens(token_loss, cu_seqlens, section.reduction, denominator),
-        token_loss=token_loss.detach(),
-        token_kl=token_kl,
-        student_entropy=entropies[1],
-        teacher_entropy=entropies[0],
-        entropy_ratio=ratio,
-        clipped_mass=clipped_mass,
-        selected=rows,
+    return ObjectiveOutput(
+        reference.reduce_tokens(token_loss, cu_seqlens, section.reduction, denominator),
+        {
+            "token_loss": token_loss.detach(),
+            "token_kl": token_kl,
+            "clipped_mass": clipped_mass,
+            "clipped_token_share": clipped_mass > 0,
+            "student_entropy": entropies[1],
+            "teacher_entropy": entropies[0],
+            "selected": rows,
+        },
     )
 
 
@@ -137,7 +139,7 @@ class OwnLoop:
         self,
         run: Run,
         rollouts: Sequence[PrivilegedRollout],
-        loss: Callable[..., PaintLossOutput] = objectives.paint,
+        loss: Callable[..., ObjectiveOutput] = objectives.paint,
     ) -> None:
         self.run, self.rollouts, self.loss = run, list(rollouts), loss
         self.losses: list[float] = []

@@ -19,9 +19,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.measure import ROOT
-from bench.tables import Result, fill, headline
+from bench.paper_markdown import PAPER_TABLES
+from bench.tables import TABLES, Result, fill, headline
 
 RESULTS = ROOT / "bench" / "results"
+ALL_TABLES = TABLES | PAPER_TABLES
 DOCUMENTS = ("README.md", "bench/README.md")
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = {"floor": "#999999", "ours": "#0072B2", "plain": "#E69F00", "peer": "#009E73"}
@@ -177,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    filled = {path: fill(path.read_text(), result_of) for path in documents()}
+    filled = {path: fill(path.read_text(), result_of, ALL_TABLES) for path in documents()}
     changed = [path for path, text in filled.items() if text != path.read_text()]
     if arguments.check:
         names = ", ".join(str(path.relative_to(ROOT)) for path in changed)

@@ -1,7 +1,7 @@
 """Results as Markdown: pure functions of the JSON that the benchmarks print."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Result = dict[str, Any]
@@ -324,7 +324,11 @@ TABLES: dict[tuple[str, str], Callable[[Result], str]] = {
 """by the result's own name and the view that a marker asks for"""
 
 
-def fill(document: str, results: Callable[[str], Result]) -> str:
+def fill(
+    document: str,
+    results: Callable[[str], Result],
+    tables: Mapping[tuple[str, str], Callable[[Result], str]] = TABLES,
+) -> str:
     """The document with every table made anew.
 
     A table stands between `<!-- begin FILE -->` and `<!-- end FILE -->`, or `FILE:VIEW` on both;
@@ -335,7 +339,7 @@ def fill(document: str, results: Callable[[str], Result]) -> str:
         marker = match["marker"]
         file, _, view = marker.partition(":")
         result = results(file)
-        body = TABLES[result["name"], view](result)
+        body = tables[result["name"], view](result)
         return f"<!-- begin {marker} -->\n{body}\n<!-- end {marker} -->"
 
     pattern = r"<!-- begin (?P<marker>\S+) -->.*?<!-- end (?P=marker) -->"

@@ -5,8 +5,9 @@ from.
 
     adapter_model.safetensors, adapter_config.json    for peft and vLLM as they are; where LoRA is
                                                       off, the model in transformers' format
-    trainer/                                          weights in training and the optimizer's
-                                                      moments, float32, every rank its own shards
+    trainer/                                          weights in training, the optimizer's moments
+                                                      and the mean that an EMA teacher scores with,
+                                                      float32, every rank its own shards
     rng-RANK.safetensors                              the random generators of each rank
     trainer_state.json                                the step, the number of ranks
     manifest.json                                     every other file's size and checksum
@@ -54,11 +55,12 @@ from paint_engine.checkpoint_files import (
     seal,
 )
 from paint_engine.distributed import World, gather_objects, raise_together
+from paint_engine.teacher import EmaTeacher
 from paint_engine.weights import gather_weights, write_weights
 
 _SHARDS = "trainer"
-# A weight is filed as "weight/NAME", a moment as "exp_avg/NAME".
-_WEIGHT = "weight"
+# A weight is filed as "weight/NAME", a moment as "exp_avg/NAME", a running mean as "ema/NAME".
+_WEIGHT, _EMA = "weight", "ema"
 
 
 # ---- what a rank has in its memory ---------------------------------------------------------------
@@ -68,9 +70,16 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights and moments as they are: whole, or this rank's shards (a DTensor's)."""
-    tensors: dict[str, Tensor] = {}
+def _means(model: nn.Module, ema: EmaTeacher | None) -> dict[str, Tensor]:
+    """The running means, by the names of the weights that they are of."""
+    return {} if ema is None else dict(zip(_trained(model), ema.shadow, strict=True))
+
+
+def _state_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: EmaTeacher | None
+) -> dict[str, Tensor]:
+    """Weights, moments and means as they are: whole, or this rank's shards (a DTensor's)."""
+    tensors = {f"{_EMA}/{name}": mean for name, mean in _means(model, ema).items()}
     for name, parameter in _trained(model).items():
         tensors[f"{_WEIGHT}/{name}"] = parameter.detach()
         for moment, value in optimizer.state.get(parameter, {}).items():
@@ -154,7 +163,7 @@ class _Saving:
         (self.unfinished / _SHARDS).mkdir(parents=True)
 
     def write_shards(self, tensors: dict[str, Tensor], world: World) -> None:
-        """This rank's share of weights and moments; what all ranks hold is written by one."""
+        """This rank's share of the tensors; what all ranks hold is written by one."""
         path = str(self.unfinished / _SHARDS)
         with _shard_files():
             save(
@@ -181,6 +190,7 @@ def save_checkpoint(
     *,
     keep: int,
     world: World,
+    ema: EmaTeacher | None = None,
 ) -> Path:
     """Writes `checkpoints/step-N` (N = state["step"]) beside its place, then renames it there.
 
@@ -188,6 +198,7 @@ def save_checkpoint(
     intact, stays as it is.
     state: what JSON can hold, `step` among it.
     keep: how many of the newest checkpoints stay; the one marked as best stays too.
+    ema: the teacher whose running mean is saved with the weights.
 
     Raises ValueError, on every rank, where the disk does not take it.
     """
@@ -195,7 +206,7 @@ def save_checkpoint(
     if gather_objects(target.is_dir())[0] and _damage(target, world) is None:
         return target
     weights = gather_weights(model, keep=world.is_main)
-    tensors = _state_tensors(model, optimizer)
+    tensors = _state_tensors(model, optimizer, ema)
     # A DTensor counts all its shards, so this is what the ranks write together.
     num_bytes = sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values()))
     saving = _Saving(target, num_bytes, shutil.disk_usage(run_dir).free)
@@ -239,20 +250,23 @@ def load_checkpoint(
     *,
     world: World,
     warn: Callable[[str], object],
+    ema: EmaTeacher | None = None,
 ) -> dict[str, Any] | None:
     """Restores the newest intact checkpoint, and returns the state that was saved with it.
 
     A collective. Weights and moments are restored at any number of ranks, the random generators
     where it is the number of ranks that saved them. None where nothing was saved yet.
     warn: told, on the main rank, of each damaged checkpoint that is passed over.
+    ema: the teacher whose running mean is restored; without one, a mean in the checkpoint is left.
 
-    Raises ValueError where every checkpoint is damaged, or the checkpoint is of another model.
+    Raises ValueError where every checkpoint is damaged, or the checkpoint is of another model or
+    lacks the mean.
     """
     checkpoints = gather_objects(list_checkpoints(run_dir))[0]
     for checkpoint in reversed(checkpoints):
         damage = _damage(checkpoint, world)
         if damage is None:
-            return _restore(checkpoint, model, optimizer, world)
+            return _restore(checkpoint, model, optimizer, world, ema)
         if world.is_main:
             warn(f"{checkpoint} is damaged ({damage}): going back to the one before it")
     if checkpoints:
@@ -266,12 +280,17 @@ def load_checkpoint(
 
 
 def _restore(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    ema: EmaTeacher | None,
 ) -> dict[str, Any]:
     reader = HuggingFaceStorageReader(str(checkpoint / _SHARDS))
     stored = reader.read_metadata().state_dict_metadata
-    parameters = _trained(model)
+    parameters, means = _trained(model), _means(model, ema)
     _check_same_model(checkpoint, stored, parameters)
+    _check_has_means(checkpoint, stored, means)
     tensors: dict[str, Tensor] = {}
     optimizer.state.clear()
     for entry, meta in stored.items():
@@ -280,6 +299,10 @@ def _restore(
         parameter = parameters[name]
         if kind == _WEIGHT:
             tensors[entry] = parameter.detach()
+        elif kind == _EMA:
+            if name not in means:
+                continue
+            tensors[entry] = means[name]
         else:
             # Adam's count of steps has no dimension, and lives on the CPU.
             moment = torch.zeros_like(parameter.detach()) if meta.size else torch.zeros(())
@@ -307,4 +330,14 @@ def _check_same_model(
             f"{checkpoint} is of another model: {len(differing)} weights differ, {first} for one "
             f"({sizes[0]} there, {sizes[1]} here); go on with the model and the lora settings that "
             "the run began with, or start a new run"
+        )
+
+
+def _check_has_means(checkpoint: Path, stored: dict[str, Any], means: dict[str, Tensor]) -> None:
+    missing = [name for name in means if f"{_EMA}/{name}" not in stored]
+    if missing:
+        raise ValueError(
+            f"{checkpoint} holds no running mean of the adapters, which the teacher is to score "
+            "with: it was saved under another teacher; go on with the --teacher.weights that the "
+            "run began with, or start a new run"
         )

@@ -3,8 +3,8 @@
 [--preset NAME | --config FILE.toml | --resume RUN_DIR] [--section.key value ...]
 [--dry-run] [--print-config]
 
-A preset or a file lies over the defaults, `--section.key value` over both. With nothing given it is
-the preset tiny.
+A preset or a file lies over the defaults, or over the preset that its first line `extends`;
+`--section.key value` lies over all. With nothing given it is the preset tiny.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from paint_engine.config_toml import LEAVES, build_config, toml_value, value_of
 
 DEFAULT_PRESET = "tiny"
 _PRESETS = Path(__file__).with_name("presets")
+_EXTENDS = "extends"
 _OPTIONS = ("preset", "config", "resume", "dry-run", "print-config", "help")
 _SECTIONS = tuple(dict.fromkeys(key.rsplit(".", 1)[0] for key in LEAVES))
 # What decides how a step is computed and not what it computes may change, as the machines may.
@@ -89,11 +90,20 @@ def _parser(prog: str) -> _Parser:
         usage="%(prog)s [--preset NAME | --config FILE.toml | --resume RUN_DIR] "
         "[--section.key value ...] [--dry-run] [--print-config]",
         description=f"With nothing given, runs the preset {DEFAULT_PRESET!r}. The defaults below "
-        "are the paper's; a preset or a file lies over them, and --section.key value over both.",
+        "are the paper's; a\npreset or a file lies over them, and --section.key value over both.",
+        epilog=f"presets:\n{_preset_listing()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(preset_names())}")
-    parser.add_argument("--config", metavar="FILE.toml", type=Path, help="sections as TOML tables")
+    parser.add_argument(
+        "--preset", metavar="NAME", help="a published recipe for a model: the list is at the end"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE.toml",
+        type=Path,
+        help=f'sections as TOML tables; {_EXTENDS} = "NAME" above them adds what a preset sets',
+    )
     parser.add_argument(
         "--resume", metavar="RUN_DIR", type=Path, help="go on with a run from its last checkpoint"
     )
@@ -114,6 +124,14 @@ def _parser(prog: str) -> _Parser:
 def preset_names() -> tuple[str, ...]:
     """Names that `--preset` takes, sorted."""
     return tuple(sorted(path.stem for path in _PRESETS.glob("*.toml")))
+
+
+def _preset_listing() -> str:
+    """A line a preset: its name, and what the first line of its file says of it."""
+    width = max(map(len, preset_names()))
+    firsts = ((_PRESETS / f"{name}.toml").read_text().splitlines()[0] for name in preset_names())
+    lines = zip(preset_names(), firsts, strict=True)
+    return "\n".join(f"  {name:{width}}  {first.lstrip('# ')}" for name, first in lines)
 
 
 def _nearest(name: str, candidates: Iterable[str]) -> str:
@@ -145,8 +163,8 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Dotted keys and values of a configuration file, every key a known one.
+def _read_file(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """What a configuration file extends, and its own dotted keys and values, all of them known.
 
     Raises ValueError naming the file, and the line or the nearest valid key.
     """
@@ -162,11 +180,51 @@ def read_toml(path: Path) -> dict[str, Any]:
             f"{path}: not valid TOML: {error}; needs lines such as `num_steps = 40` under [train], "
             "with text in quotes"
         ) from error
+    parent = table.pop(_EXTENDS, None)
+    if parent is not None and not isinstance(parent, str):
+        raise ValueError(
+            f"{path}: {_EXTENDS}: got {parent!r}; needs a preset's name in quotes, such as "
+            f'{_EXTENDS} = "{DEFAULT_PRESET}"; --help lists them'
+        )
     flat = _flatten(table)
     for key in flat:
         if key not in LEAVES and not (flat[key] == {} and key in _SECTIONS):
-            _refuse_unknown(key, str(path), LEAVES)
-    return {key: value for key, value in flat.items() if key in LEAVES}
+            _refuse_unknown(key, str(path), (*LEAVES, _EXTENDS))
+    return parent, {key: value for key, value in flat.items() if key in LEAVES}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Dotted keys and values of a run's configuration, which was written whole.
+
+    Raises ValueError naming the file, and the line or the nearest valid key.
+    """
+    parent, flat = _read_file(path)
+    if parent is not None:
+        raise ValueError(
+            f"{path}: got {_EXTENDS} = {parent!r}; needs every value in the file itself, since a "
+            f"preset may change after the run; start a new run with --config {path}"
+        )
+    return flat
+
+
+def _layers(
+    source: str, path: Path, followed: tuple[str, ...] = ()
+) -> list[tuple[str, dict[str, Any]]]:
+    """A file's values over those of the presets that it extends, as (source, dotted keys and
+    values) pairs, the lowest first.
+
+    followed: the presets that led here.
+    """
+    parent, flat = _read_file(path)
+    if parent is None:
+        return [(source, flat)]
+    below = _preset_path(parent, f"{path}: {_EXTENDS}")
+    if parent in followed:
+        raise ValueError(
+            f"{path}: {_EXTENDS}: got {parent!r}, which extends this file in turn "
+            f"({' -> '.join((*followed, parent))}); needs a preset that does not; name another"
+        )
+    return [*_layers(f"preset {parent}", below, (*followed, parent)), (source, flat)]
 
 
 def _takes_text(annotation: Any) -> bool:
@@ -234,14 +292,14 @@ def _resume(run_dir: Path, overrides: Mapping[str, Any]) -> Config:
     return config
 
 
-def _read_preset(name: str) -> dict[str, Any]:
+def _preset_path(name: str, asked_by: str) -> Path:
     names = preset_names()
     if name not in names:
         raise ValueError(
-            f"--preset: got {name!r}; needs one of {', '.join(names)}; "
+            f"{asked_by}: got {name!r}; needs one of {', '.join(names)}; "
             f"did you mean {_nearest(name, names)}?"
         )
-    return read_toml(_PRESETS / f"{name}.toml")
+    return _PRESETS / f"{name}.toml"
 
 
 def load_config(argv: Sequence[str], *, prog: str = "python -m paint_engine.train") -> CommandLine:
@@ -272,9 +330,9 @@ def load_config(argv: Sequence[str], *, prog: str = "python -m paint_engine.trai
         config = _resume(flags.resume, overrides)
     else:
         if flags.config is not None:
-            base = (str(flags.config), read_toml(flags.config))
+            layers = _layers(str(flags.config), flags.config)
         else:
             preset = DEFAULT_PRESET if flags.preset is None else flags.preset
-            base = (f"preset {preset}", _read_preset(preset))
-        config = build_config([base, ("command line", overrides)])
+            layers = _layers(f"preset {preset}", _preset_path(preset, "--preset"), (preset,))
+        config = build_config([*layers, ("command line", overrides)])
     return CommandLine(config, preset, flags.dry_run, flags.print_config, flags.resume)

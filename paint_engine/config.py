@@ -100,6 +100,16 @@ class Config(Section):
         """Whether the loss compares the student with a teacher that sees a solution."""
         return self.objective.name in ("paint", "sampled_token")
 
+    @property
+    def has_second_pass(self) -> bool:
+        """Whether the loss compares the student with other weights: a teacher's or the base's."""
+        return self.uses_teacher or (self.objective.name == "grpo" and self.grpo.kl_weight > 0)
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps on each batch of rollouts."""
+        return self.grpo.num_updates if self.objective.name == "grpo" else 1
+
     def _check_teacher(self) -> None:
         teacher = self.teacher
         changed = [

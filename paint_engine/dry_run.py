@@ -11,14 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from paint_engine.config import Config
 from paint_engine.config_toml import to_toml
-from paint_engine.data import batch_indices
 from paint_engine.fit import check_fits, device_memory_bytes
 from paint_engine.masking import mask_solution
 from paint_engine.memory import GIB, Lengths, estimate_memory
 from paint_engine.model import TINY_BASE, add_lora, max_context
 from paint_engine.model_shape import ModelShape, shape_of, step_flops
-from paint_engine.problem_sets import ProblemSet
-from paint_engine.prompts import encode_teacher_prompt
+from paint_engine.problem_sets import ProblemSet, batch_requests
+from paint_engine.prompts import encode_student_prompt, encode_teacher_prompt
 from paint_engine.types import Problem
 
 _MEASURED_PROMPTS = 256
@@ -70,8 +69,12 @@ class PromptLengths:
 def _teacher_prompt(
     config: Config, tokenizer: PreTrainedTokenizerBase, problem: Problem, context: int
 ) -> tuple[int, ...]:
-    """With as little of the solution hidden as ever is."""
+    """With as little of the solution hidden as ever is; the student's where there is no teacher."""
     masking, prompts = config.masking, config.prompts
+    if not config.uses_teacher:
+        return encode_student_prompt(
+            tokenizer, problem, prompts.instruction, thinking=prompts.student_thinking
+        )
     partial_solution = mask_solution(
         problem.solution,
         masking.rho_wrong,
@@ -109,18 +112,21 @@ def _first_batch(
     config: Config, tokenizer: PreTrainedTokenizerBase, train_set: ProblemSet, context: int
 ) -> list[str]:
     """The first problem's prompts in full, and the lengths of the others'."""
-    indices = batch_indices(len(train_set.problems), config.train.batch_size, config.train.seed, 0)
-    problem, student = train_set.problems[indices[0]], train_set.prompts[indices[0]]
-    teacher = _teacher_prompt(config, tokenizer, problem, context)
+    requests = batch_requests(config, train_set, 0)
+    problem, student = requests[0].problem, requests[0].prompt_ids
     lines = [
         f"# student's prompt of {problem.problem_id} ({len(student)} tokens)",
         str(tokenizer.decode(list(student))),
-        "",
-        f"# teacher's prompt of the same at mask ratio {config.masking.rho_wrong} "
-        f"({len(teacher)} tokens)",
-        str(tokenizer.decode(list(teacher))),
     ]
-    others = [len(train_set.prompts[i]) for i in indices[1:]]
+    if config.uses_teacher:
+        teacher = _teacher_prompt(config, tokenizer, problem, context)
+        lines += [
+            "",
+            f"# teacher's prompt of the same at mask ratio {config.masking.rho_wrong} "
+            f"({len(teacher)} tokens)",
+            str(tokenizer.decode(list(teacher))),
+        ]
+    others = [len(request.prompt_ids) for request in requests[1:]]
     if others:
         lines += [
             "",
@@ -142,16 +148,26 @@ def _sizes(config: Config, shape: ModelShape, lengths: PromptLengths) -> list[st
         completion=completion,
         checkpointing=config.parallel.activation_checkpointing,
     )
+    if not config.has_second_pass:
+        del flops["teacher"]
+    if config.objective.name == "sft":
+        del flops["rollout"]
     parts = ", ".join(f"{name} {size * batch_size / 1e12:.3g}" for name, size in flops.items())
     student = batch_size * (typical.student_prompt + completion)
     teacher = batch_size * (typical.teacher_prompt + completion)
+    second = f" and {teacher:,} through the teacher" if config.has_second_pass else ""
+    prompts = (
+        f", {typical.teacher_prompt} for the teacher (at most {max(lengths.teacher)} in "
+        f"{len(lengths.teacher)} measured)"
+        if config.uses_teacher
+        else ""
+    )
     return [
         f"# {total:,} parameters, {trained:,} trainable ({trained / total:.1%})",
         f"# prompts of {typical.student_prompt} tokens in the mean for the student (at most "
-        f"{max(lengths.student)}), {typical.teacher_prompt} for the teacher (at most "
-        f"{max(lengths.teacher)} in {len(lengths.teacher)} measured)",
+        f"{max(lengths.student)}){prompts}",
         f"# a step: at most {batch_size * completion:,} completion tokens, {student:,} tokens "
-        f"through the student and {teacher:,} through the teacher",
+        f"through the student{second}",
         f"# a step: {sum(flops.values()) * batch_size / 1e12:.3g} TFLOP ({parts})",
     ]
 

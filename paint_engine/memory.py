@@ -74,6 +74,7 @@ class Setting:
     number in matrix products, and in the stream that layers add to."""
 
     trains_all: bool
+    running_mean: bool
     compute_bytes: int
     residual_bytes: int
     dropout: bool
@@ -106,6 +107,7 @@ def setting_of(config: Config, num_ranks: int, *, on_gpu: bool) -> Setting:
     in_process = rollout.url is None and rollout.engine != "builtin"
     return Setting(
         trains_all=trains_all,
+        running_mean=config.teacher.weights == "ema",
         compute_bytes=compute,
         # Float32 embeddings begin a float32 stream, which autocast leaves as it is.
         residual_bytes=_FLOAT32 if trains_all and not sharded else compute,
@@ -213,6 +215,7 @@ def _weights(shape: ModelShape, setting: Setting) -> dict[str, int]:
         "trained weights": trained // shards,
         "optimizer": 2 * trained // shards,
         "teacher's copy": a * copy * setting.trains_all,
+        "teacher's running mean": trained // shards * setting.running_mean,
     }
 
 
@@ -313,6 +316,8 @@ def estimate_memory(
     several = batch.student_tokens < rollouts_a_rank * (lengths.student_prompt + lengths.completion)
     held = _weights(shape, setting)
     phases = _phases(shape, setting, batch, several=several)
+    if not config.has_second_pass:
+        del phases["the teacher's pass"]
     if sampling := _sampling(shape, setting, config, lengths):
         phases["sampling"] = sampling
     outside = {}
@@ -345,13 +350,16 @@ def _phases(
     in_reduction = (a + _FLOAT32) * shape.layer_parameters // shape.num_layers
     # PyTorch's choice on a GPU is one operation for all weights, with one temporary as large; for
     # split weights and on a CPU one by one, with two.
-    temporaries = _FLOAT32 * shape.trained_parameters
+    trained = temporaries = _FLOAT32 * shape.trained_parameters
     if setting.sharded or not setting.on_gpu:
         temporaries = 2 * _FLOAT32 * shape.largest_trained // setting.shards
     phases: dict[str, Mapping[str, int]] = {
         "the teacher's pass": earlier
         | layers
-        | {"activations: one layer": batch.teacher_tokens * one_layer},
+        | {
+            "activations: one layer": batch.teacher_tokens * one_layer,
+            "the student's adapters": trained // setting.shards * setting.running_mean,
+        },
         "the student's pass": earlier
         | layers
         | kept

@@ -239,10 +239,13 @@ class _Meter:
         return max(0.0, seconds_each * (self.total - last_done) - since_update)
 
 
-# label, key of the metrics, how its value is shown
+# label, key of the metrics, how its value is shown; those that a run's objective has
 _TRAINING_FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("loss", "loss", "{:.4f}".format),
     ("KL", "token_kl", "{:.4f} nats".format),
+    ("sampled KL", "sampled_kl", "{:.4f} nats".format),
+    ("base KL", "base_kl", "{:.4f} nats".format),
+    ("reward", "reward", "{:.2f}".format),
     ("overlap", "overlap", "{:.0%}".format),
     ("accuracy", "accuracy", "{:.0%}".format),
     ("", "tokens_per_s", "{:,.0f} tokens/s".format),

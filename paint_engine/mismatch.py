@@ -32,11 +32,11 @@ def logprob_differences(
     hidden_states: the student's, the items' N completion tokens in their order.
 
     Minus infinity where rounding has put a token outside the trainer's truncation. Nothing for a
-    micro-batch without items. What comes is on the device still.
+    micro-batch without items or of reference solutions. What comes is on the device still.
     """
     ids = [token for item in items for token in item.rollout.completion_ids]
     sampled = [logprob for item in items for logprob in item.rollout.rollout_logprobs]
-    if not ids:
+    if not sampled:
         return []
     device = hidden_states.device
     rows = torch.linspace(0, len(ids) - 1, min(len(ids), _MAX_ROWS)).round().long()
@@ -51,8 +51,11 @@ def logprob_differences(
 def mismatch_metrics(by_rank: Sequence[Sequence[float]]) -> dict[str, float]:
     """Of the ranks' differences: mean and largest |difference| in nats, the share of tokens outside
     the trainer's truncation, and the effective sample size of the importance weights
-    exp(difference) as a share of the tokens, (sum w)^2 / (n sum w^2): 1 where both agree."""
+    exp(difference) as a share of the tokens, (sum w)^2 / (n sum w^2): 1 where both agree. Nothing
+    where nothing was sampled."""
     differences = [difference for rank in by_rank for difference in rank]
+    if not differences:
+        return {}
     inside = [d for d in differences if math.isfinite(d)]
     # Far beyond anything but a fault, and short of what a float can hold.
     weights = [math.exp(min(d, 100.0)) for d in differences]

@@ -55,7 +55,8 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name; "auto" is bfloat16 on a GPU that has it, else float32."""
     if name == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if bf16 else torch.float32
@@ -150,7 +151,7 @@ def load_base(
     on_cpu: leave it there, to be sharded onto devices of that kind.
     """
     path = resolve_model(section.name_or_path)
-    dtype = _pick_dtype(section.dtype, device)
+    dtype = pick_dtype(section.dtype, device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,

@@ -10,6 +10,7 @@ from paint_engine.config import Config
 from paint_engine.data import batch_indices, load_problems
 from paint_engine.distributed import World, my_share
 from paint_engine.prompts import encode_student_prompt, encode_teacher_prompt
+from paint_engine.rationale import encode_reason_prompt
 from paint_engine.rollout import request_seed
 from paint_engine.types import Problem
 
@@ -66,16 +67,17 @@ def load_train_set(
         if data.max_prompt_tokens is not None and len(student) > data.max_prompt_tokens:
             continue
         _check_length(problem, len(student), *limits, "student", "rollout.max_new_tokens")
-        teacher, _ = encode_teacher_prompt(
-            tokenizer,
-            problem,
-            config.masking.marker,
-            prompts.instruction,
-            thinking=prompts.teacher_thinking,
-            suffix=prompts.teacher_suffix,
-            marker=config.masking.marker,
-        )
-        _check_length(problem, len(teacher), *limits, "teacher", "rollout.max_new_tokens")
+        if config.uses_teacher:
+            teacher, _ = encode_teacher_prompt(
+                tokenizer,
+                problem,
+                config.masking.marker,
+                prompts.instruction,
+                thinking=prompts.teacher_thinking,
+                suffix=prompts.teacher_suffix,
+                marker=config.masking.marker,
+            )
+            _check_length(problem, len(teacher), *limits, "teacher", "rollout.max_new_tokens")
         kept.append(problem)
         kept_prompts.append(student)
     if not kept:
@@ -122,23 +124,61 @@ def load_eval_set(
     return ProblemSet(loaded.problems, tuple(encoded), loaded.num_skipped)
 
 
-def longest_sequence(config: Config, train_set: ProblemSet, eval_set: ProblemSet | None) -> int:
-    """Tokens of the longest prompt with the longest completion, in training and evaluation."""
+def longest_sequence(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    train_set: ProblemSet,
+    eval_set: ProblemSet | None,
+) -> int:
+    """Tokens of the longest prompt with the longest completion of all that is sampled: rollouts,
+    a teacher's rationales, evaluations."""
     sizes = [max(map(len, train_set.prompts)) + config.rollout.max_new_tokens]
+    if config.teacher.reason_first:
+        # The longest text need not be the longest in tokens, but it is close: some room is left.
+        longest = max(train_set.problems, key=lambda p: len(p.problem) + len(p.solution))
+        prompt, _ = encode_reason_prompt(
+            tokenizer,
+            longest,
+            longest.solution,
+            thinking=False,
+            max_tokens=None,
+            marker=config.masking.marker,
+        )
+        sizes.append(len(prompt) * 5 // 4 + config.teacher.reason_max_new_tokens)
     if eval_set is not None:
         sizes.append(max(map(len, eval_set.prompts)) + config.eval.max_new_tokens)
     return max(sizes)
 
 
-def step_requests(
-    config: Config, train_set: ProblemSet, step: int, world: World
-) -> list[tuple[int, Problem, tuple[int, ...], int]]:
-    """This rank's requests of a step: index in the batch, problem, prompt ids, seed."""
+@dataclass(frozen=True)
+class Request:
+    """One rollout to be sampled: Request(index=3, problem=problem, prompt_ids=(1, 9, 4), seed=17)
+
+    index: its place in the step's batch.
+    """
+
+    index: int
+    problem: Problem
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+def batch_requests(config: Config, train_set: ProblemSet, step: int) -> list[Request]:
+    """A step's requests, of all ranks. GRPO's groups, several rollouts of one problem, are
+    consecutive."""
     seed = config.train.seed
-    places = batch_indices(len(train_set.problems), config.train.batch_size, seed, step)
+    repeats = config.grpo.group_size if config.objective.name == "grpo" else 1
+    count = config.train.batch_size // repeats
+    places = batch_indices(len(train_set.problems), count, seed, step)
     requests = []
-    for i, place in enumerate(places):
+    for index in range(config.train.batch_size):
+        place = places[index // repeats]
         problem = train_set.problems[place]
-        request = request_seed("rollout", seed, step, problem.problem_id, i)
-        requests.append((i, problem, train_set.prompts[place], request))
-    return my_share(requests, world)
+        request = request_seed("rollout", seed, step, problem.problem_id, index)
+        requests.append(Request(index, problem, train_set.prompts[place], request))
+    return requests
+
+
+def step_requests(config: Config, train_set: ProblemSet, step: int, world: World) -> list[Request]:
+    """This rank's requests of a step."""
+    return my_share(batch_requests(config, train_set, step), world)

@@ -1,8 +1,11 @@
 """Chat prompts of student and teacher (Fig. 2), as token ids.
 
 Both roles ask the same question and close with the same instruction; the teacher's prompt also
-shows the verified solution, or the part of it that the mask leaves.
+shows the verified solution, or the part of it that the mask leaves, and a rationale of it where the
+teacher has written one.
 """
+
+from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,6 +14,9 @@ from paint_engine.types import Problem
 
 _SOLUTION_BEGIN = "=== Reference Solution Begin ==="
 _SOLUTION_END = "=== Reference Solution End ==="
+_RATIONALE = "Here is an explanation of its key steps:"
+_RATIONALE_BEGIN = "=== Explanation Begin ==="
+_RATIONALE_END = "=== Explanation End ==="
 _TRANSITION = (
     "After reading the reference solution above, derive the same final answer in your own words."
 )
@@ -21,8 +27,8 @@ def student_text(problem: str, instruction: str) -> str:
     return f"Problem: {problem}\n\n{instruction}"
 
 
-def teacher_text(problem: str, partial_solution: str, instruction: str, *, whole: bool) -> str:
-    """The user's message as the teacher sees it.
+def reference_text(problem: str, partial_solution: str, *, whole: bool) -> str:
+    """The question and what is shown of its solution, as the teacher's messages begin.
 
     whole: the solution is shown unmasked, and the text does not call it a part.
     """
@@ -32,16 +38,21 @@ def teacher_text(problem: str, partial_solution: str, instruction: str, *, whole
         else "Here is a part of reference solution to this problem:"
     )
     return "\n".join(
-        (
-            f"Problem: {problem}\n",
-            heading,
-            _SOLUTION_BEGIN,
-            partial_solution,
-            _SOLUTION_END,
-            _TRANSITION,
-            instruction,
-        )
+        (f"Problem: {problem}\n", heading, _SOLUTION_BEGIN, partial_solution, _SOLUTION_END)
     )
+
+
+def teacher_text(
+    problem: str, partial_solution: str, instruction: str, *, whole: bool, rationale: str = ""
+) -> str:
+    """The user's message as the teacher sees it.
+
+    whole: the solution is shown unmasked, and the text does not call it a part.
+    rationale: the teacher's own explanation of the solution, shown below it; "" for none.
+    """
+    reference = reference_text(problem, partial_solution, whole=whole)
+    explanation = (_RATIONALE, _RATIONALE_BEGIN, rationale, _RATIONALE_END) if rationale else ()
+    return "\n".join((reference, *explanation, _TRANSITION, instruction))
 
 
 def encode_chat(
@@ -68,6 +79,37 @@ def encode_student_prompt(
     return encode_chat(tokenizer, student_text(problem.problem, instruction), thinking=thinking)
 
 
+def hide_end(text: str, num_hidden: int, marker: str) -> str:
+    """The text with so many characters of its end replaced by the marker."""
+    return mask_solution(text, num_hidden / len(text) if text else 0.0, marker=marker)
+
+
+def shorten_to_fit(
+    encode: Callable[[int], tuple[tuple[int, ...], str]],
+    num_characters: int,
+    max_tokens: int | None,
+) -> tuple[tuple[int, ...], str] | None:
+    """The prompt that hides the fewest characters and takes at most `max_tokens` (None = any
+    number); None where it is too long with all of them hidden.
+
+    encode: from the number of hidden characters, up to `num_characters`, to token ids and the text
+    that is shown.
+    """
+    uncut = encode(0)
+    if max_tokens is None or len(uncut[0]) <= max_tokens:
+        return uncut
+    if len(encode(num_characters)[0]) > max_tokens:
+        return None
+    fewest, most = 1, num_characters
+    while fewest < most:
+        middle = (fewest + most) // 2
+        if len(encode(middle)[0]) <= max_tokens:
+            most = middle
+        else:
+            fewest = middle + 1
+    return encode(most)
+
+
 def encode_teacher_prompt(
     tokenizer: PreTrainedTokenizerBase,
     problem: Problem,
@@ -78,38 +120,43 @@ def encode_teacher_prompt(
     suffix: str = "",
     max_tokens: int | None = None,
     marker: str,
+    rationale: str | None = None,
 ) -> tuple[tuple[int, ...], str]:
     """The teacher's prompt for one problem and what the mask left of its solution, and the solution
     as it stands there.
 
-    A prompt above `max_tokens` shortens the solution from its end (the marker takes the place of
-    what goes), never the question or the template's tail.
+    rationale: the teacher's explanation of what it was shown; None or "" for none.
 
-    Raises ValueError where the prompt does not fit even without the solution.
+    A prompt above `max_tokens` shortens the rationale from its end (the marker takes the place of
+    what goes), and leaves its section out where nothing would be left of it; then the solution,
+    likewise from its end, but never the question or the template's tail.
+
+    Raises ValueError where the prompt does not fit even without both.
     """
-    whole = partial_solution == problem.solution
+    whole, explained = partial_solution == problem.solution, rationale or ""
 
-    def encode(num_hidden: int) -> tuple[tuple[int, ...], str]:
-        ratio = num_hidden / len(partial_solution) if partial_solution else 0.0
-        shown = mask_solution(partial_solution, ratio, marker=marker)
-        text = teacher_text(problem.problem, shown, instruction, whole=whole and num_hidden == 0)
+    def encode(solution_hidden: int, rationale_hidden: int) -> tuple[tuple[int, ...], str]:
+        shown = hide_end(partial_solution, solution_hidden, marker)
+        left = rationale_hidden < len(explained)
+        text = teacher_text(
+            problem.problem,
+            shown,
+            instruction,
+            whole=whole and solution_hidden == 0,
+            rationale=hide_end(explained, rationale_hidden, marker) if left else "",
+        )
         return encode_chat(tokenizer, text, thinking=thinking, suffix=suffix), shown
 
-    uncut = encode(0)
-    if max_tokens is None or len(uncut[0]) <= max_tokens:
-        return uncut
-    fewest, most = 1, len(partial_solution)
-    shortest, _ = encode(most)
-    if len(shortest) > max_tokens:
+    found = shorten_to_fit(lambda hidden: encode(0, hidden), len(explained), max_tokens)
+    if found is None:
+        found = shorten_to_fit(
+            lambda hidden: encode(hidden, len(explained)), len(partial_solution), max_tokens
+        )
+    if found is None:
+        shortest, _ = encode(len(partial_solution), len(explained))
         raise ValueError(
             f"{problem.problem_id}: the teacher's prompt takes {len(shortest)} tokens with the "
             f"whole solution hidden, but only {max_tokens} are left beside the completion: drop "
             "the problem with --data.max_prompt_tokens or lower --rollout.max_new_tokens"
         )
-    while fewest < most:
-        middle = (fewest + most) // 2
-        if len(encode(middle)[0]) <= max_tokens:
-            most = middle
-        else:
-            fewest = middle + 1
-    return encode(most)
+    return found

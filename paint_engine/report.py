@@ -21,9 +21,11 @@ from jinja2 import Environment, StrictUndefined
 from paint_engine.metrics import METRICS_FILE, SAMPLES_FILE, read_jsonl
 from paint_engine.report_figures import draw_curves
 from paint_engine.report_samples import (
-    KL_BOUNDS,
+    COLOR_BOUNDS,
     MAX_ANCHORS,
     MAX_TOKENS,
+    TOKEN_COLORS,
+    ViewSettings,
     choose_samples,
     view_sample,
 )
@@ -31,6 +33,21 @@ from paint_engine.report_samples import (
 REPORT_FILE = "report.html"
 SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.toml"
+
+# What a reader of a PAINT report would look for in vain.
+_ABSENT = {
+    "sampled_token": "The teacher scores the sampled tokens alone: no entry of the vocabulary is "
+    "clipped and no target is interpolated.",
+    "grpo": "GRPO has no teacher: there is no KL to one, and no solution is shown or masked.",
+    "sft": "SFT trains on the reference solutions: nothing is sampled, and there is no teacher.",
+}
+_COLUMNS = {
+    "grpo": "Left, the problem and its verified solution. Right, what the student wrote",
+    "sft": "Left, the problem. Right, the reference solution that was trained on",
+}
+_COLUMNS_WITH_TEACHER = (
+    "Left, what the teacher was shown beside the problem. Right, what the student wrote"
+)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -65,6 +82,16 @@ class _Run:
     def setting(self, section: str, key: str, default: Any) -> Any:
         return (self.config or {}).get(section, {}).get(key, default)
 
+    @property
+    def objective(self) -> str:
+        """As `report_figures.OBJECTIVES` has it; without a configuration, by what was recorded."""
+        name = self.setting("objective", "name", None)
+        if name is None:
+            recorded = {key for entry in (*self.metrics[:1], *self.samples[:1]) for key in entry}
+            marks = (("sampled_kl", "sampled_token"), ("ratio", "grpo"), ("token_kl", "paint"))
+            name = next((name for key, name in marks if key in recorded), "sft")
+        return self.setting("objective", "divergence", "forward_kl") if name == "paint" else name
+
 
 def _load(run_dir: Path) -> _Run:
     names = (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, CONFIG_FILE)
@@ -85,9 +112,15 @@ def _load(run_dir: Path) -> _Run:
 
 def _contents(run: _Run) -> dict[str, Any]:
     """Everything that the template names."""
-    curves, missing_curves = draw_curves(run.metrics)
-    marker = run.setting("masking", "marker", "...(omitted)...")
-    entropy_floor = run.setting("objective", "entropy_floor", 1e-6)
+    objective = run.objective
+    curves, missing_curves = draw_curves(run.metrics, objective)
+    settings = ViewSettings(
+        color=TOKEN_COLORS[objective],
+        interpolates=run.setting("objective", "interpolation_weight", 0.03) > 0,
+        marker=run.setting("masking", "marker", "...(omitted)..."),
+        entropy_floor=run.setting("objective", "entropy_floor", 1e-6),
+    )
+    samples = choose_samples(run.samples)
     return {
         "name": run.name,
         "subtitle": _subtitle(run),
@@ -96,10 +129,15 @@ def _contents(run: _Run) -> dict[str, Any]:
         "facts": _facts(run),
         "missing": _missing(run, missing_curves),
         "num_steps": run.metrics[-1]["step"] if run.metrics else 0,
+        "absent": _ABSENT.get(objective, ""),
         "curves": curves,
-        "samples": [view_sample(s, marker, entropy_floor) for s in choose_samples(run.samples)],
+        "samples": [view_sample(sample, settings) for sample in samples],
         "num_samples": len(run.samples),
-        "kl_bounds": KL_BOUNDS,
+        "things": "reference solutions" if objective == "sft" else "rollouts",
+        "columns": _COLUMNS.get(objective, _COLUMNS_WITH_TEACHER),
+        "color": settings.color.title,
+        "color_bounds": COLOR_BOUNDS,
+        "marks_selected": settings.interpolates and any("selected" in s for s in samples),
         "max_tokens": MAX_TOKENS,
         "max_anchors": MAX_ANCHORS,
         "config": _flatten(run.config or {}),

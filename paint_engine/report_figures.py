@@ -34,34 +34,91 @@ _SERIES_COLORS = (_SERIES_1, _SERIES_2, _SERIES_3)
 _SERIES_DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)))
 
 
+# The paint objective goes by its divergence, the others by their name.
+_PAINT = ("forward_kl", "reverse_kl", "jsd")
+_WITH_TEACHER = (*_PAINT, "sampled_token")
+_SAMPLING = (*_WITH_TEACHER, "grpo")
+OBJECTIVES = (*_SAMPLING, "sft")
+
+
 @dataclass(frozen=True)
 class Quantity:
     """One drawing: series ("key of metrics.jsonl", "label") that share a unit.
 
-    Quantity("Entropy", "nats", (("student_entropy", "student"), ("teacher_entropy", "teacher")))
+    Quantity("Entropy", "nats per token", (("student_entropy", "student"),), optional=True)
+
+    objectives: those that have it. optional: settings decide whether such a run has it.
     """
 
     title: str
     unit: str
     series: tuple[tuple[str, str], ...]
+    objectives: tuple[str, ...] = OBJECTIVES
+    optional: bool = False
     percent: bool = False
     smooth: bool = False
 
 
 QUANTITIES = (
-    Quantity("Loss", "nats per token, clipped", (("loss", "loss"),)),
-    Quantity("Unclipped KL", "nats per token", (("token_kl", "KL(teacher, student)"),)),
+    Quantity("Loss", "nats per token", (("loss", "loss"),), (*_WITH_TEACHER, "sft")),
+    Quantity("Loss", "per token", (("loss", "loss"),), ("grpo",)),
+    Quantity(
+        "Unclipped KL", "nats per token", (("token_kl", "KL(teacher, student)"),), ("forward_kl",)
+    ),
+    Quantity(
+        "Unclipped KL", "nats per token", (("token_kl", "KL(student, teacher)"),), ("reverse_kl",)
+    ),
+    Quantity("Unclipped JSD", "nats per token", (("token_kl", "teacher and student"),), ("jsd",)),
+    Quantity(
+        "Sampled KL",
+        "nats per token",
+        (("sampled_kl", "mean of log p_S - log p_T"),),
+        ("sampled_token",),
+    ),
+    Quantity(
+        "KL to the base",
+        "nats per token",
+        (("base_kl", "KL(student, base), k3"),),
+        ("grpo",),
+        optional=True,
+    ),
     Quantity(
         "Pointwise clip",
         "share",
         (("clipped_mass", "teacher mass clipped"), ("clipped_token_share", "tokens with a clip")),
+        _PAINT,
         percent=True,
     ),
     Quantity(
         "Context exposure",
         "share",
         (("overlap", "anchors found (overlap)"), ("mask_ratio", "solution hidden (mask ratio)")),
+        _WITH_TEACHER,
         percent=True,
+    ),
+    Quantity("Reward", "mean over rollouts", (("reward", "reward"),), ("grpo",), smooth=True),
+    Quantity(
+        "Groups without a signal",
+        "groups a step",
+        (("zero_variance_groups", "all rewards equal"),),
+        ("grpo",),
+        smooth=True,
+    ),
+    Quantity(
+        "Ratio clip",
+        "share",
+        (("ratio_clipped_share", "tokens stopped by the clip"),),
+        ("grpo",),
+        percent=True,
+    ),
+    Quantity(
+        "Weights of tokens",
+        "mean",
+        (
+            ("ratio", "student to old student"),
+            ("importance_weight", "trainer to sampler (1: no cap)"),
+        ),
+        ("sampled_token", "grpo"),
     ),
     Quantity(
         "Entropy",
@@ -72,11 +129,19 @@ QUANTITIES = (
         "Rollouts",
         "share",
         (("accuracy", "correct"), ("truncation_rate", "truncated")),
+        _SAMPLING,
         percent=True,
         smooth=True,
     ),
+    Quantity(
+        "Reference solutions",
+        "share",
+        (("truncation_rate", "cut at the longest completion"),),
+        ("sft",),
+        percent=True,
+    ),
     Quantity("Gradient norm", "before clipping", (("grad_norm", "L2 norm"),)),
-    Quantity("Completion length", "tokens", (("completion_length", "mean over rollouts"),)),
+    Quantity("Completion length", "tokens", (("completion_length", "mean"),)),
     Quantity(
         "Time of a step",
         "seconds",
@@ -108,18 +173,23 @@ class Curve:
     svg: str
 
 
-def draw_curves(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[Curve], list[str]]:
-    """The curves of a run and the titles of those that its metrics do not hold.
+def draw_curves(
+    metrics: Sequence[Mapping[str, Any]], objective: str
+) -> tuple[list[Curve], list[str]]:
+    """The curves of a run and the titles of those that its metrics should hold and do not.
 
     Args:
         metrics: the objects of `metrics.jsonl`, in the order of their steps.
+        objective: one of `OBJECTIVES`.
     """
     curves, missing = [], []
     for quantity in QUANTITIES:
+        if objective not in quantity.objectives:
+            continue
         lines = _lines(quantity, metrics)
         if lines:
             curves.append(_draw(quantity, lines))
-        else:
+        elif not quantity.optional:
             missing.append(quantity.title)
     return curves, missing
 

@@ -9,13 +9,63 @@ MAX_SAMPLES = 6
 MAX_TOKENS = 800
 MAX_ANCHORS = 60
 
-# Bounds of the KL colours, nats, two a decade: token KLs spread over several orders of magnitude.
-KL_BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+# Bounds of the colours, nats, two a decade: KL and entropies of tokens spread over several orders
+# of magnitude.
+COLOR_BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+# Lists of a sample with a value a token, and how they are called beside it. First those in nats.
+_NATS = (
+    ("token_kl", "KL"),
+    ("sampled_kl", "log p_S - log p_T"),
+    ("base_kl", "KL to the base"),
+    ("token_loss", "loss"),
+    ("student_entropy", "H_S"),
+    ("teacher_entropy", "H_T"),
+)
+_NUMBERS = (("clipped_mass", "clipped mass"), ("ratio", "ratio"), ("importance_weight", "weight"))
+_FLAGS = ("selected", "ratio_clipped_share")
+
+
+@dataclass(frozen=True)
+class TokenColor:
+    """What tokens are coloured by: the magnitude of a sample's list `key`, in nats.
+
+    `title` names it in the legend, `label` beside a mean.
+    """
+
+    key: str
+    title: str
+    label: str
+
+
+TOKEN_COLORS = {
+    "forward_kl": TokenColor("token_kl", "unclipped KL", "KL"),
+    "reverse_kl": TokenColor("token_kl", "unclipped KL", "KL"),
+    "jsd": TokenColor("token_kl", "unclipped JSD", "JSD"),
+    "sampled_token": TokenColor("sampled_kl", "|log p_S - log p_T|", "sampled KL"),
+    "grpo": TokenColor("student_entropy", "entropy", "entropy"),
+    "sft": TokenColor("token_loss", "loss", "loss"),
+}
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """What the configuration says of every sample.
+
+    color: what the tokens are coloured by. interpolates: whether the selected tokens' targets mix
+    in the student. marker: what stands for the hidden part in a partial solution. entropy_floor:
+    least student entropy in the entropy ratio, nats (Eq. 9).
+    """
+
+    color: TokenColor
+    interpolates: bool
+    marker: str
+    entropy_floor: float
 
 
 @dataclass(frozen=True)
 class TokenView:
-    """A token as shown: `css_class` holds its KL colour and whether it is selected."""
+    """A token as shown: `css_class` holds its colour and whether it is selected."""
 
     text: str
     css_class: str
@@ -23,31 +73,38 @@ class TokenView:
 
 
 @dataclass(frozen=True)
-class SampleView:
-    """One rollout as shown. `shown` + `hidden` + `shown_tail` is the verified solution.
+class TeacherView:
+    """What the teacher saw. `shown` + `hidden` + `shown_tail` is the verified solution.
 
     `hidden` is None where the partial solution is not the solution with one span replaced: then
-    `shown` is the partial solution itself.
+    `shown` is the partial solution itself. `rationale` is what the teacher wrote first, if it did.
     """
+
+    shown: str
+    hidden: str | None
+    shown_tail: str
+    rationale: str
+    anchors: tuple[tuple[str, bool], ...]
+    num_anchors: int
+    num_anchors_found: int
+
+
+@dataclass(frozen=True)
+class SampleView:
+    """One rollout as shown. `teacher` is None where there was none, `correct` where nothing was
+    judged: `tokens` are the reference solution's then."""
 
     step: int
     problem_id: str
     problem: str
+    solution: str
     answer: str
-    shown: str
-    hidden: str | None
-    shown_tail: str
-    mask_ratio: float
-    overlap: float
-    anchors: tuple[tuple[str, bool], ...]
-    num_anchors: int
-    num_anchors_found: int
-    correct: bool
+    teacher: TeacherView | None
+    correct: bool | None
     truncated: bool
+    measures: tuple[str, ...]
     tokens: tuple[TokenView, ...]
     num_tokens: int
-    num_selected: int
-    mean_kl: float
 
 
 def choose_samples(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -58,38 +115,53 @@ def choose_samples(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, An
     return [samples[round(i * (len(samples) - 1) / (count - 1))] for i in range(count)]
 
 
-def view_sample(sample: Mapping[str, Any], marker: str, entropy_floor: float) -> SampleView:
-    """An object of `samples.jsonl`, made ready for the page.
-
-    Args:
-        marker: what stands for the hidden part in a partial solution.
-        entropy_floor: least student entropy in the entropy ratio, nats (Eq. 9).
-    """
-    solution, partial = sample["solution"], sample["partial_solution"]
-    span = hidden_span(solution, partial, marker)
-    start, end = (len(partial), None) if span is None else span
-    anchors = [(anchor["text"], anchor["found"]) for anchor in sample["anchors"]]
-    kls = sample["token_kl"]
+def view_sample(sample: Mapping[str, Any], settings: ViewSettings) -> SampleView:
+    """An object of `samples.jsonl`, made ready for the page."""
     return SampleView(
         step=sample["step"],
         problem_id=sample["problem_id"],
         problem=sample["problem"],
+        solution=sample["solution"],
         answer=sample["answer"],
+        teacher=_view_teacher(sample, settings.marker) if "partial_solution" in sample else None,
+        correct=sample.get("correct"),
+        truncated=sample["truncated"],
+        measures=_measures(sample, settings),
+        tokens=_view_tokens(sample, settings),
+        num_tokens=len(sample["tokens"]),
+    )
+
+
+def _view_teacher(sample: Mapping[str, Any], marker: str) -> TeacherView:
+    solution, partial = sample["solution"], sample["partial_solution"]
+    span = hidden_span(solution, partial, marker)
+    start, end = (len(partial), None) if span is None else span
+    anchors = [(anchor["text"], anchor["found"]) for anchor in sample["anchors"]]
+    return TeacherView(
         shown=partial if span is None else solution[:start],
         hidden=None if span is None else solution[start:end],
         shown_tail="" if span is None else solution[end:],
-        mask_ratio=sample["mask_ratio"],
-        overlap=sample["overlap"],
+        rationale=sample.get("rationale", ""),
         anchors=tuple(anchors[:MAX_ANCHORS]),
         num_anchors=len(anchors),
         num_anchors_found=sum(found for _, found in anchors),
-        correct=sample["correct"],
-        truncated=sample["truncated"],
-        tokens=_view_tokens(sample, entropy_floor),
-        num_tokens=len(kls),
-        num_selected=sum(sample["selected"]),
-        mean_kl=sum(kls) / max(1, len(kls)),
     )
+
+
+def _measures(sample: Mapping[str, Any], settings: ViewSettings) -> tuple[str, ...]:
+    """The sample in a few words, of what its objective has."""
+    measures = []
+    if "overlap" in sample:
+        measures.append(f"overlap {100 * sample['overlap']:.0f}%")
+        measures.append(f"hidden {100 * sample['mask_ratio']:.0f}%")
+    if "reward" in sample:
+        measures.append(f"reward {sample['reward']:g}")
+        measures.append(f"advantage {sample['advantage']:+.2f}")
+    values, count = sample[settings.color.key], len(sample["tokens"])
+    measures.append(f"mean {settings.color.label} {sum(values) / max(1, count):.3g} nats")
+    if settings.interpolates and "selected" in sample:
+        measures.append(f"{sum(sample['selected'])} of {count} tokens selected")
+    return tuple(measures)
 
 
 def hidden_span(solution: str, partial_solution: str, marker: str) -> tuple[int, int] | None:
@@ -113,20 +185,34 @@ def hidden_span(solution: str, partial_solution: str, marker: str) -> tuple[int,
     return None
 
 
-def _view_tokens(sample: Mapping[str, Any], entropy_floor: float) -> tuple[TokenView, ...]:
-    columns = ("tokens", "token_kl", "token_loss", "student_entropy", "teacher_entropy")
-    rows = zip(
-        *(sample[column][:MAX_TOKENS] for column in (*columns, "clipped_mass", "selected")),
-        strict=True,
-    )
-    return tuple(
-        TokenView(
-            text=text.replace("\n", "↵\n"),
-            css_class=f"k{bisect_right(KL_BOUNDS, kl)}" + (" sel" if selected else ""),
-            values=(
-                f"KL {kl:.3g} · loss {loss:.3g} · H_S {student:.3g} · H_T {teacher:.3g} nats · "
-                f"R {teacher / max(student, entropy_floor):.3g} · clipped mass {mass:.2g}"
-            ),
+def _view_tokens(sample: Mapping[str, Any], settings: ViewSettings) -> tuple[TokenView, ...]:
+    named = [name for name, _ in (*_NATS, *_NUMBERS)]
+    columns = [name for name in ("tokens", *named, *_FLAGS) if name in sample]
+    rows = zip(*(sample[column][:MAX_TOKENS] for column in columns), strict=True)
+    views = []
+    for row in rows:
+        token = dict(zip(columns, row, strict=True))
+        selected = settings.interpolates and token.get("selected", False)
+        color = bisect_right(COLOR_BOUNDS, abs(token[settings.color.key]))
+        views.append(
+            TokenView(
+                text=token["tokens"].replace("\n", "↵\n"),
+                css_class=f"k{color}" + (" sel" if selected else ""),
+                values=_values(token, settings),
+            )
         )
-        for text, kl, loss, student, teacher, mass, selected in rows
-    )
+    return tuple(views)
+
+
+def _values(token: Mapping[str, Any], settings: ViewSettings) -> str:
+    """The numbers of one token, those in nats first."""
+    names = dict(_NATS) | {settings.color.key: settings.color.label}
+    parts = [f"{names[key]} {token[key]:.3g}" for key in names if key in token]
+    parts[-1] += " nats"
+    if "teacher_entropy" in token:
+        floored = max(token["student_entropy"], settings.entropy_floor)
+        parts.append(f"R {token['teacher_entropy'] / floored:.3g}")
+    parts += [f"{label} {token[key]:.3g}" for key, label in _NUMBERS if key in token]
+    if token.get("ratio_clipped_share", False):
+        parts.append("stopped by the clip")
+    return " · ".join(parts)

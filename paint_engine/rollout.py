@@ -123,7 +123,7 @@ class RolloutEngine(Protocol):
 class BuiltinEngine:
     """The built-in sampler, on the very model that trains.
 
-    base: the context of the model before training.
+    base: the context of the model before training; where a teacher writes, of the teacher.
     max_sequences: how many are decoded at once.
     """
 
@@ -291,6 +291,19 @@ class Sampler:
         rests; again after a restart. A collective. Raises EngineDied on every rank."""
         self.pending()
         return self._together(lambda: self._or_restart(attempt, attempt))
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        params: SamplingParams,
+        *,
+        base: bool,
+    ) -> list[Completion]:
+        """One completion for each of this rank's prompts, beside the step's rollouts: a teacher's.
+        A collective of all ranks; see `RolloutEngine.generate`."""
+        with self.timings.span("rationale"):
+            return self.guarded(lambda: self._engine.generate(prompts, seeds, params, base=base))
 
     def pending(self) -> Sampled | None:
         """What has been sampled ahead, waited for: a checkpoint keeps it. A collective.

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -142,9 +142,9 @@ class ServerEngine:
         base: bool = False,
         on_batch: Callable[[list[int], list[Completion]], None] | None = None,
     ) -> list[Completion]:
-        """One completion a prompt, in their order; `on_batch` gets each when all before it are
-        done. Raises EngineDied where the server has not answered a request within ten minutes and
-        half a second a token that it may draw."""
+        """One completion a prompt, in their order; `on_batch` gets each as it is done. Raises
+        EngineDied where the server has not answered a request within ten minutes and half a second
+        a token that it may draw."""
         assert len(prompts) == len(seeds)
         assert base or self._written is not None, "sync comes before generate"
         name = self._base_name if base or self._written is None else self._written.name
@@ -159,17 +159,19 @@ class ServerEngine:
         if self._closed:
             calls.hang_up()
         pool = ThreadPoolExecutor(self._max_sequences, thread_name_prefix="completions")
-        completions = []
+        completions: dict[int, Completion] = {}
         try:
-            for index, completion in enumerate(pool.map(complete, range(len(prompts)))):
-                completions.append(completion)
+            places = {pool.submit(complete, index): index for index in range(len(prompts))}
+            for future in as_completed(places):
+                index = places[future]
+                completions[index] = future.result()
                 if on_batch is not None:
-                    on_batch([index], [completion])
+                    on_batch([index], [completions[index]])
         finally:
             # After a failure nobody waits for the answers to the others.
             pool.shutdown(wait=False, cancel_futures=True)
             calls.hang_up()
-        return completions
+        return [completions[index] for index in range(len(prompts))]
 
     @property
     def can_restart(self) -> bool:

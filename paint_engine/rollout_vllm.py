@@ -2,8 +2,12 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
@@ -12,7 +16,8 @@ from paint_engine.distributed import World, raise_together
 from paint_engine.model import compute_dtype, lm_head_weight
 from paint_engine.rollout import EngineDied
 from paint_engine.rollout_hf import Completion, SamplingParams
-from paint_engine.rollout_vllm_core import Core, OwnProcess, deaths, reserved_lora_rank
+from paint_engine.rollout_vllm_core import Core, OnBatch, deaths, reserved_lora_rank, reserved_rank
+from paint_engine.rollout_vllm_process import OwnProcess
 from paint_engine.rollout_weights import WeightFiles, WrittenWeights
 
 T = TypeVar("T")
@@ -24,19 +29,47 @@ _MAX_BATCHED_TOKENS = 4096
 _MAX_TEMPERATURE = 2.0
 
 
+@dataclass(frozen=True)
+class StoredModel:
+    """A model that nothing trains, as the files that vLLM reads by itself.
+
+    StoredModel(head_size=151936, dtype=torch.bfloat16, tokenizer="Qwen/Qwen3-8B",
+                adapter=Path("runs/a/checkpoints/step-100"), lora_rank=64)
+
+    tokenizer: where the tokenizer is; nothing is decoded by it.
+    adapter: peft's files, of rank `lora_rank`, safetensors; None = the model alone.
+    """
+
+    head_size: int
+    dtype: torch.dtype
+    tokenizer: str
+    adapter: Path | None
+    lora_rank: int
+
+    def write(self, weights_version: int) -> WrittenWeights:
+        """The files as they are."""
+        assert self.adapter is not None, "there is no adapter to load"
+        return WrittenWeights("adapter", 1, self.adapter)
+
+    def close(self) -> None:
+        """The files stay."""
+
+
 class VllmEngine:
     """vLLM beside the trainer; see `rollout.RolloutEngine`. In the trainer's process where that is
     the only one; of several, each has an engine in a process beside it, or is a worker of one that
     is spread over them.
 
-    model: the student, a PeftModel or, with all of it trained, a causal language model.
+    model: the student, a PeftModel or, with all of it trained, a causal language model; or a
+        `StoredModel`, for evaluations without a trainer. One without an adapter needs no `sync`,
+        and is sampled from with base=True.
     model_path: what it was loaded from.
     max_model_len: the longest prompt and completion together, in tokens.
     max_sequences: how many are decoded at once; vLLM has one such limit, so that it holds for
         evaluations as it does for rollouts.
     gpu_memory_utilization: share of the GPU's memory (on CPUs of the node's, over all its ranks).
     tensor_parallel_size: consecutive ranks of a node that one engine is spread over; they must
-        call `generate` together.
+        call `generate` together. One process with a `StoredModel` starts vLLM's own workers.
     own_process: the engine runs beside this process even if that is the only one, so that it
         generates while this one trains; not with an engine over several ranks.
 
@@ -46,7 +79,7 @@ class VllmEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | StoredModel,
         model_path: str,
         world: World,
         *,
@@ -58,34 +91,38 @@ class VllmEngine:
         trust_remote_code: bool = False,
         own_process: bool = False,
     ) -> None:
-        _check_ranks(world, tensor_parallel_size, own_process)
+        stored = isinstance(model, StoredModel)
+        # vLLM's own workers are alone with their GPUs only where no trainer shares them.
+        own_workers = stored and world.size == 1 and tensor_parallel_size > 1
+        if not own_workers:
+            _check_ranks(world, tensor_parallel_size, own_process)
         self._world = world
         # One inside several ranks could not be built anew without the others.
         self._own_process = own_process or (world.size > 1 and tensor_parallel_size == 1)
-        self._group_size = tensor_parallel_size
-        self._head_size = lm_head_weight(model).shape[0]
+        self._group_size = 1 if own_workers else tensor_parallel_size
+        self._head_size = model.head_size if stored else lm_head_weight(model).shape[0]
+        dtype = model.dtype if stored else compute_dtype(model)
         if world.device.type == "cpu":
             gpu_memory_utilization /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._llm_args: dict[str, Any] = {
             "model": model_path,
             "trust_remote_code": trust_remote_code,
-            "dtype": str(compute_dtype(model)).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
             # Else the model's generation settings would fill in what a request leaves out.
             "generation_config": "vllm",
             # Of the distribution that was drawn from: after temperature, top-k and top-p.
             "logprobs_mode": "processed_logprobs",
             "seed": 0,
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_sequences,
-            "max_num_batched_tokens": max(_MAX_BATCHED_TOKENS, max_sequences),
             "gpu_memory_utilization": gpu_memory_utilization,
+            **_batch_args(world, max_model_len, max_sequences),
             **_adapter_args(model),
         }
         if tensor_parallel_size > 1:
-            # The ranks are vLLM's workers: the engine joins the trainer's process group and GPU.
-            self._llm_args["distributed_executor_backend"] = "external_launcher"
             self._llm_args["tensor_parallel_size"] = tensor_parallel_size
-        self._files = WeightFiles(model, world, adapter_dir, per_node=True)
+            # Ranks are vLLM's workers: the engine joins the trainer's process group and GPU.
+            backend = "mp" if own_workers else "external_launcher"
+            self._llm_args["distributed_executor_backend"] = backend
+        self._files = model if stored else WeightFiles(model, world, adapter_dir, per_node=True)
         self._written: WrittenWeights | None = None
         self._core = self._first_core()
 
@@ -103,7 +140,9 @@ class VllmEngine:
         base: bool = False,
         on_batch: Callable[[list[int], list[Completion]], None] | None = None,
     ) -> list[Completion]:
-        """One completion a prompt, in their order; `on_batch` gets them all at the end."""
+        """One completion a prompt, in their order; `on_batch` gets them as they finish. What it
+        raises ends the batch; with an engine over several ranks only at its end, for these go
+        through each step together."""
         assert len(prompts) == len(seeds)
         assert base or self._written is not None, "sync comes before generate"
         self._check(prompts, params)
@@ -114,12 +153,12 @@ class VllmEngine:
         all_seeds = [seed for share in shares for seed in share[1]]
         if not all_prompts:
             return []
-        completions = self._alive(lambda core: core.generate(all_prompts, all_seeds, params, base))[
-            first : first + len(prompts)
-        ]
-        if on_batch is not None:
-            on_batch(list(range(len(prompts))), completions)
-        return completions
+        finished = _Finished(range(first, first + len(prompts)), on_batch, self._group_size > 1)
+        with suppress(_GivenUp):
+            self._alive(
+                lambda core: core.generate(all_prompts, all_seeds, params, base, finished.add)
+            )
+        return finished.all()
 
     @property
     def can_restart(self) -> bool:
@@ -232,11 +271,71 @@ def own_environment(world: World) -> dict[str, str]:
     return environment
 
 
-def _adapter_args(model: nn.Module) -> dict[str, Any]:
-    if not isinstance(model, PeftModel):
-        return {"enable_lora": False}
-    rank = reserved_lora_rank(model)
-    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
+class _GivenUp(Exception):
+    """What `on_batch` has raised ends a batch."""
+
+
+class _Finished:
+    """The completions of an engine's batch so far.
+
+    mine: the places of this rank's requests in the batch; `on_batch` counts from their first.
+    to_the_end: what `on_batch` raises waits for the end of the batch.
+    """
+
+    def __init__(self, mine: range, on_batch: OnBatch | None, to_the_end: bool) -> None:
+        self._mine = mine
+        self._on_batch = on_batch
+        self._to_the_end = to_the_end
+        self._failure: Exception | None = None
+        self._completions: dict[int, Completion] = {}
+
+    def add(self, indices: list[int], completions: list[Completion]) -> None:
+        """Takes what has finished, and tells of what is this rank's."""
+        found = {i: c for i, c in zip(indices, completions, strict=True) if i in self._mine}
+        self._completions |= found
+        if self._on_batch is None or not found or self._failure is not None:
+            return
+        try:
+            self._on_batch([i - self._mine.start for i in found], list(found.values()))
+        except Exception as failure:
+            # Kept from what takes a RuntimeError for the engine's death.
+            self._failure = failure
+            if not self._to_the_end:
+                raise _GivenUp from failure
+
+    def all(self) -> list[Completion]:
+        """This rank's completions, in the requests' order."""
+        if self._failure is not None:
+            raise self._failure
+        return [self._completions[index] for index in self._mine]
+
+
+def _batch_args(world: World, max_model_len: int, max_sequences: int) -> dict[str, Any]:
+    arguments = {"max_model_len": max_model_len, "max_num_seqs": max_sequences}
+    at_once = max(_MAX_BATCHED_TOKENS, max_sequences)
+    if world.device.type != "cpu":
+        return arguments | {"max_num_batched_tokens": at_once}
+    # A seeded request whose prompt is cut in two ends vLLM there: it would turn back the random
+    # generator, which CPU generators cannot do.
+    uncut = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(at_once, max_model_len)}
+    return arguments | uncut
+
+
+def _adapter_args(model: nn.Module | StoredModel) -> dict[str, Any]:
+    if isinstance(model, StoredModel):
+        rank = None if model.adapter is None else reserved_rank(model.lora_rank)
+        arguments: dict[str, Any] = {"tokenizer": model.tokenizer}
+    else:
+        rank = reserved_lora_rank(model) if isinstance(model, PeftModel) else None
+        arguments = {}
+    if rank is None:
+        return arguments | {"enable_lora": False}
+    return arguments | {
+        "enable_lora": True,
+        "max_lora_rank": rank,
+        "max_loras": 1,
+        "max_cpu_loras": 1,
+    }
 
 
 def _check_ranks(world: World, tensor_parallel_size: int, own_process: bool) -> None:

@@ -1,20 +1,14 @@
-"""One vLLM engine, in this process or in one of its own. Token ids go in and come out; nothing is
-decoded.
+"""One vLLM engine in this process. Token ids go in and come out; nothing is decoded.
 
 Only this file and `rollout_vllm` import vLLM, and not before an engine is built.
 """
 
-import atexit
 import gc
 import math
-import multiprocessing
 import os
 import random
-import signal
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -32,12 +26,11 @@ _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # What a start of vLLM fails with, for it has no exception of its own: settings and memory, CUDA,
 # files, its own checks of the memory, libraries.
 _START_FAILURES = (ValueError, RuntimeError, OSError, AssertionError, ImportError)
-# How long an engine's process may take to end when it is asked to.
-_EXIT_TIMEOUT_S = 10.0
-# Between two looks of an engine's process at whether its trainer still lives.
-_WATCH_S = 1.0
-# What torchrun tells its processes: an engine that read it would take itself for one of the ranks.
-_TORCHRUN_PREFIXES = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC")
+
+
+# The indices of requests that have finished, and their completions.
+Finished = tuple[list[int], list[Completion]]
+OnBatch = Callable[[list[int], list[Completion]], None]
 
 
 def biased_tokens(params: SamplingParams, head_size: int, bias: float) -> dict[int, float]:
@@ -63,7 +56,16 @@ def reserved_lora_rank(model: PeftModel) -> int:
 
     Raises ValueError where there is none.
     """
-    rank = model.peft_config["default"].r  # pyright: ignore[reportAttributeAccessIssue]
+    return reserved_rank(
+        model.peft_config["default"].r  # pyright: ignore[reportAttributeAccessIssue]
+    )
+
+
+def reserved_rank(rank: int) -> int:
+    """The smallest of the ranks that vLLM offers with room for adapters of `rank`.
+
+    Raises ValueError where there is none.
+    """
     if rank > _LORA_RANKS[-1]:
         raise ValueError(
             f"lora.rank is {rank}; vLLM takes at most {_LORA_RANKS[-1]}; lower it, or use "
@@ -77,10 +79,12 @@ def _random_state_kept() -> Iterator[None]:
     """vLLM seeds and uses the process's random numbers, which dropout in training draws from."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     on_gpu = torch.cuda.is_initialized()
-    with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []):
-        yield
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
+    try:
+        with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 class Core:
@@ -139,29 +143,64 @@ class Core:
         seeds: Sequence[int],
         params: SamplingParams,
         base: bool,
-    ) -> list[Completion]:
-        """One completion a prompt. The trainer's random numbers stay as they are. Raises EngineDied
-        after `close`."""
+        on_batch: OnBatch,
+    ) -> None:
+        """One completion a prompt, told to `on_batch` as they finish. The trainer's random numbers
+        stay as they are. What `on_batch` raises ends the batch, of which nothing is left in the
+        engine. Raises EngineDied after `close`."""
+        with closing(self.stream(prompts, seeds, params, base)) as steps:
+            for indices, completions in steps:
+                if indices:
+                    on_batch(indices, completions)
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        params: SamplingParams,
+        base: bool,
+    ) -> Generator[Finished]:
+        """What finishes in each step of the engine, which often is nothing. Closing the generator
+        gives up the rest."""
         if self._llm is None:
             raise EngineDied("vLLM has been closed")
         wanted = self._base_path if base else self._student_path
+        engine = self._llm.llm_engine
+        unfinished: set[int] = set()
         with _random_state_kept():
             if not self._has_adapters and wanted != self._in_place:
                 self._put_in_place(wanted)
-            outputs = self._llm.generate(
-                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-                [self._request(params, seed) for seed in seeds],
-                lora_request=None if base else self._adapter,
-                use_tqdm=False,
-            )
-        assert len(outputs) == len(prompts), "requests of an earlier call were left in the engine"
-        for prompt, output in zip(prompts, outputs, strict=True):
-            assert output.prompt_token_ids == list(prompt), "vLLM changed a prompt's token ids"
-        return [_completion(output.outputs[0]) for output in outputs]
+            try:
+                rendered = engine.renderer.render_cmpl(
+                    [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+                )
+                for index, (prompt, seed) in enumerate(zip(rendered, seeds, strict=True)):
+                    engine.add_request(
+                        str(index),
+                        prompt,
+                        self._request(params, seed),
+                        lora_request=None if base else self._adapter,
+                    )
+                    unfinished.add(index)
+                while unfinished:
+                    done = [output for output in engine.step() if output.finished]
+                    indices = [int(output.request_id) for output in done]
+                    unfinished.difference_update(indices)
+                    for index, output in zip(indices, done, strict=True):
+                        assert output.prompt_token_ids == list(prompts[index]), (
+                            "vLLM changed a prompt's token ids"
+                        )
+                    yield indices, [_completion(output.outputs[0]) for output in done]
+            finally:
+                if unfinished:
+                    engine.abort_request([str(index) for index in unfinished])
 
     def _request(self, params: SamplingParams, seed: int) -> Any:
         """Our sampling, with every field said, in vLLM's terms."""
         import vllm  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import (  # pyright: ignore[reportMissingImports]
+            RequestOutputKind,
+        )
 
         return vllm.SamplingParams(
             n=1,
@@ -183,6 +222,7 @@ class Core:
             flat_logprobs=True,
             detokenize=False,
             skip_special_tokens=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
             logit_bias=biased_tokens(params, self._head_size, -math.inf) or None,
         )
 
@@ -225,116 +265,3 @@ def deaths() -> Iterator[None]:
         yield
     except (EngineDeadError, RuntimeError) as error:
         raise EngineDied(f"{type(error).__name__}: {error}") from error
-
-
-def _serve(
-    connection: Any, llm_args: Mapping[str, Any], head_size: int, environment: Mapping[str, str]
-) -> None:
-    """The main function of an engine's own process: answers calls until the trainer is gone."""
-    # Ctrl-C reaches every process of a terminal, and torchrun's SIGTERM every process of a rank's
-    # group; the trainer decides when this one ends.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    for name in [n for n in os.environ if n.startswith(_TORCHRUN_PREFIXES)]:
-        del os.environ[name]
-    os.environ.update(environment)
-    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
-    try:
-        core = Core(llm_args, head_size)
-    except EngineDied as death:
-        connection.send(death)
-        raise
-    connection.send(None)
-    while True:
-        try:
-            method, args = connection.recv()
-        except EOFError:
-            return
-        try:
-            answer = getattr(core, method)(*args)
-        except ValueError as error:
-            # Those of vLLM and pydantic do not all survive the way through a pipe.
-            answer = ValueError(str(error))
-        connection.send(answer)
-
-
-def _end_with_the_trainer() -> None:
-    """A trainer that is killed by SIGKILL tells nobody, and one that generates hears nothing."""
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None
-    while os.getppid() == trainer.pid:
-        time.sleep(_WATCH_S)
-    os._exit(1)
-
-
-class OwnProcess:
-    """A `Core` in a process of its own: generation overlaps with training, and its death leaves
-    the trainer alive.
-
-    environment: its own environment variables, beside the trainer's.
-
-    Raises EngineDied where the engine cannot be built.
-    """
-
-    def __init__(
-        self, llm_args: Mapping[str, Any], head_size: int, environment: Mapping[str, str]
-    ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve,
-            args=(theirs, llm_args, head_size, environment),
-            name="paint-vllm",
-            daemon=True,
-        )
-        self._process.start()
-        # multiprocessing would end it with the signal that it ignores, and wait for ever.
-        atexit.register(self._process.kill)
-        # Else this process would hold the other end open, and a death would not be noticed.
-        theirs.close()
-        try:
-            self._answer()
-        except EngineDied:
-            self.close()
-            raise
-
-    def load(self, written: WrittenWeights) -> None:
-        """See `Core`."""
-        self._call("load", written)
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        params: SamplingParams,
-        base: bool,
-    ) -> list[Completion]:
-        """See `Core`."""
-        return self._call("generate", prompts, seeds, params, base)
-
-    def close(self) -> None:
-        """Ends the process, in the middle of a batch if need be: it keeps nothing of its own."""
-        self._process.kill()
-        self._process.join()
-        self._connection.close()
-        atexit.unregister(self._process.kill)
-
-    def _call(self, method: str, *args: Any) -> Any:
-        try:
-            self._connection.send((method, args))
-        except OSError as error:
-            raise self._death() from error
-        return self._answer()
-
-    def _answer(self) -> Any:
-        try:
-            answer = self._connection.recv()
-        except (EOFError, OSError) as error:
-            raise self._death() from error
-        if isinstance(answer, ValueError | EngineDied):
-            raise answer
-        return answer
-
-    def _death(self) -> EngineDied:
-        self._process.join(_EXIT_TIMEOUT_S)
-        return EngineDied(f"vLLM's process ended with exit code {self._process.exitcode}")

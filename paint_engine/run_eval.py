@@ -1,25 +1,28 @@
 """Evaluations while a run trains, and the checkpoints that it writes: the best among them."""
 
+import json
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
+from paint_engine.answers import all_requests, evaluate
 from paint_engine.checkpoint import save_checkpoint
-from paint_engine.checkpoint_files import mark_best
+from paint_engine.checkpoint_files import MANIFEST_FILE, mark_best
 from paint_engine.distributed import any_rank, gather_objects, merge_shares
-from paint_engine.evaluate import (
+from paint_engine.evaluation import (
     EvalSample,
-    Evaluation,
-    evaluate,
+    Header,
+    SampleFiles,
+    benchmark_name,
+    evaluation_directory,
     evaluation_settings,
-    my_requests,
-    read_evaluations,
-    write_evaluation,
+    fingerprints,
 )
 from paint_engine.interrupt import Stopped, StopRequest
 from paint_engine.metrics import Progress
 from paint_engine.setup import Run
-from paint_engine.summary import best_step
+from paint_engine.summary import best_step, present_evaluations
+from paint_engine.weights import ADAPTER_FILE, MODEL_FILE
 
 
 class SaveFailed(Exception):
@@ -29,73 +32,95 @@ class SaveFailed(Exception):
 def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> None:
     """Avg@k of the weights after `step` steps: the current ones, or the base at step 0.
 
-    An evaluation that the run has already finished with these settings is kept. The weights are
-    saved before, for a long evaluation may be cut short, and marked where none were better.
+    An evaluation that the run has already finished with these settings is kept, and one that was
+    cut short goes on. The weights are saved before, so that it is of the same, and marked where
+    none were better.
     """
     assert run.eval_set is not None and step in (0, run.step)
-    section, started = run.config.eval, time.monotonic()
-    settings = evaluation_settings(section, run.config.train.seed)
-    known = gather_objects(step in finished_evaluations(run, settings))[0]
-    if known:
+    started = time.monotonic()
+    if gather_objects(run.world.is_main and step in present_evaluations(run))[0]:
         return
     base = step == 0 and run.step > 0
-    if step > 0:
-        save(run)
+    checkpoint = save(run) if step > 0 else None
     if not base:
         run.sampler.sync(step)
-    samples = run.sampler.guarded(lambda: answer_all(run, step, base, progress, stop))
-    if any_rank(samples is None):
-        stop.check_together()
-    assert samples is not None
-    everything = merge_shares(gather_objects(samples))
-    if run.world.is_main:
-        seconds = time.monotonic() - started
-        write_evaluation(run.run_dir, Evaluation(step, settings, seconds, everything))
-    keep_best(run, step, settings)
+    header = gather_objects(run.world.is_main and evaluation_header(run, step, checkpoint))[0]
+    assert isinstance(header, Header)
+    directory = evaluation_directory(run.run_dir)
+    with closing(SampleFiles(directory, f"step-{step}", header, run.world, replace=True)) as files:
+        mine = files.share(all_requests(run.eval_set.problems, run.config.eval.num_samples))
+        finished = run.sampler.guarded(
+            lambda: answer_all(run, step, base, files, files.missing(mine), progress, stop)
+        )
+        if any_rank(not finished):
+            stop.check_together()
+        assert finished
+        files.finish(time.monotonic() - started)
+    keep_best(run, step)
+
+
+def evaluation_header(run: Run, step: int, checkpoint: Path | None) -> Header:
+    """What the evaluation after `step` steps is of.
+
+    checkpoint: of the weights; None for the base.
+    """
+    assert run.eval_set is not None
+    section, weights = run.config.eval, "base"
+    if checkpoint is not None:
+        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text())
+        weights = manifest[ADAPTER_FILE if ADAPTER_FILE in manifest else MODEL_FILE][1]
+    return Header(
+        benchmark_name(section.path),
+        evaluation_settings(section, run.config.train.seed, run.config.prompts.instruction),
+        {"weights": weights},
+        fingerprints(run.eval_set.problems),
+        step,
+    )
 
 
 def answer_all(
-    run: Run, step: int, base: bool, progress: Progress, stop: StopRequest
-) -> list[EvalSample] | None:
-    """This rank's share of the evaluation's answers; None where a signal stopped it."""
+    run: Run,
+    step: int,
+    base: bool,
+    files: SampleFiles,
+    requests: list[tuple[int, int]],
+    progress: Progress,
+    stop: StopRequest,
+) -> bool:
+    """Answers what is left of this rank's share of an evaluation; False where a signal stopped
+    it."""
     assert run.eval_set is not None
     section, done = run.config.eval, []
-    total = len(my_requests(len(run.eval_set.problems), section.num_samples, run.world))
     share = "" if run.world.size == 1 else f" (this of {run.world.size} ranks)"
     title = f"Avg@{section.num_samples} after {step} steps{share}"
-    with progress.evaluation(title, total) as advance:
+    with progress.evaluation(title, len(requests)) as advance:
 
         def on_samples(group: list[EvalSample]) -> None:
+            files.append(group)
             done.extend(sample.correct for sample in group)
             advance(len(group), sum(done) / len(done))
-            if len(done) < total:
+            if len(done) < len(requests):
                 stop.check()
 
         with suppress(Stopped):
-            return evaluate(
+            evaluate(
                 run.eval_engine,
                 run.tokenizer,
                 run.eval_set.problems,
                 run.eval_set.prompts,
-                section,
+                requests,
                 run.eval_params,
                 seed=run.config.train.seed,
-                world=run.world,
                 base=base,
                 on_samples=on_samples,
             )
-    return None
+            return True
+    return False
 
 
-def finished_evaluations(run: Run, settings: dict[str, object]) -> dict[int, Evaluation]:
-    """The run's evaluations with these settings, by step. On the main rank; elsewhere none."""
-    known = read_evaluations(run.run_dir) if run.world.is_main else {}
-    return {step: found for step, found in known.items() if found.settings == settings}
-
-
-def keep_best(run: Run, step: int, settings: dict[str, object]) -> None:
+def keep_best(run: Run, step: int) -> None:
     """Marks the checkpoint of the weights that were evaluated last, where none were better."""
-    best = gather_objects(best_step(finished_evaluations(run, settings)))[0]
+    best = gather_objects(run.world.is_main and best_step(present_evaluations(run)))[0]
     if run.world.is_main and best == step > 0:
         mark_best(run.run_dir, step)
 
@@ -115,7 +140,7 @@ def save(run: Run) -> Path:
     keep = run.config.checkpoint.keep
     try:
         path = save_checkpoint(
-            run.run_dir, run.model, run.optimizer, state, keep=keep, world=run.world
+            run.run_dir, run.model, run.optimizer, state, keep=keep, world=run.world, ema=run.ema
         )
     except ValueError as error:
         raise SaveFailed(str(error)) from error

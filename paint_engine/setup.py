@@ -26,6 +26,7 @@ from paint_engine.distributed import (
     raise_together,
 )
 from paint_engine.dry_run import check_run_fits, describe, meta_model
+from paint_engine.engines import make_engines
 from paint_engine.metrics import check_loggers
 from paint_engine.model import (
     add_lora,
@@ -36,7 +37,6 @@ from paint_engine.model import (
     load_tokenizer,
     max_context,
     pick_device,
-    resolve_model,
     shard_model,
 )
 from paint_engine.problem_sets import (
@@ -48,19 +48,15 @@ from paint_engine.problem_sets import (
 )
 from paint_engine.report import CONFIG_FILE
 from paint_engine.rollout import (
-    BuiltinEngine,
     Requests,
     RolloutEngine,
     Sampled,
     Sampler,
     sampling_params,
-    uses_vllm,
 )
 from paint_engine.rollout_hf import Completion, SamplingParams
-from paint_engine.rollout_server import ServerEngine
-from paint_engine.rollout_vllm import VllmEngine
 from paint_engine.run_dir import choose_run_dir, recorded_name, write_versions
-from paint_engine.teacher import FixedTeacher
+from paint_engine.teacher import EmaTeacher, FixedTeacher, Teacher, make_teacher
 from paint_engine.timings import Timings
 
 
@@ -68,8 +64,9 @@ from paint_engine.timings import Timings
 class Run:
     """What the loop works with. `step` counts finished steps; `seconds_train` adds up over resumes.
 
-    `name` is the preset's, or "run" for a configuration of the user's. `saved` is the step of the
-    newest checkpoint that this process has written, and where it is.
+    `base` is the model as it was before training, `teacher` what scores the rollouts: often the
+    same. `name` is the preset's, or "run" for a configuration of the user's. `saved` is the step of
+    the newest checkpoint that this process has written, and where it is.
     """
 
     config: Config
@@ -78,7 +75,8 @@ class Run:
     world: World
     tokenizer: PreTrainedTokenizerBase
     model: nn.Module
-    teacher: FixedTeacher
+    base: FixedTeacher
+    teacher: Teacher
     optimizer: torch.optim.Optimizer
     train_set: ProblemSet
     eval_set: ProblemSet | None
@@ -100,9 +98,19 @@ class Run:
         return self.sampler.timings
 
     @property
+    def ema(self) -> EmaTeacher | None:
+        """The teacher where it has weights of its own that change, which a checkpoint keeps."""
+        return self.teacher if isinstance(self.teacher, EmaTeacher) else None
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that a prompt and its completion may take."""
+        return max_context(self.model)
+
+    @property
     def max_teacher_prompt(self) -> int:
         """Tokens that the teacher's prompt may take beside the longest completion."""
-        return max_context(self.model) - self.config.rollout.max_new_tokens
+        return self.max_context - self.config.rollout.max_new_tokens
 
     @property
     def eval_params(self) -> SamplingParams:
@@ -132,6 +140,14 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Opti
         eps=section.eps,
         weight_decay=section.weight_decay,
     )
+
+
+def _check_stop_token(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    if config.objective.name == "sft" and tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {config.model.name_or_path} names no eos_token, which ends the "
+            "solutions that sft trains on: set it in tokenizer_config.json"
+        )
 
 
 def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase, base: nn.Module) -> None:
@@ -170,45 +186,6 @@ def find_run_dir(command: CommandLine, world: World) -> tuple[Path, bool]:
     return choice
 
 
-def make_engines(
-    config: Config,
-    model: nn.Module,
-    teacher: FixedTeacher,
-    world: World,
-    max_model_len: int,
-) -> tuple[RolloutEngine, RolloutEngine]:
-    """What samples the rollouts, and what samples in evaluations: vLLM does both."""
-    section, name = config.rollout, resolve_model(config.model.name_or_path)
-    if not uses_vllm(section):
-        return (
-            BuiltinEngine(model, teacher.scoring, section.max_sequences),
-            BuiltinEngine(model, teacher.scoring, config.eval.max_sequences),
-        )
-    if section.url is not None:
-        engine = ServerEngine(
-            section.url,
-            model,
-            name,
-            world,
-            max_sequences=section.max_sequences,
-            adapter_dir=section.adapter_dir,
-        )
-    else:
-        engine = VllmEngine(
-            model,
-            name,
-            world,
-            max_model_len=max_model_len,
-            max_sequences=section.max_sequences,
-            gpu_memory_utilization=section.gpu_memory_utilization,
-            tensor_parallel_size=section.tensor_parallel_size,
-            adapter_dir=section.adapter_dir,
-            trust_remote_code=config.model.trust_remote_code,
-            own_process=section.ahead == 1,
-        )
-    return engine, engine
-
-
 def _sampled_ahead(state: dict[str, Any], world: World) -> Sampled | None:
     """This rank's part of the completions that a checkpoint keeps."""
     ahead = state["sampled_ahead"]
@@ -222,12 +199,14 @@ def _load_progress(
     run_dir: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    teacher: Teacher,
     num_steps: int,
     world: World,
     say: Callable[[str], object],
 ) -> dict[str, Any]:
     """The state of the newest intact checkpoint, which is loaded."""
-    state = load_checkpoint(run_dir, model, optimizer, world=world, warn=say)
+    ema = teacher if isinstance(teacher, EmaTeacher) else None
+    state = load_checkpoint(run_dir, model, optimizer, world=world, warn=say, ema=ema)
     if state is None:
         raise ValueError(
             f"{run_dir} has no complete checkpoint under checkpoints/: the run stopped before its "
@@ -260,6 +239,7 @@ def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     config, device = command.config, pick_device(command.config.train.device)
     _check_before_loading(config, show)
     tokenizer, model = load_tokenizer(config.model), meta_model(config)
+    _check_stop_token(config, tokenizer)
     _check_vocabulary(config, tokenizer, model)
     train_set = load_train_set(config, tokenizer, max_context(model), show)
     eval_set = load_eval_set(config, tokenizer, max_context(model), show)
@@ -305,7 +285,7 @@ def _build_sampler(
 ) -> Sampler:
     def requests(step: int) -> Requests:
         mine = step_requests(config, train_set, step, world)
-        return Requests(tuple(prompt for _, _, prompt, _ in mine), tuple(seed for *_, seed in mine))
+        return Requests(tuple(r.prompt_ids for r in mine), tuple(r.seed for r in mine))
 
     return Sampler(
         engine,
@@ -333,19 +313,22 @@ def build_run(command: CommandLine, world: World) -> Run:
     # Sharding takes each layer's share to the device: none ever holds the whole model.
     on_cpu, trains_base = _is_sharded(config, world), not config.lora.enabled
     base = load_base(config.model, device, trains_base=trains_base, on_cpu=on_cpu)
+    _check_stop_token(config, tokenizer)
     _check_vocabulary(config, tokenizer, base)
     attention = choose_attention(base, config.model.attention, device, compute_dtype(base))
     train_set = load_train_set(config, tokenizer, max_context(base), say)
     eval_set = load_eval_set(config, tokenizer, max_context(base), say)
-    model, teacher = _build_model(config, base, tokenizer, train_set, world)
+    model, fixed = _build_model(config, base, tokenizer, train_set, world)
+    teacher = make_teacher(config.teacher, model, fixed)
     optimizer = build_optimizer(model, config.optim)
     run_dir, resumes = find_run_dir(command, world)
     name = recorded_name(run_dir) if resumes else command.preset or "run"
     state: dict[str, Any] = {"step": 0, "seconds_train": 0.0, "sampled_ahead": None}
     if resumes:
-        state = _load_progress(run_dir, model, optimizer, config.train.num_steps, world, say)
-    longest = longest_sequence(config, train_set, eval_set)
-    engine, eval_engine = make_engines(config, model, teacher, world, longest)
+        num_steps = config.train.num_steps
+        state = _load_progress(run_dir, model, optimizer, teacher, num_steps, world, say)
+    longest = min(longest_sequence(config, tokenizer, train_set, eval_set), max_context(base))
+    engine, eval_engine = make_engines(config, model, fixed, teacher, world, longest)
     params = sampling_params(config.rollout, model, tokenizer)
     pending = _sampled_ahead(state, world)
     run = Run(
@@ -355,6 +338,7 @@ def build_run(command: CommandLine, world: World) -> Run:
         world=world,
         tokenizer=tokenizer,
         model=model,
+        base=fixed,
         teacher=teacher,
         optimizer=optimizer,
         train_set=train_set,

@@ -7,17 +7,28 @@ from typing import Any
 
 from rich.console import Console
 
-from paint_engine.evaluate import (
+from paint_engine.accuracy import avg_at_k, correct_matrix, paired_bootstrap, pass_at_k, pass_ks
+from paint_engine.evaluation import (
     Evaluation,
-    avg_at_k,
-    correct_matrix,
     evaluation_settings,
-    paired_bootstrap,
-    pass_at_k,
+    fingerprints,
     read_evaluations,
 )
 from paint_engine.report import SUMMARY_FILE
 from paint_engine.setup import Run
+
+
+def present_evaluations(run: Run) -> dict[int, Evaluation]:
+    """The run's complete evaluations by step, those with other settings or problems than the
+    present ones left out."""
+    section, seed = run.config.eval, run.config.train.seed
+    settings = evaluation_settings(section, seed, run.config.prompts.instruction)
+    problems = None if run.eval_set is None else fingerprints(run.eval_set.problems)
+    return {
+        step: found
+        for step, found in read_evaluations(run.run_dir).items()
+        if found.settings == settings and problems in (None, found.header.problems)
+    }
 
 
 def best_step(evaluations: Mapping[int, Evaluation]) -> int | None:
@@ -33,23 +44,30 @@ def best_step(evaluations: Mapping[int, Evaluation]) -> int | None:
 
 def summarise(run: Run) -> dict[str, Any]:
     """Writes and returns `summary.json`: Avg@k before and after on the same problems, the best
-    evaluation in between, and what it took. Evaluations with other settings are left out."""
-    settings = evaluation_settings(run.config.eval, run.config.train.seed)
-    complete = read_evaluations(run.run_dir)
-    correct = {
-        step: correct_matrix(evaluation.samples)
-        for step, evaluation in complete.items()
-        if evaluation.settings == settings
-    }
-    averages = {step: avg_at_k(matrix) for step, matrix in correct.items()}
-    passes = {step: pass_at_k(matrix) for step, matrix in correct.items()}
+    evaluation in between, and what it took. Evaluations with other settings are left out.
+
+    `best` is chosen on the problems that it is measured on, and so looks better than it is; `last`
+    is not."""
+    present = present_evaluations(run)
+    correct = {step: correct_matrix(found.samples) for step, found in present.items()}
+    evaluations = [
+        {
+            "step": step,
+            "avg_at_k": avg_at_k(matrix),
+            "pass_at_k": {str(k): pass_at_k(matrix, k) for k in pass_ks(matrix.shape[1])},
+        }
+        for step, matrix in correct.items()
+    ]
+    averages = {row["step"]: row["avg_at_k"] for row in evaluations}
+    passes = {step: pass_at_k(matrix, matrix.shape[1]) for step, matrix in correct.items()}
     last = run.config.train.num_steps
     paired = None
     if 0 in correct and last in correct:
         paired = paired_bootstrap(correct[0], correct[last])
-    best = best_step({step: complete[step] for step in correct})
+    best = best_step(present)
+    trained = [row for row in evaluations if row["step"] > 0]
     num_problems, num_samples = next(iter(correct.values())).shape if correct else (0, 0)
-    seconds_eval = sum(evaluation.seconds for evaluation in complete.values())
+    seconds_eval = sum(found.seconds for found in read_evaluations(run.run_dir).values())
     summary = {
         "avg_at_k_before": averages.get(0),
         "avg_at_k_after": averages.get(last),
@@ -57,7 +75,9 @@ def summarise(run: Run) -> dict[str, Any]:
         "paired_difference_ci95": [paired.low, paired.high] if paired else None,
         "pass_at_k_before": passes.get(0),
         "pass_at_k_after": passes.get(last),
-        "evaluations": [{"step": step, "avg_at_k": value} for step, value in averages.items()],
+        "evaluations": evaluations,
+        "best": next((row for row in trained if row["step"] == best), None),
+        "last": trained[-1] if trained else None,
         "best_step": best,
         "num_problems": num_problems,
         "num_samples": num_samples,
@@ -84,10 +104,11 @@ def print_summary(console: Console, summary: dict[str, Any], report: Path) -> No
         low, high = (100 * bound for bound in summary["paired_difference_ci95"])
         difference = f"{100 * summary['paired_difference']:+.1f} points"
         console.print(f"difference:    {difference}  (95% interval {low:+.1f} to {high:+.1f})")
-    if summary["best_step"] not in (None, summary["num_steps"]):
-        best = {row["step"]: row["avg_at_k"] for row in summary["evaluations"]}
-        step = summary["best_step"]
-        console.print(f"best:          {best[step]:.1%} after {step} steps")
+    for name in ("best", "last"):
+        if summary[name] is not None:
+            step = summary[name]["step"]
+            value = f"{summary[name]['avg_at_k']:.1%}"
+            console.print(f"{name + ':':15}{value}  (Avg@{summary['num_samples']}, step {step})")
     console.print(
         f"time:          {summary['seconds']:.0f} s ({summary['seconds_train']:.0f} s for "
         f"{summary['num_steps']} steps, {summary['seconds_eval']:.0f} s for evaluation)"

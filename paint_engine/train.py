@@ -1,5 +1,5 @@
-"""Trains a model with PAINT: `python -m paint_engine.train [--preset NAME] [--section.key value
-...]`."""
+"""Trains a model with PAINT or one of its baselines:
+`python -m paint_engine.train [--preset NAME] [--section.key value ...]`."""
 
 import os
 import shlex
@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from operator import itemgetter
@@ -19,8 +20,6 @@ from rich.console import Console
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from paint_engine import objectives
-from paint_engine.anchors import overlap
 from paint_engine.batch import batch_to, build_batch, plan_microbatches
 from paint_engine.checkpoint import list_checkpoints
 from paint_engine.cli import load_config, user_errors
@@ -30,112 +29,71 @@ from paint_engine.distributed import (
     close_world,
     gather_objects,
     init_world,
-    merge_shares,
     sum_gradients,
     sum_over_ranks,
 )
 from paint_engine.interrupt import Stopped, StopRequest
-from paint_engine.masking import mask_ratio, mask_solution
 from paint_engine.metrics import Diverged, MetricsWriter, Progress, check_finite
-from paint_engine.mismatch import logprob_differences, mismatch_metrics
-from paint_engine.model import autocast, hidden_states, lm_head_weight, pick_device, sync_gradients
-from paint_engine.problem_sets import step_requests
-from paint_engine.prompts import encode_teacher_prompt
+from paint_engine.mismatch import mismatch_metrics
+from paint_engine.model import pick_device, sync_gradients
+from paint_engine.objectives import ObjectiveOutput, metric_sums
 from paint_engine.report import CONFIG_FILE, write_report
-from paint_engine.rollout import EngineDied, request_rng, request_seed, to_rollout
+from paint_engine.rollout import EngineDied, request_seed
 from paint_engine.run_eval import SaveFailed, evaluate_at, save
 from paint_engine.samples import sample_records
 from paint_engine.setup import Run, build_run, learning_rate, plan_run
+from paint_engine.step_losses import score
+from paint_engine.step_rollouts import rollout_metrics, sample_step, trained_rollouts
 from paint_engine.summary import print_summary, summarise
-from paint_engine.types import PrivilegedRollout, Rollout, TrainBatch
-from paint_engine.verify import check_answer
+from paint_engine.types import PrivilegedRollout
 from paint_engine.weights import whole
 
 
-def reveal(run: Run, rollout: Rollout, step: int, index: int) -> PrivilegedRollout:
-    """What the teacher sees for one rollout: more of the solution is hidden the more it
-    overlaps."""
-    masking, prompts, problem = run.config.masking, run.config.prompts, rollout.problem
-    verdict = check_answer(problem.answer, rollout.text)
-    alpha = overlap(rollout.text, problem.solution)
-    rho = mask_ratio(alpha, masking.rho_wrong, masking.rho_correct)
-    partial_solution = mask_solution(
-        problem.solution,
-        rho,
-        placement=masking.placement,
-        generator=request_rng("mask", run.config.train.seed, step, problem.problem_id, index),
-        marker=masking.marker,
-    )
-    teacher_prompt_ids, shown = encode_teacher_prompt(
-        run.tokenizer,
-        problem,
-        partial_solution,
-        prompts.instruction,
-        thinking=prompts.teacher_thinking,
-        suffix=prompts.teacher_suffix,
-        max_tokens=run.max_teacher_prompt,
-        marker=masking.marker,
-    )
-    return PrivilegedRollout(
-        rollout, verdict.correct, verdict.error, alpha, rho, shown, teacher_prompt_ids
-    )
-
-
-def sample_step(run: Run, step: int) -> tuple[list[PrivilegedRollout], int]:
-    """The step's problems, one rollout each from the student, and the teacher's view of each: all
-    ranks', in the batch's order. And how many steps old the student's weights were."""
-    sampled = run.sampler.take(step, run.config.train.num_steps)
-    mine = []
-    requests = step_requests(run.config, run.train_set, step, run.world)
-    for (i, problem, prompt, _), completion in zip(requests, sampled.completions, strict=True):
-        mine.append(reveal(run, to_rollout(run.tokenizer, problem, prompt, completion), step, i))
-    return merge_shares(gather_objects(mine)), step - sampled.weights_version
-
-
 def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, object]]]:
-    """One optimizer step on fresh rollouts: its metrics, and the samples to keep, of all ranks.
+    """One step on fresh rollouts: its metrics, and the samples to keep, of all ranks.
 
     step: from 0.
     """
     # ---------------------------------------------------------------------------------------------
     config, started, span = run.config, time.monotonic(), run.timings.span
-    privileged, lag = sample_step(run, step)
-    kept = privileged[: config.run.samples_per_step]
-    num_tokens = sum(len(p.rollout.completion_ids) for p in privileged)
+    rollouts, lag = sample_step(run, step)
+    trained = trained_rollouts(config, rollouts)
     per_rollout = config.objective.reduction == "sequence_mean"
-    denominator = len(privileged) if per_rollout else num_tokens
-    sums: Counter[str] = Counter()
-    samples: list[dict[str, object]] = []
-    differences: list[Tensor] = []
-    sampled = time.monotonic()
+    denominator = len(rollouts) if per_rollout else count_tokens(rollouts)
+    record, sampled = StepRecord(), time.monotonic()
+    rate = grad_norm = 0.0
 
-    # Dropout, where there is any, is in the student's pass alone and repeats when resumed.
-    torch.manual_seed(request_seed("dropout", config.train.seed, step, run.world.rank))
-    run.model.train()
-    microbatches = my_microbatches(run, privileged)
-    for place, items in enumerate(microbatches):
-        # A rank without rollouts runs one at weight zero: sharded weights need every rank.
-        batch = batch_to(build_batch(items or privileged[:1]), run.world.device)
-        sync_gradients(run.model, last=place == len(microbatches) - 1)
-        output, found = score(run, batch, items, denominator)
-        differences += found
-        with span("backward"):
-            (output.loss if items else 0.0 * output.loss).backward()
-        if items:
-            sums.update(objectives.metric_sums(output))
-            samples += sample_records(step + 1, items, kept, output, run.tokenizer)
-
-    with span("optimizer"):
-        rate, grad_norm = update(run, step)
+    microbatches = my_microbatches(run, trained)
+    for _ in range(config.num_updates):
+        # Dropout, where there is any, is in the student's pass alone and repeats when resumed.
+        torch.manual_seed(request_seed("dropout", config.train.seed, step, run.world.rank))
+        run.model.train()
+        for place, items in enumerate(microbatches):
+            # A rank without rollouts runs one at weight zero: sharded weights need every rank.
+            shown = items or rollouts[:1]
+            batch = batch_to(build_batch(shown), run.world.device)
+            sync_gradients(run.model, last=place == len(microbatches) - 1)
+            output, differences = score(
+                run, batch, shown, denominator, record.old_logprobs.get(place)
+            )
+            with span("backward"):
+                (output.loss if items else 0.0 * output.loss).backward()
+            if items:
+                take_down(run, record, step, rollouts, place, items, output, differences)
+        with span("optimizer"):
+            rate, grad_norm = update(run, step)
     # ---------------------------------------------------------------------------------------------
-    totals = sum_over_ranks(sums)
-    mismatch = mismatch_metrics(gather_objects([d for part in differences for d in part.tolist()]))
+    totals = sum_over_ranks(record.sums)
+    differences = [value for part in record.differences for value in part.tolist()]
+    scored, num_tokens = count_tokens(trained) * config.num_updates, count_tokens(rollouts)
+    samples = sorted(chain.from_iterable(gather_objects(record.samples)), key=itemgetter("place"))
+    mismatch = mismatch_metrics(gather_objects(differences))
     finished = time.monotonic()
     return {
         "step": step + 1,
-        "loss": totals.pop("loss"),
-        **{name: total / num_tokens for name, total in totals.items()},
-        **rollout_metrics(privileged),
+        "loss": totals.pop("loss", 0.0) / config.num_updates,
+        **{name: total / scored for name, total in totals.items()},
+        **rollout_metrics(config, rollouts),
         "rollout_lag": lag,
         **mismatch,
         "grad_norm": grad_norm,
@@ -145,38 +103,46 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
         "seconds": finished - started,
         "seconds_rollout": sampled - started,
         "seconds_update": finished - sampled,
-    }, sorted(chain.from_iterable(gather_objects(samples)), key=itemgetter("place"))
+    }, samples
 
 
-def score(
-    run: Run, batch: TrainBatch, items: Sequence[PrivilegedRollout], denominator: int
-) -> tuple[objectives.PaintLossOutput, list[Tensor]]:
-    """The loss of one micro-batch, and by how much the sampler's log-probabilities of its items are
-    off.
+@dataclass
+class StepRecord:
+    """What one rank's micro-batches leave behind: sums for the metrics over all updates; samples,
+    the sampler's errors and, for the updates that follow, log-probabilities of the first."""
 
-    denominator: rollouts or tokens of the whole step, of all ranks.
-    """
-    span = run.timings.span
-    with span("teacher"), run.teacher.scoring() as scorer:
-        teacher_states = hidden_states(scorer, batch.teacher, attention=run.attention)
-        teacher_head = None if scorer is run.model else lm_head_weight(scorer)
-    with span("student"):
-        student_states = hidden_states(run.model, batch.student, attention=run.attention)
-    with span("loss"), autocast(run.model):
-        output = objectives.paint(
-            student_states,
-            teacher_states,
-            lm_head_weight(run.model),
-            batch.cu_seqlens,
-            run.config.objective,
-            teacher_lm_head_weight=teacher_head,
-            vocab_size=len(run.tokenizer),
-            denominator=denominator,
-        )
-        found = logprob_differences(
-            student_states, lm_head_weight(run.model), items, run.sampler.params
-        )
-    return output, found
+    sums: Counter[str] = field(default_factory=Counter)
+    samples: list[dict[str, object]] = field(default_factory=list)
+    differences: list[Tensor] = field(default_factory=list)
+    old_logprobs: dict[int, Tensor] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
+
+
+def take_down(
+    run: Run,
+    record: StepRecord,
+    step: int,
+    rollouts: Sequence[PrivilegedRollout],
+    place: int,
+    items: Sequence[PrivilegedRollout],
+    output: ObjectiveOutput,
+    differences: list[Tensor],
+) -> None:
+    """Adds the micro-batch of this place, whose rollouts are `items`, to the step's record."""
+    record.sums.update(metric_sums(output))
+    if place in record.seen:
+        return
+    record.seen.add(place)
+    record.differences += differences
+    kept = rollouts[: run.config.run.samples_per_step]
+    record.samples += sample_records(step + 1, items, kept, output, run.tokenizer)
+    if run.config.num_updates > 1:
+        record.old_logprobs[place] = output.per_token["logprobs"]
+
+
+def count_tokens(items: Sequence[PrivilegedRollout]) -> int:
+    """Completion tokens of the rollouts."""
+    return sum(len(item.rollout.completion_ids) for item in items)
 
 
 def update(run: Run, step: int) -> tuple[float, float]:
@@ -188,30 +154,20 @@ def update(run: Run, step: int) -> tuple[float, float]:
     sum_gradients(run.parameters)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.optim.max_grad_norm)
     run.optimizer.step()
+    run.teacher.update()
     run.optimizer.zero_grad()
     run.model.eval()
     return rate, whole(norm).item()
 
 
 def my_microbatches(
-    run: Run, privileged: Sequence[PrivilegedRollout]
+    run: Run, rollouts: Sequence[PrivilegedRollout]
 ) -> list[list[PrivilegedRollout]]:
     """This rank's micro-batches of the step, as many as every rank's; the last may be empty."""
+    if not rollouts:
+        return [[]]
     limit, padded = run.config.train.max_tokens_per_microbatch, run.attention == "padded"
-    return plan_microbatches(privileged, limit, run.world.size, padded=padded)[run.world.rank]
-
-
-def rollout_metrics(privileged: Sequence[PrivilegedRollout]) -> dict[str, float]:
-    """Means over the step's rollouts of what the loss does not see."""
-    count = len(privileged)
-    return {
-        "overlap": sum(p.overlap for p in privileged) / count,
-        "mask_ratio": sum(p.mask_ratio for p in privileged) / count,
-        "accuracy": sum(p.correct for p in privileged) / count,
-        "truncation_rate": sum(p.rollout.truncated for p in privileged) / count,
-        "completion_length": sum(len(p.rollout.completion_ids) for p in privileged) / count,
-        "checker_errors": sum(p.check_error is not None for p in privileged),
-    }
+    return plan_microbatches(rollouts, limit, run.world.size, padded=padded)[run.world.rank]
 
 
 def open_writer(run: Run) -> MetricsWriter | None:

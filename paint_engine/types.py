@@ -33,7 +33,8 @@ class Rollout:
             truncated=False, text="17 + 13 = 30")
 
     `completion_ids` ends with the stop token unless `truncated`. `text` is decoded for anchors and
-    the answer check alone: nothing is ever tokenised again from it.
+    the answer check alone: nothing is ever tokenised again from it. A reference solution that is to
+    be imitated takes a rollout's place, without log-probabilities.
     """
 
     problem: Problem
@@ -52,6 +53,9 @@ class PrivilegedRollout:
                       partial_solution="First ...(omitted)...", teacher_prompt_ids=(1, 9, 4, 7, 7))
 
     The verdict is logged and never steers the teacher; `check_error` says why the checker failed.
+    Where the objective has no teacher, `partial_solution` is empty and `teacher_prompt_ids` are the
+    student's. `reward` and `advantage` are GRPO's; `rationale` is what a teacher wrote that reasons
+    first.
     """
 
     rollout: Rollout
@@ -61,6 +65,9 @@ class PrivilegedRollout:
     mask_ratio: float
     partial_solution: str
     teacher_prompt_ids: tuple[int, ...]
+    reward: float = 0.0
+    advantage: float = 0.0
+    rationale: str = ""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ _START_LIMIT_S = 60.0
 _MEMORY_LIMIT_BYTES = 2 << 30
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)")
+_FIRST_BOX = "\\boxed{"
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _UNIT = re.compile(r"\s*\\(?:text|mbox|mathrm|textrm|rm)\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?$")
 _LAYOUT = re.compile(r"\\begin|\\\\|&")
@@ -50,6 +51,24 @@ class AnswerCheck:
 
 def extract_boxed(text: str) -> str | None:
     """What the last \\boxed{}, \\fbox{} or \\framebox{} with balanced braces holds, else None."""
+    closing = _closing_braces(text)
+    content = None
+    for match in _BOX.finditer(text):
+        if match.end() in closing:
+            content = text[match.end() + 1 : closing[match.end()]].strip()
+    return content
+
+
+def first_box_equals(text: str, answer: str) -> bool:
+    """Whether the first \\boxed{} of `text` holds `answer`, both as lower-case text without outer
+    spaces: no algebra, and no later box counts, not even where the first is left open."""
+    brace = text.find(_FIRST_BOX) + len(_FIRST_BOX) - 1
+    end = _closing_braces(text).get(brace) if _FIRST_BOX in text else None
+    return end is not None and text[brace + 1 : end].strip().lower() == answer.strip().lower()
+
+
+def _closing_braces(text: str) -> dict[int, int]:
+    """Where the brace closes that opens at a place; escaped braces are text."""
     closing: dict[int, int] = {}
     open_braces: list[int] = []
     for match in _BRACE.finditer(text):
@@ -57,11 +76,7 @@ def extract_boxed(text: str) -> str | None:
             open_braces.append(match.start())
         elif match.group() == "}" and open_braces:
             closing[open_braces.pop()] = match.start()
-    content = None
-    for match in _BOX.finditer(text):
-        if match.end() in closing:
-            content = text[match.end() + 1 : closing[match.end()]].strip()
-    return content
+    return closing
 
 
 def check_answer(answer: str, completion: str) -> AnswerCheck:
@@ -71,6 +86,21 @@ def check_answer(answer: str, completion: str) -> AnswerCheck:
     and ends with the process. Returns within 10 seconds whatever the text. See AnswerChecker.
     """
     return _shared_checker().check(answer, completion)
+
+
+def equal_answers(first: str, second: str) -> bool | None:
+    """Whether two boxed answers, neither of which is the reference, say the same; None where that
+    could not be found out in time.
+
+    The comparison takes its two sides differently (x = 5 answers 5), so both ways are tried.
+    """
+    for gold, answer in ((first, second), (second, first)):
+        verdict = check_answer(gold, f"\\boxed{{{answer}}}")
+        if verdict.error is not None:
+            return None
+        if verdict.correct:
+            return True
+    return False
 
 
 class AnswerChecker:

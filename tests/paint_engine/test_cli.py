@@ -1,5 +1,6 @@
 """The command line: presets, files, overrides, resume, help and what is refused."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,8 +71,55 @@ def test_tiny_gives_a_reason_for_each_departure_from_the_paper() -> None:
     assert not departures
 
 
-def test_presets_are_all_listed() -> None:
-    assert preset_names() == (*PAPER_PRESETS, "tiny")
+def test_a_file_lies_over_the_preset_that_it_extends(tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text('extends = "opsd-qwen3-4b"\n[masking]\nrho_correct = 0.25\n')
+    line = load_config(["--config", str(file), "--train.num_steps", "9"])
+    assert line.preset is None
+    # From opsd-qwen3-8b, which the preset extends, and from its own file.
+    assert (line.config.masking.rho_wrong, line.config.masking.rho_correct) == (0.0, 0.25)
+    assert line.config.model.name_or_path == "Qwen/Qwen3-4B"
+    assert (line.config.train.num_steps, line.config.eval.max_new_tokens) == (9, 38912)
+
+
+def test_a_refused_value_is_named_with_the_preset_that_it_comes_from(
+    presets: Callable[..., None],
+) -> None:
+    presets(low="[train]\nseed = 1.5\n", high='extends = "low"\n')
+    assert "preset low: train.seed: got 1.5" in message_of("--preset", "high")
+
+
+@pytest.fixture
+def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts presets of these names and texts in the place of the package's."""
+
+    def write(**texts: str) -> None:
+        for name, text in texts.items():
+            (tmp_path / f"{name}.toml").write_text(text)
+        monkeypatch.setattr(cli, "_PRESETS", tmp_path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("texts", "chain"),
+    [
+        ({"a": 'extends = "a"\n'}, "a -> a"),
+        ({"a": 'extends = "b"\n', "b": 'extends = "c"\n', "c": 'extends = "b"\n'}, "b -> c -> b"),
+    ],
+)
+def test_presets_that_extend_each_other_in_a_circle_are_refused(
+    presets: Callable[..., None], texts: dict[str, str], chain: str
+) -> None:
+    presets(**texts)
+    message = message_of("--preset", "a")
+    assert chain in message
+    assert "needs a preset that does not" in message
+
+
+def test_a_run_s_record_that_extends_a_preset_is_refused(run_dir: Path) -> None:
+    (run_dir / "config.toml").write_text('extends = "tiny"\n')
+    assert "needs every value in the file itself" in message_of("--resume", str(run_dir))
 
 
 @pytest.mark.parametrize("joined", [False, True])
@@ -150,7 +198,7 @@ def test_file_lies_over_the_defaults_and_overrides_over_the_file(tmp_path: Path)
     assert line.config.eval.max_new_tokens == 38912
 
 
-@pytest.mark.parametrize("name", [*PAPER_PRESETS, "tiny"])
+@pytest.mark.parametrize("name", preset_names())
 def test_presets_round_trip_through_a_file(name: str, tmp_path: Path) -> None:
     config = load_config(["--preset", name]).config
     file = tmp_path / "config.toml"
@@ -169,7 +217,7 @@ def test_presets_round_trip_through_a_file(name: str, tmp_path: Path) -> None:
         (["--train", "1"], ["--train", "needs a key that --help lists"]),
         (["tiny"], ["got the argument 'tiny'", "needs --section.key value", "--help"]),
         (["--train.seed"], ["--train.seed", "expected one argument", "--help"]),
-        (["--preset", "tniy"], ["'tniy'", "needs one of paint-qwen3-1.7b", "did you mean tiny?"]),
+        (["--preset", "tniy"], ["'tniy'", "needs one of grpo-qwen3-1.7b", "did you mean tiny?"]),
         (["--preset", "tiny", "--config", "x.toml"], ["--preset and --config", "at most one"]),
         (["--resume", "x", "--preset", "tiny"], ["--preset and --resume", "at most one"]),
         (["--config", "absent.toml"], ["absent.toml: no such file", "needs", "--preset"]),
@@ -198,6 +246,10 @@ def test_prefixes_of_keys_are_not_taken_for_keys() -> None:
         ("[optimiser]\neps = 1.0\n", ["my.toml", "'optimiser.eps'", "did you mean optim.eps?"]),
         ("[optimiser]\n", ["my.toml", "'optimiser'"]),
         ("seed = 1\n", ["my.toml", "'seed'", "did you mean train.seed?"]),
+        ('extend = "tiny"\n', ["my.toml", "'extend'", "did you mean extends?"]),
+        ('extends = "opsd-tyni"\n', ["my.toml: extends: got", "did you mean opsd-tiny?"]),
+        ("extends = 3\n", ["my.toml: extends: got 3", "needs a preset's name"]),
+        ('[train]\nextends = "tiny"\n', ["my.toml", "'train.extends'"]),
         ("train = 1\n", ["my.toml", "'train'"]),
         ("[train.seed]\nx = 1\n", ["my.toml", "'train.seed.x'", "did you mean train.seed?"]),
         ("[[train]]\nseed = 1\n", ["my.toml", "'train'"]),

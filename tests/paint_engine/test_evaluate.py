@@ -1,201 +1,281 @@
-"""Avg@k, pass@k, the paired bootstrap, and evaluations that draw the same random numbers."""
+"""The evaluations' command line: killed and continued, adapters and checkpoints, and mistakes."""
 
-import random
-from contextlib import nullcontext
+import hashlib
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
 
-from paint_engine.config_sections import EvalSection
-from paint_engine.distributed import World, merge_shares
-from paint_engine.evaluate import (
-    EvalSample,
-    avg_at_k,
-    correct_matrix,
-    evaluate,
-    paired_bootstrap,
-    pass_at_k,
+from paint_engine import evaluate
+from paint_engine.checkpoint_files import best_checkpoint, list_checkpoints
+from paint_engine.config_sections import ModelSection
+from paint_engine.export import build_model
+from paint_engine.metrics import read_jsonl
+from paint_engine.rollout import vllm_is_installed
+
+DEADLINE_S = 120.0
+
+
+def main(*argv: object) -> int:
+    """The exit code of the command with these arguments."""
+    try:
+        evaluate.main([str(part) for part in argv])
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+    return 0
+
+
+def numbers(directory: Path) -> dict[str, Any]:
+    """What must not depend on how an evaluation was cut."""
+    results = json.loads((directory / "results.json").read_text())
+    for benchmark in results["benchmarks"].values():
+        del benchmark["seconds"]
+    return {key: results[key] for key in ("benchmarks", "macro", "settings", "subject")}
+
+
+TINY = (
+    *("--model", "tiny", "--benchmarks", "tiny", "--num-problems", 5, "--num-samples", 4),
+    *("--max-new-tokens", 70, "--thinking", "false", "--max-sequences", 1),
+    *("--engine", "builtin", "--device", "cpu", "--output"),
 )
-from paint_engine.rollout import BuiltinEngine, sampling_params
-from paint_engine.rollout_hf import Completion
-from paint_engine.types import Problem
 
 
-def _sample(problem: str, index: int, correct: bool) -> EvalSample:
-    return EvalSample(problem, index, "text", 5, "3", correct, False, None)
+def kill_in_the_middle(directory: Path) -> None:
+    """Runs the command in a process of its own, which SIGKILL ends two samples later."""
+    partial = directory / "tiny.rank-0.jsonl"
+
+    def num_lines() -> int:
+        return partial.read_bytes().count(b"\n") if partial.exists() else 1
+
+    before, deadline = num_lines(), time.monotonic() + DEADLINE_S
+    command = [sys.executable, "-m", "paint_engine.evaluate", *map(str, TINY), str(directory)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while num_lines() < before + 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert before + 2 <= num_lines() < 1 + 20
 
 
-@settings(deadline=None, derandomize=True, max_examples=50)
-@given(st.integers(1, 5), st.integers(1, 4), st.randoms(use_true_random=False))
-def test_the_matrix_has_problems_as_rows_and_samples_by_index(num_problems, k, rng) -> None:
-    truth = np.array([[rng.random() < 0.5 for _ in range(k)] for _ in range(num_problems)])
-    samples = [
-        _sample(f"p:{i}", j, bool(truth[i, j])) for i in range(num_problems) for j in range(k)
+def test_killed_twice_and_continued_it_has_the_numbers_of_an_uninterrupted_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(*TINY, tmp_path / "whole") == 0
+    cut = tmp_path / "cut"
+    for _ in range(2):
+        kill_in_the_middle(cut)
+    # And the second kill in the middle of a line.
+    partial = cut / "tiny.rank-0.jsonl"
+    partial.write_bytes(partial.read_bytes()[:-10])
+    num_finished = partial.read_bytes().count(b"\n") - 1
+    assert num_finished >= 3
+    capsys.readouterr()
+    assert main(*TINY, cut) == 0
+    assert f"tiny ({20 - num_finished} left for this process)" in capsys.readouterr().out
+    assert (cut / "tiny.jsonl").read_bytes() == (tmp_path / "whole" / "tiny.jsonl").read_bytes()
+    assert numbers(cut) == numbers(tmp_path / "whole")
+    assert len(read_jsonl(cut / "tiny.jsonl")) == 20
+    # Samples that differ, or else a wrong one would not show.
+    assert len({row["text"] for row in read_jsonl(cut / "tiny.jsonl")}) > 10
+
+
+@pytest.fixture
+def arguments(model_dir: Path, tmp_path: Path, write_rows: Callable[..., Path]) -> tuple:
+    """An evaluation of seconds, but for --output."""
+    rows = write_rows(tmp_path / "rows.jsonl", 3)
+    return (
+        *("--model", model_dir, "--benchmarks", rows, "--num-samples", 2),
+        *("--max-new-tokens", 6, "--engine", "builtin", "--device", "cpu"),
+    )
+
+
+def test_a_finished_one_is_shown_again_and_another_setting_refused(
+    arguments: tuple,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    assert main(*arguments, "--output", out) == 0
+    before = numbers(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "build_engine", lambda *_, **__: pytest.fail("built an engine"))
+        assert main(*arguments, "--output", out) == 0
+        assert numbers(out) == before
+        capsys.readouterr()
+        assert main(*arguments, "--output", out, "--temperature", 0.5) == 2
+        assert "temperature 1.0 and not 0.5" in capsys.readouterr().out
+    # Another benchmark goes beside it.
+    more = ("--benchmarks", f"{tmp_path / 'rows.jsonl'},again={tmp_path / 'rows.jsonl'}")
+    assert main(*arguments, *more, "--output", out) == 0
+    after = numbers(out)
+    assert set(after["benchmarks"]) == {"rows", "again"}
+    assert after["benchmarks"]["rows"] == before["benchmarks"]["rows"]
+    assert after["benchmarks"]["again"] == before["benchmarks"]["rows"]
+    assert after["macro"]["avg@2"]["value"] == before["macro"]["avg@2"]["value"]
+    versions = json.loads((out / "results.json").read_text())["versions"]
+    assert versions["torch"] == importlib.metadata.version("torch")
+
+
+def test_without_output_the_same_command_finds_its_directory(
+    arguments: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(*arguments) == 0
+    assert main(*arguments) == 0
+    (first,) = (tmp_path / "evaluations").iterdir()
+    assert (first / "results.json").is_file()
+    assert main(*arguments, "--seed", 1) == 0
+    assert main(*arguments, "--num-problems", 2) == 0
+    assert len(list((tmp_path / "evaluations").iterdir())) == 3
+
+
+def _texts(directory: Path) -> list[str]:
+    return [row["text"] for row in read_jsonl(directory / "rows.jsonl")]
+
+
+def test_adapters_and_checkpoints_of_a_run(
+    arguments: tuple,
+    command: list[str],
+    run_main: Callable[[Sequence[str]], int],
+    tmp_path: Path,
+    model_dir: Path,
+) -> None:
+    """By the run, with and without its model, by the checkpoint, and merged by hand: one text each;
+    the base alone: another."""
+    assert run_main([*command, "--checkpoint.keep", "9"]) == 0
+    run, texts = tmp_path / "run", {}
+    last = list_checkpoints(run)[-1]
+    without_model = arguments[2:]
+    variants = {
+        "base": arguments,
+        "last": (*arguments, "--adapter", run),
+        "said": (*without_model, "--adapter", f"{run}:last"),
+        "path": (*without_model, "--adapter", last),
+        "step-1": (*arguments, "--adapter", f"{run}:step-1"),
+        "best": (*arguments, "--adapter", f"{run}:best"),
+    }
+    for name, given in variants.items():
+        assert main(*given, "--output", tmp_path / name) == 0
+        texts[name] = _texts(tmp_path / name)
+    assert texts["last"] == texts["said"] == texts["path"]
+    assert texts["base"] != texts["last"] != texts["step-1"]
+    merged = build_model(last, ModelSection(name_or_path=str(model_dir)), None)
+    merged.save_pretrained(tmp_path / "merged")
+    for file in model_dir.glob("*token*"):
+        (tmp_path / "merged" / file.name).write_bytes(file.read_bytes())
+    for file in model_dir.glob("chat_template*"):
+        (tmp_path / "merged" / file.name).write_bytes(file.read_bytes())
+    by_hand = (*arguments, "--model", tmp_path / "merged", "--output", tmp_path / "by-hand")
+    assert main(*by_hand) == 0
+    assert _texts(tmp_path / "by-hand") == texts["last"]
+    identities = {
+        name: json.loads((tmp_path / name / "rows.json").read_text())["subject"]
+        for name in variants
+    }
+    assert identities["last"] == identities["said"] == identities["path"]
+    assert identities["last"]["adapter"] != identities["step-1"]["adapter"]
+    best = best_checkpoint(run)
+    assert best is not None
+    digest = hashlib.sha256((best / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert identities["best"]["adapter"] == digest
+
+
+def test_a_run_that_trained_all_weights(
+    arguments: tuple,
+    command: list[str],
+    run_main: Callable[[Sequence[str]], int],
+    tmp_path: Path,
+) -> None:
+    """Its checkpoints are models, without a tokenizer."""
+    assert run_main([*command, "--lora.enabled", "false", "--optim.learning_rate", "1e-3"]) == 0
+    assert main(*arguments, "--output", tmp_path / "base") == 0
+    assert main(*arguments, "--adapter", tmp_path / "run", "--output", tmp_path / "all") == 0
+    assert _texts(tmp_path / "all") != _texts(tmp_path / "base")
+
+
+def test_an_adapter_in_pickle_is_not_read(
+    arguments: tuple, lora_model: PeftModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora_model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    (file,) = (tmp_path / "adapter").glob("*.safetensors")
+    file.rename(file.with_name("adapter_model.bin"))
+    assert main(*arguments, "--adapter", tmp_path / "adapter", "--output", tmp_path / "o") == 2
+    assert "has no adapter_model.safetensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--max-new-tokens", 5000), "give --max-new-tokens"),
+        (("--top-p", 0), "--top-p: got 0.0; should be greater than 0"),
+        (("--top-k", 0), "--top-k: got 0; -1 (all tokens) or a count"),
+        (("--num-samples", "x"), "invalid int value: 'x'"),
+        (("--thinking", "maybe"), "got 'maybe', needs true or false"),
+        (("--benchmarks", "no/such/file.jsonl"), "--benchmarks no/such/file.jsonl"),
+        (("--adapter", "nowhere"), "--adapter nowhere: no such directory"),
+        (("--model", "/nowhere/at/all"), "--model"),
+        (("--gpu-memory-utilization", 2), "got --gpu-memory-utilization 2.0"),
+        (("--answer-column", "gold"), "--problem-column or --answer-column NAME"),
+        (("--temprature", 1), "unrecognized arguments: --temprature"),
+    ],
+)
+def test_mistakes_end_with_one_message(
+    arguments: tuple,
+    tmp_path: Path,
+    extra: tuple,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In this command's flags, not in the keys of a training's configuration."""
+    assert main(*arguments, "--output", tmp_path / "out", *extra) == 2
+    printed = capsys.readouterr().out
+    assert message in printed
+    assert "--eval." not in printed and "--rollout." not in printed
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(vllm_is_installed(), reason="vLLM is installed")
+def test_vllm_where_it_is_not_installed(
+    arguments: tuple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(*arguments, "--engine", "vllm", "--output", tmp_path / "out") == 2
+    assert "vLLM is not installed" in capsys.readouterr().out
+
+
+def test_ranks_share_an_evaluation(arguments: tuple, tmp_path: Path) -> None:
+    """Two processes under torchrun leave what one does."""
+    assert main(*arguments, "--output", tmp_path / "one") == 0
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "paint_engine.evaluate", *map(str, arguments), "--output", str(tmp_path / "two")),
     ]
-    assert np.array_equal(correct_matrix(samples), truth)
-    rng.shuffle(samples)
-    order = list(dict.fromkeys(s.problem_id for s in samples))
-    shuffled = correct_matrix(samples)
-    assert shuffled.dtype == bool
-    for row, name in enumerate(order):
-        assert np.array_equal(shuffled[row], truth[int(name[2:])])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Avg@2") == 1
+    files = [(tmp_path / name / "rows.jsonl").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+    assert numbers(tmp_path / "one") == numbers(tmp_path / "two")
 
 
-def test_avg_and_pass_at_k_by_hand() -> None:
-    correct = np.array([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=bool)
-    assert avg_at_k(correct) == pytest.approx(5 / 12)
-    assert pass_at_k(correct) == pytest.approx(2 / 3)
-    assert pass_at_k(correct[:, :1]) == avg_at_k(correct[:, :1])
-
-
-def test_equal_evaluations_differ_by_nothing() -> None:
-    correct = np.random.default_rng(0).random((50, 4)) < 0.5
-    same = paired_bootstrap(correct, correct)
-    assert (same.difference, same.low, same.high) == (0.0, 0.0, 0.0)
-
-
-def test_the_interval_is_that_of_a_mean_over_problems() -> None:
-    rng = np.random.default_rng(1)
-    before, after = rng.random((200, 6)) < 0.4, rng.random((200, 6)) < 0.6
-    result = paired_bootstrap(before, after)
-    differences = after.mean(axis=1) - before.mean(axis=1)
-    assert result.difference == pytest.approx(differences.mean())
-    # Of many problems the bootstrap's interval is the normal one.
-    half = 1.96 * differences.std() / 200**0.5
-    assert result.low == pytest.approx(differences.mean() - half, abs=0.1 * half)
-    assert result.high == pytest.approx(differences.mean() + half, abs=0.1 * half)
-    assert paired_bootstrap(before, after) == result
-    assert paired_bootstrap(after, before).difference == pytest.approx(-result.difference)
-
-
-def test_a_planted_difference_is_covered_in_about_95_of_100_intervals() -> None:
-    rng, covered = np.random.default_rng(2), 0
-    for seed in range(200):
-        # Problems of very different difficulty, all made easier by 0.1.
-        difficulty = rng.uniform(0.0, 0.9, size=(60, 1))
-        before, after = rng.random((60, 4)) < difficulty, rng.random((60, 4)) < difficulty + 0.1
-        result = paired_bootstrap(before, after, num_resamples=500, seed=seed)
-        covered += result.low <= 0.1 <= result.high
-    assert 0.89 <= covered / 200 <= 0.985
-
-
-def test_pairing_removes_the_spread_between_problems() -> None:
-    before = np.repeat([[False], [True]], 50, axis=0)
-    after = before.copy()
-    after[:10] = True
-    result = paired_bootstrap(before, after)
-    assert result.difference == pytest.approx(0.1)
-    # Unpaired, the interval would be over 0.27 wide.
-    assert result.low > 0.0 and result.high - result.low < 0.13
-
-
-def test_evaluations_of_other_problems_are_not_paired() -> None:
-    with pytest.raises(AssertionError):
-        paired_bootstrap(np.ones((3, 2), dtype=bool), np.ones((4, 2), dtype=bool))
-
-
-WORLD = World(0, 1, 0, torch.device("cpu"))
-PROBLEMS = [Problem(f"p:{i}", "q", "", "3") for i in range(4)]
-SECTION = EvalSection(num_samples=3, max_new_tokens=8)
-
-
-def _evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    indices: list[int],
-    *,
-    seed: int = 0,
-    max_sequences: int = 5,
-    world: World = WORLD,
-) -> tuple[list[EvalSample], list[EvalSample]]:
-    seen: list[EvalSample] = []
-    prompts = [tuple(range(10, 14 + 3 * i)) for i in range(4)]
-    samples = evaluate(
-        BuiltinEngine(model, lambda: nullcontext(model), max_sequences),
-        tokenizer,
-        [PROBLEMS[i] for i in indices],
-        [prompts[i] for i in indices],
-        SECTION,
-        sampling_params(SECTION, model, tokenizer),
-        seed=seed,
-        world=world,
-        base=False,
-        on_samples=seen.extend,
-    )
-    return samples, seen
-
-
-def test_samples_come_in_the_problems_order_and_are_all_reported(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+def test_compare_is_a_part_of_the_command(
+    arguments: tuple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    samples, seen = _evaluate(base, tokenizer, [3, 1, 2, 0])
-    names = [(s.problem_id, s.sample_index) for s in samples]
-    assert names == [(f"p:{i}", j) for i in (3, 1, 2, 0) for j in range(3)]
-    assert sorted(seen, key=samples.index) == samples
-    assert all(1 <= s.num_tokens <= 8 for s in samples)
-    assert all(s.num_tokens == 8 for s in samples if s.truncated)
-
-
-def test_a_sample_depends_on_seed_problem_and_index_alone(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    samples, _ = _evaluate(base, tokenizer, [0, 1, 2, 3])
-    alone, _ = _evaluate(base, tokenizer, [2], max_sequences=1)
-    assert alone == samples[6:9]
-    assert len({s.text for s in alone}) > 1
-    other, _ = _evaluate(base, tokenizer, [2], seed=1)
-    assert [s.text for s in other] != [s.text for s in alone]
-
-
-@pytest.mark.parametrize("size", [2, 5])
-def test_ranks_divide_an_evaluation_and_together_have_all_of_it(
-    size: int, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    whole, _ = _evaluate(base, tokenizer, [0, 1, 2, 3])
-    shares = []
-    for rank in range(size):
-        world = World(rank, size, rank, torch.device("cpu"))
-        share, seen = _evaluate(base, tokenizer, [0, 1, 2, 3], world=world)
-        assert len(share) == len(seen) in (12 // size, 12 // size + 1)
-        shares.append(share)
-    assert merge_shares(shares) == whole
-
-
-def test_answers_are_checked_against_their_own_problem(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    texts = {3: "so $\\boxed{3}$", 4: "so $\\boxed{4}$", 5: "no box"}
-    rng = random.Random(0)
-
-    def planted(self, prompts, seeds, params, *, base, on_batch) -> list[Completion]:
-        order = list(range(len(prompts)))
-        rng.shuffle(order)
-        done = [
-            Completion(tuple(tokenizer.encode(texts[len(prompt)])), (), len(prompt) == 5)
-            for prompt in prompts
-        ]
-        on_batch(order, [done[i] for i in order])
-        return done
-
-    monkeypatch.setattr(BuiltinEngine, "generate", planted)
-    problems = [Problem("a", "q", "", "3"), Problem("b", "q", "", "3"), Problem("c", "q", "", "3")]
-    samples = evaluate(
-        BuiltinEngine(base, lambda: nullcontext(base), 5),
-        tokenizer,
-        problems,
-        [(1,) * 3, (1,) * 4, (1,) * 5],
-        SECTION,
-        sampling_params(SECTION, base, tokenizer),
-        seed=0,
-        world=WORLD,
-        base=False,
-        on_samples=lambda group: None,
-    )
-    assert correct_matrix(samples).tolist() == [[True] * 3, [False] * 3, [False] * 3]
-    assert [s.extracted for s in samples[::3]] == ["3", "4", None]
-    assert [s.truncated for s in samples[::3]] == [False, False, True]
-    assert all(s.error is None for s in samples)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert main(*arguments, "--seed", seed, "--output", tmp_path / name) == 0
+    capsys.readouterr()
+    assert main("compare", tmp_path / "a", tmp_path / "b") == 0
+    assert "+0.0" in capsys.readouterr().out
+    assert main("compare", tmp_path / "a", tmp_path / "c") == 2
+    assert "differ in seed (0 and 1)" in capsys.readouterr().out

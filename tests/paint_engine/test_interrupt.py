@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from paint_engine import train
-from paint_engine.evaluate import read_evaluations
+from paint_engine.evaluation import read_evaluations
 from paint_engine.interrupt import Stopped, StopRequest
 from paint_engine.metrics import read_jsonl
 

@@ -233,6 +233,11 @@ def test_metrics_that_an_objective_lacks_are_left_out() -> None:
     with Progress(Console(file=file), clock=Clock()).training(1, 0) as update:
         update({"step": 1, "loss": 0.5})
     assert file.getvalue() == "step 1/1  loss 0.5000  0:00:00 elapsed  0:00:00 left\n"
+    file = io.StringIO()
+    grpo = {"step": 1, "loss": -0.01, "base_kl": 0.002, "reward": 0.375, "accuracy": 0.5}
+    with Progress(Console(file=file), clock=Clock()).training(1, 0) as update:
+        update(grpo)
+    assert "loss -0.0100  base KL 0.0020 nats  reward 0.38  accuracy 50%" in file.getvalue()
 
 
 def test_plain_evaluation_counts_samples() -> None:

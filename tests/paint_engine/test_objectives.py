@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,6 @@ from paint_engine.config_sections import LoraSection, ModelSection, ObjectiveSec
 from paint_engine.model import add_lora, causal_lm, hidden_states, lm_head_weight, load_base
 from paint_engine.teacher import FixedTeacher
 from paint_engine.types import PrivilegedRollout
-from paint_kernels import PaintLossOutput
 
 VOCAB_SIZE = 340
 # OPSD's forward KL: nothing is clipped and nothing is interpolated.
@@ -32,7 +32,7 @@ def engine_loss(
     *,
     attention: str = "padded",
     denominator: int | None = None,
-) -> PaintLossOutput:
+) -> objectives.ObjectiveOutput:
     """One micro-batch as the training step runs it."""
     teacher, batch = FixedTeacher(model), build_batch(items)
     with teacher.scoring() as scorer:
@@ -221,11 +221,16 @@ def test_every_setting_of_the_section_reaches_the_loss(
         {"reduction": "token_mean"},
         # Above the students' entropies, so that it decides the ranking.
         {"entropy_floor": 50.0},
+        {"divergence": "reverse_kl"},
+        {"divergence": "jsd"},
+        {"divergence": "jsd", "jsd_weight": 0.2},
     )
-    reference = engine_loss(lora_model, items, default).loss.item()
-    for change in changes:
-        loss = engine_loss(lora_model, items, default.model_copy(update=change)).loss.item()
-        assert not math.isclose(loss, reference, rel_tol=1e-9), change
+    losses = [
+        engine_loss(lora_model, items, default.model_copy(update=change)).loss.item()
+        for change in ({}, *changes)
+    ]
+    for (one, first), (other, second) in combinations(enumerate(losses), 2):
+        assert not math.isclose(first, second, rel_tol=1e-9), (one, other)
 
 
 def test_interpolation_is_ranked_in_each_rollout(
@@ -233,7 +238,7 @@ def test_interpolation_is_ranked_in_each_rollout(
 ) -> None:
     items = privileged((4, 9, 3), (8, 12, 5), (1, 40, 100))
     output = engine_loss(lora_model, items, ObjectiveSection(top_fraction=0.07))
-    counts = [int(part.sum()) for part in output.selected.split([1, 40, 100])]
+    counts = [int(part.sum()) for part in output.per_token["selected"].split([1, 40, 100])]
     # ceil(0.07 n) computed exactly: 7 of 100, where floats give 8.
     assert counts == [1, 3, 7]
 
@@ -245,7 +250,7 @@ def test_padded_rows_of_the_head_are_outside_the_distribution(
         before = engine_loss(base, ragged, OPSD)
         lm_head_weight(base)[VOCAB_SIZE:] = 100.0
         after = engine_loss(base, ragged, OPSD)
-    assert torch.equal(before.token_loss, after.token_loss)
+    assert torch.equal(before.per_token["token_loss"], after.per_token["token_loss"])
 
 
 def test_metric_sums_are_sums_over_the_tokens(
@@ -253,11 +258,12 @@ def test_metric_sums_are_sums_over_the_tokens(
 ) -> None:
     output = engine_loss(lora_model, ragged, ObjectiveSection(temperature=0.5))
     sums = objectives.metric_sums(output)
-    clipped = [mass > 0 for mass in output.clipped_mass.tolist()]
+    per_token = output.per_token
+    clipped = [mass > 0 for mass in per_token["clipped_mass"].tolist()]
     assert sum(clipped) > 0
     assert sums["clipped_token_share"] == sum(clipped)
-    assert sums["token_kl"] == pytest.approx(math.fsum(output.token_kl.tolist()))
-    assert sums["clipped_mass"] == pytest.approx(math.fsum(output.clipped_mass.tolist()))
-    assert sums["student_entropy"] == pytest.approx(math.fsum(output.student_entropy.tolist()))
-    assert sums["teacher_entropy"] == pytest.approx(math.fsum(output.teacher_entropy.tolist()))
+    means = ("token_kl", "clipped_mass", "student_entropy", "teacher_entropy")
+    assert sums.keys() == {"loss", "clipped_token_share", *means}
+    for name in means:
+        assert sums[name] == pytest.approx(math.fsum(per_token[name].tolist())), name
     assert sums["loss"] == output.loss.item()

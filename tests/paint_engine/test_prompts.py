@@ -1,4 +1,5 @@
-"""The prompts of Fig. 2: their parts in order, the thinking switch, and what goes when too long."""
+"""The prompts of Fig. 2: their parts in order, the thinking switch, a rationale, and
+what goes when too long."""
 
 from dataclasses import replace
 
@@ -164,6 +165,132 @@ def test_a_prompt_that_cannot_fit_is_refused_with_both_lengths(
         _teacher(tokenizer, partial, max_tokens=limit)
     assert f"only {limit} are left" in str(caught.value)
     assert "--rollout.max_new_tokens" in str(caught.value)
+
+
+# ---- with a rationale ----------------------------------------------------------------------------
+
+RATIONALE = " ".join(f"Adding {i} twice doubles it, for {i} + {i} = 2 * {i}." for i in range(1, 12))
+
+
+def _with_rationale(
+    tokenizer: PreTrainedTokenizerBase, rationale: str | None, max_tokens: int | None = None
+) -> tuple[str, str, int]:
+    """The prompt, the solution that it is said to show, and its length in tokens."""
+    ids, shown = encode_teacher_prompt(
+        tokenizer,
+        PROBLEM,
+        PARTIAL,
+        INSTRUCTION,
+        thinking=True,
+        suffix="So",
+        max_tokens=max_tokens,
+        marker=MARKER,
+        rationale=rationale,
+    )
+    return _text(tokenizer, ids), shown, len(ids)
+
+
+def _sections(text: str) -> tuple[str, str | None]:
+    """The solution and the rationale between their fences; everything around them is checked."""
+    solution, end, rest = text.removeprefix(
+        "<|im_start|>user\nProblem: Mia adds. What is it?\n\n"
+        "Here is a part of reference solution to this problem:\n"
+        "=== Reference Solution Begin ===\n"
+    ).partition("\n=== Reference Solution End ===\n")
+    assert end and solution != text
+    tail = (
+        "After reading the reference solution above, derive the same final answer in your own "
+        "words.\nPlease reason step by step, and put your final answer within \\boxed{}."
+        "<|im_end|>\n<|im_start|>assistant\nSo"
+    )
+    assert rest.endswith(tail)
+    explanation = rest.removesuffix(tail)
+    if not explanation:
+        return solution, None
+    begin, end = (
+        "Here is an explanation of its key steps:\n=== Explanation Begin ===\n",
+        "\n=== Explanation End ===\n",
+    )
+    assert explanation.startswith(begin) and explanation.endswith(end)
+    return solution, explanation.removeprefix(begin).removesuffix(end)
+
+
+@pytest.mark.parametrize("rationale", [None, ""])
+def test_without_a_rationale_the_prompt_is_this_very_text(
+    rationale: str | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    text, shown, _ = _with_rationale(tokenizer, rationale)
+    assert shown == PARTIAL
+    assert text == (
+        "<|im_start|>user\nProblem: Mia adds. What is it?\n\n"
+        "Here is a part of reference solution to this problem:\n"
+        "=== Reference Solution Begin ===\n"
+        f"{PARTIAL}\n"
+        "=== Reference Solution End ===\n"
+        "After reading the reference solution above, derive the same final answer in your own "
+        "words.\nPlease reason step by step, and put your final answer within \\boxed{}."
+        "<|im_end|>\n<|im_start|>assistant\nSo"
+    )
+
+
+def test_with_a_rationale_the_prompt_is_this_very_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    text, shown, _ = _with_rationale(tokenizer, "Doubling is adding twice.")
+    assert shown == PARTIAL
+    assert text == (
+        "<|im_start|>user\nProblem: Mia adds. What is it?\n\n"
+        "Here is a part of reference solution to this problem:\n"
+        "=== Reference Solution Begin ===\n"
+        f"{PARTIAL}\n"
+        "=== Reference Solution End ===\n"
+        "Here is an explanation of its key steps:\n"
+        "=== Explanation Begin ===\n"
+        "Doubling is adding twice.\n"
+        "=== Explanation End ===\n"
+        "After reading the reference solution above, derive the same final answer in your own "
+        "words.\nPlease reason step by step, and put your final answer within \\boxed{}."
+        "<|im_end|>\n<|im_start|>assistant\nSo"
+    )
+
+
+def test_the_rationale_is_shortened_before_the_solution_is(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """At every length: first the rationale's end goes, then its section, then the solution's."""
+    _, _, longest = _with_rationale(tokenizer, RATIONALE)
+    _, _, without = _with_rationale(tokenizer, None)
+    shortest = without - len(tokenizer.encode(PARTIAL)) + len(tokenizer.encode(MARKER)) + 2
+    seen = set()
+    for limit in range(longest, shortest, -7):
+        text, shown, length = _with_rationale(tokenizer, RATIONALE, limit)
+        assert length <= limit
+        solution, rationale = _sections(text)
+        assert solution == shown
+        if rationale is None:
+            assert limit < without or length == without
+            assert limit >= without or solution.endswith(MARKER)
+            assert PARTIAL.startswith(solution.removesuffix(MARKER))
+            seen.add("solution cut" if solution != PARTIAL else "section left out")
+        else:
+            assert solution == PARTIAL
+            seen.add("whole" if rationale == RATIONALE else "rationale cut")
+            if rationale != RATIONALE:
+                assert rationale.endswith(MARKER)
+                assert RATIONALE.startswith(rationale.removesuffix(MARKER))
+    assert seen == {"whole", "rationale cut", "section left out", "solution cut"}
+
+
+def test_a_rationale_does_not_move_the_length_below_which_a_prompt_is_refused(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    def refused(rationale: str | None) -> str:
+        with pytest.raises(ValueError, match=r"^p:0: the teacher's prompt takes") as caught:
+            _with_rationale(tokenizer, rationale, 20)
+        return str(caught.value)
+
+    assert refused(RATIONALE) == refused(None)
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def test_student_text_is_what_both_training_and_evaluation_ask() -> None:

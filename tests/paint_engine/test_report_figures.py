@@ -3,15 +3,51 @@ import re
 import numpy as np
 import pytest
 
-from paint_engine.report_figures import MAX_POINTS, QUANTITIES, draw_curves, running_mean
+from paint_engine.report_figures import (
+    MAX_POINTS,
+    OBJECTIVES,
+    QUANTITIES,
+    draw_curves,
+    running_mean,
+)
+
+PAINT_TITLES = [
+    "Loss",
+    "Unclipped KL",
+    "Pointwise clip",
+    "Context exposure",
+    "Entropy",
+    "Rollouts",
+    "Gradient norm",
+    "Completion length",
+    "Time of a step",
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_draws_its_own_quantities_under_titles_of_their_own(objective: str) -> None:
+    everything = {key: 0.5 for quantity in QUANTITIES for key, _ in quantity.series}
+    curves, missing = draw_curves([{"step": 1, **everything}], objective)
+    titles = [curve.title for curve in curves]
+    assert missing == []
+    assert len(titles) == len(set(titles)), "the drawings' ids come from their titles"
+    assert titles == [q.title for q in QUANTITIES if objective in q.objectives]
+
+
+def test_a_kl_to_the_base_is_missed_by_nobody() -> None:
+    curves, missing = draw_curves([{"step": 1, "loss": 0.1}], "grpo")
+    assert [curve.title for curve in curves] == ["Loss"]
+    assert "Reward" in missing and "KL to the base" not in missing
+    curves, _ = draw_curves([{"step": 1, "base_kl": 0.1}], "grpo")
+    assert [curve.title for curve in curves] == ["KL to the base"]
 
 
 def test_curves_of_one_step_and_of_unknown_metrics() -> None:
-    curves, missing = draw_curves([{"step": 1, "loss": -0.01, "grad_norm": 0.0}])
+    curves, missing = draw_curves([{"step": 1, "loss": -0.01, "grad_norm": 0.0}], "forward_kl")
     assert [curve.title for curve in curves] == ["Loss", "Gradient norm"]
-    assert len(missing) == len(QUANTITIES) - 2
+    assert missing == [title for title in PAINT_TITLES if title not in ("Loss", "Gradient norm")]
     assert (curves[0].legend[0].first, curves[0].legend[0].last) == ("-0.01", "-0.01")
-    assert draw_curves([]) == ([], [quantity.title for quantity in QUANTITIES])
+    assert draw_curves([], "forward_kl") == ([], PAINT_TITLES)
 
 
 def test_running_mean_shrinks_at_the_ends() -> None:
@@ -21,7 +57,7 @@ def test_running_mean_shrinks_at_the_ends() -> None:
 
 def test_curve_is_drawn_in_the_colours_of_the_page() -> None:
     entropies = [{"step": i, "student_entropy": 0.3, "teacher_entropy": 0.1} for i in (1, 2, 3)]
-    (curve,), _ = draw_curves(entropies)
+    (curve,), _ = draw_curves(entropies, "forward_kl")
     assert [line.label for line in curve.legend] == ["student", "teacher"]
     assert set(re.findall(r"var\(--([^)]+)\)", curve.svg)) == {
         "axis",
@@ -36,8 +72,8 @@ def test_curve_is_drawn_in_the_colours_of_the_page() -> None:
 def test_accuracy_is_smoothed_and_a_long_run_thinned() -> None:
     short = [{"step": i, "accuracy": float(i % 2)} for i in range(1, 9)]
     long = [{"step": i, "accuracy": float(i % 2)} for i in range(1, 4001)]
-    (unsmoothed,), _ = draw_curves(short)
-    (smoothed,), _ = draw_curves(long)
+    (unsmoothed,), _ = draw_curves(short, "forward_kl")
+    (smoothed,), _ = draw_curves(long, "forward_kl")
     assert unsmoothed.note == "" and unsmoothed.legend[0].first == "100.0%"
     assert smoothed.note == "bold: running mean over 510 steps"
     assert (smoothed.legend[0].first, smoothed.legend[0].last) == ("50.0%", "50.0%")

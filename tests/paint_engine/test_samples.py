@@ -7,16 +7,18 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from paint_engine.objectives import PaintLossOutput
+from paint_engine.objectives import ObjectiveOutput
 from paint_engine.samples import sample_records
 from paint_engine.types import PrivilegedRollout, Problem
 
+COLUMNS = ("token_loss", "token_kl", "student_entropy", "teacher_entropy", "clipped_mass")
 
-def planted_output(num_tokens: int) -> PaintLossOutput:
-    """Values that name their own token."""
+
+def planted_output(num_tokens: int, columns: tuple[str, ...] = COLUMNS) -> ObjectiveOutput:
+    """Values that name their own token and column."""
     rows = torch.arange(num_tokens, dtype=torch.float32)
-    columns = [rows + 1000 * i for i in range(6)]
-    return PaintLossOutput(torch.tensor(0.5), *columns, selected=rows % 3 == 0)
+    per_token = {name: rows + 1000 * i for i, name in enumerate(columns)}
+    return ObjectiveOutput(torch.tensor(0.5), per_token | {"selected": rows % 3 == 0})
 
 
 def test_each_kept_rollout_gets_its_own_slice(
@@ -32,7 +34,7 @@ def test_each_kept_rollout_gets_its_own_slice(
     assert records[1]["token_kl"] == [1007.0, 1008.0, 1009.0]
     assert records[1]["student_entropy"] == [2007.0, 2008.0, 2009.0]
     assert records[1]["teacher_entropy"] == [3007.0, 3008.0, 3009.0]
-    assert records[1]["clipped_mass"] == [5007.0, 5008.0, 5009.0]
+    assert records[1]["clipped_mass"] == [4007.0, 4008.0, 4009.0]
     assert records[1]["selected"] == [False, False, True]
     for record, item in zip(records, items[1:], strict=True):
         assert record["tokens"] == [tokenizer.decode([t]) for t in item.rollout.completion_ids]
@@ -72,4 +74,35 @@ def test_anchors_are_marked_as_found_in_the_completion(
     assert record["solution"] == solution
     assert record["partial_solution"] == "First ..."
     assert record["answer"] == "84"
+    assert "rationale" not in record
     assert json.loads(json.dumps(record)) == record
+    reasoned = replace(shown, rationale="The first step adds.")
+    (record,) = sample_records(1, [reasoned], [reasoned], planted_output(2), tokenizer)
+    assert record["rationale"] == "The first step adds."
+
+
+def test_grpo_keeps_reward_and_advantage_and_nothing_of_a_teacher(
+    privileged: Callable[..., list[PrivilegedRollout]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (item,) = privileged((3,), (6,), (2,))
+    item = replace(item, partial_solution="", correct=True, reward=1.0, advantage=0.75)
+    columns = ("token_loss", "logprobs", "ratio", "student_entropy")
+    (record,) = sample_records(1, [item], [item], planted_output(2, columns), tokenizer)
+    assert (record["reward"], record["advantage"], record["correct"]) == (1.0, 0.75, True)
+    assert record["ratio"] == [2000.0, 2001.0]
+    assert record["student_entropy"] == [3000.0, 3001.0]
+    absent = ("logprobs", "partial_solution", "mask_ratio", "overlap", "anchors", "token_kl")
+    assert not set(absent) & record.keys()
+    assert json.loads(json.dumps(record)) == record
+
+
+def test_a_reference_solution_has_no_verdict(
+    privileged: Callable[..., list[PrivilegedRollout]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (item,) = privileged((3,), (6,), (2,))
+    solution = replace(item.rollout, rollout_logprobs=())
+    item = replace(item, rollout=solution, partial_solution="")
+    output = planted_output(2, ("token_loss", "student_entropy"))
+    (record,) = sample_records(1, [item], [item], output, tokenizer)
+    assert record["token_loss"] == [0.0, 1.0]
+    assert not {"correct", "reward", "advantage", "overlap"} & record.keys()

@@ -14,8 +14,8 @@ from paint_engine.batch import build_batch
 from paint_engine.cli import load_config
 from paint_engine.distributed import World
 from paint_engine.metrics import read_jsonl
+from paint_engine.model import hidden_states
 from paint_engine.setup import Run, build_run
-from paint_engine.types import Problem, Rollout
 
 Main = Callable[[Sequence[str]], int]
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -153,7 +153,7 @@ def test_the_teacher_stays_the_base_while_the_student_learns(run: Run) -> None:
 
     def teacher_states() -> torch.Tensor:
         with run.teacher.scoring() as scorer:
-            return train.hidden_states(scorer, batch.teacher, attention="padded")
+            return hidden_states(scorer, batch.teacher, attention="padded")
 
     before = teacher_states()
     for step in range(2):
@@ -205,44 +205,6 @@ def test_repeated_steps_on_one_batch_lower_the_divergence(
     monkeypatch.setattr(train, "sample_step", lambda run, step: fixed)
     divergences = [train.train_step(run, 0)[0]["token_kl"] for _ in range(6)]
     assert divergences[-1] < 0.8 * divergences[0]
-
-
-def test_more_overlap_hides_more_of_the_solution(run: Run) -> None:
-    problem = Problem("p", "How many?", "First $3 + 4 = 7$. So $\\boxed{7}$." * 4, "7")
-
-    def reveal(text: str):
-        return train.reveal(run, Rollout(problem, (1,), (2,), (0.0,), False, text), 0, 0)
-
-    nothing, everything = reveal("no idea"), reveal(problem.solution)
-    assert (nothing.overlap, everything.overlap) == (0.0, 1.0)
-    assert (nothing.mask_ratio, everything.mask_ratio) == (0.3, pytest.approx(0.4))
-    assert (nothing.correct, everything.correct) == (False, True)
-    hidden = [
-        len(problem.solution) - len(p.partial_solution.removesuffix("...(omitted)..."))
-        for p in (nothing, everything)
-    ]
-    assert hidden == [round(0.3 * len(problem.solution)), round(0.4 * len(problem.solution))]
-    # The verdict is logged and decides nothing: a wrong box over the same anchors hides as much.
-    wrong = reveal(problem.solution + " \\boxed{8}")
-    assert not wrong.correct
-    assert wrong.partial_solution == everything.partial_solution
-    shown = run.tokenizer.decode(list(everything.teacher_prompt_ids))
-    assert everything.partial_solution in shown
-
-
-def test_a_solution_too_long_for_the_context_is_cut_and_nothing_else(run: Run) -> None:
-    def reveal(solution: str) -> tuple[int, ...]:
-        problem = Problem("p", "How many kites has Mia?", solution, "7")
-        rollout = Rollout(problem, (1,), (2,), (0.0,), False, "no idea")
-        return train.reveal(run, rollout, 0, 0).teacher_prompt_ids
-
-    short, long = reveal("So $\\boxed{7}$."), reveal("First $3 + 4 = 7$. " * 400)
-    # All that is left beside the longest completion is used: a character more is a token at most.
-    assert run.max_teacher_prompt - 3 <= len(long) <= run.max_teacher_prompt == 1024 - 12
-    text, whole = (run.tokenizer.decode(list(ids)) for ids in (long, short))
-    tail = whole[whole.index("\n=== Reference Solution End") :]
-    assert text.endswith(tail) and tail.endswith("</think>\n\n")
-    assert text.startswith("<|im_start|>user\nProblem: How many kites has Mia?\n")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from paint_engine.verify import (
     AnswerChecker,
     check_answer,
     extract_boxed,
+    first_box_equals,
 )
 
 
@@ -55,6 +56,28 @@ def boxed(answer: str) -> str:
 )
 def test_the_last_balanced_box_is_extracted(text: str, content: str | None) -> None:
     assert extract_boxed(text) == content
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "equal"),
+    [
+        (r"so \boxed{72}", "72", True),
+        (r"\boxed{72} or rather \boxed{70}", "72", True),
+        (r"\boxed{70} or rather \boxed{72}", "72", False),
+        (r"\boxed{ \frac{1}{2} }", r"\frac{1}{2}", True),
+        (r"\boxed{\frac{1}{2}}", "0.5", False),
+        (r"\boxed{1,000}", "1000", False),
+        (r"\boxed{East}", " EAST ", True),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}", True),
+        (r"\fbox{5} \boxed{6}", "6", True),
+        (r"\boxed{5 and \boxed{6}", "6", False),
+        (r"\boxed{}", "6", False),
+        ("6", "6", False),
+        ("", "", False),
+    ],
+)
+def test_the_first_box_is_compared_as_text(text: str, answer: str, equal: bool) -> None:
+    assert first_box_equals(text, answer) is equal
 
 
 EQUAL = [

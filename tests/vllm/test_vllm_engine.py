@@ -258,7 +258,7 @@ def test_an_engine_that_fails_is_built_anew_with_the_same_weights(
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._core._llm, "generate", fail)
+        patch.setattr(engine._core._llm.llm_engine, "step", fail)
         with pytest.raises(EngineDied, match="illegal memory access"):
             engine.generate(prompts, seeds, params)
     engine.restart()

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from paint_engine.accuracy import avg_at_k, correct_matrix, paired_bootstrap
+from paint_engine.answers import all_requests, evaluate
 from paint_engine.config_sections import INSTRUCTION, EvalSection, ModelSection
-from paint_engine.distributed import World
-from paint_engine.evaluate import avg_at_k, correct_matrix, evaluate, paired_bootstrap
 from paint_engine.masking import mask_solution
 from paint_engine.model import TINY_BASE, lm_head_weight, load_base, load_tokenizer
 from paint_engine.prompts import encode_student_prompt, encode_teacher_prompt
@@ -88,10 +88,9 @@ def test_it_solves_clearly_more_with_the_reference_in_its_prompt(
             tokenizer,
             problems,
             prompts,
-            SECTION,
+            all_requests(problems, SECTION.num_samples),
             sampling_params(SECTION, model, tokenizer),
             seed=0,
-            world=World(0, 1, 0, torch.device("cpu")),
             base=False,
             on_samples=lambda group: None,
         )

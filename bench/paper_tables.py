@@ -1,0 +1,122 @@
+"""The paper's four tables in small: `python -m bench.paper_tables [--quick] [--scale laptop|gpu]`.
+
+Every recipe, mask ratio, placement and interpolation of the paper on the laptop domain: equal base,
+steps and rollouts, learning rates from one sweep on validation problems, several seeds. Runs are
+kept in --runs and a killed command goes on with those that are missing. --list shows them. `--rerun
+ID` makes one row or run of the committed result from scratch, and exits with 1 where its accuracies
+differ.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.paper_markdown import document
+from bench.paper_plan import SCALES, TABLES, Scale, quick, sweep_runs, table_runs
+from bench.paper_result import build_result, rerun
+from bench.paper_runs import describe_bases, make_bases, make_pool, run_tables
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+NUMBERS = tuple(table.number for table in TABLES)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one size, two seeds, ten minutes")
+    parser.add_argument("--scale", choices=SCALES, default="laptop")
+    parser.add_argument("--tables", type=int, nargs="+", choices=NUMBERS, default=NUMBERS)
+    parser.add_argument("--workers", type=int, help="default: 2, or the number of GPUs")
+    parser.add_argument("--runs", type=Path, help="default: runs/paper-tables-SCALE")
+    parser.add_argument("--bases", type=Path, default=Path("runs/bases"))
+    parser.add_argument("--output", type=Path, help="default: in bench/results")
+    parser.add_argument("--rerun", metavar="ID", help="such as small/paint or small/paint/seed-0")
+    parser.add_argument("--list", action="store_true", help="the runs by id, and nothing else")
+    return parser
+
+
+def list_runs(scale: Scale, numbers: Sequence[int]) -> list[str]:
+    return [run.run_id for run in (*sweep_runs(scale, numbers), *table_runs(scale, numbers))]
+
+
+def default_workers(scale: Scale) -> int:
+    if not scale.name.startswith("gpu"):
+        return 2
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"--scale gpu: {torch.cuda.device_count()} GPUs here; needs one or more, a worker "
+            "each; use --scale laptop, or --list to see the runs"
+        )
+    return torch.cuda.device_count()
+
+
+def make_tables(arguments: argparse.Namespace, scale: Scale, num_workers: int) -> Path:
+    """Everything that is missing, then the result file."""
+    numbers = tuple(sorted(set(arguments.tables)))
+    directory = arguments.runs or Path("runs") / f"paper-tables-{scale.name}"
+    suffix = "" if scale.name == "laptop" else f"-{scale.name}"
+    output: Path = arguments.output or RESULTS / f"paper-tables{suffix}.json"
+    make_bases(scale.sizes, arguments.bases)
+    with make_pool(num_workers, on_gpus=arguments.scale == "gpu") as pool:
+        records, choices, swept = run_tables(scale, numbers, arguments.bases, directory, pool)
+    bases = describe_bases(scale.sizes, arguments.bases)
+    result = build_result(scale, numbers, bases, records, choices, swept, num_workers)
+    write(result, output)
+    return output
+
+
+def write(result: dict[str, Any], output: Path) -> None:
+    """The result file, and the same as a page and a figure beside it."""
+    # PyTorch comes with it, which the workers are to import with their own settings.
+    from bench.paper_figures import save
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(dump(result))
+    figure = output.with_suffix(".png")
+    output.with_suffix(".md").write_text(document(result, figure.name))
+    save(result, figure)
+
+
+def dump(result: dict[str, Any]) -> str:
+    """JSON with a line a run, so that a changed run is a changed line."""
+    head = {name: value for name, value in result.items() if name != "runs"}
+    runs = ",\n".join(json.dumps(run) for run in result["runs"])
+    return f'{json.dumps(head, indent=1)[:-2]},\n "runs": [\n{runs}\n ]\n}}\n'
+
+
+def rerun_from(arguments: argparse.Namespace, num_workers: int) -> int:
+    """The exit status: 1 where a run's answers are not those of the result."""
+    output = arguments.output or RESULTS / "paper-tables.json"
+    result = json.loads(output.read_text())
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        make_pool(num_workers, on_gpus=result["scale"]["name"].startswith("gpu")) as pool,
+    ):
+        lines = rerun(result, arguments.rerun, arguments.bases, Path(directory), pool)
+    print("\n".join(lines))
+    return int(any(line.endswith("DIFFERS") for line in lines))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    scale = quick(SCALES[arguments.scale]) if arguments.quick else SCALES[arguments.scale]
+    if arguments.list:
+        print("\n".join(list_runs(scale, arguments.tables)))
+        return
+    try:
+        num_workers = arguments.workers or default_workers(scale)
+        if arguments.rerun:
+            sys.exit(rerun_from(arguments, num_workers))
+        print(f"wrote {make_tables(arguments, scale, num_workers)}")
+    except (ValueError, RuntimeError) as failure:
+        sys.exit(f"error: {failure}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Held-out problems by name, by Hugging Face id or by file, with the prompts of an evaluation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from paint_engine.config_sections import ColumnsSection, EvalSection
+from paint_engine.data import load_problems
+from paint_engine.evaluation import benchmark_name
+from paint_engine.problem_sets import ProblemSet
+from paint_engine.prompts import encode_student_prompt
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Benchmark("aime24", "HuggingFaceH4/aime_2024", "train")
+
+    split: of "tiny" and of data sets by id; files have none.
+    """
+
+    name: str
+    path: str
+    split: str
+
+
+KNOWN = (
+    Benchmark("aime24", "HuggingFaceH4/aime_2024", "train"),
+    Benchmark("aime25", "MathArena/aime_2025", "train"),
+    Benchmark("hmmt25", "MathArena/hmmt_feb_2025", "train"),
+    Benchmark("tiny", "tiny", "test"),
+)
+_DEFAULT_SPLIT = "test"
+
+
+def parse_benchmarks(text: str) -> list[Benchmark]:
+    """Benchmarks of a list with commas, each a known name or [NAME=]SOURCE, where SOURCE is a file
+    or a `datasets` id, id:SPLIT or id:CONFIG:SPLIT.
+
+    Raises ValueError for an empty entry, and where two have one name.
+    """
+    found = [_parse(entry.strip(), text) for entry in text.split(",")]
+    names = [benchmark.name for benchmark in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"--benchmarks {text}: two are called {name!r}, by which results are filed; name "
+                "one of them as in --benchmarks other=PATH"
+            )
+    return found
+
+
+def _parse(entry: str, text: str) -> Benchmark:
+    known = next((benchmark for benchmark in KNOWN if benchmark.name == entry), None)
+    if known is not None:
+        return known
+    name, given, source = entry.partition("=")
+    if not given or Path(entry).is_file():
+        name, source = "", entry
+    if not source:
+        raise ValueError(
+            f"--benchmarks {text}: got an empty entry; needs names with commas between them, of "
+            f"{', '.join(b.name for b in KNOWN)}, files or data set ids: aime24,data/mine.jsonl"
+        )
+    path, split = source, _DEFAULT_SPLIT
+    if ":" in source and not Path(source).is_file():
+        path, _, split = source.rpartition(":")
+    name = name or benchmark_name(path)
+    if not name or "/" in name:
+        raise ValueError(
+            f"--benchmarks {text}: {name!r} is no name for results to be filed by; needs one "
+            "without a slash: --benchmarks NAME=PATH"
+        )
+    return Benchmark(name, path, split)
+
+
+def load_benchmark(
+    benchmark: Benchmark,
+    tokenizer: PreTrainedTokenizerBase,
+    section: EvalSection,
+    instruction: str,
+    context: int,
+    *,
+    on_bad_row: Literal["stop", "skip"] = "stop",
+    say: Callable[[str], object] = print,
+) -> ProblemSet:
+    """The problems and the student's prompts of an evaluation; solutions are not needed.
+
+    section: its columns, number of problems, thinking and longest completion count.
+    context: of the model, in tokens, in which a prompt and a completion must fit.
+    say: told of rows that were skipped.
+    """
+    columns = ColumnsSection() if benchmark.path == "tiny" else section.columns
+    loaded = load_problems(
+        benchmark.path,
+        split=benchmark.split,
+        columns=columns,
+        on_bad_row=on_bad_row,
+        max_rows=section.num_problems,
+        section="eval",
+    )
+    if loaded.num_skipped:
+        say(f"{benchmark.path}: skipped {loaded.num_skipped} bad rows")
+    prompts = tuple(
+        encode_student_prompt(tokenizer, problem, instruction, thinking=section.thinking)
+        for problem in loaded.problems
+    )
+    longest = max(map(len, prompts))
+    if longest + section.max_new_tokens > context:
+        raise ValueError(
+            f"--max-new-tokens is {section.max_new_tokens}, and the longest prompt of "
+            f"{benchmark.name} has {longest} tokens; the model's context holds {context} together; "
+            + (
+                f"give --max-new-tokens {context - longest} or less"
+                if longest < context
+                else "evaluate a model with a longer context"
+            )
+        )
+    return ProblemSet(loaded.problems, prompts, loaded.num_skipped)

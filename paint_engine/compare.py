@@ -1,0 +1,225 @@
+"""Evaluations side by side: `python -m paint_engine.evaluate compare RUN_A RUN_B ...`."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from paint_engine.accuracy import Estimate, bootstrap, by_problem
+from paint_engine.evaluation import (
+    Evaluation,
+    evaluation_directory,
+    read_evaluation,
+    read_evaluations,
+)
+from paint_engine.summary import best_step
+
+Evaluations = Mapping[str, Evaluation]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One benchmark of two runs; fractions.
+
+    before, after: Avg@k of the first run and of the other.
+    gained: problems of which more than half of the samples are correct in the other and not in the
+        first; lost: the other way round.
+    """
+
+    before: float
+    after: float
+    difference: Estimate
+    gained: tuple[str, ...]
+    lost: tuple[str, ...]
+
+
+def read_run(text: str) -> dict[str, Evaluation]:
+    """The complete evaluations, by benchmark, of an evaluation's directory, or of a training run's
+    with :last (also where nothing is said), :best or :STEP after it.
+
+    Raises ValueError where there is none.
+    """
+    path, which = Path(text), ""
+    if not path.is_dir() and ":" in text:
+        place, _, which = text.rpartition(":")
+        path = Path(place)
+    if not path.is_dir():
+        raise ValueError(
+            f"{text}: no such directory; needs what an evaluation has written (--output), or a "
+            "training run's, with :STEP, :best or :last after it"
+        )
+    if evaluation_directory(path).is_dir():
+        chosen = _choose_step(text, read_evaluations(path), which or "last")
+        return {chosen.header.benchmark: chosen}
+    heads = [head for head in sorted(path.glob("*.json")) if head.with_suffix(".jsonl").is_file()]
+    if which or not heads:
+        raise ValueError(
+            f"{text}: {path} is no training run with evaluations, and holds "
+            f"{len(heads)} complete evaluations; needs one that has come to its end; run it again "
+            "to go on with it, and leave out what stands after the directory's name"
+        )
+    found = [read_evaluation(head) for head in heads]
+    return {evaluation.header.benchmark: evaluation for evaluation in found}
+
+
+def _choose_step(text: str, evaluations: Mapping[int, Evaluation], which: str) -> Evaluation:
+    step: int | None = None
+    if which == "best":
+        step = best_step(evaluations)
+    elif which == "last":
+        step = max(evaluations, default=None)
+    elif which.removeprefix("step-").isdecimal():
+        step = int(which.removeprefix("step-"))
+    if step is None or step not in evaluations:
+        there = ", ".join(map(str, evaluations)) or "none"
+        raise ValueError(
+            f"{text}: no complete evaluation {which!r}; the run has them after steps {there}; "
+            "needs one of these numbers, best or last"
+        )
+    return evaluations[step]
+
+
+def check_pairs(first: str, other: str, before: Evaluations, after: Evaluations) -> None:
+    """Raises ValueError where the two were not evaluated alike: on the same problems, with the same
+    settings."""
+    if before.keys() != after.keys():
+        raise ValueError(
+            f"{first} has {', '.join(sorted(before))}, and {other} has {', '.join(sorted(after))}; "
+            "needs the same benchmarks in both; evaluate the missing ones into its directory"
+        )
+    for name in before:
+        a, b = before[name], after[name]
+        keys = sorted(a.settings.keys() | b.settings.keys())
+        differing = [
+            f"{key} ({a.settings.get(key)!r} and {b.settings.get(key)!r})"
+            for key in keys
+            if a.settings.get(key) != b.settings.get(key)
+        ]
+        if differing:
+            raise ValueError(
+                f"{name}: {first} and {other} differ in {', '.join(differing)}, and so would their "
+                "answers with the same weights; evaluate one of them again as the other was"
+            )
+        if sorted(a.header.problems.values()) != sorted(b.header.problems.values()):
+            raise ValueError(
+                f"{name}: {first} and {other} are of other problems "
+                f"({len(a.header.problems)} and {len(b.header.problems)}); needs the same, with "
+                "the same answers; evaluate both on one data set"
+            )
+
+
+def _rates(evaluation: Evaluation) -> tuple[list[str], np.ndarray]:
+    """The problems' ids in the order of their fingerprints, and of each the share of samples that
+    are correct."""
+    rows, marks = by_problem(evaluation.samples), evaluation.header.problems
+    names = sorted(marks, key=lambda name: marks[name])
+    return names, np.array([np.mean([sample.correct for sample in rows[name]]) for name in names])
+
+
+def compare(before: Evaluations, after: Evaluations) -> tuple[dict[str, Difference], Estimate]:
+    """By benchmark, and their plain mean; the intervals by a paired bootstrap over problems, within
+    each benchmark.
+
+    The two pass `check_pairs`.
+    """
+    found, groups = {}, []
+    for benchmark, evaluation in before.items():
+        (names, first), (_, second) = _rates(evaluation), _rates(after[benchmark])
+        groups.append(second - first)
+        found[benchmark] = Difference(
+            float(first.mean()),
+            float(second.mean()),
+            bootstrap([second - first]),
+            _named(names, (first <= 0.5) & (second > 0.5)),
+            _named(names, (first > 0.5) & (second <= 0.5)),
+        )
+    return found, bootstrap(groups)
+
+
+def _named(names: Sequence[str], where: np.ndarray) -> tuple[str, ...]:
+    return tuple(sorted(name for name, here in zip(names, where, strict=True) if here))
+
+
+def _record(differences: Mapping[str, Difference], macro: Estimate) -> dict[str, Any]:
+    def entry(estimate: Estimate) -> dict[str, Any]:
+        return {"difference": estimate.value, "ci95": [estimate.low, estimate.high]}
+
+    benchmarks = {
+        name: {
+            "before": d.before,
+            "after": d.after,
+            **entry(d.difference),
+            "gained": list(d.gained),
+            "lost": list(d.lost),
+        }
+        for name, d in differences.items()
+    }
+    return {"benchmarks": benchmarks, "macro": entry(macro)}
+
+
+def _table(first: str, other: str, differences: Mapping[str, Difference], macro: Estimate) -> Table:
+    table = Table(
+        title=f"{other} against {first}",
+        caption="Avg@k in percent; 95% interval of the difference by paired bootstrap over "
+        "problems;\ngained: problems solved by more than half of the samples only now",
+    )
+    table.add_column("")
+    for heading in ("before", "after", "difference", "95% interval", "gained", "lost"):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def interval(estimate: Estimate) -> tuple[str, str]:
+        low, high = 100 * estimate.low, 100 * estimate.high
+        return f"{100 * estimate.value:+.1f}", f"{low:+.1f} to {high:+.1f}"
+
+    for name, d in differences.items():
+        counts = str(len(d.gained)), str(len(d.lost))
+        values = f"{100 * d.before:.1f}", f"{100 * d.after:.1f}"
+        table.add_row(name, *values, *interval(d.difference), *counts)
+    if len(differences) > 1:
+        table.add_row("macro", "", "", *interval(macro), "", "")
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m paint_engine.evaluate compare",
+        description="The difference of each run to the first one, on the same problems.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("first", metavar="RUN_A", help="the directory of an evaluation or a run")
+    parser.add_argument(
+        "others",
+        metavar="RUN_B",
+        nargs="+",
+        help="another; of a training run with :STEP, :best or :last (default) after it",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there too")
+    return parser
+
+
+def main(argv: Sequence[str], console: Console) -> None:
+    """Prints one table for each run after the first, and the problems that it gained and lost.
+
+    Raises ValueError where two runs cannot be compared.
+    """
+    arguments = _parser().parse_args(argv)
+    before, records = read_run(arguments.first), []
+    for other in arguments.others:
+        after = read_run(other)
+        check_pairs(arguments.first, other, before, after)
+        differences, macro = compare(before, after)
+        console.print(_table(arguments.first, other, differences, macro))
+        for name, difference in differences.items():
+            for label, problems in (("gained", difference.gained), ("lost", difference.lost)):
+                if problems:
+                    console.print(f"{name}, {label}: {', '.join(problems)}", soft_wrap=True)
+        records.append({"run": other, **_record(differences, macro)})
+    if arguments.json is not None:
+        text = json.dumps({"first": arguments.first, "others": records}, indent=2)
+        arguments.json.write_text(text + "\n")

@@ -1,0 +1,226 @@
+"""The paper's tables in small: statistics, the page and the figure, reruns, and one real run."""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench import paper_numbers, paper_tables
+from bench.paper_figures import draw_tables
+from bench.paper_markdown import PAPER_TABLES, document
+from bench.paper_plan import (
+    BASE,
+    LAPTOP,
+    SCALES,
+    Job,
+    Scale,
+    base_directory,
+    base_sha256,
+    quick,
+    sweep_runs,
+)
+from bench.paper_result import build_result, find_runs, rerun
+from bench.paper_runs import best_rates, make_jobs
+from bench.paper_stats import decode_counts, encode_counts, hierarchical_bootstrap
+
+ALL = (1, 2, 3, 4)
+Planted = Callable[[Job], dict[str, Any]]
+MICRO = replace(
+    quick(LAPTOP),
+    name="laptop",
+    num_steps=2,
+    batch_size=8,
+    num_problems=4,
+    sweep_problems=4,
+    main_seeds=(0,),
+    rates=(1e-4,),
+    rows=(BASE, "paint"),
+)
+
+
+# Statistics
+
+
+def test_counts_come_back_from_their_text() -> None:
+    correct = np.random.default_rng(0).random((50, 12)) < 0.5
+    text = encode_counts(correct)
+    assert len(text) == 50
+    assert decode_counts(text).tolist() == correct.sum(axis=1).tolist()
+
+
+def test_the_interval_of_two_values_by_hand() -> None:
+    """One of two problems gained: a resample holds it 0, 1 or 2 times, with 1/4, 1/2 and 1/4. The
+    same of two seeds."""
+    for shape in ((1, 2), (2, 1)):
+        row = np.array([1.0, 0.0]).reshape(shape)
+        assert hierarchical_bootstrap(row, np.zeros(shape)) == (0.5, 0.0, 1.0)
+
+
+def test_what_both_rows_share_does_not_widen_the_interval() -> None:
+    rng = np.random.default_rng(0)
+    row, reference = rng.random((2, 3, 40))
+    difficulty = 100 * rng.random(40) + 50 * rng.random((3, 1))
+    plain = hierarchical_bootstrap(row, reference)
+    shared = hierarchical_bootstrap(row + difficulty, reference + difficulty)
+    assert np.allclose(plain, shared, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("num_seeds", "seed_std", "lowest", "highest"), [(5, 0.02, 0.94, 1.0), (3, 0.03, 0.84, 0.95)]
+)
+def test_intervals_hold_the_truth_as_often_as_the_docstring_says(
+    num_seeds: int, seed_std: float, lowest: float, highest: float
+) -> None:
+    """Rows of equal accuracy on 256 problems with two answers each."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(200):
+        problems = rng.beta(4, 1.2, 256)
+        seeds = seed_std * rng.standard_normal((2, num_seeds, 1))
+        row, reference = rng.binomial(2, np.clip(problems + seeds, 0, 1)) / 2
+        _, low, high = hierarchical_bootstrap(row, reference, num_resamples=400)
+        held += low <= 0 <= high
+    assert lowest <= held / 200 <= highest
+
+
+# The result and its page
+
+
+@pytest.fixture
+def result(
+    bases: Path, tmp_path: Path, jobs_of: Callable[[Scale], list[Job]], planted_record: Planted
+) -> dict[str, Any]:
+    records = {job.run.run_id: planted_record(job) for job in jobs_of(LAPTOP)}
+    sweep = make_jobs(sweep_runs(LAPTOP, ALL), LAPTOP, {}, bases, tmp_path / "runs")
+    swept = {job.run.run_id: planted_record(job) for job in sweep}
+    _, choices = best_rates(LAPTOP, list(swept.values()))
+    described = [
+        {
+            "size": size,
+            "num_parameters": 1_000_000,
+            "num_steps": 1300,
+            "sha256": base_sha256(base_directory(bases, size)),
+        }
+        for size in LAPTOP.sizes
+    ]
+    return build_result(LAPTOP, ALL, described, records, choices, swept, 2)
+
+
+def row_of(result: dict[str, Any], table: int, setting: str) -> dict[str, Any]:
+    panel = next(panel for panel in result["tables"] if panel["table"] == table)
+    return next(row for row in panel["rows"] if row["setting"] == setting)
+
+
+def test_the_result_holds_what_its_numbers_come_from(result: dict[str, Any]) -> None:
+    assert json.loads(paper_tables.dump(result)) == json.loads(json.dumps(result))
+    assert len(result["runs"]) == 120 + 48
+    assert result["seconds"] == {"tables": 120 * 60.0, "learning_rates": 48 * 60.0}
+    row = row_of(result, 2, "opsd")
+    shares = [
+        decode_counts(run["evaluations"][-1]["correct"]).mean() / run["num_samples"]
+        for run in result["runs"]
+        if run["id"].startswith("small/opsd/") and run["seed"] < 3
+    ]
+    assert np.isclose(row["last"], np.mean(shares)) and len(row["last_by_seed"]) == 3
+    assert np.isclose(row["seed_std"], np.std(shares, ddof=1))
+    assert row["best"] >= row["last"]
+    for run in result["runs"]:
+        assert "/tmp" not in json.dumps(run), "a path of the machine"
+
+
+def test_planted_differences_are_found(result: dict[str, Any]) -> None:
+    to_base, to_opsd = row_of(result, 1, "paint")["differences"]
+    assert (to_base["reference"], to_opsd["reference"]) == (BASE, "opsd")
+    assert to_base["low"] < 0.2 < to_base["high"] and to_base["verdict"] == "above"
+    assert to_opsd["low"] < 0.1 < to_opsd["high"] and to_opsd["verdict"] == "above"
+    assert row_of(result, 3, "place-prefix")["differences"][0]["verdict"] == "below"
+    assert row_of(result, 1, BASE)["differences"] == []
+
+
+def test_the_page_shows_every_row_beside_the_papers(result: dict[str, Any]) -> None:
+    page = document(result, "paper-tables.png")
+    for rows in paper_numbers.TABLE_1.values():
+        assert all(f"{row[-1]} (Qwen3-" in page for row in rows.values())
+    assert "| prefix |" in page and "| 56.1 | -2.5 |" in page
+    assert "| 0.50 | 0.30 |" in page and "| 57.8 | -0.8 |" in page
+    assert "| 0.03 | 0.05 |" in page and "| 58.9 | -0.8 |" in page
+    assert "within noise" in page and "cannot say" in page and "Not a result" not in page
+    # What the paper does not have is not made up.
+    assert "| suffix, at a sentence's end |" in page
+    sentence = next(line for line in page.splitlines() if "sentence's end" in line)
+    assert sentence.endswith("| none | none |")
+    assert "**" in PAPER_TABLES["paper-tables", "rates"](result)
+    assert "Not a result" in document({**result, "quick": True}, "x.png")
+
+
+def test_the_figure_has_a_panel_a_table_and_base(result: dict[str, Any]) -> None:
+    figure = draw_tables(result)
+    panels = [axes for part in figure.subfigs for axes in part.axes]
+    assert [len(axes.get_yticks()) for axes in panels] == [4, 4, 4, 6, 4, 6]
+
+
+# Reruns
+
+
+def test_a_rerun_tells_equal_from_different(
+    result: dict[str, Any],
+    bases: Path,
+    tmp_path: Path,
+    planted_record: Planted,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bench.paper_result.perform_job", planted_record)
+    with ThreadPoolExecutor(1) as pool:
+        lines = rerun(result, "small/paint", bases, tmp_path, pool)
+        assert len(lines) == 5 and all(line.endswith("equal") for line in lines)
+        run = next(run for run in result["runs"] if run["id"] == "small/paint/seed-3")
+        last = run["evaluations"][-1]
+        # The same mean by other answers is not the same.
+        last["correct"] = last["correct"][::-1]
+        lines = rerun(result, "small/paint/seed-3", bases, tmp_path, pool)
+        assert len(lines) == 1 and lines[0].endswith("DIFFERS")
+
+
+def test_a_rerun_refuses_another_base_and_unknown_rows(
+    result: dict[str, Any], bases: Path, tmp_path: Path
+) -> None:
+    (bases / "small" / "model.safetensors").write_bytes(b"another")
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="--bases"):
+        rerun(result, "small/paint/seed-0", bases, tmp_path, pool)
+    with pytest.raises(ValueError, match="no run or row"):
+        find_runs(result, "small/pain")
+
+
+# One real run
+
+
+def test_a_micro_run_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep of one rate, the base and PAINT for two steps in a worker process, then one of them
+    again."""
+    monkeypatch.setitem(SCALES, "laptop", MICRO)
+    output = tmp_path / "micro.json"
+    shared = ["--workers", "1", "--bases", str(tmp_path), "--output", str(output)]
+    paper_tables.main([*shared, "--tables", "1", "--runs", str(tmp_path / "runs")])
+    made = json.loads(output.read_text())
+    assert [run["id"] for run in made["runs"]] == [
+        "small/base/seed-0",
+        "small/paint/seed-0",
+        "sweep/small/paint/rate-0.0001",
+    ]
+    assert [e["step"] for e in made["runs"][1]["evaluations"]] == [1, 2]
+    assert [e["step"] for e in made["runs"][2]["evaluations"]] == [2]
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    assert "PAINT" in output.with_suffix(".md").read_text()
+    before = output.read_text()
+    paper_tables.main([*shared, "--tables", "1", "--runs", str(tmp_path / "runs")])
+    assert output.read_text() == before
+    with pytest.raises(SystemExit) as stop:
+        paper_tables.main([*shared, "--rerun", "small/paint/seed-0"])
+    assert stop.value.code == 0 and "equal" in capsys.readouterr().out
