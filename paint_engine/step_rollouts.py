@@ -170,12 +170,24 @@ def with_advantages(config: Config, items: Sequence[PrivilegedRollout]) -> list[
     ]
 
 
+def groups(config: Config, items: Sequence[PrivilegedRollout]) -> list[Sequence[PrivilegedRollout]]:
+    """GRPO's groups, in the batch's order."""
+    size = config.grpo.group_size
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def has_equal_rewards(group: Sequence[PrivilegedRollout]) -> bool:
+    """Whether a group says nothing about which of its rollouts are better."""
+    return len({item.reward for item in group}) == 1
+
+
 def trained_rollouts(
     config: Config, items: Sequence[PrivilegedRollout]
 ) -> Sequence[PrivilegedRollout]:
     """Those that go through the models: all, or all whose group's rewards differ."""
     if config.objective.name == "grpo" and config.grpo.skip_zero_variance:
-        return [item for item in items if item.advantage != 0]
+        kept = [group for group in groups(config, items) if not has_equal_rewards(group)]
+        return [item for group in kept for item in group]
     return items
 
 
@@ -200,9 +212,6 @@ def rollout_metrics(config: Config, items: Sequence[PrivilegedRollout]) -> dict[
     if config.uses_teacher:
         metrics["mask_ratio"] = mean([item.mask_ratio for item in items])
     if config.objective.name == "grpo":
-        size = config.grpo.group_size
-        groups = [items[start : start + size] for start in range(0, count, size)]
-        equal = [len({item.reward for item in group}) == 1 for group in groups]
         metrics["reward"] = mean([item.reward for item in items])
-        metrics["zero_variance_groups"] = sum(equal)
+        metrics["zero_variance_groups"] = sum(map(has_equal_rewards, groups(config, items)))
     return metrics

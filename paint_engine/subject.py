@@ -20,10 +20,10 @@ from paint_engine.distributed import World
 from paint_engine.dry_run import meta_model
 from paint_engine.export import build_model, choose_checkpoint, find_base
 from paint_engine.model import (
-    pick_dtype,
     causal_lm,
     lm_head_weight,
     load_base,
+    pick_dtype,
     resolve_model,
 )
 from paint_engine.rollout import BuiltinEngine, RolloutEngine

@@ -14,7 +14,7 @@ from paint_engine.batch import build_batch
 from paint_engine.cli import load_config
 from paint_engine.distributed import World
 from paint_engine.metrics import read_jsonl
-from paint_engine.model import hidden_states
+from paint_engine.model import hidden_states, lm_head_weight
 from paint_engine.setup import Run, build_run
 
 Main = Callable[[Sequence[str]], int]
@@ -165,7 +165,7 @@ def test_a_trained_head_is_compared_with_the_teachers_own(
     command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = build_run(load_config([*command, "--lora.enabled", "false"]), WORLD)
-    initial = train.lm_head_weight(run.model).detach().clone()
+    initial = lm_head_weight(run.model).detach().clone()
     heads: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     original = objectives.paint
 
