@@ -207,6 +207,12 @@ def table_runs(scale: Scale, numbers: Sequence[int]) -> list[PlannedRun]:
     return sorted(runs, key=lambda run: (-scale.sizes.index(run.size), run.seed, run.setting))
 
 
+def needed_sizes(scale: Scale, numbers: Sequence[int]) -> tuple[str, ...]:
+    """The bases of these tables' runs, in the scale's order."""
+    used = {run.size for run in table_runs(scale, numbers)}
+    return tuple(size for size in scale.sizes if size in used)
+
+
 def sweep_runs(scale: Scale, numbers: Sequence[int]) -> list[PlannedRun]:
     """Every learning rate of the grid, for each recipe and size that the tables need."""
     needed = {(run.size, run.recipe) for run in table_runs(scale, numbers) if run.setting != BASE}

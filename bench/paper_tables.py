@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.paper_markdown import document
-from bench.paper_plan import SCALES, TABLES, Scale, quick, sweep_runs, table_runs
+from bench.paper_plan import (
+    SCALES,
+    TABLES,
+    Scale,
+    needed_sizes,
+    quick,
+    sweep_runs,
+    table_runs,
+)
 from bench.paper_result import build_result, rerun
 from bench.paper_runs import describe_bases, make_bases, make_pool, run_tables
 
@@ -62,10 +70,11 @@ def make_tables(arguments: argparse.Namespace, scale: Scale, num_workers: int) -
     directory = arguments.runs or Path("runs") / f"paper-tables-{scale.name}"
     suffix = "" if scale.name == "laptop" else f"-{scale.name}"
     output: Path = arguments.output or RESULTS / f"paper-tables{suffix}.json"
-    make_bases(scale.sizes, arguments.bases)
+    sizes = needed_sizes(scale, numbers)
+    make_bases(sizes, arguments.bases)
     with make_pool(num_workers, on_gpus=arguments.scale == "gpu") as pool:
         records, choices, swept = run_tables(scale, numbers, arguments.bases, directory, pool)
-    bases = describe_bases(scale.sizes, arguments.bases)
+    bases = describe_bases(sizes, arguments.bases)
     result = build_result(scale, numbers, bases, records, choices, swept, num_workers)
     write(result, output)
     return output
