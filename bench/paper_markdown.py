@@ -1,10 +1,11 @@
 """The paper's tables in small as Markdown: pure functions of `paper-tables*.json`."""
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 from bench.paper_numbers import ABLATIONS, TABLE_1, paper_difference
-from bench.tables import Result, made_by, markdown
+from bench.tables import Result, markdown
 
 LABELS = {
     "base": "no update",
@@ -17,26 +18,14 @@ LABELS = {
     "place-random": "random span",
     "place-sentence_suffix": "suffix, at a sentence's end",
 }
+TITLES = {
+    1: "recipes",
+    2: "how much of the solution is hidden",
+    3: "what part of it is hidden",
+    4: "strength and budget of the interpolation",
+}
 NOT_IN_PAPER = "none"
-LIMITS = (
-    "What this can say: whether each recipe, from its preset at equal base, steps and rollouts, "
-    "improves a small model that often slips, and how large a difference between settings has to "
-    "be to show here. What it cannot say: which of the paper's rows is best on competition "
-    "mathematics. The models have a million parameters, the problems are word problems of one "
-    "domain, and the small base with a solution in its prompt is right some 82% of the time, "
-    "which bounds what it can teach: recipes that come near that cannot be told apart. That base "
-    "also draws on the presence of a reference more than on its contents, so that it hardly tells "
-    "mask ratios and placements apart (docs/decisions.md). SFT has clean solutions where the base "
-    "has learned to slip, which favours it here and not in the paper. The paper's figures have "
-    "other models and problems, and stand beside ours for their sign and order alone. Intervals "
-    "are 95%, by a bootstrap over problems and seeds, both rows of a difference drawn together. "
-    "With three to five seeds their part of it is rough: the intervals are too narrow where seeds "
-    "differ much, and too wide where they differ little, since the chance in single answers is "
-    "drawn twice. There are many rows and no correction for that: about one in twenty intervals "
-    "misses the truth. *Best* is the better of a run's evaluations on the test problems "
-    "themselves, and so flatters; *last* is the one to read."
-)
-QUICK = "**A quick version:** one size, two seeds, half the steps. Not a result."
+QUICK = "**A quick version:** one base, two seeds, half the steps, some rows. Not a result."
 
 
 def percent(value: float) -> str:
@@ -83,9 +72,10 @@ def backbone_index(result: Result, size: str) -> int:
 
 
 def recipes_table(result: Result) -> str:
-    """Table 1: a panel for each size of the base, the paper's macro averages beside it."""
+    """Table 1: a panel for each size of the base, the paper's macro averages beside it; then PAINT
+    against OPSD."""
     header = ["base", "recipe", "last", "best", "s.d. of seeds", "to no update", "verdict"]
-    header += ["PAINT to OPSD", "verdict", "learning rate", "paper", "paper's difference"]
+    header += ["learning rate", "paper", "paper's difference"]
     lines = []
     for panel in panels_of(result, 1):
         index = backbone_index(result, panel["size"])
@@ -100,13 +90,36 @@ def recipes_table(result: Result) -> str:
                     LABELS[setting],
                     *accuracy_cells(row),
                     *difference_cells(row, "base"),
-                    *difference_cells(row, "opsd"),
                     "" if rate is None else f"{rate:g}",
                     f"{TABLE_1[backbone][setting][-1]} ({backbone})",
                     "" if is_base else points(paper),
                 ]
             )
-    return f"{markdown(header, lines)}\n\n{caption(result, 1)}"
+    parts = [markdown(header, lines), against_opsd_table(result), caption(result, 1)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def against_opsd_table(result: Result) -> str:
+    """What PAINT's two parts add, at each size of the base; empty where a row is not shown."""
+    header = ["PAINT against OPSD", "OPSD, last", "PAINT, last", "difference", "verdict"]
+    header += ["difference of best", "paper's difference"]
+    lines = []
+    for panel in panels_of(result, 1):
+        rows = {row["setting"]: row for row in panel["rows"]}
+        if "opsd" not in rows or "paint" not in rows:
+            continue
+        index = backbone_index(result, panel["size"])
+        paper = points(paper_difference(1, index, "paint", "opsd"))
+        lines.append(
+            [
+                base_names(result)[panel["size"]],
+                *(percent(rows[name]["last"]) for name in ("opsd", "paint")),
+                *difference_cells(rows["paint"], "opsd"),
+                points(100 * (rows["paint"]["best"] - rows["opsd"]["best"])),
+                f"{paper} ({list(TABLE_1)[index]})",
+            ]
+        )
+    return markdown(header, lines) if lines else ""
 
 
 def ablation_table(result: Result, table: int, label: Callable[[str], list[str]]) -> str:
@@ -159,14 +172,40 @@ def blend_label(setting: str) -> list[str]:
 
 
 def caption(result: Result, table: int) -> str:
+    """What a table's figures are: budget, samples, seeds, the paper's benchmark, the machine."""
     scale, panels = result["scale"], panels_of(result, table)
     of = "macro Avg@12" if table == 1 else "AIME 2024 Avg@12 of Qwen3-1.7B"
     base = "" if table == 1 else f"{base_names(result)[panels[0]['size']]}; "
+    num_seeds, most = len(panels[0]["seeds"]), len(scale["main_seeds"])
+    fewer = table in (2, 4) and num_seeds < most
+    shared = f" Rows that Table 1 has too are of the first {num_seeds} seeds here." * fewer
     return (
         f"{QUICK + ' ' if result['quick'] else ''}Avg@{scale['num_samples']} on "
-        f"{scale['num_problems']} held-out problems, mean of {len(panels[0]['seeds'])} seeds; "
+        f"{scale['num_problems']} held-out problems, mean of {num_seeds} seeds; "
         f"{base}{scale['num_steps']} steps of {scale['batch_size']} rollouts or solutions. "
-        f"Differences in points, with 95% intervals. Paper: {of}. On {made_by(result)}"
+        "Differences in points between last accuracies, with 95% intervals, which reach some "
+        f"{half_width(panels):.1f} points to either side: smaller ones hardly show.{shared} "
+        f"Paper: {of}. {made_by(result)}"
+    )
+
+
+def half_width(panels: list[dict[str, Any]]) -> float:
+    """Points: the median over the panels' differences."""
+    found = [d for panel in panels for row in panel["rows"] for d in row["differences"]]
+    return 50 * statistics.median(d["high"] - d["low"] for d in found)
+
+
+def made_by(result: Result) -> str:
+    """Device, library versions, commits and command."""
+    versions = ", ".join(
+        f"{name} {version}" for name, version in result["versions"].items() if name != "python"
+    )
+    commits = ", ".join(
+        f"{commit[:10]}{'+changes' * commit.endswith('+changes')}" for commit in result["commits"]
+    )
+    return (
+        f"One thread a run, on {result['device']}; {versions}; at {commits}; "
+        f"by `{result['command']}`."
     )
 
 
@@ -175,36 +214,95 @@ def rates_table(result: Result) -> str:
     rates = result["scale"]["rates"]
     header = ["base", "recipe", *(f"{rate:g}" for rate in rates), "at the grid's edge"]
     lines = []
-    for choice in result["learning_rates"]:
+    order = [*result["scale"]["sizes"]], [*LABELS]
+    choices = sorted(
+        result["learning_rates"],
+        key=lambda choice: (order[0].index(choice["size"]), order[1].index(choice["recipe"])),
+    )
+    for choice in choices:
         tried = {entry["rate"]: percent(entry["avg_at_k"]) for entry in choice["tried"]}
         cells = [f"**{tried[r]}**" if r == choice["chosen"] else tried[r] for r in rates]
         edge = "yes" if choice["at_grid_edge"] else ""
         lines.append([choice["size"], LABELS[choice["recipe"]], *cells, edge])
     scale = result["scale"]
+    answers = scale["sweep_problems"] * scale["sweep_samples"]
     text = (
-        f"Avg@{scale['sweep_samples']} on {scale['sweep_problems']} validation problems, one seed "
-        "that no table uses. Where the best is at the grid's edge, a better one may lie beyond it."
+        f"Avg@{scale['sweep_samples']} on {scale['sweep_problems']} validation problems after "
+        f"{scale['num_steps']} steps, one seed that no table uses; the highest is taken, the lower "
+        f"rate of equals. An accuracy near 75% from {answers} answers is known to some "
+        f"{1.96 * (75 * 25 / answers) ** 0.5:.0f} points, so that rates closer than that were "
+        "chosen between by chance."
     )
     return f"{markdown(header, lines)}\n\n{text}"
 
 
+READING = """\
+The rows of a table start from the same base and take the same number of steps with the same number
+of rollouts (SFT: solutions).
+
+- *last*: accuracy on held-out problems after the last step, mean over seeds. The one to read.
+- *best*: of each run's evaluations the better, chosen on the test problems themselves, so that it
+  flatters. The paper speaks of best checkpoints.
+- *s.d. of seeds*: how far one seed's last accuracy lies from another's.
+- A difference is between last accuracies, in points, with its 95% interval. Both rows have the same
+  problems and seeds, which are drawn together.
+- *verdict*: "above" or "below" where the interval leaves 0 out. "Within noise" where it does not:
+  these runs do not tell the two apart, which is not to say that they are equal.
+- *paper*: the paper's own figures, of other models on other problems and printed without intervals.
+  They stand here for sign and order, not for size."""
+
+
+LIMITS = """\
+**What this can say:** whether each recipe, from its preset and at an equal budget, improves a small
+model that often slips; and how large a difference between settings has to be to show here.
+
+**What it cannot say:** which of the paper's rows is best on competition mathematics.
+
+- The models have {models} million parameters, and the problems are word problems of one domain.
+- OPSD and PAINT are bounded by their teacher, the base with a solution in its prompt: recipes that
+  come near it cannot be told apart.{small}
+- SFT learns clean solutions where the base has learned to slip, which favours it here and not in
+  the paper.
+- Equal rollouts are not equal problems: GRPO takes a group of 8 to learn from one, and so sees
+  {groups} problems a step where the others see {batch}. The paper's GRPO had longer rollouts and a
+  longer horizon.
+- Each learning rate was chosen on one seed, among the few of the grid. Where the chosen one is at
+  the grid's edge, a better one may lie beyond it.
+
+**The intervals** are by a bootstrap over problems and seeds. With {seeds} seeds the
+seeds' part of them is rough: too narrow where seeds differ much, too wide where they differ little,
+since the chance in single answers enters more than once (bench/paper_stats.py has the coverage).
+Nothing corrects for the number of rows: about one interval in twenty misses the truth."""
+OF_SMALL = """
+  The small base also draws on the presence of a solution more than on its contents, and so hardly
+  tells mask ratios and placements apart (docs/decisions.md)."""
+
+
 def limits_text(result: Result) -> str:
     """What the tables can and cannot say, and what they took."""
-    seconds = result["seconds"]
-    hours = sum(seconds.values()) / 3600
-    runs = len(result["runs"])
-    took = (
-        f"{runs} runs took {hours:.1f} hours of one core each, of them "
-        f"{seconds['learning_rates'] / 3600:.1f} for the learning rates; with "
-        f"{result['num_workers']} workers that is {60 * hours / result['num_workers']:.0f} minutes."
+    sizes = [f"{base['num_parameters'] / 1e6:.1f}" for base in result["bases"]]
+    scale = result["scale"]
+    num_seeds = sorted({len(scale[name]) for name in ("ablation_seeds", "main_seeds")})
+    text = LIMITS.format(
+        models=" to ".join(dict.fromkeys((sizes[0], sizes[-1]))),
+        small=OF_SMALL if "small" in scale["sizes"] else "",
+        groups=scale["batch_size"] // 8,
+        batch=scale["batch_size"],
+        seeds=" to ".join(map(str, num_seeds)),
     )
-    edges = [
-        f"{LABELS[c['recipe']]} on the {c['size']} base"
-        for c in result["learning_rates"]
-        if c["at_grid_edge"]
-    ]
-    edge = f" The chosen learning rate is at the grid's edge for {', '.join(edges)}." * bool(edges)
-    return f"{LIMITS}\n\n{took}{edge}"
+    return f"{text}\n\n{took(result)}"
+
+
+def took(result: Result) -> str:
+    """The time of all runs."""
+    seconds, workers = result["seconds"], result["num_workers"]
+    hours = sum(seconds.values()) / 3600
+    rates = seconds["learning_rates"] / 3600
+    return (
+        f"**Time:** {len(result['runs'])} runs took {hours:.1f} hours of one worker each, "
+        f"{rates:.1f} of them for the learning rates; {workers} at a time, that is "
+        f"{60 * hours / workers:.0f} minutes. The pretraining of the bases is not counted."
+    )
 
 
 PAPER_TABLES: dict[tuple[str, str], Callable[[Result], str]] = {
@@ -213,6 +311,7 @@ PAPER_TABLES: dict[tuple[str, str], Callable[[Result], str]] = {
     ("paper-tables", "3"): lambda result: ablation_table(result, 3, placement_label),
     ("paper-tables", "4"): lambda result: ablation_table(result, 4, blend_label),
     ("paper-tables", "rates"): rates_table,
+    ("paper-tables", "reading"): lambda result: READING,
     ("paper-tables", "limits"): limits_text,
 }
 """for `bench.tables.fill`, by the result's own name and the view that a marker asks for"""
@@ -221,7 +320,8 @@ PAPER_TABLES: dict[tuple[str, str], Callable[[Result], str]] = {
 def document(result: Result, figure: str) -> str:
     """All of it as one page, with the figure's file name in it."""
     numbers = sorted({panel["table"] for panel in result["tables"]})
-    views = [(f"## Table {n}", str(n)) for n in numbers]
+    views = [("## How to read them", "reading")]
+    views += [(f"## Table {n}: {TITLES[n]}", str(n)) for n in numbers]
     views += [("## Learning rates", "rates"), ("## What this can and cannot say", "limits")]
     parts = [f"{title}\n\n{PAPER_TABLES['paper-tables', view](result)}" for title, view in views]
     picture = f"![Differences with their intervals, and the paper's]({figure})"

@@ -117,7 +117,12 @@ def rerun(result: Record, run_id: str, bases: Path, directory: Path, pool: Execu
     hashes = {base["size"]: base["sha256"] for base in result["bases"]}
     jobs = []
     for run in find_runs(result, run_id):
-        old, base = recorded[run.run_id], base_directory(bases, run.size)
+        old, base = recorded[run.run_id], base_directory(bases, run.size).resolve()
+        if not (base / "model.safetensors").exists():
+            raise ValueError(
+                f"{run.run_id}: no base in {base}; needs the {run.size} one; give its place by "
+                "--bases, or choose a row of the bundled size"
+            )
         job = Job(run, scale_of(result), old["learning_rate"], base, directory / run.run_id)
         now = job.settings
         if now["base_sha256"] != hashes[run.size] or now["overrides"] != old["overrides"]:

@@ -60,9 +60,9 @@ def stored(job: Job) -> Record | None:
 
 
 def start_worker(devices: "Queue[str] | None") -> None:
-    """One thread, so that sums are added in one order on every machine, and a GPU of its own.
+    """One thread, so that sums are added in one order at any number of cores, and its GPU.
 
-    devices: one number a worker, to be taken; None for CPUs.
+    devices: a GPU for each worker, to be taken; None for CPUs.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -80,13 +80,25 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name here: all GPUs, or those that it already leaves."""
+    import torch
+
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is not None:
+        return allowed.split(",")[: torch.cuda.device_count()]
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
 def make_pool(num_workers: int, *, on_gpus: bool) -> ProcessPoolExecutor:
+    """Workers of one thread each, and of one GPU each where there are as many."""
     context = multiprocessing.get_context("spawn")
     devices = None
     if on_gpus:
         devices = context.Queue()
+        visible = visible_gpus()
         for index in range(num_workers):
-            devices.put(str(index))
+            devices.put(visible[index % len(visible)])
     return ProcessPoolExecutor(num_workers, context, initializer=start_worker, initargs=(devices,))
 
 

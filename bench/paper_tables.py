@@ -26,7 +26,7 @@ from bench.paper_plan import (
     table_runs,
 )
 from bench.paper_result import build_result, rerun
-from bench.paper_runs import describe_bases, make_bases, make_pool, run_tables
+from bench.paper_runs import describe_bases, make_bases, make_pool, run_tables, visible_gpus
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -54,22 +54,26 @@ def list_runs(scale: Scale, numbers: Sequence[int]) -> list[str]:
 def default_workers(scale: Scale) -> int:
     if not scale.name.startswith("gpu"):
         return 2
-    import torch
-
-    if not torch.cuda.is_available():
+    num_gpus = len(visible_gpus())
+    if num_gpus == 0:
         raise ValueError(
-            f"--scale gpu: {torch.cuda.device_count()} GPUs here; needs one or more, a worker "
-            "each; use --scale laptop, or --list to see the runs"
+            "--scale gpu: no GPU here; needs one or more, a worker each; use --scale laptop, or "
+            "--list to see the runs"
         )
-    return torch.cuda.device_count()
+    return num_gpus
+
+
+def output_path(arguments: argparse.Namespace, scale: Scale) -> Path:
+    """The result file: of the tables that are made, or of those that a rerun is compared with."""
+    suffix = "" if scale.name == "laptop" else f"-{scale.name}"
+    return arguments.output or RESULTS / f"paper-tables{suffix}.json"
 
 
 def make_tables(arguments: argparse.Namespace, scale: Scale, num_workers: int) -> Path:
     """Everything that is missing, then the result file."""
     numbers = tuple(sorted(set(arguments.tables)))
     directory = arguments.runs or Path("runs") / f"paper-tables-{scale.name}"
-    suffix = "" if scale.name == "laptop" else f"-{scale.name}"
-    output: Path = arguments.output or RESULTS / f"paper-tables{suffix}.json"
+    output = output_path(arguments, scale)
     sizes = needed_sizes(scale, numbers)
     make_bases(sizes, arguments.bases)
     with make_pool(num_workers, on_gpus=arguments.scale == "gpu") as pool:
@@ -99,13 +103,23 @@ def dump(result: dict[str, Any]) -> str:
     return f'{json.dumps(head, indent=1)[:-2]},\n "runs": [\n{runs}\n ]\n}}\n'
 
 
-def rerun_from(arguments: argparse.Namespace, num_workers: int) -> int:
-    """The exit status: 1 where a run's answers are not those of the result."""
-    output = arguments.output or RESULTS / "paper-tables.json"
+def rerun_from(arguments: argparse.Namespace, scale: Scale, num_workers: int) -> int:
+    """The exit status: 1 where a run's answers are not those of the result.
+
+    Raises ValueError where there is no result of this scale.
+    """
+    output = output_path(arguments, scale)
+    if not output.exists():
+        raise ValueError(f"--rerun: {output} is not there; needs a result; make the tables first")
     result = json.loads(output.read_text())
+    if result["scale"]["name"] != scale.name:
+        raise ValueError(
+            f"--rerun: {output} is of the scale {result['scale']['name']}, not {scale.name}; "
+            "needs the --scale and --quick that it was made with"
+        )
     with (
         tempfile.TemporaryDirectory() as directory,
-        make_pool(num_workers, on_gpus=result["scale"]["name"].startswith("gpu")) as pool,
+        make_pool(num_workers, on_gpus=arguments.scale == "gpu") as pool,
     ):
         lines = rerun(result, arguments.rerun, arguments.bases, Path(directory), pool)
     print("\n".join(lines))
@@ -119,9 +133,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(list_runs(scale, arguments.tables)))
         return
     try:
-        num_workers = arguments.workers or default_workers(scale)
+        default = default_workers(scale)
+        num_workers = arguments.workers or default
         if arguments.rerun:
-            sys.exit(rerun_from(arguments, num_workers))
+            sys.exit(rerun_from(arguments, scale, num_workers))
         print(f"wrote {make_tables(arguments, scale, num_workers)}")
     except (ValueError, RuntimeError) as failure:
         sys.exit(f"error: {failure}")

@@ -132,7 +132,7 @@ def _train_tiny_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def model_config(tokenizer: PreTrainedTokenizerBase, size: str = "small") -> Qwen3Config:
-    """Qwen3's architecture at 0.9, 1.4 or 1.9 million parameters, or at 10, 30 or 100 million."""
+    """Qwen3's architecture at 0.9, 1.3 or 1.9 million parameters, or at 10, 30 or 100 million."""
     shape = SIZES[size]
     stop, padding = tokenizer.encode("<|im_end|><|endoftext|>")
     return Qwen3Config(

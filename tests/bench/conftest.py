@@ -54,7 +54,7 @@ def planted_record(job: Job) -> dict[str, Any]:
 
 @pytest.fixture
 def bases(tmp_path: Path) -> Path:
-    for size in ("small", "large"):
+    for size in ("small", "medium", "large"):
         directory = tmp_path / "bases" / size
         directory.mkdir(parents=True)
         (directory / "model.safetensors").write_bytes(size.encode())

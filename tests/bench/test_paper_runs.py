@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bench.paper_plan import BASE, LAPTOP, Job, Scale, quick, table_runs
-from bench.paper_runs import RESULT, best_rates, run_missing
+from bench.paper_runs import RESULT, best_rates, make_pool, run_missing, visible_gpus
 
 LAST = {"step": 20, "avg_at_k": 0.5}
 PERFORMED: list[str] = []
@@ -62,6 +62,40 @@ def test_a_stored_run_with_other_settings_is_made_again(
             jobs = jobs_of(one)
             run_missing(jobs, pool, perform=stub, say=lambda text: None)
             assert len(PERFORMED) == made
+
+
+def test_a_stored_run_of_another_base_is_made_again(
+    jobs_of: Callable[[Scale], list[Job]], tmp_path: Path
+) -> None:
+    PERFORMED.clear()
+    scale = replace(LAPTOP, sizes=("small", "large"), rows=(BASE,), main_seeds=(0,))
+    jobs = jobs_of(scale)
+    with ThreadPoolExecutor(1) as pool:
+        run_missing(jobs, pool, perform=stub, say=lambda text: None)
+        (tmp_path / "bases" / "large" / "model.safetensors").write_bytes(b"trained anew")
+        run_missing(jobs, pool, perform=stub, say=lambda text: None)
+    assert PERFORMED == ["large/base/seed-0", "small/base/seed-0", "large/base/seed-0"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "count", "expected"), [(None, 2, ["0", "1"]), ("4,6", 2, ["4", "6"]), ("", 0, [])]
+)
+def test_workers_keep_to_the_gpus_that_they_may_use(
+    monkeypatch: pytest.MonkeyPatch, allowed: str | None, count: int, expected: list[str]
+) -> None:
+    if allowed is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    assert visible_gpus() == expected
+
+
+def test_more_workers_than_gpus_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.paper_runs.visible_gpus", lambda: ["6"])
+    with make_pool(2, on_gpus=True) as pool:
+        found = [pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES") for _ in range(2)]
+        assert [future.result() for future in found] == ["6", "6"]
 
 
 KILLED_SCRIPT = """

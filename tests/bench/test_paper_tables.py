@@ -12,10 +12,11 @@ import pytest
 
 from bench import paper_numbers, paper_tables
 from bench.paper_figures import draw_tables
-from bench.paper_markdown import PAPER_TABLES, document
+from bench.paper_markdown import LABELS, PAPER_TABLES, against_opsd_table, document
 from bench.paper_plan import (
     BASE,
     LAPTOP,
+    RECIPES,
     SCALES,
     Job,
     Scale,
@@ -27,6 +28,7 @@ from bench.paper_plan import (
 from bench.paper_result import build_result, find_runs, rerun
 from bench.paper_runs import best_rates, make_jobs
 from bench.paper_stats import decode_counts, encode_counts, hierarchical_bootstrap
+from bench.plots import COLOURS
 
 ALL = (1, 2, 3, 4)
 Planted = Callable[[Job], dict[str, Any]]
@@ -118,8 +120,8 @@ def row_of(result: dict[str, Any], table: int, setting: str) -> dict[str, Any]:
 
 def test_the_result_holds_what_its_numbers_come_from(result: dict[str, Any]) -> None:
     assert json.loads(paper_tables.dump(result)) == json.loads(json.dumps(result))
-    assert len(result["runs"]) == 120 + 48
-    assert result["seconds"] == {"tables": 120 * 60.0, "learning_rates": 48 * 60.0}
+    assert len(result["runs"]) == 120 + 36
+    assert result["seconds"] == {"tables": 120 * 60.0, "learning_rates": 36 * 60.0}
     row = row_of(result, 2, "opsd")
     shares = [
         decode_counts(run["evaluations"][-1]["correct"]).mean() / run["num_samples"]
@@ -151,17 +153,77 @@ def test_the_page_shows_every_row_beside_the_papers(result: dict[str, Any]) -> N
     assert "| 0.03 | 0.05 |" in page and "| 58.9 | -0.8 |" in page
     assert "within noise" in page and "cannot say" in page and "Not a result" not in page
     # What the paper does not have is not made up.
-    assert "| suffix, at a sentence's end |" in page
-    sentence = next(line for line in page.splitlines() if "sentence's end" in line)
+    sentence = next(line for line in page.splitlines() if "| suffix, at a sentence's end" in line)
     assert sentence.endswith("| none | none |")
-    assert "**" in PAPER_TABLES["paper-tables", "rates"](result)
     assert "Not a result" in document({**result, "quick": True}, "x.png")
+
+
+def test_the_rates_are_shown_as_they_were_chosen(result: dict[str, Any]) -> None:
+    """The best in bold, the grid's edges flagged, and each in its recipe's row of Table 1."""
+    rates = LAPTOP.rates
+    lines = PAPER_TABLES["paper-tables", "rates"](result).splitlines()[2:]
+    choices = {(c["size"], c["recipe"]): c for c in result["learning_rates"]}
+    expected = [(size, recipe) for size in LAPTOP.sizes for recipe in RECIPES]
+    for line, pair in zip(lines, expected, strict=False):
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        assert cells[:2] == [pair[0], LABELS[pair[1]]]
+        bold = [rate for rate, cell in zip(rates, cells[2:5], strict=True) if "**" in cell]
+        assert bold == [choices[pair]["chosen"]]
+        assert cells[5] == ("yes" if bold[0] in (rates[0], rates[-1]) else "")
+    table = PAPER_TABLES["paper-tables", "1"](result)
+    recipe = next(line for line in table.splitlines() if "| GRPO |" in line)
+    # The planted runs were made at this rate, whatever the planted sweep chose.
+    assert "| 0.0001 |" in recipe
+
+
+def test_paint_stands_against_opsd_beside_the_papers_gains(result: dict[str, Any]) -> None:
+    """The gains that the paper's text names: 1.1 points on 1.7B, 0.8 on 4B, 2.1 on 8B."""
+    lines = against_opsd_table(result).splitlines()[2:]
+    gains = ("+1.1 (Qwen3-1.7B)", "+0.8 (Qwen3-4B)", "+2.1 (Qwen3-8B)")
+    assert [line.split(" | ")[-1] for line in lines] == [f"{gain} |" for gain in gains]
+    panel = next(panel for panel in result["tables"] if panel["size"] == "small")
+    rows = {row["setting"]: row for row in panel["rows"]}
+    cells = lines[0].split(" | ")
+    assert cells[1:3] == [f"{rows[name]['last']:.1%}" for name in ("opsd", "paint")]
+    gained = {key: 100 * (rows["paint"][key] - rows["opsd"][key]) for key in ("last", "best")}
+    assert cells[3].startswith(f"{gained['last']:+.1f} (") and cells[4] == "above"
+    assert cells[5] == f"{gained['best']:+.1f}"
+
+
+def test_a_page_of_some_tables_has_only_these(
+    jobs_of: Callable[[Scale], list[Job]], planted_record: Planted
+) -> None:
+    records = {job.run.run_id: planted_record(job) for job in jobs_of(LAPTOP)}
+    described = [{"size": "small", "num_parameters": 886_144, "num_steps": 1, "sha256": "0"}]
+    result = build_result(LAPTOP, (2, 3), described, records, [], {}, 2)
+    page = document(result, "x.png")
+    assert "## Table 2" in page and "## Table 3" in page and "## Table 1" not in page
+    assert "models have 0.9 million parameters" in page
+    assert "first 3 seeds here" in page.split("## Table 3")[0]
+    draw_tables(result)
 
 
 def test_the_figure_has_a_panel_a_table_and_base(result: dict[str, Any]) -> None:
     figure = draw_tables(result)
     panels = [axes for part in figure.subfigs for axes in part.axes]
-    assert [len(axes.get_yticks()) for axes in panels] == [4, 4, 4, 6, 4, 6]
+    assert [len(axes.get_yticks()) for axes in panels] == [5, 5, 5, 6, 4, 6]
+
+
+def test_the_figure_draws_intervals_and_the_papers_marks(result: dict[str, Any]) -> None:
+    """Table 3's panel: a line and a mark of our own a row, coloured by the verdict."""
+    figure = draw_tables(result)
+    axes = figure.subfigs[1].axes[1]
+    rows = [row for panel in result["tables"] if panel["table"] == 3 for row in panel["rows"]]
+    differences = [difference for row in rows for difference in row["differences"]]
+    lines = [line for line in axes.lines if line.get_linewidth() == 2]
+    for line, found in zip(lines, differences, strict=True):
+        ends = np.asarray(line.get_xdata())
+        assert ends.tolist() == [100 * found["low"], 100 * found["high"]]
+        colour = "floor" if found["verdict"] == "within noise" else "ours"
+        assert line.get_color() == COLOURS[colour]
+    marks = [line for line in axes.lines if line.get_marker() == "D"]
+    positions = [float(np.asarray(mark.get_xdata())[0]) for mark in marks]
+    assert np.allclose(positions, [-2.5, -0.8, -1.4])
 
 
 # Reruns
@@ -189,11 +251,25 @@ def test_a_rerun_tells_equal_from_different(
 def test_a_rerun_refuses_another_base_and_unknown_rows(
     result: dict[str, Any], bases: Path, tmp_path: Path
 ) -> None:
-    (bases / "small" / "model.safetensors").write_bytes(b"another")
-    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="--bases"):
-        rerun(result, "small/paint/seed-0", bases, tmp_path, pool)
+    (bases / "medium" / "model.safetensors").write_bytes(b"another")
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="check --bases"):
+        rerun(result, "medium/paint/seed-0", bases, tmp_path, pool)
     with pytest.raises(ValueError, match="no run or row"):
         find_runs(result, "small/pain")
+    (bases / "large" / "model.safetensors").unlink()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="no base in"):
+        rerun(result, "large/paint", bases, tmp_path, pool)
+
+
+def test_a_rerun_is_compared_with_the_result_of_its_scale(
+    result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paper_tables, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match=r"paper-tables-laptop-quick\.json is not there"):
+        paper_tables.main(["--rerun", "small/paint", "--quick"])
+    (tmp_path / "paper-tables-laptop-quick.json").write_text(paper_tables.dump(result))
+    with pytest.raises(SystemExit, match="of the scale laptop, not laptop-quick"):
+        paper_tables.main(["--rerun", "small/paint", "--quick"])
 
 
 # One real run
