@@ -299,7 +299,7 @@ def took(result: Result) -> str:
     hours = sum(seconds.values()) / 3600
     rates = seconds["learning_rates"] / 3600
     return (
-        f"**Time:** {len(result['runs'])} runs took {hours:.1f} hours of one worker each, "
+        f"**Time:** {len(result['runs'])} runs took {hours:.1f} hours of a processor core, "
         f"{rates:.1f} of them for the learning rates; {workers} at a time, that is "
         f"{60 * hours / workers:.0f} minutes. The pretraining of the bases is not counted."
     )

@@ -40,23 +40,10 @@ def evaluate(
     finished: dict[int, EvalSample] = {}
 
     def check(indices: list[int], completions: list[Completion]) -> None:
-        group = []
         for index, completion in zip(indices, completions, strict=True):
             i, j = requests[index]
-            rollout = to_rollout(tokenizer, problems[i], prompts[i], completion)
-            verdict = check_answer(problems[i].answer, rollout.text)
-            finished[index] = EvalSample(
-                problems[i].problem_id,
-                j,
-                rollout.text,
-                len(rollout.completion_ids),
-                verdict.extracted,
-                verdict.correct,
-                rollout.truncated,
-                verdict.error,
-            )
-            group.append(finished[index])
-        on_samples(group)
+            finished[index] = _checked(tokenizer, problems[i], prompts[i], j, completion)
+        on_samples([finished[index] for index in indices])
 
     engine.generate(
         [prompts[i] for i, _ in requests],
@@ -66,3 +53,24 @@ def evaluate(
         on_batch=check,
     )
     return [finished[index] for index in range(len(requests))]
+
+
+def _checked(
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    prompt: tuple[int, ...],
+    sample_index: int,
+    completion: Completion,
+) -> EvalSample:
+    rollout = to_rollout(tokenizer, problem, prompt, completion)
+    verdict = check_answer(problem.answer, rollout.text)
+    return EvalSample(
+        problem.problem_id,
+        sample_index,
+        rollout.text,
+        len(rollout.completion_ids),
+        verdict.extracted,
+        verdict.correct,
+        rollout.truncated,
+        verdict.error,
+    )

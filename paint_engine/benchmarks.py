@@ -1,7 +1,9 @@
 """Held-out problems by name, by Hugging Face id or by file, with the prompts of an evaluation."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -63,6 +65,12 @@ def _parse(entry: str, text: str) -> Benchmark:
         raise ValueError(
             f"--benchmarks {text}: got an empty entry; needs names with commas between them, of "
             f"{', '.join(b.name for b in KNOWN)}, files or data set ids: aime24,data/mine.jsonl"
+        )
+    near = get_close_matches(source.lower(), [benchmark.name for benchmark in KNOWN], cutoff=0.7)
+    if near and not re.search("[:/]", source) and not Path(source).exists():
+        raise ValueError(
+            f"--benchmarks {text}: no benchmark and no file is called {source!r}; did you mean "
+            f"{near[0]}? A data set of that id goes as {source}:SPLIT"
         )
     path, split = source, _DEFAULT_SPLIT
     if ":" in source and not Path(source).is_file():

@@ -114,12 +114,17 @@ def check_pairs(first: str, other: str, before: Evaluations, after: Evaluations)
             )
 
 
-def _rates(evaluation: Evaluation) -> tuple[list[str], np.ndarray]:
-    """The problems' ids in the order of their fingerprints, and of each the share of samples that
-    are correct."""
+def _rates(evaluation: Evaluation, order: Evaluation) -> np.ndarray:
+    """(P,) shares of samples that are correct, in the order of the problems of `order`, which may
+    have other names for them and another order of its own."""
     rows, marks = by_problem(evaluation.samples), evaluation.header.problems
-    names = sorted(marks, key=lambda name: marks[name])
-    return names, np.array([np.mean([sample.correct for sample in rows[name]]) for name in names])
+    wanted = list(order.header.problems.values())
+    # Both by fingerprint; problems that are asked twice are paired in their order.
+    places = sorted(range(len(wanted)), key=wanted.__getitem__)
+    rates = np.empty(len(wanted))
+    for place, name in zip(places, sorted(marks, key=marks.__getitem__), strict=True):
+        rates[place] = np.mean([sample.correct for sample in rows[name]])
+    return rates
 
 
 def compare(before: Evaluations, after: Evaluations) -> tuple[dict[str, Difference], Estimate]:
@@ -130,7 +135,8 @@ def compare(before: Evaluations, after: Evaluations) -> tuple[dict[str, Differen
     """
     found, groups = {}, []
     for benchmark, evaluation in before.items():
-        (names, first), (_, second) = _rates(evaluation), _rates(after[benchmark])
+        names = list(evaluation.header.problems)
+        first, second = _rates(evaluation, evaluation), _rates(after[benchmark], evaluation)
         groups.append(second - first)
         found[benchmark] = Difference(
             float(first.mean()),
@@ -143,7 +149,7 @@ def compare(before: Evaluations, after: Evaluations) -> tuple[dict[str, Differen
 
 
 def _named(names: Sequence[str], where: np.ndarray) -> tuple[str, ...]:
-    return tuple(sorted(name for name, here in zip(names, where, strict=True) if here))
+    return tuple(name for name, here in zip(names, where, strict=True) if here)
 
 
 def _record(differences: Mapping[str, Difference], macro: Estimate) -> dict[str, Any]:
@@ -166,8 +172,8 @@ def _record(differences: Mapping[str, Difference], macro: Estimate) -> dict[str,
 def _table(first: str, other: str, differences: Mapping[str, Difference], macro: Estimate) -> Table:
     table = Table(
         title=f"{other} against {first}",
-        caption="Avg@k in percent; 95% interval of the difference by paired bootstrap over "
-        "problems;\ngained: problems solved by more than half of the samples only now",
+        caption="Avg@k in percent; 95% intervals by paired bootstrap over problems;\n"
+        "gained: solved by more than half of the samples only after",
     )
     table.add_column("")
     for heading in ("before", "after", "difference", "95% interval", "gained", "lost"):
@@ -221,5 +227,6 @@ def main(argv: Sequence[str], console: Console) -> None:
                     console.print(f"{name}, {label}: {', '.join(problems)}", soft_wrap=True)
         records.append({"run": other, **_record(differences, macro)})
     if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"first": arguments.first, "others": records}, indent=2)
         arguments.json.write_text(text + "\n")

@@ -106,6 +106,11 @@ class Config(Section):
         return self.uses_teacher or (self.objective.name == "grpo" and self.grpo.kl_weight > 0)
 
     @property
+    def samples(self) -> bool:
+        """Whether the run draws anything from the model: rollouts, or answers in evaluations."""
+        return self.objective.name != "sft" or self.eval.enabled
+
+    @property
     def num_updates(self) -> int:
         """Optimizer steps on each batch of rollouts."""
         return self.grpo.num_updates if self.objective.name == "grpo" else 1
@@ -122,6 +127,12 @@ class Config(Section):
                 f"teacher.{changed[0]}: got {getattr(teacher, changed[0])!r} with objective.name "
                 f"{self.objective.name!r}, which has no teacher; leave it out, or use "
                 "--objective.name paint or sampled_token"
+            )
+        if teacher.reason_first and self.rollout.ahead:
+            raise ValueError(
+                "rollout.ahead: got 1 with teacher.reason_first true; the rationales are asked of "
+                "the engine that samples the next batch, so that training would wait for both; "
+                "leave out one of them"
             )
         if teacher.weights == "ema" and not self.lora.enabled:
             raise ValueError(

@@ -22,6 +22,7 @@ from paint_engine.types import Problem
 
 _MEASURED_PROMPTS = 256
 """problems whose teacher's prompts are measured; each takes the tokenizer a millisecond or so"""
+_RATIONALE = "(what the teacher writes of the solution before it scores)"
 
 
 def meta_model(config: Config) -> nn.Module:
@@ -69,7 +70,8 @@ class PromptLengths:
 def _teacher_prompt(
     config: Config, tokenizer: PreTrainedTokenizerBase, problem: Problem, context: int
 ) -> tuple[int, ...]:
-    """With as little of the solution hidden as ever is; the student's where there is no teacher."""
+    """With as little of the solution hidden as ever is, and a stand-in for the rationale; the
+    student's where there is no teacher."""
     masking, prompts = config.masking, config.prompts
     if not config.uses_teacher:
         return encode_student_prompt(
@@ -91,6 +93,7 @@ def _teacher_prompt(
         suffix=prompts.teacher_suffix,
         max_tokens=context - config.rollout.max_new_tokens,
         marker=masking.marker,
+        rationale=_RATIONALE if config.teacher.reason_first else None,
     )
     return prompt
 
@@ -98,13 +101,19 @@ def _teacher_prompt(
 def prompt_lengths(
     config: Config, tokenizer: PreTrainedTokenizerBase, train_set: ProblemSet, context: int
 ) -> PromptLengths:
-    """Measured over the data set, the teacher's over problems spread evenly through it.
+    """Measured over the data set, the teacher's over problems spread evenly through it, each with
+    the longest rationale that it may write.
 
     context: the model's, in tokens.
     """
     every = -(-len(train_set.problems) // _MEASURED_PROMPTS)
     measured = train_set.problems[::every]
-    teacher = [len(_teacher_prompt(config, tokenizer, problem, context)) for problem in measured]
+    section, room = config.teacher, context - config.rollout.max_new_tokens
+    added = section.reason_max_new_tokens if section.reason_first else 0
+    teacher = [
+        min(len(_teacher_prompt(config, tokenizer, problem, context)) + added, room)
+        for problem in measured
+    ]
     return PromptLengths([len(prompt) for prompt in train_set.prompts], teacher)
 
 
@@ -128,12 +137,44 @@ def _first_batch(
         ]
     others = [len(request.prompt_ids) for request in requests[1:]]
     if others:
+        is_grouped = config.objective.name == "grpo"
+        each = f", {config.grpo.group_size} of each problem" if is_grouped else ""
         lines += [
             "",
-            f"# and {len(others)} more in the first step, with student's prompts of "
+            f"# and {len(others)} more in the first step{each}, with student's prompts of "
             f"{min(others)} to {max(others)} tokens",
         ]
     return lines
+
+
+def rollout_flops(config: Config, shape: ModelShape, typical: Lengths) -> dict[str, float]:
+    """Floating-point operations of one rollout by part, over all updates on it."""
+    checkpointing = config.parallel.activation_checkpointing
+    flops = step_flops(
+        shape,
+        student_prompt=typical.student_prompt,
+        teacher_prompt=typical.teacher_prompt,
+        completion=typical.completion,
+        checkpointing=checkpointing,
+    )
+    sampled = flops.pop("rollout")
+    if not config.has_second_pass:
+        del flops["teacher"]
+    flops = {name: size * config.num_updates for name, size in flops.items()}
+    if config.objective.name != "sft":
+        flops = {"rollout": sampled} | flops
+    if config.teacher.reason_first:
+        # The teacher's prompt holds the request's parts and the rationale.
+        rationale = config.teacher.reason_max_new_tokens
+        reasoned = step_flops(
+            shape,
+            student_prompt=max(0, typical.teacher_prompt - rationale),
+            teacher_prompt=0,
+            completion=rationale,
+            checkpointing=checkpointing,
+        )
+        flops["rationale"] = reasoned["rollout"]
+    return flops
 
 
 def _sizes(config: Config, shape: ModelShape, lengths: PromptLengths) -> list[str]:
@@ -141,17 +182,7 @@ def _sizes(config: Config, shape: ModelShape, lengths: PromptLengths) -> list[st
     total = shape.base_parameters + shape.adapter_parameters
     trained = shape.trained_parameters
     typical = lengths.typical(completion)
-    flops = step_flops(
-        shape,
-        student_prompt=typical.student_prompt,
-        teacher_prompt=typical.teacher_prompt,
-        completion=completion,
-        checkpointing=config.parallel.activation_checkpointing,
-    )
-    if not config.has_second_pass:
-        del flops["teacher"]
-    if config.objective.name == "sft":
-        del flops["rollout"]
+    flops = rollout_flops(config, shape, typical)
     parts = ", ".join(f"{name} {size * batch_size / 1e12:.3g}" for name, size in flops.items())
     student = batch_size * (typical.student_prompt + completion)
     teacher = batch_size * (typical.teacher_prompt + completion)

@@ -11,6 +11,18 @@ from paint_engine.rollout_vllm import VllmEngine
 from paint_engine.teacher import FixedTeacher, Teacher
 
 
+def check_engine_has_teacher(config: Config) -> None:
+    """Raises ValueError where the teacher is to write a rationale, and what samples lacks its
+    weights."""
+    teacher = config.teacher
+    if teacher.reason_first and teacher.weights == "ema" and uses_vllm(config.rollout):
+        raise ValueError(
+            "teacher.reason_first: got true with teacher.weights 'ema' and vLLM, which has the "
+            "student's and the base's weights only; use --rollout.engine builtin, or "
+            "--teacher.weights fixed or live"
+        )
+
+
 def make_engines(
     config: Config,
     model: nn.Module,
@@ -21,17 +33,10 @@ def make_engines(
 ) -> tuple[RolloutEngine, RolloutEngine]:
     """What samples the rollouts, and what samples in evaluations: vLLM does both."""
     section, name = config.rollout, resolve_model(config.model.name_or_path)
-    samples = config.objective.name != "sft" or config.eval.enabled
-    if not (samples and uses_vllm(section)):
+    if not (config.samples and uses_vllm(section)):
         return (
             BuiltinEngine(model, teacher.scoring, section.max_sequences),
             BuiltinEngine(model, base.scoring, config.eval.max_sequences),
-        )
-    if config.teacher.reason_first and config.teacher.weights == "ema":
-        raise ValueError(
-            "teacher.reason_first: got true with teacher.weights 'ema' and vLLM, which has the "
-            "student's and the base's weights only; use --rollout.engine builtin, or "
-            "--teacher.weights fixed or live"
         )
     if section.url is not None:
         engine = ServerEngine(

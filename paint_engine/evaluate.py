@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from paint_engine.answers import all_requests, evaluate
 from paint_engine.benchmarks import KNOWN, Benchmark, load_benchmark, parse_benchmarks
 from paint_engine.cli import user_errors
 from paint_engine.config_sections import INSTRUCTION, EvalSection
+from paint_engine.config_toml import LEAVES
 from paint_engine.distributed import (
     World,
     barrier,
@@ -46,6 +47,8 @@ from paint_engine.evaluation import (
     evaluation_settings,
     fingerprints,
     finished_evaluation,
+    hold,
+    unfinished_rows,
 )
 from paint_engine.evaluation_report import results_table, summarise_benchmarks, write_results
 from paint_engine.metrics import Progress
@@ -56,6 +59,7 @@ from paint_engine.run_dir import VERSIONS_FILE, write_versions
 from paint_engine.subject import (
     Subject,
     build_engine,
+    check_adapter,
     compute_dtype_of,
     find_subject,
     skeleton,
@@ -107,7 +111,7 @@ def _parser() -> _Parser:
     )
     add = parser.add_argument
     add("--model", metavar="M", help="'tiny', a model directory or a Hugging Face id")
-    add("--adapter", metavar="A", help="peft's directory, or a run's: RUN_DIR[:last|:best|:step-N]")
+    add("--adapter", metavar="A", help="peft's directory, or a run's: RUN_DIR[:last|:best|:STEP]")
     names = ", ".join(benchmark.name for benchmark in KNOWN)
     add(
         "--benchmarks",
@@ -187,6 +191,7 @@ def make_plan(arguments: argparse.Namespace, world: World) -> Plan:
         trust_remote_code=arguments.trust_remote_code,
     )
     tokenizer, shape = load_tokenizer(subject.base), skeleton(subject)
+    check_adapter(subject)
     settings = evaluation_settings(section, arguments.seed, arguments.instruction)
     identity = subject.identity(engine, compute_dtype_of(subject, world.device))
 
@@ -252,19 +257,36 @@ def answer_benchmark(
         return files.finish(time.monotonic() - started)
 
 
-def answer_all(plan: Plan, world: World, progress: Progress) -> list[Evaluation]:
-    """Every benchmark; the weights are loaded only where something is left to do."""
+def look(plan: Plan, world: World, stack: ExitStack) -> dict[str, Evaluation | None]:
+    """By benchmark, the complete evaluation that is there, or None. A collective.
+
+    stack: holds the directory until it is closed.
+
+    Raises ValueError for what would be refused after hours, or after loading the weights: samples
+    of another evaluation, another process at work there, a directory that cannot be written.
+    """
     here, error = {}, None
     try:
-        here = {
-            name: finished_evaluation(plan.directory, name, header)
-            for name, header in plan.headers.items()
-            if world.is_main
-        }
+        if world.is_main:
+            stack.enter_context(hold(plan.directory))
+            for name, header in plan.headers.items():
+                here[name] = finished_evaluation(plan.directory, name, header)
+                unfinished_rows(plan.directory, name, header)
     except ValueError as refused:
         error = str(refused)
+    except OSError as failure:
+        error = f"--output {plan.directory}: cannot be written ({failure}); give another directory"
     raise_together(error)
-    here = gather_objects(here)[0]
+    return gather_objects(here)[0]
+
+
+def answer_all(
+    plan: Plan, here: dict[str, Evaluation | None], world: World, progress: Progress
+) -> list[Evaluation]:
+    """Every benchmark; the weights are loaded only where something is left to do.
+
+    here: of `look`.
+    """
     pending = [name for name, evaluation in here.items() if evaluation is None]
     if pending:
         arguments, share = plan.arguments, plan.arguments.gpu_memory_utilization
@@ -305,6 +327,9 @@ def _own_flags(message: str) -> str:
 
     def flag(match: re.Match[str]) -> str:
         key = match[1]
+        if match[0].removeprefix("--") not in LEAVES:
+            # A file's name, as data.jsonl, or a weight's.
+            return match[0]
         if key.startswith("columns."):
             return f"--{key.removeprefix('columns.')}-column"
         return "--" + _FLAGS.get(key, key.replace("_", "-"))
@@ -319,11 +344,13 @@ def run(argv: Sequence[str], console: Console) -> None:
         arguments = _parser().parse_args(argv)
         world = init_world(pick_device(arguments.device))
         plan = make_plan(arguments, world)
-        evaluations = answer_all(plan, world, Progress(console))
+        with ExitStack() as stack:
+            here = look(plan, world, stack)
+            evaluations = answer_all(plan, here, world, Progress(console))
+            if world.is_main:
+                report(plan, evaluations, world, console)
     except ValueError as error:
         raise ValueError(_own_flags(str(error))) from error
-    if world.is_main:
-        report(plan, evaluations, world, console)
     barrier()
 
 

@@ -6,9 +6,12 @@ says that they are complete. Any number of ranks goes on with what any other num
 on several nodes need a directory that all of them see.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from paint_engine.metrics import read_jsonl
 from paint_engine.types import Problem
 
 _HEADER = "header"
+_LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class SampleFiles:
         if world.is_main:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
-                earlier = self._read(replace)
+                earlier = unfinished_rows(directory, name, header, replace=replace)
             except (OSError, ValueError) as problem:
                 error = str(problem)
         raise_together(error)
@@ -154,20 +158,6 @@ class SampleFiles:
         if b"\n" not in lines:
             file.write(_line({_HEADER: asdict(self._header)}))
         return file
-
-    def _read(self, replace: bool) -> list[dict[str, Any]]:
-        """What ranks before have left."""
-        rows: list[dict[str, Any]] = []
-        for path in sorted(self._directory.glob(f"{self._name}.rank-*.jsonl")):
-            first, *samples = read_jsonl(path) or [{}]
-            there = first.get(_HEADER)
-            if there == asdict(self._header):
-                rows += samples
-            elif replace or there is None:
-                path.unlink()
-            else:
-                refuse_other(path, there, self._header)
-        return rows
 
     @property
     def finished(self) -> Sequence[EvalSample]:
@@ -218,6 +208,47 @@ class SampleFiles:
         unfinished.rename(head)
         for path in self._directory.glob(f"{self._name}.rank-*.jsonl"):
             path.unlink()
+
+
+def unfinished_rows(
+    directory: Path, name: str, header: Header, *, replace: bool = False
+) -> list[dict[str, Any]]:
+    """The samples that ranks before have left, as JSON has them.
+
+    replace: files with another header are deleted; else ValueError tells of them.
+    """
+    rows: list[dict[str, Any]] = []
+    for path in sorted(directory.glob(f"{name}.rank-*.jsonl")):
+        first, *samples = read_jsonl(path) or [{}]
+        there = first.get(_HEADER)
+        if there == asdict(header):
+            rows += samples
+        elif replace or there is None:
+            path.unlink()
+        else:
+            refuse_other(path, there, header)
+    return rows
+
+
+@contextmanager
+def hold(directory: Path) -> Iterator[None]:
+    """While entered, no other process enters it for this directory, which is made where it is not
+    there. A killed process holds it no longer.
+
+    Raises ValueError where another one does, OSError where the directory cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / _LOCK_FILE).open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Any other: a file system without locks, on which two would do the same work twice.
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(
+                    f"{directory}: another evaluation is running there; needs a directory to "
+                    "itself; wait for that one, or give another directory with --output"
+                ) from error
+        yield
 
 
 def refuse_other(place: Path, there: dict[str, Any], header: Header) -> None:

@@ -88,7 +88,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     columns = dict(benchmarks)
     if len(benchmarks) > 1:
         columns["macro"] = results["macro"]
-    table = Table(caption="percent, with 95% intervals by bootstrap over problems")
+    table = Table(caption="percent, with 95% intervals\nby bootstrap over problems")
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)

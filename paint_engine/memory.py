@@ -104,7 +104,7 @@ def setting_of(config: Config, num_ranks: int, *, on_gpu: bool) -> Setting:
     compute = 2 if dtype == "bfloat16" or (dtype == "auto" and on_gpu) else _FLOAT32
     trains_all = not config.lora.enabled
     sharded = num_ranks > 1 and parallel.shard == "full"
-    in_process = rollout.url is None and rollout.engine != "builtin"
+    in_process = config.samples and rollout.url is None and rollout.engine != "builtin"
     return Setting(
         trains_all=trains_all,
         running_mean=config.teacher.weights == "ema",
@@ -239,15 +239,22 @@ def _sampling(
 ) -> dict[str, int]:
     """The built-in sampler's cache at its longest, the logits and their sorting; sharded, whole
     weights on each rank."""
-    if setting.colocated_vllm or config.rollout.url is not None:
+    if not config.samples or setting.colocated_vllm or config.rollout.url is not None:
         return {}
     a = setting.compute_bytes
     per_token = 2 * shape.num_layers * shape.keys * a
     share = -(-config.train.batch_size // setting.num_ranks)
-    runs = [(config.rollout.max_new_tokens, min(config.rollout.max_sequences, share))]
+    rows = min(config.rollout.max_sequences, share)
+    runs = []
+    if config.objective.name != "sft":
+        runs.append((lengths.student_prompt + config.rollout.max_new_tokens, rows))
+    if config.teacher.reason_first:
+        # The teacher's prompt with the rationale is hardly shorter than request and rationale.
+        runs.append((lengths.teacher_prompt, rows))
     if config.eval.enabled:
-        runs.append((config.eval.max_new_tokens, config.eval.max_sequences))
-    cache = max(rows * (lengths.student_prompt + longest) * per_token for longest, rows in runs)
+        longest = lengths.student_prompt + config.eval.max_new_tokens
+        runs.append((longest, config.eval.max_sequences))
+    cache = max(rows * length * per_token for length, rows in runs)
     # Float32 logits, sorted, with the order as int64.
     logits = max(rows for _, rows in runs) * shape.num_head_rows * (2 * _FLOAT32 + 8)
     whole = (a * shape.base_parameters + _FLOAT32 * shape.adapter_parameters) * setting.sharded

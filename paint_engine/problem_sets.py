@@ -44,10 +44,34 @@ def _check_length(
         )
 
 
+def _check_teacher_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, problem: Problem, context: int
+) -> None:
+    """Of one problem, with the whole solution hidden: what does not fit so never will."""
+    prompts, marker = config.prompts, config.masking.marker
+    teacher, _ = encode_teacher_prompt(
+        tokenizer,
+        problem,
+        marker,
+        prompts.instruction,
+        thinking=prompts.teacher_thinking,
+        suffix=prompts.teacher_suffix,
+        marker=marker,
+    )
+    completion = config.rollout.max_new_tokens
+    _check_length(problem, len(teacher), context, completion, "teacher", "rollout.max_new_tokens")
+    if config.teacher.reason_first:
+        request, _ = encode_reason_prompt(
+            tokenizer, problem, marker, thinking=False, max_tokens=None, marker=marker
+        )
+        rationale, key = config.teacher.reason_max_new_tokens, "teacher.reason_max_new_tokens"
+        _check_length(problem, len(request), context, rationale, "reasoning teacher", key)
+
+
 def load_train_set(
     config: Config, tokenizer: PreTrainedTokenizerBase, context: int, say: Callable[[str], object]
 ) -> ProblemSet:
-    """Training problems with prompts that fit: the student's, and the teacher's without its
+    """Training problems with prompts that fit: the student's, and the teacher's without the
     solution. `say` is told what was left out."""
     data, prompts = config.data, config.prompts
     loaded = load_problems(
@@ -68,16 +92,7 @@ def load_train_set(
             continue
         _check_length(problem, len(student), *limits, "student", "rollout.max_new_tokens")
         if config.uses_teacher:
-            teacher, _ = encode_teacher_prompt(
-                tokenizer,
-                problem,
-                config.masking.marker,
-                prompts.instruction,
-                thinking=prompts.teacher_thinking,
-                suffix=prompts.teacher_suffix,
-                marker=config.masking.marker,
-            )
-            _check_length(problem, len(teacher), *limits, "teacher", "rollout.max_new_tokens")
+            _check_teacher_prompts(config, tokenizer, problem, context)
         kept.append(problem)
         kept_prompts.append(student)
     if not kept:

@@ -26,7 +26,7 @@ from paint_engine.distributed import (
     raise_together,
 )
 from paint_engine.dry_run import check_run_fits, describe, meta_model
-from paint_engine.engines import make_engines
+from paint_engine.engines import check_engine_has_teacher, make_engines
 from paint_engine.metrics import check_loggers
 from paint_engine.model import (
     add_lora,
@@ -223,6 +223,7 @@ def _load_progress(
 
 def _check_before_loading(config: Config, say: Callable[[str], object]) -> None:
     check_loggers(tensorboard=config.run.tensorboard, wandb_project=config.run.wandb_project)
+    check_engine_has_teacher(config)
     if config.eval.enabled and config.eval.path == "tiny" and config.data.path != "tiny":
         say(
             f"note: training on {config.data.path}, evaluating on the bundled word problems; name "

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import GenerationConfig
 
-from paint_engine.checkpoint_files import list_checkpoints
+from paint_engine.checkpoint_files import MANIFEST_FILE, list_checkpoints
 from paint_engine.config import Config
 from paint_engine.config_sections import LoraSection, ModelSection
 from paint_engine.distributed import World
@@ -31,6 +32,10 @@ from paint_engine.rollout_vllm import StoredModel, VllmEngine
 from paint_engine.weights import ADAPTER_FILE
 
 _ADAPTER_CONFIG = "adapter_config.json"
+_LORA_MATRICES = (".lora_A.", ".lora_B.")
+# Of each file of weights, this many pieces of this many bytes tell it from another.
+_NUM_PIECES = 64
+_PIECE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,11 @@ class Subject:
     def identity(self, engine: str, dtype: torch.dtype) -> dict[str, Any]:
         """What tells these weights, and what samples from them, from others."""
         path = Path(self.weights)
-        sizes = {file.name: file.stat().st_size for file in sorted(path.glob("*.safetensors"))}
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
         trained = self.adapter and self.adapter / ADAPTER_FILE
         return {
             "model": str(path.resolve()) if path.is_dir() else self.weights,
-            "model_bytes": sum(sizes.values()) if path.is_dir() else None,
+            "weights": [_digest(file) for file in files] or None,
             "adapter": trained and hashlib.sha256(trained.read_bytes()).hexdigest(),
             "dtype": str(dtype).removeprefix("torch."),
             "engine": engine,
@@ -75,7 +80,7 @@ def find_subject(
 
     model: "tiny", a directory or an id; None = what the adapter was trained from.
     adapter: a directory in peft's format, a checkpoint, or a run directory, then with :last (also
-        where nothing is said), :best or :step-N after it.
+        where nothing is said), :best or :STEP after it.
 
     Raises ValueError where there is none such.
     """
@@ -108,14 +113,73 @@ def find_adapter(text: str) -> Path:
     if not path.is_dir() and ":" in text:
         place, _, which = text.rpartition(":")
         path = Path(place)
-    if not path.is_dir():
-        raise ValueError(
-            f"--adapter {text}: no such directory; needs an adapter in peft's format, or a run "
-            "directory, with :last, :best or :step-N after it"
-        )
-    if which is None and (path / _ADAPTER_CONFIG).is_file() and not list_checkpoints(path):
+        which = f"step-{which}" if which.isdecimal() else which
+    checkpoints = list_checkpoints(path) if path.is_dir() else []
+    if which is None and (path / _ADAPTER_CONFIG).is_file() and not checkpoints:
         return path
+    if not checkpoints and not (path / MANIFEST_FILE).is_file():
+        raise ValueError(
+            f"--adapter {text}: {path} {'holds none' if path.is_dir() else 'is no directory'}; "
+            "needs an adapter in peft's format, a checkpoint, or a run directory that has some, "
+            "with :last, :best or :STEP after it"
+        )
     return choose_checkpoint(path, which)
+
+
+def check_adapter(subject: Subject) -> None:
+    """Raises ValueError where the adapter's matrices are not those that its configuration asks for
+    in this base: peft would leave out what it finds no place for, and evaluate the rest."""
+    if subject.adapter is None:
+        return
+    try:
+        with safe_open(subject.adapter / ADAPTER_FILE, framework="pt") as file:
+            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"--adapter: {subject.adapter / ADAPTER_FILE} is damaged ({error}); save or copy the "
+            "adapter again"
+        ) from error
+    there = {name: shape for name, shape in there.items() if any(m in name for m in _LORA_MATRICES)}
+    try:
+        config = PeftConfig.from_pretrained(str(subject.adapter))
+        fitted = get_peft_model(skeleton(subject), config, low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise ValueError(_no_fit(subject, str(error))) from error
+    needed = {
+        name.replace(".default.", "."): tuple(parameter.shape)
+        for name, parameter in fitted.named_parameters()
+        if any(matrix in name for matrix in _LORA_MATRICES)
+    }
+    if there != needed:
+        name = min(name for name in there | needed if there.get(name) != needed.get(name))
+        raise ValueError(
+            _no_fit(
+                subject,
+                f"{name} has the shape {there.get(name, 'none')}, and the base has room for "
+                f"{needed.get(name, 'none')}",
+            )
+        )
+
+
+def _no_fit(subject: Subject, reason: str) -> str:
+    recorded = json.loads((subject.adapter / _ADAPTER_CONFIG).read_text())  # pyright: ignore[reportOptionalOperand]
+    return (
+        f"--adapter: {subject.adapter} does not fit the model {subject.base.name_or_path} "
+        f"({reason}); needs the model that it was trained on, by its own word "
+        f"{recorded.get('base_model_name_or_path')!r}; give that with --model"
+    )
+
+
+def _digest(file: Path) -> str:
+    """16 digits of a file's size and of pieces all through it: other weights have others, without
+    16 GB being read for it."""
+    size = file.stat().st_size
+    found = hashlib.sha256(f"{file.name} {size}".encode())
+    with file.open("rb") as opened:
+        for piece in range(_NUM_PIECES):
+            opened.seek(piece * size // _NUM_PIECES)
+            found.update(opened.read(_PIECE_BYTES))
+    return found.hexdigest()[:16]
 
 
 def skeleton(subject: Subject) -> nn.Module:

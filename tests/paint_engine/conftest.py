@@ -2,7 +2,11 @@
 directory, rollouts with prompts of different lengths, and a run small enough for seconds."""
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -218,6 +222,48 @@ def command(model_dir: Path, tmp_path: Path, write_rows: Callable[..., Path]) ->
         "checkpoint.every": 1,
     }
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[..., subprocess.Popen[str]]:
+    """Starts torchrun with so many processes, which gets these arguments; all that they print comes
+    as one stream."""
+
+    def start(num_ranks: int, *arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return subprocess.Popen(
+            [*launcher, "--nproc-per-node", str(num_ranks), *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_ranks(
+    torchrun: Callable[..., subprocess.Popen[str]],
+) -> Callable[[int, Sequence[Sequence[object]]], None]:
+    """Runs all the trainings by as many processes, which start once: that takes most of the
+    time."""
+    script = str(Path(__file__).with_name("ranks.py"))
+
+    def run(num_ranks: int, commands: Sequence[Sequence[object]]) -> None:
+        lines = [json.dumps([str(part) for part in argv]) for argv in commands]
+        process = torchrun(num_ranks, script, *lines)
+        try:
+            printed, _ = process.communicate(timeout=280)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+        assert process.returncode == 0, printed[-6000:]
+
+    return run
 
 
 @pytest.fixture(scope="session")

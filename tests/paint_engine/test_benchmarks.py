@@ -26,6 +26,8 @@ def test_names_files_and_ids(tmp_path: Path) -> None:
         Benchmark("set", "own/set", "dev"),
     ]
     assert parse_benchmarks(odd) == [Benchmark("a", odd, "test")]
+    # Near a known name, and still an id.
+    assert parse_benchmarks("aime2024:train") == [Benchmark("aime2024", "aime2024", "train")]
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,8 @@ def test_names_files_and_ids(tmp_path: Path) -> None:
         ("x=", "empty entry"),
         ("aime24,aime24=other.jsonl", "two are called 'aime24'"),
         ("a/b=x.jsonl", "'a/b' is no name"),
+        ("aime2024", "did you mean aime24"),
+        ("mine=HMMT-25", "called 'HMMT-25'; did you mean hmmt25"),
     ],
 )
 def test_entries_that_say_nothing(text: str, message: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from paint_engine import compare
+from paint_engine.accuracy import paired_bootstrap
 from paint_engine.compare import check_pairs, read_run
 from paint_engine.config_sections import EvalSection
 from paint_engine.distributed import World
@@ -60,9 +61,10 @@ Run = Callable[..., tuple[dict[str, Any], str]]
 def run(tmp_path: Path) -> Run:
     def main(*names: str) -> tuple[dict[str, Any], str]:
         printed = io.StringIO()
-        arguments = [*(str(tmp_path / name) for name in names), "--json", str(tmp_path / "o.json")]
+        file = tmp_path / "new" / "directory" / "o.json"
+        arguments = [*(str(tmp_path / name) for name in names), "--json", str(file)]
         compare.main(arguments, Console(width=120, file=printed))
-        return json.loads((tmp_path / "o.json").read_text()), printed.getvalue()
+        return json.loads(file.read_text()), printed.getvalue()
 
     return main
 
@@ -104,6 +106,19 @@ def test_problems_are_paired_by_what_they_ask_and_not_by_their_place(
     bench = found["others"][0]["benchmarks"]["bench"]
     assert (bench["difference"], bench["ci95"]) == (0.0, [0.0, 0.0])
     assert bench["gained"] == bench["lost"] == []
+
+
+def test_the_interval_is_the_one_of_a_run_s_summary(tmp_path: Path, run: Run) -> None:
+    """The same problems resampled by the same draws; with few of them the order shows."""
+    rng = np.random.default_rng(2)
+    first, second = rng.random((2, 40, NUM_SAMPLES)) < 0.5
+    write(tmp_path / "a", first)
+    write(tmp_path / "b", second)
+    found, _ = run("a", "b")
+    expected = paired_bootstrap(first, second)
+    bench = found["others"][0]["benchmarks"]["bench"]
+    assert bench["difference"] == expected.difference
+    assert bench["ci95"] == [expected.low, expected.high]
 
 
 def test_macro_and_several_runs(tmp_path: Path, run: Run) -> None:

@@ -263,6 +263,10 @@ def test_equal_mask_ratios_and_the_ends_of_ranges_are_allowed() -> None:
         ({"objective.name": "grpo", "teacher.weights": "ema"}, "which has no teacher"),
         ({"objective.name": "sft", "teacher.reason_first": True}, "which has no teacher"),
         ({"teacher.weights": "ema", "lora.enabled": False}, "train adapters"),
+        (
+            {"teacher.reason_first": True, "rollout.ahead": 1, "rollout.engine": "vllm"},
+            "leave out one of them",
+        ),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(layer: dict[str, object], expected: str) -> None:

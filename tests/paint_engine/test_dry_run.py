@@ -11,7 +11,13 @@ from paint_engine.cli import load_config
 from paint_engine.config import Config
 from paint_engine.config_sections import LoraSection
 from paint_engine.data import batch_indices
-from paint_engine.dry_run import check_run_fits, describe, meta_model, prompt_lengths
+from paint_engine.dry_run import (
+    check_run_fits,
+    describe,
+    meta_model,
+    prompt_lengths,
+    rollout_flops,
+)
 from paint_engine.model import add_lora, causal_lm
 from paint_engine.model_shape import shape_of, step_flops
 from paint_engine.problem_sets import ProblemSet, load_train_set
@@ -131,6 +137,64 @@ def test_prompts_are_measured_over_the_data(
     assert lengths.typical(10).teacher_prompt == round(sum(lengths.teacher) / 150)
     tight = 10 + config.rollout.max_new_tokens + min(lengths.teacher)
     assert max(prompt_lengths(config, tokenizer, train_set, tight).teacher) <= tight - 1024
+
+
+def test_a_rationale_is_shown_measured_and_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    write_config(tmp_path, "1.7b")
+    options = "--teacher.reason_first", "true", "--teacher.reason_max_new_tokens", "100"
+    plain, reasons = config_of(tmp_path), config_of(tmp_path, *options)
+    train_set, model = train_set_of(plain, tokenizer), meta_model(plain)
+    before, after = (prompt_lengths(c, tokenizer, train_set, 40960) for c in (plain, reasons))
+    assert min(a - b for a, b in zip(after.teacher, before.teacher, strict=True)) > 100
+    assert max(prompt_lengths(reasons, tokenizer, train_set, 1424).teacher) == 400
+    report = describe(reasons, tokenizer, train_set, None, model, device=CPU, num_ranks=1)
+    assert "what the teacher writes of the solution" in report
+    flops = [rollout_flops(c, shape_of(model), after.typical(1024)) for c in (plain, reasons)]
+    assert flops[1].keys() - flops[0].keys() == {"rationale"}
+    # Prompt and rationale go through the model once; a hundred tokens go through the head.
+    sampled = step_flops(
+        shape_of(model),
+        student_prompt=after.typical(0).teacher_prompt - 100,
+        teacher_prompt=0,
+        completion=100,
+        checkpointing=False,
+    )
+    assert flops[1]["rationale"] == sampled["rollout"]
+
+
+def test_updates_on_one_batch_and_what_is_not_sampled_are_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    write_config(tmp_path, "1.7b")
+    grpo = ("--objective.name", "grpo", "--grpo.kl_weight", "0.1")
+    options = grpo, (*grpo, "--grpo.num_updates", "3"), ("--objective.name", "sft")
+    once, thrice, sft = (config_of(tmp_path, *o, "--train.batch_size", "32") for o in options)
+    train_set, model = train_set_of(once, tokenizer), meta_model(once)
+    typical = prompt_lengths(once, tokenizer, train_set, 40960).typical(1024)
+    flops = [rollout_flops(config, shape_of(model), typical) for config in (once, thrice, sft)]
+    assert set(flops[0]) == {"rollout", "teacher", "student", "loss", "backward"}
+    for name, size in flops[0].items():
+        assert flops[1][name] == size * (1 if name == "rollout" else 3)
+    assert flops[2] == {name: flops[0][name] for name in ("student", "loss", "backward")}
+    report = describe(once, tokenizer, train_set, None, model, device=CPU, num_ranks=1)
+    assert "# and 31 more in the first step, 8 of each problem, with" in report
+    # Nothing is sampled, by vLLM or otherwise, where nothing is evaluated.
+    on_gpu = [c.parallel.model_copy(update={"device_memory_gb": 80.0}) for c in (once, sft)]
+    reports = [
+        describe(
+            config.model_copy(update={"parallel": parallel}),
+            tokenizer,
+            train_set,
+            None,
+            model,
+            device=CPU,
+            num_ranks=1,
+        )
+        for config, parallel in zip((once, sft), on_gpu, strict=True)
+    ]
+    assert [" vLLM" in text.rpartition("# memory")[2] for text in reports] == [True, False]
 
 
 def test_a_directory_without_a_configuration_is_refused(tmp_path: Path) -> None:

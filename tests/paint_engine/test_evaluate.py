@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from paint_engine import evaluate
 from paint_engine.checkpoint_files import best_checkpoint, list_checkpoints
@@ -164,13 +168,14 @@ def test_adapters_and_checkpoints_of_a_run(
         "said": (*without_model, "--adapter", f"{run}:last"),
         "path": (*without_model, "--adapter", last),
         "step-1": (*arguments, "--adapter", f"{run}:step-1"),
+        "number": (*arguments, "--adapter", f"{run}:1"),
         "best": (*arguments, "--adapter", f"{run}:best"),
     }
     for name, given in variants.items():
         assert main(*given, "--output", tmp_path / name) == 0
         texts[name] = _texts(tmp_path / name)
     assert texts["last"] == texts["said"] == texts["path"]
-    assert texts["base"] != texts["last"] != texts["step-1"]
+    assert texts["base"] != texts["last"] != texts["step-1"] == texts["number"]
     merged = build_model(last, ModelSection(name_or_path=str(model_dir)), None)
     merged.save_pretrained(tmp_path / "merged")
     for file in model_dir.glob("*token*"):
@@ -215,6 +220,101 @@ def test_an_adapter_in_pickle_is_not_read(
     assert "has no adapter_model.safetensors" in capsys.readouterr().out
 
 
+def _without_the_last_layer(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight for name, weight in weights.items() if ".layers.1." not in name}
+
+
+def _with_a_third_layer(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    more = {name.replace(".layers.1.", ".layers.2."): weight for name, weight in weights.items()}
+    return {name: weight.clone() for name, weight in (weights | more).items()}
+
+
+def _wider(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: torch.cat([weight, weight], dim=1) if ".lora_A." in name else weight
+        for name, weight in weights.items()
+    }
+
+
+@pytest.mark.parametrize("change", [_without_the_last_layer, _with_a_third_layer, _wider])
+def test_an_adapter_of_another_base_is_refused(
+    arguments: tuple,
+    lora_model: PeftModel,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> None:
+    """peft itself says nothing where matrices are left over or missing."""
+    adapter = tmp_path / "adapter"
+    lora_model.save_pretrained(str(adapter), save_embedding_layers=False)
+    assert main(*arguments, "--adapter", adapter, "--output", tmp_path / "fits") == 0
+    file = adapter / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    capsys.readouterr()
+    assert main(*arguments, "--adapter", adapter, "--output", tmp_path / "o") == 2
+    assert "does not fit the model" in (printed := capsys.readouterr().out)
+    assert "self_attn" in printed or "mlp" in printed
+    file.write_bytes(file.read_bytes()[:-8])
+    assert main(*arguments, "--adapter", adapter, "--output", tmp_path / "o") == 2
+    assert "adapter_model.safetensors is damaged" in capsys.readouterr().out
+
+
+def test_other_weights_in_the_same_place_are_another_model(
+    arguments: tuple, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an export over an earlier one: the same names and sizes."""
+    model = tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    command = (*arguments, "--model", model, "--output", tmp_path / "out")
+    assert main(*command) == 0
+    file = model / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.01
+    save_file(weights, file, metadata={"format": "pt"})
+    capsys.readouterr()
+    assert main(*command) == 2
+    assert "is of another evaluation, with weights" in capsys.readouterr().out
+
+
+def test_what_cannot_go_on_is_refused_before_the_weights_are_loaded(
+    arguments: tuple,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert main(*arguments, "--output", tmp_path / "out") == 0
+    header = json.loads((tmp_path / "out" / "rows.json").read_text())
+    del header["seconds"]
+    partial = tmp_path / "partial" / "again.rank-3.jsonl"
+    partial.parent.mkdir()
+    partial.write_text(json.dumps({"header": header | {"benchmark": "again"}}) + "\n")
+    monkeypatch.setattr(evaluate, "build_engine", lambda *_, **__: pytest.fail("built an engine"))
+    rows = tmp_path / "rows.jsonl"
+    both = ("--benchmarks", f"{rows},again={rows}", "--temperature", 0.5)
+    capsys.readouterr()
+    assert main(*arguments, *both, "--output", partial.parent) == 2
+    assert "temperature 1.0 and not 0.5" in capsys.readouterr().out
+    assert main(*arguments, "--output", rows) == 2
+    assert f"--output {rows}: cannot be written" in capsys.readouterr().out
+
+
+def test_one_command_at_a_time_in_a_directory(
+    arguments: tuple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import pathlib, sys, paint_engine.evaluation as e\n"
+        "with e.hold(pathlib.Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"in\n"
+        assert main(*arguments, "--output", out) == 2
+        assert f"{out}: another evaluation is running there" in capsys.readouterr().out
+        other.kill()
+    assert main(*arguments, "--output", out) == 0
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -224,7 +324,10 @@ def test_an_adapter_in_pickle_is_not_read(
         (("--num-samples", "x"), "invalid int value: 'x'"),
         (("--thinking", "maybe"), "got 'maybe', needs true or false"),
         (("--benchmarks", "no/such/file.jsonl"), "--benchmarks no/such/file.jsonl"),
-        (("--adapter", "nowhere"), "--adapter nowhere: no such directory"),
+        (("--benchmarks", "no/such/train.jsonl"), "--benchmarks no/such/train.jsonl: there is"),
+        (("--num-samples", 0), "--num-samples: got 0; should be greater than 0"),
+        (("--adapter", "nowhere"), "--adapter nowhere: nowhere is no directory; needs"),
+        (("--adapter", "nowhere:3"), "--adapter nowhere:3: nowhere is no directory; needs"),
         (("--model", "/nowhere/at/all"), "--model"),
         (("--gpu-memory-utilization", 2), "got --gpu-memory-utilization 2.0"),
         (("--answer-column", "gold"), "--problem-column or --answer-column NAME"),

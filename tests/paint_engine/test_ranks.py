@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,36 +17,13 @@ from torch import Tensor
 from paint_engine.checkpoint_files import list_checkpoints
 from paint_engine.metrics import read_jsonl
 
+RunRanks = Callable[[int, Sequence[Sequence[object]]], None]
 NUM_STEPS = 10
 VARIANTS = {
     (shard, lora): ("--parallel.shard", shard, "--lora.enabled", str(lora).lower())
     for shard in ("full", "replicate")
     for lora in (True, False)
 }
-
-
-def torchrun(num_ranks: int, *arguments: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node", str(num_ranks), *arguments]
-
-
-def environment() -> dict[str, str]:
-    quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    return os.environ | quiet
-
-
-def run_all(num_ranks: int, commands: Sequence[Sequence[str]]) -> None:
-    """All the trainings, by as many processes, which start once: that takes most of the time."""
-    script = str(Path(__file__).with_name("ranks.py"))
-    lines = [json.dumps([str(part) for part in argv]) for argv in commands]
-    done = subprocess.run(
-        torchrun(num_ranks, script, *lines),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def trained(run_dir: Path) -> dict[str, Tensor]:
@@ -80,7 +56,9 @@ def settings(
 
 
 @pytest.fixture(scope="module")
-def runs(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(
+    settings: list[str], tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks
+) -> Path:
     """One directory for each number of ranks, way of sharding and kind of training; activations
     are recomputed on two ranks."""
     root = tmp_path_factory.mktemp("ranks")
@@ -97,7 +75,7 @@ def runs(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
             for (shard, lora), extra in VARIANTS.items()
             if num_ranks > 1 or shard == "replicate"
         ]
-        run_all(num_ranks, commands)
+        run_ranks(num_ranks, commands)
     return root
 
 
@@ -139,13 +117,13 @@ def test_every_rank_is_heard_and_one_writes(num_ranks: int, runs: Path) -> None:
 
 
 def test_a_run_goes_on_at_another_number_of_ranks_in_the_same_order(
-    settings: list[str], runs: Path, tmp_path: Path
+    settings: list[str], runs: Path, tmp_path: Path, run_ranks: RunRanks
 ) -> None:
     run = tmp_path / "run"
     start = [*settings, "--run.dir", run, "--train.num_steps", "4", "--parallel.shard", "full"]
-    run_all(2, [start])
+    run_ranks(2, [start])
     go_on = ["--resume", run, "--train.num_steps", str(NUM_STEPS)]
-    run_all(1, [[*go_on]])
+    run_ranks(1, [go_on])
     expected = read_jsonl(runs / "1-replicate-True" / "metrics.jsonl")
     actual = read_jsonl(run / "metrics.jsonl")
     for step, other in zip(expected, actual, strict=True):
@@ -160,21 +138,15 @@ def test_a_run_goes_on_at_another_number_of_ranks_in_the_same_order(
 
 
 @pytest.fixture
-def started(settings: list[str], tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+def started(
+    settings: list[str], tmp_path: Path, torchrun: Callable[..., subprocess.Popen]
+) -> Iterator[Callable[..., subprocess.Popen]]:
     """Starts the command line under torchrun, and ends what is left of it."""
     processes = []
 
     def start(num_ranks: int, *extra: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
         command = [*launcher, "-m", "paint_engine.train", *settings, *extra]
-        process = subprocess.Popen(
-            torchrun(num_ranks, *command),
-            env=environment(),
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        process = torchrun(num_ranks, *command, cwd=tmp_path)
         processes.append(process)
         return process
 

@@ -139,6 +139,35 @@ def test_a_teachers_prompt_that_never_fits_is_found_before_training(
     assert f"leaves {longest + 5}" in text
 
 
+@pytest.mark.parametrize(("longest", "words"), [(940, "leaves 84"), (5000, "got 5000")])
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_a_rationale_that_never_fits_is_found_before_training(
+    dry: tuple[str, ...],
+    longest: int,
+    words: str,
+    command: list[str],
+    run_main: Main,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reason = ("--teacher.reason_first", "true", "--teacher.reason_max_new_tokens", str(longest))
+    text = refused(run_main, capsys, [*command, *reason, *dry])
+    assert words in text and "--teacher.reason_max_new_tokens" in text
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_a_server_has_no_running_mean_to_reason_with(
+    dry: tuple[str, ...],
+    command: list[str],
+    run_main: Main,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server = ("--rollout.engine", "vllm", "--rollout.url", "http://localhost:1")
+    reason = ("--teacher.reason_first", "true", "--teacher.weights", "ema")
+    text = refused(run_main, capsys, [*command, *server, *reason, *dry])
+    assert "the student's and the base's weights only" in text
+    assert "--rollout.engine builtin" in text
+
+
 def test_an_evaluation_longer_than_the_context_is_refused(
     command: list[str], run_main: Main, capsys: pytest.CaptureFixture[str]
 ) -> None:
