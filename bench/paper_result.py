@@ -53,7 +53,7 @@ def build_result(
 ) -> Record:
     """All that the documents show, and all that it was computed from.
 
-    seconds: of a processor core, summed over the runs of one thread each, without the pretraining of the bases.
+    seconds: of a processor core, summed over the runs, without the pretraining of the bases.
     """
     everything = [*records.values(), *swept.values()]
     commits = sorted({record["commit"] for record in everything})
