@@ -58,11 +58,14 @@ def read_run(text: str) -> dict[str, Evaluation]:
         chosen = _choose_step(text, read_evaluations(path), which or "last")
         return {chosen.header.benchmark: chosen}
     heads = [head for head in sorted(path.glob("*.json")) if head.with_suffix(".jsonl").is_file()]
-    if which or not heads:
+    if not heads:
         raise ValueError(
-            f"{text}: {path} is no training run with evaluations, and holds "
-            f"{len(heads)} complete evaluations; needs one that has come to its end; run it again "
-            "to go on with it, and leave out what stands after the directory's name"
+            f"{text}: {path} holds no complete evaluation; needs one that has come to its end; "
+            "give its command again to go on with it"
+        )
+    if which:
+        raise ValueError(
+            f"{text}: {path} is an evaluation, and no training run with several; leave out :{which}"
         )
     found = [read_evaluation(head) for head in heads]
     return {evaluation.header.benchmark: evaluation for evaluation in found}

@@ -94,6 +94,11 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help lists every flag")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _flag(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"got {text!r}, needs true or false")
@@ -105,9 +110,10 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="python -m paint_engine.evaluate",
         description="Avg@k, pass@k and maj@k of a model on benchmarks, sampled as in the paper "
-        "where nothing else is said. Or: compare RUN_A RUN_B ... (see compare --help).",
+        "where nothing else is said. Or: compare RUN_A RUN_B ... (see compare --help). The same "
+        "command goes on where a killed one was. More in docs/evaluation.md.",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     add = parser.add_argument
     add("--model", metavar="M", help="'tiny', a model directory or a Hugging Face id")
@@ -118,9 +124,9 @@ def _parser() -> _Parser:
         required=True,
         help=f"with commas between: {names}, [NAME=]FILE, [NAME=]ID:SPLIT or ID:CONFIG:SPLIT",
     )
-    add("--output", metavar="DIR", type=Path, help="where samples and results go, and are found")
+    add("--output", metavar="DIR", type=Path, help="else evaluations/MODEL-DIGEST")
     add("--num-samples", type=int, default=paper.num_samples, help="answers a problem")
-    add("--num-problems", type=int, help="the first so many of each benchmark")
+    add("--num-problems", type=int, help="the first so many of each; else all")
     add("--temperature", type=float, default=paper.temperature, help="of sampling")
     add("--top-p", type=float, default=paper.top_p, help="nucleus mass")
     add("--top-k", type=int, default=paper.top_k, help="likeliest tokens kept; -1 = all")

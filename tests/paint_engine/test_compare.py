@@ -171,5 +171,8 @@ def test_directories_without_a_complete_evaluation(tmp_path: Path) -> None:
         read_run(str(tmp_path / "none"))
     files = SampleFiles(tmp_path, "bench", HEADER, WORLD, replace=False)
     files.close()
-    with pytest.raises(ValueError, match="holds 0 complete evaluations"):
+    with pytest.raises(ValueError, match="holds no complete evaluation"):
         read_run(str(tmp_path))
+    write(tmp_path / "whole", counts(2))
+    with pytest.raises(ValueError, match="no training run with several; leave out :best"):
+        read_run(f"{tmp_path / 'whole'}:best")
