@@ -147,8 +147,14 @@ class Config(Section):
                 f"train.batch_size: got {self.train.batch_size} with grpo.group_size {size}; needs "
                 "a multiple of it, since the batch is made of whole groups; change one of them"
             )
-        if objective.name not in ("grpo", "sampled_token") or objective.importance_cap is None:
+        if objective.importance_cap is None:
             return
+        if objective.name not in ("grpo", "sampled_token"):
+            raise ValueError(
+                f"objective.importance_cap: got {objective.importance_cap} with objective.name "
+                f"{objective.name!r}, which does not use the sampler's probabilities; use "
+                "--objective.importance_cap none"
+            )
         truncated = rollout.top_p < 1 or rollout.top_k != -1
         if truncated or rollout.temperature != objective.temperature:
             raise ValueError(

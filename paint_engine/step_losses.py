@@ -1,6 +1,7 @@
 """The loss of one micro-batch by the objective that was asked for."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -64,39 +65,21 @@ def _loss(
     denominator: int,
 ) -> ObjectiveOutput:
     section, head = run.config.objective, lm_head_weight(run.model)
-    device, size = student_states.device, len(run.tokenizer)
     ids, bounds = batch.completion_ids, batch.cu_seqlens
+    common: dict[str, Any] = {"vocab_size": len(run.tokenizer), "denominator": denominator}
     if section.name == "sft":
-        return objectives.sft(
-            student_states, head, ids, bounds, section, vocab_size=size, denominator=denominator
-        )
+        return objectives.sft(student_states, head, ids, bounds, section, **common)
     if section.name == "paint":
         assert teacher_states is not None
-        return objectives.paint(
-            student_states,
-            teacher_states,
-            head,
-            bounds,
-            section,
-            teacher_lm_head_weight=teacher_head,
-            vocab_size=size,
-            denominator=denominator,
-        )
+        common["teacher_lm_head_weight"] = teacher_head
+        return objectives.paint(student_states, teacher_states, head, bounds, section, **common)
     sampled = [logprob for item in items for logprob in item.rollout.rollout_logprobs]
-    rollout_logprobs = torch.tensor(sampled).to(device, non_blocking=True)
+    common["rollout_logprobs"] = torch.tensor(sampled).to(ids.device, non_blocking=True)
     if section.name == "sampled_token":
         assert teacher_states is not None
+        common["teacher_lm_head_weight"] = teacher_head
         return objectives.sampled_token(
-            student_states,
-            teacher_states,
-            head,
-            ids,
-            bounds,
-            section,
-            teacher_lm_head_weight=teacher_head,
-            rollout_logprobs=rollout_logprobs,
-            vocab_size=size,
-            denominator=denominator,
+            student_states, teacher_states, head, ids, bounds, section, **common
         )
     assert section.name == "grpo", section.name
     advantages = torch.tensor([item.advantage for item in items])
@@ -106,12 +89,10 @@ def _loss(
         head,
         ids,
         bounds,
-        advantages.to(device, non_blocking=True),
+        advantages.to(ids.device, non_blocking=True),
         section,
         run.config.grpo,
         base_lm_head_weight=teacher_head,
         old_logprobs=old_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        vocab_size=size,
-        denominator=denominator,
+        **common,
     )

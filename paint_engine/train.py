@@ -7,17 +7,12 @@ import signal
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
-from operator import itemgetter
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from paint_engine.batch import batch_to, build_batch, plan_microbatches
@@ -27,23 +22,19 @@ from paint_engine.config_toml import to_toml
 from paint_engine.distributed import (
     barrier,
     close_world,
-    gather_objects,
     init_world,
     sum_gradients,
-    sum_over_ranks,
 )
 from paint_engine.interrupt import Stopped, StopRequest
 from paint_engine.metrics import Diverged, MetricsWriter, Progress, check_finite
-from paint_engine.mismatch import mismatch_metrics
 from paint_engine.model import pick_device, sync_gradients
-from paint_engine.objectives import ObjectiveOutput, metric_sums
 from paint_engine.report import CONFIG_FILE, write_report
 from paint_engine.rollout import EngineDied, request_seed
 from paint_engine.run_eval import SaveFailed, evaluate_at, save
-from paint_engine.samples import sample_records
 from paint_engine.setup import Run, build_run, learning_rate, plan_run
 from paint_engine.step_losses import score
-from paint_engine.step_rollouts import rollout_metrics, sample_step, trained_rollouts
+from paint_engine.step_record import StepRecord
+from paint_engine.step_rollouts import sample_step
 from paint_engine.summary import print_summary, summarise
 from paint_engine.types import PrivilegedRollout
 from paint_engine.weights import whole
@@ -57,14 +48,11 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
     # ---------------------------------------------------------------------------------------------
     config, started, span = run.config, time.monotonic(), run.timings.span
     rollouts, lag = sample_step(run, step)
-    trained = trained_rollouts(config, rollouts)
-    per_rollout = config.objective.reduction == "sequence_mean"
-    denominator = len(rollouts) if per_rollout else count_tokens(rollouts)
-    record, sampled = StepRecord(), time.monotonic()
+    record, sampled = StepRecord(config, step, rollouts), time.monotonic()
     rate = grad_norm = 0.0
 
-    microbatches = my_microbatches(run, trained)
-    for _ in range(config.num_updates):
+    microbatches = my_microbatches(run, record.trained)
+    for number in range(config.num_updates):
         # Dropout, where there is any, is in the student's pass alone and repeats when resumed.
         torch.manual_seed(request_seed("dropout", config.train.seed, step, run.world.rank))
         run.model.train()
@@ -73,76 +61,29 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
             shown = items or rollouts[:1]
             batch = batch_to(build_batch(shown), run.world.device)
             sync_gradients(run.model, last=place == len(microbatches) - 1)
-            output, differences = score(
-                run, batch, shown, denominator, record.old_logprobs.get(place)
-            )
+            old_logprobs = record.old_logprobs.get(place)
+            output, differences = score(run, batch, shown, record.denominator, old_logprobs)
             with span("backward"):
                 (output.loss if items else 0.0 * output.loss).backward()
             if items:
-                take_down(run, record, step, rollouts, place, items, output, differences)
+                record.add(items, output)
+            if items and number == 0:
+                record.add_first(place, items, output, differences, run.tokenizer)
         with span("optimizer"):
             rate, grad_norm = update(run, step)
     # ---------------------------------------------------------------------------------------------
-    totals = sum_over_ranks(record.sums)
-    differences = [value for part in record.differences for value in part.tolist()]
-    scored, num_tokens = count_tokens(trained) * config.num_updates, count_tokens(rollouts)
-    samples = sorted(chain.from_iterable(gather_objects(record.samples)), key=itemgetter("place"))
-    mismatch = mismatch_metrics(gather_objects(differences))
-    finished = time.monotonic()
+    metrics, samples, finished = record.metrics(), record.samples(), time.monotonic()
     return {
         "step": step + 1,
-        "loss": totals.pop("loss", 0.0) / config.num_updates,
-        **{name: total / scored for name, total in totals.items()},
-        **rollout_metrics(config, rollouts),
+        **metrics,
         "rollout_lag": lag,
-        **mismatch,
         "grad_norm": grad_norm,
         "learning_rate": rate,
-        "num_loss_tokens": num_tokens,
-        "tokens_per_s": num_tokens / (finished - started),
+        "tokens_per_s": record.num_tokens / (finished - started),
         "seconds": finished - started,
         "seconds_rollout": sampled - started,
         "seconds_update": finished - sampled,
     }, samples
-
-
-@dataclass
-class StepRecord:
-    """What one rank's micro-batches leave behind: sums for the metrics over all updates; samples,
-    the sampler's errors and, for the updates that follow, log-probabilities of the first."""
-
-    sums: Counter[str] = field(default_factory=Counter)
-    samples: list[dict[str, object]] = field(default_factory=list)
-    differences: list[Tensor] = field(default_factory=list)
-    old_logprobs: dict[int, Tensor] = field(default_factory=dict)
-    seen: set[int] = field(default_factory=set)
-
-
-def take_down(
-    run: Run,
-    record: StepRecord,
-    step: int,
-    rollouts: Sequence[PrivilegedRollout],
-    place: int,
-    items: Sequence[PrivilegedRollout],
-    output: ObjectiveOutput,
-    differences: list[Tensor],
-) -> None:
-    """Adds the micro-batch of this place, whose rollouts are `items`, to the step's record."""
-    record.sums.update(metric_sums(output))
-    if place in record.seen:
-        return
-    record.seen.add(place)
-    record.differences += differences
-    kept = rollouts[: run.config.run.samples_per_step]
-    record.samples += sample_records(step + 1, items, kept, output, run.tokenizer)
-    if run.config.num_updates > 1:
-        record.old_logprobs[place] = output.per_token["logprobs"]
-
-
-def count_tokens(items: Sequence[PrivilegedRollout]) -> int:
-    """Completion tokens of the rollouts."""
-    return sum(len(item.rollout.completion_ids) for item in items)
 
 
 def update(run: Run, step: int) -> tuple[float, float]:
