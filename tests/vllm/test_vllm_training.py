@@ -164,3 +164,44 @@ def test_an_engine_of_one_of_two_ranks_is_killed(start: Start, tmp_path: Path) -
     for step in metrics:
         assert step["rollout_lag"] == 0 and 0 < step["rollout_logprob_diff"] < 1e-5
     assert list(files.iterdir()) == []
+
+
+def test_a_teacher_that_reasons_first_writes_with_its_own_weights(
+    start: Start, tmp_path: Path
+) -> None:
+    written = {}
+    for weights in ("fixed", "live"):
+        run = tmp_path / weights
+        settings = {
+            "run.dir": run,
+            "teacher.weights": weights,
+            "teacher.reason_first": "true",
+            "teacher.reason_max_new_tokens": 24,
+            "train.num_steps": 2,
+            # One step far enough away that other words are drawn.
+            "optim.learning_rate": 0.3,
+            "eval.enabled": "false",
+        }
+        process = start(
+            *(part for key, value in settings.items() for part in (f"--{key}", str(value)))
+        )
+        printed = finish(process)
+        assert process.returncode == 0, printed[-4000:]
+        samples = read_jsonl(run / "samples.jsonl")
+        written[weights] = [[s["rationale"] for s in samples if s["step"] == n] for n in (1, 2)]
+    # Before the first step both are the base; then only one of them moves.
+    assert written["fixed"][0] == written["live"][0] and all(written["fixed"][0])
+    assert written["fixed"][1] != written["live"][1]
+
+
+def test_importance_weights_of_the_engines_own_probabilities_are_one(
+    start: Start, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    short = ("--train.num_steps", "2", "--grpo.group_size", "4", "--eval.enabled", "false")
+    process = start("--preset", "grpo-tiny", "--run.dir", str(run), *short)
+    printed = finish(process)
+    assert process.returncode == 0, printed[-4000:]
+    for step in read_jsonl(run / "metrics.jsonl"):
+        assert abs(step["importance_weight"] - 1) < 1e-4
+        assert step["ratio"] == 1.0 and 0 < step["rollout_logprob_diff"] < 1e-4
