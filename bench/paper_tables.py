@@ -36,12 +36,35 @@ NUMBERS = tuple(table.number for table in TABLES)
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one size, two seeds, ten minutes")
-    parser.add_argument("--scale", choices=SCALES, default="laptop")
-    parser.add_argument("--tables", type=int, nargs="+", choices=NUMBERS, default=NUMBERS)
+    parser.add_argument(
+        "--scale",
+        choices=SCALES,
+        default="laptop",
+        help="laptop: bases of 0.9 to 1.9 million parameters, an hour and a half on two cores; "
+        "gpu: of 10 to 100 million",
+    )
+    parser.add_argument(
+        "--tables",
+        type=int,
+        nargs="+",
+        choices=NUMBERS,
+        default=NUMBERS,
+        help="1: recipes; 2: mask ratios; 3: placements; 4: interpolation (default: all)",
+    )
     parser.add_argument("--workers", type=int, help="default: 2, or the number of GPUs")
     parser.add_argument("--runs", type=Path, help="default: runs/paper-tables-SCALE")
-    parser.add_argument("--bases", type=Path, default=Path("runs/bases"))
-    parser.add_argument("--output", type=Path, help="default: in bench/results")
+    parser.add_argument(
+        "--bases",
+        type=Path,
+        default=Path("runs/bases"),
+        help="where the larger bases are, or are pretrained first (default: runs/bases)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="the JSON; Markdown and a figure go beside it (default: paper-tables.json in "
+        "bench/results)",
+    )
     parser.add_argument("--rerun", metavar="ID", help="such as small/paint or small/paint/seed-0")
     parser.add_argument("--list", action="store_true", help="the runs by id, and nothing else")
     return parser

@@ -62,6 +62,7 @@ class Config(Section):
         self._check_rollouts()
         self._check_teacher()
         self._check_policy_gradient()
+        self._check_idle_keys()
         if self.run.auto_resume and (self.run.dir is None or self.run.overwrite):
             raise ValueError(
                 f"run.auto_resume: got true with run.dir {self.run.dir} and run.overwrite "
@@ -138,6 +139,21 @@ class Config(Section):
             raise ValueError(
                 "teacher.weights: got 'ema' with lora.enabled false; the running mean is one of "
                 "adapters; train adapters, or use --teacher.weights fixed or live"
+            )
+
+    def _check_idle_keys(self) -> None:
+        objective, teacher = self.objective, self.teacher
+        if objective.divergence != "jsd" and objective.jsd_weight != 0.5:
+            raise ValueError(
+                f"objective.jsd_weight: got {objective.jsd_weight} with objective.divergence "
+                f"{objective.divergence!r}, which has no such weight; leave it out, or use "
+                "--objective.divergence jsd"
+            )
+        if teacher.weights != "ema" and teacher.ema_decay != 0.999:
+            raise ValueError(
+                f"teacher.ema_decay: got {teacher.ema_decay} with teacher.weights "
+                f"{teacher.weights!r}, which is no running mean; leave it out, or use "
+                "--teacher.weights ema"
             )
 
     def _check_policy_gradient(self) -> None:

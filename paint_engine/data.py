@@ -62,13 +62,15 @@ def load_problems(
     on_bad_row: Literal["stop", "skip"],
     max_rows: int | None,
     section: Literal["data", "eval"] = "data",
+    needs_solution: bool = True,
 ) -> LoadedProblems:
     """Problems of "tiny", a .jsonl/.json/.parquet file, a directory or a `datasets` id[:config].
 
     split: the part of "tiny" or of a `datasets` id; files have none.
     max_rows: the first so many usable rows; None = all.
     section: the section of the configuration that asks, which the messages then name. "eval" needs
-        no solution: where a row has none it is "".
+        no solution.
+    needs_solution: training does; where none is needed and a row has none, it is "".
 
     Raises ValueError where a row cannot be used (on_bad_row "stop"), the source cannot be read, or
     no problem is left.
@@ -79,9 +81,10 @@ def load_problems(
         return LoadedProblems(tuple(load_split(split, max_rows)), 0)
     problems: list[Problem] = []
     num_skipped, first_bad = 0, ""
+    needed = needs_solution and section == "data"
     for place, row in _read_rows(path, split, section):
         try:
-            problems.append(_to_problem(place, row, columns, needs_solution=section == "data"))
+            problems.append(_to_problem(place, row, columns, needs_solution=needed))
         except _BadRow as error:
             if on_bad_row == "stop":
                 raise ValueError(

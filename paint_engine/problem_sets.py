@@ -80,6 +80,8 @@ def load_train_set(
         columns=data.columns,
         on_bad_row=data.on_bad_row,
         max_rows=data.max_rows,
+        # Rewards ask for the answer alone.
+        needs_solution=config.objective.name != "grpo",
     )
     limits = context, config.rollout.max_new_tokens
     kept: list[Problem] = []

@@ -69,7 +69,7 @@ def encode_chat(
         tokenize=False,
     )
     assert isinstance(text, str)
-    return tuple(tokenizer.encode(text + suffix, add_special_tokens=False))
+    return tuple(tokenizer.encode(text + suffix, add_special_tokens=False, verbose=False))
 
 
 def encode_student_prompt(

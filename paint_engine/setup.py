@@ -224,6 +224,14 @@ def _load_progress(
 def _check_before_loading(config: Config, say: Callable[[str], object]) -> None:
     check_loggers(tensorboard=config.run.tensorboard, wandb_project=config.run.wandb_project)
     check_engine_has_teacher(config)
+    objective = config.objective
+    clipped = objective.name == "paint" and objective.pointwise_clip is not None
+    if clipped and objective.divergence == "reverse_kl":
+        say(
+            "note: the clip is made for the forward KL; of the reverse KL it takes away the "
+            "penalty on what the student overrates, and training then drifts away from the "
+            "teacher; --objective.pointwise_clip none switches it off"
+        )
     if config.eval.enabled and config.eval.path == "tiny" and config.data.path != "tiny":
         say(
             f"note: training on {config.data.path}, evaluating on the bundled word problems; name "

@@ -115,6 +115,7 @@ def _prompted(
     return replace(
         item,
         partial_solution=shown,
+        shortened=item.shortened or shown != partial_solution,
         teacher_prompt_ids=teacher_prompt_ids,
         rationale=rationale or "",
     )
@@ -211,6 +212,7 @@ def rollout_metrics(config: Config, items: Sequence[PrivilegedRollout]) -> dict[
     }
     if config.uses_teacher:
         metrics["mask_ratio"] = mean([item.mask_ratio for item in items])
+        metrics["shortened_solutions"] = mean([item.shortened for item in items])
     if config.objective.name == "grpo":
         metrics["reward"] = mean([item.reward for item in items])
         metrics["zero_variance_groups"] = sum(map(has_equal_rewards, groups(config, items)))

@@ -54,8 +54,8 @@ class PrivilegedRollout:
 
     The verdict is logged and never steers the teacher; `check_error` says why the checker failed.
     Where the objective has no teacher, `partial_solution` is empty and `teacher_prompt_ids` are the
-    student's. `reward` and `advantage` are GRPO's; `rationale` is what a teacher wrote that reasons
-    first.
+    student's. `shortened`: the prompt had no room for what the mask leaves. `reward` and
+    `advantage` are GRPO's; `rationale` is what a teacher wrote that reasons first.
     """
 
     rollout: Rollout
@@ -65,6 +65,7 @@ class PrivilegedRollout:
     mask_ratio: float
     partial_solution: str
     teacher_prompt_ids: tuple[int, ...]
+    shortened: bool = False
     reward: float = 0.0
     advantage: float = 0.0
     rationale: str = ""

@@ -259,6 +259,8 @@ def test_equal_mask_ratios_and_the_ends_of_ranges_are_allowed() -> None:
         ({"objective.name": "grpo", "train.batch_size": 12}, "a multiple of it"),
         ({"objective.name": "grpo", "objective.importance_cap": 2.0}, "rollout.top_p 1.0"),
         ({"objective.name": "sampled_token", "objective.importance_cap": 2.0}, "without trunc"),
+        ({"objective.jsd_weight": 0.9}, "--objective.divergence jsd"),
+        ({"teacher.ema_decay": 0.9}, "--teacher.weights ema"),
         ({"objective.importance_cap": 2.0}, "does not use the sampler's probabilities"),
         ({"objective.name": "sft", "rollout.ahead": 1}, "nothing is sampled"),
         ({"objective.name": "grpo", "teacher.weights": "ema"}, "which has no teacher"),

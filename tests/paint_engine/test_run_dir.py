@@ -63,7 +63,8 @@ def test_a_restart_goes_on_in_the_directory_of_its_own_launch(
     save_step(run_dir)
     assert start(config) == (run_dir, True)
     # Another launch of the same command made another directory, or is refused this one.
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    another = os.getppid() + 1
+    monkeypatch.setattr(os, "getppid", lambda: another)
     again = config_of(tmp_path / "run") if named else config
     if named:
         with pytest.raises(ValueError, match="exists already"):

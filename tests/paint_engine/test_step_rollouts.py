@@ -1,6 +1,7 @@
 """A step's rollouts: what the teacher sees of the solution, groups and their advantages, reference
 solutions, rationales."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -280,3 +281,22 @@ def test_a_rationale_stands_in_the_prompt_of_the_teacher_that_wrote_it(
         text = run.tokenizer.decode(list(item.teacher_prompt_ids))
         assert item.partial_solution in text
         assert text.index(item.partial_solution) < text.index(f"because {number}")
+
+
+def test_a_solution_without_room_is_told_apart_from_a_masked_one(run: Run) -> None:
+    short, long = (
+        revealed(run, Problem("p", "How many?", text, "7"), "no idea")
+        for text in ("First $3 + 4 = 7$.", "First $3 + 4 = 7$. " * 400)
+    )
+    assert (short.shortened, long.shortened) == (False, True)
+    assert rollout_metrics(run.config, [short, long])["shortened_solutions"] == 0.5
+
+
+def test_rewards_need_no_solutions(build: Build, tmp_path: Path) -> None:
+    rows = [{"problem": f"How much is {n} + 1?", "answer": str(n + 1)} for n in range(4)]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics, samples = train_step(build(**GRPO, **{"data.path": path}), 0)
+    assert metrics["reward"] == 0 and samples[0]["solution"] == ""
+    with pytest.raises(ValueError, match="training needs one"):
+        build(**{"data.path": path})

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from paint_engine import config, masking
+from paint_engine import config_sections, masking
 from paint_engine.tiny import pretrain
 from paint_engine.verify import extract_boxed
 
@@ -39,8 +39,8 @@ def _documents(tokenizer: PreTrainedTokenizerBase, count: int) -> list[tuple[str
 
 
 def test_the_base_reads_the_prompts_that_it_is_used_with() -> None:
-    assert pretrain.INSTRUCTION == config.INSTRUCTION
-    assert config.MaskingSection().marker == masking.OMISSION_MARKER
+    assert pretrain.INSTRUCTION == config_sections.INSTRUCTION
+    assert config_sections.MaskingSection().marker == masking.OMISSION_MARKER
 
 
 def test_documents_come_in_their_shares(tokenizer: PreTrainedTokenizerBase) -> None:
