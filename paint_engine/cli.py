@@ -25,6 +25,8 @@ from paint_engine.config_toml import LEAVES, build_config, toml_value, value_of
 DEFAULT_PRESET = "tiny"
 _PRESETS = Path(__file__).with_name("presets")
 _EXTENDS = "extends"
+_LEAST_LIKENESS = 0.7
+"""of a guess, from 0 to 1: below it two names share letters by chance"""
 _OPTIONS = ("preset", "config", "resume", "dry-run", "print-config", "help")
 _SECTIONS = tuple(dict.fromkeys(key.rsplit(".", 1)[0] for key in LEAVES))
 # What decides how a step is computed and not what it computes may change, as the machines may.
@@ -84,6 +86,12 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
+def _metavar(annotation: Any) -> str:
+    if annotation is bool:
+        return "true|false"
+    return "|".join(get_args(annotation)) if get_origin(annotation) is Literal else "VALUE"
+
+
 def _parser(prog: str) -> _Parser:
     parser = _Parser(
         prog=prog,
@@ -114,9 +122,8 @@ def _parser(prog: str) -> _Parser:
     groups = {section: parser.add_argument_group(section) for section in _SECTIONS}
     for key, field in LEAVES.items():
         text = f"{field.description} (default: {toml_value(field.default)})".replace("%", "%%")
-        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
         groups[key.rsplit(".", 1)[0]].add_argument(
-            f"--{key}", metavar="|".join(choices) or "VALUE", default=argparse.SUPPRESS, help=text
+            f"--{key}", metavar=_metavar(field.annotation), default=argparse.SUPPRESS, help=text
         )
     return parser
 
@@ -134,14 +141,21 @@ def _preset_listing() -> str:
     return "\n".join(f"  {name:{width}}  {first.lstrip('# ')}" for name, first in lines)
 
 
-def _nearest(name: str, candidates: Iterable[str]) -> str:
-    """The candidate that most resembles `name`, as a whole and in its last dotted part."""
+def _guess(name: str, candidates: Iterable[str]) -> str:
+    """A question for the candidate that most resembles `name`, as a whole and in its last dotted
+    part, which may be one word of it or its initials: lr, learning_rate. Empty where none does."""
+    last = name.split(".")[-1]
 
-    def likeness(candidate: str) -> float:
-        pairs = (name, candidate), (name.split(".")[-1], candidate.split(".")[-1])
-        return sum(difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)
+    def likeness(candidate: str) -> tuple[float, float]:
+        part = candidate.split(".")[-1]
+        words = part.split("_")
+        initials = "".join(word[0] for word in words)
+        is_short = last in (*words, initials) and len(last) > 1
+        in_part = 1.0 if is_short else difflib.SequenceMatcher(None, last, part).ratio()
+        return difflib.SequenceMatcher(None, name, candidate).ratio(), in_part
 
-    return max(candidates, key=likeness)
+    nearest = max(candidates, key=lambda candidate: sum(likeness(candidate)))
+    return f"; did you mean {nearest}?" if max(likeness(nearest)) >= _LEAST_LIKENESS else ""
 
 
 def _refuse_unknown(key: str, source: str, candidates: Iterable[str]) -> NoReturn:
@@ -149,8 +163,8 @@ def _refuse_unknown(key: str, source: str, candidates: Iterable[str]) -> NoRetur
     inside = [leaf for leaf in LEAVES if leaf.startswith(f"{section}.")]
     listing = f"; [{section}] has {', '.join(inside)}" if inside else ""
     raise ValueError(
-        f"{source}: got the unknown key {key!r}; needs a key that --help lists{listing}; "
-        f"did you mean {_nearest(key, candidates)}?"
+        f"{source}: got the unknown key {key!r}; needs a key that --help lists{listing}"
+        f"{_guess(key, candidates)}"
     )
 
 
@@ -188,6 +202,12 @@ def _read_file(path: Path) -> tuple[str | None, dict[str, Any]]:
         )
     flat = _flatten(table)
     for key in flat:
+        section, _, last = key.rpartition(".")
+        if section and last == _EXTENDS:
+            raise ValueError(
+                f"{path}: got {_EXTENDS} in the section [{section}]; needs it above the first "
+                "section, since it is for the whole file; move the line to the top"
+            )
         if key not in LEAVES and not (flat[key] == {} and key in _SECTIONS):
             _refuse_unknown(key, str(path), (*LEAVES, _EXTENDS))
     return parent, {key: value for key, value in flat.items() if key in LEAVES}
@@ -296,8 +316,7 @@ def _preset_path(name: str, asked_by: str) -> Path:
     names = preset_names()
     if name not in names:
         raise ValueError(
-            f"{asked_by}: got {name!r}; needs one of {', '.join(names)}; "
-            f"did you mean {_nearest(name, names)}?"
+            f"{asked_by}: got {name!r}; needs one of {', '.join(names)}{_guess(name, names)}"
         )
     return _PRESETS / f"{name}.toml"
 

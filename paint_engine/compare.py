@@ -12,12 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from paint_engine.accuracy import Estimate, bootstrap, by_problem
+from paint_engine.checkpoint_files import list_checkpoints
 from paint_engine.evaluation import (
     Evaluation,
     evaluation_directory,
     read_evaluation,
     read_evaluations,
 )
+from paint_engine.report import CONFIG_FILE
 from paint_engine.summary import best_step
 
 Evaluations = Mapping[str, Evaluation]
@@ -55,13 +57,18 @@ def read_run(text: str) -> dict[str, Evaluation]:
             "training run's, with :STEP, :best or :last after it"
         )
     if evaluation_directory(path).is_dir():
-        chosen = _choose_step(text, read_evaluations(path), which or "last")
+        evaluations = read_evaluations(path)
+        if not evaluations:
+            raise ValueError(_no_evaluation(text, path))
+        chosen = _choose_step(text, evaluations, which or "last")
         return {chosen.header.benchmark: chosen}
     heads = [head for head in sorted(path.glob("*.json")) if head.with_suffix(".jsonl").is_file()]
+    if not heads and _is_training_run(path):
+        raise ValueError(_no_evaluation(text, path))
     if not heads:
         raise ValueError(
-            f"{text}: {path} holds no complete evaluation; needs one that has come to its end; "
-            "give its command again to go on with it"
+            f"{text}: holds no complete evaluation; needs one that has come to its end; give its "
+            "command again to go on with it"
         )
     if which:
         raise ValueError(
@@ -71,16 +78,28 @@ def read_run(text: str) -> dict[str, Evaluation]:
     return {evaluation.header.benchmark: evaluation for evaluation in found}
 
 
+def _is_training_run(path: Path) -> bool:
+    return (path / CONFIG_FILE).is_file() or bool(list_checkpoints(path))
+
+
+def _no_evaluation(text: str, run_dir: Path) -> str:
+    return (
+        f"{text}: this training run has no complete evaluation (its eval.enabled was false, or it "
+        f"stopped before); make one with python -m paint_engine.evaluate --adapter {run_dir} "
+        "--benchmarks ... --output DIR, asked as the other side was, and compare DIR"
+    )
+
+
 def _choose_step(text: str, evaluations: Mapping[int, Evaluation], which: str) -> Evaluation:
     step: int | None = None
     if which == "best":
         step = best_step(evaluations)
     elif which == "last":
-        step = max(evaluations, default=None)
+        step = max(evaluations)
     elif which.removeprefix("step-").isdecimal():
         step = int(which.removeprefix("step-"))
     if step is None or step not in evaluations:
-        there = ", ".join(map(str, evaluations)) or "none"
+        there = ", ".join(map(str, evaluations))
         raise ValueError(
             f"{text}: no complete evaluation {which!r}; the run has them after steps {there}; "
             "needs one of these numbers, best or last"

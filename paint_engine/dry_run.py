@@ -261,6 +261,7 @@ def describe(
         )
     )
     processors = "a CPU" if longest.device_memory_bytes is None else "a GPU"
+    each = "1 process" if num_ranks == 1 else f"each of {num_ranks} processes"
     num_held_out = len(eval_set.problems) if eval_set else 0
     return "\n".join(
         (
@@ -270,8 +271,8 @@ def describe(
             "",
             *_first_batch(config, tokenizer, train_set, context),
             "",
-            f"# memory that each of {num_ranks} processes takes on {processors}, in GiB, with the "
-            f"longest prompts (with typical ones {typical.total_bytes / GIB:.3f})",
+            f"# memory that {each} takes on {processors}, in GiB, with the longest prompts (with "
+            f"typical ones {typical.total_bytes / GIB:.3f})",
             longest.table(),
             f"{otherwise.total_bytes / GIB:9.3f}  {'with' if checkpointing else 'without'} "
             "activation checkpointing",

@@ -5,21 +5,17 @@ share. `python -m paint_engine.evaluate compare RUN_A RUN_B` puts two evaluation
 """
 
 import argparse
-import hashlib
 import json
 import os
-import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
 
-from pydantic import ValidationError
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -27,10 +23,9 @@ from transformers.utils import logging as transformers_logging
 
 from paint_engine import compare
 from paint_engine.answers import all_requests, evaluate
-from paint_engine.benchmarks import KNOWN, Benchmark, load_benchmark, parse_benchmarks
+from paint_engine.benchmarks import Benchmark, load_benchmark, parse_benchmarks
 from paint_engine.cli import user_errors
-from paint_engine.config_sections import INSTRUCTION, EvalSection
-from paint_engine.config_toml import LEAVES
+from paint_engine.config_sections import EvalSection
 from paint_engine.distributed import (
     World,
     barrier,
@@ -50,6 +45,7 @@ from paint_engine.evaluation import (
     hold,
     unfinished_rows,
 )
+from paint_engine.evaluation_flags import own_flags, parse_arguments, section_of
 from paint_engine.evaluation_report import results_table, summarise_benchmarks, write_results
 from paint_engine.metrics import Progress
 from paint_engine.model import load_tokenizer, max_context, pick_device
@@ -61,14 +57,11 @@ from paint_engine.subject import (
     build_engine,
     check_adapter,
     compute_dtype_of,
+    default_directory,
     find_subject,
+    other_base,
     skeleton,
 )
-
-# Of the configuration's keys that messages of its parts name: the flag that stands for each here.
-_FLAGS = {"name_or_path": "model", "path": "benchmarks", "split": "benchmarks SOURCE:SPLIT"}
-_KEY = re.compile(r"(?:--)?\b(?:rollout|eval|model|data|train)\.((?:columns\.)?[a-z_]+)")
-
 
 # vLLM's share of a GPU, which nobody else uses, and of a CPU's memory, which others do.
 _MEMORY_SHARES = {"cuda": 0.9, "cpu": 0.35}
@@ -87,83 +80,6 @@ class Plan:
     directory: Path
     sets: dict[str, ProblemSet]
     headers: dict[str, Header]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help lists every flag")
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def _flag(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"got {text!r}, needs true or false")
-    return text.lower() == "true"
-
-
-def _parser() -> _Parser:
-    paper = EvalSection()
-    parser = _Parser(
-        prog="python -m paint_engine.evaluate",
-        description="Avg@k, pass@k and maj@k of a model on benchmarks, sampled as in the paper "
-        "where nothing else is said. Or: compare RUN_A RUN_B ... (see compare --help). The same "
-        "command goes on where a killed one was. More in docs/evaluation.md.",
-        allow_abbrev=False,
-        formatter_class=_Help,
-    )
-    add = parser.add_argument
-    add("--model", metavar="M", help="'tiny', a model directory or a Hugging Face id")
-    add("--adapter", metavar="A", help="peft's directory, or a run's: RUN_DIR[:last|:best|:STEP]")
-    names = ", ".join(benchmark.name for benchmark in KNOWN)
-    add(
-        "--benchmarks",
-        required=True,
-        help=f"with commas between: {names}, [NAME=]FILE, [NAME=]ID:SPLIT or ID:CONFIG:SPLIT",
-    )
-    add("--output", metavar="DIR", type=Path, help="else evaluations/MODEL-DIGEST")
-    add("--num-samples", type=int, default=paper.num_samples, help="answers a problem")
-    add("--num-problems", type=int, help="the first so many of each; else all")
-    add("--temperature", type=float, default=paper.temperature, help="of sampling")
-    add("--top-p", type=float, default=paper.top_p, help="nucleus mass")
-    add("--top-k", type=int, default=paper.top_k, help="likeliest tokens kept; -1 = all")
-    add("--max-new-tokens", type=int, default=paper.max_new_tokens, help="longest answer")
-    add("--thinking", type=_flag, default=paper.thinking, help="chat template's switch")
-    add("--instruction", default=INSTRUCTION, help="closing line of the prompt")
-    add("--seed", type=int, default=0, help="of sampling")
-    add("--engine", choices=("auto", "vllm", "builtin"), default="auto", help="auto: vLLM if there")
-    add("--max-sequences", type=int, default=paper.max_sequences, help="decoded at once")
-    add(
-        "--gpu-memory-utilization",
-        type=float,
-        help="vLLM's; else 0.9 on a GPU, 0.35 on a CPU",
-    )
-    add("--tensor-parallel-size", type=int, default=1, help="GPUs of one vLLM engine")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of weights")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    add("--problem-column", metavar="NAME", help="column of the question, where not detected")
-    add("--answer-column", metavar="NAME", help="column of the answer, where not detected")
-    add("--on-bad-row", choices=("stop", "skip"), default="stop", help="at rows without an answer")
-    return parser
-
-
-def _section(arguments: argparse.Namespace) -> EvalSection:
-    """The flags as the section of a training run's configuration, with its checks."""
-    names = EvalSection.model_fields.keys() & vars(arguments).keys()
-    columns = {"problem": arguments.problem_column, "answer": arguments.answer_column}
-    try:
-        return EvalSection(columns=columns, **{name: getattr(arguments, name) for name in names})  # pyright: ignore[reportArgumentType]
-    except ValidationError as error:
-        lines = [
-            f"--{str(item['loc'][0]).replace('_', '-')}: got {item['input']!r}; "
-            f"{item['msg'].removeprefix('Value error, ').removeprefix('Input ')}"
-            for item in error.errors()
-        ]
-        raise ValueError("\n".join(lines)) from error
 
 
 def _check_engine(arguments: argparse.Namespace) -> str:
@@ -188,7 +104,7 @@ def _check_engine(arguments: argparse.Namespace) -> str:
 def make_plan(arguments: argparse.Namespace, world: World) -> Plan:
     """Everything but the weights is loaded, and checked. Raises ValueError for what the user can
     mend."""
-    section, engine = _section(arguments), _check_engine(arguments)
+    section, engine = section_of(arguments), _check_engine(arguments)
     benchmarks = parse_benchmarks(arguments.benchmarks)
     subject = find_subject(
         arguments.model,
@@ -198,6 +114,13 @@ def make_plan(arguments: argparse.Namespace, world: World) -> Plan:
     )
     tokenizer, shape = load_tokenizer(subject.base), skeleton(subject)
     check_adapter(subject)
+    say = print if world.is_main else lambda text: None
+    if (trained_on := other_base(subject)) is not None:
+        say(
+            f"note: the adapter {subject.adapter} was trained on {trained_on}, and is put on "
+            f"{subject.base.name_or_path} here, which --model names; unless both are the same "
+            "weights, this evaluates what was never trained"
+        )
     settings = evaluation_settings(section, arguments.seed, arguments.instruction)
     identity = subject.identity(engine, compute_dtype_of(subject, world.device))
 
@@ -209,7 +132,7 @@ def make_plan(arguments: argparse.Namespace, world: World) -> Plan:
             arguments.instruction,
             max_context(shape),
             on_bad_row=arguments.on_bad_row,
-            say=print if world.is_main else lambda text: None,
+            say=say,
         )
 
     sets = {benchmark.name: load(benchmark) for benchmark in benchmarks}
@@ -217,31 +140,25 @@ def make_plan(arguments: argparse.Namespace, world: World) -> Plan:
         name: Header(name, settings, identity, fingerprints(problem_set.problems))
         for name, problem_set in sets.items()
     }
-    directory = arguments.output or default_directory(identity, settings, section.num_problems)
+    directory = arguments.output or default_directory(
+        subject, identity | settings | {"num_problems": section.num_problems}
+    )
     return Plan(arguments, section, subject, tokenizer, shape, engine, directory, sets, headers)
-
-
-def default_directory(
-    identity: Mapping[str, Any], settings: Mapping[str, Any], num_problems: int | None
-) -> Path:
-    """A directory that the same command finds again, and another one does not; more benchmarks go
-    to the same."""
-    text = json.dumps([identity, settings, num_problems], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return Path("evaluations") / f"{Path(identity['model']).name}-{digest[:8]}"
 
 
 def answer_benchmark(
     plan: Plan, name: str, engine: RolloutEngine, world: World, progress: Progress
 ) -> Evaluation:
     """What is left of one benchmark, each sample being written as it finishes. A collective."""
-    started, problem_set, done = time.monotonic(), plan.sets[name], []
+    started, problem_set = time.monotonic(), plan.sets[name]
     with closing(
         SampleFiles(plan.directory, name, plan.headers[name], world, replace=False)
     ) as files:
         requests = all_requests(problem_set.problems, plan.section.num_samples)
         mine = files.share(requests)
         left = "" if len(mine) == len(requests) else f" ({len(mine)} left for this process)"
+        # Those of before a kill count too, of all processes then.
+        done = [sample.correct for sample in files.finished]
         with progress.evaluation(f"{name}{left}", len(mine)) as advance:
 
             def on_samples(group: list[EvalSample]) -> None:
@@ -328,35 +245,23 @@ def report(plan: Plan, evaluations: Sequence[Evaluation], world: World, console:
     console.print(f"results: {plan.directory}", soft_wrap=True)
 
 
-def _own_flags(message: str) -> str:
-    """A message of the engine's parts, with this command's flags for the configuration's keys."""
-
-    def flag(match: re.Match[str]) -> str:
-        key = match[1]
-        if match[0].removeprefix("--") not in LEAVES:
-            # A file's name, as data.jsonl, or a weight's.
-            return match[0]
-        if key.startswith("columns."):
-            return f"--{key.removeprefix('columns.')}-column"
-        return "--" + _FLAGS.get(key, key.replace("_", "-"))
-
-    message = message.replace("--checkpoint ", "--adapter RUN_DIR:")
-    return _KEY.sub(flag, message).replace("NAME (.solution, .answer)", "or --answer-column NAME")
-
-
 def run(argv: Sequence[str], console: Console) -> None:
     """The whole command. Raises ValueError, in this command's terms, for what the user can mend."""
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = parse_arguments(argv)
         world = init_world(pick_device(arguments.device))
         plan = make_plan(arguments, world)
         with ExitStack() as stack:
             here = look(plan, world, stack)
+            if complete := [name for name, evaluation in here.items() if evaluation is not None]:
+                console.print(
+                    f"{', '.join(complete)}: complete already, nothing was sampled", soft_wrap=True
+                )
             evaluations = answer_all(plan, here, world, Progress(console))
             if world.is_main:
                 report(plan, evaluations, world, console)
     except ValueError as error:
-        raise ValueError(_own_flags(str(error))) from error
+        raise ValueError(own_flags(str(error))) from error
     barrier()
 
 

@@ -41,16 +41,22 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": None}
 
 
-def choose_checkpoint(path: Path, which: str | None) -> Path:
+def choose_checkpoint(path: Path, which: str | None, given: str | None = None) -> Path:
     """The checkpoint that `path` is, or the one of that run directory that `which` names.
 
     which: "last" (also where it is None), "best" or "step-N"; only with a run directory.
+    given: the user's words for both, for messages; None = those of this module's command.
 
     Raises ValueError where there is none such, or where its files are not what was written.
     """
     checkpoints = list_checkpoints(path)
     if (path / MANIFEST_FILE).is_file() and which is None:
         chosen = path.resolve()
+    elif not path.is_dir():
+        raise ValueError(
+            f"{path}: no such directory; give a run directory that holds checkpoints/step-N, or "
+            "one of these"
+        )
     elif not checkpoints:
         raise ValueError(
             f"{path} has no checkpoint to choose from: give a run directory that holds "
@@ -63,37 +69,44 @@ def choose_checkpoint(path: Path, which: str | None) -> Path:
     else:
         chosen = next((c for c in checkpoints if c.name == which), None)
     if chosen is None:
-        there = ", ".join(checkpoint.name for checkpoint in checkpoints)
+        there = [checkpoint.name for checkpoint in checkpoints]
+        marked = ["best"] if best_checkpoint(path) is not None else []
         raise ValueError(
-            f"--checkpoint {which}: {path} has {there}"
-            + ("" if which != "best" else " and no best")
+            f"{given or f'--checkpoint {which}'}: {path} has no {which}; it has "
+            f"{', '.join(there)}; give one of these, {' or '.join([*marked, 'last'])}"
         )
     if damage := find_damage(chosen):
-        raise ValueError(
-            f"{chosen} is damaged ({damage}): choose another, of a run directory with --checkpoint"
-        )
+        raise ValueError(f"{chosen} is damaged ({damage}): choose another checkpoint of its run")
     return chosen
 
 
-def find_base(checkpoint: Path, name_or_path: str | None) -> ModelSection:
-    """What the checkpoint was trained from: `name_or_path` where given, else what the run's
-    configuration says, else what the adapter's does.
-
-    Raises ValueError where nothing says it.
-    """
+def recorded_base(checkpoint: Path) -> ModelSection | None:
+    """What the checkpoint was trained from, by the run's configuration, else by the adapter's; None
+    where neither says it."""
     config = checkpoint.parent.parent / CONFIG_FILE
     adapter_config = checkpoint / _ADAPTER_CONFIG
-    if name_or_path is not None:
-        return ModelSection(name_or_path=name_or_path)
     if config.is_file():
         return ModelSection.model_validate(tomllib.loads(config.read_text())["model"])
     if adapter_config.is_file():
-        recorded = json.loads(adapter_config.read_text())["base_model_name_or_path"]
-        return ModelSection(name_or_path=recorded)
-    raise ValueError(
-        f"{checkpoint} lies in no run directory, and so does not say which model it was trained "
-        "from, whose tokenizer is needed: give that with --model"
-    )
+        name = json.loads(adapter_config.read_text()).get("base_model_name_or_path")
+        return ModelSection(name_or_path=name) if name else None
+    return None
+
+
+def find_base(checkpoint: Path, name_or_path: str | None) -> ModelSection:
+    """What the checkpoint was trained from: `name_or_path` where given, else `recorded_base`.
+
+    Raises ValueError where nothing says it.
+    """
+    if name_or_path is not None:
+        return ModelSection(name_or_path=name_or_path)
+    recorded = recorded_base(checkpoint)
+    if recorded is None:
+        raise ValueError(
+            f"{checkpoint} lies in no run directory, and so does not say which model it was "
+            "trained from, whose tokenizer is needed: give that with --model"
+        )
+    return recorded
 
 
 def _load_model(path: str, section: ModelSection) -> PreTrainedModel:

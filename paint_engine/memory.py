@@ -74,6 +74,7 @@ class Setting:
     number in matrix products, and in the stream that layers add to."""
 
     trains_all: bool
+    second_pass: bool
     running_mean: bool
     compute_bytes: int
     residual_bytes: int
@@ -107,6 +108,7 @@ def setting_of(config: Config, num_ranks: int, *, on_gpu: bool) -> Setting:
     in_process = config.samples and rollout.url is None and rollout.engine != "builtin"
     return Setting(
         trains_all=trains_all,
+        second_pass=config.has_second_pass,
         running_mean=config.teacher.weights == "ema",
         compute_bytes=compute,
         # Float32 embeddings begin a float32 stream, which autocast leaves as it is.
@@ -193,9 +195,10 @@ def _loss(shape: ModelShape, setting: Setting, batch: Microbatch) -> dict[str, i
         chunks += 2 * rows * num_columns + 2 * shape.head_parameters
     else:
         chunks += rows * num_columns * _FLOAT32
-    both_rows = setting.residual_bytes + setting.compute_bytes
+    of = "both roles" if setting.second_pass else "the student"
+    one_entry = setting.residual_bytes + setting.compute_bytes * setting.second_pass
     return {
-        "hidden states of both roles": num_rows * shape.hidden * both_rows,
+        f"hidden states of {of}": num_rows * shape.hidden * one_entry,
         "loss: chunks of logits": chunks,
         "loss: gradient rows": num_rows * shape.hidden * _FLOAT32,
         "loss: gradient of the head": shape.head_parameters * _FLOAT32 * setting.trains_all,
@@ -326,7 +329,7 @@ def estimate_memory(
     if not config.has_second_pass:
         del phases["the teacher's pass"]
     if sampling := _sampling(shape, setting, config, lengths):
-        phases["sampling"] = sampling
+        phases["evaluation" if config.objective.name == "sft" else "sampling"] = sampling
     outside = {}
     if device_memory_bytes is not None:
         tensors = MemoryEstimate(held, phases, {}, None).allocated_bytes

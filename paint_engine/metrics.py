@@ -239,17 +239,25 @@ class _Meter:
         return max(0.0, seconds_each * (self.total - last_done) - since_update)
 
 
-# label, key of the metrics, how its value is shown; those that a run's objective has
+_DIVERGENCES = {"forward_kl": "KL", "reverse_kl": "reverse KL", "jsd": "JSD"}
+# key of the metrics, label (of token_kl: its divergence's), how the value is shown
 _TRAINING_FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("loss", "loss", "{:.4f}".format),
-    ("KL", "token_kl", "{:.4f} nats".format),
-    ("sampled KL", "sampled_kl", "{:.4f} nats".format),
-    ("base KL", "base_kl", "{:.4f} nats".format),
     ("reward", "reward", "{:.2f}".format),
+    ("zero_variance_groups", "groups without a signal", "{:.0f}".format),
+    ("loss", "loss", "{:.4f}".format),
+    ("token_kl", "", "{:.4f} nats".format),
+    ("sampled_kl", "sampled KL", "{:.4f} nats".format),
+    ("base_kl", "base KL", "{:.4f} nats".format),
     ("overlap", "overlap", "{:.0%}".format),
     ("accuracy", "accuracy", "{:.0%}".format),
-    ("", "tokens_per_s", "{:,.0f} tokens/s".format),
+    ("tokens_per_s", "", "{:,.0f} tokens/s".format),
 )
+
+
+def loss_says_nothing(metrics: Mapping[str, float]) -> bool:
+    """Whether it is GRPO's loss in one update a batch: there the ratios are 1, and a group's
+    advantages cancel out whatever is learned. Without a ratio nothing was trained on."""
+    return "reward" in metrics and metrics.get("ratio", 1.0) == 1.0
 
 
 class Progress:
@@ -262,13 +270,19 @@ class Progress:
 
     Args:
         console: where to draw. Only a console whose file is a terminal gets the live display.
+        divergence: as in the objective's section; it names token_kl.
         clock: seconds on a clock that never runs back.
     """
 
     def __init__(
-        self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console | None = None,
+        divergence: str = "forward_kl",
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console or Console()
+        self._labels = {"token_kl": _DIVERGENCES[divergence]}
         self._clock = clock
 
     @contextmanager
@@ -281,7 +295,9 @@ class Progress:
 
             def update(metrics: Mapping[str, float]) -> None:
                 meter.advance_to(int(metrics["step"]))
-                show([(f, form(metrics[k])) for f, k, form in _TRAINING_FIELDS if k in metrics])
+                keys = metrics.keys() - ({"loss"} if loss_says_nothing(metrics) else set())
+                rows = [row for row in _TRAINING_FIELDS if row[0] in keys]
+                show([(self._labels.get(k, label), form(metrics[k])) for k, label, form in rows])
 
             yield update
 

@@ -113,9 +113,11 @@ def _load(run_dir: Path) -> _Run:
 def _contents(run: _Run) -> dict[str, Any]:
     """Everything that the template names."""
     objective = run.objective
-    curves, missing_curves = draw_curves(run.metrics, objective)
+    clips = run.setting("objective", "pointwise_clip", 0.06) != "none"
+    curves, missing_curves = draw_curves(run.metrics, objective, clips=clips)
     settings = ViewSettings(
         color=TOKEN_COLORS[objective],
+        clips=clips,
         interpolates=run.setting("objective", "interpolation_weight", 0.03) > 0,
         marker=run.setting("masking", "marker", "...(omitted)..."),
         entropy_floor=run.setting("objective", "entropy_floor", 1e-6),
@@ -164,7 +166,8 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
         facts.append(("steps", f"{run.metrics[-1]['step']:,}{of_planned}"))
     batch_size = run.setting("train", "batch_size", None)
     if batch_size is not None:
-        facts.append(("rollouts a step", f"{batch_size:,}"))
+        things = "solutions" if run.objective == "sft" else "rollouts"
+        facts.append((f"{things} a step", f"{batch_size:,}"))
     seed = (run.summary or {}).get("seed", run.setting("train", "seed", None))
     if seed is not None:
         facts.append(("seed", str(seed)))
@@ -204,7 +207,8 @@ def _missing(run: _Run, missing_curves: list[str]) -> list[str]:
     elif missing_curves:
         missing.append(f"The metrics of this run do not hold: {', '.join(missing_curves)}.")
     if not run.samples:
-        missing.append("No rollout was kept (run.samples_per_step), so none is shown.")
+        thing = "solution" if run.objective == "sft" else "rollout"
+        missing.append(f"No {thing} was kept (run.samples_per_step), so none is shown.")
     if run.config is None:
         missing.append(f"There is no {CONFIG_FILE}, so the configuration is not shown.")
     return missing

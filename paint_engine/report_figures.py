@@ -7,7 +7,7 @@ colours are CSS variables of the page, so that one drawing serves the light and 
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from paint_engine.metrics import loss_says_nothing
 
 MAX_POINTS = 400
 WIDTH_IN, HEIGHT_IN = 3.7, 1.85
@@ -47,7 +49,8 @@ class Quantity:
 
     Quantity("Entropy", "nats per token", (("student_entropy", "student"),), optional=True)
 
-    objectives: those that have it. optional: settings decide whether such a run has it.
+    objectives: those that have it. optional: settings decide whether such a run has it. of_clip: it
+    tells what the pointwise clip did.
     """
 
     title: str
@@ -55,11 +58,20 @@ class Quantity:
     series: tuple[tuple[str, str], ...]
     objectives: tuple[str, ...] = OBJECTIVES
     optional: bool = False
+    of_clip: bool = False
     percent: bool = False
     smooth: bool = False
 
 
 QUANTITIES = (
+    Quantity("Reward", "mean over rollouts", (("reward", "reward"),), ("grpo",), smooth=True),
+    Quantity(
+        "Groups without a signal",
+        "groups a step",
+        (("zero_variance_groups", "all rewards equal"),),
+        ("grpo",),
+        smooth=True,
+    ),
     Quantity("Loss", "nats per token", (("loss", "loss"),), (*_WITH_TEACHER, "sft")),
     Quantity("Loss", "per token", (("loss", "loss"),), ("grpo",)),
     Quantity(
@@ -87,6 +99,7 @@ QUANTITIES = (
         "share",
         (("clipped_mass", "teacher mass clipped"), ("clipped_token_share", "tokens with a clip")),
         _PAINT,
+        of_clip=True,
         percent=True,
     ),
     Quantity(
@@ -95,14 +108,6 @@ QUANTITIES = (
         (("overlap", "anchors found (overlap)"), ("mask_ratio", "solution hidden (mask ratio)")),
         _WITH_TEACHER,
         percent=True,
-    ),
-    Quantity("Reward", "mean over rollouts", (("reward", "reward"),), ("grpo",), smooth=True),
-    Quantity(
-        "Groups without a signal",
-        "groups a step",
-        (("zero_variance_groups", "all rewards equal"),),
-        ("grpo",),
-        smooth=True,
     ),
     Quantity(
         "Ratio clip",
@@ -136,20 +141,30 @@ QUANTITIES = (
     Quantity(
         "Reference solutions",
         "share",
-        (("truncation_rate", "cut at the longest completion"),),
+        (("truncation_rate", "cut at the token limit"),),
         ("sft",),
         percent=True,
     ),
     Quantity("Gradient norm", "before clipping", (("grad_norm", "L2 norm"),)),
-    Quantity("Completion length", "tokens", (("completion_length", "mean"),)),
+    Quantity("Completion length", "tokens", (("completion_length", "mean"),), _SAMPLING),
+    Quantity("Solution length", "tokens", (("completion_length", "mean"),), ("sft",)),
     Quantity(
         "Time of a step",
         "seconds",
-        (
-            ("seconds_rollout", "rollout"),
-            ("seconds_update", "update"),
-        ),
+        (("seconds_rollout", "rollout"), ("seconds_update", "update")),
+        _SAMPLING,
     ),
+    Quantity(
+        "Time of a step",
+        "seconds",
+        (("seconds_rollout", "reading the solutions"), ("seconds_update", "update")),
+        ("sft",),
+    ),
+)
+
+_FLAT_LOSS = (
+    "one update a batch: each ratio is 1 and a group's advantages cancel out, so that the value "
+    "stays near zero whatever is learned; look at the reward"
 )
 
 
@@ -174,21 +189,26 @@ class Curve:
 
 
 def draw_curves(
-    metrics: Sequence[Mapping[str, Any]], objective: str
+    metrics: Sequence[Mapping[str, Any]], objective: str, *, clips: bool = True
 ) -> tuple[list[Curve], list[str]]:
     """The curves of a run and the titles of those that its metrics should hold and do not.
 
     Args:
         metrics: the objects of `metrics.jsonl`, in the order of their steps.
         objective: one of `OBJECTIVES`.
+        clips: whether the run has a pointwise clip.
     """
     curves, missing = [], []
     for quantity in QUANTITIES:
-        if objective not in quantity.objectives:
+        if objective not in quantity.objectives or (quantity.of_clip and not clips):
             continue
         lines = _lines(quantity, metrics)
         if lines:
-            curves.append(_draw(quantity, lines))
+            curve = _draw(quantity, lines)
+            if quantity.title == "Loss" and all(map(loss_says_nothing, metrics)):
+                notes = (curve.note, _FLAT_LOSS) if curve.note else (_FLAT_LOSS,)
+                curve = replace(curve, note="; ".join(notes))
+            curves.append(curve)
         elif not quantity.optional:
             missing.append(quantity.title)
     return curves, missing

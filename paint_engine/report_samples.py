@@ -52,12 +52,13 @@ TOKEN_COLORS = {
 class ViewSettings:
     """What the configuration says of every sample.
 
-    color: what the tokens are coloured by. interpolates: whether the selected tokens' targets mix
-    in the student. marker: what stands for the hidden part in a partial solution. entropy_floor:
-    least student entropy in the entropy ratio, nats (Eq. 9).
+    color: what the tokens are coloured by. clips: whether there is a pointwise clip. interpolates:
+    whether the selected tokens' targets mix in the student. marker: what stands for the hidden part
+    in a partial solution. entropy_floor: least student entropy in the entropy ratio, nats (Eq. 9).
     """
 
     color: TokenColor
+    clips: bool
     interpolates: bool
     marker: str
     entropy_floor: float
@@ -212,7 +213,9 @@ def _values(token: Mapping[str, Any], settings: ViewSettings) -> str:
     if "teacher_entropy" in token:
         floored = max(token["student_entropy"], settings.entropy_floor)
         parts.append(f"R {token['teacher_entropy'] / floored:.3g}")
-    parts += [f"{label} {token[key]:.3g}" for key, label in _NUMBERS if key in token]
+    hidden = () if settings.clips else ("clipped_mass",)
+    numbers = [(key, label) for key, label in _NUMBERS if key in token and key not in hidden]
+    parts += [f"{label} {token[key]:.3g}" for key, label in numbers]
     if token.get("ratio_clipped_share", False):
         parts.append("stopped by the clip")
     return " · ".join(parts)

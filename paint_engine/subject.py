@@ -3,6 +3,8 @@ engine that samples from it, without a trainer."""
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,9 @@ from paint_engine.config import Config
 from paint_engine.config_sections import LoraSection, ModelSection
 from paint_engine.distributed import World
 from paint_engine.dry_run import meta_model
-from paint_engine.export import build_model, choose_checkpoint, find_base
+from paint_engine.export import build_model, choose_checkpoint, find_base, recorded_base
 from paint_engine.model import (
+    TINY_BASE,
     causal_lm,
     lm_head_weight,
     load_base,
@@ -32,6 +35,7 @@ from paint_engine.rollout_vllm import StoredModel, VllmEngine
 from paint_engine.weights import ADAPTER_FILE
 
 _ADAPTER_CONFIG = "adapter_config.json"
+_MODEL_CONFIG = "config.json"
 _LORA_MATRICES = (".lora_A.", ".lora_B.")
 # Of each file of weights, this many pieces of this many bytes tell it from another.
 _NUM_PIECES = 64
@@ -117,13 +121,58 @@ def find_adapter(text: str) -> Path:
     checkpoints = list_checkpoints(path) if path.is_dir() else []
     if which is None and (path / _ADAPTER_CONFIG).is_file() and not checkpoints:
         return path
-    if not checkpoints and not (path / MANIFEST_FILE).is_file():
-        raise ValueError(
-            f"--adapter {text}: {path} {'holds none' if path.is_dir() else 'is no directory'}; "
-            "needs an adapter in peft's format, a checkpoint, or a run directory that has some, "
-            "with :last, :best or :STEP after it"
-        )
-    return choose_checkpoint(path, which)
+    if not checkpoints and (which is not None or not (path / MANIFEST_FILE).is_file()):
+        raise ValueError(f"--adapter {text}: {_no_adapter(path)}")
+    return choose_checkpoint(path, which, f"--adapter {text}")
+
+
+def _no_adapter(path: Path) -> str:
+    """Why there is none, and what to give."""
+    if (path / _ADAPTER_CONFIG).is_file() or (path / MANIFEST_FILE).is_file():
+        return f"{path} is one adapter, and no run directory with several; give it without a colon"
+    if (path / _MODEL_CONFIG).is_file():
+        return f"{path} is a whole model, and no adapter; give it as --model {path}"
+    return (
+        f"{path} {'holds none' if path.is_dir() else 'is no directory'}; needs an adapter in "
+        "peft's format, a checkpoint, or a run directory that has some, with :last, :best or :STEP "
+        "after it"
+    )
+
+
+def other_base(subject: Subject) -> str | None:
+    """The model that the adapter was trained on, by its run's word or its own, where that is
+    another than the one that it is put on; None also where nothing says it."""
+    if subject.adapter is None:
+        return None
+    recorded = recorded_base(subject.adapter)
+    if recorded is None or _place(recorded.name_or_path) == _place(subject.base.name_or_path):
+        return None
+    return recorded.name_or_path
+
+
+def _place(name_or_path: str) -> str:
+    path = TINY_BASE if name_or_path == "tiny" else Path(name_or_path)
+    return str(path.resolve()) if path.is_dir() else name_or_path
+
+
+def default_directory(subject: Subject, deciding: Mapping[str, Any]) -> Path:
+    """A directory that the same command finds again, and another one does not; more benchmarks go
+    to the same. Named after the model, the adapter, or the run and its checkpoint.
+
+    deciding: the subject's identity and the settings; what JSON holds.
+    """
+    trained = subject.adapter or subject.checkpoint
+    if trained is None:
+        # The directory's own name where "." is given.
+        name = Path(os.path.abspath(subject.base.name_or_path)).name
+    else:
+        trained = trained.resolve()
+        run_dir = trained.parent.parent
+        name = trained.name
+        if trained in list_checkpoints(run_dir):
+            name = f"{run_dir.name}-{name}"
+    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    return Path("evaluations") / f"{name}-{digest[:8]}"
 
 
 def check_adapter(subject: Subject) -> None:
@@ -142,6 +191,8 @@ def check_adapter(subject: Subject) -> None:
     there = {name: shape for name, shape in there.items() if any(m in name for m in _LORA_MATRICES)}
     try:
         config = PeftConfig.from_pretrained(str(subject.adapter))
+        # Else peft warns that the skeleton has another name; `other_base` tells of another base.
+        config.base_model_name_or_path = None
         fitted = get_peft_model(skeleton(subject), config, low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise ValueError(_no_fit(subject, str(error))) from error

@@ -170,7 +170,7 @@ def run_training(run: Run, console: Console, stop: StopRequest) -> None:
         writer = open_writer(run)
         with writer or nullcontext():
             try:
-                train(run, writer, Progress(console), stop)
+                train(run, writer, Progress(console, run.config.objective.divergence), stop)
             except Stopped as stopped:
                 say(f"stopped after step {run.step}; saved {save(run)}\n{resume}")
                 # A scheduler that takes the machine back is no failure; a user's Ctrl-C is 130.

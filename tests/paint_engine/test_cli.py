@@ -212,6 +212,9 @@ def test_presets_round_trip_through_a_file(name: str, tmp_path: Path) -> None:
         (["--optim.lr", "1e-4"], ["--optim.lr", "did you mean optim.learning_rate?"]),
         (["--optim.lr=1e-4"], ["--optim.lr", "[optim] has optim.learning_rate, "]),
         (["--learning_rate", "1"], ["--learning_rate", "did you mean optim.learning_rate?"]),
+        (["--lr", "1e-4"], ["unknown key 'lr'", "did you mean optim.learning_rate?"]),
+        (["--steps", "3"], ["unknown key 'steps'", "did you mean train.num_steps?"]),
+        (["--bs=8"], ["unknown key 'bs'", "did you mean train.batch_size?"]),
         (["--trian.num_steps", "1"], ["--trian.num_steps", "did you mean train.num_steps?"]),
         (["--dryrun"], ["--dryrun", "did you mean dry-run?"]),
         (["--train", "1"], ["--train", "needs a key that --help lists"]),
@@ -235,6 +238,13 @@ def test_refused_command_lines(argv: list[str], parts: list[str]) -> None:
         assert part in message
 
 
+@pytest.mark.parametrize("argv", [("--epochs", "3"), ("--preset", "xyzzy"), ("--s", "1")])
+def test_what_resembles_nothing_gets_no_guess(argv: tuple[str, ...]) -> None:
+    message = message_of(*argv)
+    assert argv["--preset" in argv].lstrip("-") in message
+    assert "did you mean" not in message
+
+
 def test_prefixes_of_keys_are_not_taken_for_keys() -> None:
     assert "unknown key 'train.num'" in message_of("--train.num", "3")
 
@@ -249,7 +259,11 @@ def test_prefixes_of_keys_are_not_taken_for_keys() -> None:
         ('extend = "tiny"\n', ["my.toml", "'extend'", "did you mean extends?"]),
         ('extends = "opsd-tyni"\n', ["my.toml: extends: got", "did you mean opsd-tiny?"]),
         ("extends = 3\n", ["my.toml: extends: got 3", "needs a preset's name"]),
-        ('[train]\nextends = "tiny"\n', ["my.toml", "'train.extends'"]),
+        (
+            '[train]\nextends = "tiny"\n',
+            ["my.toml: got extends in the section [train]", "needs it above the first section"],
+        ),
+        ('[data.columns]\nextends = "tiny"\n', ["[data.columns]", "move the line to the top"]),
         ("train = 1\n", ["my.toml", "'train'"]),
         ("[train.seed]\nx = 1\n", ["my.toml", "'train.seed.x'", "did you mean train.seed?"]),
         ("[[train]]\nseed = 1\n", ["my.toml", "'train'"]),
@@ -285,6 +299,8 @@ def test_help_lists_presets_and_every_key_with_its_default(
         assert field.description is not None and field.description in text
     assert "usage: python -m paint_engine.train " in text
     assert "(default: 5e-06)" in text
+    assert "--lora.enabled true|false\n" in text and "--objective.name paint|sampled" in text
+    assert "--train.seed VALUE\n" in text or "--train.seed VALUE " in text
     assert all(name in text for name in preset_names())
 
 

@@ -166,13 +166,33 @@ def test_the_evaluations_of_a_training_run(tmp_path: Path) -> None:
             chosen(text)
 
 
+@pytest.mark.parametrize("has_directory", [False, True])
+def test_a_training_run_without_evaluations(tmp_path: Path, has_directory: bool) -> None:
+    """Where --eval.enabled was false, or a kill came before the first one was complete."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.toml").write_text("")
+    if has_directory:
+        SampleFiles(run_dir / "evaluations", "step-0", HEADER, WORLD, replace=False).close()
+    for text in (str(run_dir), f"{run_dir}:best"):
+        with pytest.raises(ValueError, match="has no complete evaluation") as refused:
+            read_run(text)
+        message = str(refused.value)
+        assert message.startswith(f"{text}: this training run")
+        assert f"python -m paint_engine.evaluate --adapter {run_dir} --benchmarks" in message
+    # One that was made since, beside it.
+    write(run_dir / "made", counts(2))
+    assert set(read_run(str(run_dir / "made"))) == {"bench"}
+
+
 def test_directories_without_a_complete_evaluation(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such directory"):
         read_run(str(tmp_path / "none"))
     files = SampleFiles(tmp_path, "bench", HEADER, WORLD, replace=False)
     files.close()
-    with pytest.raises(ValueError, match="holds no complete evaluation"):
+    with pytest.raises(ValueError, match="holds no complete evaluation") as refused:
         read_run(str(tmp_path))
+    assert str(refused.value).count(str(tmp_path)) == 1
     write(tmp_path / "whole", counts(2))
     with pytest.raises(ValueError, match="no training run with several; leave out :best"):
         read_run(f"{tmp_path / 'whole'}:best")

@@ -18,6 +18,7 @@ from paint_engine.dry_run import (
     prompt_lengths,
     rollout_flops,
 )
+from paint_engine.memory import estimate_memory
 from paint_engine.model import add_lora, causal_lm
 from paint_engine.model_shape import shape_of, step_flops
 from paint_engine.problem_sets import ProblemSet, load_train_set
@@ -119,7 +120,7 @@ def test_on_a_cpu_there_is_no_gpu_s_share(
     config = config_of(tmp_path)
     train_set, model = train_set_of(config, tokenizer), meta_model(config)
     report = describe(config, tokenizer, train_set, None, model, device=CPU, num_ranks=1)
-    assert "each of 1 processes takes on a CPU" in report
+    assert "# memory that 1 process takes on a CPU, in GiB" in report
     assert "CUDA context" not in report
     check_run_fits(config, tokenizer, train_set, model, device=CPU, num_ranks=1)
 
@@ -195,6 +196,40 @@ def test_updates_on_one_batch_and_what_is_not_sampled_are_counted(
         for config, parallel in zip((once, sft), on_gpu, strict=True)
     ]
     assert [" vLLM" in text.rpartition("# memory")[2] for text in reports] == [True, False]
+
+
+def test_memory_is_of_the_roles_and_the_sampling_that_a_run_has(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    write_config(tmp_path, "1.7b")
+    sft, grpo = ("--objective.name", "sft"), ("--objective.name", "grpo")
+    cases = (), sft, (*sft, "--eval.enabled", "true"), grpo, (*grpo, "--grpo.kl_weight", "0.1")
+    builtin = "--rollout.engine", "builtin"
+    configs = [config_of(tmp_path, *builtin, *options) for options in cases]
+    train_set, model = train_set_of(configs[0], tokenizer), meta_model(configs[0])
+    reports = [
+        describe(config, tokenizer, train_set, None, model, device=CPU, num_ranks=1)
+        for config in configs
+    ]
+    memory = [report.rpartition("# memory")[2] for report in reports]
+    assert ["while: sampling" in text for text in memory] == [True, False, False, True, True]
+    assert ["while: evaluation" in text for text in memory] == [False, False, True, False, False]
+    both = ["hidden states of both roles" in text for text in memory]
+    assert both == [True, False, False, False, True]
+    assert ["hidden states of the student" in text for text in memory] == [not b for b in both]
+    # In float32 on a CPU: a number a role.
+    lengths = prompt_lengths(configs[0], tokenizer, train_set, 40960).longest(1024)
+    sizes = [
+        part
+        for config in configs
+        for name, part in estimate_memory(
+            shape_of(model), config=config, lengths=lengths, num_ranks=1, device_memory_bytes=None
+        )
+        .phases["the loss"]
+        .items()
+        if name.startswith("hidden states")
+    ]
+    assert [size / sizes[1] for size in sizes] == [2, 1, 1, 1, 2]
 
 
 def test_a_directory_without_a_configuration_is_refused(tmp_path: Path) -> None:

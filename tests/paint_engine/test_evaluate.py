@@ -115,7 +115,9 @@ def test_a_finished_one_is_shown_again_and_another_setting_refused(
     before = numbers(out)
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "build_engine", lambda *_, **__: pytest.fail("built an engine"))
+        assert "complete already" not in capsys.readouterr().out
         assert main(*arguments, "--output", out) == 0
+        assert "rows: complete already, nothing was sampled\n" in capsys.readouterr().out
         assert numbers(out) == before
         capsys.readouterr()
         assert main(*arguments, "--output", out, "--temperature", 0.5) == 2
@@ -139,6 +141,7 @@ def test_without_output_the_same_command_finds_its_directory(
     assert main(*arguments) == 0
     assert main(*arguments) == 0
     (first,) = (tmp_path / "evaluations").iterdir()
+    assert first.name.startswith(f"{Path(arguments[1]).name}-")
     assert (first / "results.json").is_file()
     assert main(*arguments, "--seed", 1) == 0
     assert main(*arguments, "--num-problems", 2) == 0
@@ -331,7 +334,10 @@ def test_one_command_at_a_time_in_a_directory(
         (("--model", "/nowhere/at/all"), "--model"),
         (("--gpu-memory-utilization", 2), "got --gpu-memory-utilization 2.0"),
         (("--answer-column", "gold"), "--problem-column or --answer-column NAME"),
-        (("--temprature", 1), "unrecognized arguments: --temprature"),
+        (
+            ("--temprature", 1),
+            "unrecognized arguments: --temprature 1; did you mean --temperature?",
+        ),
     ],
 )
 def test_mistakes_end_with_one_message(

@@ -3,7 +3,8 @@ in."""
 
 import json
 import random
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from paint_engine import evaluate as command_line
 from paint_engine.accuracy import correct_matrix
 from paint_engine.answers import all_requests, evaluate
 from paint_engine.config_sections import EvalSection
@@ -283,3 +285,28 @@ def test_what_the_settings_leave_out() -> None:
     assert settings != evaluation_settings(EvalSection(), 1, "Go.")
     assert settings != evaluation_settings(EvalSection(), 0, "Stop.")
     assert json.loads(json.dumps(settings)) == settings
+
+
+def test_the_live_share_is_of_the_answers_before_a_kill_too(
+    model_dir: Path,
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Four of six were there, marked correct; the random model's two more are wrong."""
+    rows, out = write_rows(tmp_path / "rows.jsonl", 3), tmp_path / "out"
+    arguments = [
+        *("--model", str(model_dir), "--benchmarks", str(rows), "--num-samples", "2"),
+        *("--max-new-tokens", "6", "--engine", "builtin", "--device", "cpu", "--output", str(out)),
+    ]
+    command_line.main(arguments)
+    assert "6/6 samples  correct 0.0%" in capsys.readouterr().out
+    header = json.loads((out / "rows.json").read_text())
+    del header["seconds"]
+    kept = [row | {"correct": True} for row in read_jsonl(out / "rows.jsonl")[:4]]
+    shutil.rmtree(out)
+    out.mkdir()
+    lines = [json.dumps(row) + "\n" for row in ({"header": header}, *kept)]
+    (out / "rows.rank-0.jsonl").write_text("".join(lines))
+    command_line.main(arguments)
+    assert "2/2 samples  correct 66.7%" in capsys.readouterr().out

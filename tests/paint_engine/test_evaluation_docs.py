@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from paint_engine import compare, evaluate
+from paint_engine import compare
 from paint_engine.accuracy import NUM_RESAMPLES
 from paint_engine.benchmarks import KNOWN, parse_benchmarks
 from paint_engine.cli import load_config
 from paint_engine.config_sections import EvalSection
 from paint_engine.distributed import World
 from paint_engine.evaluation import EvalSample
+from paint_engine.evaluation_flags import parse_arguments, section_of
 from paint_engine.evaluation_report import measures, results_table
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
@@ -37,9 +38,9 @@ def cells(header: str) -> list[list[str]]:
     "command", spans(r"^(?:python|torchrun \S+ \S+) -m paint_engine\.evaluate (?!compare)(.*)$")
 )
 def test_every_evaluation_of_the_page_parses(command: str) -> None:
-    arguments = evaluate._parser().parse_args(shlex.split(command))
+    arguments = parse_arguments(shlex.split(command))
     assert arguments.model or arguments.adapter
-    assert evaluate._section(arguments).num_samples == arguments.num_samples
+    assert section_of(arguments).num_samples == arguments.num_samples
     assert parse_benchmarks(arguments.benchmarks)
 
 

@@ -199,9 +199,16 @@ def test_mistakes_end_with_one_message(
     out = tmp_path / "out"
     cases = [
         ((run_dir, taken), "taken exists already"),
-        ((tmp_path / "nowhere", out), "nowhere has no checkpoint"),
-        ((run_dir, out, "--checkpoint", "step-9"), "has step-1"),
-        ((run_dir, out, "--checkpoint", "best"), "no best"),
+        ((tmp_path / "nowhere", out), "nowhere: no such directory"),
+        ((alone.parent, out), "has no checkpoint to choose from"),
+        (
+            (run_dir, out, "--checkpoint", "step-9"),
+            "has no step-9; it has step-1; give one of these, last",
+        ),
+        (
+            (run_dir, out, "--checkpoint", "best"),
+            "has no best; it has step-1; give one of these, last",
+        ),
         ((damaged, out), "adapter_model.safetensors is not what was written"),
         ((alone, out), "give that with --model"),
         ((run_dir, out, "--model", taken), "has no config.json"),

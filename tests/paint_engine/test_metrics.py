@@ -234,10 +234,34 @@ def test_metrics_that_an_objective_lacks_are_left_out() -> None:
         update({"step": 1, "loss": 0.5})
     assert file.getvalue() == "step 1/1  loss 0.5000  0:00:00 elapsed  0:00:00 left\n"
     file = io.StringIO()
-    grpo = {"step": 1, "loss": -0.01, "base_kl": 0.002, "reward": 0.375, "accuracy": 0.5}
+    grpo = {"step": 1, "loss": -0.01, "base_kl": 0.002, "reward": 0.375, "ratio": 1.01}
     with Progress(Console(file=file), clock=Clock()).training(1, 0) as update:
         update(grpo)
-    assert "loss -0.0100  base KL 0.0020 nats  reward 0.38  accuracy 50%" in file.getvalue()
+    assert "1/1  reward 0.38  loss -0.0100  base KL 0.0020 nats  0:00" in file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("divergence", "label"), [("forward_kl", "KL"), ("reverse_kl", "reverse KL"), ("jsd", "JSD")]
+)
+def test_the_divergence_goes_by_its_name(divergence: str, label: str) -> None:
+    file = io.StringIO()
+    progress = Progress(Console(file=file), divergence, clock=Clock())
+    with progress.training(1, 0) as update:
+        update({"step": 1, **METRICS})
+    assert f"  loss 0.0123  {label} 0.0456 nats  overlap 62%" in file.getvalue()
+
+
+# A batch of groups without a signal may have no ratio: none of it went through the model.
+@pytest.mark.parametrize("ratio", [{"ratio": 1.0}, {}])
+def test_grpo_shows_rewards_first_and_no_loss_in_one_update(ratio: dict[str, float]) -> None:
+    file = io.StringIO()
+    grpo = {"loss": 0.0, **ratio, "accuracy": 0.5, "reward": 0.375, "zero_variance_groups": 2}
+    with Progress(Console(file=file), clock=Clock()).training(1, 0) as update:
+        update({"step": 1, **grpo})
+    assert file.getvalue() == (
+        "step 1/1  reward 0.38  groups without a signal 2  accuracy 50%  "
+        "0:00:00 elapsed  0:00:00 left\n"
+    )
 
 
 def test_plain_evaluation_counts_samples() -> None:

@@ -34,6 +34,36 @@ def test_every_objective_draws_its_own_quantities_under_titles_of_their_own(obje
     assert titles == [q.title for q in QUANTITIES if objective in q.objectives]
 
 
+def test_without_a_pointwise_clip_none_is_drawn_or_missed() -> None:
+    metrics = [{"step": 1, "loss": 0.1, "clipped_mass": 0.0, "clipped_token_share": 0.0}]
+    titles = {clips: draw_curves(metrics, "jsd", clips=clips) for clips in (True, False)}
+    assert [curve.title for curve in titles[True][0]] == ["Loss", "Pointwise clip"]
+    assert [curve.title for curve in titles[False][0]] == ["Loss"]
+    assert "Pointwise clip" not in titles[False][1]
+
+
+def test_grpo_begins_with_the_reward_and_says_why_its_loss_is_flat() -> None:
+    grpo = {"loss": 0.0, "reward": 0.5, "zero_variance_groups": 1}
+    once = [{"step": step, **grpo, "ratio": 1.0} for step in range(1, 4)]
+    curves, _ = draw_curves(once, "grpo")
+    assert [curve.title for curve in curves[:3]] == ["Reward", "Groups without a signal", "Loss"]
+    assert curves[2].note.startswith("one update a batch: each ratio is 1")
+    assert not any("one update" in curve.note for curve in (*curves[:2], *curves[3:]))
+    curves, _ = draw_curves([*once[:2], once[2] | {"ratio": 1.001}], "grpo")
+    assert curves[2].note == ""
+    curves, _ = draw_curves([{"step": 1, "loss": 0.3}], "sft")
+    assert curves[0].note == ""
+
+
+def test_sft_speaks_of_solutions() -> None:
+    keys = ("completion_length", "seconds_rollout", "seconds_update", "truncation_rate")
+    curves, _ = draw_curves([{"step": 1, **dict.fromkeys(keys, 1.0)}], "sft")
+    words = " ".join(f"{c.title} {' '.join(line.label for line in c.legend)}" for c in curves)
+    assert "Solution length mean" in words and "reading the solutions update" in words
+    assert "cut at the token limit" in words
+    assert "rollout" not in words.lower() and "completion" not in words.lower()
+
+
 def test_a_kl_to_the_base_is_missed_by_nobody() -> None:
     curves, missing = draw_curves([{"step": 1, "loss": 0.1}], "grpo")
     assert [curve.title for curve in curves] == ["Loss"]

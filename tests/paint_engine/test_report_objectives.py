@@ -75,7 +75,8 @@ def report(
     for file, records in lines.items():
         (run_dir / file).write_text("".join(json.dumps(record) + "\n" for record in records))
     if config is not None:
-        (run_dir / "config.toml").write_text(f'[objective]\nname = "{name}"\n{config}\n')
+        text = f'[objective]\nname = "{name}"\n{config}\n[train]\nbatch_size = 32\n'
+        (run_dir / "config.toml").write_text(text)
     page = write_report(run_dir).read_text()
     text = re.sub(r"<style>.*?</style>|<svg.*?</svg>|<[^>]+>", " ", page, flags=re.DOTALL)
     return page, re.sub(r"\s+", " ", html.unescape(text))
@@ -118,6 +119,7 @@ def test_grpo_shows_rewards_and_no_teacher(tmp_path: Path) -> None:
         "✗ wrong",
         "reward 0 advantage -0.53 mean entropy 0.173 nats",
         "Verified solution It is",
+        "rollouts a step 32",
         "Ratio clip share",
         "Loss per token",
     ):
@@ -136,9 +138,18 @@ def test_sft_shows_the_reference_and_no_verdict(tmp_path: Path) -> None:
         "mean loss 0.09 nats",
         "Reference solutions 2 of 2 kept reference solutions",
         "Reference solution It is 5",
+        "solutions a step 32",
     ):
         assert phrase in text, phrase
-    for absent in ("✓ correct", "✗ wrong", "anchors found", "Unclipped", "do not hold"):
+    for absent in (
+        "rollouts",
+        "Completion",
+        "✓ correct",
+        "✗ wrong",
+        "anchors found",
+        "Unclipped",
+        "do not hold",
+    ):
         assert absent not in text, absent
 
 
@@ -149,6 +160,21 @@ def test_without_interpolation_no_token_is_marked(tmp_path: Path) -> None:
     page, text = report(tmp_path, "paint", config="interpolation_weight = 0.0")
     assert [css for css, _ in tokens_of(page)] == ["k6", "k3", "k7"]
     assert "tokens selected" not in text and "selected by entropy ratio" not in text
+
+
+def test_without_a_pointwise_clip_none_is_spoken_of(tmp_path: Path) -> None:
+    page, text = report(tmp_path, "paint", config="pointwise_clip = 0.06")
+    assert "Pointwise clip share" in text and "clipped mass 0.5" in page
+    page, text = report(tmp_path, "paint", config='pointwise_clip = "none"')
+    assert "Pointwise clip" not in text and "clipped mass" not in page
+    # The configuration is shown as it is.
+    assert '<th scope="row">pointwise_clip</th><td>none</td>' in page
+
+
+def test_sft_that_kept_nothing_misses_a_solution(tmp_path: Path) -> None:
+    report(tmp_path, "sft")
+    (tmp_path / "samples.jsonl").unlink()
+    assert "No solution was kept (run.samples_per_step)" in write_report(tmp_path).read_text()
 
 
 @pytest.mark.parametrize(
