@@ -25,16 +25,6 @@ class Estimate:
     high: float
 
 
-@dataclass(frozen=True)
-class PairedDifference:
-    """Mean difference of two evaluations on the same problems, with its 95% interval
-    (fractions)."""
-
-    difference: float
-    low: float
-    high: float
-
-
 def by_problem(samples: Sequence[EvalSample]) -> dict[str, list[EvalSample]]:
     """Problems in their order of first appearance, the samples of each by index."""
     rows: dict[str, list[EvalSample]] = {}
@@ -150,12 +140,11 @@ def bootstrap(
 
 def paired_bootstrap(
     before: np.ndarray, after: np.ndarray, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> PairedDifference:
+) -> Estimate:
     """after - before, resampling problems: both evaluations of a problem are drawn together.
 
     before, after: (P, k) booleans over the same problems in the same order.
     """
     assert before.shape[0] == after.shape[0], (before.shape, after.shape)
     per_problem = after.mean(axis=1) - before.mean(axis=1)
-    found = bootstrap([per_problem], num_resamples=num_resamples, seed=seed)
-    return PairedDifference(found.value, found.low, found.high)
+    return bootstrap([per_problem], num_resamples=num_resamples, seed=seed)

@@ -38,6 +38,16 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted((p for p in found if p.is_dir()), key=checkpoint_step)
 
 
+def split_place(text: str) -> tuple[Path, str | None]:
+    """A directory, and what is chosen in it: "runs/a:best" is (runs/a, "best"), "runs/a" without a
+    choice (runs/a, None). A directory with a colon in its name is one."""
+    path = Path(text)
+    if path.is_dir() or ":" not in text:
+        return path, None
+    place, _, which = text.rpartition(":")
+    return Path(place), which
+
+
 def mark_best(run_dir: Path, step: int) -> None:
     """Points `checkpoints/best` at `step-N`, which is then kept beside the newest ones."""
     directory = checkpoint_directory(run_dir)

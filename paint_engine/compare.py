@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paint_engine.accuracy import Estimate, bootstrap, by_problem
-from paint_engine.checkpoint_files import list_checkpoints
+from paint_engine.checkpoint_files import list_checkpoints, split_place
 from paint_engine.evaluation import (
     Evaluation,
     evaluation_directory,
@@ -47,10 +47,7 @@ def read_run(text: str) -> dict[str, Evaluation]:
 
     Raises ValueError where there is none.
     """
-    path, which = Path(text), ""
-    if not path.is_dir() and ":" in text:
-        place, _, which = text.rpartition(":")
-        path = Path(place)
+    path, which = split_place(text)
     if not path.is_dir():
         raise ValueError(
             f"{text}: no such directory; needs what an evaluation has written (--output), or a "

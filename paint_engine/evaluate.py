@@ -35,7 +35,6 @@ from paint_engine.distributed import (
     raise_together,
 )
 from paint_engine.evaluation import (
-    EvalSample,
     Evaluation,
     Header,
     SampleFiles,
@@ -157,15 +156,7 @@ def answer_benchmark(
         requests = all_requests(problem_set.problems, plan.section.num_samples)
         mine = files.share(requests)
         left = "" if len(mine) == len(requests) else f" ({len(mine)} left for this process)"
-        # Those of before a kill count too, of all processes then.
-        done = [sample.correct for sample in files.finished]
         with progress.evaluation(f"{name}{left}", len(mine)) as advance:
-
-            def on_samples(group: list[EvalSample]) -> None:
-                files.append(group)
-                done.extend(sample.correct for sample in group)
-                advance(len(group), sum(done) / len(done))
-
             evaluate(
                 engine,
                 plan.tokenizer,
@@ -175,7 +166,7 @@ def answer_benchmark(
                 sampling_params(plan.section, plan.shape, plan.tokenizer),
                 seed=plan.arguments.seed,
                 base=plan.subject.adapter is None,
-                on_samples=on_samples,
+                on_samples=files.recorder(advance),
             )
         return files.finish(time.monotonic() - started)
 

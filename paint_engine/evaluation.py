@@ -10,7 +10,7 @@ import errno
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -179,6 +179,18 @@ class SampleFiles:
         """Samples of this rank, on the disk when this returns, whatever becomes of the process."""
         self._file.write(b"".join(_line(asdict(sample)) for sample in group))
         self._finished |= {(s.problem_id, s.sample_index): s for s in group}
+
+    def recorder(self, advance: Callable[[int, float], None]) -> Callable[[list[EvalSample]], None]:
+        """What takes each group of samples as it finishes: appends it, and tells `advance` how many
+        there are and what share of all so far, those of before a kill too, are correct."""
+        done = [sample.correct for sample in self._finished.values()]
+
+        def on_samples(group: list[EvalSample]) -> None:
+            self.append(group)
+            done.extend(sample.correct for sample in group)
+            advance(len(group), sum(done) / len(done))
+
+        return on_samples
 
     def close(self) -> None:
         """What is there can be gone on with."""

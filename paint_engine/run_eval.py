@@ -90,16 +90,17 @@ def answer_all(
     """Answers what is left of this rank's share of an evaluation; False where a signal stopped
     it."""
     assert run.eval_set is not None
-    section, done = run.config.eval, []
+    section = run.config.eval
     share = "" if run.world.size == 1 else f" (this of {run.world.size} ranks)"
     title = f"Avg@{section.num_samples} after {step} steps{share}"
     with progress.evaluation(title, len(requests)) as advance:
+        record, num_left = files.recorder(advance), len(requests)
 
         def on_samples(group: list[EvalSample]) -> None:
-            files.append(group)
-            done.extend(sample.correct for sample in group)
-            advance(len(group), sum(done) / len(done))
-            if len(done) < len(requests):
+            nonlocal num_left
+            record(group)
+            num_left -= len(group)
+            if num_left:
                 stop.check()
 
         with suppress(Stopped):

@@ -33,7 +33,7 @@ def score(
     states, head = None, None
     if config.uses_teacher:
         states, head = _scored(run, run.teacher, batch.teacher)
-    elif config.objective.name == "grpo" and config.grpo.kl_weight > 0:
+    elif config.has_second_pass:
         states, head = _scored(run, run.base, batch.student)
     with span("student"):
         student_states = hidden_states(run.model, batch.student, attention=run.attention)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import GenerationConfig
 
-from paint_engine.checkpoint_files import MANIFEST_FILE, list_checkpoints
+from paint_engine.checkpoint_files import MANIFEST_FILE, list_checkpoints, split_place
 from paint_engine.config import Config
 from paint_engine.config_sections import LoraSection, ModelSection
 from paint_engine.distributed import World
@@ -113,11 +113,9 @@ def find_subject(
 
 def find_adapter(text: str) -> Path:
     """The directory with the adapter, or with the checkpoint of a run that trained all weights."""
-    path, which = Path(text), None
-    if not path.is_dir() and ":" in text:
-        place, _, which = text.rpartition(":")
-        path = Path(place)
-        which = f"step-{which}" if which.isdecimal() else which
+    path, which = split_place(text)
+    if which is not None and which.isdecimal():
+        which = f"step-{which}"
     checkpoints = list_checkpoints(path) if path.is_dir() else []
     if which is None and (path / _ADAPTER_CONFIG).is_file() and not checkpoints:
         return path

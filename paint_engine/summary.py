@@ -18,15 +18,22 @@ from paint_engine.report import SUMMARY_FILE
 from paint_engine.setup import Run
 
 
-def present_evaluations(run: Run) -> dict[int, Evaluation]:
+def present_evaluations(
+    run: Run, complete: Mapping[int, Evaluation] | None = None
+) -> dict[int, Evaluation]:
     """The run's complete evaluations by step, those with other settings or problems than the
-    present ones left out."""
+    present ones left out.
+
+    complete: all of them; None = read from the disk.
+    """
     section, seed = run.config.eval, run.config.train.seed
+    if complete is None:
+        complete = read_evaluations(run.run_dir)
     settings = evaluation_settings(section, seed, run.config.prompts.instruction)
     problems = None if run.eval_set is None else fingerprints(run.eval_set.problems)
     return {
         step: found
-        for step, found in read_evaluations(run.run_dir).items()
+        for step, found in complete.items()
         if found.settings == settings and problems in (None, found.header.problems)
     }
 
@@ -48,7 +55,8 @@ def summarise(run: Run) -> dict[str, Any]:
 
     `best` is chosen on the problems that it is measured on, and so looks better than it is; `last`
     is not."""
-    present = present_evaluations(run)
+    complete = read_evaluations(run.run_dir)
+    present = present_evaluations(run, complete)
     correct = {step: correct_matrix(found.samples) for step, found in present.items()}
     evaluations = [
         {
@@ -67,11 +75,11 @@ def summarise(run: Run) -> dict[str, Any]:
     best = best_step(present)
     trained = [row for row in evaluations if row["step"] > 0]
     num_problems, num_samples = next(iter(correct.values())).shape if correct else (0, 0)
-    seconds_eval = sum(found.seconds for found in read_evaluations(run.run_dir).values())
+    seconds_eval = sum(found.seconds for found in complete.values())
     summary = {
         "avg_at_k_before": averages.get(0),
         "avg_at_k_after": averages.get(last),
-        "paired_difference": paired.difference if paired else None,
+        "paired_difference": paired.value if paired else None,
         "paired_difference_ci95": [paired.low, paired.high] if paired else None,
         "pass_at_k_before": passes.get(0),
         "pass_at_k_after": passes.get(last),

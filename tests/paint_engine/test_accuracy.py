@@ -129,7 +129,7 @@ def test_an_answer_that_cannot_be_compared_votes_for_its_own_text_and_is_tried_o
 def test_equal_evaluations_differ_by_nothing() -> None:
     correct = np.random.default_rng(0).random((50, 4)) < 0.5
     same = paired_bootstrap(correct, correct)
-    assert (same.difference, same.low, same.high) == (0.0, 0.0, 0.0)
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
 
 
 def test_the_interval_is_that_of_a_mean_over_problems() -> None:
@@ -137,13 +137,13 @@ def test_the_interval_is_that_of_a_mean_over_problems() -> None:
     before, after = rng.random((200, 6)) < 0.4, rng.random((200, 6)) < 0.6
     result = paired_bootstrap(before, after)
     differences = after.mean(axis=1) - before.mean(axis=1)
-    assert result.difference == pytest.approx(differences.mean())
+    assert result.value == pytest.approx(differences.mean())
     # Of many problems the bootstrap's interval is the normal one.
     half = 1.96 * differences.std() / 200**0.5
     assert result.low == pytest.approx(differences.mean() - half, abs=0.1 * half)
     assert result.high == pytest.approx(differences.mean() + half, abs=0.1 * half)
     assert paired_bootstrap(before, after) == result
-    assert paired_bootstrap(after, before).difference == pytest.approx(-result.difference)
+    assert paired_bootstrap(after, before).value == pytest.approx(-result.value)
 
 
 def test_a_macro_average_weighs_benchmarks_alike_and_resamples_within_each() -> None:
@@ -172,7 +172,7 @@ def test_pairing_removes_the_spread_between_problems() -> None:
     after = before.copy()
     after[:10] = True
     result = paired_bootstrap(before, after)
-    assert result.difference == pytest.approx(0.1)
+    assert result.value == pytest.approx(0.1)
     # Unpaired, the interval would be over 0.27 wide.
     assert result.low > 0.0 and result.high - result.low < 0.13
 
