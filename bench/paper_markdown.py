@@ -42,11 +42,14 @@ def difference_cell(difference: dict[str, Any]) -> str:
 
 
 def difference_cells(row: dict[str, Any], reference: str) -> list[str]:
-    """The difference with its interval, and the verdict; empty in the reference's own row."""
+    """The difference with its interval, the verdict, and in how many seeds the row is above; empty
+    in the reference's own row."""
     for difference in row["differences"]:
         if difference["reference"] == reference:
-            return [difference_cell(difference), difference["verdict"]]
-    return ["", ""]
+            above, num_seeds = difference["seeds_above"], len(row["last_by_seed"])
+            seeds = f"{above} of {num_seeds}"
+            return [difference_cell(difference), difference["verdict"], seeds]
+    return ["", "", ""]
 
 
 def accuracy_cells(row: dict[str, Any]) -> list[str]:
@@ -75,7 +78,7 @@ def recipes_table(result: Result) -> str:
     """Table 1: a panel for each size of the base, the paper's macro averages beside it; then PAINT
     against OPSD."""
     header = ["base", "recipe", "last", "best", "s.d. of seeds", "to no update", "verdict"]
-    header += ["learning rate", "paper", "paper's difference"]
+    header += ["seeds above", "learning rate", "paper", "paper's difference"]
     lines = []
     for panel in panels_of(result, 1):
         index = backbone_index(result, panel["size"])
@@ -102,7 +105,7 @@ def recipes_table(result: Result) -> str:
 def against_opsd_table(result: Result) -> str:
     """What PAINT's two parts add, at each size of the base; empty where a row is not shown."""
     header = ["PAINT against OPSD", "OPSD, last", "PAINT, last", "difference", "verdict"]
-    header += ["difference of best", "paper's difference"]
+    header += ["seeds above", "learning rates", "difference of best", "paper's difference"]
     lines = []
     for panel in panels_of(result, 1):
         rows = {row["setting"]: row for row in panel["rows"]}
@@ -115,6 +118,7 @@ def against_opsd_table(result: Result) -> str:
                 base_names(result)[panel["size"]],
                 *(percent(rows[name]["last"]) for name in ("opsd", "paint")),
                 *difference_cells(rows["paint"], "opsd"),
+                ", ".join(f"{rows[name]['learning_rate']:g}" for name in ("opsd", "paint")),
                 points(100 * (rows["paint"]["best"] - rows["opsd"]["best"])),
                 f"{paper} ({list(TABLE_1)[index]})",
             ]
@@ -127,7 +131,7 @@ def ablation_table(result: Result, table: int, label: Callable[[str], list[str]]
     (panel,) = panels_of(result, table)
     reference = reference_of(panel)
     header = [*TABLE_HEADERS[table], "last", "best", "s.d. of seeds"]
-    header += ["to the default", "verdict", "paper", "paper's difference"]
+    header += ["to the default", "verdict", "seeds above", "paper", "paper's difference"]
     lines = []
     for row in panel["rows"]:
         setting = row["setting"]
@@ -138,7 +142,7 @@ def ablation_table(result: Result, table: int, label: Callable[[str], list[str]]
             [
                 *label(setting),
                 *accuracy_cells(row),
-                *(["the default", ""] if is_default else difference_cells(row, reference)),
+                *(["the default", "", ""] if is_default else difference_cells(row, reference)),
                 NOT_IN_PAPER if paper is None else str(paper),
                 "" if is_default else points(difference),
             ]
@@ -159,7 +163,7 @@ def reference_of(panel: dict[str, Any]) -> str:
 
 
 def ratio_label(setting: str) -> list[str]:
-    return ["0.00", "0.00"] if setting == "opsd" else setting.split("-")[1:]
+    return setting.split("-")[1:]
 
 
 def placement_label(setting: str) -> list[str]:
@@ -177,8 +181,8 @@ def caption(result: Result, table: int) -> str:
     of = "macro Avg@12" if table == 1 else "AIME 2024 Avg@12 of Qwen3-1.7B"
     base = "" if table == 1 else f"{base_names(result)[panels[0]['size']]}; "
     num_seeds, most = len(panels[0]["seeds"]), len(scale["main_seeds"])
-    fewer = table in (2, 4) and num_seeds < most
-    shared = f" Rows that Table 1 has too are of the first {num_seeds} seeds here." * fewer
+    fewer = table == 4 and num_seeds < most
+    shared = f" PAINT's row is of the first {num_seeds} seeds of Table 1." * fewer
     return (
         f"{QUICK + ' ' if result['quick'] else ''}Avg@{scale['num_samples']} on "
         f"{scale['num_problems']} held-out problems, mean of {num_seeds} seeds; "
@@ -229,9 +233,9 @@ def rates_table(result: Result) -> str:
     text = (
         f"Avg@{scale['sweep_samples']} on {scale['sweep_problems']} validation problems after "
         f"{scale['num_steps']} steps, one seed that no table uses; the highest is taken, the lower "
-        f"rate of equals. An accuracy near 75% from {answers} answers is known to some "
-        f"{1.96 * (75 * 25 / answers) ** 0.5:.0f} points, so that rates closer than that were "
-        "chosen between by chance."
+        f"rate of equals. The difference of two accuracies near 75% from {answers} answers each is "
+        f"known to some {1.96 * (2 * 75 * 25 / answers) ** 0.5:.0f} points: between rates closer "
+        "than that, chance chose."
     )
     return f"{markdown(header, lines)}\n\n{text}"
 
@@ -248,6 +252,7 @@ of rollouts (SFT: solutions).
   problems and seeds, which are drawn together.
 - *verdict*: "above" or "below" where the interval leaves 0 out. "Within noise" where it does not:
   these runs do not tell the two apart, which is not to say that they are equal.
+- *seeds above*: in how many of the seeds the row's last accuracy is the higher one.
 - *paper*: the paper's own figures, of other models on other problems and printed without intervals.
   They stand here for sign and order, not for size."""
 
@@ -266,13 +271,15 @@ model that often slips; and how large a difference between settings has to be to
 - Equal rollouts are not equal problems: GRPO takes a group of 8 to learn from one, and so sees
   {groups} problems a step where the others see {batch}. The paper's GRPO had longer rollouts and a
   longer horizon.
-- Each learning rate was chosen on one seed, among the few of the grid. Where the chosen one is at
-  the grid's edge, a better one may lie beyond it.
+- Each learning rate was chosen on one seed, among the few of the grid, and the intervals leave this
+  choice out. Where the chosen one is at the grid's edge, a better one may lie beyond it. Tables 2
+  to 4 have PAINT's rate in every row, which favours its default.
 
 **The intervals** are by a bootstrap over problems and seeds. With {seeds} seeds the
-seeds' part of them is rough: too narrow where seeds differ much, too wide where they differ little,
-since the chance in single answers enters more than once (bench/paper_stats.py has the coverage).
-Nothing corrects for the number of rows: about one interval in twenty misses the truth."""
+seeds' part of them is rough. Where seeds move a row by less than 2 points they are too wide, since
+the chance in single answers enters more than once: they then hold the truth in more than 95 of 100
+cases, and "within noise" is said too often rather than too seldom. Where seeds move it by more they
+are too narrow (bench/paper_stats.py has the figures). Nothing corrects for the number of rows."""
 OF_SMALL = """
   The small base also draws on the presence of a solution more than on its contents, and so hardly
   tells mask ratios and placements apart (docs/decisions.md)."""
@@ -300,8 +307,8 @@ def took(result: Result) -> str:
     rates = seconds["learning_rates"] / 3600
     return (
         f"**Time:** {len(result['runs'])} runs took {hours:.1f} hours of a processor core, "
-        f"{rates:.1f} of them for the learning rates; {workers} at a time, that is "
-        f"{60 * hours / workers:.0f} minutes. The pretraining of the bases is not counted."
+        f"{rates:.1f} of them for the learning rates: {60 * hours / workers:.0f} minutes where "
+        f"{workers} have a core each to themselves. The pretraining of the bases is not counted."
     )
 
 

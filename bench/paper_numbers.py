@@ -29,7 +29,7 @@ TABLE_1: dict[str, dict[str, tuple[float, float, float, float]]] = {
 
 ABLATIONS: dict[int, dict[str, float]] = {
     2: {
-        "opsd": 57.2,
+        "rho-0.00-0.00": 57.2,
         "rho-0.25-0.25": 57.8,
         "rho-0.50-0.50": 56.9,
         "rho-0.75-0.75": 55.8,

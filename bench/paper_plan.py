@@ -111,8 +111,8 @@ def _blended(weight: str, fraction: str) -> dict[str, str]:
 
 
 # By (rho_correct, rho_wrong) and (k_base, f_top), as the paper's Tables 2 and 4 write them.
-_RATIOS = (("0.25", "0.25"), ("0.50", "0.50"), ("0.75", "0.75"), ("0.50", "0.25"))
-_RATIOS += (("0.50", "0.30"), ("0.40", "0.30"))
+_RATIOS = (("0.00", "0.00"), ("0.25", "0.25"), ("0.50", "0.50"), ("0.75", "0.75"))
+_RATIOS += (("0.50", "0.25"), ("0.50", "0.30"), ("0.40", "0.30"))
 _BLENDS = (("0.01", "1.00"), ("0.03", "1.00"), ("0.05", "1.00"), ("0.03", "0.01"), ("0.03", "0.05"))
 _PLACEMENTS = ("prefix", "middle", "random", "sentence_suffix")
 
@@ -123,7 +123,8 @@ ABLATIONS: dict[str, dict[str, str]] = {
 }
 """overrides of PAINT"""
 
-RATIO_ROWS = ("opsd", *(f"rho-{c}-{w}" for c, w in _RATIOS))
+# The first is OPSD at the learning rate of the other rows, which need not be its own.
+RATIO_ROWS = tuple(f"rho-{c}-{w}" for c, w in _RATIOS)
 PLACEMENT_ROWS = (
     *("place-prefix", "place-middle", "place-random"),
     *("rho-0.40-0.30", "place-sentence_suffix"),

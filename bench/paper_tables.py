@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         help="the JSON; Markdown and a figure go beside it (default: paper-tables.json in "
-        "bench/results)",
+        "bench/results, or paper-tables-1-2.json where --tables is 1 2)",
     )
     parser.add_argument("--rerun", metavar="ID", help="such as small/paint or small/paint/seed-0")
     parser.add_argument("--list", action="store_true", help="the runs by id, and nothing else")
@@ -88,8 +88,11 @@ def default_workers(scale: Scale) -> int:
 
 def output_path(arguments: argparse.Namespace, scale: Scale) -> Path:
     """The result file: of the tables that are made, or of those that a rerun is compared with."""
-    suffix = "" if scale.name == "laptop" else f"-{scale.name}"
-    return arguments.output or RESULTS / f"paper-tables{suffix}.json"
+    parts = ["paper-tables", *([] if scale.name == "laptop" else [scale.name])]
+    numbers = sorted(set(arguments.tables))
+    # A part of the tables does not take the place of all.
+    parts += [] if numbers == list(NUMBERS) else map(str, numbers)
+    return arguments.output or RESULTS / f"{'-'.join(parts)}.json"
 
 
 def make_tables(arguments: argparse.Namespace, scale: Scale, num_workers: int) -> Path:
@@ -103,6 +106,11 @@ def make_tables(arguments: argparse.Namespace, scale: Scale, num_workers: int) -
         records, choices, swept = run_tables(scale, numbers, arguments.bases, directory, pool)
     bases = describe_bases(sizes, arguments.bases)
     result = build_result(scale, numbers, bases, records, choices, swept, num_workers)
+    if len(result["commits"]) > 1:
+        print(
+            f"note: the runs are of {len(result['commits'])} commits; where code or presets "
+            "changed between them, make them again with another --runs"
+        )
     write(result, output)
     return output
 

@@ -31,7 +31,7 @@ def perform(job: Job) -> dict[str, Any]:
 
     Raises RuntimeError, naming the log, where the training ended early.
     """
-    started = time.process_time()
+    started, version = time.process_time(), code_version()
     run_dir = job.directory / "training"
     values = overrides(job.scale, job.run, job.rate)
     places = {"model.name_or_path": str(job.base), "run.dir": str(run_dir)}
@@ -61,7 +61,7 @@ def perform(job: Job) -> dict[str, Any]:
         # Of this process, which has one thread: what a run takes on a core of its own, whatever
         # else the machine does. The answer checks are another's, and next to nothing.
         "seconds": round(time.process_time() - started, 1),
-        "commit": code_version(),
+        "commit": version,
         "device": device_name(),
     }
 

@@ -36,8 +36,8 @@ def config_of(run: PlannedRun, scale: Scale = LAPTOP) -> Config:
 
 def test_the_plan_has_the_papers_rows_once_each() -> None:
     runs = table_runs(LAPTOP, ALL)
-    # 3 sizes x (base + 4 recipes) x 5 seeds, and 6 + 4 + 5 further settings x 3 seeds.
-    assert len(runs) == 3 * 5 * 5 + 15 * 3
+    # 3 sizes x (base + 4 recipes) x 5 seeds, and 7 + 4 + 5 further settings x 3 seeds.
+    assert len(runs) == 3 * 5 * 5 + 16 * 3
     assert len({run.run_id for run in runs}) == len(runs)
     assert [len(table.rows) for table in TABLES] == [5, 7, 5, 7]
     # 4 recipes x 3 sizes x 3 learning rates, none of them on a seed of the tables.
@@ -51,7 +51,7 @@ def test_rows_of_several_tables_are_run_once() -> None:
     alone = {number: {r.run_id for r in table_runs(LAPTOP, (number,))} for number in ALL}
     unchanged = {f"small/rho-0.40-0.30/seed-{seed}" for seed in range(3)}
     assert alone[2] & alone[3] & alone[4] == unchanged
-    assert alone[1] & alone[2] == {f"small/opsd/seed-{seed}" for seed in range(3)}
+    assert not alone[1] & alone[2]
     assert alone[1] & alone[4] == {f"small/paint/seed-{seed}" for seed in range(3)}
 
 
@@ -106,12 +106,17 @@ def test_scales_have_bases_that_the_pretraining_script_knows() -> None:
 
 
 def test_shared_rows_are_what_the_tables_say() -> None:
-    """Table 2's (0, 0) is OPSD, Table 4's the default masks alone, its (0.03, 0.03) PAINT."""
-    opsd = config_of(PlannedRun("small", "opsd", 0))
+    """Table 2's (0, 0) is OPSD at PAINT's learning rate, Table 4's the default masks alone, its
+    (0.03, 0.03) PAINT."""
+    opsd, unmasked = (
+        config_of(PlannedRun("small", setting, 0)) for setting in ("opsd", "rho-0.00-0.00")
+    )
     masks = config_of(PlannedRun("small", "rho-0.40-0.30", 0))
     full = config_of(PlannedRun("small", "paint", 0))
     assert (opsd.masking.rho_correct, opsd.masking.rho_wrong) == (0, 0)
     assert opsd.objective == masks.objective and opsd.objective.interpolation_weight == 0
+    assert opsd == unmasked
+    assert {PlannedRun("small", row, 0).recipe for row in TABLES[1].rows} == {"paint"}
     assert masks.masking == full.masking and full.masking.placement == "suffix"
     assert (full.masking.rho_correct, full.masking.rho_wrong) == (0.4, 0.3)
     assert (full.objective.interpolation_weight, full.objective.top_fraction) == (0.03, 0.03)
@@ -155,7 +160,7 @@ def test_the_papers_scores_are_shares_of_360_answers() -> None:
     for scores in paper_numbers.ABLATIONS.values():
         assert set(scores.values()) <= shares
     small = paper_numbers.TABLE_1["Qwen3-1.7B"]
-    assert paper_numbers.ABLATIONS[2]["opsd"] == small["opsd"][0]
+    assert paper_numbers.ABLATIONS[2]["rho-0.00-0.00"] == small["opsd"][0]
     assert paper_numbers.ABLATIONS[4]["paint"] == small["paint"][0]
     assert len({scores["rho-0.40-0.30"] for scores in paper_numbers.ABLATIONS.values()}) == 1
 

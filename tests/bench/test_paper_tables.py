@@ -73,21 +73,27 @@ def test_what_both_rows_share_does_not_widen_the_interval() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_seeds", "seed_std", "lowest", "highest"), [(5, 0.02, 0.94, 1.0), (3, 0.03, 0.84, 0.95)]
+    ("num_seeds", "seed_std", "lowest", "highest", "half_width"),
+    [(5, 0.0, 0.98, 1.0, 3.6), (5, 0.02, 0.94, 1.0, 4.2), (3, 0.03, 0.84, 0.95, 5.6)],
 )
 def test_intervals_hold_the_truth_as_often_as_the_docstring_says(
-    num_seeds: int, seed_std: float, lowest: float, highest: float
+    num_seeds: int, seed_std: float, lowest: float, highest: float, half_width: float
 ) -> None:
-    """Rows of equal accuracy on 256 problems with two answers each."""
+    """Rows of equal accuracy on 256 problems with two answers each.
+
+    half_width: points, which the mean interval stays below.
+    """
     rng = np.random.default_rng(0)
-    held = 0
+    held, widths = 0, []
     for _ in range(200):
         problems = rng.beta(4, 1.2, 256)
         seeds = seed_std * rng.standard_normal((2, num_seeds, 1))
         row, reference = rng.binomial(2, np.clip(problems + seeds, 0, 1)) / 2
         _, low, high = hierarchical_bootstrap(row, reference, num_resamples=400)
         held += low <= 0 <= high
+        widths.append(high - low)
     assert lowest <= held / 200 <= highest
+    assert 0.5 * half_width < 50 * np.mean(widths) < half_width
 
 
 # The result and its page
@@ -120,13 +126,13 @@ def row_of(result: dict[str, Any], table: int, setting: str) -> dict[str, Any]:
 
 def test_the_result_holds_what_its_numbers_come_from(result: dict[str, Any]) -> None:
     assert json.loads(paper_tables.dump(result)) == json.loads(json.dumps(result))
-    assert len(result["runs"]) == 120 + 36
-    assert result["seconds"] == {"tables": 120 * 60.0, "learning_rates": 36 * 60.0}
-    row = row_of(result, 2, "opsd")
+    assert len(result["runs"]) == 123 + 36
+    assert result["seconds"] == {"tables": 123 * 60.0, "learning_rates": 36 * 60.0}
+    row = row_of(result, 4, "paint")
     shares = [
         decode_counts(run["evaluations"][-1]["correct"]).mean() / run["num_samples"]
         for run in result["runs"]
-        if run["id"].startswith("small/opsd/") and run["seed"] < 3
+        if run["id"].startswith("small/paint/") and run["seed"] < 3
     ]
     assert np.isclose(row["last"], np.mean(shares)) and len(row["last_by_seed"]) == 3
     assert np.isclose(row["seed_std"], np.std(shares, ddof=1))
@@ -187,7 +193,12 @@ def test_paint_stands_against_opsd_beside_the_papers_gains(result: dict[str, Any
     assert cells[1:3] == [f"{rows[name]['last']:.1%}" for name in ("opsd", "paint")]
     gained = {key: 100 * (rows["paint"][key] - rows["opsd"][key]) for key in ("last", "best")}
     assert cells[3].startswith(f"{gained['last']:+.1f} (") and cells[4] == "above"
-    assert cells[5] == f"{gained['best']:+.1f}"
+    above = sum(
+        paint > opsd
+        for paint, opsd in zip(*(rows[n]["last_by_seed"] for n in ("paint", "opsd")), strict=True)
+    )
+    assert cells[5:7] == [f"{above} of 5", "0.0001, 0.0001"]
+    assert cells[7] == f"{gained['best']:+.1f}"
 
 
 def test_a_page_of_some_tables_has_only_these(
@@ -199,7 +210,9 @@ def test_a_page_of_some_tables_has_only_these(
     page = document(result, "x.png")
     assert "## Table 2" in page and "## Table 3" in page and "## Table 1" not in page
     assert "models have 0.9 million parameters" in page
-    assert "first 3 seeds here" in page.split("## Table 3")[0]
+    assert "first 3 seeds" not in page
+    result = build_result(LAPTOP, (4,), described, records, [], {}, 2)
+    assert "first 3 seeds of Table 1" in document(result, "x.png")
     draw_tables(result)
 
 
@@ -270,6 +283,17 @@ def test_a_rerun_is_compared_with_the_result_of_its_scale(
     (tmp_path / "paper-tables-laptop-quick.json").write_text(paper_tables.dump(result))
     with pytest.raises(SystemExit, match="of the scale laptop, not laptop-quick"):
         paper_tables.main(["--rerun", "small/paint", "--quick"])
+
+
+def test_a_part_of_the_tables_has_a_file_of_its_own() -> None:
+    def name(*argv: str) -> str:
+        arguments = paper_tables.parser().parse_args(argv)
+        return paper_tables.output_path(arguments, SCALES[arguments.scale]).name
+
+    assert name() == name("--tables", "4", "3", "2", "1") == "paper-tables.json"
+    assert name("--tables", "3", "1") == "paper-tables-1-3.json"
+    assert name("--scale", "gpu") == "paper-tables-gpu.json"
+    assert name("--tables", "2", "--output", "x.json") == "x.json"
 
 
 # One real run
