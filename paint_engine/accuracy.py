@@ -74,29 +74,38 @@ def answer_classes(
 ) -> list[list[int]]:
     """Places of equal answers together, each class in the order of first appearance.
 
-    equal: of two different texts; None where it could not be found out, after which a text is
-        compared with no other, for it may take as long again.
+    equal: of two different texts; None where it could not be found out. Which of the two is to
+        blame, a second such failure tells: a text that fails with two others is compared with no
+        more, for it may take as long again, and stays a class of its own text.
     """
     first: dict[str, list[int]] = {}
     for place, answer in enumerate(answers):
         first.setdefault(answer, []).append(place)
     classes: list[tuple[str, list[int]]] = []
-    hopeless: set[str] = set()
+    failed: dict[str, set[str]] = {answer: set() for answer in first}
     for answer, places in first.items():
         for representative, members in classes:
-            if representative in hopeless:
+            if len(failed[representative]) > 1 or len(failed[answer]) > 1:
                 continue
             verdict = equal(representative, answer)
             if verdict:
                 members += places
                 break
             if verdict is None:
-                hopeless.add(answer)
-                classes.append((answer, places))
-                break
+                _blame(failed, representative, answer)
         else:
             classes.append((answer, places))
     return [sorted(members) for _, members in classes]
+
+
+def _blame(failed: dict[str, set[str]], first: str, second: str) -> None:
+    """Notes that two texts failed; failures with one that is to blame clear the others."""
+    failed[first].add(second)
+    failed[second].add(first)
+    for text in (first, second):
+        if len(failed[text]) > 1:
+            for other in failed[text]:
+                failed[other].discard(text)
 
 
 def majority(samples: Sequence[EvalSample], equal: Callable[[str, str], bool | None]) -> float:
@@ -111,7 +120,7 @@ def majority(samples: Sequence[EvalSample], equal: Callable[[str, str], bool | N
     unchecked = {s.extracted for s in samples if s.error is not None}
 
     def compare(first: str, second: str) -> bool | None:
-        return None if second in unchecked else first not in unchecked and equal(first, second)
+        return False if {first, second} & unchecked else equal(first, second)
 
     others = [len(members) for members in answer_classes(wrong, compare)]
     most = max([num_correct, *others])

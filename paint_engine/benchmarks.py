@@ -9,11 +9,14 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from paint_engine.config_sections import ColumnsSection, EvalSection
+from paint_engine import templates
+from paint_engine.config_sections import ColumnsSection, EvalSection, PromptsSection
 from paint_engine.data import load_problems
 from paint_engine.evaluation import benchmark_name
+from paint_engine.evaluation_report import RESULTS_FILE
 from paint_engine.problem_sets import ProblemSet
 from paint_engine.prompts import encode_student_prompt
+from paint_engine.run_dir import VERSIONS_FILE
 
 
 @dataclass(frozen=True)
@@ -35,17 +38,25 @@ KNOWN = (
     Benchmark("tiny", "tiny", "test"),
 )
 _DEFAULT_SPLIT = "test"
+# Files that stand beside NAME.json.
+_TAKEN = {Path(file).stem for file in (RESULTS_FILE, VERSIONS_FILE)}
 
 
 def parse_benchmarks(text: str) -> list[Benchmark]:
     """Benchmarks of a list with commas, each a known name or [NAME=]SOURCE, where SOURCE is a file
     or a `datasets` id, id:SPLIT or id:CONFIG:SPLIT.
 
-    Raises ValueError for an empty entry, and where two have one name.
+    Raises ValueError for an empty entry, where two have one name, and for a name whose file is
+    another.
     """
     found = [_parse(entry.strip(), text) for entry in text.split(",")]
     names = [benchmark.name for benchmark in found]
     for name in names:
+        if name.lower() in _TAKEN:
+            raise ValueError(
+                f"--benchmarks {text}: {name!r} is no name for results to be filed by, because the "
+                f"evaluation has a {name}.json of its own; name it as in --benchmarks other=PATH"
+            )
         if names.count(name) > 1:
             raise ValueError(
                 f"--benchmarks {text}: two are called {name!r}, by which results are filed; name "
@@ -91,6 +102,7 @@ def load_benchmark(
     instruction: str,
     context: int,
     *,
+    template: str = templates.STUDENT,
     on_bad_row: Literal["stop", "skip"] = "stop",
     say: Callable[[str], object] = print,
 ) -> ProblemSet:
@@ -111,8 +123,9 @@ def load_benchmark(
     )
     if loaded.num_skipped:
         say(f"{benchmark.path}: skipped {loaded.num_skipped} bad rows")
+    asked = PromptsSection(instruction=instruction, student_template=template)
     prompts = tuple(
-        encode_student_prompt(tokenizer, problem, instruction, thinking=section.thinking)
+        encode_student_prompt(tokenizer, problem, asked, thinking=section.thinking)
         for problem in loaded.problems
     )
     longest = max(map(len, prompts))

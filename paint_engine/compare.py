@@ -24,6 +24,8 @@ from paint_engine.summary import best_step
 
 Evaluations = Mapping[str, Evaluation]
 
+_SEED = "seed"
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -106,7 +108,7 @@ def _choose_step(text: str, evaluations: Mapping[int, Evaluation], which: str) -
 
 def check_pairs(first: str, other: str, before: Evaluations, after: Evaluations) -> None:
     """Raises ValueError where the two were not evaluated alike: on the same problems, with the same
-    settings."""
+    settings, but for the seed."""
     if before.keys() != after.keys():
         raise ValueError(
             f"{first} has {', '.join(sorted(before))}, and {other} has {', '.join(sorted(after))}; "
@@ -114,7 +116,7 @@ def check_pairs(first: str, other: str, before: Evaluations, after: Evaluations)
         )
     for name in before:
         a, b = before[name], after[name]
-        keys = sorted(a.settings.keys() | b.settings.keys())
+        keys = sorted((a.settings.keys() | b.settings.keys()) - {_SEED})
         differing = [
             f"{key} ({a.settings.get(key)!r} and {b.settings.get(key)!r})"
             for key in keys
@@ -131,6 +133,30 @@ def check_pairs(first: str, other: str, before: Evaluations, after: Evaluations)
                 f"({len(a.header.problems)} and {len(b.header.problems)}); needs the same, with "
                 "the same answers; evaluate both on one data set"
             )
+
+
+def notes(before: Evaluations, after: Evaluations) -> list[str]:
+    """What two that pass `check_pairs` differ in beside the weights, on which benchmarks, and what
+    follows."""
+    effects = {
+        _SEED: "the problems are paired, the random numbers are not",
+        "dtype": "some answers change by that alone",
+        "engine": "some answers change by that alone",
+    }
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in before:
+        # Evaluations during training do not record dtype and engine.
+        a, b = (
+            {_SEED: header.settings[_SEED]} | header.subject
+            for header in (before[name].header, after[name].header)
+        )
+        for key in effects:
+            if key in a and key in b and a[key] != b[key]:
+                found.setdefault((key, f"{a[key]} and {b[key]}"), []).append(name)
+    return [
+        f"differ in {key} ({values}) on {', '.join(names)}: {effects[key]}"
+        for (key, values), names in found.items()
+    ]
 
 
 def _rates(evaluation: Evaluation, order: Evaluation) -> np.ndarray:
@@ -239,6 +265,8 @@ def main(argv: Sequence[str], console: Console) -> None:
         after = read_run(other)
         check_pairs(arguments.first, other, before, after)
         differences, macro = compare(before, after)
+        for note in notes(before, after):
+            console.print(f"note: {arguments.first} and {other} {note}", soft_wrap=True)
         console.print(_table(arguments.first, other, differences, macro))
         for name, difference in differences.items():
             for label, problems in (("gained", difference.gained), ("lost", difference.lost)):

@@ -7,6 +7,7 @@ command line: `cli.py`.
 from pydantic import model_validator
 
 from paint_engine.config_sections import (
+    INSTRUCTION,
     CheckpointSection,
     DataSection,
     EvalSection,
@@ -24,6 +25,14 @@ from paint_engine.config_sections import (
     TeacherSection,
     TrainSection,
 )
+
+# Keys of [objective] that "paint" alone has a use for.
+_PAINT_ALONE = (
+    *("divergence", "pointwise_clip", "top_fraction", "interpolation_weight", "entropy_floor"),
+    "teacher_top_k",
+)
+# What switches such a part off, and so says nothing wrong of an objective that lacks it.
+_SWITCHED_OFF = {"pointwise_clip": None, "top_fraction": 0.0, "interpolation_weight": 0.0}
 
 
 class Config(Section):
@@ -63,6 +72,7 @@ class Config(Section):
         self._check_teacher()
         self._check_policy_gradient()
         self._check_idle_keys()
+        self._check_prompts()
         if self.run.auto_resume and (self.run.dir is None or self.run.overwrite):
             raise ValueError(
                 f"run.auto_resume: got true with run.dir {self.run.dir} and run.overwrite "
@@ -143,6 +153,10 @@ class Config(Section):
 
     def _check_idle_keys(self) -> None:
         objective, teacher = self.objective, self.teacher
+        if objective.name != "paint":
+            self._check_unchanged("objective", objective, _PAINT_ALONE, "paint")
+        if objective.name != "grpo":
+            self._check_unchanged("grpo", self.grpo, tuple(GrpoSection.model_fields), "grpo")
         if objective.divergence != "jsd" and objective.jsd_weight != 0.5:
             raise ValueError(
                 f"objective.jsd_weight: got {objective.jsd_weight} with objective.divergence "
@@ -154,6 +168,35 @@ class Config(Section):
                 f"teacher.ema_decay: got {teacher.ema_decay} with teacher.weights "
                 f"{teacher.weights!r}, which is no running mean; leave it out, or use "
                 "--teacher.weights ema"
+            )
+
+    def _check_unchanged(
+        self, title: str, section: Section, names: tuple[str, ...], user: str
+    ) -> None:
+        """Refuses values that only the objective `user` would read."""
+        for name in names:
+            value, default = getattr(section, name), type(section).model_fields[name].default
+            if value not in (default, _SWITCHED_OFF.get(name, default)):
+                key = f"{title}.{name}"
+                raise ValueError(
+                    f"{key}: got {value!r} with objective.name {self.objective.name!r}, which has "
+                    f"no use for it; go back to --{key} {str(default).lower()}, or use "
+                    f"--objective.name {user}"
+                )
+
+    def _check_prompts(self) -> None:
+        prompts = self.prompts
+        if self.teacher.reason_first and "{rationale}" not in prompts.teacher_template:
+            raise ValueError(
+                f"prompts.teacher_template: got {prompts.teacher_template!r} with "
+                "teacher.reason_first true; needs {rationale} in it, since a rationale would be "
+                "written and shown to nobody; add it, or use --teacher.reason_first false"
+            )
+        read = prompts.student_template + (prompts.teacher_template if self.uses_teacher else "")
+        if prompts.instruction != INSTRUCTION and "{instruction}" not in read:
+            raise ValueError(
+                f"prompts.instruction: got {prompts.instruction!r} with templates that have no "
+                "{instruction}; leave it out, or put {instruction} into prompts.student_template"
             )
 
     def _check_policy_gradient(self) -> None:

@@ -18,6 +18,8 @@ from pydantic import (
     PositiveInt,
 )
 
+from paint_engine import templates
+
 T = TypeVar("T")
 
 
@@ -120,7 +122,27 @@ class PromptsSection(Section):
     teacher_thinking: bool = Field(
         default=False, description="chat template's thinking switch, teacher"
     )
-    instruction: str = Field(default=INSTRUCTION, description="closing line of both prompts")
+    instruction: str = Field(
+        default=INSTRUCTION, description="{instruction} in templates: closing line of both prompts"
+    )
+    student_template: templates.Student = Field(
+        default=templates.STUDENT,
+        description="the student's message, in evaluations too: {problem}, {instruction}",
+    )
+    teacher_template: templates.Teacher = Field(
+        default=templates.TEACHER,
+        description="the teacher's message: {problem}, {solution}, {part_of} (nothing where it is "
+        "whole), {rationale} (its section, if any), {instruction}",
+    )
+    rationale_template: templates.Rationale = Field(
+        default=templates.RATIONALE,
+        description="section that {rationale} in teacher_template stands for, with reason_first",
+    )
+    reason_template: templates.Reason = Field(
+        default=templates.REASON,
+        description="what asks the teacher for a rationale, with reason_first: {problem}, "
+        "{solution}, {part_of}, {instruction}",
+    )
     teacher_suffix: str = Field(
         default="", description="text right after the teacher's generation prompt"
     )

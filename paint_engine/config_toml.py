@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
@@ -64,9 +65,12 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
         field = LEAVES[key]
         needed = re.sub(r"^\w+ should (be|have) | after validation.*", "", message)
         needed = needed.replace("valid tuple", "list of texts")
+        example = toml_value(field.default)
+        # What TOML has escaped, a shell would read too.
+        example = shlex.quote(example) if "\\" in example else example
         lines.append(
             f"{sources[key]}: {key}: got {item['input']!r}; needs {needed} ({field.description}); "
-            f"for example --{key} {toml_value(field.default)}"
+            f"for example --{key} {example}"
         )
     return "\n".join(lines)
 

@@ -18,6 +18,7 @@ from paint_engine.model import TINY_BASE, add_lora, max_context
 from paint_engine.model_shape import ModelShape, shape_of, step_flops
 from paint_engine.problem_sets import ProblemSet, batch_requests
 from paint_engine.prompts import encode_student_prompt, encode_teacher_prompt
+from paint_engine.rationale import encode_reason_prompt
 from paint_engine.types import Problem
 
 _MEASURED_PROMPTS = 256
@@ -67,35 +68,52 @@ class PromptLengths:
         return Lengths(round(mean(self.student)), round(mean(self.teacher)), completion)
 
 
-def _teacher_prompt(
-    config: Config, tokenizer: PreTrainedTokenizerBase, problem: Problem, context: int
-) -> tuple[int, ...]:
-    """With as little of the solution hidden as ever is, and a stand-in for the rationale; the
-    student's where there is no teacher."""
-    masking, prompts = config.masking, config.prompts
-    if not config.uses_teacher:
-        return encode_student_prompt(
-            tokenizer, problem, prompts.instruction, thinking=prompts.student_thinking
-        )
-    partial_solution = mask_solution(
+def _least_masked(config: Config, problem: Problem) -> str:
+    """With as little of the solution hidden as ever is."""
+    masking = config.masking
+    return mask_solution(
         problem.solution,
         masking.rho_wrong,
         placement=masking.placement,
         generator=random.Random(0),
         marker=masking.marker,
     )
+
+
+def _teacher_prompt(
+    config: Config, tokenizer: PreTrainedTokenizerBase, problem: Problem, context: int
+) -> tuple[int, ...]:
+    """With as little of the solution hidden as ever is, and a stand-in for the rationale; the
+    student's where there is no teacher."""
+    prompts = config.prompts
+    if not config.uses_teacher:
+        return encode_student_prompt(tokenizer, problem, prompts, thinking=prompts.student_thinking)
     prompt, _ = encode_teacher_prompt(
         tokenizer,
         problem,
-        partial_solution,
-        prompts.instruction,
-        thinking=prompts.teacher_thinking,
-        suffix=prompts.teacher_suffix,
+        _least_masked(config, problem),
+        prompts,
         max_tokens=context - config.rollout.max_new_tokens,
-        marker=masking.marker,
+        marker=config.masking.marker,
         rationale=_RATIONALE if config.teacher.reason_first else None,
     )
     return prompt
+
+
+def _request(
+    config: Config, tokenizer: PreTrainedTokenizerBase, problem: Problem, context: int
+) -> tuple[int, ...]:
+    """The prompt that asks for the rationale of the teacher's prompt above."""
+    request, _ = encode_reason_prompt(
+        tokenizer,
+        problem,
+        _least_masked(config, problem),
+        config.prompts,
+        thinking=False,
+        max_tokens=context - config.teacher.reason_max_new_tokens,
+        marker=config.masking.marker,
+    )
+    return request
 
 
 def prompt_lengths(
@@ -134,6 +152,13 @@ def _first_batch(
             f"# teacher's prompt of the same at mask ratio {config.masking.rho_wrong} "
             f"({len(teacher)} tokens)",
             str(tokenizer.decode(list(teacher))),
+        ]
+    if config.teacher.reason_first:
+        request = _request(config, tokenizer, problem, context)
+        lines += [
+            "",
+            f"# what the teacher is asked before ({len(request)} tokens)",
+            str(tokenizer.decode(list(request))),
         ]
     others = [len(request.prompt_ids) for request in requests[1:]]
     if others:

@@ -5,7 +5,6 @@ share. `python -m paint_engine.evaluate compare RUN_A RUN_B` puts two evaluation
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -45,12 +44,17 @@ from paint_engine.evaluation import (
     unfinished_rows,
 )
 from paint_engine.evaluation_flags import own_flags, parse_arguments, section_of
-from paint_engine.evaluation_report import results_table, summarise_benchmarks, write_results
+from paint_engine.evaluation_report import (
+    add_versions,
+    read_versions,
+    results_table,
+    summarise_benchmarks,
+    write_results,
+)
 from paint_engine.metrics import Progress
 from paint_engine.model import load_tokenizer, max_context, pick_device
 from paint_engine.problem_sets import ProblemSet
 from paint_engine.rollout import EngineDied, RolloutEngine, sampling_params, vllm_is_installed
-from paint_engine.run_dir import VERSIONS_FILE, write_versions
 from paint_engine.subject import (
     Subject,
     build_engine,
@@ -120,7 +124,9 @@ def make_plan(arguments: argparse.Namespace, world: World) -> Plan:
             f"{subject.base.name_or_path} here, which --model names; unless both are the same "
             "weights, this evaluates what was never trained"
         )
-    settings = evaluation_settings(section, arguments.seed, arguments.instruction)
+    settings = evaluation_settings(
+        section, arguments.seed, arguments.instruction, arguments.student_template
+    )
     identity = subject.identity(engine, compute_dtype_of(subject, world.device))
 
     def load(benchmark: Benchmark) -> ProblemSet:
@@ -130,6 +136,7 @@ def make_plan(arguments: argparse.Namespace, world: World) -> Plan:
             section,
             arguments.instruction,
             max_context(shape),
+            template=arguments.student_template,
             on_bad_row=arguments.on_bad_row,
             say=say,
         )
@@ -155,6 +162,8 @@ def answer_benchmark(
     ) as files:
         requests = all_requests(problem_set.problems, plan.section.num_samples)
         mine = files.share(requests)
+        if world.is_main and files.missing(requests):
+            add_versions(plan.directory, world.size)
         left = "" if len(mine) == len(requests) else f" ({len(mine)} left for this process)"
         with progress.evaluation(f"{name}{left}", len(mine)) as advance:
             evaluate(
@@ -221,14 +230,13 @@ def answer_all(
     return [evaluation for evaluation in here.values() if evaluation is not None]
 
 
-def report(plan: Plan, evaluations: Sequence[Evaluation], world: World, console: Console) -> None:
+def report(plan: Plan, evaluations: Sequence[Evaluation], console: Console) -> None:
     """Prints the table, and writes `results.json`. For the main rank."""
-    write_versions(plan.directory, "evaluate", world.size)
     results = {
         "model": plan.subject.base.name_or_path,
         "adapter": plan.arguments.adapter,
         **{key: asdict(evaluations[0].header)[key] for key in ("settings", "subject")},
-        "versions": json.loads((plan.directory / VERSIONS_FILE).read_text()),
+        "versions": read_versions(plan.directory),
         **summarise_benchmarks(evaluations),
     }
     write_results(plan.directory, results)
@@ -250,7 +258,7 @@ def run(argv: Sequence[str], console: Console) -> None:
                 )
             evaluations = answer_all(plan, here, world, Progress(console))
             if world.is_main:
-                report(plan, evaluations, world, console)
+                report(plan, evaluations, console)
     except ValueError as error:
         raise ValueError(own_flags(str(error))) from error
     barrier()

@@ -8,14 +8,18 @@ on several nodes need a directory that all of them see.
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from paint_engine import templates
 from paint_engine.checkpoint_files import flush
 from paint_engine.config_sections import EvalSection
 from paint_engine.distributed import World, gather_objects, my_share, raise_together
@@ -104,18 +108,32 @@ def benchmark_name(path: str) -> str:
     return Path(path.partition(":")[0]).stem
 
 
-def evaluation_settings(section: EvalSection, seed: int, instruction: str) -> dict[str, Any]:
+def evaluation_settings(
+    section: EvalSection, seed: int, instruction: str, template: str = templates.STUDENT
+) -> dict[str, Any]:
     """How the answers of an evaluation are drawn: what its outcome depends on, beside the weights
     and the problems."""
     names = {"num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "thinking"}
-    return section.model_dump(mode="json", include=names) | {
-        "seed": seed,
-        "instruction": instruction,
-    }
+    settings = section.model_dump(mode="json", include=names)
+    settings |= {"seed": seed, "instruction": instruction}
+    # Left out where it is the default: evaluations from before there was another one lack it.
+    return settings | ({} if template == templates.STUDENT else {"student_template": template})
 
 
 def _line(record: dict[str, Any]) -> bytes:
     return json.dumps(record).encode() + b"\n"
+
+
+def _write_whole(file: FileIO, lines: bytes) -> None:
+    """All of the lines at the end of an unbuffered file, whose single writes may be short; or none,
+    and OSError: later lines would otherwise follow a cut one."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        while lines:
+            lines = lines[file.write(lines) :]
+    except OSError:
+        file.truncate(end)
+        raise
 
 
 class SampleFiles:
@@ -148,7 +166,7 @@ class SampleFiles:
         self._finished = {(s.problem_id, s.sample_index): s for s in finished}
         self._file = self._open()
 
-    def _open(self) -> Any:
+    def _open(self) -> FileIO:
         path = self._directory / f"{self._name}.rank-{self._world.rank}.jsonl"
         lines = path.read_bytes() if path.exists() else b""
         # Unbuffered: a line is on its way to the disk, whole, as soon as it is written.
@@ -156,7 +174,7 @@ class SampleFiles:
         # A line that a kill cut short.
         file.truncate(lines.rfind(b"\n") + 1)
         if b"\n" not in lines:
-            file.write(_line({_HEADER: asdict(self._header)}))
+            _write_whole(file, _line({_HEADER: asdict(self._header)}))
         return file
 
     @property
@@ -176,8 +194,11 @@ class SampleFiles:
         return my_share(self.missing(requests), self._world)
 
     def append(self, group: Sequence[EvalSample]) -> None:
-        """Samples of this rank, on the disk when this returns, whatever becomes of the process."""
-        self._file.write(b"".join(_line(asdict(sample)) for sample in group))
+        """Samples of this rank, on the disk when this returns, whatever becomes of the process.
+
+        Raises OSError where they find no room; none of them is in the file then.
+        """
+        _write_whole(self._file, b"".join(_line(asdict(sample)) for sample in group))
         self._finished |= {(s.problem_id, s.sample_index): s for s in group}
 
     def recorder(self, advance: Callable[[int, float], None]) -> Callable[[list[EvalSample]], None]:
@@ -218,8 +239,13 @@ class SampleFiles:
         for path in (samples, unfinished):
             flush(path)
         unfinished.rename(head)
-        for path in self._directory.glob(f"{self._name}.rank-*.jsonl"):
+        for path in _rank_files(self._directory, self._name):
             path.unlink()
+
+
+def _rank_files(directory: Path, name: str) -> list[Path]:
+    # The name is a user's, and may hold what a pattern is made of.
+    return sorted(directory.glob(f"{glob.escape(name)}.rank-*.jsonl"))
 
 
 def unfinished_rows(
@@ -230,7 +256,7 @@ def unfinished_rows(
     replace: files with another header are deleted; else ValueError tells of them.
     """
     rows: list[dict[str, Any]] = []
-    for path in sorted(directory.glob(f"{name}.rank-*.jsonl")):
+    for path in _rank_files(directory, name):
         first, *samples = read_jsonl(path) or [{}]
         there = first.get(_HEADER)
         if there == asdict(header):

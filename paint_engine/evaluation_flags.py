@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from pydantic import ValidationError
 
+from paint_engine import templates
 from paint_engine.benchmarks import KNOWN
 from paint_engine.config_sections import INSTRUCTION, EvalSection
 from paint_engine.config_toml import LEAVES
@@ -33,6 +34,13 @@ def _flag(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"got {text!r}, needs true or false")
     return text.lower() == "true"
+
+
+def _template(text: str) -> str:
+    try:
+        return templates.check_student(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}; needs {error}") from error
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -64,6 +72,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=paper.max_new_tokens, help="longest answer")
     add("--thinking", type=_flag, default=paper.thinking, help="chat template's switch")
     add("--instruction", default=INSTRUCTION, help="closing line of the prompt")
+    add(
+        "--student-template",
+        type=_template,
+        default=templates.STUDENT,
+        help="the prompt, as prompts.student_template of a training run",
+    )
     add("--seed", type=int, default=0, help="of sampling")
     add("--engine", choices=("auto", "vllm", "builtin"), default="auto", help="auto: vLLM if there")
     add("--max-sequences", type=int, default=paper.max_sequences, help="decoded at once")

@@ -18,6 +18,7 @@ from paint_engine.accuracy import (
     pass_ks,
 )
 from paint_engine.evaluation import EvalSample, Evaluation
+from paint_engine.run_dir import VERSIONS_FILE, present_versions
 from paint_engine.verify import equal_answers
 
 RESULTS_FILE = "results.json"
@@ -77,9 +78,28 @@ def _entry(estimate: Estimate) -> dict[str, Any]:
 
 def write_results(directory: Path, results: Mapping[str, Any]) -> None:
     """`results.json`, all of it or nothing."""
-    unfinished = directory / f".{RESULTS_FILE}.unfinished"
-    unfinished.write_text(json.dumps(results, indent=2) + "\n")
-    unfinished.rename(directory / RESULTS_FILE)
+    _write_json(directory / RESULTS_FILE, results)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.rename(file)
+
+
+def read_versions(directory: Path) -> list[dict[str, Any]]:
+    """What has sampled the answers of a directory: its `versions.json`, oldest first."""
+    file = directory / VERSIONS_FILE
+    return json.loads(file.read_text()) if file.is_file() else []
+
+
+def add_versions(directory: Path, num_processes: int) -> None:
+    """Notes in `versions.json` what samples now, where it has not done so there before. For the
+    main rank, once there is something to sample."""
+    earlier = read_versions(directory)
+    now = present_versions("evaluate", num_processes)
+    if now not in earlier:
+        _write_json(directory / VERSIONS_FILE, [*earlier, now])
 
 
 def results_table(results: Mapping[str, Any]) -> Table:

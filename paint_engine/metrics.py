@@ -255,9 +255,9 @@ _TRAINING_FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def loss_says_nothing(metrics: Mapping[str, float]) -> bool:
-    """Whether it is GRPO's loss in one update a batch: there the ratios are 1, and a group's
-    advantages cancel out whatever is learned. Without a ratio nothing was trained on."""
-    return "reward" in metrics and metrics.get("ratio", 1.0) == 1.0
+    """Whether it is GRPO's loss in one update a batch, without a KL: there the ratios are 1, and a
+    group's advantages cancel out whatever is learned. Without a ratio nothing was trained on."""
+    return "reward" in metrics and "base_kl" not in metrics and metrics.get("ratio", 1.0) == 1.0
 
 
 class Progress:

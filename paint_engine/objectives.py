@@ -107,7 +107,9 @@ def sampled_token(
     """Policy gradient by the log-ratio of the sampled tokens, A_t = log p_T(y_t) - log p_S(y_t).
 
     The token loss is w_t (log p_S - log p_T), a sample of the reverse KL; its gradient is
-    -w_t A_t grad log p_S(y_t), whose mean over samples from p_S is the reverse KL's gradient.
+    -w_t A_t grad log p_S(y_t), whose mean over samples from p_S is the gradient of each token's
+    reverse KL. Samples that top-p or top-k has cut, or of another temperature, are not from p_S,
+    and their mean is another: it takes a sampler that cuts nothing off.
     w_t = min(p_S / p_sampler, importance_cap), or 1 where the cap is None.
 
     rollout_logprobs: the sampler's log-probabilities of `token_ids`, used with a cap only.

@@ -49,20 +49,12 @@ def _check_teacher_prompts(
 ) -> None:
     """Of one problem, with the whole solution hidden: what does not fit so never will."""
     prompts, marker = config.prompts, config.masking.marker
-    teacher, _ = encode_teacher_prompt(
-        tokenizer,
-        problem,
-        marker,
-        prompts.instruction,
-        thinking=prompts.teacher_thinking,
-        suffix=prompts.teacher_suffix,
-        marker=marker,
-    )
+    teacher, _ = encode_teacher_prompt(tokenizer, problem, marker, prompts, marker=marker)
     completion = config.rollout.max_new_tokens
     _check_length(problem, len(teacher), context, completion, "teacher", "rollout.max_new_tokens")
     if config.teacher.reason_first:
         request, _ = encode_reason_prompt(
-            tokenizer, problem, marker, thinking=False, max_tokens=None, marker=marker
+            tokenizer, problem, marker, prompts, thinking=False, max_tokens=None, marker=marker
         )
         rationale, key = config.teacher.reason_max_new_tokens, "teacher.reason_max_new_tokens"
         _check_length(problem, len(request), context, rationale, "reasoning teacher", key)
@@ -88,7 +80,7 @@ def load_train_set(
     kept_prompts: list[tuple[int, ...]] = []
     for problem in loaded.problems:
         student = encode_student_prompt(
-            tokenizer, problem, prompts.instruction, thinking=prompts.student_thinking
+            tokenizer, problem, prompts, thinking=prompts.student_thinking
         )
         if data.max_prompt_tokens is not None and len(student) > data.max_prompt_tokens:
             continue
@@ -132,9 +124,7 @@ def load_eval_set(
         say(f"{section.path}: skipped {loaded.num_skipped} bad rows")
     encoded = []
     for problem in loaded.problems:
-        ids = encode_student_prompt(
-            tokenizer, problem, config.prompts.instruction, thinking=section.thinking
-        )
+        ids = encode_student_prompt(tokenizer, problem, config.prompts, thinking=section.thinking)
         limits = context, section.max_new_tokens
         _check_length(problem, len(ids), *limits, "evaluation", "eval.max_new_tokens")
         encoded.append(ids)
@@ -157,6 +147,7 @@ def longest_sequence(
             tokenizer,
             longest,
             longest.solution,
+            config.prompts,
             thinking=False,
             max_tokens=None,
             marker=config.masking.marker,

@@ -1,58 +1,58 @@
-"""Chat prompts of student and teacher (Fig. 2), as token ids.
+"""Chat prompts of student and teacher (Fig. 2), as token ids, by the configuration's templates.
 
-Both roles ask the same question and close with the same instruction; the teacher's prompt also
-shows the verified solution, or the part of it that the mask leaves, and a rationale of it where the
-teacher has written one.
+As they come, both roles ask the same question and close with the same instruction; the teacher's
+prompt also shows the verified solution, or the part of it that the mask leaves (nothing between the
+fences where nothing is left and the marker is empty), and a rationale of it where the teacher has
+written one.
 """
 
 from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
+from paint_engine.config_sections import PromptsSection
 from paint_engine.masking import mask_solution
+from paint_engine.templates import PART_OF, fill
 from paint_engine.types import Problem
 
-_SOLUTION_BEGIN = "=== Reference Solution Begin ==="
-_SOLUTION_END = "=== Reference Solution End ==="
-_RATIONALE = "Here is an explanation of its key steps:"
-_RATIONALE_BEGIN = "=== Explanation Begin ==="
-_RATIONALE_END = "=== Explanation End ==="
-_TRANSITION = (
-    "After reading the reference solution above, derive the same final answer in your own words."
-)
 
-
-def student_text(problem: str, instruction: str) -> str:
+def student_text(problem: str, prompts: PromptsSection) -> str:
     """The user's message as the student sees it, at training and at evaluation."""
-    return f"Problem: {problem}\n\n{instruction}"
+    values = {"problem": problem, "instruction": prompts.instruction}
+    return fill(prompts.student_template, values)
 
 
-def reference_text(problem: str, partial_solution: str, *, whole: bool) -> str:
-    """The question and what is shown of its solution, as the teacher's messages begin.
+def reference_values(
+    problem: str, partial_solution: str, prompts: PromptsSection, *, whole: bool
+) -> dict[str, str]:
+    """What the names in the teacher's templates stand for, but for the rationale.
 
     whole: the solution is shown unmasked, and the text does not call it a part.
     """
-    heading = (
-        "Here is a reference solution to this problem:"
-        if whole
-        else "Here is a part of reference solution to this problem:"
-    )
-    return "\n".join(
-        (f"Problem: {problem}\n", heading, _SOLUTION_BEGIN, partial_solution, _SOLUTION_END)
-    )
+    return {
+        "problem": problem,
+        "solution": partial_solution,
+        "part_of": "" if whole else PART_OF,
+        "instruction": prompts.instruction,
+    }
 
 
 def teacher_text(
-    problem: str, partial_solution: str, instruction: str, *, whole: bool, rationale: str = ""
+    problem: str,
+    partial_solution: str,
+    prompts: PromptsSection,
+    *,
+    whole: bool,
+    rationale: str = "",
 ) -> str:
     """The user's message as the teacher sees it.
 
     whole: the solution is shown unmasked, and the text does not call it a part.
     rationale: the teacher's own explanation of the solution, shown below it; "" for none.
     """
-    reference = reference_text(problem, partial_solution, whole=whole)
-    explanation = (_RATIONALE, _RATIONALE_BEGIN, rationale, _RATIONALE_END) if rationale else ()
-    return "\n".join((reference, *explanation, _TRANSITION, instruction))
+    section = fill(prompts.rationale_template, {"rationale": rationale}) if rationale else ""
+    values = reference_values(problem, partial_solution, prompts, whole=whole)
+    return fill(prompts.teacher_template, values | {"rationale": section})
 
 
 def encode_chat(
@@ -73,10 +73,13 @@ def encode_chat(
 
 
 def encode_student_prompt(
-    tokenizer: PreTrainedTokenizerBase, problem: Problem, instruction: str, *, thinking: bool
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, prompts: PromptsSection, *, thinking: bool
 ) -> tuple[int, ...]:
-    """The student's prompt for one problem."""
-    return encode_chat(tokenizer, student_text(problem.problem, instruction), thinking=thinking)
+    """The student's prompt for one problem.
+
+    thinking: in training the section's switch, in evaluation its own.
+    """
+    return encode_chat(tokenizer, student_text(problem.problem, prompts), thinking=thinking)
 
 
 def hide_end(text: str, num_hidden: int, marker: str) -> str:
@@ -114,10 +117,8 @@ def encode_teacher_prompt(
     tokenizer: PreTrainedTokenizerBase,
     problem: Problem,
     partial_solution: str,
-    instruction: str,
+    prompts: PromptsSection,
     *,
-    thinking: bool,
-    suffix: str = "",
     max_tokens: int | None = None,
     marker: str,
     rationale: str | None = None,
@@ -141,10 +142,11 @@ def encode_teacher_prompt(
         text = teacher_text(
             problem.problem,
             shown,
-            instruction,
+            prompts,
             whole=whole and solution_hidden == 0,
             rationale=hide_end(explained, rationale_hidden, marker) if left else "",
         )
+        thinking, suffix = prompts.teacher_thinking, prompts.teacher_suffix
         return encode_chat(tokenizer, text, thinking=thinking, suffix=suffix), shown
 
     found = shorten_to_fit(lambda hidden: encode(0, hidden), len(explained), max_tokens)

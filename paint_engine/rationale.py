@@ -5,29 +5,30 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from paint_engine.prompts import encode_chat, hide_end, reference_text, shorten_to_fit
+from paint_engine.config_sections import PromptsSection
+from paint_engine.prompts import encode_chat, hide_end, reference_values, shorten_to_fit
+from paint_engine.templates import fill
 from paint_engine.types import Problem
 
-# The instruction of the answer's format is left out on purpose: what is asked for is no answer.
-_REQUEST = (
-    "Go through the reference solution above and explain its key steps: what each of them does and "
-    "why it works. Keep to that solution and do not solve the problem in another way."
-)
 _THINK_BEGIN, _THINK_END = "<think>", "</think>"
 
 
-def reason_text(problem: str, partial_solution: str, *, whole: bool) -> str:
+def reason_text(
+    problem: str, partial_solution: str, prompts: PromptsSection, *, whole: bool
+) -> str:
     """The user's message that asks the teacher for a rationale.
 
     whole: the solution is shown unmasked, and the text does not call it a part.
     """
-    return f"{reference_text(problem, partial_solution, whole=whole)}\n{_REQUEST}"
+    values = reference_values(problem, partial_solution, prompts, whole=whole)
+    return fill(prompts.reason_template, values)
 
 
 def encode_reason_prompt(
     tokenizer: PreTrainedTokenizerBase,
     problem: Problem,
     partial_solution: str,
+    prompts: PromptsSection,
     *,
     thinking: bool,
     max_tokens: int | None,
@@ -45,7 +46,7 @@ def encode_reason_prompt(
 
     def encode(num_hidden: int) -> tuple[tuple[int, ...], str]:
         shown = hide_end(partial_solution, num_hidden, marker)
-        text = reason_text(problem.problem, shown, whole=whole and num_hidden == 0)
+        text = reason_text(problem.problem, shown, prompts, whole=whole and num_hidden == 0)
         return encode_chat(tokenizer, text, thinking=thinking), shown
 
     found = shorten_to_fit(encode, len(partial_solution), max_tokens)

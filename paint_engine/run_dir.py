@@ -108,15 +108,21 @@ def _make_run_dir(run_dir: Path, *, replace: bool) -> None:
         ) from error
 
 
-def write_versions(run_dir: Path, name: str, world_size: int) -> None:
-    """`versions.json`: packages, the preset's name, the command, threads and processes."""
+def present_versions(name: str, world_size: int) -> dict[str, object]:
+    """Packages, the preset's name, the command, threads and processes."""
     versions: dict[str, object] = {"preset": name, "command": sys.argv}
     versions |= {"python": platform.python_version(), "num_threads": torch.get_num_threads()}
     versions["world_size"] = world_size
     for package in _PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    (run_dir / VERSIONS_FILE).write_text(json.dumps(versions, indent=2) + "\n")
+    return versions
+
+
+def write_versions(run_dir: Path, name: str, world_size: int) -> None:
+    """`versions.json`, of a training run."""
+    text = json.dumps(present_versions(name, world_size), indent=2)
+    (run_dir / VERSIONS_FILE).write_text(text + "\n")
 
 
 def recorded_name(run_dir: Path) -> str:

@@ -221,10 +221,9 @@ def _load_progress(
     return state
 
 
-def _check_before_loading(config: Config, say: Callable[[str], object]) -> None:
-    check_loggers(tensorboard=config.run.tensorboard, wandb_project=config.run.wandb_project)
-    check_engine_has_teacher(config)
-    objective = config.objective
+def _say_what_surprises(config: Config, say: Callable[[str], object]) -> None:
+    """Notes on settings of the loss that are allowed, and are not what they seem together."""
+    objective, grpo = config.objective, config.grpo
     clipped = objective.name == "paint" and objective.pointwise_clip is not None
     if clipped and objective.divergence == "reverse_kl":
         say(
@@ -232,6 +231,26 @@ def _check_before_loading(config: Config, say: Callable[[str], object]) -> None:
             "penalty on what the student overrates, and training then drifts away from the "
             "teacher; --objective.pointwise_clip none switches it off"
         )
+    if objective.name == "grpo" and grpo.skip_zero_variance and grpo.kl_weight > 0:
+        say(
+            "note: groups of equal rewards are left out with their KL to the base and still "
+            f"counted in the mean: of grpo.kl_weight {grpo.kl_weight} as much is left as the share "
+            "of groups whose rewards differ; --grpo.skip_zero_variance false keeps it whole"
+        )
+    on_policy = objective.name in ("grpo", "sampled_token")
+    if on_policy and config.rollout.ahead and objective.importance_cap is None:
+        say(
+            "note: with rollout.ahead 1 the rollouts are one step older than the weights that "
+            "train on them, which nothing corrects without importance weights; "
+            "--objective.importance_cap 2.0 adds those, and wants --rollout.top_p 1.0 "
+            "--rollout.top_k -1"
+        )
+
+
+def _check_before_loading(config: Config, say: Callable[[str], object]) -> None:
+    check_loggers(tensorboard=config.run.tensorboard, wandb_project=config.run.wandb_project)
+    check_engine_has_teacher(config)
+    _say_what_surprises(config, say)
     if config.eval.enabled and config.eval.path == "tiny" and config.data.path != "tiny":
         say(
             f"note: training on {config.data.path}, evaluating on the bundled word problems; name "

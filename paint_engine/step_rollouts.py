@@ -100,14 +100,11 @@ def reveal(run: Run, item: PrivilegedRollout, seed: Sequence[object]) -> Privile
 def _prompted(
     run: Run, item: PrivilegedRollout, partial_solution: str, rationale: str | None
 ) -> PrivilegedRollout:
-    prompts = run.config.prompts
     teacher_prompt_ids, shown = encode_teacher_prompt(
         run.tokenizer,
         item.rollout.problem,
         partial_solution,
-        prompts.instruction,
-        thinking=prompts.teacher_thinking,
-        suffix=prompts.teacher_suffix,
+        run.config.prompts,
         max_tokens=run.max_teacher_prompt,
         marker=run.config.masking.marker,
         rationale=rationale,
@@ -136,6 +133,7 @@ def reason(
             run.tokenizer,
             item.rollout.problem,
             item.partial_solution,
+            config.prompts,
             # A thought that the limit cuts short would be taken for the rationale.
             thinking=False,
             max_tokens=run.max_context - limit,

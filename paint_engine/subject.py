@@ -4,13 +4,14 @@ engine that samples from it, without a trainer."""
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -37,9 +38,15 @@ from paint_engine.weights import ADAPTER_FILE
 _ADAPTER_CONFIG = "adapter_config.json"
 _MODEL_CONFIG = "config.json"
 _LORA_MATRICES = (".lora_A.", ".lora_B.")
-# Of each file of weights, this many pieces of this many bytes tell it from another.
-_NUM_PIECES = 64
-_PIECE_BYTES = 1 << 16
+# Beside the weights, what decides how they are used; and of the tokenizer's directory, which is the
+# base's where a checkpoint has none.
+_MODEL_FILES = (_MODEL_CONFIG, "generation_config.json")
+_TOKENIZER_FILES = ("tokenizer*", "vocab.json", "merges.txt", "chat_template.*")
+_NUM_DIGITS = 16
+# Of each tensor, so many bytes at its start, its middle and its end tell it from another.
+_PIECE_BYTES = 4096
+# Before a safetensors file's header: its length, little-endian.
+_LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -64,14 +71,25 @@ class Subject:
         return resolve_model(self.base.name_or_path)
 
     def identity(self, engine: str, dtype: torch.dtype) -> dict[str, Any]:
-        """What tells these weights, and what samples from them, from others."""
+        """What tells these weights, and what samples from them, from others: the commit of what
+        comes from the hub, once it is in the cache, and digests of local files; small ones stand
+        under their names.
+
+        Every rank asks, and reads a small part of the weights. Raises ValueError where a file of
+        them is damaged.
+        """
         path = Path(self.weights)
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-        trained = self.adapter and self.adapter / ADAPTER_FILE
+        base = resolve_model(self.base.name_or_path, with_weights=False)
+        small = [path / name for name in _MODEL_FILES]
+        for pattern in _TOKENIZER_FILES:
+            small += Path(base).glob(pattern)
+        if self.adapter is not None:
+            small += [self.adapter / _ADAPTER_CONFIG, self.adapter / ADAPTER_FILE]
         return {
             "model": str(path.resolve()) if path.is_dir() else self.weights,
-            "weights": [_digest(file) for file in files] or None,
-            "adapter": trained and hashlib.sha256(trained.read_bytes()).hexdigest(),
+            "commit": None if Path(base).is_dir() else _commit(base),
+            "weights": _weights_digest(path) if path.is_dir() else None,
+            **{file.name: _digest(file.read_bytes()) for file in sorted(small) if file.is_file()},
             "dtype": str(dtype).removeprefix("torch."),
             "engine": engine,
         }
@@ -219,16 +237,50 @@ def _no_fit(subject: Subject, reason: str) -> str:
     )
 
 
-def _digest(file: Path) -> str:
-    """16 digits of a file's size and of pieces all through it: other weights have others, without
-    16 GB being read for it."""
-    size = file.stat().st_size
-    found = hashlib.sha256(f"{file.name} {size}".encode())
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:_NUM_DIGITS]
+
+
+def _commit(model_id: str) -> str | None:
+    """The commit that a model's files in the hub's cache are of, as loading its configuration or
+    its tokenizer has left them; None where there are none."""
+    for name in (_MODEL_CONFIG, "tokenizer_config.json", "tokenizer.json"):
+        found = try_to_load_from_cache(model_id, name)
+        if isinstance(found, str):
+            return Path(found).parent.name
+    return None
+
+
+def _weights_digest(directory: Path) -> str:
+    """16 digits of each file's header and of pieces of every tensor: other weights have others,
+    without 16 GB being read for it."""
+    found = hashlib.sha256()
+    for file in sorted(directory.glob("*.safetensors")):
+        found.update(file.name.encode())
+        for piece in _pieces(file):
+            found.update(piece)
+    return found.hexdigest()[:_NUM_DIGITS]
+
+
+def _pieces(file: Path) -> Iterator[bytes]:
+    try:
+        # Which checks the header, and that the tensors fill the rest of the file.
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); save or fetch it again") from error
     with file.open("rb") as opened:
-        for piece in range(_NUM_PIECES):
-            opened.seek(piece * size // _NUM_PIECES)
-            found.update(opened.read(_PIECE_BYTES))
-    return found.hexdigest()[:16]
+        header = opened.read(int.from_bytes(opened.read(_LENGTH_BYTES), "little"))
+        yield header
+        start = opened.tell()
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        for tensor in tensors.values():
+            begin, end = tensor["data_offsets"]
+            last = max(begin, end - _PIECE_BYTES)
+            for place in (begin, (begin + last) // 2, last):
+                opened.seek(start + place)
+                yield opened.read(min(_PIECE_BYTES, end - begin))
 
 
 def skeleton(subject: Subject) -> nn.Module:

@@ -40,8 +40,9 @@ class AnswerCheck:
 
     AnswerCheck(correct=True, extracted="\\\\frac{1}{2}", error=None)
 
-    `extracted` is the last boxed answer, None where there is none. `error` says why no verdict was
-    reached (time, memory, length); then `correct` is False, and it counts apart from wrong answers.
+    `extracted` is the last boxed answer, None where there is none or the last box is blank. `error`
+    says why no verdict was reached (time, memory, length); then `correct` is False, and it counts
+    apart from wrong answers.
     """
 
     correct: bool
@@ -126,7 +127,8 @@ class AnswerChecker:
         so that x = 5 answers 5, 0.5 answers \\frac{1}{2}, and sets and intervals compare as such.
         """
         extracted = extract_boxed(completion)
-        if extracted is None:
+        # A blank box is no answer: a thinking model quotes the \boxed{} of its instruction.
+        if not extracted:
             return AnswerCheck(False, None, None)
         for name, text in (("the reference answer", answer), ("the boxed answer", extracted)):
             if len(text) > MAX_ANSWER_CHARS:

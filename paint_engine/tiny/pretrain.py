@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
+from paint_engine.config_sections import PromptsSection
 from paint_engine.masking import OMISSION_MARKER, mask_solution
 from paint_engine.model import TINY_BASE, pick_device
 from paint_engine.prompts import encode_chat, student_text, teacher_text
@@ -35,6 +36,7 @@ from paint_engine.tiny.tokenizer import train_tokenizer
 
 # The paper's prompt, pinned: the base knows these words, whatever the configuration says.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+_PROMPTS = PromptsSection(instruction=INSTRUCTION)
 
 SEED = 0
 NUM_STEPS = 1300
@@ -94,16 +96,16 @@ def draw_pretraining_problem(rng: random.Random) -> WordProblem:
 
 def _user_text(problem: WordProblem, rng: random.Random, *, unaided: bool) -> str:
     if unaided:
-        return student_text(problem.text, INSTRUCTION)
+        return student_text(problem.text, _PROMPTS)
     placements, weights = zip(*PLACEMENT_WEIGHTS.items(), strict=True)
     placement = rng.choices(placements, weights)[0]
     reference = render_solution(problem, rng)
     if placement == "whole":
-        return teacher_text(problem.text, reference, INSTRUCTION, whole=True)
+        return teacher_text(problem.text, reference, _PROMPTS, whole=True)
     partial = mask_solution(
         reference, rng.uniform(0.1, 0.9), placement=placement, generator=rng, marker=OMISSION_MARKER
     )
-    return teacher_text(problem.text, partial, INSTRUCTION, whole=False)
+    return teacher_text(problem.text, partial, _PROMPTS, whole=False)
 
 
 def draw_document(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Document:

@@ -104,25 +104,52 @@ def test_ties_and_samples_without_an_answer() -> None:
     assert majority(_voters("7", ["7", "8"]), equal_answers) == 0.5
     assert majority(_voters("7", ["7", "8", "9"]), equal_answers) == pytest.approx(1 / 3)
     assert majority(_voters("7", ["7", None, None, None]), equal_answers) == 1.0
+    assert majority(_voters("7", ["7", "", " ", ""]), equal_answers) == 1.0
     assert majority(_voters("7", [None, None]), equal_answers) == 0.0
+    assert majority(_voters("7", ["", ""]), equal_answers) == 0.0
     assert majority(_voters("7", ["8", "7", "8"]), equal_answers) == 0.0
 
 
-def test_an_answer_that_cannot_be_compared_votes_for_its_own_text_and_is_tried_once() -> None:
+@pytest.mark.parametrize(
+    ("answers", "classes", "num_failures"),
+    [
+        # In first and in second place it is compared before anything else is known.
+        (["slow", "a", "b", "A", "B", "slow", "c"], [[0, 5], [1, 3], [2, 4], [6]], 2),
+        (["a", "slow", "A", "b", "slow", "B", "c"], [[0, 2], [1, 4], [3, 5], [6]], 2),
+        (["a", "b", "c", "slow", "A", "B", "C"], [[0, 4], [1, 5], [2, 6], [3]], 2),
+        # Two of them do not make those guilty that each was compared with.
+        (["a", "b", "slow", "slow too", "A", "B"], [[0, 4], [1, 5], [2], [3]], 4),
+        (["slow", "a", "slow too", "b", "A", "B"], [[0], [1, 4], [2], [3, 5]], 4),
+    ],
+)
+def test_a_slow_answer_stands_alone_and_keeps_no_others_apart(
+    answers: list[str], classes: list[list[int]], num_failures: int
+) -> None:
+    """Each costs two failures, which is 10 seconds of waiting."""
+    verdicts = []
+
+    def equal(first: str, second: str) -> bool | None:
+        slow = first.startswith("slow") or second.startswith("slow")
+        verdicts.append(None if slow else first.lower() == second.lower())
+        return verdicts[-1]
+
+    assert answer_classes(answers, equal) == classes
+    assert verdicts.count(None) == num_failures
+
+
+def test_an_answer_whose_check_failed_votes_for_its_own_text_and_is_compared_with_none() -> None:
     asked = []
 
     def equal(first: str, second: str) -> bool | None:
         asked.append((first, second))
-        return None if "slow" in (first, second) else first == second
+        return first == second
 
-    assert answer_classes(["a", "b", "slow", "c", "slow"], equal) == [[0], [1], [2, 4], [3]]
-    assert asked == [("a", "b"), ("a", "slow"), ("a", "c"), ("b", "c")]
     failed = [
         EvalSample("p", i, "", 5, "slow", False, False, "the comparison took longer than 5 s")
         for i in range(2)
     ]
-    asked.clear()
     assert majority([*_voters("7", ["7", "8"]), *failed], equal) == 0.0
+    assert majority([*failed, *_voters("7", ["7", "7", "7", "8"])], equal) == 1.0
     assert asked == []
 
 

@@ -133,6 +133,34 @@ def test_macro_and_several_runs(tmp_path: Path, run: Run) -> None:
     assert printed.count("│ macro") == 2
 
 
+def test_what_differs_beside_the_weights_is_noted(tmp_path: Path, run: Run) -> None:
+    subject = {"model": "m", "engine": "vllm", "dtype": "bfloat16"}
+    asked = replace(HEADER, subject=subject)
+    others = {
+        "same": asked,
+        "seed": replace(asked, settings=HEADER.settings | {"seed": 1}),
+        "engine": replace(asked, subject=subject | {"engine": "builtin", "dtype": "float32"}),
+        "trained": replace(HEADER, subject={"weights": "w"}, step=3),
+    }
+    write(tmp_path / "a", counts(1), asked)
+    write(tmp_path / "a", counts(1), replace(asked, benchmark="more"))
+    for name, header in others.items():
+        write(tmp_path / name, counts(3), header)
+        write(tmp_path / name, counts(3), replace(header, benchmark="more"))
+    found, printed = run("a", *others)
+    noted = [line for line in printed.splitlines() if line.startswith("note:")]
+    first = tmp_path / "a"
+    assert noted == [
+        f"note: {first} and {tmp_path / 'seed'} differ in seed (0 and 1) on bench, more: the "
+        "problems are paired, the random numbers are not",
+        f"note: {first} and {tmp_path / 'engine'} differ in dtype (bfloat16 and float32) on bench, "
+        "more: some answers change by that alone",
+        f"note: {first} and {tmp_path / 'engine'} differ in engine (vllm and builtin) on bench, "
+        "more: some answers change by that alone",
+    ]
+    assert [other["macro"]["difference"] for other in found["others"]] == [0.5] * 4
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [

@@ -1,5 +1,6 @@
 """Sections, defaults, checks and the TOML form of the configuration."""
 
+import re
 import tomllib
 from typing import Any, get_args
 
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from paint_engine.cli import load_config
 from paint_engine.config import Config
 from paint_engine.config_toml import LEAVES, build_config, to_toml, value_of
 from paint_engine.masking import PLACEMENTS
@@ -275,6 +277,62 @@ def test_equal_mask_ratios_and_the_ends_of_ranges_are_allowed() -> None:
 def test_keys_that_do_not_go_together_are_refused(layer: dict[str, object], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         build_config([("my.toml", layer)])
+
+
+# The objective that reads a key, and a value which another one would ignore.
+IDLE = [
+    ("paint", "objective.divergence", "reverse_kl"),
+    ("paint", "objective.divergence", "jsd"),
+    ("paint", "objective.pointwise_clip", "0.05"),
+    ("paint", "objective.top_fraction", "1.0"),
+    ("paint", "objective.interpolation_weight", "0.05"),
+    ("paint", "objective.entropy_floor", "1e-4"),
+    ("paint", "objective.teacher_top_k", "50"),
+    ("grpo", "grpo.group_size", "4"),
+    ("grpo", "grpo.ratio_clip_low", "0.1"),
+    ("grpo", "grpo.ratio_clip_high", "0.2"),
+    ("grpo", "grpo.kl_weight", "0.04"),
+    ("grpo", "grpo.scale_by_std", "false"),
+    ("grpo", "grpo.skip_zero_variance", "true"),
+    ("grpo", "grpo.num_updates", "2"),
+    ("grpo", "grpo.reward", "first_box"),
+]
+
+
+@pytest.mark.parametrize(("user", "key", "value"), IDLE)
+@pytest.mark.parametrize("name", get_args(LEAVES["objective.name"].annotation))
+def test_a_key_that_the_objective_has_no_use_for_is_refused(
+    name: str, user: str, key: str, value: str
+) -> None:
+    argv = ["--objective.name", name, f"--{key}", value]
+    if name == user:
+        assert value_of(load_config(argv).config, key) != LEAVES[key].default
+        return
+    with pytest.raises(ValueError) as caught:
+        load_config(argv)
+    message = str(caught.value)
+    assert message.startswith(f"{key}: got ") and f"with objective.name {name!r}" in message
+    # Both ways out that it names are ways out.
+    remedies = re.findall(r"(--[a-z_.]+) ([^\s,]+)", message)
+    assert [flag for flag, _ in remedies] == [f"--{key}", "--objective.name"]
+    for remedy in remedies:
+        load_config([*argv, *remedy])
+
+
+def test_every_key_of_grpo_is_tried() -> None:
+    grpo = {key for key in LEAVES if key.startswith("grpo.")}
+    assert {key for user, key, _ in IDLE if user == "grpo"} == grpo
+
+
+@pytest.mark.parametrize("name", ["sampled_token", "grpo", "sft"])
+def test_parts_that_are_switched_off_suit_every_objective(name: str) -> None:
+    off = {
+        "objective.interpolation_weight": 0.0,
+        "objective.top_fraction": 0.0,
+        "objective.pointwise_clip": None,
+    }
+    config = build_config([("a recipe of opsd", {**off, "objective.name": name})])
+    assert {key: value_of(config, key) for key in off} == off
 
 
 def test_an_importance_cap_needs_only_comparable_probabilities() -> None:

@@ -1,9 +1,9 @@
 """The evaluations' command line: killed and continued, adapters and checkpoints, and mistakes."""
 
 import hashlib
-import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -130,8 +130,6 @@ def test_a_finished_one_is_shown_again_and_another_setting_refused(
     assert after["benchmarks"]["rows"] == before["benchmarks"]["rows"]
     assert after["benchmarks"]["again"] == before["benchmarks"]["rows"]
     assert after["macro"]["avg@2"]["value"] == before["macro"]["avg@2"]["value"]
-    versions = json.loads((out / "results.json").read_text())["versions"]
-    assert versions["torch"] == importlib.metadata.version("torch")
 
 
 def test_without_output_the_same_command_finds_its_directory(
@@ -193,11 +191,13 @@ def test_adapters_and_checkpoints_of_a_run(
         for name in variants
     }
     assert identities["last"] == identities["said"] == identities["path"]
-    assert identities["last"]["adapter"] != identities["step-1"]["adapter"]
+    file = "adapter_model.safetensors"
+    assert identities["last"][file] != identities["step-1"][file]
+    assert file not in identities["base"]
     best = best_checkpoint(run)
     assert best is not None
-    digest = hashlib.sha256((best / "adapter_model.safetensors").read_bytes()).hexdigest()
-    assert identities["best"]["adapter"] == digest
+    digest = hashlib.sha256((best / file).read_bytes()).hexdigest()
+    assert identities["best"][file] == digest[:16]
 
 
 def test_a_run_that_trained_all_weights(
@@ -276,7 +276,8 @@ def test_other_weights_in_the_same_place_are_another_model(
     save_file(weights, file, metadata={"format": "pt"})
     capsys.readouterr()
     assert main(*command) == 2
-    assert "is of another evaluation, with weights" in capsys.readouterr().out
+    message = r"is of another evaluation, with weights '\w{16}' and not '\w{16}'; needs"
+    assert re.search(message, capsys.readouterr().out)
 
 
 def test_what_cannot_go_on_is_refused_before_the_weights_are_loaded(
@@ -386,5 +387,5 @@ def test_compare_is_a_part_of_the_command(
     capsys.readouterr()
     assert main("compare", tmp_path / "a", tmp_path / "b") == 0
     assert "+0.0" in capsys.readouterr().out
-    assert main("compare", tmp_path / "a", tmp_path / "c") == 2
-    assert "differ in seed (0 and 1)" in capsys.readouterr().out
+    assert main("compare", tmp_path / "a", tmp_path / "c") == 0
+    assert "differ in seed (0 and 1) on rows" in capsys.readouterr().out

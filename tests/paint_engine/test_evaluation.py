@@ -1,13 +1,16 @@
 """Evaluations that draw the same random numbers however they are cut, and the files they are kept
 in."""
 
+import io
 import json
 import random
+import resource
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +25,12 @@ from paint_engine.evaluation import (
     EvalSample,
     Header,
     SampleFiles,
+    _write_whole,
     benchmark_name,
     evaluation_settings,
     fingerprints,
     finished_evaluation,
+    unfinished_rows,
 )
 from paint_engine.metrics import read_jsonl
 from paint_engine.rollout import BuiltinEngine, sampling_params
@@ -247,6 +252,66 @@ def test_a_file_whose_first_line_was_cut_counts_for_nothing(tmp_path: Path) -> N
     first, second = read_jsonl(tmp_path / "bench.rank-0.jsonl")
     assert first["header"]["benchmark"] == "bench"
     assert second["problem_id"] == "p:0"
+
+
+def test_a_name_with_the_characters_of_a_pattern_goes_on_too(tmp_path: Path) -> None:
+    for left in (12, 7):
+        files = SampleFiles(tmp_path, "aime[24]", HEADER, WORLD, replace=False)
+        requests = files.share(REQUESTS)
+        assert len(requests) == left
+        files.append([_answer(request) for request in requests[:5]])
+        files.close()
+    with pytest.raises(ValueError, match="model 'm' and not 'n'"):
+        unfinished_rows(tmp_path, "aime[24]", replace(HEADER, subject={"model": "n"}))
+    # Of another evaluation, which the pattern would mean.
+    other = tmp_path / "aime2.rank-0.jsonl"
+    other.write_text("kept")
+    files = SampleFiles(tmp_path, "aime[24]", HEADER, WORLD, replace=False)
+    files.append([_answer(request) for request in files.share(REQUESTS)])
+    files.finish(1.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "aime2.rank-0.jsonl",
+        "aime[24].json",
+        "aime[24].jsonl",
+    ]
+    assert other.read_text() == "kept"
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    """The write that meets the limit is short, and the next one fails."""
+    expected = _whole(tmp_path / "whole")
+    partial = tmp_path / "cut" / "bench.rank-0.jsonl"
+    files = _open(partial.parent)
+    files.append([_answer(request) for request in REQUESTS[:3]])
+    before = partial.read_bytes()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 200, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            files.append([_answer(request) for request in REQUESTS[3:8]])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert partial.read_bytes() == before
+    assert files.missing(REQUESTS) == REQUESTS[3:]
+    files.append([_answer(request) for request in REQUESTS[3:8]])
+    files.close()
+    files = _open(partial.parent)
+    assert files.missing(REQUESTS) == REQUESTS[8:]
+    files.append([_answer(request) for request in REQUESTS[8:]])
+    files.finish(1.0)
+    assert (partial.parent / "bench.jsonl").read_bytes() == expected
+
+
+def test_short_writes_are_gone_on_with(tmp_path: Path) -> None:
+    class Short(io.FileIO):
+        def write(self, data: Any, /) -> int:
+            return super().write(data[:7])
+
+    file = tmp_path / "lines"
+    file.write_bytes(b"first\n")
+    with Short(file, "a") as opened:
+        _write_whole(opened, b"second, and longer\n")
+    assert file.read_bytes() == b"first\nsecond, and longer\n"
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:

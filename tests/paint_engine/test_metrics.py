@@ -18,6 +18,7 @@ from paint_engine.metrics import (
     Progress,
     check_finite,
     check_loggers,
+    loss_says_nothing,
     read_jsonl,
     truncate_jsonl,
 )
@@ -262,6 +263,20 @@ def test_grpo_shows_rewards_first_and_no_loss_in_one_update(ratio: dict[str, flo
         "step 1/1  reward 0.38  groups without a signal 2  accuracy 50%  "
         "0:00:00 elapsed  0:00:00 left\n"
     )
+
+
+def test_a_loss_that_holds_a_kl_says_something() -> None:
+    """Of one update a batch: the ratios are 1, and what is left of the loss is the KL."""
+    grpo = {"step": 1, "loss": 0.0021, "ratio": 1.0, "reward": 0.375}
+    assert loss_says_nothing(grpo)
+    assert not loss_says_nothing(grpo | {"base_kl": 0.052})
+    # Nor are losses of other objectives hidden, or of later updates.
+    assert not loss_says_nothing({"step": 1, "loss": 0.0021})
+    assert not loss_says_nothing(grpo | {"ratio": 1.001})
+    file = io.StringIO()
+    with Progress(Console(file=file), clock=Clock()).training(1, 0) as update:
+        update(grpo | {"base_kl": 0.052})
+    assert "1/1  reward 0.38  loss 0.0021  base KL 0.0520 nats  0:00" in file.getvalue()
 
 
 def test_plain_evaluation_counts_samples() -> None:

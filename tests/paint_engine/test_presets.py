@@ -14,10 +14,12 @@ from transformers import Qwen3Config
 from paint_engine import cli
 from paint_engine.cli import load_config, preset_names
 from paint_engine.config import Config
+from paint_engine.config_sections import INSTRUCTION
 from paint_engine.config_toml import LEAVES, to_toml, toml_value, value_of
 from paint_engine.dry_run import meta_model
 from paint_engine.memory import GIB, Lengths, estimate_memory
 from paint_engine.model_shape import shape_of
+from paint_engine.prompts import student_text, teacher_text
 
 RECIPES = ("paint", "opsd", "opsd-v1", "grpo", "sft")
 MODELS = ("tiny", "qwen3-1.7b", "qwen3-4b", "qwen3-8b")
@@ -49,6 +51,96 @@ UNUSED = {
     "paint": _OF_A_REWARD,
     "grpo": _OF_A_TEACHER,
     "sft": (*_OF_A_TEACHER, *_OF_A_SAMPLER, *_OF_A_REWARD),
+}
+
+
+# By hand, from the paper's Appendix B.
+APPENDIX_B = {
+    "lora.enabled": True,
+    "optim.learning_rate": 5e-6,
+    "train.batch_size": 32,
+    "lora.rank": 64,
+    "lora.alpha": 128,
+    "lora.target_modules": (
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    ),
+    "objective.name": "paint",
+    "rollout.temperature": 1.1,
+    "rollout.max_new_tokens": 1024,
+    "teacher.weights": "fixed",
+    "teacher.reason_first": False,
+    "masking.placement": "suffix",
+    "masking.rho_wrong": 0.30,
+    "masking.rho_correct": 0.40,
+    "objective.interpolation_weight": 0.03,
+    "objective.top_fraction": 0.03,
+    "objective.divergence": "forward_kl",
+    "objective.pointwise_clip": 0.06,
+    "train.num_steps": 100,
+    "eval.every": 20,
+    "eval.thinking": True,
+    "eval.temperature": 1.0,
+    "eval.top_p": 0.95,
+    "eval.top_k": -1,
+    "eval.max_new_tokens": 38_912,
+    "eval.num_samples": 12,
+}
+# Of all recipes alike: adapters and evaluation.
+_COMMON = {
+    key: value
+    for key, value in APPENDIX_B.items()
+    if key.startswith(("lora.", "eval.")) and key != "eval.every"
+}
+# By hand: the paper, and of OPSD the arguments of its scripts (GPUs x batch x accumulation).
+PUBLISHED = {
+    "paint": APPENDIX_B,
+    # "The same training budget and teacher anchoring": the paper's Appendix B.
+    "opsd": APPENDIX_B
+    | {
+        "masking.rho_wrong": 0.0,
+        "masking.rho_correct": 0.0,
+        "objective.interpolation_weight": 0.0,
+    },
+    # run_opsd.sh of February 2026, and its README.
+    "opsd-v1": _COMMON
+    | {
+        "optim.learning_rate": 2e-4,
+        "train.batch_size": 8 * 1 * 4,
+        "train.num_steps": 500,
+        "rollout.max_new_tokens": 2048,
+        "rollout.temperature": 1.1,
+        "rollout.top_p": 0.95,
+        "rollout.top_k": 20,
+        "objective.divergence": "jsd",
+        "objective.jsd_weight": 0.5,
+        "objective.pointwise_clip": None,
+        "teacher.weights": "fixed",
+        "checkpoint.every": 50,
+    },
+    # run_grpo.sh; the paper's Sec. 4.1: groups of 8, up to 16k tokens.
+    "grpo": _COMMON
+    | {
+        "lora.dropout": 0.05,
+        "optim.learning_rate": 2e-5,
+        "train.batch_size": 8 * 1 * 4,
+        "train.num_steps": 500,
+        "data.max_prompt_tokens": 2048,
+        "rollout.max_new_tokens": 16_000,
+        "rollout.temperature": 1.2,
+        "grpo.group_size": 8,
+        "grpo.kl_weight": 0.0,
+        "grpo.scale_by_std": True,
+        "checkpoint.every": 50,
+    },
+    # run_sft.sh: 4 epochs of 29,434 problems, the last batch filled up.
+    "sft": _COMMON
+    | {
+        "optim.learning_rate": 2e-5,
+        "train.batch_size": 8 * 2 * 4,
+        "train.num_steps": 1840,
+        "rollout.max_new_tokens": 16_000,
+        "checkpoint.every": 100,
+    },
 }
 
 
@@ -103,6 +195,30 @@ def test_a_preset_begins_with_a_line_for_the_listing(name: str) -> None:
     assert first.startswith("# ") and first.endswith(".")
 
 
+@pytest.mark.parametrize("model", [model for model in MODELS if model != "tiny"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_presets_have_the_published_values(recipe: str, model: str) -> None:
+    config, published = config_of(f"{recipe}-{model}"), PUBLISHED[recipe]
+    assert {key: value_of(config, key) for key in published} == published
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_dropout_is_on_where_trl_leaves_it_on(model: str) -> None:
+    rates = {recipe: config_of(f"{recipe}-{model}").lora.dropout for recipe in RECIPES}
+    assert rates == dict.fromkeys(RECIPES, 0.0) | ({"grpo": 0.05} if model != "tiny" else {})
+
+
+def test_opsd_s_first_teacher_reads_its_parts_in_their_order() -> None:
+    prompts = config_of("opsd-v1-qwen3-8b").prompts
+    text = teacher_text("What is 2 + 2?", "It is 4.", prompts, whole=True)
+    before, _, after = text.partition(
+        "What is 2 + 2?\n\nHere is a reference solution to this problem:\nIt is 4.\n\n\n"
+    )
+    assert before == ""
+    assert re.fullmatch(rf"[^\n{{}}]+:\n\n{re.escape(prompts.instruction)}", after)
+    assert student_text("What is 2 + 2?", prompts) == f"Problem: What is 2 + 2?\n\n{INSTRUCTION}"
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_opsd_is_paint_without_its_two_parts(model: str) -> None:
     changed = differences(config_of(f"paint-{model}"), config_of(f"opsd-{model}"))
@@ -125,6 +241,7 @@ def test_opsd_as_first_published_has_another_divergence_without_a_clip(model: st
     assert both.items() <= changed.items()
     published = {
         "prompts.student_thinking": True,
+        "prompts.teacher_template": changed.get("prompts.teacher_template"),
         "rollout.max_new_tokens": 2048,
         "optim.learning_rate": 2e-4,
         "train.num_steps": 500,
@@ -217,7 +334,10 @@ def table(model: str) -> str:
 def cell(config: Config, key: str) -> str:
     if key.startswith(UNUSED[config.objective.name]):
         return "-"
-    return toml_value(value_of(config, key)).strip('"')
+    value = value_of(config, key)
+    if key.endswith("_template"):
+        return "default" if value == LEAVES[key].default else "its own"
+    return toml_value(value).strip('"')
 
 
 @pytest.mark.parametrize("model", ["qwen3-8b", "tiny"])
@@ -239,14 +359,28 @@ def test_every_override_of_the_page_changes_a_recipe(options: str) -> None:
     assert load_config(["--preset", recipe, *argv]).config != config_of(recipe)
 
 
+def toml_examples() -> list[str]:
+    return re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
 @pytest.mark.parametrize("command", spans(r"^python -m paint_engine\.train ?(.*)$"))
 def test_every_command_of_the_page_parses(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    (tmp_path / "mine.toml").write_text(example)
+    for file, example in zip(("mine.toml", "texts.toml"), toml_examples(), strict=True):
+        (tmp_path / file).write_text(example)
     assert load_config(shlex.split(command, comments=True)).config is not None
+
+
+def test_the_page_s_templates_give_the_texts_that_they_look_like(tmp_path: Path) -> None:
+    file = tmp_path / "texts.toml"
+    file.write_text(toml_examples()[1])
+    prompts = load_config(["--config", str(file), "--prompts.instruction", "Go."]).config.prompts
+    boxed = "Go. For 1/2 write \\boxed{\\frac{1}{2}}."
+    assert student_text("Is $x^{n}$ {even}?", prompts) == f"Is $x^{{n}}$ {{even}}?\n\n{boxed}"
+    expected = "Is it?\n\nThis is part of a correct solution:\nIt is.\n\nGo."
+    assert teacher_text("Is it?", "It is.", prompts, whole=False) == expected
 
 
 def test_the_page_names_every_recipe_and_each_value_of_the_keys_with_choices() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from paint_engine.config_sections import PromptsSection
 from paint_engine.masking import mask_solution
 from paint_engine.prompts import (
     encode_chat,
@@ -17,6 +18,7 @@ from paint_engine.prompts import (
 from paint_engine.types import Problem
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+PROMPTS = PromptsSection()
 MARKER = "...(omitted)..."
 SOLUTION = " ".join(f"Step {i}: we add ${i} + {i} = {2 * i}$." for i in range(1, 25))
 PROBLEM = Problem("p:0", "Mia adds. What is it?", f"{SOLUTION} So $\\boxed{{48}}$.", "48")
@@ -44,9 +46,7 @@ def _teacher(
         tokenizer,
         PROBLEM,
         partial,
-        INSTRUCTION,
-        thinking=False,
-        suffix=suffix,
+        PromptsSection(teacher_suffix=suffix),
         max_tokens=max_tokens,
         marker=marker,
     )
@@ -58,13 +58,13 @@ def _teacher(
 def test_the_student_sees_the_problem_and_the_instruction_alone(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    ids = encode_student_prompt(tokenizer, PROBLEM, INSTRUCTION, thinking=False)
+    ids = encode_student_prompt(tokenizer, PROBLEM, PROMPTS, thinking=False)
     expected = f"{OPENING}Problem: Mia adds. What is it?\n\n{INSTRUCTION}{ANSWER}{EMPTY_THOUGHT}"
     assert _text(tokenizer, ids) == expected
 
 
 def test_the_teachers_message_has_the_parts_of_figure_2_in_order() -> None:
-    text = teacher_text(PROBLEM.problem, PARTIAL, INSTRUCTION, whole=False)
+    text = teacher_text(PROBLEM.problem, PARTIAL, PROMPTS, whole=False)
     parts = (
         "Problem: Mia adds. What is it?",
         "Here is a part of reference solution to this problem:",
@@ -78,7 +78,7 @@ def test_the_teachers_message_has_the_parts_of_figure_2_in_order() -> None:
     assert places == sorted(places)
     assert [text.count(part) for part in parts] == [1] * len(parts)
     assert text.endswith(INSTRUCTION)
-    whole = teacher_text(PROBLEM.problem, PROBLEM.solution, INSTRUCTION, whole=True)
+    whole = teacher_text(PROBLEM.problem, PROBLEM.solution, PROMPTS, whole=True)
     assert "Here is a reference solution to this problem:" in whole
     assert "a part of" not in whole
 
@@ -92,9 +92,9 @@ def test_only_an_unmasked_solution_is_called_whole(tokenizer: PreTrainedTokenize
 def test_each_role_has_its_own_thinking_switch(
     thinking: bool, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    student = encode_student_prompt(tokenizer, PROBLEM, INSTRUCTION, thinking=thinking)
+    student = encode_student_prompt(tokenizer, PROBLEM, PROMPTS, thinking=thinking)
     teacher, _ = encode_teacher_prompt(
-        tokenizer, PROBLEM, PARTIAL, INSTRUCTION, thinking=not thinking, marker=MARKER
+        tokenizer, PROBLEM, PARTIAL, PromptsSection(teacher_thinking=not thinking), marker=MARKER
     )
     tails = (ANSWER + EMPTY_THOUGHT, ANSWER)
     assert _text(tokenizer, student).endswith(tails[thinking])
@@ -147,7 +147,7 @@ def test_a_prompt_too_long_loses_the_end_of_the_solution_alone(
     # As long as possible: no longer beginning of the solution fits either.
     for longer in range(len(kept) + 1, len(partial)):
         whole = replace(PROBLEM, solution=partial)
-        text = teacher_text(whole.problem, partial[:longer] + MARKER, INSTRUCTION, whole=False)
+        text = teacher_text(whole.problem, partial[:longer] + MARKER, PROMPTS, whole=False)
         assert len(encode_chat(tokenizer, text, thinking=False, suffix="So")) > limit
 
 
@@ -160,7 +160,7 @@ def test_the_tightest_limit_shows_the_marker_alone(tokenizer: PreTrainedTokenize
 def test_a_prompt_that_cannot_fit_is_refused_with_both_lengths(
     partial: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    limit = len(encode_student_prompt(tokenizer, PROBLEM, INSTRUCTION, thinking=False))
+    limit = len(encode_student_prompt(tokenizer, PROBLEM, PROMPTS, thinking=False))
     with pytest.raises(ValueError, match=r"^p:0: the teacher's prompt takes") as caught:
         _teacher(tokenizer, partial, max_tokens=limit)
     assert f"only {limit} are left" in str(caught.value)
@@ -180,9 +180,7 @@ def _with_rationale(
         tokenizer,
         PROBLEM,
         PARTIAL,
-        INSTRUCTION,
-        thinking=True,
-        suffix="So",
+        PromptsSection(teacher_thinking=True, teacher_suffix="So"),
         max_tokens=max_tokens,
         marker=MARKER,
         rationale=rationale,
@@ -294,4 +292,73 @@ def test_a_rationale_does_not_move_the_length_below_which_a_prompt_is_refused(
 
 
 def test_student_text_is_what_both_training_and_evaluation_ask() -> None:
-    assert student_text("2+2?", "Go.") == "Problem: 2+2?\n\nGo."
+    assert student_text("2+2?", PromptsSection(instruction="Go.")) == "Problem: 2+2?\n\nGo."
+
+
+# ---- by templates of one's own -------------------------------------------------------------------
+
+OWN = PromptsSection(
+    instruction="Box it.",
+    student_template="Q: {problem} {instruction}",
+    teacher_template=(
+        "A {part_of}proof of {problem}: [{solution}] {rationale}{instruction} \\boxed{}"
+    ),
+    rationale_template="Why: <{rationale}> ",
+)
+
+
+def test_the_students_template_makes_the_students_message(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    ids = encode_student_prompt(tokenizer, PROBLEM, OWN, thinking=True)
+    assert _text(tokenizer, ids) == f"{OPENING}Q: Mia adds. What is it? Box it.{ANSWER}"
+
+
+@pytest.mark.parametrize(
+    ("partial", "rationale", "expected"),
+    [
+        ("Add.", "", "A part of proof of 1+1?: [Add.] Box it. \\boxed{}"),
+        ("Add. It is 2.", None, "A proof of 1+1?: [Add. It is 2.] Box it. \\boxed{}"),
+        ("Add.", "Sums.", "A part of proof of 1+1?: [Add.] Why: <Sums.> Box it. \\boxed{}"),
+        # Nothing is left, and the marker is empty: what stands around it stays.
+        ("", None, "A part of proof of 1+1?: [] Box it. \\boxed{}"),
+    ],
+)
+def test_the_teachers_template_makes_the_teachers_message(
+    partial: str, rationale: str | None, expected: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    problem = Problem("p:1", "1+1?", "Add. It is 2.", "2")
+    thinking = OWN.model_copy(update={"teacher_thinking": True})
+    ids, shown = encode_teacher_prompt(
+        tokenizer, problem, partial, thinking, marker="", rationale=rationale
+    )
+    assert shown == partial
+    assert _text(tokenizer, ids) == f"{OPENING}{expected}{ANSWER}"
+
+
+def test_a_solution_of_which_nothing_is_left_leaves_the_text_around_it() -> None:
+    text = teacher_text("1+1?", "", PROMPTS, whole=False)
+    assert "Begin ===\n\n=== Reference Solution End ===\nAfter reading" in text
+
+
+def test_a_template_without_a_place_for_the_rationale_shows_none(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    bare = PromptsSection(teacher_template="{problem} {solution}")
+    plain, reasoned = (
+        encode_teacher_prompt(tokenizer, PROBLEM, PARTIAL, bare, marker=MARKER, rationale=rationale)
+        for rationale in (None, RATIONALE)
+    )
+    assert plain == reasoned
+
+
+def test_a_prompt_by_another_template_is_shortened_the_same_way(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    free, _ = encode_teacher_prompt(tokenizer, PROBLEM, PARTIAL, OWN, marker=MARKER)
+    ids, shown = encode_teacher_prompt(
+        tokenizer, PROBLEM, PARTIAL, OWN, marker=MARKER, max_tokens=len(free) - 40
+    )
+    assert len(free) - 43 <= len(ids) <= len(free) - 40
+    assert shown.endswith(MARKER) and PARTIAL.startswith(shown.removesuffix(MARKER))
+    assert f"What is it?: [{shown}] Box it. \\boxed{{}}" in _text(tokenizer, ids)

@@ -3,12 +3,13 @@
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from paint_engine.config_sections import PromptsSection
 from paint_engine.masking import mask_solution
 from paint_engine.prompts import encode_student_prompt, encode_teacher_prompt
 from paint_engine.rationale import encode_reason_prompt, read_rationale
 from paint_engine.types import Problem
 
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+PROMPTS = PromptsSection()
 MARKER = "...(omitted)..."
 STEPS = " ".join(f"Step {i}: we add ${i} + {i} = {2 * i}$." for i in range(1, 25))
 PROBLEM = Problem("p:0", "Mia adds. What is it?", STEPS, "48")
@@ -26,12 +27,14 @@ def _reason(
     *,
     thinking: bool = True,
     max_tokens: int | None = None,
+    prompts: PromptsSection = PROMPTS,
 ) -> tuple[str, str, int]:
     """The prompt, the solution that it is said to show, and its length in tokens."""
     ids, shown = encode_reason_prompt(
         tokenizer,
         PROBLEM,
         partial_solution,
+        prompts,
         thinking=thinking,
         max_tokens=max_tokens,
         marker=MARKER,
@@ -65,6 +68,17 @@ def test_an_unmasked_solution_is_not_called_a_part(tokenizer: PreTrainedTokenize
     assert "\n\nHere is a part of reference solution to this problem:\n=== Ref" in cut
 
 
+def test_the_request_is_made_by_its_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    own = PromptsSection(
+        instruction="Go.",
+        reason_template="Explain this {part_of}solution of {problem}: {solution}. {instruction}",
+    )
+    text, _, _ = _reason(tokenizer, "It adds", prompts=own)
+    question = "Mia adds. What is it?"
+    message = f"Explain this part of solution of {question}: It adds. Go."
+    assert text == f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
+
+
 def test_the_request_follows_the_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> None:
     texts = [_reason(tokenizer, PARTIAL, thinking=thinking)[0] for thinking in (True, False)]
     assert texts[1] == texts[0] + "<think>\n\n</think>\n\n"
@@ -86,7 +100,7 @@ def test_a_request_too_long_loses_the_end_of_the_solution_alone(
 def test_a_request_that_cannot_fit_is_refused_with_both_lengths(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    limit = len(encode_student_prompt(tokenizer, PROBLEM, INSTRUCTION, thinking=True))
+    limit = len(encode_student_prompt(tokenizer, PROBLEM, PROMPTS, thinking=True))
     with pytest.raises(ValueError, match=r"^p:0: the request for a rationale takes \d+") as caught:
         _reason(tokenizer, PARTIAL, max_tokens=limit)
     assert f"only {limit} are left beside the rationale" in str(caught.value)
@@ -130,8 +144,7 @@ def test_no_turn_can_be_opened_by_a_rationale(tokenizer: PreTrainedTokenizerBase
         tokenizer,
         PROBLEM,
         PARTIAL,
-        INSTRUCTION,
-        thinking=True,
+        PromptsSection(teacher_thinking=True),
         marker=MARKER,
         rationale=rationale,
     )

@@ -57,6 +57,9 @@ OVERRIDES = [
     ("paint-tiny", "--prompts.teacher_thinking true"),
     ("paint-tiny", "--prompts.student_thinking true --prompts.teacher_thinking true"),
     ("paint-tiny", '--prompts.teacher_suffix "Let me see." --prompts.instruction "Box it."'),
+    ("paint-tiny", '--prompts.student_template "{problem} {instruction}"'),
+    ("paint-tiny", '--prompts.teacher_template "{problem} {solution} {instruction}"'),
+    ("paint-tiny", f'{REASON} --prompts.reason_template "Explain {{problem}}: {{solution}}"'),
     ("paint-tiny", "--lora.enabled false"),
     ("paint-tiny", "--parallel.activation_checkpointing true"),
     ("paint-tiny", "--objective.name sampled_token"),
@@ -149,6 +152,37 @@ def test_two_steps_of_the_published_recipes_on_a_small_model(
 ) -> None:
     argv = arguments(preset, EVALUATED, f"--model.name_or_path {shlex.quote(str(model_dir))}")
     check_two_steps(run_main, argv, tmp_path / "run")
+
+
+SERVER = "--rollout.engine vllm --rollout.url http://localhost:1"
+SKIP, KL = "--grpo.skip_zero_variance true", "--grpo.kl_weight 0.04"
+UNWEIGHED = f"{SERVER} --rollout.ahead 1 --objective.importance_cap none"
+NOTES = {
+    "the clip is made for the forward KL": [("paint-tiny", "--objective.divergence reverse_kl")],
+    "left out with their KL to the base": [("grpo-tiny", f"{SKIP} {KL}")],
+    "which nothing corrects": [
+        ("grpo-tiny", UNWEIGHED),
+        ("paint-tiny", f"{UNWEIGHED} --objective.name sampled_token"),
+    ],
+    "": [
+        ("paint-tiny", UNWEIGHED),
+        ("grpo-tiny", SKIP),
+        ("grpo-tiny", KL),
+        ("grpo-tiny", f"{SERVER} --rollout.ahead 1"),
+        ("grpo-tiny", "--objective.importance_cap none"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("note", "preset", "options"), [(note, *case) for note in NOTES for case in NOTES[note]]
+)
+def test_what_goes_together_otherwise_than_it_seems_is_said(
+    note: str, preset: str, options: str, run_main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main([*arguments(preset, options), "--dry-run"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == (note != "") and all(note in line for line in notes)
 
 
 def test_rewards_that_differ_move_the_weights(run_main: Main, tmp_path: Path) -> None:

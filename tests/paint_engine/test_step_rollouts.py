@@ -94,6 +94,19 @@ def test_a_solution_too_long_for_the_context_is_cut_and_nothing_else(run: Run) -
     assert text.startswith("<|im_start|>user\nProblem: How many kites has Mia?\n")
 
 
+def test_the_teachers_suffix_is_the_end_of_its_prompts_alone(build: Build) -> None:
+    tail, suffix = "<|im_start|>assistant\n<think>\n\n</think>\n\n", "Let me see."
+    for reason_first in ("false", "true"):
+        settings = {"teacher.reason_first": reason_first, "teacher.reason_max_new_tokens": 7}
+        run = build(**settings, **{"prompts.teacher_suffix": suffix})
+        for item in sample_step(run, 0)[0]:
+            teacher, student = (
+                run.tokenizer.decode(list(ids))
+                for ids in (item.teacher_prompt_ids, item.rollout.prompt_ids)
+            )
+            assert teacher.endswith(tail + suffix) and student.endswith(tail)
+
+
 @pytest.mark.parametrize(
     ("placement", "shown"),
     [
@@ -168,6 +181,27 @@ def test_advantages_are_of_the_group_and_equal_rewards_can_be_left_out(build: Bu
     assert metrics["zero_variance_groups"] == 1 and metrics["reward"] == pytest.approx(4 / 6)
     assert "mask_ratio" not in metrics
     assert len(trained_rollouts(build(**GRPO).config, items)) == 6
+
+
+def test_advantages_need_not_be_scaled(build: Build) -> None:
+    run = build(**GRPO, **{"grpo.scale_by_std": "false"})
+    items = rewarded(run, [1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+    expected = [2 / 3, -1 / 3, -1 / 3, 0.0, 0.0, 0.0]
+    assert [item.advantage for item in items] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("answer", ["7", "8"])
+@pytest.mark.parametrize("reward", ["verified", "first_box"])
+def test_the_reward_is_of_the_last_box_or_of_the_first(
+    reward: str, answer: str, build: Build
+) -> None:
+    run = build(**GRPO, **{"grpo.reward": reward})
+    problem = Problem("p", "How many?", "First $3 + 4 = 7$.", answer)
+    text = "It is \\boxed{8}. No: $3 + 4 = 7$, so \\boxed{7}."
+    item = judge(run, Rollout(problem, (1,), (2,), (0.0,), False, text))
+    # The verdict, which is logged, is the answer check's under either reward.
+    assert item.correct == (answer == "7")
+    assert item.reward == float(answer == {"verified": "7", "first_box": "8"}[reward])
 
 
 @pytest.mark.parametrize("rewards", [[1.0, 0.0, 0.0, 1.0, 1.0, 1.0], [1.0] * 6])
@@ -281,6 +315,22 @@ def test_a_rationale_stands_in_the_prompt_of_the_teacher_that_wrote_it(
         text = run.tokenizer.decode(list(item.teacher_prompt_ids))
         assert item.partial_solution in text
         assert text.index(item.partial_solution) < text.index(f"because {number}")
+
+
+def test_each_teacher_writes_its_rationales_with_its_own_weights(build: Build) -> None:
+    """A mean that keeps nothing of the past is the student as its last step left it."""
+    reason = {"teacher.reason_first": "true", "teacher.reason_max_new_tokens": 12}
+    written = {}
+    for weights, decay in (("fixed", 0.999), ("live", 0.999), ("ema", 0.0)):
+        run = build(**reason, **{"teacher.weights": weights, "teacher.ema_decay": decay})
+        before = [item.rationale for item in sample_step(run, 0)[0]]
+        train_step(run, 0)
+        written[weights] = before, [item.rationale for item in sample_step(run, 1)[0]]
+    fixed, live, ema = written.values()
+    # The same step of the same student: before it all three are the base.
+    assert fixed[0] == live[0] == ema[0] and all(fixed[0])
+    assert ema[1] == live[1]
+    assert all(one != other for one, other in zip(fixed[1], live[1], strict=True))
 
 
 def test_a_solution_without_room_is_told_apart_from_a_masked_one(run: Run) -> None:

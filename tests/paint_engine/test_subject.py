@@ -6,14 +6,19 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from huggingface_hub import constants
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from paint_engine import evaluate
 from paint_engine.checkpoint_files import list_checkpoints
 from paint_engine.config_sections import ModelSection
 from paint_engine.subject import (
+    _PIECE_BYTES,
     Subject,
     check_adapter,
     default_directory,
@@ -66,6 +71,106 @@ def test_a_directory_is_named_after_what_is_evaluated(
     monkeypatch.chdir(run_dir)
     assert named(Subject(base, adapter=Path("checkpoints/step-6"))) == "paint-step-6"
     assert named(Subject(ModelSection(name_or_path="."))) == "paint"
+
+
+def identity(model: object, adapter: Path | None = None) -> dict[str, Any]:
+    given = None if adapter is None else str(adapter)
+    subject = find_subject(str(model), given, "auto", trust_remote_code=False)
+    return subject.identity("builtin", torch.float32)
+
+
+def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    return sorted(k for k in first.keys() | second.keys() if first.get(k) != second.get(k))
+
+
+def test_one_number_of_any_tensor_is_seen_at_its_start_middle_and_end(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    """And that no more is read of a tensor than that: elsewhere it is not seen."""
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    file = model / "model.safetensors"
+    before, weights = identity(model), load_file(file)
+    assert len(weights) > 20
+    seen = {before["weights"]}
+    for name, tensor in weights.items():
+        for place in (0, tensor.numel() // 2, -1):
+            changed = tensor.clone()
+            changed.view(-1)[place] += 1
+            save_file(weights | {name: changed}, file, metadata={"format": "pt"})
+            after = identity(model)
+            assert differing(before, after) == ["weights"]
+            seen.add(after["weights"])
+    assert len(seen) == 1 + 3 * len(weights)
+    largest = max(weights, key=lambda name: weights[name].numel())
+    changed = weights[largest].clone()
+    assert changed.numel() * changed.element_size() > 4 * _PIECE_BYTES
+    changed.view(-1)[changed.numel() // 4] += 1
+    save_file(weights | {largest: changed}, file, metadata={"format": "pt"})
+    assert identity(model) == before
+    save_file(weights, file, metadata={"format": "pt", "more": "x"})
+    assert differing(before, identity(model)) == ["weights"]
+
+
+def test_the_small_files_are_named(adapter: Path, model_dir: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    before = identity(model, adapter)
+    names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    names |= {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}
+    assert before.keys() == names | {"model", "commit", "weights", "dtype", "engine"}
+    assert before["commit"] is None
+    for name in names:
+        file = (adapter if name.startswith("adapter") else model) / name
+        content = file.read_bytes()
+        file.write_bytes(content + b"\n")
+        assert differing(before, identity(model, adapter)) == [name]
+        file.write_bytes(content)
+    (model / "generation_config.json").unlink()
+    assert differing(before, identity(model, adapter)) == ["generation_config.json"]
+    (model / "merges.txt").write_text("a b")
+    assert differing(before, identity(model, adapter)) == ["generation_config.json", "merges.txt"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"no", b"\xff" * 5000, None])
+def test_damaged_weights_are_named(model_dir: Path, tmp_path: Path, damage: bytes | None) -> None:
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    file = model / "model.safetensors"
+    # A download that was cut short.
+    file.write_bytes(file.read_bytes()[:-100] if damage is None else damage)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged \(.+\); save or fetch"):
+        identity(model)
+
+
+def test_another_commit_of_a_model_of_the_hub_is_another_model(
+    model_dir: Path,
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As someone pushes to it, and the cache is brought up to date."""
+    cache, commits = tmp_path / "models--someone--model", ("a" * 40, "b" * 40)
+    for commit in commits:
+        shutil.copytree(model_dir, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    arguments = [
+        *("--model", "someone/model", "--benchmarks", str(write_rows(tmp_path / "rows.jsonl", 2))),
+        *("--num-samples", "1", "--max-new-tokens", "4", "--engine", "builtin"),
+        *("--device", "cpu", "--output", str(tmp_path / "out")),
+    ]
+    (cache / "refs" / "main").write_text(commits[0])
+    evaluate.main(arguments)
+    header = json.loads((tmp_path / "out" / "rows.json").read_text())
+    assert header["subject"]["model"] == "someone/model"
+    assert header["subject"]["commit"] == commits[0]
+    (cache / "refs" / "main").write_text(commits[1])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        evaluate.main(arguments)
+    printed = capsys.readouterr().out
+    assert f"with commit '{commits[0]}' and not '{commits[1]}'; needs" in printed
+    assert identity("someone/unknown")["commit"] is None
 
 
 def test_the_digest_is_of_what_decides() -> None:

@@ -125,8 +125,6 @@ UNEQUAL = [
     ("x^2", "x^3"),
     (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
     ("72", r"\text{unknown}"),
-    ("72", ""),
-    ("", ""),
     ("72", "???"),
     ("72", r"\frac{72}"),
 ]
@@ -145,6 +143,13 @@ def test_unequal_answers(checker: AnswerChecker, answer: str, given: str) -> Non
 def test_only_the_last_box_counts(checker: AnswerChecker) -> None:
     assert checker.check("72", r"\boxed{72}, no: \boxed{71}").correct is False
     assert checker.check("72", r"\boxed{71}, no: \framebox{72}").correct is True
+
+
+@pytest.mark.parametrize("answer", ["72", "", r"\boxed{}"])
+@pytest.mark.parametrize("text", [boxed(""), boxed(" \n"), r"\boxed{72}, as in \boxed{}"])
+def test_a_blank_box_is_no_answer(checker: AnswerChecker, answer: str, text: str) -> None:
+    """And the last box is the one that counts, even so."""
+    assert checker.check(answer, text) == AnswerCheck(False, None, None)
 
 
 def test_no_box_is_wrong_and_no_error() -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paint_engine import rollout_weights
 from paint_engine.batch import pack_sequences
+from paint_engine.config_sections import PromptsSection
 from paint_engine.distributed import World
 from paint_engine.mismatch import logprob_differences
 from paint_engine.model import hidden_states, lm_head_weight
@@ -88,7 +89,9 @@ def test_prompts_are_taken_as_ids(
 ) -> None:
     """Special tokens stay, and what text would encode otherwise; through text both would go."""
     problem = Problem("p", "How many apples?", "", "3")
-    templated = encode_student_prompt(tokenizer, problem, "Go.", thinking=False)
+    templated = encode_student_prompt(
+        tokenizer, problem, PromptsSection(instruction="Go."), thinking=False
+    )
     spelled = tuple(tokenizer.encode(letter)[0] for letter in "apples and apples")
     special = (tokenizer.eos_token_id, tokenizer.pad_token_id, *spelled, tokenizer.eos_token_id)
     prompts = [templated, spelled, special]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paint_engine.accuracy import avg_at_k, correct_matrix, paired_bootstrap
 from paint_engine.answers import all_requests, evaluate
-from paint_engine.config_sections import INSTRUCTION, EvalSection, ModelSection
+from paint_engine.config_sections import EvalSection, ModelSection, PromptsSection
 from paint_engine.masking import mask_solution
 from paint_engine.model import TINY_BASE, lm_head_weight, load_base, load_tokenizer
 from paint_engine.prompts import encode_student_prompt, encode_teacher_prompt
@@ -64,7 +64,7 @@ def test_every_bundled_problem_fits_beside_its_solution(
         solution = tokenizer.encode(problem.solution + "<|im_end|>")
         assert len(solution) <= SECTION.max_new_tokens, problem.problem_id
         teacher, _ = encode_teacher_prompt(
-            tokenizer, problem, problem.solution, INSTRUCTION, thinking=False, marker=MARKER
+            tokenizer, problem, problem.solution, PromptsSection(), marker=MARKER
         )
         assert len(teacher) + SECTION.max_new_tokens <= model.config.max_position_embeddings
 
@@ -77,9 +77,7 @@ def test_it_solves_clearly_more_with_the_reference_in_its_prompt(
 
     def teacher_prompt(problem: Problem, ratio: float) -> tuple[int, ...]:
         shown = mask_solution(problem.solution, ratio, marker=MARKER)
-        ids, _ = encode_teacher_prompt(
-            tokenizer, problem, shown, INSTRUCTION, thinking=False, marker=MARKER
-        )
+        ids, _ = encode_teacher_prompt(tokenizer, problem, shown, PromptsSection(), marker=MARKER)
         return ids
 
     def accuracy(prompts: Sequence[tuple[int, ...]]):
@@ -97,7 +95,7 @@ def test_it_solves_clearly_more_with_the_reference_in_its_prompt(
         return correct_matrix(samples)
 
     alone = accuracy(
-        [encode_student_prompt(tokenizer, p, INSTRUCTION, thinking=False) for p in problems]
+        [encode_student_prompt(tokenizer, p, PromptsSection(), thinking=False) for p in problems]
     )
     masked = accuracy([teacher_prompt(p, 0.35) for p in problems])
     # Fallible alone, and neither hopeless nor done.

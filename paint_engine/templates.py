@@ -1,0 +1,109 @@
+"""Prompt templates: texts in which {problem} and other names stand for what differs by problem.
+
+Names are replaced, and nothing else is read: braces of LaTeX stand for themselves, those of a
+problem too. (str.format would take both for its own.)
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+_REFERENCE = (
+    "Problem: {problem}\n\n"
+    "Here is a {part_of}reference solution to this problem:\n"
+    "=== Reference Solution Begin ===\n"
+    "{solution}\n"
+    "=== Reference Solution End ===\n"
+)
+STUDENT = "Problem: {problem}\n\n{instruction}"
+TEACHER = (
+    _REFERENCE + "{rationale}"
+    "After reading the reference solution above, derive the same final answer in your own words.\n"
+    "{instruction}"
+)
+RATIONALE = (
+    "Here is an explanation of its key steps:\n"
+    "=== Explanation Begin ===\n"
+    "{rationale}\n"
+    "=== Explanation End ===\n"
+)
+# The instruction of the answer's format is left out on purpose: what is asked for is no answer.
+REASON = (
+    _REFERENCE
+    + "Go through the reference solution above and explain its key steps: what each of them does "
+    "and why it works. Keep to that solution and do not solve the problem in another way."
+)
+PART_OF = "part of "
+"""what {part_of} stands for where any of the solution is hidden; nothing where it is whole"""
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
+# \n before a small letter may be LaTeX: \neq, \nu.
+_SPELLED_BREAK = re.compile(r"\\n(?![a-z])")
+_DOUBLED = re.compile(r"\{\{\s*\w*\s*\}\}")
+# Group 1 is set where the braces are LaTeX's: after a command, after } and ], after ^ and _.
+_IN_BRACES = re.compile(r"(\\[A-Za-z]+\*?|(?<=[}\]^_]))?\{\s*(\w+)\s*\}")
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """The template with every {name} of `values` replaced, in one pass: a {name} that a value
+    brings along stays."""
+    names = "|".join(map(re.escape, values))
+    return re.sub(rf"\{{({names})\}}", lambda found: values[found[1]], template)
+
+
+def template_check(*required: str, optional: tuple[str, ...] = ()) -> Callable[[str], str]:
+    """A function that gives a template back as it is, and raises ValueError (the part of its
+    message that says what is needed) where one of the required names is missing, where a word in
+    braces is none of the names, and where the text shows that it was quoted wrongly."""
+    names = (*required, *optional)
+    listing = ", ".join(f"{{{name}}}" for name in names)
+
+    def check(template: str) -> str:
+        _check_quoting(template)
+        # What is left of a template once its names are gone has braces of LaTeX only.
+        rest = fill(template, dict.fromkeys(names, "\0"))
+        for found in _IN_BRACES.finditer(rest):
+            if found[1] is None:
+                near = get_close_matches(found[2].lower(), names, n=1, cutoff=0.7)
+                raise ValueError(
+                    f"no word in braces but {listing}, and has {found[0]}"
+                    + (f" (did you mean {{{near[0]}}}?)" if near else "")
+                    + r"; braces of LaTeX are text, as in \boxed{answer} and x^{n}"
+                )
+        for name in required:
+            if f"{{{name}}}" not in template:
+                raise ValueError(f"{{{name}}} in it, where the {name} is to stand, and has none")
+        return template
+
+    return check
+
+
+def _check_quoting(template: str) -> None:
+    if found := _CONTROL.search(template):
+        raise ValueError(
+            f"text, and has the control character {found[0]!r}; TOML takes \\b and \\f between "
+            r"double quotes for one: put text with \boxed between ''' and '''"
+        )
+    if _SPELLED_BREAK.search(template):
+        raise ValueError(
+            r"line breaks, and has \n as two letters; in a shell break the line between the quotes"
+        )
+    if found := _DOUBLED.search(template):
+        raise ValueError(f"every brace once, and has {found[0]}; \\boxed{{}} is text as it stands")
+
+
+check_student = template_check("problem", optional=("instruction",))
+Student = Annotated[str, AfterValidator(check_student)]
+Teacher = Annotated[
+    str,
+    AfterValidator(
+        template_check("problem", "solution", optional=("part_of", "rationale", "instruction"))
+    ),
+]
+Reason = Annotated[
+    str, AfterValidator(template_check("problem", "solution", optional=("part_of", "instruction")))
+]
+Rationale = Annotated[str, AfterValidator(template_check("rationale"))]
