@@ -102,6 +102,22 @@ def recipes_table(result: Result) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def short_table(result: Result) -> str:
+    """Table 1 with a line a base: last accuracies, differences to no update, PAINT's to OPSD."""
+    panels = panels_of(result, 1)
+    settings = [row["setting"] for row in panels[0]["rows"]]
+    header = ["base", *(LABELS[setting] for setting in settings), "PAINT to OPSD"]
+    lines = []
+    for panel in panels:
+        cells = [base_names(result)[panel["size"]]]
+        for row in panel["rows"]:
+            difference, *_ = difference_cells(row, "base")
+            cells.append(percent(row["last"]) + f", {difference}" * bool(difference))
+        against, verdict, _ = difference_cells(panel["rows"][settings.index("paint")], "opsd")
+        lines.append([*cells, f"{against}, {verdict}"])
+    return f"{markdown(header, lines)}\n\n{caption(result, 1, beside_paper=False)}"
+
+
 def against_opsd_table(result: Result) -> str:
     """What PAINT's two parts add, at each size of the base; empty where a row is not shown."""
     header = ["PAINT against OPSD", "OPSD, last", "PAINT, last", "difference", "verdict"]
@@ -175,7 +191,7 @@ def blend_label(setting: str) -> list[str]:
     return fixed[setting] if setting in fixed else setting.split("-")[1:]
 
 
-def caption(result: Result, table: int) -> str:
+def caption(result: Result, table: int, *, beside_paper: bool = True) -> str:
     """What a table's figures are: budget, samples, seeds, the paper's benchmark, the machine."""
     scale, panels = result["scale"], panels_of(result, table)
     of = "macro Avg@12" if table == 1 else "AIME 2024 Avg@12 of Qwen3-1.7B"
@@ -189,7 +205,7 @@ def caption(result: Result, table: int) -> str:
         f"{base}{scale['num_steps']} steps of {scale['batch_size']} rollouts or solutions. "
         "Differences in points between last accuracies, with 95% intervals, which reach some "
         f"{half_width(panels):.1f} points to either side: smaller ones hardly show.{shared} "
-        f"Paper: {of}. {made_by(result)}"
+        f"{f'Paper: {of}. ' * beside_paper}{made_by(result)}"
     )
 
 
@@ -314,6 +330,7 @@ def took(result: Result) -> str:
 
 PAPER_TABLES: dict[tuple[str, str], Callable[[Result], str]] = {
     ("paper-tables", "1"): recipes_table,
+    ("paper-tables", "short"): short_table,
     ("paper-tables", "2"): lambda result: ablation_table(result, 2, ratio_label),
     ("paper-tables", "3"): lambda result: ablation_table(result, 3, placement_label),
     ("paper-tables", "4"): lambda result: ablation_table(result, 4, blend_label),

@@ -201,6 +201,22 @@ def test_paint_stands_against_opsd_beside_the_papers_gains(result: dict[str, Any
     assert cells[7] == f"{gained['best']:+.1f}"
 
 
+def test_the_short_table_has_a_line_a_base(result: dict[str, Any]) -> None:
+    lines = PAPER_TABLES["paper-tables", "short"](result).splitlines()
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    rows = {
+        row["setting"]: row
+        for row in next(p for p in result["tables"] if p["size"] == "small")["rows"]
+    }
+    assert len(cells) == 2 + len(rows)
+    assert cells[1] == f"{rows[BASE]['last']:.1%}"
+    to_base, to_opsd = rows["paint"]["differences"]
+    assert cells[5].startswith(f"{rows['paint']['last']:.1%}, {100 * to_base['difference']:+.1f} (")
+    assert cells[6].startswith(f"{100 * to_opsd['difference']:+.1f} (")
+    assert cells[6].endswith(", above")
+    assert lines[5] == "" and "Differences in points" in lines[6] and "Paper:" not in lines[6]
+
+
 def test_a_page_of_some_tables_has_only_these(
     jobs_of: Callable[[Scale], list[Job]], planted_record: Planted
 ) -> None:
