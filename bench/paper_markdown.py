@@ -46,8 +46,8 @@ def difference_cells(row: dict[str, Any], reference: str) -> list[str]:
     in the reference's own row."""
     for difference in row["differences"]:
         if difference["reference"] == reference:
-            above, num_seeds = difference["seeds_above"], len(row["last_by_seed"])
-            seeds = f"{above} of {num_seeds}"
+            above, equal = difference["seeds_above"], difference["seeds_equal"]
+            seeds = f"{above} of {len(row['last_by_seed'])}" + f", {equal} equal" * (equal > 0)
             return [difference_cell(difference), difference["verdict"], seeds]
     return ["", "", ""]
 
@@ -268,7 +268,8 @@ of rollouts (SFT: solutions).
   problems and seeds, which are drawn together.
 - *verdict*: "above" or "below" where the interval leaves 0 out. "Within noise" where it does not:
   these runs do not tell the two apart, which is not to say that they are equal.
-- *seeds above*: in how many of the seeds the row's last accuracy is the higher one.
+- *seeds above*: in how many of the seeds the row's last accuracy is the higher one, and in how many
+  the two are equal.
 - *paper*: the paper's own figures, of other models on other problems and printed without intervals.
   They stand here for sign and order, not for size."""
 

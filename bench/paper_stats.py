@@ -37,7 +37,7 @@ def decode_counts(text: str) -> np.ndarray:
 class Difference:
     """Mean difference to a reference row with its 95% interval, as fractions.
 
-    seeds_above: in how many seeds the row is above the reference.
+    seeds_above, seeds_equal: in how many seeds the row is above the reference, and as high.
     verdict: "above" or "below" where the interval leaves 0 out, else "within noise".
     """
 
@@ -46,6 +46,7 @@ class Difference:
     low: float
     high: float
     seeds_above: int
+    seeds_equal: int
 
     @property
     def verdict(self) -> str:
@@ -113,8 +114,10 @@ def row_numbers(
     for name, others in references.items():
         if name != setting:
             here, there = last_shares(records), last_shares(others)
-            above = int((here.mean(axis=1) > there.mean(axis=1)).sum())
-            found = Difference(name, *hierarchical_bootstrap(here, there), above)
+            # Counts of answers, which are exact where shares are not.
+            gained = np.rint((here - there).sum(axis=1) * records[0]["num_samples"])
+            seeds = int((gained > 0).sum()), int((gained == 0).sum())
+            found = Difference(name, *hierarchical_bootstrap(here, there), *seeds)
             differences.append({**asdict(found), "verdict": found.verdict})
     return {
         "setting": setting,

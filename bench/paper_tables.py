@@ -90,8 +90,9 @@ def output_path(arguments: argparse.Namespace, scale: Scale) -> Path:
     """The result file: of the tables that are made, or of those that a rerun is compared with."""
     parts = ["paper-tables", *([] if scale.name == "laptop" else [scale.name])]
     numbers = sorted(set(arguments.tables))
-    # A part of the tables does not take the place of all.
-    parts += [] if numbers == list(NUMBERS) else map(str, numbers)
+    # A part of the tables does not take the place of all; a rerun is compared with all.
+    is_part = numbers != list(NUMBERS) and not arguments.rerun
+    parts += map(str, numbers) if is_part else []
     return arguments.output or RESULTS / f"{'-'.join(parts)}.json"
 
 

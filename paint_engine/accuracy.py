@@ -14,6 +14,8 @@ import numpy as np
 from paint_engine.evaluation import EvalSample
 
 NUM_RESAMPLES = 10_000
+MAX_FAILURES = 10
+"""comparisons of a problem's answers that may fail, seconds each, before the rest is left"""
 
 
 @dataclass(frozen=True)
@@ -74,38 +76,24 @@ def answer_classes(
 ) -> list[list[int]]:
     """Places of equal answers together, each class in the order of first appearance.
 
-    equal: of two different texts; None where it could not be found out. Which of the two is to
-        blame, a second such failure tells: a text that fails with two others is compared with no
-        more, for it may take as long again, and stays a class of its own text.
+    equal: of two different texts; None where it could not be found out, which counts as unequal.
+        After MAX_FAILURES of these nothing more is asked, for each may have taken seconds.
     """
     first: dict[str, list[int]] = {}
     for place, answer in enumerate(answers):
         first.setdefault(answer, []).append(place)
     classes: list[tuple[str, list[int]]] = []
-    failed: dict[str, set[str]] = {answer: set() for answer in first}
+    num_failures = 0
     for answer, places in first.items():
         for representative, members in classes:
-            if len(failed[representative]) > 1 or len(failed[answer]) > 1:
-                continue
-            verdict = equal(representative, answer)
+            verdict = equal(representative, answer) if num_failures < MAX_FAILURES else False
+            num_failures += verdict is None
             if verdict:
                 members += places
                 break
-            if verdict is None:
-                _blame(failed, representative, answer)
         else:
             classes.append((answer, places))
     return [sorted(members) for _, members in classes]
-
-
-def _blame(failed: dict[str, set[str]], first: str, second: str) -> None:
-    """Notes that two texts failed; failures with one that is to blame clear the others."""
-    failed[first].add(second)
-    failed[second].add(first)
-    for text in (first, second):
-        if len(failed[text]) > 1:
-            for other in failed[text]:
-                failed[other].discard(text)
 
 
 def majority(samples: Sequence[EvalSample], equal: Callable[[str, str], bool | None]) -> float:

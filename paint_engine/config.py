@@ -174,15 +174,18 @@ class Config(Section):
         self, title: str, section: Section, names: tuple[str, ...], user: str
     ) -> None:
         """Refuses values that only the objective `user` would read."""
+        got, back = [], []
         for name in names:
             value, default = getattr(section, name), type(section).model_fields[name].default
             if value not in (default, _SWITCHED_OFF.get(name, default)):
-                key = f"{title}.{name}"
-                raise ValueError(
-                    f"{key}: got {value!r} with objective.name {self.objective.name!r}, which has "
-                    f"no use for it; go back to --{key} {str(default).lower()}, or use "
-                    f"--objective.name {user}"
-                )
+                got.append(f"{title}.{name}: got {value!r}")
+                back.append(f"--{title}.{name} {str(default).lower()}")
+        if got:
+            raise ValueError(
+                f"{', '.join(got)} with objective.name {self.objective.name!r}, which has no use "
+                f"for {'it' if len(got) == 1 else 'them'}; go back to {' '.join(back)}, or use "
+                f"--objective.name {user}"
+            )
 
     def _check_prompts(self) -> None:
         prompts = self.prompts
@@ -193,6 +196,7 @@ class Config(Section):
                 "written and shown to nobody; add it, or use --teacher.reason_first false"
             )
         read = prompts.student_template + (prompts.teacher_template if self.uses_teacher else "")
+        read += prompts.reason_template if self.teacher.reason_first else ""
         if prompts.instruction != INSTRUCTION and "{instruction}" not in read:
             raise ValueError(
                 f"prompts.instruction: got {prompts.instruction!r} with templates that have no "

@@ -39,12 +39,13 @@ REASON = (
 PART_OF = "part of "
 """what {part_of} stands for where any of the solution is hidden; nothing where it is whole"""
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
-# \n before a small letter may be LaTeX: \neq, \nu.
-_SPELLED_BREAK = re.compile(r"\\n(?![a-z])")
+_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f]")
+# \n before a letter may be LaTeX: \neq, \nRightarrow.
+_SPELLED_BREAK = re.compile(r"\\n(?![A-Za-z])")
 _DOUBLED = re.compile(r"\{\{\s*\w*\s*\}\}")
 # Group 1 is set where the braces are LaTeX's: after a command, after } and ], after ^ and _.
 _IN_BRACES = re.compile(r"(\\[A-Za-z]+\*?|(?<=[}\]^_]))?\{\s*(\w+)\s*\}")
+_ARGUMENT = re.compile(r"(?:\\[A-Za-z]+\*?|[\^_])\{(\w+)\}")
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
@@ -63,6 +64,13 @@ def template_check(*required: str, optional: tuple[str, ...] = ()) -> Callable[[
 
     def check(template: str) -> str:
         _check_quoting(template)
+        for found in _ARGUMENT.finditer(template):
+            if found[1] in names:
+                raise ValueError(
+                    f"braces of their own around {{{found[1]}}}, whose braces go with it, "
+                    f"and has {found[0]}; for LaTeX's argument write it as in "
+                    rf"\boxed{{ {{{found[1]}}} }}"
+                )
         # What is left of a template once its names are gone has braces of LaTeX only.
         rest = fill(template, dict.fromkeys(names, "\0"))
         for found in _IN_BRACES.finditer(rest):
@@ -84,8 +92,9 @@ def template_check(*required: str, optional: tuple[str, ...] = ()) -> Callable[[
 def _check_quoting(template: str) -> None:
     if found := _CONTROL.search(template):
         raise ValueError(
-            f"text, and has the control character {found[0]!r}; TOML takes \\b and \\f between "
-            r"double quotes for one: put text with \boxed between ''' and '''"
+            f"text, and has the control character {found[0]!r}; TOML takes \\b, \\f, \\r and \\t "
+            r"between double quotes for one, so put LaTeX between ''' and '''; line ends of "
+            r"Windows have \r, so save the file with those of Unix"
         )
     if _SPELLED_BREAK.search(template):
         raise ValueError(

@@ -12,7 +12,13 @@ import pytest
 
 from bench import paper_numbers, paper_tables
 from bench.paper_figures import draw_tables
-from bench.paper_markdown import LABELS, PAPER_TABLES, against_opsd_table, document
+from bench.paper_markdown import (
+    LABELS,
+    PAPER_TABLES,
+    against_opsd_table,
+    difference_cells,
+    document,
+)
 from bench.paper_plan import (
     BASE,
     LAPTOP,
@@ -27,7 +33,7 @@ from bench.paper_plan import (
 )
 from bench.paper_result import build_result, find_runs, rerun
 from bench.paper_runs import best_rates, make_jobs
-from bench.paper_stats import decode_counts, encode_counts, hierarchical_bootstrap
+from bench.paper_stats import decode_counts, encode_counts, hierarchical_bootstrap, row_numbers
 from bench.plots import COLOURS
 
 ALL = (1, 2, 3, 4)
@@ -94,6 +100,27 @@ def test_intervals_hold_the_truth_as_often_as_the_docstring_says(
         widths.append(high - low)
     assert lowest <= held / 200 <= highest
     assert 0.5 * half_width < 50 * np.mean(widths) < half_width
+
+
+def test_seeds_are_counted_above_and_equal() -> None:
+    """Three seeds of two problems with two answers each: one above, one equal by other problems,
+    one below."""
+
+    def records(*seeds: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "num_samples": 2,
+                "learning_rate": 1e-4,
+                "seconds": 1.0,
+                "evaluations": [{"avg_at_k": decode_counts(c).sum() / 4, "correct": c}],
+            }
+            for c in seeds
+        ]
+
+    row = row_numbers("paint", records("21", "02", "00"), {"opsd": records("20", "11", "10")})
+    (found,) = row["differences"]
+    assert (found["seeds_above"], found["seeds_equal"]) == (1, 1)
+    assert difference_cells(row, "opsd")[2] == "1 of 3, 1 equal"
 
 
 # The result and its page
@@ -308,6 +335,7 @@ def test_a_part_of_the_tables_has_a_file_of_its_own() -> None:
 
     assert name() == name("--tables", "4", "3", "2", "1") == "paper-tables.json"
     assert name("--tables", "3", "1") == "paper-tables-1-3.json"
+    assert name("--tables", "1", "--rerun", "small/paint") == "paper-tables.json"
     assert name("--scale", "gpu") == "paper-tables-gpu.json"
     assert name("--tables", "2", "--output", "x.json") == "x.json"
 
