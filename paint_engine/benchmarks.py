@@ -9,7 +9,6 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from paint_engine import templates
 from paint_engine.config_sections import ColumnsSection, EvalSection, PromptsSection
 from paint_engine.data import load_problems
 from paint_engine.evaluation import benchmark_name
@@ -99,10 +98,9 @@ def load_benchmark(
     benchmark: Benchmark,
     tokenizer: PreTrainedTokenizerBase,
     section: EvalSection,
-    instruction: str,
+    prompts: PromptsSection,
     context: int,
     *,
-    template: str = templates.STUDENT,
     on_bad_row: Literal["stop", "skip"] = "stop",
     say: Callable[[str], object] = print,
 ) -> ProblemSet:
@@ -123,20 +121,22 @@ def load_benchmark(
     )
     if loaded.num_skipped:
         say(f"{benchmark.path}: skipped {loaded.num_skipped} bad rows")
-    asked = PromptsSection(instruction=instruction, student_template=template)
-    prompts = tuple(
-        encode_student_prompt(tokenizer, problem, asked, thinking=section.thinking)
+    ids = tuple(
+        encode_student_prompt(tokenizer, problem, prompts, thinking=section.thinking)
         for problem in loaded.problems
     )
-    longest = max(map(len, prompts))
-    if longest + section.max_new_tokens > context:
+    _check_context(benchmark.name, max(map(len, ids)), section.max_new_tokens, context)
+    return ProblemSet(loaded.problems, ids, loaded.num_skipped)
+
+
+def _check_context(name: str, longest: int, max_new_tokens: int, context: int) -> None:
+    if longest + max_new_tokens > context:
         raise ValueError(
-            f"--max-new-tokens is {section.max_new_tokens}, and the longest prompt of "
-            f"{benchmark.name} has {longest} tokens; the model's context holds {context} together; "
+            f"--max-new-tokens is {max_new_tokens}, and the longest prompt of {name} has {longest} "
+            f"tokens; the model's context holds {context} together; "
             + (
                 f"give --max-new-tokens {context - longest} or less"
                 if longest < context
                 else "evaluate a model with a longer context"
             )
         )
-    return ProblemSet(loaded.problems, prompts, loaded.num_skipped)

@@ -253,7 +253,7 @@ def _takes_text(annotation: Any) -> bool:
     return annotation is str or any(_takes_text(part) for part in get_args(annotation))
 
 
-def _parse_value(text: str, key: str) -> Any:
+def parse_value(text: str, key: str) -> Any:
     """TOML where `text` is TOML, else `text` itself; a text field keeps 2024 and true as text."""
     takes_text = _takes_text(LEAVES[key].annotation)
     # Lowered for True and False, as Python writes them.
@@ -343,7 +343,7 @@ def load_config(argv: Sequence[str], *, prog: str = "python -m paint_engine.trai
             "configuration; keep one and set single values with --section.key value"
         )
     texts = {key: value for key, value in vars(flags).items() if key in LEAVES}
-    overrides = {key: _parse_value(text, key) for key, text in texts.items()}
+    overrides = {key: parse_value(text, key) for key, text in texts.items()}
     preset = None
     if flags.resume is not None:
         config = _resume(flags.resume, overrides)

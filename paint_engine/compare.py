@@ -62,7 +62,7 @@ def read_run(text: str) -> dict[str, Evaluation]:
         chosen = _choose_step(text, evaluations, which or "last")
         return {chosen.header.benchmark: chosen}
     heads = [head for head in sorted(path.glob("*.json")) if head.with_suffix(".jsonl").is_file()]
-    if not heads and _is_training_run(path):
+    if not heads and is_training_run(path):
         raise ValueError(_no_evaluation(text, path))
     if not heads:
         raise ValueError(
@@ -77,7 +77,8 @@ def read_run(text: str) -> dict[str, Evaluation]:
     return {evaluation.header.benchmark: evaluation for evaluation in found}
 
 
-def _is_training_run(path: Path) -> bool:
+def is_training_run(path: Path) -> bool:
+    """Whether a training has written into the directory."""
     return (path / CONFIG_FILE).is_file() or bool(list_checkpoints(path))
 
 
@@ -265,14 +266,15 @@ def main(argv: Sequence[str], console: Console) -> None:
         after = read_run(other)
         check_pairs(arguments.first, other, before, after)
         differences, macro = compare(before, after)
-        for note in notes(before, after):
+        found = notes(before, after)
+        for note in found:
             console.print(f"note: {arguments.first} and {other} {note}", soft_wrap=True)
         console.print(_table(arguments.first, other, differences, macro))
         for name, difference in differences.items():
             for label, problems in (("gained", difference.gained), ("lost", difference.lost)):
                 if problems:
                     console.print(f"{name}, {label}: {', '.join(problems)}", soft_wrap=True)
-        records.append({"run": other, **_record(differences, macro)})
+        records.append({"run": other, "notes": found, **_record(differences, macro)})
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"first": arguments.first, "others": records}, indent=2)

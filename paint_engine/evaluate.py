@@ -6,6 +6,7 @@ share. `python -m paint_engine.evaluate compare RUN_A RUN_B` puts two evaluation
 
 import argparse
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -22,9 +23,9 @@ from transformers.utils import logging as transformers_logging
 
 from paint_engine import compare
 from paint_engine.answers import all_requests, evaluate
-from paint_engine.benchmarks import Benchmark, load_benchmark, parse_benchmarks
+from paint_engine.benchmarks import load_benchmark, parse_benchmarks
 from paint_engine.cli import user_errors
-from paint_engine.config_sections import EvalSection
+from paint_engine.config_sections import EvalSection, PromptsSection
 from paint_engine.distributed import (
     World,
     barrier,
@@ -37,13 +38,14 @@ from paint_engine.evaluation import (
     Evaluation,
     Header,
     SampleFiles,
+    check_ranks,
     evaluation_settings,
     fingerprints,
     finished_evaluation,
     hold,
     unfinished_rows,
 )
-from paint_engine.evaluation_flags import own_flags, parse_arguments, section_of
+from paint_engine.evaluation_flags import own_flags, parse_arguments, prompts_of, section_of
 from paint_engine.evaluation_report import (
     add_versions,
     read_versions,
@@ -63,6 +65,7 @@ from paint_engine.subject import (
     default_directory,
     find_subject,
     other_base,
+    other_prompts,
     skeleton,
 )
 
@@ -104,10 +107,35 @@ def _check_engine(arguments: argparse.Namespace) -> str:
     return wanted
 
 
+def _notes(subject: Subject, prompts: PromptsSection) -> list[str]:
+    """In what the subject is not used as it was trained."""
+    found = []
+    if (trained_on := other_base(subject)) is not None:
+        found.append(
+            f"the adapter {subject.adapter} was trained on {trained_on}, and is put on "
+            f"{subject.base.name_or_path} here, which --model names; unless both are the same "
+            "weights, this evaluates what was never trained"
+        )
+    if (trained_with := other_prompts(subject, prompts)) is not None:
+        words = []
+        if trained_with.student_template != prompts.student_template:
+            words += ["--student-template", trained_with.student_template]
+        if "{instruction}" in trained_with.student_template and (
+            trained_with.instruction != prompts.instruction
+        ):
+            words += ["--instruction", trained_with.instruction]
+        found.append(
+            f"{subject.adapter or subject.checkpoint} was trained on another message than it is "
+            f"asked with here; to ask as in training, give {shlex.join(words)}"
+        )
+    return found
+
+
 def make_plan(arguments: argparse.Namespace, world: World) -> Plan:
     """Everything but the weights is loaded, and checked. Raises ValueError for what the user can
     mend."""
-    section, engine = section_of(arguments), _check_engine(arguments)
+    section, prompts = section_of(arguments), prompts_of(arguments)
+    engine = _check_engine(arguments)
     benchmarks = parse_benchmarks(arguments.benchmarks)
     subject = find_subject(
         arguments.model,
@@ -118,30 +146,15 @@ def make_plan(arguments: argparse.Namespace, world: World) -> Plan:
     tokenizer, shape = load_tokenizer(subject.base), skeleton(subject)
     check_adapter(subject)
     say = print if world.is_main else lambda text: None
-    if (trained_on := other_base(subject)) is not None:
-        say(
-            f"note: the adapter {subject.adapter} was trained on {trained_on}, and is put on "
-            f"{subject.base.name_or_path} here, which --model names; unless both are the same "
-            "weights, this evaluates what was never trained"
-        )
-    settings = evaluation_settings(
-        section, arguments.seed, arguments.instruction, arguments.student_template
-    )
+    for note in _notes(subject, prompts):
+        say(f"note: {note}")
+    settings = evaluation_settings(section, arguments.seed, prompts)
     identity = subject.identity(engine, compute_dtype_of(subject, world.device))
-
-    def load(benchmark: Benchmark) -> ProblemSet:
-        return load_benchmark(
-            benchmark,
-            tokenizer,
-            section,
-            arguments.instruction,
-            max_context(shape),
-            template=arguments.student_template,
-            on_bad_row=arguments.on_bad_row,
-            say=say,
-        )
-
-    sets = {benchmark.name: load(benchmark) for benchmark in benchmarks}
+    load = partial(load_benchmark, on_bad_row=arguments.on_bad_row, say=say)
+    sets = {
+        benchmark.name: load(benchmark, tokenizer, section, prompts, max_context(shape))
+        for benchmark in benchmarks
+    }
     headers = {
         name: Header(name, settings, identity, fingerprints(problem_set.problems))
         for name, problem_set in sets.items()
@@ -186,11 +199,19 @@ def look(plan: Plan, world: World, stack: ExitStack) -> dict[str, Evaluation | N
     stack: holds the directory until it is closed.
 
     Raises ValueError for what would be refused after hours, or after loading the weights: samples
-    of another evaluation, another process at work there, a directory that cannot be written.
+    of another evaluation, another process at work there, a directory that cannot be written or is a
+    training run's, ranks that would not evaluate the same.
     """
+    check_ranks(plan.headers)
     here, error = {}, None
     try:
         if world.is_main:
+            if compare.is_training_run(plan.directory):
+                raise ValueError(
+                    f"--output {plan.directory}: is the directory of a training run, whose records "
+                    "would be mixed with this evaluation's; needs a directory of its own; give "
+                    "another one, or leave out --output for one under evaluations"
+                )
             stack.enter_context(hold(plan.directory))
             for name, header in plan.headers.items():
                 here[name] = finished_evaluation(plan.directory, name, header)

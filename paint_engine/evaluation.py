@@ -12,7 +12,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import FileIO
@@ -21,7 +21,7 @@ from typing import Any
 
 from paint_engine import templates
 from paint_engine.checkpoint_files import flush
-from paint_engine.config_sections import EvalSection
+from paint_engine.config_sections import EvalSection, PromptsSection
 from paint_engine.distributed import World, gather_objects, my_share, raise_together
 from paint_engine.metrics import read_jsonl
 from paint_engine.types import Problem
@@ -108,14 +108,16 @@ def benchmark_name(path: str) -> str:
     return Path(path.partition(":")[0]).stem
 
 
-def evaluation_settings(
-    section: EvalSection, seed: int, instruction: str, template: str = templates.STUDENT
-) -> dict[str, Any]:
+def evaluation_settings(section: EvalSection, seed: int, prompts: PromptsSection) -> dict[str, Any]:
     """How the answers of an evaluation are drawn: what its outcome depends on, beside the weights
     and the problems."""
     names = {"num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "thinking"}
     settings = section.model_dump(mode="json", include=names)
-    settings |= {"seed": seed, "instruction": instruction}
+    settings["seed"] = seed
+    template = prompts.student_template
+    # A training run's may be for the teacher alone.
+    if "{instruction}" in template:
+        settings["instruction"] = prompts.instruction
     # Left out where it is the default: evaluations from before there was another one lack it.
     return settings | ({} if template == templates.STUDENT else {"student_template": template})
 
@@ -291,9 +293,35 @@ def hold(directory: Path) -> Iterator[None]:
 
 def refuse_other(place: Path, there: dict[str, Any], header: Header) -> None:
     """Raises ValueError: the evaluation that is `there` is another, and in what."""
-    here = asdict(header)
+    raise ValueError(
+        f"{place} is of another evaluation, with {', '.join(_differing(there, header))}; needs the "
+        "same settings to go on with; give another directory with --output, or remove that one"
+    )
+
+
+def check_ranks(headers: Mapping[str, Header]) -> None:
+    """Raises ValueError on every rank where one is about to evaluate what rank 0 is not, as nodes
+    may that have a cache each. A collective.
+
+    headers: of this rank, by benchmark.
+    """
+    error, first = None, gather_objects(dict(headers))[0]
+    if headers != first:
+        names = headers.keys() & first.keys()
+        found = {part for name in names for part in _differing(asdict(first[name]), headers[name])}
+        error = (
+            "a process would evaluate something else than the first one, which has "
+            f"{', '.join(sorted(found)) or 'other benchmarks'}; needs the same on every node; give "
+            "one command everywhere, and bring the nodes' copies of the model and the data to one "
+            "version, or keep them where all nodes see them"
+        )
+    raise_together(error)
+
+
+def _differing(there: dict[str, Any], header: Header) -> list[str]:
+    """What the header that is `there`, as JSON has it, has otherwise."""
     differing = []
-    for part, value in here.items():
+    for part, value in asdict(header).items():
         old = there[part]
         if part in ("settings", "subject"):
             differing += [
@@ -303,10 +331,7 @@ def refuse_other(place: Path, there: dict[str, Any], header: Header) -> None:
             ]
         elif old != value:
             differing.append("other problems" if part == "problems" else f"{part} {old!r}")
-    raise ValueError(
-        f"{place} is of another evaluation, with {', '.join(differing)}; needs the same settings "
-        "to go on with; give another directory with --output, or remove that one"
-    )
+    return differing
 
 
 def finished_evaluation(directory: Path, name: str, header: Header) -> Evaluation | None:

@@ -5,6 +5,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,7 +13,8 @@ from pydantic import ValidationError
 
 from paint_engine import templates
 from paint_engine.benchmarks import KNOWN
-from paint_engine.config_sections import INSTRUCTION, EvalSection
+from paint_engine.cli import parse_value
+from paint_engine.config_sections import INSTRUCTION, EvalSection, PromptsSection
 from paint_engine.config_toml import LEAVES
 
 # Of the configuration's keys that messages of its parts name: the flag that stands for each here.
@@ -38,7 +40,7 @@ def _flag(text: str) -> bool:
 
 def _template(text: str) -> str:
     try:
-        return templates.check_student(text)
+        return templates.check_student(parse_value(text, "prompts.student_template"))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"got {text!r}; needs {error}") from error
 
@@ -71,7 +73,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=paper.top_k, help="likeliest tokens kept; -1 = all")
     add("--max-new-tokens", type=int, default=paper.max_new_tokens, help="longest answer")
     add("--thinking", type=_flag, default=paper.thinking, help="chat template's switch")
-    add("--instruction", default=INSTRUCTION, help="closing line of the prompt")
+    add(
+        "--instruction",
+        # As the training's command line reads it: TOML's quotes are no part of a text.
+        type=partial(parse_value, key="prompts.instruction"),
+        default=INSTRUCTION,
+        help="closing line of the prompt",
+    )
     add(
         "--student-template",
         type=_template,
@@ -125,6 +133,18 @@ def section_of(arguments: argparse.Namespace) -> EvalSection:
             for item in error.errors()
         ]
         raise ValueError("\n".join(lines)) from error
+
+
+def prompts_of(arguments: argparse.Namespace) -> PromptsSection:
+    """What the flags say of the student's message. Raises ValueError for an instruction that it has
+    no place for."""
+    instruction, template = arguments.instruction, arguments.student_template
+    if instruction != INSTRUCTION and "{instruction}" not in template:
+        raise ValueError(
+            f"--instruction: got {instruction!r} with a --student-template that has no "
+            "{instruction}; leave it out, or put {instruction} into the template"
+        )
+    return PromptsSection(instruction=instruction, student_template=template)
 
 
 def own_flags(message: str) -> str:

@@ -65,15 +65,13 @@ def evaluation_header(run: Run, step: int, checkpoint: Path | None) -> Header:
     checkpoint: of the weights; None for the base.
     """
     assert run.eval_set is not None
-    section, prompts, weights = run.config.eval, run.config.prompts, "base"
+    section, weights = run.config.eval, "base"
     if checkpoint is not None:
         manifest = json.loads((checkpoint / MANIFEST_FILE).read_text())
         weights = manifest[ADAPTER_FILE if ADAPTER_FILE in manifest else MODEL_FILE][1]
     return Header(
         benchmark_name(section.path),
-        evaluation_settings(
-            section, run.config.train.seed, prompts.instruction, prompts.student_template
-        ),
+        evaluation_settings(section, run.config.train.seed, run.config.prompts),
         {"weights": weights},
         fingerprints(run.eval_set.problems),
         step,

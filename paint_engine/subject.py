@@ -4,6 +4,7 @@ engine that samples from it, without a trainer."""
 import hashlib
 import json
 import os
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from transformers import GenerationConfig
 
 from paint_engine.checkpoint_files import MANIFEST_FILE, list_checkpoints, split_place
 from paint_engine.config import Config
-from paint_engine.config_sections import LoraSection, ModelSection
+from paint_engine.config_sections import LoraSection, ModelSection, PromptsSection
 from paint_engine.distributed import World
 from paint_engine.dry_run import meta_model
 from paint_engine.export import build_model, choose_checkpoint, find_base, recorded_base
@@ -31,6 +32,8 @@ from paint_engine.model import (
     pick_dtype,
     resolve_model,
 )
+from paint_engine.prompts import student_text
+from paint_engine.report import CONFIG_FILE
 from paint_engine.rollout import BuiltinEngine, RolloutEngine
 from paint_engine.rollout_vllm import StoredModel, VllmEngine
 from paint_engine.weights import ADAPTER_FILE
@@ -41,7 +44,12 @@ _LORA_MATRICES = (".lora_A.", ".lora_B.")
 # Beside the weights, what decides how they are used; and of the tokenizer's directory, which is the
 # base's where a checkpoint has none.
 _MODEL_FILES = (_MODEL_CONFIG, "generation_config.json")
-_TOKENIZER_FILES = ("tokenizer*", "vocab.json", "merges.txt", "chat_template.*")
+_TOKENIZER_FILES = (
+    *("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    "chat_template.*",
+)
+# Run only where the model's own code is trusted.
+_CODE_FILES = ("*.py",)
 _NUM_DIGITS = 16
 # Of each tensor, so many bytes at its start, its middle and its end tell it from another.
 _PIECE_BYTES = 4096
@@ -76,12 +84,13 @@ class Subject:
         under their names.
 
         Every rank asks, and reads a small part of the weights. Raises ValueError where a file of
-        them is damaged.
+        them cannot be read.
         """
         path = Path(self.weights)
         base = resolve_model(self.base.name_or_path, with_weights=False)
         small = [path / name for name in _MODEL_FILES]
-        for pattern in _TOKENIZER_FILES:
+        code = _CODE_FILES if self.base.trust_remote_code else ()
+        for pattern in (*_TOKENIZER_FILES, *code):
             small += Path(base).glob(pattern)
         if self.adapter is not None:
             small += [self.adapter / _ADAPTER_CONFIG, self.adapter / ADAPTER_FILE]
@@ -166,6 +175,18 @@ def other_base(subject: Subject) -> str | None:
     return recorded.name_or_path
 
 
+def other_prompts(subject: Subject, asked: PromptsSection) -> PromptsSection | None:
+    """The prompts of the run that trained the subject, where its student's message is another than
+    the one that is asked with; None also where no run's configuration says it."""
+    trained = subject.adapter or subject.checkpoint
+    config = None if trained is None else trained.resolve().parent.parent / CONFIG_FILE
+    if config is None or not config.is_file():
+        return None
+    recorded = PromptsSection.model_validate(tomllib.loads(config.read_text()).get("prompts", {}))
+    same = student_text("{problem}", recorded) == student_text("{problem}", asked)
+    return None if same else recorded
+
+
 def _place(name_or_path: str) -> str:
     path = TINY_BASE if name_or_path == "tiny" else Path(name_or_path)
     return str(path.resolve()) if path.is_dir() else name_or_path
@@ -199,10 +220,10 @@ def check_adapter(subject: Subject) -> None:
     try:
         with safe_open(subject.adapter / ADAPTER_FILE, framework="pt") as file:
             there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"--adapter: {subject.adapter / ADAPTER_FILE} is damaged ({error}); save or copy the "
-            "adapter again"
+            f"--adapter: {subject.adapter / ADAPTER_FILE} cannot be read ({error}); save or copy "
+            "the adapter again"
         ) from error
     there = {name: shape for name, shape in there.items() if any(m in name for m in _LORA_MATRICES)}
     try:
@@ -257,18 +278,18 @@ def _weights_digest(directory: Path) -> str:
     found = hashlib.sha256()
     for file in sorted(directory.glob("*.safetensors")):
         found.update(file.name.encode())
-        for piece in _pieces(file):
-            found.update(piece)
+        try:
+            for piece in _pieces(file):
+                found.update(piece)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read ({error}); save or fetch it again") from error
     return found.hexdigest()[:_NUM_DIGITS]
 
 
 def _pieces(file: Path) -> Iterator[bytes]:
-    try:
-        # Which checks the header, and that the tensors fill the rest of the file.
-        with safe_open(file, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); save or fetch it again") from error
+    # Which checks the header, and that the tensors fill the rest of the file.
+    with safe_open(file, framework="pt"):
+        pass
     with file.open("rb") as opened:
         header = opened.read(int.from_bytes(opened.read(_LENGTH_BYTES), "little"))
         yield header

@@ -15,7 +15,7 @@ from rich.console import Console
 from paint_engine import compare
 from paint_engine.accuracy import paired_bootstrap
 from paint_engine.compare import check_pairs, read_run
-from paint_engine.config_sections import EvalSection
+from paint_engine.config_sections import EvalSection, PromptsSection
 from paint_engine.distributed import World
 from paint_engine.evaluation import (
     EvalSample,
@@ -31,7 +31,7 @@ NUM_SAMPLES = 4
 PROBLEMS = [Problem(f"p:{i}", f"What is {i}?", "", str(i)) for i in range(40)]
 HEADER = Header(
     "bench",
-    evaluation_settings(EvalSection(num_samples=NUM_SAMPLES), 0, "Go."),
+    evaluation_settings(EvalSection(num_samples=NUM_SAMPLES), 0, PromptsSection(instruction="Go.")),
     {"model": "m"},
     fingerprints(PROBLEMS),
 )
@@ -159,6 +159,12 @@ def test_what_differs_beside_the_weights_is_noted(tmp_path: Path, run: Run) -> N
         "more: some answers change by that alone",
     ]
     assert [other["macro"]["difference"] for other in found["others"]] == [0.5] * 4
+    recorded = [
+        f"note: {first} and {other['run']} {note}"
+        for other in found["others"]
+        for note in other["notes"]
+    ]
+    assert recorded == noted
 
 
 @pytest.mark.parametrize(

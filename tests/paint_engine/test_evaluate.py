@@ -259,7 +259,7 @@ def test_an_adapter_of_another_base_is_refused(
     assert "self_attn" in printed or "mlp" in printed
     file.write_bytes(file.read_bytes()[:-8])
     assert main(*arguments, "--adapter", adapter, "--output", tmp_path / "o") == 2
-    assert "adapter_model.safetensors is damaged" in capsys.readouterr().out
+    assert "adapter_model.safetensors cannot be read" in capsys.readouterr().out
 
 
 def test_other_weights_in_the_same_place_are_another_model(
@@ -300,6 +300,12 @@ def test_what_cannot_go_on_is_refused_before_the_weights_are_loaded(
     assert "temperature 1.0 and not 0.5" in capsys.readouterr().out
     assert main(*arguments, "--output", rows) == 2
     assert f"--output {rows}: cannot be written" in capsys.readouterr().out
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").touch()
+    assert main(*arguments, "--output", run) == 2
+    assert f"--output {run}: is the directory of a training run" in capsys.readouterr().out
+    assert [path.name for path in run.iterdir()] == ["config.toml"]
 
 
 def test_one_command_at_a_time_in_a_directory(

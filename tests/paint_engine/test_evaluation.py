@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paint_engine import evaluate as command_line
 from paint_engine.accuracy import correct_matrix
 from paint_engine.answers import all_requests, evaluate
-from paint_engine.config_sections import EvalSection
+from paint_engine.config_sections import EvalSection, PromptsSection
 from paint_engine.distributed import World
 from paint_engine.evaluation import (
     EvalSample,
@@ -40,6 +40,7 @@ from paint_engine.types import Problem
 WORLD = World(0, 1, 0, torch.device("cpu"))
 PROBLEMS = [Problem(f"p:{i}", "q", "", "3") for i in range(4)]
 SECTION = EvalSection(num_samples=3, max_new_tokens=8)
+PROMPTS = PromptsSection(instruction="Go.")
 
 
 def _evaluate(
@@ -138,7 +139,7 @@ def test_answers_are_checked_against_their_own_problem(
 
 HEADER = Header(
     "bench",
-    evaluation_settings(SECTION, 0, "Go."),
+    evaluation_settings(SECTION, 0, PROMPTS),
     {"model": "m"},
     fingerprints(PROBLEMS),
 )
@@ -345,10 +346,10 @@ def test_names_of_benchmarks(path: str, name: str) -> None:
 def test_what_the_settings_leave_out() -> None:
     """What only schedules an evaluation, and how many are decoded at once, decide nothing."""
     section = EvalSection(every=5, at_start=False, max_sequences=3)
-    settings = evaluation_settings(section, 0, "Go.")
-    assert settings == evaluation_settings(EvalSection(), 0, "Go.")
-    assert settings != evaluation_settings(EvalSection(), 1, "Go.")
-    assert settings != evaluation_settings(EvalSection(), 0, "Stop.")
+    settings = evaluation_settings(section, 0, PROMPTS)
+    assert settings == evaluation_settings(EvalSection(), 0, PROMPTS)
+    assert settings != evaluation_settings(EvalSection(), 1, PROMPTS)
+    assert settings != evaluation_settings(EvalSection(), 0, PromptsSection(instruction="Stop."))
     assert json.loads(json.dumps(settings)) == settings
 
 

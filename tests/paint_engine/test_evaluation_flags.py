@@ -2,7 +2,8 @@
 
 import pytest
 
-from paint_engine.evaluation_flags import own_flags, parse_arguments, section_of
+from paint_engine.cli import load_config
+from paint_engine.evaluation_flags import own_flags, parse_arguments, prompts_of, section_of
 
 GIVEN = ["--model", "tiny", "--benchmarks", "tiny"]
 
@@ -34,6 +35,32 @@ def test_flags_become_the_section_with_its_checks() -> None:
     assert (section.num_samples, section.columns.answer) == (2, "gold")
     with pytest.raises(ValueError, match=r"--num-samples: got 0; should be greater than 0"):
         section_of(parse_arguments([*GIVEN, "--num-samples", "0"]))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "Q {problem}\n{instruction}",
+        '"Q {problem}\\n\\\\frac{1}{2}"',
+        "'Q {problem}'",
+        '"Q" {problem}',
+    ],
+)
+def test_a_message_is_read_as_a_training_reads_it(given: str) -> None:
+    flags = ("--prompts.student_template", given, "--prompts.instruction", "'Go.'")
+    trained = load_config([*flags, "--objective.name", "paint"]).config.prompts
+    own = parse_arguments([*GIVEN, "--student-template", given, "--instruction", "'Go.'"])
+    assert (own.student_template, own.instruction) == (trained.student_template, "Go.")
+
+
+def test_an_instruction_without_a_place_is_refused() -> None:
+    template, instruction = ["--student-template", "Q {problem}"], ["--instruction", "Go."]
+    assert prompts_of(parse_arguments([*GIVEN, *instruction])).instruction == "Go."
+    assert prompts_of(parse_arguments([*GIVEN, *template])).student_template == "Q {problem}"
+    with pytest.raises(
+        ValueError, match=r"--instruction: got 'Go\.' with .* no {instruction}; leave"
+    ):
+        prompts_of(parse_arguments([*GIVEN, *template, *instruction]))
 
 
 def test_messages_name_flags_and_not_keys_of_a_configuration() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from paint_engine import evaluate
-from paint_engine.config_sections import EvalSection
+from paint_engine.config_sections import EvalSection, PromptsSection
 from paint_engine.evaluation import EvalSample, Evaluation, Header, SampleFiles, evaluation_settings
 from paint_engine.evaluation_report import (
     add_versions,
@@ -50,7 +50,7 @@ C = [sample("c", j, 1000, None, truncated=True) for j in range(3)] + [sample("c"
 
 def evaluation(name: str, samples: list[EvalSample], seconds: float) -> Evaluation:
     problems = dict.fromkeys((s.problem_id for s in samples), "mark")
-    settings = evaluation_settings(EvalSection(num_samples=4), 0, "Go.")
+    settings = evaluation_settings(EvalSection(num_samples=4), 0, PromptsSection(instruction="Go."))
     return Evaluation(Header(name, settings, {}, problems), seconds, samples)
 
 

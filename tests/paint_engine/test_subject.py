@@ -3,7 +3,11 @@ of, and each mistake gets the advice that helps."""
 
 import json
 import os
+import shlex
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from paint_engine import evaluate
 from paint_engine.checkpoint_files import list_checkpoints
-from paint_engine.config_sections import ModelSection
+from paint_engine.config_sections import INSTRUCTION, ModelSection, PromptsSection
 from paint_engine.subject import (
     _PIECE_BYTES,
     Subject,
@@ -73,9 +77,11 @@ def test_a_directory_is_named_after_what_is_evaluated(
     assert named(Subject(ModelSection(name_or_path="."))) == "paint"
 
 
-def identity(model: object, adapter: Path | None = None) -> dict[str, Any]:
+def identity(
+    model: object, adapter: Path | None = None, *, trusted: bool = False
+) -> dict[str, Any]:
     given = None if adapter is None else str(adapter)
-    subject = find_subject(str(model), given, "auto", trust_remote_code=False)
+    subject = find_subject(str(model), given, "auto", trust_remote_code=trusted)
     return subject.identity("builtin", torch.float32)
 
 
@@ -126,8 +132,23 @@ def test_the_small_files_are_named(adapter: Path, model_dir: Path, tmp_path: Pat
         file.write_bytes(content)
     (model / "generation_config.json").unlink()
     assert differing(before, identity(model, adapter)) == ["generation_config.json"]
-    (model / "merges.txt").write_text("a b")
-    assert differing(before, identity(model, adapter)) == ["generation_config.json", "merges.txt"]
+    more = ["added_tokens.json", "merges.txt", "special_tokens_map.json", "vocab.json"]
+    for name in more:
+        (model / name).write_text("a b")
+    names = sorted(["generation_config.json", *more])
+    assert differing(before, identity(model, adapter)) == names
+
+
+def test_code_counts_where_it_is_run(model_dir: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    before = [identity(model, trusted=trusted) for trusted in (False, True)]
+    assert before[0] == before[1]
+    (model / "modeling_mine.py").write_text("a = 1")
+    assert identity(model) == before[0]
+    first = identity(model, trusted=True)
+    assert differing(before[1], first) == ["modeling_mine.py"]
+    (model / "modeling_mine.py").write_text("a = 2")
+    assert differing(first, identity(model, trusted=True)) == ["modeling_mine.py"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"no", b"\xff" * 5000, None])
@@ -136,7 +157,20 @@ def test_damaged_weights_are_named(model_dir: Path, tmp_path: Path, damage: byte
     file = model / "model.safetensors"
     # A download that was cut short.
     file.write_bytes(file.read_bytes()[:-100] if damage is None else damage)
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged \(.+\); save or fetch"):
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read \(.+\); save or"):
+        identity(model)
+
+
+def test_weights_that_are_not_there_are_named(model_dir: Path, tmp_path: Path) -> None:
+    """Of several files: a link to nowhere, and a directory of that name."""
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    link = model / "more.safetensors"
+    link.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"more\.safetensors cannot be read \(.+\); save or"):
+        identity(model)
+    link.unlink()
+    link.mkdir()
+    with pytest.raises(ValueError, match=r"more\.safetensors cannot be read \(.+\); save or"):
         identity(model)
 
 
@@ -171,6 +205,40 @@ def test_another_commit_of_a_model_of_the_hub_is_another_model(
     printed = capsys.readouterr().out
     assert f"with commit '{commits[0]}' and not '{commits[1]}'; needs" in printed
     assert identity("someone/unknown")["commit"] is None
+
+
+def test_ranks_with_other_commits_in_their_caches_are_refused(
+    model_dir: Path,
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
+    torchrun: Callable[..., subprocess.Popen[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on two nodes of which one has fetched the model before it was pushed to."""
+    for rank, commit in enumerate(("a" * 40, "b" * 40)):
+        cache = tmp_path / str(rank) / "models--someone--model"
+        shutil.copytree(model_dir, cache / "snapshots" / commit)
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = write_rows(tmp_path / "rows.jsonl", 2)
+    command = [
+        *(sys.executable, "-m", "paint_engine.evaluate", "--model", "someone/model"),
+        *("--benchmarks", str(rows), "--num-samples", "1", "--max-new-tokens", "4"),
+        *("--engine", "builtin", "--device", "cpu", "--output", str(tmp_path / "out")),
+    ]
+    shell = f"export HF_HUB_CACHE={shlex.quote(str(tmp_path))}/$RANK; exec {shlex.join(command)}"
+    process = torchrun(2, "--no-python", "bash", "-c", shell)
+    try:
+        printed, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    assert process.returncode != 0
+    message = f"the first one, which has commit '{'a' * 40}' and not '{'b' * 40}'; needs the same"
+    assert message in printed, printed[-3000:]
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_digest_is_of_what_decides() -> None:
@@ -241,6 +309,35 @@ def test_the_base_that_an_adapter_was_trained_on(
     assert other(adapter, "tiny") is None
     with pytest.raises(ValueError, match="does not say which model it was trained from"):
         other(adapter, None)
+
+
+def test_a_run_that_was_trained_on_another_message_gets_a_note(
+    run_dir: Path, adapter: Path, model_dir: Path
+) -> None:
+    def notes(prompts: dict[str, str], *, path: Path = run_dir / "checkpoints/step-6") -> list[str]:
+        subject = find_subject(str(model_dir), str(path), "auto", trust_remote_code=False)
+        return evaluate._notes(subject, PromptsSection.model_validate(prompts))
+
+    asked = {"student_template": "Q {problem} {instruction}", "instruction": "It's."}
+    template = "--student-template 'Q {problem} {instruction}'"
+    instruction = "--instruction 'It'\"'\"'s.'"
+    config = run_dir / "config.toml"
+    plain = config.read_text() + "[prompts]\n"
+    # A run of the defaults, asked otherwise.
+    (note,) = notes({"instruction": "Go."})
+    assert note.startswith(f"{run_dir}/checkpoints/step-6 was trained on another message than")
+    assert f"give --instruction {shlex.quote(INSTRUCTION)}" in note
+    assert notes({}) == notes(asked, path=adapter) == []
+    config.write_text(plain + f"student_template = '{asked['student_template']}'\n")
+    assert notes({})[0].endswith(f"give {template}")
+    config.write_text(config.read_text() + f"instruction = {json.dumps(asked['instruction'])}\n")
+    assert notes({})[0].endswith(f"give {template} {instruction}")
+    assert notes(asked | {"instruction": "Go."})[0].endswith(f"give {instruction}")
+    assert notes(asked) == notes({"student_template": "Q {problem} It's."}) == []
+    # An instruction that only the teacher has read, and that the evaluation would refuse.
+    config.write_text(plain + "student_template = 'Q {problem}'\ninstruction = 'Go.'\n")
+    assert notes({})[0].endswith("give --student-template 'Q {problem}'")
+    assert notes({"student_template": "Q {problem}"}) == []
 
 
 def test_an_adapter_on_another_base_gets_a_note_and_no_warning_of_peft(

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from paint_engine import templates
 from paint_engine.benchmarks import Benchmark, load_benchmark
 from paint_engine.cli import load_config
-from paint_engine.config_sections import EvalSection
+from paint_engine.config_sections import EvalSection, PromptsSection
 from paint_engine.distributed import World
 from paint_engine.dry_run import describe
 from paint_engine.evaluation import evaluation_settings
-from paint_engine.evaluation_flags import parse_arguments
+from paint_engine.evaluation_flags import parse_arguments, prompts_of
 from paint_engine.interrupt import StopRequest
 from paint_engine.metrics import Progress
 from paint_engine.rollout import BuiltinEngine
@@ -110,11 +110,15 @@ def test_a_run_is_evaluated_with_the_student_s_message_and_its_record_says_so(ru
 
 def test_the_default_message_is_recorded_as_before_there_was_a_choice() -> None:
     section = EvalSection()
-    plain = evaluation_settings(section, 0, "Go.")
+    plain = evaluation_settings(section, 0, PromptsSection(instruction="Go."))
     assert "student_template" not in plain and plain["instruction"] == "Go."
-    assert evaluation_settings(section, 0, "Go.", templates.STUDENT) == plain
-    other = evaluation_settings(section, 0, "Go.", "{problem} Go.")
-    assert other == plain | {"student_template": "{problem} Go."}
+    own = PromptsSection(instruction="Go.", student_template="{problem}! {instruction}")
+    other = evaluation_settings(section, 0, own)
+    assert other == plain | {"student_template": "{problem}! {instruction}"}
+    # An instruction that only the teacher reads decides nothing.
+    bare = [PromptsSection(instruction=text, student_template="{problem}") for text in ("a", "b")]
+    first, second = (evaluation_settings(section, 0, prompts) for prompts in bare)
+    assert first == second and "instruction" not in first
 
 
 def test_the_evaluation_command_takes_a_message_and_checks_it(
@@ -122,13 +126,11 @@ def test_the_evaluation_command_takes_a_message_and_checks_it(
 ) -> None:
     fixed = ["--model", "tiny", "--benchmarks", "tiny"]
     assert parse_arguments(fixed).student_template == templates.STUDENT
-    given = parse_arguments([*fixed, "--student-template", "Q {problem}"]).student_template
+    prompts = prompts_of(parse_arguments([*fixed, "--student-template", "Q {problem}"]))
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"problem": "1+1?", "answer": "2"}))
     section = EvalSection(num_problems=None, max_new_tokens=8, thinking=False)
-    loaded = load_benchmark(
-        Benchmark("a", str(file), "test"), tokenizer, section, "", 200, template=given
-    )
+    loaded = load_benchmark(Benchmark("a", str(file), "test"), tokenizer, section, prompts, 200)
     assert tokenizer.decode(list(loaded.prompts[0])) == f"{OPENING}Q 1+1?{ANSWER}"
     for wrong in ("{solution}", "Solve it."):
         with pytest.raises(ValueError, match=r"--student-template: got '.*'; needs "):
