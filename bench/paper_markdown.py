@@ -199,6 +199,8 @@ def caption(result: Result, table: int, *, beside_paper: bool = True) -> str:
     num_seeds, most = len(panels[0]["seeds"]), len(scale["main_seeds"])
     fewer = table == 4 and num_seeds < most
     shared = f" PAINT's row is of the first {num_seeds} seeds of Table 1." * fewer
+    if table in (2, 3):
+        shared = " No row has interpolation: the default is Table 4's first row."
     return (
         f"{QUICK + ' ' if result['quick'] else ''}Avg@{scale['num_samples']} on "
         f"{scale['num_problems']} held-out problems, mean of {num_seeds} seeds; "
@@ -261,8 +263,8 @@ The rows of a table start from the same base and take the same number of steps w
 of rollouts (SFT: solutions).
 
 - *last*: accuracy on held-out problems after the last step, mean over seeds. The one to read.
-- *best*: of each run's evaluations the better, chosen on the test problems themselves, so that it
-  flatters. The paper speaks of best checkpoints.
+- *best*: of each run's two evaluations, in the middle and at the end, the better, chosen on the
+  test problems themselves, so that it flatters. The paper speaks of best checkpoints.
 - *s.d. of seeds*: how far one seed's last accuracy lies from another's.
 - A difference is between last accuracies, in points, with its 95% interval. Both rows have the same
   problems and seeds, which are drawn together.
@@ -290,7 +292,10 @@ model that often slips; and how large a difference between settings has to be to
   longer horizon.
 - Each learning rate was chosen on one seed, among the few of the grid, and the intervals leave this
   choice out. Where the chosen one is at the grid's edge, a better one may lie beyond it. Tables 2
-  to 4 have PAINT's rate in every row, which favours its default.
+  to 4 have PAINT's rate in every row, which favours its default; where Table 2 hides nothing it is
+  OPSD at that rate, which need not be the one of OPSD's row in Table 1.
+- Answers are sampled at top-p 1.0. At 0.95, which the paper has, the bases slip less, and there is
+  less to gain.
 
 **The intervals** are by a bootstrap over problems and seeds. With {seeds} seeds the
 seeds' part of them is rough. Where seeds move a row by less than 2 points they are too wide, since

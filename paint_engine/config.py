@@ -155,6 +155,10 @@ class Config(Section):
         objective, teacher = self.objective, self.teacher
         if objective.name != "paint":
             self._check_unchanged("objective", objective, _PAINT_ALONE, "paint")
+        if not self.uses_teacher:
+            self._check_unchanged(
+                "masking", self.masking, tuple(MaskingSection.model_fields), "paint"
+            )
         if objective.name != "grpo":
             self._check_unchanged("grpo", self.grpo, tuple(GrpoSection.model_fields), "grpo")
         if objective.divergence != "jsd" and objective.jsd_weight != 0.5:

@@ -204,9 +204,10 @@ def _to_problem(
         return Problem(place, problem, "", _text(fields, answer_column or "answer", "answer"))
     solution = _text(fields, solution_column, "solution")
     if answer_column is None:
-        bare_answer = not needs_solution and len(solution) <= _MAX_ANSWER_CHARS
+        # A column of answers may hold nothing else; one of solutions without an answer is bad.
+        is_answer = solution_column.lower() == "answer" and len(solution) <= _MAX_ANSWER_CHARS
         solution, answer = _split_answer(solution)
-        if answer is None and bare_answer:
+        if answer is None and is_answer and not needs_solution:
             return Problem(place, problem, "", solution)
     else:
         answer = _text(fields, answer_column, "answer")
@@ -245,8 +246,9 @@ def _find_columns(
     else:
         if columns.problem is None and columns.solution is None:
             raise _BadRow(
-                f"none of the known sets of columns; {_found(fields)}; needs problem and solution, "
-                "question and answer, Question and COT_Reason, or Question and Answer"
+                f"none of the known sets of columns; {_found(fields)}; needs problem and solution "
+                "(to be evaluated on, problem and answer), question and answer, Question and "
+                "COT_Reason, or Question and Answer"
             )
         problem, solution = "problem", "solution"
         answer = "answer" if "answer" in fields else None

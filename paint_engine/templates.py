@@ -40,8 +40,12 @@ PART_OF = "part of "
 """what {part_of} stands for where any of the solution is hidden; nothing where it is whole"""
 
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f]")
-# \n before a letter may be LaTeX: \neq, \nRightarrow.
-_SPELLED_BREAK = re.compile(r"\\n(?![A-Za-z])")
+# LaTeX has these after \n; anything else is a line break that was meant to be one.
+_COMMANDS_IN_N = (
+    "e eq eg ot otin i u abla ewline mid parallel exists leq geq less gtr sim cong prec"
+)
+_COMMANDS_IN_N += " earrow warrow atural orm rightarrow leftarrow Rightarrow Leftarrow"
+_SPELLED_BREAK = re.compile(rf"\\n(?!(?:{'|'.join(_COMMANDS_IN_N.split())})(?![A-Za-z]))")
 _DOUBLED = re.compile(r"\{\{\s*\w*\s*\}\}")
 # Group 1 is set where the braces are LaTeX's: after a command, after } and ], after ^ and _.
 _IN_BRACES = re.compile(r"(\\[A-Za-z]+\*?|(?<=[}\]^_]))?\{\s*(\w+)\s*\}")

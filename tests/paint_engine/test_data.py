@@ -263,6 +263,13 @@ def test_max_rows_counts_usable_rows_and_reads_no_further(tmp_path: Path) -> Non
 # Bad rows
 
 
+def test_a_short_solution_is_no_answer(tmp_path: Path) -> None:
+    """To be evaluated on, a row needs no solution, but what stands there is not its answer."""
+    row = {"problem": "p", "solution": "$6 \\times 5 = 30$. The answer is 30."}
+    file = write_jsonl(tmp_path / "a.jsonl", [row])
+    assert "no answer to verify against" in refusal(file, section="eval")
+
+
 @pytest.mark.parametrize(
     ("bad", "said"),
     [

@@ -100,7 +100,7 @@ def test_a_word_in_braces_that_is_no_name_is_refused(
     [
         *(r"\boxed{}", r"\boxed{answer}", r"\frac{a}{b}", r"\frac{1}{2}", r"\sqrt[3]{n}"),
         *("x^{n}", "x_{max}", r"\{x\}", "{1, 2}", '{"answer": 1}', "{", "}", "100 %"),
-        *(r"a \neq b", r"\operatorname*{argmax}", r"\text{if }", r"a \nRightarrow b", "a\n\nb"),
+        *(r"a \neq b", r"\operatorname*{argmax}", r"\text{if }", r"a \nRightarrow b \nu", "a\n\nb"),
     ],
 )
 @pytest.mark.parametrize("key", KEYS)
@@ -118,6 +118,8 @@ def test_braces_and_backslashes_of_latex_are_text(key: str, text: str) -> None:
         ("{problem} \frac12", r"the control character '\x0c'", "between ''' and '''"),
         ("{problem} \times", r"the control character '\t'", "so put LaTeX between"),
         ("{problem}\r\n{instruction}", r"the control character '\r'", "those of Unix"),
+        (r"{problem}\nBox it", r"\n as two letters", "break the line between the quotes"),
+        (r"{problem}\nplease", r"\n as two letters", "break the line between the quotes"),
         (r"\boxed{problem}", r"and has \boxed{problem}", r"as in \boxed{ {problem} }"),
         ("{problem} x^{problem}", "and has ^{problem}", "braces of their own"),
         (r"{problem}\n\n{instruction}", r"\n as two letters", "break the line between the quotes"),
