@@ -15,6 +15,7 @@ import tomllib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -80,13 +81,19 @@ def choose_checkpoint(path: Path, which: str | None, given: str | None = None) -
     return chosen
 
 
+def recorded_section(checkpoint: Path, name: str) -> dict[str, Any] | None:
+    """A section of the configuration of the run that a checkpoint lies in, as TOML has it; None
+    where it lies in none."""
+    config = checkpoint.parent.parent / CONFIG_FILE
+    return tomllib.loads(config.read_text()).get(name, {}) if config.is_file() else None
+
+
 def recorded_base(checkpoint: Path) -> ModelSection | None:
     """What the checkpoint was trained from, by the run's configuration, else by the adapter's; None
     where neither says it."""
-    config = checkpoint.parent.parent / CONFIG_FILE
     adapter_config = checkpoint / _ADAPTER_CONFIG
-    if config.is_file():
-        return ModelSection.model_validate(tomllib.loads(config.read_text())["model"])
+    if (section := recorded_section(checkpoint, "model")) is not None:
+        return ModelSection.model_validate(section)
     if adapter_config.is_file():
         name = json.loads(adapter_config.read_text()).get("base_model_name_or_path")
         return ModelSection(name_or_path=name) if name else None

@@ -4,7 +4,6 @@ engine that samples from it, without a trainer."""
 import hashlib
 import json
 import os
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +22,13 @@ from paint_engine.config import Config
 from paint_engine.config_sections import LoraSection, ModelSection, PromptsSection
 from paint_engine.distributed import World
 from paint_engine.dry_run import meta_model
-from paint_engine.export import build_model, choose_checkpoint, find_base, recorded_base
+from paint_engine.export import (
+    build_model,
+    choose_checkpoint,
+    find_base,
+    recorded_base,
+    recorded_section,
+)
 from paint_engine.model import (
     TINY_BASE,
     causal_lm,
@@ -33,7 +38,6 @@ from paint_engine.model import (
     resolve_model,
 )
 from paint_engine.prompts import student_text
-from paint_engine.report import CONFIG_FILE
 from paint_engine.rollout import BuiltinEngine, RolloutEngine
 from paint_engine.rollout_vllm import StoredModel, VllmEngine
 from paint_engine.weights import ADAPTER_FILE
@@ -179,10 +183,10 @@ def other_prompts(subject: Subject, asked: PromptsSection) -> PromptsSection | N
     """The prompts of the run that trained the subject, where its student's message is another than
     the one that is asked with; None also where no run's configuration says it."""
     trained = subject.adapter or subject.checkpoint
-    config = None if trained is None else trained.resolve().parent.parent / CONFIG_FILE
-    if config is None or not config.is_file():
+    section = trained and recorded_section(trained.resolve(), "prompts")
+    if section is None:
         return None
-    recorded = PromptsSection.model_validate(tomllib.loads(config.read_text()).get("prompts", {}))
+    recorded = PromptsSection.model_validate(section)
     same = student_text("{problem}", recorded) == student_text("{problem}", asked)
     return None if same else recorded
 

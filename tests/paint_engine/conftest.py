@@ -245,8 +245,24 @@ def torchrun() -> Callable[..., subprocess.Popen[str]]:
 
 
 @pytest.fixture(scope="session")
+def printed_by() -> Callable[[subprocess.Popen[str], float], str]:
+    """Waits for a process of `torchrun`, at most so many seconds: all that it printed."""
+
+    def wait(process: subprocess.Popen[str], timeout: float) -> str:
+        try:
+            return process.communicate(timeout=timeout)[0]
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+
+    return wait
+
+
+@pytest.fixture(scope="session")
 def run_ranks(
     torchrun: Callable[..., subprocess.Popen[str]],
+    printed_by: Callable[[subprocess.Popen[str], float], str],
 ) -> Callable[[int, Sequence[Sequence[object]]], None]:
     """Runs all the trainings by as many processes, which start once: that takes most of the
     time."""
@@ -255,12 +271,7 @@ def run_ranks(
     def run(num_ranks: int, commands: Sequence[Sequence[object]]) -> None:
         lines = [json.dumps([str(part) for part in argv]) for argv in commands]
         process = torchrun(num_ranks, script, *lines)
-        try:
-            printed, _ = process.communicate(timeout=280)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+        printed = printed_by(process, 280)
         assert process.returncode == 0, printed[-6000:]
 
     return run

@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -212,6 +211,7 @@ def test_ranks_with_other_commits_in_their_caches_are_refused(
     tmp_path: Path,
     write_rows: Callable[..., Path],
     torchrun: Callable[..., subprocess.Popen[str]],
+    printed_by: Callable[[subprocess.Popen[str], float], str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As on two nodes of which one has fetched the model before it was pushed to."""
@@ -229,12 +229,7 @@ def test_ranks_with_other_commits_in_their_caches_are_refused(
     ]
     shell = f"export HF_HUB_CACHE={shlex.quote(str(tmp_path))}/$RANK; exec {shlex.join(command)}"
     process = torchrun(2, "--no-python", "bash", "-c", shell)
-    try:
-        printed, _ = process.communicate(timeout=120)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+    printed = printed_by(process, 120)
     assert process.returncode != 0
     message = f"the first one, which has commit '{'a' * 40}' and not '{'b' * 40}'; needs the same"
     assert message in printed, printed[-3000:]
