@@ -54,8 +54,8 @@ from bench.engine_trl import LACKS, reason_against
 from bench.kernels import progress
 from bench.scaling import dtype_on
 from bench.tables import engine_case_table
-from paint_engine import train
-from paint_engine.cli import load_config, preset_names
+from paint_engine.config.command_line import load_config, preset_names
+from paint_engine.training.loop import my_microbatches
 
 MODELS = ("1.7b", "4b", "8b")
 LENGTHS = Lengths(student_prompt=256, teacher_prompt=768, completion=1024)
@@ -146,7 +146,7 @@ def measure_case(
         bench.rollouts = random_rollouts(bench.case.lengths, number, num_tokens)
     loop = make_loop(OURS, bench)
     assert isinstance(loop, OwnLoop)
-    bench.most_rows = max(map(len, train.my_microbatches(loop.run, bench.rollouts)))
+    bench.most_rows = max(map(len, my_microbatches(loop.run, bench.rollouts)))
     case |= described(loop, bench)
     forward_kl = loop.forward_kl()
     # On a GPU each loop has the memory to itself.

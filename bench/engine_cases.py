@@ -21,12 +21,12 @@ from transformers import (
 )
 
 from bench.scaling import dtype_on
-from paint_engine import setup
-from paint_engine.cli import CommandLine, load_config
+from paint_engine.config.command_line import CommandLine, load_config
 from paint_engine.distributed import World
-from paint_engine.model import TINY_BASE
-from paint_engine.model_shape import shape_of, step_flops
-from paint_engine.setup import Run
+from paint_engine.estimate.model_shape import shape_of, step_flops
+from paint_engine.model.load import TINY_BASE
+from paint_engine.training import build as setup
+from paint_engine.training.run import Run
 from paint_engine.types import PrivilegedRollout, Problem, Rollout
 
 COUNTED_PARTS = ("student", "teacher", "loss", "backward")

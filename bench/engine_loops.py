@@ -12,12 +12,14 @@ from torch import Tensor
 
 from bench.losses import float32_logits
 from bench.scaling import dtype_on
-from paint_engine import objectives, train
-from paint_engine.batch import batch_to, build_batch
-from paint_engine.config_sections import ObjectiveSection
-from paint_engine.model import autocast, hidden_states, lm_head_weight
-from paint_engine.objectives import ObjectiveOutput
-from paint_engine.setup import Run
+from paint_engine.config.sections import ObjectiveSection
+from paint_engine.model.forward import autocast, hidden_states, lm_head_weight
+from paint_engine.model.packing import batch_to, build_batch
+from paint_engine.recipes import losses as objectives
+from paint_engine.recipes.losses import ObjectiveOutput
+from paint_engine.training import loop as training_loop
+from paint_engine.training.loop import my_microbatches, train_step
+from paint_engine.training.run import Run
 from paint_engine.types import PrivilegedRollout
 from paint_kernels import entropy_ratio, reference, select_top_fraction
 
@@ -133,7 +135,7 @@ class GemmLoop:
 
 
 class OwnLoop:
-    """`train.train_step` with the rollouts handed to it in place of sampled ones."""
+    """`train_step` with the rollouts handed to it in place of sampled ones."""
 
     def __init__(
         self,
@@ -147,10 +149,10 @@ class OwnLoop:
     def step(self) -> None:
         """One optimizer step, without waiting for the device at its end."""
         with ExitStack() as stack:
-            sampled = mock.patch.object(train, "sample_step", lambda *_: (self.rollouts, 0))
+            sampled = mock.patch.object(training_loop, "sample_step", lambda *_: (self.rollouts, 0))
             stack.enter_context(sampled)
             stack.enter_context(mock.patch.object(objectives, "paint", self.loss))
-            metrics, _ = train.train_step(self.run, self.run.step)
+            metrics, _ = train_step(self.run, self.run.step)
         self.run.step += 1
         self.losses.append(metrics["loss"])
 
@@ -169,7 +171,7 @@ class OwnLoop:
         head = lm_head_weight(run.model)
         plain = {"pointwise_clip": None, "interpolation_weight": 0.0, "reduction": "sequence_mean"}
         section = run.config.objective.model_copy(update=plain)
-        for items in train.my_microbatches(run, self.rollouts):
+        for items in my_microbatches(run, self.rollouts):
             batch = batch_to(build_batch(items), run.world.device)
             with run.teacher.scoring() as scorer:
                 teacher = hidden_states(scorer, batch.teacher, attention=run.attention)

@@ -21,7 +21,9 @@ from bench.engine_cases import Case, load_case, open_run, read_rollouts, write_r
 from bench.engine_loops import GemmLoop, Loop, OwnLoop, nothing, part_seconds, plain_paint
 from bench.engine_trl import TrlLoop
 from bench.kernels import progress
-from paint_engine import objectives, train
+from paint_engine.recipes import losses as objectives
+from paint_engine.training import loop as training_loop
+from paint_engine.training.loop import sample_step, train_step
 from paint_engine.types import PrivilegedRollout
 
 OURS, PLAIN, TRL = "paint_engine", "plain PyTorch loss", "TRL SDFTTrainer"
@@ -54,7 +56,7 @@ def whole_steps(bench: Bench, number: int) -> dict[str, Any]:
     """Steps with rollouts that the student samples, by part, after one that warms up, whose
     rollouts are kept for the training part."""
     run = open_run(bench.case, bench.device, bench.folder / "whole")
-    sample, tokens = train.sample_step, []
+    sample, tokens = sample_step, []
 
     def keep(*arguments: Any) -> Any:
         privileged, lag = sample(*arguments)
@@ -62,11 +64,11 @@ def whole_steps(bench: Bench, number: int) -> dict[str, Any]:
         return privileged, lag
 
     def step() -> None:
-        metrics, _ = train.train_step(run, run.step)
+        metrics, _ = train_step(run, run.step)
         run.step += 1
         tokens.append(metrics["num_loss_tokens"])
 
-    with mock.patch.object(train, "sample_step", keep):
+    with mock.patch.object(training_loop, "sample_step", keep):
         step()
     parts = part_seconds(run, step, number)
     run.sampler.close()

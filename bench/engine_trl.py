@@ -12,15 +12,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from bench.engine_loops import synchronize
-from paint_engine.config import Config
+from paint_engine.config.schema import Config
 from paint_engine.types import PrivilegedRollout
 
 LACKS = ("clip", "selection", "interpolation", "token losses", "entropies")

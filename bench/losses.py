@@ -14,12 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from paint_kernels import (
-    entropy_ratio,
-    paint_loss,
-    select_top_fraction,
-    token_logprobs,
-)
+from paint_kernels import entropy_ratio, paint_loss, select_top_fraction, token_logprobs
 from paint_kernels._checks import check_settings
 
 LOGIT_STD = 2.4

@@ -16,15 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.paper_markdown import document
-from bench.paper_plan import (
-    SCALES,
-    TABLES,
-    Scale,
-    needed_sizes,
-    quick,
-    sweep_runs,
-    table_runs,
-)
+from bench.paper_plan import SCALES, TABLES, Scale, needed_sizes, quick, sweep_runs, table_runs
 from bench.paper_result import build_result, rerun
 from bench.paper_runs import describe_bases, make_bases, make_pool, run_tables, visible_gpus
 

@@ -15,15 +15,15 @@ from bench.measure import commit
 from bench.paper_plan import BASE, Job, arguments, overrides, preset_of
 from bench.paper_stats import encode_counts
 from paint_engine import train
-from paint_engine.accuracy import correct_matrix
-from paint_engine.cli import load_config
+from paint_engine.config.command_line import load_config
 from paint_engine.distributed import init_world
-from paint_engine.evaluation import read_evaluations
-from paint_engine.interrupt import StopRequest
-from paint_engine.metrics import Progress
-from paint_engine.model import pick_device
-from paint_engine.run_eval import evaluate_at
-from paint_engine.setup import build_run
+from paint_engine.evaluation.accuracy import correct_matrix
+from paint_engine.evaluation.store import read_evaluations
+from paint_engine.model.load import pick_device
+from paint_engine.monitor.progress import Progress
+from paint_engine.training.build import build_run
+from paint_engine.training.evaluations import evaluate_at
+from paint_engine.training.interrupt import StopRequest
 
 
 def perform(job: Job) -> dict[str, Any]:

@@ -13,16 +13,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from bench.losses import (
-    FORWARD_KL,
-    JSD,
-    LOGPROBS,
-    Inputs,
-    Loss,
-    Objective,
-    Variant,
-    gradients,
-)
+from bench.losses import FORWARD_KL, JSD, LOGPROBS, Inputs, Loss, Objective, Variant, gradients
 
 NO_PAINT = ("clip", "selection", "interpolation", "token losses")
 WIDE = "float32 logits of bfloat16 states"
@@ -70,9 +61,7 @@ def cce_loss(inputs: Inputs, implementation: str) -> Tensor:
 
 
 def quack_loss(inputs: Inputs) -> Tensor:
-    from quack.linear_cross_entropy import (
-        chunked_linear_cross_entropy,
-    )
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     return chunked_linear_cross_entropy(inputs.student, inputs.weight, inputs.token_ids)
 

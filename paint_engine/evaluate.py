@@ -21,11 +21,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from paint_engine import compare
-from paint_engine.answers import all_requests, evaluate
-from paint_engine.benchmarks import load_benchmark, parse_benchmarks
-from paint_engine.cli import user_errors
-from paint_engine.config_sections import EvalSection, PromptsSection
+from paint_engine.config.command_line import user_errors
+from paint_engine.config.sections import EvalSection, PromptsSection
+from paint_engine.data.problem_sets import ProblemSet
 from paint_engine.distributed import (
     World,
     barrier,
@@ -34,7 +32,18 @@ from paint_engine.distributed import (
     init_world,
     raise_together,
 )
-from paint_engine.evaluation import (
+from paint_engine.evaluation import compare
+from paint_engine.evaluation.answers import all_requests, evaluate
+from paint_engine.evaluation.benchmarks import load_benchmark, parse_benchmarks
+from paint_engine.evaluation.flags import own_flags, parse_arguments, prompts_of, section_of
+from paint_engine.evaluation.results import (
+    add_versions,
+    read_versions,
+    results_table,
+    summarise_benchmarks,
+    write_results,
+)
+from paint_engine.evaluation.store import (
     Evaluation,
     Header,
     SampleFiles,
@@ -45,19 +54,7 @@ from paint_engine.evaluation import (
     hold,
     unfinished_rows,
 )
-from paint_engine.evaluation_flags import own_flags, parse_arguments, prompts_of, section_of
-from paint_engine.evaluation_report import (
-    add_versions,
-    read_versions,
-    results_table,
-    summarise_benchmarks,
-    write_results,
-)
-from paint_engine.metrics import Progress
-from paint_engine.model import load_tokenizer, max_context, pick_device
-from paint_engine.problem_sets import ProblemSet
-from paint_engine.rollout import EngineDied, RolloutEngine, sampling_params, vllm_is_installed
-from paint_engine.subject import (
+from paint_engine.evaluation.target import (
     Subject,
     build_engine,
     check_adapter,
@@ -68,6 +65,11 @@ from paint_engine.subject import (
     other_prompts,
     skeleton,
 )
+from paint_engine.model.forward import max_context
+from paint_engine.model.load import load_tokenizer, pick_device
+from paint_engine.monitor.progress import Progress
+from paint_engine.rollout.choose import vllm_is_installed
+from paint_engine.rollout.engine import EngineDied, RolloutEngine, sampling_params
 
 # vLLM's share of a GPU, which nobody else uses, and of a CPU's memory, which others do.
 _MEMORY_SHARES = {"cuda": 0.9, "cpu": 0.35}

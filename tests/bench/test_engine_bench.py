@@ -26,8 +26,9 @@ from bench.engine_measure import OURS, PLAIN, TRL, Bench, in_turn, make_loop
 from bench.engine_trl import rows_a_batch
 from bench.gpu_job import Job
 from bench.tables import TABLES, engine_case_table
-from paint_engine import objectives, train
-from paint_engine.config_sections import ObjectiveSection
+from paint_engine.config.sections import ObjectiveSection
+from paint_engine.recipes import losses as objectives
+from paint_engine.training.loop import my_microbatches
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental':UserWarning"),
@@ -84,7 +85,7 @@ def test_all_loops_start_from_equal_losses_and_ours_go_on_so(bench: Bench) -> No
     """With rollouts of different lengths, several rows a pass and several passes a step."""
     ours, plain, theirs = (make_loop(name, bench) for name in (OURS, PLAIN, TRL))
     assert isinstance(ours, OwnLoop)
-    assert len(train.my_microbatches(ours.run, bench.rollouts)) > 1
+    assert len(my_microbatches(ours.run, bench.rollouts)) > 1
     expected = ours.forward_kl()
     for loop in (ours, plain, theirs):
         seconds = loop.steps(3, nothing)

@@ -21,8 +21,8 @@ from bench.paper_plan import (
     sweep_runs,
     table_runs,
 )
-from paint_engine.cli import load_config
-from paint_engine.config import Config
+from paint_engine.config.command_line import load_config
+from paint_engine.config.schema import Config
 from paint_engine.tiny.pretrain import SIZES
 from paint_engine.tiny.problems import load_split
 

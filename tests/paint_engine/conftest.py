@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, 
 from transformers.utils import logging as transformers_logging
 
 from paint_engine import train
-from paint_engine.config_sections import LoraSection, ModelSection
-from paint_engine.model import add_lora, load_base
+from paint_engine.config.sections import LoraSection, ModelSection
+from paint_engine.model.load import load_base
+from paint_engine.model.lora import add_lora
 from paint_engine.tiny.problems import draw_problem, render_solution
 from paint_engine.tiny.tokenizer import train_tokenizer
 from paint_engine.types import PrivilegedRollout, Problem, Rollout
@@ -199,6 +201,28 @@ def write_rows() -> Callable[..., Path]:
         return file
 
     return write
+
+
+@pytest.fixture(scope="session")
+def run_program() -> Callable[..., dict[str, Any]]:
+    """Runs a program that forks its ranks (`forked_ranks`), with these arguments; what it wrote
+    into `report.json` of its first, the directory to work in."""
+    here = str(Path(__file__).parent)
+
+    def run(program: Path, work: Path, *arguments: Path) -> dict[str, Any]:
+        path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+        settings = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        done = subprocess.run(
+            [sys.executable, str(program), str(work), *map(str, arguments)],
+            env=os.environ | settings | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+        return json.loads((work / "report.json").read_text())
+
+    return run
 
 
 @pytest.fixture

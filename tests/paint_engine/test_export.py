@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from paint_engine import export
-from paint_engine.checkpoint import save_checkpoint
-from paint_engine.checkpoint_files import mark_best
-from paint_engine.config_sections import LoraSection, ModelSection
+from paint_engine.checkpoint.choose import choose_checkpoint, find_base
+from paint_engine.checkpoint.directory import mark_best
+from paint_engine.checkpoint.save import save_checkpoint
+from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World
-from paint_engine.export import choose_checkpoint, find_base
-from paint_engine.model import add_lora, load_base
+from paint_engine.model.load import load_base
+from paint_engine.model.lora import add_lora
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)

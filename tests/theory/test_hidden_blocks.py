@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from paint_engine.masking import PLACEMENTS, mask_solution
+from paint_engine.prompts.masking import PLACEMENTS, mask_solution
 from paint_kernels import paint_loss_from_logits
 
 Array = NDArray[np.float64]

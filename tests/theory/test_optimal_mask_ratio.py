@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from paint_engine.masking import mask_ratio, mask_solution
+from paint_engine.prompts.masking import mask_ratio, mask_solution
 
 Array = NDArray[np.float64]
 Draw = Callable[..., Array]

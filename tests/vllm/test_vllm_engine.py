@@ -13,18 +13,17 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from paint_engine import rollout_weights
-from paint_engine.batch import pack_sequences
-from paint_engine.config_sections import PromptsSection
+from paint_engine.config.sections import PromptsSection
 from paint_engine.distributed import World
-from paint_engine.mismatch import logprob_differences
-from paint_engine.model import hidden_states, lm_head_weight
-from paint_engine.prompts import encode_student_prompt
-from paint_engine.rollout import EngineDied
-from paint_engine.rollout_hf import SamplingParams
-from paint_engine.rollout_vllm import VllmEngine
-from paint_engine.rollout_vllm_core import biased_tokens, reserved_lora_rank
-from paint_engine.rollout_weights import WrittenWeights
+from paint_engine.model.forward import hidden_states, lm_head_weight
+from paint_engine.model.packing import pack_sequences
+from paint_engine.prompts.chat import encode_student_prompt
+from paint_engine.rollout import adapter_files as rollout_weights
+from paint_engine.rollout.adapter_files import WrittenWeights
+from paint_engine.rollout.engine import EngineDied, SamplingParams
+from paint_engine.rollout.mismatch import logprob_differences
+from paint_engine.rollout.vllm_core import biased_tokens, reserved_lora_rank
+from paint_engine.rollout.vllm_engine import VllmEngine
 from paint_engine.types import PrivilegedRollout, Problem, Rollout
 
 Prompts = Sequence[tuple[int, ...]]

@@ -13,13 +13,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine import evaluate
+from paint_engine.checkpoint.weights import gather_weights, write_weights
 from paint_engine.distributed import World
-from paint_engine.evaluation import EvalSample, SampleFiles
-from paint_engine.metrics import read_jsonl
-from paint_engine.model import lm_head_weight
-from paint_engine.rollout_hf import Completion, SamplingParams
-from paint_engine.rollout_vllm import StoredModel, VllmEngine
-from paint_engine.weights import gather_weights, write_weights
+from paint_engine.evaluation.store import EvalSample, SampleFiles
+from paint_engine.files import read_jsonl
+from paint_engine.model.forward import lm_head_weight
+from paint_engine.rollout.engine import Completion, SamplingParams
+from paint_engine.rollout.vllm_engine import StoredModel, VllmEngine
 
 Prompts = Sequence[tuple[int, ...]]
 

@@ -8,9 +8,8 @@ import pytest
 from torch import nn
 
 from paint_engine.distributed import World
-from paint_engine.rollout import EngineDied
-from paint_engine.rollout_hf import SamplingParams
-from paint_engine.rollout_vllm import VllmEngine
+from paint_engine.rollout.engine import EngineDied, SamplingParams
+from paint_engine.rollout.vllm_engine import VllmEngine
 
 SETTINGS: dict[str, Any] = {
     "max_model_len": 512,

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 from torch import nn
 
-from paint_engine import rollout_server
 from paint_engine.distributed import World
-from paint_engine.rollout import EngineDied
-from paint_engine.rollout_hf import SamplingParams
-from paint_engine.rollout_server import ServerEngine
+from paint_engine.rollout import vllm_server as rollout_server
+from paint_engine.rollout.engine import EngineDied, SamplingParams
+from paint_engine.rollout.vllm_server import ServerEngine
 
 Prompts = Sequence[tuple[int, ...]]
 # A completion of this prompt is refused, even where all others hang.

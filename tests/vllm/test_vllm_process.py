@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from paint_engine.distributed import World
-from paint_engine.rollout import EngineDied
-from paint_engine.rollout_hf import Completion, SamplingParams
-from paint_engine.rollout_vllm import VllmEngine, own_environment
+from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
+from paint_engine.rollout.vllm_engine import VllmEngine, own_environment
 
 Prompts = Sequence[tuple[int, ...]]
 # What torchrun tells a process. An engine that believed it would wait for a second rank for ever.
@@ -136,7 +135,7 @@ from paint_engine.config_sections import LoraSection, ModelSection
 from paint_engine.distributed import World
 from paint_engine.model import add_lora, load_base
 from paint_engine.rollout_hf import SamplingParams
-from paint_engine.rollout_vllm import VllmEngine
+from paint_engine.rollout.vllm_engine import VllmEngine
 
 if __name__ == "__main__":
     world = World(0, 1, 0, torch.device("cpu"))

@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 from paint_engine.distributed import World
-from paint_engine.rollout_vllm import VllmEngine
+from paint_engine.rollout.vllm_engine import VllmEngine
 
 
 def test_two_ranks(model_dir: Path, tmp_path: Path) -> None:

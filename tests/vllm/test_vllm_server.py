@@ -20,9 +20,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.distributed import World
-from paint_engine.rollout import EngineDied
-from paint_engine.rollout_hf import SamplingParams
-from paint_engine.rollout_server import ServerEngine
+from paint_engine.rollout.engine import EngineDied, SamplingParams
+from paint_engine.rollout.vllm_server import ServerEngine
 
 Prompts = Sequence[tuple[int, ...]]
 START_TIMEOUT_S = 240.0

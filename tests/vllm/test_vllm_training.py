@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from paint_engine.checkpoint_files import list_checkpoints
-from paint_engine.metrics import read_jsonl
+from paint_engine.checkpoint.directory import list_checkpoints
+from paint_engine.files import read_jsonl
 
 SETTINGS = {
     "rollout.engine": "vllm",

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from paint_engine.batch import pack_sequences
-from paint_engine.config_sections import LoraSection, ModelSection
+from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import barrier, close_world, init_world
-from paint_engine.model import add_lora, hidden_states, lm_head_weight, load_base
-from paint_engine.rollout import EngineDied
-from paint_engine.rollout_hf import SamplingParams
-from paint_engine.rollout_vllm import VllmEngine
+from paint_engine.model.forward import hidden_states, lm_head_weight
+from paint_engine.model.load import load_base
+from paint_engine.model.lora import add_lora
+from paint_engine.model.packing import pack_sequences
+from paint_engine.rollout.engine import EngineDied, SamplingParams
+from paint_engine.rollout.vllm_engine import VllmEngine
 
 
 def main(model_dir: str, output: Path) -> None:

@@ -10,13 +10,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paint_engine.accuracy import avg_at_k, correct_matrix, paired_bootstrap
-from paint_engine.answers import all_requests, evaluate
-from paint_engine.config_sections import EvalSection, ModelSection, PromptsSection
-from paint_engine.masking import mask_solution
-from paint_engine.model import TINY_BASE, lm_head_weight, load_base, load_tokenizer
-from paint_engine.prompts import encode_student_prompt, encode_teacher_prompt
-from paint_engine.rollout import BuiltinEngine, sampling_params
+from paint_engine.config.sections import EvalSection, ModelSection, PromptsSection
+from paint_engine.evaluation.accuracy import avg_at_k, correct_matrix, paired_bootstrap
+from paint_engine.evaluation.answers import all_requests, evaluate
+from paint_engine.model.forward import lm_head_weight
+from paint_engine.model.load import TINY_BASE, load_base, load_tokenizer
+from paint_engine.prompts.chat import encode_student_prompt, encode_teacher_prompt
+from paint_engine.prompts.masking import mask_solution
+from paint_engine.rollout.builtin import BuiltinEngine
+from paint_engine.rollout.engine import sampling_params
 from paint_engine.tiny import pretrain
 from paint_engine.tiny.problems import load_split
 from paint_engine.tiny.tokenizer import CHAT_TEMPLATE

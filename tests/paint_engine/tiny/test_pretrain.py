@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from paint_engine import config_sections, masking
+from paint_engine.config import sections as config_sections
+from paint_engine.prompts import masking
+from paint_engine.rewards.boxes import extract_boxed
 from paint_engine.tiny import pretrain
-from paint_engine.verify import extract_boxed
 
 
 @pytest.fixture(autouse=True)

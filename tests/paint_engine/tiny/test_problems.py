@@ -8,7 +8,8 @@ from itertools import islice
 
 import pytest
 
-from paint_engine.anchors import extract_anchors
+from paint_engine.prompts.anchors import extract_anchors
+from paint_engine.rewards.boxes import extract_boxed
 from paint_engine.tiny.problems import (
     PRETRAIN_BUCKETS,
     SPLIT_BUCKETS,
@@ -20,7 +21,6 @@ from paint_engine.tiny.problems import (
     render_solution,
 )
 from paint_engine.tiny.stories import FAMILIES, Plan, Step
-from paint_engine.verify import extract_boxed
 
 _FORMULA = re.compile(r"\$([^$]*=[^$]*)\$")
 _FRACTION = re.compile(r"\\frac\{(-?\d+)\}\{(-?\d+)\}")

@@ -1,0 +1,91 @@
+"""Which checkpoint of a run is meant, and the base that it was trained from."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from paint_engine.checkpoint.directory import (
+    MANIFEST_FILE,
+    best_checkpoint,
+    find_damage,
+    list_checkpoints,
+)
+from paint_engine.config.sections import ModelSection
+from paint_engine.files import CONFIG_FILE
+
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+def choose_checkpoint(path: Path, which: str | None, given: str | None = None) -> Path:
+    """The checkpoint that `path` is, or the one of that run directory that `which` names.
+
+    which: "last" (also where it is None), "best" or "step-N"; only with a run directory.
+    given: the user's words for both, for messages; None = those of this module's command.
+
+    Raises ValueError where there is none such, or where its files are not what was written.
+    """
+    checkpoints = list_checkpoints(path)
+    if (path / MANIFEST_FILE).is_file() and which is None:
+        chosen = path.resolve()
+    elif not path.is_dir():
+        raise ValueError(
+            f"{path}: no such directory; give a run directory that holds checkpoints/step-N, or "
+            "one of these"
+        )
+    elif not checkpoints:
+        raise ValueError(
+            f"{path} has no checkpoint to choose from: give a run directory that holds "
+            "checkpoints/step-N, or one of these without --checkpoint"
+        )
+    elif which == "best":
+        chosen = best_checkpoint(path)
+    elif which is None or which == "last":
+        chosen = checkpoints[-1]
+    else:
+        chosen = next((c for c in checkpoints if c.name == which), None)
+    if chosen is None:
+        there = [checkpoint.name for checkpoint in checkpoints]
+        marked = ["best"] if best_checkpoint(path) is not None else []
+        raise ValueError(
+            f"{given or f'--checkpoint {which}'}: {path} has no {which}; it has "
+            f"{', '.join(there)}; give one of these, {' or '.join([*marked, 'last'])}"
+        )
+    if damage := find_damage(chosen):
+        raise ValueError(f"{chosen} is damaged ({damage}): choose another checkpoint of its run")
+    return chosen
+
+
+def recorded_section(checkpoint: Path, name: str) -> dict[str, Any] | None:
+    """A section of the configuration of the run that a checkpoint lies in, as TOML has it; None
+    where it lies in none."""
+    config = checkpoint.parent.parent / CONFIG_FILE
+    return tomllib.loads(config.read_text()).get(name, {}) if config.is_file() else None
+
+
+def recorded_base(checkpoint: Path) -> ModelSection | None:
+    """What the checkpoint was trained from, by the run's configuration, else by the adapter's; None
+    where neither says it."""
+    adapter_config = checkpoint / _ADAPTER_CONFIG
+    if (section := recorded_section(checkpoint, "model")) is not None:
+        return ModelSection.model_validate(section)
+    if adapter_config.is_file():
+        name = json.loads(adapter_config.read_text()).get("base_model_name_or_path")
+        return ModelSection(name_or_path=name) if name else None
+    return None
+
+
+def find_base(checkpoint: Path, name_or_path: str | None) -> ModelSection:
+    """What the checkpoint was trained from: `name_or_path` where given, else `recorded_base`.
+
+    Raises ValueError where nothing says it.
+    """
+    if name_or_path is not None:
+        return ModelSection(name_or_path=name_or_path)
+    recorded = recorded_base(checkpoint)
+    if recorded is None:
+        raise ValueError(
+            f"{checkpoint} lies in no run directory, and so does not say which model it was "
+            "trained from, whose tokenizer is needed: give that with --model"
+        )
+    return recorded

@@ -1,0 +1,108 @@
+"""The trained model in one piece: adapters merged into the base in float32."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear, LoraLayer
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from paint_engine.checkpoint.choose import _ADAPTER_CONFIG
+from paint_engine.checkpoint.directory import file_names
+from paint_engine.config.sections import ModelSection
+from paint_engine.files import flush
+from paint_engine.model.load import load_tokenizer, resolve_model
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": None}
+
+
+def _load_model(path: str, section: ModelSection) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto",
+            trust_remote_code=section.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"model {path} could not be loaded ({type(error).__name__}: {error}): name the model "
+            "that the run began with by --model"
+        ) from error
+
+
+def merge_adapter(
+    base: PreTrainedModel, checkpoint: Path, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """The base with the adapter's update in its weights; `base` itself is changed.
+
+    dtype: of the merged weights; None = each weight's own.
+    """
+    model = PeftModel.from_pretrained(base, str(checkpoint))
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            assert isinstance(layer, Linear), type(layer)
+            weight = layer.get_base_layer().weight
+            assert isinstance(weight, torch.Tensor)
+            delta = layer.get_delta_weight("default")
+            assert delta.dtype == torch.float32, delta.dtype
+            weight.data = delta.add_(weight.data).to(dtype or weight.dtype)
+    merged = model.unload()
+    assert isinstance(merged, PreTrainedModel)
+    return merged
+
+
+@torch.no_grad()
+def build_model(
+    checkpoint: Path, section: ModelSection, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """The trained model, in one piece.
+
+    dtype: of all its weights; None = what the base is stored in.
+    """
+    path = resolve_model(section.name_or_path)
+    if (checkpoint / _ADAPTER_CONFIG).is_file():
+        model = merge_adapter(_load_model(path, section), checkpoint, dtype)
+    else:
+        model = _load_model(str(checkpoint), section)
+        stored = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
+        assert not isinstance(stored.dtype, str), stored.dtype
+        dtype = dtype or stored.dtype
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
+    return model
+
+
+def export(
+    checkpoint: Path, output_dir: Path, section: ModelSection, dtype: torch.dtype | None
+) -> None:
+    """Writes the trained model with the base's tokenizer into `output_dir`, all of it or nothing.
+
+    Raises ValueError where that holds something already, where the base cannot be loaded, and where
+    the disk is full.
+    """
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"{output_dir} exists already: give a directory that is new or empty")
+    tokenizer = load_tokenizer(section)
+    model = build_model(checkpoint, section, dtype)
+    unfinished = output_dir.with_name(f".{output_dir.name}.unfinished")
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    try:
+        unfinished.mkdir(parents=True)
+        model.save_pretrained(str(unfinished))
+        tokenizer.save_pretrained(str(unfinished))
+        for name in (*file_names(unfinished), "."):
+            flush(unfinished / name)
+        unfinished.rename(output_dir)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise ValueError(
+            f"{output_dir} could not be written ({error}); nothing of it is left; make room, or "
+            "give a directory elsewhere"
+        ) from error
+    flush(output_dir.parent)

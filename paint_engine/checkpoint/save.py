@@ -1,0 +1,343 @@
+"""Atomic checkpoints of a run, sharded over its ranks, and the exact state that training goes on
+from.
+
+`checkpoints/step-N/` holds
+
+    adapter_model.safetensors, adapter_config.json    for peft and vLLM as they are; where LoRA is
+                                                      off, the model in transformers' format
+    trainer/                                          weights in training, the optimizer's moments
+                                                      and the mean that an EMA teacher scores with,
+                                                      float32, every rank its own shards
+    rng-RANK.safetensors                              the random generators of each rank
+    trainer_state.json                                the step, the number of ranks
+    manifest.json                                     every other file's size and checksum
+
+Shards are read back at any number of ranks, sharded or not. Data order, rollout seeds and the
+learning rate are pure functions of the step, so nothing else is needed to go on bit for bit. Ranks
+on several nodes need a run directory that all of them see.
+"""
+
+import json
+import random
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from paint_engine.checkpoint.directory import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    Manifest,
+    checkpoint_directory,
+    file_names,
+    find_damage,
+    list_checkpoints,
+    prune,
+    remove_checkpoint,
+    seal,
+)
+from paint_engine.checkpoint.weights import gather_weights, write_weights
+from paint_engine.distributed import World, gather_objects, raise_together
+from paint_engine.files import flush
+from paint_engine.model.teacher import EmaTeacher
+
+_SHARDS = "trainer"
+# A weight is filed as "weight/NAME", a moment as "exp_avg/NAME", a running mean as "ema/NAME".
+_WEIGHT, _EMA = "weight", "ema"
+
+
+# ---- what a rank has in its memory ---------------------------------------------------------------
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _means(model: nn.Module, ema: EmaTeacher | None) -> dict[str, Tensor]:
+    """The running means, by the names of the weights that they are of."""
+    return {} if ema is None else dict(zip(_trained(model), ema.shadow, strict=True))
+
+
+def _state_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: EmaTeacher | None
+) -> dict[str, Tensor]:
+    """Weights, moments and means as they are: whole, or this rank's shards (a DTensor's)."""
+    tensors = {f"{_EMA}/{name}": mean for name, mean in _means(model, ema).items()}
+    for name, parameter in _trained(model).items():
+        tensors[f"{_WEIGHT}/{name}"] = parameter.detach()
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{moment}/{name}"] = value
+    return tensors
+
+
+def _write_random_state(file: Path, device: torch.device) -> None:
+    tensors = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    name, keys, *rest = np.random.get_state(legacy=True)
+    numpy_state = [name, np.asarray(keys).tolist(), *rest]
+    metadata = {"python": json.dumps(random.getstate()), "numpy": json.dumps(numpy_state)}
+    save_file(tensors, file, metadata=metadata)
+
+
+def _read_random_state(file: Path, device: torch.device) -> None:
+    with safe_open(file, framework="pt") as stream:
+        metadata = stream.metadata()
+        torch.set_rng_state(stream.get_tensor("torch"))
+        if device.type == "cuda" and "cuda" in stream.keys():  # noqa: SIM118 (no container)
+            torch.cuda.set_rng_state(stream.get_tensor("cuda"), device)
+    version, keys, gauss = json.loads(metadata["python"])
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(json.loads(metadata["numpy"])))
+
+
+@contextmanager
+def _shard_files() -> Iterator[None]:
+    """For torch.distributed.checkpoint, which remarks on it where there is no process group, and
+    wraps what went wrong on whichever rank."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as wrapped:
+            failure, _ = next(iter(wrapped.failures.values()))
+            raise failure from wrapped
+
+
+# ---- saving --------------------------------------------------------------------------------------
+
+
+def _damage(checkpoint: Path, world: World) -> str | None:
+    """The first damage that any rank has found. A collective."""
+    found = gather_objects(find_damage(checkpoint, world.rank, world.size))
+    return next((damage for damage in found if damage is not None), None)
+
+
+@dataclass(frozen=True)
+class _Saving:
+    """One checkpoint on its way to the disk. Each rank writes; if one fails, all give up."""
+
+    target: Path
+    num_bytes: int
+    free_bytes: int
+
+    @property
+    def unfinished(self) -> Path:
+        return self.target.with_name(f".{self.target.name}.unfinished")
+
+    def attempt(self, write: Callable[[], object]) -> None:
+        """This rank's part. A collective; ValueError on every rank where any could not write."""
+        error = None
+        try:
+            write()
+        except (OSError, SafetensorError) as failure:
+            error = (
+                f"{self.target.name} could not be saved in {self.target.parent} ({failure}): it "
+                f"takes about {self.num_bytes / 1e6:.1f} MB, and {self.free_bytes / 1e6:.1f} MB "
+                "were free; what was written of it is removed, and the checkpoints before it are "
+                "intact; make room (--checkpoint.keep is how many stay) and go on with --resume "
+                f"{self.target.parent.parent}"
+            )
+        raise_together(error)
+
+    def make_directory(self) -> None:
+        if self.unfinished.exists():
+            shutil.rmtree(self.unfinished)
+        (self.unfinished / _SHARDS).mkdir(parents=True)
+
+    def write_shards(self, tensors: dict[str, Tensor], world: World) -> None:
+        """This rank's share of the tensors; what all ranks hold is written by one."""
+        path = str(self.unfinished / _SHARDS)
+        with _shard_files():
+            save(
+                {**tensors},
+                storage_writer=HuggingFaceStorageWriter(path, save_distributed=True),
+                no_dist=world.size == 1,
+            )
+
+    def finish(self, manifest: Manifest) -> None:
+        (self.unfinished / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
+        for path in (MANIFEST_FILE, _SHARDS, "."):
+            flush(self.unfinished / path)
+        if self.target.exists():
+            remove_checkpoint(self.target)
+        self.unfinished.rename(self.target)
+        flush(self.target.parent)
+
+
+def save_checkpoint(
+    run_dir: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    *,
+    keep: int,
+    world: World,
+    ema: EmaTeacher | None = None,
+) -> Path:
+    """Writes `checkpoints/step-N` (N = state["step"]) beside its place, then renames it there.
+
+    A collective: every rank calls it, with the same `state`. A step that is already saved, and
+    intact, stays as it is.
+    state: what JSON can hold, `step` among it.
+    keep: how many of the newest checkpoints stay; the one marked as best stays too.
+    ema: the teacher whose running mean is saved with the weights.
+
+    Raises ValueError, on every rank, where the disk does not take it.
+    """
+    target = checkpoint_directory(run_dir) / f"step-{int(state['step'])}"
+    if gather_objects(target.is_dir())[0] and _damage(target, world) is None:
+        return target
+    weights = gather_weights(model, keep=world.is_main)
+    tensors = _state_tensors(model, optimizer, ema)
+    # A DTensor counts all its shards, so this is what the ranks write together.
+    num_bytes = sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values()))
+    saving = _Saving(target, num_bytes, shutil.disk_usage(run_dir).free)
+    unfinished, share = saving.unfinished, {}
+
+    def write_small_files() -> None:
+        if not unfinished.is_dir():
+            raise OSError(f"rank {world.rank} does not see it: use a --run.dir that all nodes see")
+        _write_random_state(unfinished / f"rng-{world.rank}.safetensors", world.device)
+        if world.is_main:
+            write_weights(model, weights, unfinished)
+            record = {"state": state, "world_size": world.size}
+            (unfinished / STATE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+    try:
+        saving.attempt(lambda: world.is_main and saving.make_directory())
+        saving.attempt(write_small_files)
+        saving.attempt(lambda: saving.write_shards(tensors, world))
+        # All ranks' lists, for one's view of a shared directory may be older than another's.
+        listed = set().union(*gather_objects(set(file_names(unfinished))))
+        names = sorted(listed)[world.rank :: world.size]
+        saving.attempt(lambda: share.update(seal(unfinished, names)))
+        manifest = {name: entry for part in gather_objects(share) for name, entry in part.items()}
+        saving.attempt(lambda: world.is_main and saving.finish(manifest))
+    except ValueError:
+        if world.is_main and unfinished.exists():
+            shutil.rmtree(unfinished)
+        raise
+    if world.is_main:
+        prune(run_dir, target, keep)
+    return target
+
+
+# ---- loading -------------------------------------------------------------------------------------
+
+
+def load_checkpoint(
+    run_dir: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    world: World,
+    warn: Callable[[str], object],
+    ema: EmaTeacher | None = None,
+) -> dict[str, Any] | None:
+    """Restores the newest intact checkpoint, and returns the state that was saved with it.
+
+    A collective. Weights and moments are restored at any number of ranks, the random generators
+    where it is the number of ranks that saved them. None where nothing was saved yet.
+    warn: told, on the main rank, of each damaged checkpoint that is passed over.
+    ema: the teacher whose running mean is restored; without one, a mean in the checkpoint is left.
+
+    Raises ValueError where every checkpoint is damaged, or the checkpoint is of another model or
+    lacks the mean.
+    """
+    checkpoints = gather_objects(list_checkpoints(run_dir))[0]
+    for checkpoint in reversed(checkpoints):
+        damage = _damage(checkpoint, world)
+        if damage is None:
+            return _restore(checkpoint, model, optimizer, world, ema)
+        if world.is_main:
+            warn(f"{checkpoint} is damaged ({damage}): going back to the one before it")
+    if checkpoints:
+        names = ", ".join(path.name for path in checkpoints)
+        raise ValueError(
+            f"{run_dir} has no intact checkpoint: {names} are all damaged; put a copy of one in "
+            f"its place, or start again with --config {run_dir}/config.toml --run.dir {run_dir} "
+            "--run.overwrite true"
+        )
+    return None
+
+
+def _restore(
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    ema: EmaTeacher | None,
+) -> dict[str, Any]:
+    reader = HuggingFaceStorageReader(str(checkpoint / _SHARDS))
+    stored = reader.read_metadata().state_dict_metadata
+    parameters, means = _trained(model), _means(model, ema)
+    _check_same_model(checkpoint, stored, parameters)
+    _check_has_means(checkpoint, stored, means)
+    tensors: dict[str, Tensor] = {}
+    optimizer.state.clear()
+    for entry, meta in stored.items():
+        assert isinstance(meta, TensorStorageMetadata), meta
+        kind, _, name = entry.partition("/")
+        parameter = parameters[name]
+        if kind == _WEIGHT:
+            tensors[entry] = parameter.detach()
+        elif kind == _EMA:
+            if name not in means:
+                continue
+            tensors[entry] = means[name]
+        else:
+            # Adam's count of steps has no dimension, and lives on the CPU.
+            moment = torch.zeros_like(parameter.detach()) if meta.size else torch.zeros(())
+            tensors[entry] = optimizer.state[parameter][kind] = moment
+        assert tensors[entry].dtype == meta.properties.dtype, (entry, meta.properties)
+    with _shard_files():
+        load({**tensors}, storage_reader=reader, no_dist=world.size == 1)
+    record = json.loads((checkpoint / STATE_FILE).read_text())
+    if record["world_size"] == world.size:
+        _read_random_state(checkpoint / f"rng-{world.rank}.safetensors", world.device)
+    return record["state"]
+
+
+def _check_same_model(
+    checkpoint: Path, stored: dict[str, Any], parameters: dict[str, nn.Parameter]
+) -> None:
+    """The shapes of whole tensors, so that every rank comes to the same conclusion."""
+    saved = {e.partition("/")[2]: m.size for e, m in stored.items() if e.startswith(_WEIGHT + "/")}
+    present = {name: parameter.shape for name, parameter in parameters.items()}
+    differing = sorted(n for n in saved | present if saved.get(n) != present.get(n))
+    if differing:
+        first = differing[0]
+        sizes = [tuple(at[first]) if first in at else "absent" for at in (saved, present)]
+        raise ValueError(
+            f"{checkpoint} is of another model: {len(differing)} weights differ, {first} for one "
+            f"({sizes[0]} there, {sizes[1]} here); go on with the model and the lora settings that "
+            "the run began with, or start a new run"
+        )
+
+
+def _check_has_means(checkpoint: Path, stored: dict[str, Any], means: dict[str, Tensor]) -> None:
+    missing = [name for name in means if f"{_EMA}/{name}" not in stored]
+    if missing:
+        raise ValueError(
+            f"{checkpoint} holds no running mean of the adapters, which the teacher is to score "
+            "with: it was saved under another teacher; go on with the --teacher.weights that the "
+            "run began with, or start a new run"
+        )

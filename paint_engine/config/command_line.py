@@ -1,0 +1,357 @@
+"""The command line of a run.
+
+[--preset NAME | --config FILE.toml | --resume RUN_DIR] [--section.key value ...]
+[--dry-run] [--print-config]
+
+A preset or a file lies over the defaults, or over the preset that its first line `extends`;
+`--section.key value` lies over all. With nothing given it is the preset tiny.
+"""
+
+import argparse
+import difflib
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from rich.console import Console
+
+from paint_engine.config.schema import Config
+from paint_engine.config.toml import LEAVES, build_config, toml_value, value_of
+
+DEFAULT_PRESET = "tiny"
+_PRESETS = Path(__file__).with_name("presets")
+_EXTENDS = "extends"
+_LEAST_LIKENESS = 0.7
+"""of a guess, from 0 to 1: below it two names share letters by chance"""
+_OPTIONS = ("preset", "config", "resume", "dry-run", "print-config", "help")
+_SECTIONS = tuple(dict.fromkeys(key.rsplit(".", 1)[0] for key in LEAVES))
+# What decides how a step is computed and not what it computes may change, as the machines may.
+_MAY_DIFFER_ON_RESUME = (
+    "train.num_steps",
+    "train.max_tokens_per_microbatch",
+    "train.device",
+    "model.attention",
+    "rollout.engine",
+    "rollout.url",
+    "rollout.max_sequences",
+    "rollout.gpu_memory_utilization",
+    "rollout.tensor_parallel_size",
+    "rollout.adapter_dir",
+    "run.samples_per_step",
+    "run.tensorboard",
+    "run.auto_resume",
+)
+_SECTIONS_MAY_DIFFER_ON_RESUME = ("checkpoint.", "eval.", "parallel.")
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What the user asked for.
+
+    CommandLine(config, preset="tiny", dry_run=False, print_config=False, resume=None)
+
+    preset: None where `--config` or `--resume` was given.
+    resume: the run directory to go on with; `config.run.dir` is then that directory.
+    """
+
+    config: Config
+    preset: str | None
+    dry_run: bool
+    print_config: bool
+    resume: Path | None
+
+
+@contextmanager
+def user_errors(console: Console, rank: int = 0) -> Iterator[None]:
+    """Ends the program with one message and exit code 2 at a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        # A mistake may show on one rank alone, and be known to no other.
+        where = Console(stderr=True, highlight=False, markup=False) if rank else console
+        prefix = f"rank {rank}: " if rank else ""
+        where.print(f"{prefix}error: {error}", style="red", soft_wrap=True)
+        sys.exit(2)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(
+            f"{message}; needs --section.key value, or --section.key=value where the value begins "
+            "with a dash; --help lists every key"
+        )
+
+
+def _metavar(annotation: Any) -> str:
+    if annotation is bool:
+        return "true|false"
+    return "|".join(get_args(annotation)) if get_origin(annotation) is Literal else "VALUE"
+
+
+def _parser(prog: str) -> _Parser:
+    parser = _Parser(
+        prog=prog,
+        usage="%(prog)s [--preset NAME | --config FILE.toml | --resume RUN_DIR] "
+        "[--section.key value ...] [--dry-run] [--print-config]",
+        description=f"With nothing given, runs the preset {DEFAULT_PRESET!r}. The defaults below "
+        "are the paper's; a\npreset or a file lies over them, and --section.key value over both.",
+        epilog=f"presets:\n{_preset_listing()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME", help="a published recipe for a model: the list is at the end"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE.toml",
+        type=Path,
+        help=f'sections as TOML tables; {_EXTENDS} = "NAME" above them adds what a preset sets',
+    )
+    parser.add_argument(
+        "--resume", metavar="RUN_DIR", type=Path, help="go on with a run from its last checkpoint"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved TOML and stop"
+    )
+    groups = {section: parser.add_argument_group(section) for section in _SECTIONS}
+    for key, field in LEAVES.items():
+        text = f"{field.description} (default: {toml_value(field.default)})".replace("%", "%%")
+        groups[key.rsplit(".", 1)[0]].add_argument(
+            f"--{key}", metavar=_metavar(field.annotation), default=argparse.SUPPRESS, help=text
+        )
+    return parser
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names that `--preset` takes, sorted."""
+    return tuple(sorted(path.stem for path in _PRESETS.glob("*.toml")))
+
+
+def _preset_listing() -> str:
+    """A line a preset: its name, and what the first line of its file says of it."""
+    width = max(map(len, preset_names()))
+    firsts = ((_PRESETS / f"{name}.toml").read_text().splitlines()[0] for name in preset_names())
+    lines = zip(preset_names(), firsts, strict=True)
+    return "\n".join(f"  {name:{width}}  {first.lstrip('# ')}" for name, first in lines)
+
+
+def _guess(name: str, candidates: Iterable[str]) -> str:
+    """A question for the candidate that most resembles `name`, as a whole and in its last dotted
+    part, which may be one word of it or its initials: lr, learning_rate. Empty where none does."""
+    last = name.split(".")[-1]
+
+    def likeness(candidate: str) -> tuple[float, float]:
+        part = candidate.split(".")[-1]
+        words = part.split("_")
+        initials = "".join(word[0] for word in words)
+        is_short = last in (*words, initials) and len(last) > 1
+        in_part = 1.0 if is_short else difflib.SequenceMatcher(None, last, part).ratio()
+        return difflib.SequenceMatcher(None, name, candidate).ratio(), in_part
+
+    nearest = max(candidates, key=lambda candidate: sum(likeness(candidate)))
+    return f"; did you mean {nearest}?" if max(likeness(nearest)) >= _LEAST_LIKENESS else ""
+
+
+def _refuse_unknown(key: str, source: str, candidates: Iterable[str]) -> NoReturn:
+    section = key.split(".")[0]
+    inside = [leaf for leaf in LEAVES if leaf.startswith(f"{section}.")]
+    listing = f"; [{section}] has {', '.join(inside)}" if inside else ""
+    raise ValueError(
+        f"{source}: got the unknown key {key!r}; needs a key that --help lists{listing}"
+        f"{_guess(key, candidates)}"
+    )
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys. An empty table stays, as a key of its own."""
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        key = prefix + name
+        flat |= _flatten(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
+    return flat
+
+
+def _read_file(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """What a configuration file extends, and its own dotted keys and values, all of them known.
+
+    Raises ValueError naming the file, and the line or the nearest valid key.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such file; needs a TOML configuration; check the path, "
+            f"or name a preset: --preset {'|'.join(preset_names())}"
+        )
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not valid TOML: {error}; needs lines such as `num_steps = 40` under [train], "
+            "with text in quotes"
+        ) from error
+    parent = table.pop(_EXTENDS, None)
+    if parent is not None and not isinstance(parent, str):
+        raise ValueError(
+            f"{path}: {_EXTENDS}: got {parent!r}; needs a preset's name in quotes, such as "
+            f'{_EXTENDS} = "{DEFAULT_PRESET}"; --help lists them'
+        )
+    flat = _flatten(table)
+    for key in flat:
+        section, _, last = key.rpartition(".")
+        if section and last == _EXTENDS:
+            raise ValueError(
+                f"{path}: got {_EXTENDS} in the section [{section}]; needs it above the first "
+                "section, since it is for the whole file; move the line to the top"
+            )
+        if key not in LEAVES and not (flat[key] == {} and key in _SECTIONS):
+            _refuse_unknown(key, str(path), (*LEAVES, _EXTENDS))
+    return parent, {key: value for key, value in flat.items() if key in LEAVES}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Dotted keys and values of a run's configuration, which was written whole.
+
+    Raises ValueError naming the file, and the line or the nearest valid key.
+    """
+    parent, flat = _read_file(path)
+    if parent is not None:
+        raise ValueError(
+            f"{path}: got {_EXTENDS} = {parent!r}; needs every value in the file itself, since a "
+            f"preset may change after the run; start a new run with --config {path}"
+        )
+    return flat
+
+
+def _layers(
+    source: str, path: Path, followed: tuple[str, ...] = ()
+) -> list[tuple[str, dict[str, Any]]]:
+    """A file's values over those of the presets that it extends, as (source, dotted keys and
+    values) pairs, the lowest first.
+
+    followed: the presets that led here.
+    """
+    parent, flat = _read_file(path)
+    if parent is None:
+        return [(source, flat)]
+    below = _preset_path(parent, f"{path}: {_EXTENDS}")
+    if parent in followed:
+        raise ValueError(
+            f"{path}: {_EXTENDS}: got {parent!r}, which extends this file in turn "
+            f"({' -> '.join((*followed, parent))}); needs a preset that does not; name another"
+        )
+    return [*_layers(f"preset {parent}", below, (*followed, parent)), (source, flat)]
+
+
+def _takes_text(annotation: Any) -> bool:
+    if get_origin(annotation) in (Literal, tuple):
+        return False
+    return annotation is str or any(_takes_text(part) for part in get_args(annotation))
+
+
+def parse_value(text: str, key: str) -> Any:
+    """TOML where `text` is TOML, else `text` itself; a text field keeps 2024 and true as text."""
+    takes_text = _takes_text(LEAVES[key].annotation)
+    # Lowered for True and False, as Python writes them.
+    for attempt in (text,) if takes_text else (text, text.lower()):
+        with suppress(tomllib.TOMLDecodeError):
+            value = tomllib.loads(f"value = {attempt}")["value"]
+            return text if takes_text and not isinstance(value, str) else value
+    if not takes_text:
+        # TOML has no .5 and no 1.
+        with suppress(ValueError):
+            return float(text)
+    return text
+
+
+def _check_resumed(run_dir: Path, config: Config, recorded: Config, keys: Iterable[str]) -> None:
+    for key in keys:
+        before, now = value_of(recorded, key), value_of(config, key)
+        scheduled = key == "train.num_steps" and recorded.optim.schedule != "constant"
+        if scheduled and before != now:
+            raise ValueError(
+                f"--{key} with --resume: got {now!r}, but the run was started with {before!r} and "
+                f"a {recorded.optim.schedule} schedule, which is made for that many steps; needs "
+                "the same value; start a new run instead"
+            )
+        free = key in _MAY_DIFFER_ON_RESUME or key.startswith(_SECTIONS_MAY_DIFFER_ON_RESUME)
+        if not free and before != now:
+            raise ValueError(
+                f"--{key} with --resume: got {now!r}, but the run was started with {before!r}; "
+                "needs the same value, because a resumed run goes on with the same training: only "
+                f"{', '.join(_MAY_DIFFER_ON_RESUME)}, checkpoint.*, eval.* and parallel.* may "
+                f"change; start a new run instead: --config {run_dir / 'config.toml'} "
+                f"--run.dir none --{key} VALUE"
+            )
+
+
+def check_same_run(run_dir: Path, config: Config) -> None:
+    """Raises ValueError where the run in the directory was started with other settings that decide
+    what it computes."""
+    recorded = build_config([(str(run_dir), read_toml(run_dir / "config.toml"))])
+    keys = (key for key in LEAVES if key not in ("run.dir", "run.overwrite"))
+    _check_resumed(run_dir, config, recorded, keys)
+
+
+def _resume(run_dir: Path, overrides: Mapping[str, Any]) -> Config:
+    path = run_dir / "config.toml"
+    if not path.is_file():
+        raise ValueError(
+            f"--resume {run_dir}: no config.toml there; needs the directory of an earlier run; "
+            "check the path, or start a new run without --resume"
+        )
+    # A run directory that was moved goes on where it is now.
+    layers = [(str(path), read_toml(path)), ("--resume", {"run.dir": str(run_dir)})]
+    recorded = build_config(layers)
+    config = build_config([*layers, ("command line", overrides)])
+    _check_resumed(run_dir, config, recorded, overrides)
+    return config
+
+
+def _preset_path(name: str, asked_by: str) -> Path:
+    names = preset_names()
+    if name not in names:
+        raise ValueError(
+            f"{asked_by}: got {name!r}; needs one of {', '.join(names)}{_guess(name, names)}"
+        )
+    return _PRESETS / f"{name}.toml"
+
+
+def load_config(argv: Sequence[str], *, prog: str = "python -m paint_engine.train") -> CommandLine:
+    """The command line's configuration, every value checked; `-h` prints all keys and exits.
+
+    argv: without the program's name, such as ["--preset", "tiny", "--train.num_steps", "10"].
+    prog: the command as `--help` names it.
+
+    Raises ValueError: what came, what is needed, what to do; one line for each value refused.
+    """
+    parser = _parser(prog)
+    flags, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        if name.startswith("--"):
+            _refuse_unknown(name[2:], name, (*LEAVES, *_OPTIONS))
+        parser.error(f"got the argument {name!r} outside of any key")
+    given = [name for name in ("preset", "config", "resume") if getattr(flags, name) is not None]
+    if len(given) > 1:
+        raise ValueError(
+            f"got --{' and --'.join(given)}; needs at most one of them, since each is a whole "
+            "configuration; keep one and set single values with --section.key value"
+        )
+    texts = {key: value for key, value in vars(flags).items() if key in LEAVES}
+    overrides = {key: parse_value(text, key) for key, text in texts.items()}
+    preset = None
+    if flags.resume is not None:
+        config = _resume(flags.resume, overrides)
+    else:
+        if flags.config is not None:
+            layers = _layers(str(flags.config), flags.config)
+        else:
+            preset = DEFAULT_PRESET if flags.preset is None else flags.preset
+            layers = _layers(f"preset {preset}", _preset_path(preset, "--preset"), (preset,))
+        config = build_config([*layers, ("command line", overrides)])
+    return CommandLine(config, preset, flags.dry_run, flags.print_config, flags.resume)

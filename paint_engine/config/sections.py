@@ -1,0 +1,394 @@
+"""The sections of a run's configuration: every key, its default (the paper's) and the values that
+it takes.
+
+Modules that receive a section can trust it. What depends on two sections at once: `config.py`.
+"""
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+
+from paint_engine.config import templates
+
+T = TypeVar("T")
+
+
+def _top_k_is_on_or_off(top_k: int) -> int:
+    if top_k < 1 and top_k != -1:
+        raise ValueError("-1 (all tokens) or a count of at least 1")
+    return top_k
+
+
+# TOML has no null: "none" stands for it, in files and on the command line.
+OrNone = Annotated[
+    T | None,
+    BeforeValidator(lambda v: None if isinstance(v, str) and v.lower() == "none" else v),
+]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
+TopK = Annotated[int, AfterValidator(_top_k_is_on_or_off)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+# Strict mode refuses the list that TOML gives for a tuple.
+TextTuple = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Section(BaseModel):
+    """Strict, so that 40.5 steps, `true` steps and "40" steps are refused, not converted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    name_or_path: Text = Field(
+        default="tiny", description="'tiny', a model directory or a Hugging Face id"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="of frozen weights and of the arithmetic: auto = bfloat16 on a GPU that has "
+        "it, else float32; trained weights are float32 always",
+    )
+    attention: Literal["auto", "padded", "packed", "varlen", "flash_attention_2"] = Field(
+        default="auto",
+        description="in the loss: padded rows, or packed sequences by a dense mask (packed), "
+        "PyTorch's varlen or flash-attn; auto: varlen on a GPU in bfloat16, else padded",
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="run Python code that comes with the model"
+    )
+
+
+class LoraSection(Section):
+    enabled: bool = Field(default=True, description="train adapters; false trains all weights")
+    rank: PositiveInt = Field(default=64, description="rank r of the adapters")
+    alpha: PositiveInt = Field(default=128, description="adapters are scaled by alpha / rank")
+    dropout: Decay = Field(default=0.0, description="dropout probability on the adapters' input")
+    target_modules: TextTuple = Field(
+        default=LORA_TARGETS, description="linear layers that get adapters"
+    )
+
+
+class ColumnsSection(Section):
+    problem: OrNone[Text] = Field(
+        default=None, description="column of the question (none = detect)"
+    )
+    solution: OrNone[Text] = Field(
+        default=None, description="column of the solution (none = detect)"
+    )
+    answer: OrNone[Text] = Field(
+        default=None, description="column of the final answer (none = detect)"
+    )
+
+
+class DataSection(Section):
+    path: Text = Field(
+        default="tiny",
+        description="'tiny', a .jsonl/.json/.parquet file, or a datasets id[:config]",
+    )
+    split: Text = Field(default="train", description="split of 'tiny' or of a datasets id")
+    columns: ColumnsSection = Field(
+        default=ColumnsSection(), description="column names that are not detected"
+    )
+    on_bad_row: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="stop at a row that cannot be used, or skip and count it (eval's rows too)",
+    )
+    max_rows: OrNone[PositiveInt] = Field(
+        default=None, description="use the first so many problems"
+    )
+    max_prompt_tokens: OrNone[PositiveInt] = Field(
+        default=None, description="drop problems whose student prompt is longer, in tokens"
+    )
+
+
+class PromptsSection(Section):
+    student_thinking: bool = Field(
+        default=False, description="chat template's thinking switch, student"
+    )
+    teacher_thinking: bool = Field(
+        default=False, description="chat template's thinking switch, teacher"
+    )
+    instruction: str = Field(
+        default=INSTRUCTION, description="{instruction} in templates: closing line of both prompts"
+    )
+    student_template: templates.Student = Field(
+        default=templates.STUDENT,
+        description="the student's message, in evaluations too: {problem}, {instruction}",
+    )
+    teacher_template: templates.Teacher = Field(
+        default=templates.TEACHER,
+        description="the teacher's message: {problem}, {solution}, {part_of} (nothing where it is "
+        "whole), {rationale} (its section, if any), {instruction}",
+    )
+    rationale_template: templates.Rationale = Field(
+        default=templates.RATIONALE,
+        description="section that {rationale} in teacher_template stands for, with reason_first",
+    )
+    reason_template: templates.Reason = Field(
+        default=templates.REASON,
+        description="what asks the teacher for a rationale, with reason_first: {problem}, "
+        "{solution}, {part_of}, {instruction}",
+    )
+    teacher_suffix: str = Field(
+        default="", description="text right after the teacher's generation prompt"
+    )
+
+
+class MaskingSection(Section):
+    rho_wrong: UnitInterval = Field(
+        default=0.30, description="hidden fraction at overlap 0 (Eq. 5)"
+    )
+    rho_correct: UnitInterval = Field(
+        default=0.40, description="hidden fraction at overlap 1 (Eq. 5)"
+    )
+    placement: Literal["suffix", "prefix", "middle", "random", "sentence_suffix"] = Field(
+        default="suffix", description="which part of the solution is hidden"
+    )
+    marker: str = Field(default="...(omitted)...", description="text in the hidden part's place")
+
+
+class RolloutSection(Section):
+    temperature: PositiveFloat = Field(default=1.1, description="sampling temperature")
+    top_p: TopP = Field(default=0.95, description="nucleus mass")
+    top_k: TopK = Field(default=20, description="likeliest tokens kept; -1 = all")
+    max_new_tokens: PositiveInt = Field(default=1024, description="longest completion, in tokens")
+    max_sequences: PositiveInt = Field(default=64, description="sequences decoded at once")
+    engine: Literal["auto", "vllm", "builtin"] = Field(
+        default="auto",
+        description="what samples, in training and evaluation: auto = vLLM where it is installed "
+        "or rollout.url is given, else the built-in sampler",
+    )
+    url: OrNone[Text] = Field(
+        default=None,
+        description="vLLM's OpenAI-compatible server, such as http://node7:8000 (none = in this "
+        "process)",
+    )
+    ahead: Annotated[int, Field(ge=0, le=1)] = Field(
+        default=0,
+        description="1 = sample the next batch while this one trains, from weights that are one "
+        "step old",
+    )
+    gpu_memory_utilization: Fraction = Field(
+        default=0.35, description="share of the GPU's memory for vLLM in this process"
+    )
+    tensor_parallel_size: PositiveInt = Field(
+        default=1, description="GPUs that one vLLM engine in these processes is spread over"
+    )
+    adapter_dir: OrNone[Text] = Field(
+        default=None,
+        description="where adapters are handed to vLLM (none = shared memory); a server elsewhere "
+        "must see it too",
+    )
+
+
+class TeacherSection(Section):
+    weights: Literal["fixed", "ema", "live"] = Field(
+        default="fixed",
+        description="whose they are: the base's (adapters off), a running mean of the student's "
+        "(ema), or the student's own at each step (live)",
+    )
+    ema_decay: Decay = Field(
+        default=0.999, description="share of the old mean that each step keeps (ema)"
+    )
+    reason_first: bool = Field(
+        default=False,
+        description="the teacher first writes a rationale from the shown solution, and scores with "
+        "it in its prompt",
+    )
+    reason_max_new_tokens: PositiveInt = Field(
+        default=512, description="longest rationale, in tokens"
+    )
+
+
+class ObjectiveSection(Section):
+    name: Literal["paint", "sampled_token", "grpo", "sft"] = Field(
+        default="paint",
+        description="paint = divergence to the teacher over the vocabulary (OPSD too); "
+        "sampled_token = policy gradient by log p_T - log p_S; grpo; sft = on the solutions",
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        default="forward_kl",
+        description="KL(teacher, student), KL(student, teacher), or the generalised "
+        "Jensen-Shannon divergence",
+    )
+    jsd_weight: Fraction = Field(
+        default=0.5, description="the teacher's weight in the mixture of jsd"
+    )
+    pointwise_clip: OrNone[PositiveFloat] = Field(
+        default=0.06,
+        description="tau: upper bound of each vocabulary entry's KL term, in nats (Eq. 3)",
+    )
+    top_fraction: UnitInterval = Field(
+        default=0.03,
+        description="f: fraction of a rollout's tokens whose target is interpolated (Eq. 12)",
+    )
+    interpolation_weight: UnitInterval = Field(
+        default=0.03, description="k: weight of the student's logits in those targets (Eq. 12)"
+    )
+    temperature: PositiveFloat = Field(
+        default=1.1,
+        description="divides both roles' logits in the loss; OPSD's code takes the sampling "
+        "temperature, here it is set on its own and does not follow rollout.temperature",
+    )
+    reduction: Literal["sequence_mean", "token_mean"] = Field(
+        default="sequence_mean", description="mean over rollouts of token means, or over all tokens"
+    )
+    entropy_floor: PositiveFloat = Field(
+        default=1e-6, description="least student entropy in the ratio, in nats (Eq. 9)"
+    )
+    teacher_top_k: OrNone[PositiveInt] = Field(
+        default=None,
+        description="restrict both roles to the teacher's k likeliest entries (none = all)",
+    )
+    importance_cap: OrNone[PositiveFloat] = Field(
+        default=None,
+        description="weigh tokens by min(p_trainer / p_sampler, this) in sampled_token and grpo; "
+        "none = no correction of the sampler's mismatch",
+    )
+
+
+class GrpoSection(Section):
+    group_size: Annotated[int, Field(ge=2)] = Field(
+        default=8, description="rollouts of one problem; train.batch_size counts rollouts"
+    )
+    ratio_clip_low: Fraction = Field(
+        default=0.2, description="the probability ratio is kept above 1 - this"
+    )
+    ratio_clip_high: PositiveFloat = Field(
+        default=0.28, description="the probability ratio is kept below 1 + this"
+    )
+    kl_weight: NonNegativeFloat = Field(
+        default=0.0, description="weight of the KL to the base, by the k3 estimate"
+    )
+    scale_by_std: bool = Field(
+        default=True, description="divide a group's advantages by its rewards' standard deviation"
+    )
+    skip_zero_variance: bool = Field(
+        default=False,
+        description="leave out the passes of groups whose rewards are all equal: without a KL "
+        "their gradient is zero",
+    )
+    num_updates: PositiveInt = Field(
+        default=1, description="optimizer steps on each batch of rollouts"
+    )
+    reward: Literal["verified", "first_box"] = Field(
+        default="verified",
+        description="verified = the answer check; first_box = the first box equals the answer as "
+        "lower-case text, as in OPSD's code",
+    )
+
+
+class OptimSection(Section):
+    learning_rate: PositiveFloat = Field(default=5e-6, description="AdamW's peak learning rate")
+    weight_decay: NonNegativeFloat = Field(
+        default=0.0, description="AdamW's decoupled weight decay"
+    )
+    beta1: Decay = Field(default=0.9, description="AdamW's decay of the first moment")
+    beta2: Decay = Field(default=0.999, description="AdamW's decay of the second moment")
+    eps: PositiveFloat = Field(default=1e-8, description="AdamW's epsilon")
+    max_grad_norm: PositiveFloat = Field(
+        default=0.1, description="gradients are scaled to this L2 norm"
+    )
+    warmup_steps: NonNegativeInt = Field(default=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="learning rate after the warm-up; linear and cosine end at 0",
+    )
+
+
+class TrainSection(Section):
+    num_steps: PositiveInt = Field(default=100, description="optimizer steps")
+    batch_size: PositiveInt = Field(default=32, description="rollouts a step")
+    max_tokens_per_microbatch: PositiveInt = Field(
+        default=16384, description="tokens of one forward pass, prompts included"
+    )
+    seed: NonNegativeInt = Field(default=0, description="seeds data order, adapters and sampling")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto = a GPU if there is one"
+    )
+
+
+class ParallelSection(Section):
+    shard: Literal["full", "replicate"] = Field(
+        default="full",
+        description="under torchrun: weights split over all ranks (FSDP2), or whole on each",
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute each layer in the backward pass: slower, less memory"
+    )
+    device_memory_gb: OrNone[PositiveFloat] = Field(
+        default=None,
+        description="memory of one GPU, in GiB (an 80 GB one has 80), that the estimate must fit; "
+        "none = this machine's",
+    )
+
+
+class EvalSection(Section):
+    enabled: bool = Field(default=True, description="evaluate at all")
+    path: Text = Field(default="tiny", description="like data.path")
+    split: Text = Field(default="test", description="like data.split")
+    columns: ColumnsSection = Field(default=ColumnsSection(), description="like data.columns")
+    num_problems: OrNone[PositiveInt] = Field(
+        default=128, description="the first so many (none = all)"
+    )
+    num_samples: PositiveInt = Field(
+        default=12, description="completions a problem: the k of Avg@k"
+    )
+    temperature: PositiveFloat = Field(default=1.0, description="sampling temperature")
+    top_p: TopP = Field(default=0.95, description="nucleus mass")
+    top_k: TopK = Field(default=-1, description="likeliest tokens kept; -1 = all")
+    max_new_tokens: PositiveInt = Field(default=38912, description="longest completion, in tokens")
+    max_sequences: PositiveInt = Field(
+        default=64,
+        description="sequences that the built-in sampler decodes at once (vLLM: rollout's)",
+    )
+    thinking: bool = Field(
+        default=True, description="chat template's thinking switch in evaluation"
+    )
+    every: NonNegativeInt = Field(
+        default=0, description="steps between evaluations (0 = none in between)"
+    )
+    at_start: bool = Field(default=True, description="evaluate before the first step")
+    at_end: bool = Field(default=True, description="evaluate after the last step")
+
+
+class CheckpointSection(Section):
+    every: NonNegativeInt = Field(
+        default=20, description="steps between checkpoints (0 = only the last)"
+    )
+    keep: PositiveInt = Field(
+        default=2, description="newest checkpoints kept, beside the best evaluated one"
+    )
+
+
+class RunSection(Section):
+    dir: OrNone[Text] = Field(
+        default=None, description="run directory (none = runs/<preset or name>-<UTC time>)"
+    )
+    overwrite: bool = Field(default=False, description="replace an existing run directory")
+    auto_resume: bool = Field(
+        default=False,
+        description="go on with the run in run.dir where there is one, else start it: for jobs "
+        "that are queued again",
+    )
+    samples_per_step: NonNegativeInt = Field(
+        default=2, description="rollouts of a step kept for the report"
+    )
+    tensorboard: bool = Field(default=False, description="also write TensorBoard events")
+    wandb_project: OrNone[Text] = Field(
+        default=None, description="also log to this Weights & Biases project"
+    )

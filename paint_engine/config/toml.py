@@ -1,0 +1,101 @@
+"""Dotted keys and TOML text to the configuration of a run, and back."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from paint_engine.config.schema import Config
+
+
+def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:
+    """Every key that can be set, dotted ("data.columns.problem"), with its pydantic field."""
+    leaves: dict[str, FieldInfo] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            leaves |= leaf_fields(field.annotation, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = field
+    return leaves
+
+
+LEAVES: Mapping[str, FieldInfo] = leaf_fields()
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    return reduce(getattr, key.split("."), config)
+
+
+def build_config(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Config:
+    """Config from (source, dotted keys) layers, later ones over earlier ones.
+
+    Raises ValueError with one line for each value refused: source, key, what came, what is needed.
+    """
+    nested: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, flat in layers:
+        for key, value in flat.items():
+            *sections, name = key.split(".")
+            table = nested
+            for section in sections:
+                table = table.setdefault(section, {})
+            table[name] = value
+            sources[key] = source
+    try:
+        return Config.model_validate(nested)
+    except ValidationError as error:
+        raise ValueError(_explain(error, sources)) from error
+
+
+def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
+    lines = []
+    for item in error.errors():
+        loc, message = item["loc"], item["msg"].removeprefix("Value error, ")
+        # The index of a list's item follows the key itself.
+        key = ".".join(str(part) for part in loc if isinstance(part, str))
+        if key not in LEAVES:
+            lines.append(message)
+            continue
+        field = LEAVES[key]
+        needed = re.sub(r"^\w+ should (be|have) | after validation.*", "", message)
+        needed = needed.replace("valid tuple", "list of texts")
+        example = toml_value(field.default)
+        # What TOML has escaped, a shell would read too.
+        example = shlex.quote(example) if "\\" in example else example
+        lines.append(
+            f"{sources[key]}: {key}: got {item['input']!r}; needs {needed} ({field.description}); "
+            f"for example --{key} {example}"
+        )
+    return "\n".join(lines)
+
+
+def toml_value(value: object) -> str:
+    """One TOML value; None is written as "none"."""
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(toml_value(item) for item in value)}]"
+    assert isinstance(value, str), f"no TOML form for {value!r}"
+    # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML; reading it back gives an equal `Config`."""
+    # TOML allows a table's header once, and data has keys on both sides of data.columns.
+    tables: dict[str, list[str]] = {}
+    for key in LEAVES:
+        section, name = key.rsplit(".", 1)
+        lines = tables.setdefault(section, [f"[{section}]"])
+        lines.append(f"{name} = {toml_value(value_of(config, key))}")
+    return "\n\n".join("\n".join(lines) for lines in tables.values()) + "\n"

@@ -1,0 +1,205 @@
+"""The problems of a run with their prompts, checked against the model's context, and the problems
+of each step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from paint_engine.config.schema import Config
+from paint_engine.data.rows import load_problems, problem_order
+from paint_engine.distributed import World, my_share
+from paint_engine.prompts.chat import encode_student_prompt, encode_teacher_prompt
+from paint_engine.prompts.rationale import encode_reason_prompt
+from paint_engine.seeds import request_seed
+from paint_engine.types import Problem
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """Problems and the student's prompt ids for each, in one order.
+
+    `num_skipped` rows of the source were bad or too long, and were skipped as asked.
+    """
+
+    problems: tuple[Problem, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    num_skipped: int
+
+
+def _check_length(
+    problem: Problem, num_tokens: int, context: int, completion: int, role: str, limit_key: str
+) -> None:
+    room = context - completion
+    if room < 1:
+        raise ValueError(
+            f"--{limit_key}: got {completion}; needs less than the model's context of {context} "
+            "tokens, in which a prompt must fit too; lower it"
+        )
+    if num_tokens > room:
+        raise ValueError(
+            f"{problem.problem_id}: the {role}'s prompt takes {num_tokens} tokens, but the model's "
+            f"context leaves {room} beside a completion: lower --{limit_key}, or leave out this "
+            "problem" + ("" if role == "evaluation" else " with --data.max_prompt_tokens")
+        )
+
+
+def _check_teacher_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, problem: Problem, context: int
+) -> None:
+    """Of one problem, with the whole solution hidden: what does not fit so never will."""
+    prompts, marker = config.prompts, config.masking.marker
+    teacher, _ = encode_teacher_prompt(tokenizer, problem, marker, prompts, marker=marker)
+    completion = config.rollout.max_new_tokens
+    _check_length(problem, len(teacher), context, completion, "teacher", "rollout.max_new_tokens")
+    if config.teacher.reason_first:
+        request, _ = encode_reason_prompt(
+            tokenizer, problem, marker, prompts, thinking=False, max_tokens=None, marker=marker
+        )
+        rationale, key = config.teacher.reason_max_new_tokens, "teacher.reason_max_new_tokens"
+        _check_length(problem, len(request), context, rationale, "reasoning teacher", key)
+
+
+def load_train_set(
+    config: Config, tokenizer: PreTrainedTokenizerBase, context: int, say: Callable[[str], object]
+) -> ProblemSet:
+    """Training problems with prompts that fit: the student's, and the teacher's without the
+    solution. `say` is told what was left out."""
+    data, prompts = config.data, config.prompts
+    loaded = load_problems(
+        data.path,
+        split=data.split,
+        columns=data.columns,
+        on_bad_row=data.on_bad_row,
+        max_rows=data.max_rows,
+        # Rewards ask for the answer alone.
+        needs_solution=config.objective.name != "grpo",
+    )
+    limits = context, config.rollout.max_new_tokens
+    kept: list[Problem] = []
+    kept_prompts: list[tuple[int, ...]] = []
+    for problem in loaded.problems:
+        student = encode_student_prompt(
+            tokenizer, problem, prompts, thinking=prompts.student_thinking
+        )
+        if data.max_prompt_tokens is not None and len(student) > data.max_prompt_tokens:
+            continue
+        _check_length(problem, len(student), *limits, "student", "rollout.max_new_tokens")
+        if config.uses_teacher:
+            _check_teacher_prompts(config, tokenizer, problem, context)
+        kept.append(problem)
+        kept_prompts.append(student)
+    if not kept:
+        raise ValueError(
+            f"{data.path}: all {len(loaded.problems)} problems have prompts longer than "
+            f"data.max_prompt_tokens = {data.max_prompt_tokens}: raise it"
+        )
+    num_long = len(loaded.problems) - len(kept)
+    if loaded.num_skipped or num_long:
+        long = f" and {num_long} with more than {data.max_prompt_tokens} prompt tokens"
+        say(
+            f"{data.path}: kept {len(kept)} problems, skipped {loaded.num_skipped} bad rows"
+            + (long if num_long else "")
+        )
+    return ProblemSet(tuple(kept), tuple(kept_prompts), loaded.num_skipped + num_long)
+
+
+def load_eval_set(
+    config: Config, tokenizer: PreTrainedTokenizerBase, context: int, say: Callable[[str], object]
+) -> ProblemSet | None:
+    """Held-out problems with the prompts that the student is evaluated on; None where that is
+    off. `say` is told what was left out."""
+    section = config.eval
+    if not section.enabled:
+        return None
+    loaded = load_problems(
+        section.path,
+        split=section.split,
+        columns=section.columns,
+        on_bad_row=config.data.on_bad_row,
+        max_rows=section.num_problems,
+        section="eval",
+    )
+    if loaded.num_skipped:
+        say(f"{section.path}: skipped {loaded.num_skipped} bad rows")
+    encoded = []
+    for problem in loaded.problems:
+        ids = encode_student_prompt(tokenizer, problem, config.prompts, thinking=section.thinking)
+        limits = context, section.max_new_tokens
+        _check_length(problem, len(ids), *limits, "evaluation", "eval.max_new_tokens")
+        encoded.append(ids)
+    return ProblemSet(loaded.problems, tuple(encoded), loaded.num_skipped)
+
+
+def longest_sequence(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    train_set: ProblemSet,
+    eval_set: ProblemSet | None,
+) -> int:
+    """Tokens of the longest prompt with the longest completion of all that is sampled: rollouts,
+    a teacher's rationales, evaluations."""
+    sizes = [max(map(len, train_set.prompts)) + config.rollout.max_new_tokens]
+    if config.teacher.reason_first:
+        # The longest text need not be the longest in tokens, but it is close: some room is left.
+        longest = max(train_set.problems, key=lambda p: len(p.problem) + len(p.solution))
+        prompt, _ = encode_reason_prompt(
+            tokenizer,
+            longest,
+            longest.solution,
+            config.prompts,
+            thinking=False,
+            max_tokens=None,
+            marker=config.masking.marker,
+        )
+        sizes.append(len(prompt) * 5 // 4 + config.teacher.reason_max_new_tokens)
+    if eval_set is not None:
+        sizes.append(max(map(len, eval_set.prompts)) + config.eval.max_new_tokens)
+    return max(sizes)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One rollout to be sampled: Request(index=3, problem=problem, prompt_ids=(1, 9, 4), seed=17)
+
+    index: its place in the step's batch.
+    """
+
+    index: int
+    problem: Problem
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+def batch_requests(config: Config, train_set: ProblemSet, step: int) -> list[Request]:
+    """A step's requests, of all ranks. GRPO's groups, several rollouts of one problem, are
+    consecutive."""
+    seed = config.train.seed
+    repeats = config.grpo.group_size if config.objective.name == "grpo" else 1
+    count = config.train.batch_size // repeats
+    places = batch_indices(len(train_set.problems), count, seed, step)
+    requests = []
+    for index in range(config.train.batch_size):
+        place = places[index // repeats]
+        problem = train_set.problems[place]
+        request = request_seed("rollout", seed, step, problem.problem_id, index)
+        requests.append(Request(index, problem, train_set.prompts[place], request))
+    return requests
+
+
+def step_requests(config: Config, train_set: ProblemSet, step: int, world: World) -> list[Request]:
+    """This rank's requests of a step."""
+    return my_share(batch_requests(config, train_set, step), world)
+
+
+def batch_indices(num_problems: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Indices of the problems of one step, counted from 0, over all devices.
+
+    Steps walk through one epoch after another and within an epoch repeat nothing; the batch in
+    which an epoch ends goes on with the next one, so it may hold a problem twice.
+    """
+    assert num_problems > 0, "an epoch without problems never ends"
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    epochs = {position // num_problems for position in positions}
+    orders = {epoch: problem_order(num_problems, seed, epoch) for epoch in epochs}
+    return [orders[p // num_problems][p % num_problems] for p in positions]

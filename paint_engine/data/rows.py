@@ -1,0 +1,321 @@
+"""Rows of a file or data set to Problems, and the order in which training sees them.
+
+Column names that are known, as they stand (the first set that a row has wins):
+
+    problem, solution, answer or Answer if there is one      AIME, MATH, OPSD's OpenThoughts subset
+    question, solution, answer if there is one
+    question, answer                                         GSM8K: the answer ends in "#### 72"
+    Question, COT_Reason, Answer if there is one             OpenThoughts
+    Question, Answer                                         the answer is the worked solution
+    problem, answer                                          no solution: for evaluation alone
+
+Where no column holds the final answer it is taken from the solution: after "####", or the last box.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from paint_engine.config.sections import ColumnsSection
+from paint_engine.rewards.boxes import extract_boxed
+from paint_engine.types import Problem
+
+_KNOWN_COLUMNS: tuple[tuple[str, str | None, tuple[str, ...]], ...] = (
+    ("problem", "solution", ("answer", "Answer")),
+    ("question", "solution", ("answer",)),
+    ("question", "answer", ()),
+    ("Question", "COT_Reason", ("Answer",)),
+    ("Question", "Answer", ()),
+    ("problem", None, ("answer",)),
+)
+
+
+_FILE_ENDINGS = (".jsonl", ".json", ".parquet")
+
+
+# A longer text in an Answer column is a worked solution; the final answer is then the last box.
+_MAX_ANSWER_CHARS = 100
+_CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
+_THOUSANDS_SEPARATOR = re.compile(r"(?<=\d),(?=\d{3})")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class LoadedProblems:
+    """LoadedProblems(problems=(Problem("a.jsonl:1", ...), ...), num_skipped=1)"""
+
+    problems: tuple[Problem, ...]
+    num_skipped: int
+
+
+class _BadRow(Exception):
+    """Why one row cannot be used: what came and what is needed."""
+
+
+def load_problems(
+    path: str,
+    *,
+    split: str,
+    columns: ColumnsSection,
+    on_bad_row: Literal["stop", "skip"],
+    max_rows: int | None,
+    section: Literal["data", "eval"] = "data",
+    needs_solution: bool = True,
+) -> LoadedProblems:
+    """Problems of "tiny", a .jsonl/.json/.parquet file, a directory or a `datasets` id[:config].
+
+    split: the part of "tiny" or of a `datasets` id; files have none.
+    max_rows: the first so many usable rows; None = all.
+    section: the section of the configuration that asks, which the messages then name. "eval" needs
+        no solution.
+    needs_solution: training does; where none is needed and a row has none, it is "".
+
+    Raises ValueError where a row cannot be used (on_bad_row "stop"), the source cannot be read, or
+    no problem is left.
+    """
+    if path == "tiny":
+        from paint_engine.tiny.problems import load_split
+
+        return LoadedProblems(tuple(load_split(split, max_rows)), 0)
+    problems: list[Problem] = []
+    num_skipped, first_bad = 0, ""
+    needed = needs_solution and section == "data"
+    for place, row in _read_rows(path, split, section):
+        try:
+            problems.append(_to_problem(place, row, columns, needs_solution=needed))
+        except _BadRow as error:
+            if on_bad_row == "stop":
+                raise ValueError(
+                    f"{place}: {error}; correct the row, name the columns with "
+                    f"--{section}.columns.problem NAME (.solution, .answer), or leave such rows "
+                    "out with --data.on_bad_row skip"
+                ) from error
+            num_skipped += 1
+            first_bad = first_bad or f", the first {place}: {error}"
+        if len(problems) == max_rows:
+            break
+    if not problems:
+        raise ValueError(
+            f"--{section}.path {path}: no problem left ({num_skipped} rows skipped{first_bad}); "
+            f"needs at least one row that can be used; name its columns with "
+            f"--{section}.columns.problem NAME (.solution, .answer), or choose other data"
+        )
+    return LoadedProblems(tuple(problems), num_skipped)
+
+
+def _read_rows(path: str, split: str, section: str) -> Iterator[tuple[str, object]]:
+    """(place, row) pairs; a JSONL row is its line's bytes, so that a bad one can be skipped."""
+    file = Path(path).expanduser()
+    ending = file.suffix.lower()
+    if not file.is_file():
+        # An id has one slash at most, between owner and name.
+        is_path = ending in _FILE_ENDINGS or path.startswith(("/", ".", "~")) or path.count("/") > 1
+        if is_path and not file.is_dir():
+            raise ValueError(
+                f"--{section}.path {path}: there is no such file; needs a .jsonl, .json or "
+                f".parquet file, or a datasets id; check the path (taken from {Path.cwd()})"
+            )
+        return _dataset_rows(str(file) if file.is_dir() else path, split, section)
+    if ending not in _FILE_ENDINGS:
+        raise ValueError(
+            f"--{section}.path {path}: got the file ending {ending!r}; needs one of "
+            f"{', '.join(_FILE_ENDINGS)}; convert the file, or rename it if it is one of these"
+        )
+    if file.stat().st_size == 0:
+        raise ValueError(
+            f"--{section}.path {path}: the file is empty; needs at least one row; "
+            "check how it was written, or choose another file"
+        )
+    return {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}[ending](file)
+
+
+def _jsonl_rows(file: Path) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(file.read_bytes().rstrip().split(b"\n"), start=1):
+        yield f"{file.name}:{number}", line
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, object]]:
+    try:
+        rows = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file}: malformed JSON: {error}; needs a list of objects; correct it, or let the "
+            "name end in .jsonl if each line is one object"
+        ) from error
+    if not isinstance(rows, list):
+        raise ValueError(
+            f"{file}: got {_kind(rows)}; needs a list of objects; store the list alone, or one "
+            "object a line in a .jsonl file"
+        )
+    return ((f"{file.name}[{index}]", row) for index, row in enumerate(rows))
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, object]]:
+    # Here, like datasets below, because the import takes longer than a small run's set-up.
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{file}: not readable as Parquet: {error}; needs a whole .parquet file; "
+            "write or fetch it again"
+        ) from error
+    rows = (row for batch in table.to_batches(max_chunksize=1024) for row in batch.to_pylist())
+    return ((f"{file.name}[{index}]", row) for index, row in enumerate(rows))
+
+
+def _dataset_rows(path: str, split: str, section: str) -> Iterator[tuple[str, object]]:
+    import datasets
+
+    name, _, config_name = path.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config_name or None, split=split)
+    except Exception as error:
+        # No network, unknown id, unknown split, missing config: the library has a type for each,
+        # and a file that it cannot read is told only by the cause.
+        cause = f" ({error.__cause__})".splitlines()[0] if error.__cause__ else ""
+        raise ValueError(
+            f"--{section}.path {path}: not a file, and datasets.load_dataset({name!r}, "
+            f"{config_name or None!r}, split={split!r}) failed with {type(error).__name__}: "
+            f"{error}{cause}; needs a .jsonl, .json or .parquet file or the id of a data set; "
+            f"check the spelling, the network, the split (--{section}.split), or add a config "
+            f"(--{section}.path {name}:CONFIG)"
+        ) from error
+    label = Path(name).name if Path(name).is_dir() else name
+    return ((f"{label}[{index}]", row) for index, row in enumerate(rows))
+
+
+def _to_problem(
+    place: str, row: object, columns: ColumnsSection, *, needs_solution: bool
+) -> Problem:
+    fields = _parse_line(row) if isinstance(row, bytes) else row
+    if not isinstance(fields, dict):
+        raise _BadRow(f"got {_kind(fields)}; needs an object with a value for each column")
+    problem_column, solution_column, answer_column = _find_columns(fields, columns)
+    problem = _text(fields, problem_column, "problem")
+    dispensable = not needs_solution and answer_column is not None
+    if solution_column is None or (dispensable and not fields.get(solution_column)):
+        if needs_solution:
+            raise _BadRow(f"no column with a solution; {_found(fields)}; training needs one")
+        return Problem(place, problem, "", _text(fields, answer_column or "answer", "answer"))
+    solution = _text(fields, solution_column, "solution")
+    if answer_column is None:
+        # A column of answers may hold nothing else; one of solutions without an answer is bad.
+        is_answer = solution_column.lower() == "answer" and len(solution) <= _MAX_ANSWER_CHARS
+        solution, answer = _split_answer(solution)
+        if answer is None and is_answer and not needs_solution:
+            return Problem(place, problem, "", solution)
+    else:
+        answer = _text(fields, answer_column, "answer")
+        if "\\boxed" in answer:
+            answer = extract_boxed(answer)
+        elif answer_column == "Answer" and len(answer) > _MAX_ANSWER_CHARS:
+            answer = extract_boxed(solution)
+    if not answer or not answer.strip():
+        raise _BadRow(
+            f"no answer to verify against; {_found(fields)}; needs an answer column, or a solution "
+            "that ends in '#### 72' or has a \\boxed{} answer"
+        )
+    return Problem(place, problem, solution, answer.strip())
+
+
+def _parse_line(line: bytes) -> object:
+    if not line.strip():
+        raise _BadRow("the line is empty; needs one JSON object a line")
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        # json counts lines within the row, where the only line is the first: that would mislead.
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise _BadRow(f"malformed JSON ({reason}); needs one object a line") from error
+
+
+def _find_columns(
+    fields: Mapping[str, Any], columns: ColumnsSection
+) -> tuple[str, str | None, str | None]:
+    """Columns of problem, solution and answer; None: no solution, or the answer is inside it."""
+    for problem, solution, answers in _KNOWN_COLUMNS:
+        needed = (problem, solution) if solution else (problem, *answers)
+        if all(name in fields for name in needed):
+            answer = next((name for name in answers if name in fields), None)
+            break
+    else:
+        if columns.problem is None and columns.solution is None:
+            raise _BadRow(
+                f"none of the known sets of columns; {_found(fields)}; needs problem and solution "
+                "(to be evaluated on, problem and answer), question and answer, Question and "
+                "COT_Reason, or Question and Answer"
+            )
+        problem, solution = "problem", "solution"
+        answer = "answer" if "answer" in fields else None
+    problem, solution = columns.problem or problem, columns.solution or solution
+    if columns.answer is None and answer in (solution, None):
+        # A solution named by the user may leave a column of plain answers free.
+        free = (name for name in ("answer", "Answer") if name in fields and name != solution)
+        answer = next(free, None) if columns.solution else None
+    return problem, solution, columns.answer or answer
+
+
+def _text(fields: Mapping[str, Any], column: str, role: str) -> str:
+    if column not in fields:
+        raise _BadRow(f"no {role}: the column {column!r} is missing; {_found(fields)}")
+    value = fields[column]
+    if isinstance(value, float) and not math.isfinite(value):
+        value = None  # an empty cell in a table that pandas wrote
+    elif isinstance(value, float):
+        value = str(int(value) if value.is_integer() else value)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise _BadRow(f"no {role}: the column {column!r} is empty; needs text")
+    if not isinstance(value, str):
+        raise _BadRow(f"no {role}: the column {column!r} holds {_kind(value)}; needs text")
+    if _LONE_SURROGATE.search(value):
+        raise _BadRow(f"the column {column!r} holds half a surrogate pair; needs valid Unicode")
+    return value.strip()
+
+
+def _split_answer(solution: str) -> tuple[str, str | None]:
+    """Solution and answer of a text that holds both; GSM8K's form gets a boxed answer."""
+    reasoning, mark, last = solution.rpartition("####")
+    answer = _THOUSANDS_SEPARATOR.sub("", last.strip())
+    if not mark or not answer or "\n" in answer:
+        return solution, extract_boxed(solution)
+    reasoning = _CALCULATOR_MARK.sub("", reasoning).strip()
+    if not reasoning:
+        raise _BadRow("no solution: nothing stands before '####'; needs the reasoning there")
+    # So that the reference ends as the instruction asks and as the verifier reads.
+    return f"{reasoning}\nThe answer is \\boxed{{{answer}}}.", answer
+
+
+def _found(fields: Mapping[str, Any]) -> str:
+    return f"found the columns {', '.join(map(str, fields))}" if fields else "found no column"
+
+
+def _kind(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    names = {dict: "an object", list: "a list", str: "text"}
+    return names.get(type(value), f"a value of type {type(value).__name__}")
+
+
+@lru_cache(maxsize=4)
+def problem_order(num_problems: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """A permutation of range(num_problems), a pure function of its arguments.
+
+    Sorted by a hash of (seed, epoch, index) and not drawn from a library's generator, whose stream
+    may change between versions: a resumed run sees the same order wherever it goes on.
+    """
+
+    def rank(index: int) -> bytes:
+        return hashlib.blake2b(f"{seed}:{epoch}:{index}".encode(), digest_size=8).digest()
+
+    return tuple(sorted(range(num_problems), key=rank))

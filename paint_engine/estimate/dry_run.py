@@ -1,0 +1,281 @@
+"""What `--dry-run` prints: the configuration, the first batch, and what a step will take."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from paint_engine.config.schema import Config
+from paint_engine.config.toml import to_toml
+from paint_engine.data.problem_sets import ProblemSet, batch_requests
+from paint_engine.estimate.capacity import check_fits, device_memory_bytes
+from paint_engine.estimate.memory import GIB, Lengths, estimate_memory
+from paint_engine.estimate.model_shape import ModelShape, shape_of, step_flops
+from paint_engine.model.forward import max_context
+from paint_engine.prompts.chat import encode_student_prompt, encode_teacher_prompt
+from paint_engine.prompts.masking import mask_solution
+from paint_engine.prompts.rationale import encode_reason_prompt
+from paint_engine.types import Problem
+
+_MEASURED_PROMPTS = 256
+"""problems whose teacher's prompts are measured; each takes the tokenizer a millisecond or so"""
+
+
+_RATIONALE = "(what the teacher writes of the solution before it scores)"
+
+
+@dataclass(frozen=True)
+class PromptLengths:
+    """Tokens of the students' prompts, of all problems, and of some of the teachers'."""
+
+    student: Sequence[int]
+    teacher: Sequence[int]
+
+    def longest(self, completion: int) -> Lengths:
+        """The longest of each role."""
+        return Lengths(max(self.student), max(self.teacher), completion)
+
+    def typical(self, completion: int) -> Lengths:
+        """The mean of each role."""
+        return Lengths(round(mean(self.student)), round(mean(self.teacher)), completion)
+
+
+def _least_masked(config: Config, problem: Problem) -> str:
+    """With as little of the solution hidden as ever is."""
+    masking = config.masking
+    return mask_solution(
+        problem.solution,
+        masking.rho_wrong,
+        placement=masking.placement,
+        generator=random.Random(0),
+        marker=masking.marker,
+    )
+
+
+def _teacher_prompt(
+    config: Config, tokenizer: PreTrainedTokenizerBase, problem: Problem, context: int
+) -> tuple[int, ...]:
+    """With as little of the solution hidden as ever is, and a stand-in for the rationale; the
+    student's where there is no teacher."""
+    prompts = config.prompts
+    if not config.uses_teacher:
+        return encode_student_prompt(tokenizer, problem, prompts, thinking=prompts.student_thinking)
+    prompt, _ = encode_teacher_prompt(
+        tokenizer,
+        problem,
+        _least_masked(config, problem),
+        prompts,
+        max_tokens=context - config.rollout.max_new_tokens,
+        marker=config.masking.marker,
+        rationale=_RATIONALE if config.teacher.reason_first else None,
+    )
+    return prompt
+
+
+def _request(
+    config: Config, tokenizer: PreTrainedTokenizerBase, problem: Problem, context: int
+) -> tuple[int, ...]:
+    """The prompt that asks for the rationale of the teacher's prompt above."""
+    request, _ = encode_reason_prompt(
+        tokenizer,
+        problem,
+        _least_masked(config, problem),
+        config.prompts,
+        thinking=False,
+        max_tokens=context - config.teacher.reason_max_new_tokens,
+        marker=config.masking.marker,
+    )
+    return request
+
+
+def prompt_lengths(
+    config: Config, tokenizer: PreTrainedTokenizerBase, train_set: ProblemSet, context: int
+) -> PromptLengths:
+    """Measured over the data set, the teacher's over problems spread evenly through it, each with
+    the longest rationale that it may write.
+
+    context: the model's, in tokens.
+    """
+    every = -(-len(train_set.problems) // _MEASURED_PROMPTS)
+    measured = train_set.problems[::every]
+    section, room = config.teacher, context - config.rollout.max_new_tokens
+    added = section.reason_max_new_tokens if section.reason_first else 0
+    teacher = [
+        min(len(_teacher_prompt(config, tokenizer, problem, context)) + added, room)
+        for problem in measured
+    ]
+    return PromptLengths([len(prompt) for prompt in train_set.prompts], teacher)
+
+
+def _first_batch(
+    config: Config, tokenizer: PreTrainedTokenizerBase, train_set: ProblemSet, context: int
+) -> list[str]:
+    """The first problem's prompts in full, and the lengths of the others'."""
+    requests = batch_requests(config, train_set, 0)
+    problem, student = requests[0].problem, requests[0].prompt_ids
+    lines = [
+        f"# student's prompt of {problem.problem_id} ({len(student)} tokens)",
+        str(tokenizer.decode(list(student))),
+    ]
+    if config.uses_teacher:
+        teacher = _teacher_prompt(config, tokenizer, problem, context)
+        lines += [
+            "",
+            f"# teacher's prompt of the same at mask ratio {config.masking.rho_wrong} "
+            f"({len(teacher)} tokens)",
+            str(tokenizer.decode(list(teacher))),
+        ]
+    if config.teacher.reason_first:
+        request = _request(config, tokenizer, problem, context)
+        lines += [
+            "",
+            f"# what the teacher is asked before ({len(request)} tokens)",
+            str(tokenizer.decode(list(request))),
+        ]
+    others = [len(request.prompt_ids) for request in requests[1:]]
+    if others:
+        is_grouped = config.objective.name == "grpo"
+        each = f", {config.grpo.group_size} of each problem" if is_grouped else ""
+        lines += [
+            "",
+            f"# and {len(others)} more in the first step{each}, with student's prompts of "
+            f"{min(others)} to {max(others)} tokens",
+        ]
+    return lines
+
+
+def rollout_flops(config: Config, shape: ModelShape, typical: Lengths) -> dict[str, float]:
+    """Floating-point operations of one rollout by part, over all updates on it."""
+    checkpointing = config.parallel.activation_checkpointing
+    flops = step_flops(
+        shape,
+        student_prompt=typical.student_prompt,
+        teacher_prompt=typical.teacher_prompt,
+        completion=typical.completion,
+        checkpointing=checkpointing,
+    )
+    sampled = flops.pop("rollout")
+    if not config.has_second_pass:
+        del flops["teacher"]
+    flops = {name: size * config.num_updates for name, size in flops.items()}
+    if config.objective.name != "sft":
+        flops = {"rollout": sampled} | flops
+    if config.teacher.reason_first:
+        # The teacher's prompt holds the request's parts and the rationale.
+        rationale = config.teacher.reason_max_new_tokens
+        reasoned = step_flops(
+            shape,
+            student_prompt=max(0, typical.teacher_prompt - rationale),
+            teacher_prompt=0,
+            completion=rationale,
+            checkpointing=checkpointing,
+        )
+        flops["rationale"] = reasoned["rollout"]
+    return flops
+
+
+def _sizes(config: Config, shape: ModelShape, lengths: PromptLengths) -> list[str]:
+    completion, batch_size = config.rollout.max_new_tokens, config.train.batch_size
+    total = shape.base_parameters + shape.adapter_parameters
+    trained = shape.trained_parameters
+    typical = lengths.typical(completion)
+    flops = rollout_flops(config, shape, typical)
+    parts = ", ".join(f"{name} {size * batch_size / 1e12:.3g}" for name, size in flops.items())
+    student = batch_size * (typical.student_prompt + completion)
+    teacher = batch_size * (typical.teacher_prompt + completion)
+    second = f" and {teacher:,} through the teacher" if config.has_second_pass else ""
+    prompts = (
+        f", {typical.teacher_prompt} for the teacher (at most {max(lengths.teacher)} in "
+        f"{len(lengths.teacher)} measured)"
+        if config.uses_teacher
+        else ""
+    )
+    return [
+        f"# {total:,} parameters, {trained:,} trainable ({trained / total:.1%})",
+        f"# prompts of {typical.student_prompt} tokens in the mean for the student (at most "
+        f"{max(lengths.student)}){prompts}",
+        f"# a step: at most {batch_size * completion:,} completion tokens, {student:,} tokens "
+        f"through the student{second}",
+        f"# a step: {sum(flops.values()) * batch_size / 1e12:.3g} TFLOP ({parts})",
+    ]
+
+
+def check_run_fits(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    train_set: ProblemSet,
+    model: nn.Module,
+    *,
+    device: torch.device,
+    num_ranks: int,
+) -> None:
+    """Raises ValueError for a run that its GPU has no room for, with the setting to change.
+
+    model: the one to train, with its adapters, not sharded; the meta device will do (`meta_model`).
+    """
+    lengths = prompt_lengths(config, tokenizer, train_set, max_context(model))
+    check_fits(
+        shape_of(model),
+        config=config,
+        lengths=lengths.longest(config.rollout.max_new_tokens),
+        num_ranks=num_ranks,
+        device_memory_bytes=device_memory_bytes(config.parallel, device),
+    )
+
+
+def describe(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    train_set: ProblemSet,
+    eval_set: ProblemSet | None,
+    model: nn.Module,
+    *,
+    device: torch.device,
+    num_ranks: int,
+) -> str:
+    """The whole report, whether the run fits or not (`check_run_fits`).
+
+    model: the one to train, with its adapters, not sharded; the meta device will do (`meta_model`).
+    """
+    shape, context = shape_of(model), max_context(model)
+    lengths = prompt_lengths(config, tokenizer, train_set, context)
+    completion = config.rollout.max_new_tokens
+    checkpointing = not config.parallel.activation_checkpointing
+    parallel = config.parallel.model_copy(update={"activation_checkpointing": checkpointing})
+    other = config.model_copy(update={"parallel": parallel})
+    longest, typical, otherwise = (
+        estimate_memory(
+            shape,
+            config=estimated,
+            lengths=roles,
+            num_ranks=num_ranks,
+            device_memory_bytes=device_memory_bytes(config.parallel, device),
+        )
+        for estimated, roles in (
+            (config, lengths.longest(completion)),
+            (config, lengths.typical(completion)),
+            (other, lengths.longest(completion)),
+        )
+    )
+    processors = "a CPU" if longest.device_memory_bytes is None else "a GPU"
+    each = "1 process" if num_ranks == 1 else f"each of {num_ranks} processes"
+    num_held_out = len(eval_set.problems) if eval_set else 0
+    return "\n".join(
+        (
+            to_toml(config),
+            f"# {len(train_set.problems)} training problems, {num_held_out} held-out problems",
+            *_sizes(config, shape, lengths),
+            "",
+            *_first_batch(config, tokenizer, train_set, context),
+            "",
+            f"# memory that {each} takes on {processors}, in GiB, with the longest prompts (with "
+            f"typical ones {typical.total_bytes / GIB:.3f})",
+            longest.table(),
+            f"{otherwise.total_bytes / GIB:9.3f}  {'with' if checkpointing else 'without'} "
+            "activation checkpointing",
+        )
+    )

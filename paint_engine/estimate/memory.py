@@ -1,0 +1,398 @@
+"""What a training step takes of one device's memory, from the model's shape alone.
+
+Counted is what PyTorch's allocator holds, tensor by tensor, and what lies outside of it as named
+constants. Decoder layers are those of Qwen3 and Llama: two norms, attention, a gated MLP. H is the
+hidden size, I the MLP's, Q and K the widths of all queries and of all keys, a the bytes of one
+number in the arithmetic's dtype.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from paint_engine.config.schema import Config
+from paint_engine.estimate.model_shape import ModelShape
+from paint_engine.rollout.choose import vllm_is_installed
+from paint_kernels._plan import most_rows
+
+GIB = 2**30
+"""what memory is sold and shown in"""
+CUDA_CONTEXT_BYTES = 500_000_000
+"""the driver and the kernels that have been loaded: 300 MB and more (pytorch issue 107667)"""
+NCCL_BYTES = 700_000_000
+"""a process group's buffers: 544 MB with 2 A100s, 688 MB with 4 (nccl issue 964)"""
+ALLOCATOR_SLACK = 0.05
+"""share of what tensors take that the caching allocator may hold beside them; an allowance"""
+
+_FLOAT32 = 4
+_GATHERED_LAYERS = 2
+"""FSDP gathers the next layer while one is at work"""
+_CPU_SCRATCH_BYTES = 5 * 2**18 * _FLOAT32
+"""the loss's row blocks on a CPU"""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of one rollout: both prompts and the completion."""
+
+    student_prompt: int
+    teacher_prompt: int
+    completion: int
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Tokens of one forward pass; `completion_tokens` of the student's are in the loss."""
+
+    student_tokens: int
+    teacher_tokens: int
+    completion_tokens: int
+
+
+def largest_microbatch(config: Config, lengths: Lengths, num_ranks: int) -> Microbatch:
+    """The most that one pass may take with rollouts up to `lengths`.
+
+    A rollout above `train.max_tokens_per_microbatch` is a micro-batch of its own.
+    """
+    most, rows = config.train.max_tokens_per_microbatch, -(-config.train.batch_size // num_ranks)
+
+    def tokens(prompt: int) -> int:
+        one = prompt + lengths.completion
+        return max(one, min(most, rows * one))
+
+    student = tokens(lengths.student_prompt)
+    return Microbatch(
+        student, tokens(lengths.teacher_prompt), min(student, rows * lengths.completion)
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What of the configuration changes the estimate. `compute_bytes` and `residual_bytes`: of one
+    number in matrix products, and in the stream that layers add to."""
+
+    trains_all: bool
+    second_pass: bool
+    running_mean: bool
+    compute_bytes: int
+    residual_bytes: int
+    dropout: bool
+    dense_mask: bool
+    checkpointing: bool
+    on_gpu: bool
+    num_ranks: int
+    sharded: bool
+    colocated_vllm: bool
+
+    @property
+    def shards(self) -> int:
+        """How many ranks share one copy of the weights."""
+        return self.num_ranks if self.sharded else 1
+
+    @property
+    def casts_weights(self) -> bool:
+        """Whether autocast keeps narrow copies of float32 weights for the backward pass; FSDP
+        gathers whole weights in the narrow dtype instead, adapters it does not."""
+        return self.compute_bytes < _FLOAT32 and not (self.trains_all and self.sharded)
+
+
+def setting_of(config: Config, num_ranks: int, *, on_gpu: bool) -> Setting:
+    """The setting of a configuration on `num_ranks` devices. "auto" stands for bfloat16 on a
+    GPU."""
+    dtype, parallel, rollout = config.model.dtype, config.parallel, config.rollout
+    compute = 2 if dtype == "bfloat16" or (dtype == "auto" and on_gpu) else _FLOAT32
+    trains_all = not config.lora.enabled
+    sharded = num_ranks > 1 and parallel.shard == "full"
+    in_process = config.samples and rollout.url is None and rollout.engine != "builtin"
+    return Setting(
+        trains_all=trains_all,
+        second_pass=config.has_second_pass,
+        running_mean=config.teacher.weights == "ema",
+        compute_bytes=compute,
+        # Float32 embeddings begin a float32 stream, which autocast leaves as it is.
+        residual_bytes=_FLOAT32 if trains_all and not sharded else compute,
+        dropout=config.lora.enabled and config.lora.dropout > 0,
+        dense_mask=config.model.attention == "packed",
+        checkpointing=parallel.activation_checkpointing,
+        on_gpu=on_gpu,
+        num_ranks=num_ranks,
+        sharded=sharded,
+        colocated_vllm=on_gpu and in_process and (rollout.engine == "vllm" or vllm_is_installed()),
+    )
+
+
+def layer_activation_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What one decoder layer keeps of one token for its backward pass.
+
+    With adapters on all seven matrices in bfloat16, small terms aside: 12 H + 8 Q + 8 K + 8 I. A
+    norm keeps its input in float32, and its output before the weight where that is trained.
+    """
+    a, trained = setting.compute_bytes, setting.trains_all
+    hidden, queries, keys = shape.hidden, shape.queries, shape.keys
+
+    def linear_inputs(width: int, *names: str) -> int:
+        if trained:
+            # Where the stream is wider than the products, each product has its own narrow copy.
+            copies = len(names) if setting.residual_bytes > a else 1
+            return copies * a * width
+        adapted = shape.adapted.intersection(names)
+        return a * width if adapted and not setting.dropout else 0
+
+    norm = _FLOAT32 + (setting.residual_bytes if trained else 0)
+    size = 2 * hidden * norm
+    size += linear_inputs(hidden, "q_proj", "k_proj", "v_proj")
+    size += linear_inputs(hidden, "gate_proj", "up_proj")
+    if shape.norms_heads:
+        size += (queries + keys) * (_FLOAT32 + (a if trained else 0))
+    # Queries, keys, values, the result, and a log-sum-exp a head.
+    size += 2 * a * (queries + keys) + _FLOAT32 * shape.num_heads
+    # Gate, up, the activation, and their product where the next matrix is trained.
+    size += 3 * a * shape.intermediate + linear_inputs(shape.intermediate, "down_proj")
+    size += a * shape.adapter_rank * len(shape.adapted)
+    if setting.dropout:
+        # Each adapter's own input, and which of its entries were kept: as numbers on a CPU.
+        size += (a + (1 if setting.on_gpu else a)) * shape.adapter_inputs
+    return size
+
+
+def _activations(shape: ModelShape, setting: Setting, batch: Microbatch) -> dict[str, int]:
+    """What is kept at the end of the student's pass, and what the pass of one layer adds to it."""
+    tokens, a, hidden = batch.student_tokens, setting.compute_bytes, shape.hidden
+    layer = tokens * layer_activation_bytes(shape, setting)
+    if setting.dense_mask:
+        layer += a * tokens**2
+    casts = 2 * (shape.adapter_parameters or shape.layer_parameters) * setting.casts_weights
+    last_norm = tokens * hidden * (_FLOAT32 + setting.residual_bytes * setting.trains_all)
+    inputs = tokens * hidden * setting.residual_bytes
+    # The gradients of two of the MLP's inner activations; with adapters, of the stream beside.
+    backward = 2 * a * shape.intermediate + (0 if setting.trains_all else _FLOAT32 * hidden)
+    one_layer = layer + casts // shape.num_layers
+    return {
+        "kept": last_norm + shape.num_layers * (inputs if setting.checkpointing else one_layer),
+        "recomputed": one_layer if setting.checkpointing else 0,
+        # Autocast holds every narrow copy until its pass ends.
+        "casts": casts if setting.checkpointing else 0,
+        "backward": tokens * backward,
+    }
+
+
+def _loss(shape: ModelShape, setting: Setting, batch: Microbatch) -> dict[str, int]:
+    """The fused loss: what its chunks take while it runs, and the gradients that it leaves."""
+    num_rows, num_columns = batch.completion_tokens, shape.num_head_rows
+    device = torch.device("cuda" if setting.on_gpu and torch.cuda.is_available() else "meta")
+    most = most_rows(num_columns, shape.hidden, device if setting.on_gpu else torch.device("cpu"))
+    rows = min(most, num_rows)
+    head_is_narrow = setting.compute_bytes < _FLOAT32 and not (
+        setting.trains_all and not setting.sharded
+    )
+    chunks = 2 * rows * num_columns * _FLOAT32
+    if not setting.on_gpu:
+        chunks += _CPU_SCRATCH_BYTES
+    elif head_is_narrow:
+        # The gradient by the logits, and the head, in float16.
+        chunks += 2 * rows * num_columns + 2 * shape.head_parameters
+    else:
+        chunks += rows * num_columns * _FLOAT32
+    of = "both roles" if setting.second_pass else "the student"
+    one_entry = setting.residual_bytes + setting.compute_bytes * setting.second_pass
+    return {
+        f"hidden states of {of}": num_rows * shape.hidden * one_entry,
+        "loss: chunks of logits": chunks,
+        "loss: gradient rows": num_rows * shape.hidden * _FLOAT32,
+        "loss: gradient of the head": shape.head_parameters * _FLOAT32 * setting.trains_all,
+    }
+
+
+def _weights(shape: ModelShape, setting: Setting) -> dict[str, int]:
+    """Weights and the optimizer's two moments, as far as one rank holds them."""
+    a, shards, frozen = setting.compute_bytes, setting.shards, not setting.trains_all
+    trained = _FLOAT32 * shape.trained_parameters
+    own_head = 0 if shape.tied else a * shape.head_parameters
+    # Of a sharded copy the root stays gathered: nothing goes back through it, to free it.
+    copy = shape.base_parameters // shards + shape.root_parameters * setting.sharded
+    return {
+        "frozen base": (a * shape.base_parameters - own_head) // shards * frozen,
+        "frozen head": own_head // shards * frozen,
+        "trained weights": trained // shards,
+        "optimizer": 2 * trained // shards,
+        "teacher's copy": a * copy * setting.trains_all,
+        "teacher's running mean": trained // shards * setting.running_mean,
+    }
+
+
+def _gradients(shape: ModelShape, setting: Setting, *, several: bool) -> int:
+    """Of the trained weights, float32. Sharded adapters' are whole until the last of several
+    micro-batches has been added."""
+    trained = _FLOAT32 * shape.trained_parameters
+    whole = several and setting.sharded and not setting.trains_all
+    return trained // setting.shards + trained * whole
+
+
+def _gathered(shape: ModelShape, setting: Setting) -> tuple[int, int]:
+    """What FSDP gathers for one layer, and for what belongs to none, which stays for the loss."""
+    a = setting.compute_bytes
+    layer = (a * shape.layer_parameters + _FLOAT32 * shape.adapter_parameters) // shape.num_layers
+    return layer * setting.sharded, a * shape.root_parameters * setting.sharded
+
+
+def _sampling(
+    shape: ModelShape, setting: Setting, config: Config, lengths: Lengths
+) -> dict[str, int]:
+    """The built-in sampler's cache at its longest, the logits and their sorting; sharded, whole
+    weights on each rank."""
+    if not config.samples or setting.colocated_vllm or config.rollout.url is not None:
+        return {}
+    a = setting.compute_bytes
+    per_token = 2 * shape.num_layers * shape.keys * a
+    share = -(-config.train.batch_size // setting.num_ranks)
+    rows = min(config.rollout.max_sequences, share)
+    runs = []
+    if config.objective.name != "sft":
+        runs.append((lengths.student_prompt + config.rollout.max_new_tokens, rows))
+    if config.teacher.reason_first:
+        # The teacher's prompt with the rationale is hardly shorter than request and rationale.
+        runs.append((lengths.teacher_prompt, rows))
+    if config.eval.enabled:
+        longest = lengths.student_prompt + config.eval.max_new_tokens
+        runs.append((longest, config.eval.max_sequences))
+    cache = max(rows * length * per_token for length, rows in runs)
+    # Float32 logits, sorted, with the order as int64.
+    logits = max(rows for _, rows in runs) * shape.num_head_rows * (2 * _FLOAT32 + 8)
+    whole = (a * shape.base_parameters + _FLOAT32 * shape.adapter_parameters) * setting.sharded
+    return {"sampler: cache": cache, "sampler: logits": logits, "sampler: whole weights": whole}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by part: `held` all the time, and what each phase of a step adds while it lasts."""
+
+    held: Mapping[str, int]
+    phases: Mapping[str, Mapping[str, int]]
+    outside: Mapping[str, int]
+    """of PyTorch's allocator, and its slack"""
+    device_memory_bytes: int | None
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that takes most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Of all tensors at the peak: what `torch.cuda.max_memory_allocated` is to report."""
+        return sum(self.held.values()) + sum(self.phases[self.peak_phase].values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything, the other processes' and libraries' shares included."""
+        return self.allocated_bytes + sum(self.outside.values())
+
+    def table(self) -> str:
+        """One line a part, in GiB; phases follow each other, so that only the largest counts."""
+        lines = _rows(self.held)
+        for name, parts in self.phases.items():
+            mark = "  <- peak" if name == self.peak_phase else ""
+            lines.append(f"{sum(parts.values()) / GIB:9.3f}  while: {name}{mark}")
+            lines += [f"  {line}" for line in _rows(parts)]
+        lines += _rows(self.outside)
+        total = f"{self.total_bytes / GIB:9.3f}  at the peak"
+        if self.device_memory_bytes is not None:
+            total += f", of {self.device_memory_bytes / GIB:.1f}"
+        return "\n".join([*lines, total])
+
+
+def _rows(parts: Mapping[str, int]) -> list[str]:
+    return [f"{size / GIB:9.3f}  {name}" for name, size in parts.items() if size]
+
+
+def estimate_memory(
+    shape: ModelShape,
+    *,
+    config: Config,
+    lengths: Lengths,
+    num_ranks: int,
+    device_memory_bytes: int | None,
+) -> MemoryEstimate:
+    """What a run takes of each device, at most, with rollouts up to `lengths`.
+
+    device_memory_bytes: of one GPU; None where the run is on a CPU.
+    """
+    on_gpu = device_memory_bytes is not None
+    setting = setting_of(config, num_ranks, on_gpu=on_gpu)
+    batch = largest_microbatch(config, lengths, num_ranks)
+    rollouts_a_rank = -(-config.train.batch_size // num_ranks)
+    several = batch.student_tokens < rollouts_a_rank * (lengths.student_prompt + lengths.completion)
+    held = _weights(shape, setting)
+    phases = _phases(shape, setting, batch, several=several)
+    if not config.has_second_pass:
+        del phases["the teacher's pass"]
+    if sampling := _sampling(shape, setting, config, lengths):
+        phases["evaluation" if config.objective.name == "sft" else "sampling"] = sampling
+    outside = {}
+    if device_memory_bytes is not None:
+        tensors = MemoryEstimate(held, phases, {}, None).allocated_bytes
+        share = config.rollout.gpu_memory_utilization * setting.colocated_vllm
+        outside = {
+            "vLLM": math.ceil(share * device_memory_bytes),
+            "CUDA context": CUDA_CONTEXT_BYTES,
+            "NCCL": NCCL_BYTES * (num_ranks > 1),
+            "allocator's slack": math.ceil(ALLOCATOR_SLACK * tensors),
+        }
+    return MemoryEstimate(held, phases, outside, device_memory_bytes)
+
+
+def _phases(
+    shape: ModelShape, setting: Setting, batch: Microbatch, *, several: bool
+) -> dict[str, Mapping[str, int]]:
+    a, trains_all = setting.compute_bytes, setting.trains_all
+    activations, loss = _activations(shape, setting, batch), _loss(shape, setting, batch)
+    layer, root = _gathered(shape, setting)
+    gathered = {"FSDP: gathered embeddings and head": root}
+    layers = gathered | {"FSDP: gathered layers": _GATHERED_LAYERS * layer}
+    gradients = {"gradients": _gradients(shape, setting, several=several)}
+    earlier = gradients if several else {}
+    kept = {"activations: kept": activations["kept"]}
+    left = {name: size for name, size in loss.items() if name != "loss: chunks of logits"}
+    # At once, without gradients: three of the MLP's activations, five numbers a hidden entry.
+    one_layer = 3 * a * shape.intermediate + 5 * a * shape.hidden
+    in_reduction = (a + _FLOAT32) * shape.layer_parameters // shape.num_layers
+    # PyTorch's choice on a GPU is one operation for all weights, with one temporary as large; for
+    # split weights and on a CPU one by one, with two.
+    trained = temporaries = _FLOAT32 * shape.trained_parameters
+    if setting.sharded or not setting.on_gpu:
+        temporaries = 2 * _FLOAT32 * shape.largest_trained // setting.shards
+    phases: dict[str, Mapping[str, int]] = {
+        "the teacher's pass": earlier
+        | layers
+        | {
+            "activations: one layer": batch.teacher_tokens * one_layer,
+            "the student's adapters": trained // setting.shards * setting.running_mean,
+        },
+        "the student's pass": earlier
+        | layers
+        | kept
+        | {
+            "activations: one layer": batch.student_tokens * one_layer * setting.checkpointing,
+            "narrow copies of weights": activations["casts"],
+        },
+        "the loss": earlier | gathered | kept | loss,
+        "the backward pass": gradients
+        | layers
+        | kept
+        | left
+        | {
+            "activations: one layer, recomputed": activations["recomputed"],
+            "gradients of activations": activations["backward"],
+            "FSDP: gradients in reduction": in_reduction * setting.sharded * trains_all,
+        },
+        "the optimizer": gradients | {"temporaries": temporaries},
+    }
+    if trains_all:
+        # The head's and the embeddings' arrive apart: tied, they wait for each other. FSDP has them
+        # as they arise, and in float32 to be summed.
+        apart = _FLOAT32 * (2 if several or shape.tied else 1)
+        waiting = shape.root_parameters * (a + _FLOAT32 if setting.sharded else apart)
+        phases["the embeddings' gradient"] = gradients | gathered | {"its parts": waiting}
+    return phases

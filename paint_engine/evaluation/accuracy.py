@@ -1,0 +1,158 @@
+"""The numbers of an evaluation and their intervals.
+
+Every number is a mean over problems, and its 95% interval a bootstrap over problems: these are what
+a benchmark has few of. With the 30 problems of an AIME such an interval is 25 to 35 points wide
+where half of the answers are correct, and of two models it is the paired difference that tells.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from paint_engine.evaluation.store import EvalSample, Evaluation
+
+NUM_RESAMPLES = 10_000
+MAX_FAILURES = 10
+"""comparisons of a problem's answers that may fail, seconds each, before the rest is left"""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems with its 95% interval, fractions: Estimate(0.5, 0.38, 0.63)"""
+
+    value: float
+    low: float
+    high: float
+
+
+def by_problem(samples: Sequence[EvalSample]) -> dict[str, list[EvalSample]]:
+    """Problems in their order of first appearance, the samples of each by index."""
+    rows: dict[str, list[EvalSample]] = {}
+    for sample in samples:
+        rows.setdefault(sample.problem_id, []).append(sample)
+    return {name: sorted(row, key=lambda s: s.sample_index) for name, row in rows.items()}
+
+
+def correct_matrix(samples: Sequence[EvalSample]) -> np.ndarray:
+    """(P, k) booleans: problems in their order of first appearance, samples by index."""
+    return np.array([[s.correct for s in row] for row in by_problem(samples).values()], dtype=bool)
+
+
+def avg_at_k(correct: np.ndarray) -> float:
+    """Share of correct answers over all problems and samples, a fraction."""
+    return float(correct.mean())
+
+
+def pass_at_k_by_problem(correct: np.ndarray, k: int) -> np.ndarray:
+    """(P,) chances that k of a problem's n samples, drawn without putting back, hold a correct one:
+    1 - C(n - c, k) / C(n, k) with c correct ones. Unbiased for k fresh samples.
+
+    correct: (P, n) booleans, 1 <= k <= n.
+    """
+    num_samples = correct.shape[1]
+    assert 1 <= k <= num_samples, (k, num_samples)
+    chances = [
+        1 - math.comb(num_samples - c, k) / math.comb(num_samples, k)
+        for c in range(num_samples + 1)
+    ]
+    return np.array(chances)[correct.sum(axis=1)]
+
+
+def pass_at_k(correct: np.ndarray, k: int) -> float:
+    """The mean of `pass_at_k_by_problem`, a fraction."""
+    return float(pass_at_k_by_problem(correct, k).mean())
+
+
+def pass_ks(num_samples: int) -> list[int]:
+    """1, 2, 4, ... and the number of samples itself."""
+    powers = [1 << i for i in range(num_samples.bit_length())]
+    return sorted({*(k for k in powers if k <= num_samples), num_samples})
+
+
+def answer_classes(
+    answers: Sequence[str], equal: Callable[[str, str], bool | None]
+) -> list[list[int]]:
+    """Places of equal answers together, each class in the order of first appearance.
+
+    equal: of two different texts; None where it could not be found out, which counts as unequal.
+        After MAX_FAILURES of these nothing more is asked, for each may have taken seconds.
+    """
+    first: dict[str, list[int]] = {}
+    for place, answer in enumerate(answers):
+        first.setdefault(answer, []).append(place)
+    classes: list[tuple[str, list[int]]] = []
+    num_failures = 0
+    for answer, places in first.items():
+        for representative, members in classes:
+            verdict = equal(representative, answer) if num_failures < MAX_FAILURES else False
+            num_failures += verdict is None
+            if verdict:
+                members += places
+                break
+        else:
+            classes.append((answer, places))
+    return [sorted(members) for _, members in classes]
+
+
+def majority(samples: Sequence[EvalSample], equal: Callable[[str, str], bool | None]) -> float:
+    """The chance that the commonest answer of a problem's samples is correct, ties broken at
+    random.
+
+    Correct answers are one class, for all equal the reference; wrong ones are compared with
+    `equal`. A sample without an answer votes for none, and one whose check failed for its own text.
+    """
+    num_correct = sum(s.correct for s in samples)
+    wrong = [s.extracted for s in samples if s.extracted is not None and not s.correct]
+    unchecked = {s.extracted for s in samples if s.error is not None}
+
+    def compare(first: str, second: str) -> bool | None:
+        return False if {first, second} & unchecked else equal(first, second)
+
+    others = [len(members) for members in answer_classes(wrong, compare)]
+    most = max([num_correct, *others])
+    if most == 0 or num_correct < most:
+        return 0.0
+    return 1 / (1 + others.count(most))
+
+
+def bootstrap(
+    groups: Sequence[np.ndarray], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> Estimate:
+    """The mean over benchmarks of each one's mean over problems, problems being resampled within
+    each benchmark.
+
+    groups: for each benchmark (P,) numbers, one a problem.
+    """
+    rng = np.random.default_rng(seed)
+    resampled = np.zeros(num_resamples)
+    for group in groups:
+        draws = rng.integers(len(group), size=(num_resamples, len(group)))
+        resampled += group[draws].mean(axis=1) / len(groups)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    value = sum(float(group.mean()) for group in groups) / len(groups)
+    return Estimate(value, float(low), float(high))
+
+
+def paired_bootstrap(
+    before: np.ndarray, after: np.ndarray, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> Estimate:
+    """after - before, resampling problems: both evaluations of a problem are drawn together.
+
+    before, after: (P, k) booleans over the same problems in the same order.
+    """
+    assert before.shape[0] == after.shape[0], (before.shape, after.shape)
+    per_problem = after.mean(axis=1) - before.mean(axis=1)
+    return bootstrap([per_problem], num_resamples=num_resamples, seed=seed)
+
+
+def best_step(evaluations: Mapping[int, Evaluation]) -> int | None:
+    """The training step with the highest Avg@k, of equals the later one; None where there is
+    none."""
+    averages = {
+        step: avg_at_k(correct_matrix(evaluation.samples))
+        for step, evaluation in evaluations.items()
+        if step > 0
+    }
+    return max(averages, key=lambda step: (averages[step], step), default=None)

@@ -1,0 +1,280 @@
+"""Evaluations side by side: `python -m paint_engine.evaluate compare RUN_A RUN_B ...`."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from paint_engine.checkpoint.directory import list_checkpoints, split_place
+from paint_engine.evaluation.accuracy import Estimate, best_step, bootstrap, by_problem
+from paint_engine.evaluation.store import (
+    Evaluation,
+    evaluation_directory,
+    read_evaluation,
+    read_evaluations,
+)
+from paint_engine.files import CONFIG_FILE
+
+Evaluations = Mapping[str, Evaluation]
+
+_SEED = "seed"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One benchmark of two runs; fractions.
+
+    before, after: Avg@k of the first run and of the other.
+    gained: problems of which more than half of the samples are correct in the other and not in the
+        first; lost: the other way round.
+    """
+
+    before: float
+    after: float
+    difference: Estimate
+    gained: tuple[str, ...]
+    lost: tuple[str, ...]
+
+
+def read_run(text: str) -> dict[str, Evaluation]:
+    """The complete evaluations, by benchmark, of an evaluation's directory, or of a training run's
+    with :last (also where nothing is said), :best or :STEP after it.
+
+    Raises ValueError where there is none.
+    """
+    path, which = split_place(text)
+    if not path.is_dir():
+        raise ValueError(
+            f"{text}: no such directory; needs what an evaluation has written (--output), or a "
+            "training run's, with :STEP, :best or :last after it"
+        )
+    if evaluation_directory(path).is_dir():
+        evaluations = read_evaluations(path)
+        if not evaluations:
+            raise ValueError(_no_evaluation(text, path))
+        chosen = _choose_step(text, evaluations, which or "last")
+        return {chosen.header.benchmark: chosen}
+    heads = [head for head in sorted(path.glob("*.json")) if head.with_suffix(".jsonl").is_file()]
+    if not heads and is_training_run(path):
+        raise ValueError(_no_evaluation(text, path))
+    if not heads:
+        raise ValueError(
+            f"{text}: holds no complete evaluation; needs one that has come to its end; give its "
+            "command again to go on with it"
+        )
+    if which:
+        raise ValueError(
+            f"{text}: {path} is an evaluation, and no training run with several; leave out :{which}"
+        )
+    found = [read_evaluation(head) for head in heads]
+    return {evaluation.header.benchmark: evaluation for evaluation in found}
+
+
+def is_training_run(path: Path) -> bool:
+    """Whether a training has written into the directory."""
+    return (path / CONFIG_FILE).is_file() or bool(list_checkpoints(path))
+
+
+def _no_evaluation(text: str, run_dir: Path) -> str:
+    return (
+        f"{text}: this training run has no complete evaluation (its eval.enabled was false, or it "
+        f"stopped before); make one with python -m paint_engine.evaluate --adapter {run_dir} "
+        "--benchmarks ... --output DIR, asked as the other side was, and compare DIR"
+    )
+
+
+def _choose_step(text: str, evaluations: Mapping[int, Evaluation], which: str) -> Evaluation:
+    step: int | None = None
+    if which == "best":
+        step = best_step(evaluations)
+    elif which == "last":
+        step = max(evaluations)
+    elif which.removeprefix("step-").isdecimal():
+        step = int(which.removeprefix("step-"))
+    if step is None or step not in evaluations:
+        there = ", ".join(map(str, evaluations))
+        raise ValueError(
+            f"{text}: no complete evaluation {which!r}; the run has them after steps {there}; "
+            "needs one of these numbers, best or last"
+        )
+    return evaluations[step]
+
+
+def check_pairs(first: str, other: str, before: Evaluations, after: Evaluations) -> None:
+    """Raises ValueError where the two were not evaluated alike: on the same problems, with the same
+    settings, but for the seed."""
+    if before.keys() != after.keys():
+        raise ValueError(
+            f"{first} has {', '.join(sorted(before))}, and {other} has {', '.join(sorted(after))}; "
+            "needs the same benchmarks in both; evaluate the missing ones into its directory"
+        )
+    for name in before:
+        a, b = before[name], after[name]
+        keys = sorted((a.settings.keys() | b.settings.keys()) - {_SEED})
+        differing = [
+            f"{key} ({a.settings.get(key)!r} and {b.settings.get(key)!r})"
+            for key in keys
+            if a.settings.get(key) != b.settings.get(key)
+        ]
+        if differing:
+            raise ValueError(
+                f"{name}: {first} and {other} differ in {', '.join(differing)}, and so would their "
+                "answers with the same weights; evaluate one of them again as the other was"
+            )
+        if sorted(a.header.problems.values()) != sorted(b.header.problems.values()):
+            raise ValueError(
+                f"{name}: {first} and {other} are of other problems "
+                f"({len(a.header.problems)} and {len(b.header.problems)}); needs the same, with "
+                "the same answers; evaluate both on one data set"
+            )
+
+
+def notes(before: Evaluations, after: Evaluations) -> list[str]:
+    """What two that pass `check_pairs` differ in beside the weights, on which benchmarks, and what
+    follows."""
+    effects = {
+        _SEED: "the problems are paired, the random numbers are not",
+        "dtype": "some answers change by that alone",
+        "engine": "some answers change by that alone",
+    }
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in before:
+        # Evaluations during training do not record dtype and engine.
+        a, b = (
+            {_SEED: header.settings[_SEED]} | header.subject
+            for header in (before[name].header, after[name].header)
+        )
+        for key in effects:
+            if key in a and key in b and a[key] != b[key]:
+                found.setdefault((key, f"{a[key]} and {b[key]}"), []).append(name)
+    return [
+        f"differ in {key} ({values}) on {', '.join(names)}: {effects[key]}"
+        for (key, values), names in found.items()
+    ]
+
+
+def _rates(evaluation: Evaluation, order: Evaluation) -> np.ndarray:
+    """(P,) shares of samples that are correct, in the order of the problems of `order`, which may
+    have other names for them and another order of its own."""
+    rows, marks = by_problem(evaluation.samples), evaluation.header.problems
+    wanted = list(order.header.problems.values())
+    # Both by fingerprint; problems that are asked twice are paired in their order.
+    places = sorted(range(len(wanted)), key=wanted.__getitem__)
+    rates = np.empty(len(wanted))
+    for place, name in zip(places, sorted(marks, key=marks.__getitem__), strict=True):
+        rates[place] = np.mean([sample.correct for sample in rows[name]])
+    return rates
+
+
+def compare(before: Evaluations, after: Evaluations) -> tuple[dict[str, Difference], Estimate]:
+    """By benchmark, and their plain mean; the intervals by a paired bootstrap over problems, within
+    each benchmark.
+
+    The two pass `check_pairs`.
+    """
+    found, groups = {}, []
+    for benchmark, evaluation in before.items():
+        names = list(evaluation.header.problems)
+        first, second = _rates(evaluation, evaluation), _rates(after[benchmark], evaluation)
+        groups.append(second - first)
+        found[benchmark] = Difference(
+            float(first.mean()),
+            float(second.mean()),
+            bootstrap([second - first]),
+            _named(names, (first <= 0.5) & (second > 0.5)),
+            _named(names, (first > 0.5) & (second <= 0.5)),
+        )
+    return found, bootstrap(groups)
+
+
+def _named(names: Sequence[str], where: np.ndarray) -> tuple[str, ...]:
+    return tuple(name for name, here in zip(names, where, strict=True) if here)
+
+
+def _record(differences: Mapping[str, Difference], macro: Estimate) -> dict[str, Any]:
+    def entry(estimate: Estimate) -> dict[str, Any]:
+        return {"difference": estimate.value, "ci95": [estimate.low, estimate.high]}
+
+    benchmarks = {
+        name: {
+            "before": d.before,
+            "after": d.after,
+            **entry(d.difference),
+            "gained": list(d.gained),
+            "lost": list(d.lost),
+        }
+        for name, d in differences.items()
+    }
+    return {"benchmarks": benchmarks, "macro": entry(macro)}
+
+
+def _table(first: str, other: str, differences: Mapping[str, Difference], macro: Estimate) -> Table:
+    table = Table(
+        title=f"{other} against {first}",
+        caption="Avg@k in percent; 95% intervals by paired bootstrap over problems;\n"
+        "gained: solved by more than half of the samples only after",
+    )
+    table.add_column("")
+    for heading in ("before", "after", "difference", "95% interval", "gained", "lost"):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def interval(estimate: Estimate) -> tuple[str, str]:
+        low, high = 100 * estimate.low, 100 * estimate.high
+        return f"{100 * estimate.value:+.1f}", f"{low:+.1f} to {high:+.1f}"
+
+    for name, d in differences.items():
+        counts = str(len(d.gained)), str(len(d.lost))
+        values = f"{100 * d.before:.1f}", f"{100 * d.after:.1f}"
+        table.add_row(name, *values, *interval(d.difference), *counts)
+    if len(differences) > 1:
+        table.add_row("macro", "", "", *interval(macro), "", "")
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m paint_engine.evaluate compare",
+        description="The difference of each run to the first one, on the same problems.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("first", metavar="RUN_A", help="the directory of an evaluation or a run")
+    parser.add_argument(
+        "others",
+        metavar="RUN_B",
+        nargs="+",
+        help="another; of a training run with :STEP, :best or :last (default) after it",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there too")
+    return parser
+
+
+def main(argv: Sequence[str], console: Console) -> None:
+    """Prints one table for each run after the first, and the problems that it gained and lost.
+
+    Raises ValueError where two runs cannot be compared.
+    """
+    arguments = _parser().parse_args(argv)
+    before, records = read_run(arguments.first), []
+    for other in arguments.others:
+        after = read_run(other)
+        check_pairs(arguments.first, other, before, after)
+        differences, macro = compare(before, after)
+        found = notes(before, after)
+        for note in found:
+            console.print(f"note: {arguments.first} and {other} {note}", soft_wrap=True)
+        console.print(_table(arguments.first, other, differences, macro))
+        for name, difference in differences.items():
+            for label, problems in (("gained", difference.gained), ("lost", difference.lost)):
+                if problems:
+                    console.print(f"{name}, {label}: {', '.join(problems)}", soft_wrap=True)
+        records.append({"run": other, "notes": found, **_record(differences, macro)})
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"first": arguments.first, "others": records}, indent=2)
+        arguments.json.write_text(text + "\n")

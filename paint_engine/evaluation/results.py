@@ -1,0 +1,128 @@
+"""An evaluation's numbers as they are printed and written: the table, and `results.json`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from paint_engine.evaluation.accuracy import (
+    Estimate,
+    bootstrap,
+    by_problem,
+    correct_matrix,
+    majority,
+    pass_at_k_by_problem,
+    pass_ks,
+)
+from paint_engine.evaluation.store import EvalSample, Evaluation
+from paint_engine.files import VERSIONS_FILE, present_versions
+from paint_engine.rewards.checker import equal_answers
+
+RESULTS_FILE = "results.json"
+LENGTH = "mean_length"
+_LABELS = {
+    "format_rate": "answer in a box",
+    "truncation_rate": "cut at the limit",
+    LENGTH: "tokens, mean",
+}
+
+
+def measures(samples: Sequence[EvalSample]) -> dict[str, np.ndarray]:
+    """(P,) numbers of each name, one a problem: fractions, but for `mean_length` (tokens).
+
+    avg@n, pass@1, pass@2, pass@4, ... pass@n, maj@n, format_rate (an answer was boxed),
+    truncation_rate (the length limit ended it), mean_length; n the number of samples a problem.
+    """
+    rows, correct = list(by_problem(samples).values()), correct_matrix(samples)
+    num_samples = correct.shape[1]
+    boxed = [[sample.extracted is not None for sample in row] for row in rows]
+    truncated = [[sample.truncated for sample in row] for row in rows]
+    lengths = [[sample.num_tokens for sample in row] for row in rows]
+    return {
+        f"avg@{num_samples}": correct.mean(axis=1),
+        **{f"pass@{k}": pass_at_k_by_problem(correct, k) for k in pass_ks(num_samples)},
+        f"maj@{num_samples}": np.array([majority(row, equal_answers) for row in rows]),
+        "format_rate": np.mean(boxed, axis=1),
+        "truncation_rate": np.mean(truncated, axis=1),
+        LENGTH: np.mean(lengths, axis=1),
+    }
+
+
+def summarise_benchmarks(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """`benchmarks` by name, and `macro`, their plain mean, as `results.json` holds them.
+
+    evaluations: one or more, with equal settings.
+    """
+    found = {e.header.benchmark: measures(e.samples) for e in evaluations}
+    benchmarks = {}
+    for evaluation in evaluations:
+        name, samples = evaluation.header.benchmark, evaluation.samples
+        benchmarks[name] = {
+            "num_problems": len(evaluation.header.problems),
+            "num_samples": evaluation.settings["num_samples"],
+            "checker_errors": sum(sample.error is not None for sample in samples),
+            "seconds": evaluation.seconds,
+            **{key: _entry(bootstrap([values])) for key, values in found[name].items()},
+        }
+    names = next(iter(found.values()))
+    macro = {key: _entry(bootstrap([of[key] for of in found.values()])) for key in names}
+    return {"benchmarks": benchmarks, "macro": macro}
+
+
+def _entry(estimate: Estimate) -> dict[str, Any]:
+    return {"value": estimate.value, "ci95": [estimate.low, estimate.high]}
+
+
+def write_results(directory: Path, results: Mapping[str, Any]) -> None:
+    """`results.json`, all of it or nothing."""
+    _write_json(directory / RESULTS_FILE, results)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.rename(file)
+
+
+def read_versions(directory: Path) -> list[dict[str, Any]]:
+    """What has sampled the answers of a directory: its `versions.json`, oldest first."""
+    file = directory / VERSIONS_FILE
+    return json.loads(file.read_text()) if file.is_file() else []
+
+
+def add_versions(directory: Path, num_processes: int) -> None:
+    """Notes in `versions.json` what samples now, where it has not done so there before. For the
+    main rank, once there is something to sample."""
+    earlier = read_versions(directory)
+    now = present_versions("evaluate", num_processes)
+    if now not in earlier:
+        _write_json(directory / VERSIONS_FILE, [*earlier, now])
+
+
+def results_table(results: Mapping[str, Any]) -> Table:
+    """One column a benchmark, and their mean where there are several; 95% intervals in brackets."""
+    benchmarks = results["benchmarks"]
+    columns = dict(benchmarks)
+    if len(benchmarks) > 1:
+        columns["macro"] = results["macro"]
+    table = Table(caption="percent, with 95% intervals\nby bootstrap over problems")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for key in results["macro"]:
+        label = _LABELS.get(key, key[:1].upper() + key[1:] if key.startswith("avg") else key)
+        table.add_row(label, *(_cell(key, column[key]) for column in columns.values()))
+    for key, label in (("num_problems", "problems"), ("checker_errors", "answers not checked")):
+        counts = [str(column[key]) for column in benchmarks.values()]
+        table.add_row(label, *counts, *[""] * (len(columns) - len(benchmarks)))
+    return table
+
+
+def _cell(key: str, entry: Mapping[str, Any]) -> str:
+    low, high = entry["ci95"]
+    if key == LENGTH:
+        return f"{entry['value']:,.0f} [{low:,.0f}, {high:,.0f}]"
+    return f"{100 * entry['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -1,0 +1,376 @@
+"""What an evaluation is of: a model, or a model with an adapter or a run's checkpoint; and the
+engine that samples from it, without a trainer."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import GenerationConfig
+
+from paint_engine.checkpoint.choose import (
+    choose_checkpoint,
+    find_base,
+    recorded_base,
+    recorded_section,
+)
+from paint_engine.checkpoint.directory import MANIFEST_FILE, list_checkpoints, split_place
+from paint_engine.checkpoint.merge import build_model
+from paint_engine.checkpoint.weights import ADAPTER_FILE
+from paint_engine.config.schema import Config
+from paint_engine.config.sections import LoraSection, ModelSection, PromptsSection
+from paint_engine.distributed import World
+from paint_engine.model.forward import causal_lm, lm_head_weight
+from paint_engine.model.load import TINY_BASE, load_base, meta_model, pick_dtype, resolve_model
+from paint_engine.prompts.chat import student_text
+from paint_engine.rollout.builtin import BuiltinEngine
+from paint_engine.rollout.engine import RolloutEngine
+from paint_engine.rollout.vllm_engine import StoredModel, VllmEngine
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_MODEL_CONFIG = "config.json"
+_LORA_MATRICES = (".lora_A.", ".lora_B.")
+# Beside the weights, what decides how they are used; and of the tokenizer's directory, which is the
+# base's where a checkpoint has none.
+_MODEL_FILES = (_MODEL_CONFIG, "generation_config.json")
+_TOKENIZER_FILES = (
+    *("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    "chat_template.*",
+)
+# Run only where the model's own code is trusted.
+_CODE_FILES = ("*.py",)
+_NUM_DIGITS = 16
+# Of each tensor, so many bytes at its start, its middle and its end tell it from another.
+_PIECE_BYTES = 4096
+# Before a safetensors file's header: its length, little-endian.
+_LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Subject(ModelSection(name_or_path="tiny"), adapter=Path("runs/a/checkpoints/step-40"),
+            checkpoint=None)
+
+    base: the model, or what an adapter or a checkpoint was trained from; its tokenizer is used.
+    adapter: peft's files.
+    checkpoint: the whole model in transformers' format, of a run that trained all weights.
+    """
+
+    base: ModelSection
+    adapter: Path | None = None
+    checkpoint: Path | None = None
+
+    @property
+    def weights(self) -> str:
+        """Where the model's own weights are: a directory, or an id."""
+        if self.checkpoint is not None:
+            return str(self.checkpoint)
+        return resolve_model(self.base.name_or_path)
+
+    def identity(self, engine: str, dtype: torch.dtype) -> dict[str, Any]:
+        """What tells these weights, and what samples from them, from others: the commit of what
+        comes from the hub, once it is in the cache, and digests of local files; small ones stand
+        under their names.
+
+        Every rank asks, and reads a small part of the weights. Raises ValueError where a file of
+        them cannot be read.
+        """
+        path = Path(self.weights)
+        base = resolve_model(self.base.name_or_path, with_weights=False)
+        small = [path / name for name in _MODEL_FILES]
+        code = _CODE_FILES if self.base.trust_remote_code else ()
+        for pattern in (*_TOKENIZER_FILES, *code):
+            small += Path(base).glob(pattern)
+        if self.adapter is not None:
+            small += [self.adapter / _ADAPTER_CONFIG, self.adapter / ADAPTER_FILE]
+        return {
+            "model": str(path.resolve()) if path.is_dir() else self.weights,
+            "commit": None if Path(base).is_dir() else _commit(base),
+            "weights": _weights_digest(path) if path.is_dir() else None,
+            **{file.name: _digest(file.read_bytes()) for file in sorted(small) if file.is_file()},
+            "dtype": str(dtype).removeprefix("torch."),
+            "engine": engine,
+        }
+
+
+def find_subject(
+    model: str | None, adapter: str | None, dtype: str, *, trust_remote_code: bool
+) -> Subject:
+    """The model and the adapter that two flags name.
+
+    model: "tiny", a directory or an id; None = what the adapter was trained from.
+    adapter: a directory in peft's format, a checkpoint, or a run directory, then with :last (also
+        where nothing is said), :best or :STEP after it.
+
+    Raises ValueError where there is none such.
+    """
+    if model is None and adapter is None:
+        raise ValueError("got neither --model nor --adapter; needs at least one of them")
+    found = None if adapter is None else find_adapter(adapter)
+    if found is None:
+        section = ModelSection(name_or_path=model or "tiny")
+    else:
+        section = find_base(found, model)
+    update: dict[str, Any] = {"trust_remote_code": section.trust_remote_code or trust_remote_code}
+    if dtype != "auto":
+        update["dtype"] = dtype
+    section = section.model_copy(update=update)
+    if found is None:
+        return Subject(section)
+    if not (found / _ADAPTER_CONFIG).is_file():
+        return Subject(section, checkpoint=found)
+    if not (found / ADAPTER_FILE).is_file():
+        raise ValueError(
+            f"--adapter {adapter}: {found} has no {ADAPTER_FILE}; needs peft's files with the "
+            "weights in safetensors; save the adapter again with save_pretrained"
+        )
+    return Subject(section, adapter=found)
+
+
+def find_adapter(text: str) -> Path:
+    """The directory with the adapter, or with the checkpoint of a run that trained all weights."""
+    path, which = split_place(text)
+    if which is not None and which.isdecimal():
+        which = f"step-{which}"
+    checkpoints = list_checkpoints(path) if path.is_dir() else []
+    if which is None and (path / _ADAPTER_CONFIG).is_file() and not checkpoints:
+        return path
+    if not checkpoints and (which is not None or not (path / MANIFEST_FILE).is_file()):
+        raise ValueError(f"--adapter {text}: {_no_adapter(path)}")
+    return choose_checkpoint(path, which, f"--adapter {text}")
+
+
+def _no_adapter(path: Path) -> str:
+    """Why there is none, and what to give."""
+    if (path / _ADAPTER_CONFIG).is_file() or (path / MANIFEST_FILE).is_file():
+        return f"{path} is one adapter, and no run directory with several; give it without a colon"
+    if (path / _MODEL_CONFIG).is_file():
+        return f"{path} is a whole model, and no adapter; give it as --model {path}"
+    return (
+        f"{path} {'holds none' if path.is_dir() else 'is no directory'}; needs an adapter in "
+        "peft's format, a checkpoint, or a run directory that has some, with :last, :best or :STEP "
+        "after it"
+    )
+
+
+def other_base(subject: Subject) -> str | None:
+    """The model that the adapter was trained on, by its run's word or its own, where that is
+    another than the one that it is put on; None also where nothing says it."""
+    if subject.adapter is None:
+        return None
+    recorded = recorded_base(subject.adapter)
+    if recorded is None or _place(recorded.name_or_path) == _place(subject.base.name_or_path):
+        return None
+    return recorded.name_or_path
+
+
+def other_prompts(subject: Subject, asked: PromptsSection) -> PromptsSection | None:
+    """The prompts of the run that trained the subject, where its student's message is another than
+    the one that is asked with; None also where no run's configuration says it."""
+    trained = subject.adapter or subject.checkpoint
+    section = trained and recorded_section(trained.resolve(), "prompts")
+    if section is None:
+        return None
+    recorded = PromptsSection.model_validate(section)
+    same = student_text("{problem}", recorded) == student_text("{problem}", asked)
+    return None if same else recorded
+
+
+def _place(name_or_path: str) -> str:
+    path = TINY_BASE if name_or_path == "tiny" else Path(name_or_path)
+    return str(path.resolve()) if path.is_dir() else name_or_path
+
+
+def default_directory(subject: Subject, deciding: Mapping[str, Any]) -> Path:
+    """A directory that the same command finds again, and another one does not; more benchmarks go
+    to the same. Named after the model, the adapter, or the run and its checkpoint.
+
+    deciding: the subject's identity and the settings; what JSON holds.
+    """
+    trained = subject.adapter or subject.checkpoint
+    if trained is None:
+        # The directory's own name where "." is given.
+        name = Path(os.path.abspath(subject.base.name_or_path)).name
+    else:
+        trained = trained.resolve()
+        run_dir = trained.parent.parent
+        name = trained.name
+        if trained in list_checkpoints(run_dir):
+            name = f"{run_dir.name}-{name}"
+    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    return Path("evaluations") / f"{name}-{digest[:8]}"
+
+
+def check_adapter(subject: Subject) -> None:
+    """Raises ValueError where the adapter's matrices are not those that its configuration asks for
+    in this base: peft would leave out what it finds no place for, and evaluate the rest."""
+    if subject.adapter is None:
+        return
+    try:
+        with safe_open(subject.adapter / ADAPTER_FILE, framework="pt") as file:
+            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"--adapter: {subject.adapter / ADAPTER_FILE} cannot be read ({error}); save or copy "
+            "the adapter again"
+        ) from error
+    there = {name: shape for name, shape in there.items() if any(m in name for m in _LORA_MATRICES)}
+    try:
+        config = PeftConfig.from_pretrained(str(subject.adapter))
+        # Else peft warns that the skeleton has another name; `other_base` tells of another base.
+        config.base_model_name_or_path = None
+        fitted = get_peft_model(skeleton(subject), config, low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise ValueError(_no_fit(subject, str(error))) from error
+    needed = {
+        name.replace(".default.", "."): tuple(parameter.shape)
+        for name, parameter in fitted.named_parameters()
+        if any(matrix in name for matrix in _LORA_MATRICES)
+    }
+    if there != needed:
+        name = min(name for name in there | needed if there.get(name) != needed.get(name))
+        raise ValueError(
+            _no_fit(
+                subject,
+                f"{name} has the shape {there.get(name, 'none')}, and the base has room for "
+                f"{needed.get(name, 'none')}",
+            )
+        )
+
+
+def _no_fit(subject: Subject, reason: str) -> str:
+    recorded = json.loads((subject.adapter / _ADAPTER_CONFIG).read_text())  # pyright: ignore[reportOptionalOperand]
+    return (
+        f"--adapter: {subject.adapter} does not fit the model {subject.base.name_or_path} "
+        f"({reason}); needs the model that it was trained on, by its own word "
+        f"{recorded.get('base_model_name_or_path')!r}; give that with --model"
+    )
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:_NUM_DIGITS]
+
+
+def _commit(model_id: str) -> str | None:
+    """The commit that a model's files in the hub's cache are of, as loading its configuration or
+    its tokenizer has left them; None where there are none."""
+    for name in (_MODEL_CONFIG, "tokenizer_config.json", "tokenizer.json"):
+        found = try_to_load_from_cache(model_id, name)
+        if isinstance(found, str):
+            return Path(found).parent.name
+    return None
+
+
+def _weights_digest(directory: Path) -> str:
+    """16 digits of each file's header and of pieces of every tensor: other weights have others,
+    without 16 GB being read for it."""
+    found = hashlib.sha256()
+    for file in sorted(directory.glob("*.safetensors")):
+        found.update(file.name.encode())
+        try:
+            for piece in _pieces(file):
+                found.update(piece)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read ({error}); save or fetch it again") from error
+    return found.hexdigest()[:_NUM_DIGITS]
+
+
+def _pieces(file: Path) -> Iterator[bytes]:
+    # Which checks the header, and that the tensors fill the rest of the file.
+    with safe_open(file, framework="pt"):
+        pass
+    with file.open("rb") as opened:
+        header = opened.read(int.from_bytes(opened.read(_LENGTH_BYTES), "little"))
+        yield header
+        start = opened.tell()
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        for tensor in tensors.values():
+            begin, end = tensor["data_offsets"]
+            last = max(begin, end - _PIECE_BYTES)
+            for place in (begin, (begin + last) // 2, last):
+                opened.seek(start + place)
+                yield opened.read(min(_PIECE_BYTES, end - begin))
+
+
+def skeleton(subject: Subject) -> nn.Module:
+    """The model without its weights: its context, its head's size and its stop tokens."""
+    section = subject.base.model_copy(update={"name_or_path": subject.weights})
+    model = meta_model(Config(model=section, lora=LoraSection(enabled=False)))
+    try:
+        causal_lm(model).generation_config = GenerationConfig.from_pretrained(subject.weights)
+    except OSError:
+        # A model may come without; transformers then fills it in from the model's configuration.
+        return model
+    return model
+
+
+def compute_dtype_of(subject: Subject, device: torch.device) -> torch.dtype:
+    """What the evaluation computes in."""
+    return pick_dtype(subject.base.dtype, device)
+
+
+def build_engine(
+    subject: Subject,
+    shape: nn.Module,
+    world: World,
+    *,
+    kind: Literal["vllm", "builtin"],
+    max_model_len: int,
+    max_sequences: int,
+    gpu_memory_utilization: float,
+    tensor_parallel_size: int,
+) -> RolloutEngine:
+    """What samples from the subject. A collective of all ranks.
+
+    shape: `skeleton`'s.
+    max_model_len: the longest prompt and completion together, in tokens.
+    """
+    dtype = compute_dtype_of(subject, world.device)
+    if kind == "builtin":
+        model = _load(subject, dtype, world.device)
+        return BuiltinEngine(model, lambda: nullcontext(model), max_sequences)
+    stored = StoredModel(
+        head_size=lm_head_weight(shape).shape[0],
+        dtype=dtype,
+        tokenizer=resolve_model(subject.base.name_or_path, with_weights=False),
+        adapter=subject.adapter,
+        lora_rank=_adapter_rank(subject.adapter) if subject.adapter else 0,
+    )
+    engine = VllmEngine(
+        stored,
+        subject.weights,
+        world,
+        max_model_len=max_model_len,
+        max_sequences=max_sequences,
+        gpu_memory_utilization=gpu_memory_utilization,
+        tensor_parallel_size=tensor_parallel_size,
+        trust_remote_code=subject.base.trust_remote_code,
+    )
+    if subject.adapter is not None:
+        engine.sync(0)
+    return engine
+
+
+def _adapter_rank(adapter: Path) -> int:
+    config = json.loads((adapter / _ADAPTER_CONFIG).read_text())
+    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+
+
+def _load(subject: Subject, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    if subject.checkpoint is not None:
+        model = build_model(subject.checkpoint, subject.base, dtype)
+        return nn.Module.to(model, device).eval()
+    base = load_base(subject.base, device)
+    if subject.adapter is None:
+        return base.eval()
+    return PeftModel.from_pretrained(base, str(subject.adapter), torch_device=str(device)).eval()

@@ -1,0 +1,174 @@
+"""Loading the base and its tokenizer, putting LoRA on it, sharding it, and its hidden states at
+completion positions."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from paint_engine.config.schema import Config
+from paint_engine.config.sections import ModelSection
+from paint_engine.model.forward import _COMPUTE_DTYPE
+from paint_engine.model.lora import add_lora
+
+TINY_BASE = Path(__file__).parents[1] / "tiny" / "base"
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the GPU where there is one. ValueError for "cuda" without one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "train.device is 'cuda', but this machine has no usable CUDA device: "
+            "use --train.device cpu or auto"
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name; "auto" is bfloat16 on a GPU that has it, else float32."""
+    if name == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if bf16 else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def resolve_model(name_or_path: str, *, with_weights: bool = True) -> str:
+    """The bundled base for "tiny"; a directory is checked for what a model needs.
+
+    Raises ValueError for a directory that lacks a part.
+    """
+    if name_or_path == "tiny":
+        return str(TINY_BASE)
+    path = Path(name_or_path)
+    if not path.is_dir():
+        return name_or_path
+    present = {file.name for file in path.iterdir()}
+    if "config.json" not in present:
+        needed = "config.json (the model's configuration)"
+    elif not present & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
+        needed = "tokenizer (tokenizer.json, tokenizer.model or vocab.json)"
+    elif with_weights and not any(name.endswith(".safetensors") for name in present):
+        needed = "weights in safetensors files"
+    else:
+        return name_or_path
+    raise ValueError(
+        f"model directory {name_or_path} has no {needed}; it holds "
+        f"{', '.join(sorted(present)) or 'nothing'}: save the model and the tokenizer there with "
+        "save_pretrained, or name another with --model.name_or_path"
+    )
+
+
+def _load_failure(what: str, name: str, error: Exception) -> ValueError:
+    remedy = (
+        "a file in that directory is damaged or not of this model; save or fetch it again"
+        if name == "tiny" or Path(name).is_dir()
+        else "it is neither a local directory nor reachable on the hub; check "
+        "--model.name_or_path and the network"
+    )
+    return ValueError(
+        f"{what} {name!r} could not be loaded ({type(error).__name__}: {error}): {remedy}"
+    )
+
+
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """The base's tokenizer. ValueError where there is none, or where it has no chat template."""
+    path = resolve_model(section.name_or_path, with_weights=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code)
+    except OSError as error:
+        raise _load_failure("tokenizer of", section.name_or_path, error) from error
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer of {section.name_or_path} has no chat template, which the prompts of "
+            "student and teacher are built with: use an instruct model, or add a "
+            "chat_template.jinja beside it"
+        )
+    return tokenizer
+
+
+def _check_head(model: PreTrainedModel, name: str) -> None:
+    """The losses read the head as one plain matrix: logits = hidden states @ weight^T."""
+    head = model.get_output_embeddings()
+    text_config = model.config.get_text_config()
+    neutral = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
+    changed = [
+        f"{key} = {value}"
+        for key, plain in neutral.items()
+        if (value := getattr(text_config, key, plain)) not in (plain, None)
+    ]
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        changed.append("a head that is not a linear layer without bias")
+    if changed:
+        raise ValueError(
+            f"model {name} has {', '.join(changed)}: the losses need logits that are a plain "
+            "product of hidden states and head, as in Qwen3 or Llama; use such a model"
+        )
+
+
+def load_base(
+    section: ModelSection,
+    device: torch.device,
+    *,
+    trains_base: bool = False,
+    on_cpu: bool = False,
+) -> PreTrainedModel:
+    """The base on `device`, safetensors only, attention by SDPA.
+
+    section.dtype: of the arithmetic, and of the weights unless they are trained.
+    trains_base: the base's own weights are trained; they are then kept in float32, for at such
+    learning rates bfloat16 rounds most updates away.
+    on_cpu: leave it there, to be sharded onto devices of that kind.
+    """
+    path = resolve_model(section.name_or_path)
+    dtype = pick_dtype(section.dtype, device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32 if trains_base else dtype,
+            trust_remote_code=section.trust_remote_code,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+        )
+    except (OSError, SafetensorError) as error:
+        raise _load_failure("model", section.name_or_path, error) from error
+    _check_head(model, section.name_or_path)
+    setattr(model, _COMPUTE_DTYPE, dtype)
+    if not on_cpu:
+        nn.Module.to(model, device)
+    return model
+
+
+def meta_model(config: Config) -> nn.Module:
+    """The model that a run would train, with its adapters, without one weight: on the meta device,
+    from its config.json alone.
+
+    Raises ValueError where there is no such model, or adapters that it cannot have.
+    """
+    section = config.model
+    path = str(TINY_BASE) if section.name_or_path == "tiny" else section.name_or_path
+    try:
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"configuration of {section.name_or_path!r} could not be read ({error}): check "
+            "--model.name_or_path; a directory needs the model's config.json"
+        ) from error
+    narrow = config.lora.enabled and section.dtype == "bfloat16"
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            settings,
+            dtype=torch.bfloat16 if narrow else torch.float32,
+            trust_remote_code=section.trust_remote_code,
+            attn_implementation="sdpa",
+        )
+        return add_lora(base, config.lora, config.train.seed)

@@ -1,0 +1,216 @@
+"""The console display of a run: a live line on a terminal, plain lines elsewhere."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_INTERVAL_S = 5.0
+LIVE_REFRESHES_PER_S = 4.0
+LIVE_COLUMNS = 90
+
+
+# Enough updates to even out one slow step, few enough to follow completions that grow longer.
+TIME_LEFT_WINDOW = 16
+
+
+@dataclass
+class _Meter:
+    """How far a counted job is and how long the rest will take, from its latest updates."""
+
+    total: int
+    done: int
+    clock: Callable[[], float]
+    started: float = field(init=False)
+    history: deque[tuple[float, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
+        self.history = deque([(self.started, self.done)], maxlen=TIME_LEFT_WINDOW + 1)
+
+    def advance_to(self, done: int) -> None:
+        self.done = done
+        self.history.append((self.clock(), done))
+
+    def elapsed_s(self) -> float:
+        return self.clock() - self.started
+
+    def left_s(self) -> float | None:
+        """Seconds to go at the rate of the latest updates; None before the first one."""
+        (first_time, first_done), (last_time, last_done) = self.history[0], self.history[-1]
+        if last_done == first_done:
+            return None
+        seconds_each = (last_time - first_time) / (last_done - first_done)
+        since_update = self.clock() - last_time
+        return max(0.0, seconds_each * (self.total - last_done) - since_update)
+
+
+_DIVERGENCES = {"forward_kl": "KL", "reverse_kl": "reverse KL", "jsd": "JSD"}
+
+
+# key of the metrics, label (of token_kl: its divergence's), how the value is shown
+_TRAINING_FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("reward", "reward", "{:.2f}".format),
+    ("zero_variance_groups", "groups without a signal", "{:.0f}".format),
+    ("loss", "loss", "{:.4f}".format),
+    ("token_kl", "", "{:.4f} nats".format),
+    ("sampled_kl", "sampled KL", "{:.4f} nats".format),
+    ("base_kl", "base KL", "{:.4f} nats".format),
+    ("overlap", "overlap", "{:.0%}".format),
+    ("accuracy", "accuracy", "{:.0%}".format),
+    ("tokens_per_s", "", "{:,.0f} tokens/s".format),
+)
+
+
+def loss_says_nothing(metrics: Mapping[str, float]) -> bool:
+    """Whether it is GRPO's loss in one update a batch, without a KL: there the ratios are 1, and a
+    group's advantages cancel out whatever is learned. Without a ratio nothing was trained on."""
+    return "reward" in metrics and "base_kl" not in metrics and metrics.get("ratio", 1.0) == 1.0
+
+
+class Progress:
+    """The display of a run: a live line on a terminal, a plain line now and then elsewhere.
+
+    with progress.evaluation("evaluating before", 1536) as advance:
+        advance(64, 0.48)             # 64 more samples are done, 48% of all so far are correct
+    with progress.training(40, start_step=0) as update:
+        update(metrics)               # the same mapping that MetricsWriter.write takes
+
+    Args:
+        console: where to draw. Only a console whose file is a terminal gets the live display.
+        divergence: as in the objective's section; it names token_kl.
+        clock: seconds on a clock that never runs back.
+    """
+
+    def __init__(
+        self,
+        console: Console | None = None,
+        divergence: str = "forward_kl",
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console or Console()
+        self._labels = {"token_kl": _DIVERGENCES[divergence]}
+        self._clock = clock
+
+    @contextmanager
+    def training(
+        self, num_steps: int, start_step: int
+    ) -> Iterator[Callable[[Mapping[str, float]], None]]:
+        """Yields the function to call after each step, from `start_step + 1` to `num_steps`."""
+        meter = _Meter(num_steps, start_step, self._clock)
+        with _display(self._console, meter, "step", "") as show:
+
+            def update(metrics: Mapping[str, float]) -> None:
+                meter.advance_to(int(metrics["step"]))
+                keys = metrics.keys() - ({"loss"} if loss_says_nothing(metrics) else set())
+                rows = [row for row in _TRAINING_FIELDS if row[0] in keys]
+                show([(self._labels.get(k, label), form(metrics[k])) for k, label, form in rows])
+
+            yield update
+
+    @contextmanager
+    def evaluation(self, title: str, total: int) -> Iterator[Callable[[int, float], None]]:
+        """Yields `advance(num_finished, correct_fraction)`: samples newly finished, and the share
+        of all samples finished so far that are correct."""
+        meter = _Meter(total, 0, self._clock)
+        with _display(self._console, meter, f"{title}:", " samples") as show:
+
+            def advance(num_finished: int, correct_fraction: float) -> None:
+                meter.advance_to(meter.done + num_finished)
+                show([("correct", f"{correct_fraction:.1%}")])
+
+            yield advance
+
+
+_Fields = list[tuple[str, str]]
+
+
+@contextmanager
+def _display(
+    console: Console, meter: _Meter, title: str, unit: str
+) -> Iterator[Callable[[_Fields], None]]:
+    # FORCE_COLOR makes rich take a log file for a terminal; cursor movements do not belong there.
+    if console.is_interactive and console.file.isatty():
+        with _live_display(console, meter, title, unit) as show:
+            yield show
+    else:
+        with _plain_display(console, meter, title, unit) as show:
+            yield show
+
+
+@contextmanager
+def _live_display(
+    console: Console, meter: _Meter, title: str, unit: str
+) -> Iterator[Callable[[_Fields], None]]:
+    fields: _Fields = []
+
+    def render() -> Group:
+        bar = Table.grid(padding=(0, 2))
+        bar.width = min(console.width, LIVE_COLUMNS)
+        bar.add_column(no_wrap=True)
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True)
+        bar.add_row(
+            Text(f"{title} {meter.done}/{meter.total}{unit}", style="bold"),
+            ProgressBar(total=meter.total, completed=meter.done),
+            Text(f"{_duration(meter.elapsed_s())} elapsed  {_duration(meter.left_s())} left"),
+        )
+        numbers = Text("  ").join(
+            Text.assemble((f"{label} " if label else "", "dim"), value) for label, value in fields
+        )
+        return Group(bar, numbers)
+
+    def show(new_fields: _Fields) -> None:
+        fields[:] = new_fields
+
+    with Live(get_renderable=render, console=console, refresh_per_second=LIVE_REFRESHES_PER_S):
+        yield show
+
+
+@contextmanager
+def _plain_display(
+    console: Console, meter: _Meter, title: str, unit: str
+) -> Iterator[Callable[[_Fields], None]]:
+    printed_at = -math.inf
+    unprinted = ""
+
+    def show(fields: _Fields) -> None:
+        nonlocal printed_at, unprinted
+        numbers = [f"{label} {value}".strip() for label, value in fields]
+        unprinted = "  ".join(
+            [
+                f"{title} {meter.done}/{meter.total}{unit}",
+                *numbers,
+                f"{_duration(meter.elapsed_s())} elapsed",
+                f"{_duration(meter.left_s())} left",
+            ]
+        )
+        if meter.done >= meter.total or meter.clock() - printed_at >= PLAIN_INTERVAL_S:
+            flush()
+
+    def flush() -> None:
+        nonlocal printed_at, unprinted
+        console.print(unprinted, markup=False, highlight=False, soft_wrap=True)
+        printed_at, unprinted = meter.clock(), ""
+
+    try:
+        yield show
+    finally:
+        # An interrupted job still says how far it came.
+        if unprinted:
+            flush()
+
+
+def _duration(seconds: float | None) -> str:
+    """ "0:01:23", or "-:--:--" where it is not known yet."""
+    return "-:--:--" if seconds is None else str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,164 @@
+"""Chat prompts of student and teacher (Fig. 2), as token ids, by the configuration's templates.
+
+As they come, both roles ask the same question and close with the same instruction; the teacher's
+prompt also shows the verified solution, or the part of it that the mask leaves (nothing between the
+fences where nothing is left and the marker is empty), and a rationale of it where the teacher has
+written one.
+"""
+
+from collections.abc import Callable
+
+from transformers import PreTrainedTokenizerBase
+
+from paint_engine.config.sections import PromptsSection
+from paint_engine.config.templates import PART_OF, fill
+from paint_engine.prompts.masking import mask_solution
+from paint_engine.types import Problem
+
+
+def student_text(problem: str, prompts: PromptsSection) -> str:
+    """The user's message as the student sees it, at training and at evaluation."""
+    values = {"problem": problem, "instruction": prompts.instruction}
+    return fill(prompts.student_template, values)
+
+
+def reference_values(
+    problem: str, partial_solution: str, prompts: PromptsSection, *, whole: bool
+) -> dict[str, str]:
+    """What the names in the teacher's templates stand for, but for the rationale.
+
+    whole: the solution is shown unmasked, and the text does not call it a part.
+    """
+    return {
+        "problem": problem,
+        "solution": partial_solution,
+        "part_of": "" if whole else PART_OF,
+        "instruction": prompts.instruction,
+    }
+
+
+def teacher_text(
+    problem: str,
+    partial_solution: str,
+    prompts: PromptsSection,
+    *,
+    whole: bool,
+    rationale: str = "",
+) -> str:
+    """The user's message as the teacher sees it.
+
+    whole: the solution is shown unmasked, and the text does not call it a part.
+    rationale: the teacher's own explanation of the solution, shown below it; "" for none.
+    """
+    section = fill(prompts.rationale_template, {"rationale": rationale}) if rationale else ""
+    values = reference_values(problem, partial_solution, prompts, whole=whole)
+    return fill(prompts.teacher_template, values | {"rationale": section})
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, user_text: str, *, thinking: bool, suffix: str = ""
+) -> tuple[int, ...]:
+    """Token ids of one user message with the generation prompt, and `suffix` after it.
+
+    thinking: the chat template's `enable_thinking`; templates without the switch ignore it.
+    """
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": user_text}],
+        add_generation_prompt=True,
+        enable_thinking=thinking,
+        tokenize=False,
+    )
+    assert isinstance(text, str)
+    return tuple(tokenizer.encode(text + suffix, add_special_tokens=False, verbose=False))
+
+
+def encode_student_prompt(
+    tokenizer: PreTrainedTokenizerBase, problem: Problem, prompts: PromptsSection, *, thinking: bool
+) -> tuple[int, ...]:
+    """The student's prompt for one problem.
+
+    thinking: in training the section's switch, in evaluation its own.
+    """
+    return encode_chat(tokenizer, student_text(problem.problem, prompts), thinking=thinking)
+
+
+def hide_end(text: str, num_hidden: int, marker: str) -> str:
+    """The text with so many characters of its end replaced by the marker."""
+    return mask_solution(text, num_hidden / len(text) if text else 0.0, marker=marker)
+
+
+def shorten_to_fit(
+    encode: Callable[[int], tuple[tuple[int, ...], str]],
+    num_characters: int,
+    max_tokens: int | None,
+) -> tuple[tuple[int, ...], str] | None:
+    """The prompt that hides the fewest characters and takes at most `max_tokens` (None = any
+    number); None where it is too long with all of them hidden.
+
+    encode: from the number of hidden characters, up to `num_characters`, to token ids and the text
+    that is shown.
+    """
+    uncut = encode(0)
+    if max_tokens is None or len(uncut[0]) <= max_tokens:
+        return uncut
+    if len(encode(num_characters)[0]) > max_tokens:
+        return None
+    fewest, most = 1, num_characters
+    while fewest < most:
+        middle = (fewest + most) // 2
+        if len(encode(middle)[0]) <= max_tokens:
+            most = middle
+        else:
+            fewest = middle + 1
+    return encode(most)
+
+
+def encode_teacher_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    partial_solution: str,
+    prompts: PromptsSection,
+    *,
+    max_tokens: int | None = None,
+    marker: str,
+    rationale: str | None = None,
+) -> tuple[tuple[int, ...], str]:
+    """The teacher's prompt for one problem and what the mask left of its solution, and the solution
+    as it stands there.
+
+    rationale: the teacher's explanation of what it was shown; None or "" for none.
+
+    A prompt above `max_tokens` shortens the rationale from its end (the marker takes the place of
+    what goes), and leaves its section out where nothing would be left of it; then the solution,
+    likewise from its end, but never the question or the template's tail.
+
+    Raises ValueError where the prompt does not fit even without both.
+    """
+    whole, explained = partial_solution == problem.solution, rationale or ""
+
+    def encode(solution_hidden: int, rationale_hidden: int) -> tuple[tuple[int, ...], str]:
+        shown = hide_end(partial_solution, solution_hidden, marker)
+        left = rationale_hidden < len(explained)
+        text = teacher_text(
+            problem.problem,
+            shown,
+            prompts,
+            whole=whole and solution_hidden == 0,
+            rationale=hide_end(explained, rationale_hidden, marker) if left else "",
+        )
+        thinking, suffix = prompts.teacher_thinking, prompts.teacher_suffix
+        return encode_chat(tokenizer, text, thinking=thinking, suffix=suffix), shown
+
+    found = shorten_to_fit(lambda hidden: encode(0, hidden), len(explained), max_tokens)
+    if found is None:
+        found = shorten_to_fit(
+            lambda hidden: encode(hidden, len(explained)), len(partial_solution), max_tokens
+        )
+    if found is None:
+        shortest, _ = encode(len(partial_solution), len(explained))
+        raise ValueError(
+            f"{problem.problem_id}: the teacher's prompt takes {len(shortest)} tokens with the "
+            f"whole solution hidden, but only {max_tokens} are left beside the completion: drop "
+            "the problem with --data.max_prompt_tokens or lower --rollout.max_new_tokens"
+        )
+    return found

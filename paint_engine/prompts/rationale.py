@@ -1,0 +1,77 @@
+"""Reason-first: the teacher explains what it is shown of the solution, before it scores with that
+explanation in its prompt."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from paint_engine.config.sections import PromptsSection
+from paint_engine.config.templates import fill
+from paint_engine.prompts.chat import encode_chat, hide_end, reference_values, shorten_to_fit
+from paint_engine.types import Problem
+
+_THINK_BEGIN, _THINK_END = "<think>", "</think>"
+
+
+def reason_text(
+    problem: str, partial_solution: str, prompts: PromptsSection, *, whole: bool
+) -> str:
+    """The user's message that asks the teacher for a rationale.
+
+    whole: the solution is shown unmasked, and the text does not call it a part.
+    """
+    values = reference_values(problem, partial_solution, prompts, whole=whole)
+    return fill(prompts.reason_template, values)
+
+
+def encode_reason_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    partial_solution: str,
+    prompts: PromptsSection,
+    *,
+    thinking: bool,
+    max_tokens: int | None,
+    marker: str,
+) -> tuple[tuple[int, ...], str]:
+    """The prompt that asks the teacher for a rationale of one problem's solution, or of what the
+    mask left of it, and the solution as it stands there.
+
+    A prompt above `max_tokens` shortens the solution from its end (the marker takes the place of
+    what goes), never the question or the request.
+
+    Raises ValueError where the prompt does not fit even without the solution.
+    """
+    whole = partial_solution == problem.solution
+
+    def encode(num_hidden: int) -> tuple[tuple[int, ...], str]:
+        shown = hide_end(partial_solution, num_hidden, marker)
+        text = reason_text(problem.problem, shown, prompts, whole=whole and num_hidden == 0)
+        return encode_chat(tokenizer, text, thinking=thinking), shown
+
+    found = shorten_to_fit(encode, len(partial_solution), max_tokens)
+    if found is None:
+        shortest, _ = encode(len(partial_solution))
+        raise ValueError(
+            f"{problem.problem_id}: the request for a rationale takes {len(shortest)} tokens with "
+            f"the whole solution hidden, but only {max_tokens} are left beside the rationale: drop "
+            "the problem with --data.max_prompt_tokens or lower --teacher.reason_max_new_tokens"
+        )
+    return found
+
+
+def read_rationale(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """The rationale in a completion, as the teacher's prompt is to show it; "" where there is none.
+
+    Cut are thoughts (what stands before "</think>", and what follows a "<think>" that nothing
+    closes), white space at both ends, and special tokens: the one that ends the completion, and
+    any that is spelled out, with which the teacher's prompt would have turns of the model's making.
+    """
+    text = tokenizer.decode(list(token_ids), skip_special_tokens=False)
+    assert isinstance(text, str)
+    # A template may open the thoughts in the prompt: then only their end is in the completion.
+    text = text.rpartition(_THINK_END)[2].partition(_THINK_BEGIN)[0]
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    for token in sorted(special, key=len, reverse=True):
+        text = text.replace(token, "")
+    return text.strip()

@@ -1,0 +1,337 @@
+"""The report's training curves: one small SVG a quantity, drawn by matplotlib.
+
+Captions, legends and units are the page's business; a drawing holds axes and lines alone. Its
+colours are CSS variables of the page, so that one drawing serves the light and the dark scheme.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from paint_engine.monitor.progress import loss_says_nothing
+
+MAX_POINTS = 400
+WIDTH_IN, HEIGHT_IN = 3.7, 1.85
+
+# matplotlib knows no CSS variables: it draws in these colours, which nothing else uses, and the SVG
+# text is rewritten afterwards.
+_CSS_COLORS = {
+    "#010203": "var(--series-1)",
+    "#010204": "var(--series-2)",
+    "#010205": "var(--series-3)",
+    "#010206": "var(--axis)",
+    "#010207": "var(--grid)",
+}
+_SERIES_1, _SERIES_2, _SERIES_3, _AXIS, _GRID = _CSS_COLORS
+_SERIES_COLORS = (_SERIES_1, _SERIES_2, _SERIES_3)
+# Lines differ by dash as well, for print and for readers who do not tell the colours apart.
+_SERIES_DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)))
+
+
+# The paint objective goes by its divergence, the others by their name.
+_PAINT = ("forward_kl", "reverse_kl", "jsd")
+_WITH_TEACHER = (*_PAINT, "sampled_token")
+_SAMPLING = (*_WITH_TEACHER, "grpo")
+OBJECTIVES = (*_SAMPLING, "sft")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One drawing: series ("key of metrics.jsonl", "label") that share a unit.
+
+    Quantity("Entropy", "nats per token", (("student_entropy", "student"),), optional=True)
+
+    objectives: those that have it. optional: settings decide whether such a run has it. of_clip: it
+    tells what the pointwise clip did.
+    """
+
+    title: str
+    unit: str
+    series: tuple[tuple[str, str], ...]
+    objectives: tuple[str, ...] = OBJECTIVES
+    optional: bool = False
+    of_clip: bool = False
+    percent: bool = False
+    smooth: bool = False
+
+
+QUANTITIES = (
+    Quantity("Reward", "mean over rollouts", (("reward", "reward"),), ("grpo",), smooth=True),
+    Quantity(
+        "Groups without a signal",
+        "groups a step",
+        (("zero_variance_groups", "all rewards equal"),),
+        ("grpo",),
+        smooth=True,
+    ),
+    Quantity("Loss", "nats per token", (("loss", "loss"),), (*_WITH_TEACHER, "sft")),
+    Quantity("Loss", "per token", (("loss", "loss"),), ("grpo",)),
+    Quantity(
+        "Unclipped KL", "nats per token", (("token_kl", "KL(teacher, student)"),), ("forward_kl",)
+    ),
+    Quantity(
+        "Unclipped KL", "nats per token", (("token_kl", "KL(student, teacher)"),), ("reverse_kl",)
+    ),
+    Quantity("Unclipped JSD", "nats per token", (("token_kl", "teacher and student"),), ("jsd",)),
+    Quantity(
+        "Sampled KL",
+        "nats per token",
+        (("sampled_kl", "mean of log p_S - log p_T"),),
+        ("sampled_token",),
+    ),
+    Quantity(
+        "KL to the base",
+        "nats per token",
+        (("base_kl", "KL(student, base), k3"),),
+        ("grpo",),
+        optional=True,
+    ),
+    Quantity(
+        "Pointwise clip",
+        "share",
+        (("clipped_mass", "teacher mass clipped"), ("clipped_token_share", "tokens with a clip")),
+        _PAINT,
+        of_clip=True,
+        percent=True,
+    ),
+    Quantity(
+        "Context exposure",
+        "share",
+        (("overlap", "anchors found (overlap)"), ("mask_ratio", "solution hidden (mask ratio)")),
+        _WITH_TEACHER,
+        percent=True,
+    ),
+    Quantity(
+        "Ratio clip",
+        "share",
+        (("ratio_clipped_share", "tokens stopped by the clip"),),
+        ("grpo",),
+        percent=True,
+    ),
+    Quantity(
+        "Weights of tokens",
+        "mean",
+        (
+            ("ratio", "student to old student"),
+            ("importance_weight", "trainer to sampler (1: no cap)"),
+        ),
+        ("sampled_token", "grpo"),
+    ),
+    Quantity(
+        "Entropy",
+        "nats per token",
+        (("student_entropy", "student"), ("teacher_entropy", "teacher")),
+    ),
+    Quantity(
+        "Rollouts",
+        "share",
+        (("accuracy", "correct"), ("truncation_rate", "truncated")),
+        _SAMPLING,
+        percent=True,
+        smooth=True,
+    ),
+    Quantity(
+        "Reference solutions",
+        "share",
+        (("truncation_rate", "cut at the token limit"),),
+        ("sft",),
+        percent=True,
+    ),
+    Quantity("Gradient norm", "before clipping", (("grad_norm", "L2 norm"),)),
+    Quantity("Completion length", "tokens", (("completion_length", "mean"),), _SAMPLING),
+    Quantity("Solution length", "tokens", (("completion_length", "mean"),), ("sft",)),
+    Quantity(
+        "Time of a step",
+        "seconds",
+        (("seconds_rollout", "rollout"), ("seconds_update", "update")),
+        _SAMPLING,
+    ),
+    Quantity(
+        "Time of a step",
+        "seconds",
+        (("seconds_rollout", "reading the solutions"), ("seconds_update", "update")),
+        ("sft",),
+    ),
+)
+
+_FLAT_LOSS = (
+    "one update a batch: each ratio is 1 and a group's advantages cancel out, so that the value "
+    "stays near zero whatever is learned; look at the reward"
+)
+
+
+@dataclass(frozen=True)
+class Legend:
+    """One line of a drawing and the values it starts and ends at, written for reading."""
+
+    label: str
+    first: str
+    last: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity drawn: `svg` is markup, everything else plain text."""
+
+    title: str
+    unit: str
+    note: str
+    legend: tuple[Legend, ...]
+    svg: str
+
+
+def draw_curves(
+    metrics: Sequence[Mapping[str, Any]], objective: str, *, clips: bool = True
+) -> tuple[list[Curve], list[str]]:
+    """The curves of a run and the titles of those that its metrics should hold and do not.
+
+    Args:
+        metrics: the objects of `metrics.jsonl`, in the order of their steps.
+        objective: one of `OBJECTIVES`.
+        clips: whether the run has a pointwise clip.
+    """
+    curves, missing = [], []
+    for quantity in QUANTITIES:
+        if objective not in quantity.objectives or (quantity.of_clip and not clips):
+            continue
+        lines = _lines(quantity, metrics)
+        if lines:
+            curve = _draw(quantity, lines)
+            if quantity.title == "Loss" and all(map(loss_says_nothing, metrics)):
+                notes = (curve.note, _FLAT_LOSS) if curve.note else (_FLAT_LOSS,)
+                curve = replace(curve, note="; ".join(notes))
+            curves.append(curve)
+        elif not quantity.optional:
+            missing.append(quantity.title)
+    return curves, missing
+
+
+@dataclass(frozen=True)
+class _Line:
+    label: str
+    steps: np.ndarray
+    values: np.ndarray
+    mean_of: int  # steps behind one point
+
+
+def _lines(quantity: Quantity, metrics: Sequence[Mapping[str, Any]]) -> list[_Line]:
+    lines = []
+    for key, label in quantity.series:
+        points = [(entry["step"], entry[key]) for entry in metrics if key in entry]
+        if points:
+            steps, values = np.asarray(points, dtype=float).T
+            mean_of = -(-len(steps) // MAX_POINTS)
+            lines.append(_Line(label, _means(steps, mean_of), _means(values, mean_of), mean_of))
+    return lines
+
+
+def _means(values: np.ndarray, width: int) -> np.ndarray:
+    """Means of consecutive groups of `width`; the last group may be smaller."""
+    starts = np.arange(0, len(values), width)
+    return np.add.reduceat(values, starts) / np.diff(np.append(starts, len(values)))
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean over `width` (odd) neighbours; near an end over those that exist."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low = np.maximum(index - width // 2, 0)
+    high = np.minimum(index + width // 2 + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def _draw(quantity: Quantity, lines: list[_Line]) -> Curve:
+    figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
+    axes = figure.add_subplot()
+    width = _smoothing_width(len(lines[0].steps)) if quantity.smooth else 1
+    legend = []
+    for line, color, dashes in zip(lines, _SERIES_COLORS, _SERIES_DASHES, strict=False):
+        drawn = running_mean(line.values, width)
+        if width > 1:
+            axes.plot(line.steps, line.values, color=color, linewidth=0.7, alpha=0.38)
+        marker = "o" if len(drawn) <= 10 else ""
+        axes.plot(
+            line.steps,
+            drawn,
+            color=color,
+            linewidth=1.5,
+            linestyle=dashes,
+            marker=marker,
+            markersize=2.6,
+        )
+        legend.append(Legend(line.label, _value(quantity, drawn[0]), _value(quantity, drawn[-1])))
+    _style(axes, quantity, lines)
+    notes = []
+    if width > 1:
+        notes.append(f"bold: running mean over {width * lines[0].mean_of} steps")
+    elif lines[0].mean_of > 1:
+        notes.append(f"each point is the mean of {lines[0].mean_of} steps")
+    return Curve(
+        quantity.title, quantity.unit, "; ".join(notes), tuple(legend), _svg(figure, quantity.title)
+    )
+
+
+def _smoothing_width(num_points: int) -> int:
+    """An odd width of about an eighth of the curve; 1, which is none, for a short one."""
+    return 1 if num_points < 10 else num_points // 8 | 1
+
+
+def _value(quantity: Quantity, value: float) -> str:
+    if quantity.percent:
+        return f"{value:.1%}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _style(axes: Axes, quantity: Quantity, lines: list[_Line]) -> None:
+    lowest = min(line.values.min() for line in lines)
+    highest = max(line.values.max() for line in lines)
+    last_step = max(line.steps[-1] for line in lines)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set(color=_AXIS, linewidth=0.6)
+    axes.grid(axis="y", color=_GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="both", colors=_AXIS, labelsize=8, length=0, pad=4)
+    axes.tick_params(axis="x", length=2.5, width=0.6)
+    # A quantity that was never negative is drawn from zero: a ripple then looks like one.
+    ticks = MaxNLocator(4, min_n_ticks=3).tick_values(min(lowest, 0.0), highest or 1.0)
+    axes.set_yticks(ticks)
+    axes.set_ylim(ticks[0], ticks[-1])
+    axes.set_xlim(0, 1.02 * last_step)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    if quantity.percent:
+        axes.yaxis.set_major_formatter(FuncFormatter(_percent_tick))
+
+
+def _percent_tick(value: float, _position: object) -> str:
+    return f"{100 * value:.3g}%"
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The figure as SVG to stand inside a page: no metadata, styles, fonts or ids that clash."""
+    buffer = io.StringIO()
+    # A salt of its own gives each drawing ids of its own, the same at every rebuild.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'<svg [^>]*viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" role="img">', svg)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r"<!--.*?-->|<style.*?</style>| font-family: [^;]*;", "", svg, flags=re.DOTALL)
+    svg = svg.replace("xlink:href", "href")
+    for color, variable in _CSS_COLORS.items():
+        svg = svg.replace(color, variable)
+    return re.sub(r"\n\s*", "\n", svg)

@@ -1,0 +1,298 @@
+"""The report of a run: one HTML file, built from what the run left in its directory.
+
+python -m paint_engine.report RUN_DIR    builds RUN_DIR/report.html again
+
+The page loads nothing and runs no script, so it can be mailed, archived and opened from a disk. A
+run that is short, still going or interrupted gets one too; the page says what is missing.
+"""
+
+import argparse
+import json
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from paint_engine.files import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    SAMPLES_FILE,
+    SUMMARY_FILE,
+    read_jsonl,
+)
+from paint_engine.report.figures import draw_curves
+from paint_engine.report.samples import (
+    COLOR_BOUNDS,
+    MAX_ANCHORS,
+    MAX_TOKENS,
+    TOKEN_COLORS,
+    ViewSettings,
+    choose_samples,
+    view_sample,
+)
+
+# What a reader of a PAINT report would look for in vain.
+_ABSENT = {
+    "sampled_token": "The teacher scores the sampled tokens alone: no entry of the vocabulary is "
+    "clipped and no target is interpolated.",
+    "grpo": "GRPO has no teacher: there is no KL to one, and no solution is shown or masked.",
+    "sft": "SFT trains on the reference solutions: nothing is sampled, and there is no teacher.",
+}
+
+
+_COLUMNS = {
+    "grpo": "Left, the problem and its verified solution. Right, what the student wrote",
+    "sft": "Left, the problem. Right, the reference solution that was trained on",
+}
+
+
+_COLUMNS_WITH_TEACHER = (
+    "Left, what the teacher was shown beside the problem. Right, what the student wrote"
+)
+
+
+def write_report(run_dir: Path) -> Path:
+    """Build `report.html` from a run directory's files, and return its path.
+
+    Raises:
+        ValueError: `run_dir` holds none of those files.
+    """
+    run = _load(run_dir)
+    template = resources.files("paint_engine.report").joinpath("template.html")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": _percent, "points": _points, "duration": _duration}
+    page = environment.from_string(template.read_text("utf-8")).render(_contents(run))
+    path = run_dir / REPORT_FILE
+    temporary = path.with_name(REPORT_FILE + ".tmp")
+    # A lone surrogate from a data set's escapes has no UTF-8 form; it becomes a question mark.
+    temporary.write_text(page, "utf-8", errors="replace")
+    os.replace(temporary, path)
+    return path
+
+
+@dataclass(frozen=True)
+class _Run:
+    name: str
+    metrics: Sequence[Mapping[str, Any]]
+    samples: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any] | None
+    config: Mapping[str, Any] | None
+
+    def setting(self, section: str, key: str, default: Any) -> Any:
+        return (self.config or {}).get(section, {}).get(key, default)
+
+    @property
+    def objective(self) -> str:
+        """As `report_figures.OBJECTIVES` has it; without a configuration, by what was recorded."""
+        name = self.setting("objective", "name", None)
+        if name is None:
+            recorded = {key for entry in (*self.metrics[:1], *self.samples[:1]) for key in entry}
+            marks = (("sampled_kl", "sampled_token"), ("ratio", "grpo"), ("token_kl", "paint"))
+            name = next((name for key, name in marks if key in recorded), "sft")
+        return self.setting("objective", "divergence", "forward_kl") if name == "paint" else name
+
+
+def _load(run_dir: Path) -> _Run:
+    names = (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, CONFIG_FILE)
+    metrics, samples, summary, config = paths = [run_dir / name for name in names]
+    if not any(path.exists() for path in paths):
+        raise ValueError(
+            f"{run_dir} holds none of {', '.join(names)}; a run directory is needed. Give the "
+            "directory that the training printed at its end."
+        )
+    return _Run(
+        name=run_dir.resolve().name,
+        metrics=read_jsonl(metrics) if metrics.exists() else [],
+        samples=read_jsonl(samples) if samples.exists() else [],
+        summary=json.loads(summary.read_bytes()) if summary.exists() else None,
+        config=tomllib.loads(config.read_text("utf-8")) if config.exists() else None,
+    )
+
+
+def _contents(run: _Run) -> dict[str, Any]:
+    """Everything that the template names."""
+    objective = run.objective
+    clips = run.setting("objective", "pointwise_clip", 0.06) != "none"
+    curves, missing_curves = draw_curves(run.metrics, objective, clips=clips)
+    settings = ViewSettings(
+        color=TOKEN_COLORS[objective],
+        clips=clips,
+        interpolates=run.setting("objective", "interpolation_weight", 0.03) > 0,
+        marker=run.setting("masking", "marker", "...(omitted)..."),
+        entropy_floor=run.setting("objective", "entropy_floor", 1e-6),
+    )
+    samples = choose_samples(run.samples)
+    return {
+        "name": run.name,
+        "subtitle": _subtitle(run),
+        "summary": run.summary,
+        "interval": _interval(run.summary),
+        "facts": _facts(run),
+        "missing": _missing(run, missing_curves),
+        "num_steps": run.metrics[-1]["step"] if run.metrics else 0,
+        "absent": _ABSENT.get(objective, ""),
+        "curves": curves,
+        "samples": [view_sample(sample, settings) for sample in samples],
+        "num_samples": len(run.samples),
+        "things": "reference solutions" if objective == "sft" else "rollouts",
+        "columns": _COLUMNS.get(objective, _COLUMNS_WITH_TEACHER),
+        "color": settings.color.title,
+        "color_bounds": COLOR_BOUNDS,
+        "marks_selected": settings.interpolates and any("selected" in s for s in samples),
+        "max_tokens": MAX_TOKENS,
+        "max_anchors": MAX_ANCHORS,
+        "config": _flatten(run.config or {}),
+    }
+
+
+def _subtitle(run: _Run) -> list[tuple[str, str]]:
+    settings = (
+        ("model", "model", "name_or_path"),
+        ("data", "data", "path"),
+        ("objective", "objective", "name"),
+    )
+    named = [(label, run.setting(section, key, None)) for label, section, key in settings]
+    preset = (run.summary or {}).get("preset")
+    return [(label, str(value)) for label, value in [("preset", preset), *named] if value]
+
+
+def _facts(run: _Run) -> list[tuple[str, str]]:
+    """Name and value of the small print under the headline."""
+    facts = []
+    if run.metrics:
+        planned = run.setting("train", "num_steps", None)
+        of_planned = "" if planned is None else f" of {planned:,}"
+        facts.append(("steps", f"{run.metrics[-1]['step']:,}{of_planned}"))
+    batch_size = run.setting("train", "batch_size", None)
+    if batch_size is not None:
+        things = "solutions" if run.objective == "sft" else "rollouts"
+        facts.append((f"{things} a step", f"{batch_size:,}"))
+    seed = (run.summary or {}).get("seed", run.setting("train", "seed", None))
+    if seed is not None:
+        facts.append(("seed", str(seed)))
+    checker_errors = sum(entry.get("checker_errors", 0) for entry in run.metrics)
+    if checker_errors:
+        facts.append(("answers not checked", f"{checker_errors:,.0f}"))
+    if run.summary is None:
+        if run.metrics and "seconds" in run.metrics[-1]:
+            seconds = sum(entry["seconds"] for entry in run.metrics)
+            facts.append(("training", _duration(seconds)))
+        return facts
+    for label, key in (("training", "seconds_train"), ("evaluation", "seconds_eval")):
+        facts.append((label, _duration(run.summary[key])))
+    before, after = run.summary.get("pass_at_k_before"), run.summary.get("pass_at_k_after")
+    if before is not None and after is not None:
+        k = run.summary["num_samples"]
+        facts.append((f"pass@{k}", f"{_percent(before)} → {_percent(after)}"))
+    return facts
+
+
+def _missing(run: _Run, missing_curves: list[str]) -> list[str]:
+    """What this run lacks, a sentence each."""
+    missing = []
+    if run.summary is None:
+        missing.append(
+            f"The run has not finished: there is no {SUMMARY_FILE}. It is still going, or was "
+            "interrupted and can be taken up again with python -m paint_engine.train --resume and "
+            "this directory."
+        )
+    elif run.summary["avg_at_k_before"] is None or run.summary["avg_at_k_after"] is None:
+        missing.append(
+            "Accuracy was not measured both before and after the training (eval.enabled, "
+            "eval.at_start, eval.at_end), so there is no difference to report."
+        )
+    if not run.metrics:
+        missing.append("No training step is recorded, so there are no curves.")
+    elif missing_curves:
+        missing.append(f"The metrics of this run do not hold: {', '.join(missing_curves)}.")
+    if not run.samples:
+        thing = "solution" if run.objective == "sft" else "rollout"
+        missing.append(f"No {thing} was kept (run.samples_per_step), so none is shown.")
+    if run.config is None:
+        missing.append(f"There is no {CONFIG_FILE}, so the configuration is not shown.")
+    return missing
+
+
+@dataclass(frozen=True)
+class _Interval:
+    """The paired difference: fractions, and where they lie on an axis, percent of its width."""
+
+    difference: float
+    low: float
+    high: float
+    zero_at: float
+    difference_at: float
+    low_at: float
+    high_at: float
+
+
+def _interval(summary: Mapping[str, Any] | None) -> _Interval | None:
+    if summary is None or summary["paired_difference"] is None:
+        return None
+    difference, (low, high) = summary["paired_difference"], summary["paired_difference_ci95"]
+    left, right = min(low, 0.0), max(high, 0.0)
+    margin = 0.08 * (right - left) or 0.01
+    left, right = left - margin, right + margin
+    zero_at, difference_at, low_at, high_at = (
+        100 * (value - left) / (right - left) for value in (0.0, difference, low, high)
+    )
+    return _Interval(difference, low, high, zero_at, difference_at, low_at, high_at)
+
+
+def _flatten(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Sections with their settings, tables inside a section as dotted keys."""
+
+    def rows(table: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
+        found = []
+        for key, value in table.items():
+            if isinstance(value, Mapping):
+                found += rows(value, f"{prefix}{key}.")
+            else:
+                found.append((prefix + key, _setting(value)))
+        return found
+
+    return [(section, rows(table, "")) for section, table in config.items()]
+
+
+def _setting(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _percent(fraction: float) -> str:
+    return f"{fraction:.1%}"
+
+
+def _points(fraction: float) -> str:
+    """A difference of two fractions in percentage points, with its sign."""
+    return f"{100 * fraction:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m paint_engine.report", description="Build a run's report.html again."
+    )
+    parser.add_argument("run_dir", type=Path, help="the directory that the training printed")
+    arguments = parser.parse_args(argv)
+    if not arguments.run_dir.is_dir():
+        parser.error(f"{arguments.run_dir} is not a directory; give a run directory")
+    print(write_report(arguments.run_dir))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The answer in a completion: the content of a LaTeX box."""
+
+import re
+
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)")
+_FIRST_BOX = "\\boxed{"
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+
+
+def extract_boxed(text: str) -> str | None:
+    """What the last \\boxed{}, \\fbox{} or \\framebox{} with balanced braces holds, else None."""
+    closing = _closing_braces(text)
+    content = None
+    for match in _BOX.finditer(text):
+        if match.end() in closing:
+            content = text[match.end() + 1 : closing[match.end()]].strip()
+    return content
+
+
+def first_box_equals(text: str, answer: str) -> bool:
+    """Whether the first \\boxed{} of `text` holds `answer`, both as lower-case text without outer
+    spaces: no algebra, and no later box counts, not even where the first is left open."""
+    brace = text.find(_FIRST_BOX) + len(_FIRST_BOX) - 1
+    end = _closing_braces(text).get(brace) if _FIRST_BOX in text else None
+    return end is not None and text[brace + 1 : end].strip().lower() == answer.strip().lower()
+
+
+def _closing_braces(text: str) -> dict[int, int]:
+    """Where the brace closes that opens at a place; escaped braces are text."""
+    closing: dict[int, int] = {}
+    open_braces: list[int] = []
+    for match in _BRACE.finditer(text):
+        if match.group() == "{":
+            open_braces.append(match.start())
+        elif match.group() == "}" and open_braces:
+            closing[open_braces.pop()] = match.start()
+    return closing

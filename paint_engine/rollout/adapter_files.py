@@ -1,0 +1,155 @@
+"""The trained weights as files that vLLM reads: a fresh directory and a new name at every step.
+
+vLLM's prefix cache is keyed by the adapter's name, so a name that came twice would serve keys and
+values of the older weights.
+"""
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import socket
+import tempfile
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+
+from paint_engine.checkpoint.weights import gather_weights, write_weights
+from paint_engine.distributed import World, gather_objects, raise_together
+from paint_engine.model.forward import compute_dtype
+
+_SHARED_MEMORY = Path("/dev/shm")
+# Of two kernels or two containers with one host name, the same process id is another process.
+_MACHINE_MARKS = (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid"))
+
+
+@dataclass(frozen=True)
+class WrittenWeights:
+    """WrittenWeights("paint-812-5d1ba3c0-9fc3e08b-7-v40", 7,
+    Path("/dev/shm/paint-812-5d1ba3c0-9fc3e08b/7")): the seventh set that process 812 has written,
+    as it was after 40 steps."""
+
+    name: str
+    serial: int
+    directory: Path
+
+
+class WeightFiles:
+    """Where one run's weights are handed over. Only the newest are kept, and none after `close` or
+    after an exception that ends the process; what a process of this machine left that was killed
+    goes when the next one starts.
+
+    model: the student; its adapters are written, or all of it where it has none.
+    adapter_dir: an existing directory; none = shared memory, or the temporary directory of a
+        system without.
+    per_node: one rank of each node writes for that node; else rank 0 writes for all.
+
+    Building it is a collective of all ranks. Raises ValueError where adapter_dir cannot be used.
+    """
+
+    def __init__(
+        self, model: nn.Module, world: World, adapter_dir: str | None, *, per_node: bool
+    ) -> None:
+        self._model = model
+        writer = world.rank - world.local_rank if per_node else 0
+        self._writes = world.writes_for_node if per_node else world.is_main
+        # Nodes that share adapter_dir, and a run that comes back to a server which has seen it
+        # before, each get names of their own.
+        names = gather_objects(f"paint-{os.getpid()}-{_machine()}-{secrets.token_hex(4)}")
+        self._name = names[writer]
+        self._root = _parent(adapter_dir) / self._name
+        self._serial = 0
+        error = None
+        if self._writes:
+            _remove_orphans(self._root.parent)
+            try:
+                self._root.mkdir()
+            except OSError as problem:
+                error = (
+                    f"the directory that hands weights to vLLM cannot be made ({problem}); needs "
+                    "an existing directory that this process can write to; create it, or name "
+                    "another with --rollout.adapter_dir"
+                )
+        raise_together(error)
+        self._finalizer = weakref.finalize(self, _remove, self._root if self._writes else None)
+
+    def write(self, weights_version: int) -> WrittenWeights:
+        """Writes the student's present weights and deletes the ones before. A collective.
+
+        weights_version: the number of finished steps; it becomes part of the name.
+
+        Raises ValueError, on every rank, where the directory has no room for them.
+        """
+        weights = gather_weights(self._model, keep=self._writes)
+        self._serial += 1
+        directory = self._root / str(self._serial)
+        error = None
+        if self._writes:
+            if not isinstance(self._model, PeftModel):
+                # What vLLM computes in: it would round to that itself, from twice the bytes.
+                dtype = compute_dtype(self._model)
+                weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+            num_bytes = sum(tensor.nbytes for tensor in weights.values())
+            try:
+                directory.mkdir()
+                write_weights(self._model, weights, directory)
+            except (OSError, SafetensorError) as problem:
+                error = (
+                    f"the weights for vLLM could not be written to {directory} ({problem}): needs "
+                    f"{2 * num_bytes / 1e9:.3g} GB there, for two sets of them; make room, or "
+                    "name another directory with --rollout.adapter_dir"
+                )
+        # Every rank has come here, so none still reads the set before.
+        raise_together(error)
+        if self._writes:
+            _remove(self._root / str(self._serial - 1))
+        name = f"{self._name}-{self._serial}-v{weights_version}"
+        return WrittenWeights(name, self._serial, directory)
+
+    def close(self) -> None:
+        """Deletes every file."""
+        self._finalizer()
+
+
+def _parent(adapter_dir: str | None) -> Path:
+    if adapter_dir is not None:
+        return Path(adapter_dir).resolve()
+    return _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+
+
+def _machine() -> str:
+    """Eight digits for what a process id is unique in: host, start of its kernel, container."""
+    marks = [
+        os.readlink(m) if m.is_symlink() else m.read_text() for m in _MACHINE_MARKS if m.exists()
+    ]
+    return hashlib.sha256(repr([socket.gethostname(), *marks]).encode()).hexdigest()[:8]
+
+
+def _remove_orphans(parent: Path) -> None:
+    """Deletes what processes of this machine that are no more have left: SIGKILL runs no
+    finalizer, and memory that files of a whole model occupy is missed."""
+    for directory in parent.glob("paint-*"):
+        name = re.fullmatch(rf"paint-(\d+)-{_machine()}-[0-9a-f]{{8}}", directory.name)
+        if name is not None and not _is_alive(int(name[1])):
+            _remove(directory)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        # Another user's.
+        return True
+    return True
+
+
+def _remove(directory: Path | None) -> None:
+    if directory is not None:
+        shutil.rmtree(directory, ignore_errors=True)

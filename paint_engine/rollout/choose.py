@@ -1,0 +1,89 @@
+"""What samples a run's rollouts and answers its evaluations: the choice between the engines."""
+
+import importlib.util
+
+from torch import nn
+
+from paint_engine.config.schema import Config
+from paint_engine.config.sections import RolloutSection
+from paint_engine.distributed import World
+from paint_engine.model.load import resolve_model
+from paint_engine.model.teacher import FixedTeacher, Teacher
+from paint_engine.rollout.builtin import BuiltinEngine
+from paint_engine.rollout.engine import RolloutEngine
+from paint_engine.rollout.vllm_engine import VllmEngine
+from paint_engine.rollout.vllm_server import ServerEngine
+
+
+def check_engine_has_teacher(config: Config) -> None:
+    """Raises ValueError where the teacher is to write a rationale, and what samples lacks its
+    weights."""
+    teacher = config.teacher
+    if teacher.reason_first and teacher.weights == "ema" and uses_vllm(config.rollout):
+        raise ValueError(
+            "teacher.reason_first: got true with teacher.weights 'ema' and vLLM, which has the "
+            "student's and the base's weights only; use --rollout.engine builtin, or "
+            "--teacher.weights fixed or live"
+        )
+
+
+def make_engines(
+    config: Config,
+    model: nn.Module,
+    base: FixedTeacher,
+    teacher: Teacher,
+    world: World,
+    max_model_len: int,
+) -> tuple[RolloutEngine, RolloutEngine]:
+    """What samples the rollouts, and what samples in evaluations: vLLM does both."""
+    section, name = config.rollout, resolve_model(config.model.name_or_path)
+    if not (config.samples and uses_vllm(section)):
+        return (
+            BuiltinEngine(model, teacher.scoring, section.max_sequences),
+            BuiltinEngine(model, base.scoring, config.eval.max_sequences),
+        )
+    if section.url is not None:
+        engine = ServerEngine(
+            section.url,
+            model,
+            name,
+            world,
+            max_sequences=section.max_sequences,
+            adapter_dir=section.adapter_dir,
+        )
+    else:
+        engine = VllmEngine(
+            model,
+            name,
+            world,
+            max_model_len=max_model_len,
+            max_sequences=section.max_sequences,
+            gpu_memory_utilization=section.gpu_memory_utilization,
+            tensor_parallel_size=section.tensor_parallel_size,
+            adapter_dir=section.adapter_dir,
+            trust_remote_code=config.model.trust_remote_code,
+            own_process=section.ahead == 1,
+        )
+    return engine, engine
+
+
+def vllm_is_installed() -> bool:
+    """Whether `import vllm` would find a package."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def uses_vllm(section: RolloutSection) -> bool:
+    """Whether the configuration asks for vLLM, outright or by leaving the choice open where it is
+    installed.
+
+    Raises ValueError where it is asked for, not as a server, and not installed.
+    """
+    if section.engine == "vllm" and section.url is None and not vllm_is_installed():
+        raise ValueError(
+            "rollout.engine is 'vllm', but vLLM is not installed: install it (pip install "
+            "'.[vllm]' in the clone), name a server with --rollout.url, or use --rollout.engine "
+            "builtin"
+        )
+    if section.engine == "auto":
+        return section.url is not None or vllm_is_installed()
+    return section.engine == "vllm"

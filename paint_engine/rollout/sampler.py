@@ -1,0 +1,192 @@
+"""The student's rollouts: one completion a problem, each with a seed of its own; and what samples
+them, the built-in sampler or vLLM."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from paint_engine.distributed import gather_objects
+from paint_engine.monitor.timings import Timings
+from paint_engine.rollout.engine import Completion, EngineDied, RolloutEngine, SamplingParams
+from paint_engine.types import Problem, Rollout
+
+
+def to_rollout(
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    prompt_ids: tuple[int, ...],
+    completion: Completion,
+) -> Rollout:
+    """The sampler's completion beside its problem, decoded for the anchors and the answer check."""
+    text = tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return Rollout(
+        problem, prompt_ids, completion.token_ids, completion.logprobs, completion.truncated, text
+    )
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Requests:
+    """This rank's part of a step's requests: Requests(prompts=((1, 9, 4),), seeds=(17,))"""
+
+    prompts: tuple[tuple[int, ...], ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """This rank's completions of one step, and the number of steps that the weights behind them
+    had finished.
+
+    Sampled(step=3, weights_version=3, completions=[Completion((17, 30, 2), (-0.1, -2.3, -0.0),
+    False)])
+    """
+
+    step: int
+    weights_version: int
+    completions: list[Completion]
+
+
+class Sampler:
+    """A run's rollouts, step by step.
+
+    engine: what samples.
+    requests: this rank's requests of a step.
+    params: how tokens are drawn.
+    ahead: the next step's are sampled, by weights one step old, while the present one trains.
+    timings: gets the spans "sync" and, where the step waits for them, "rollout".
+    warn: told of a restart.
+    pending: completions that a stopped run had sampled ahead.
+
+    An engine that dies is restarted once, where it can be, and its batch is done again. Else
+    EngineDied comes out of `take`, on every rank.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        requests: Callable[[int], Requests],
+        params: SamplingParams,
+        *,
+        ahead: bool,
+        timings: Timings,
+        warn: Callable[[str], None],
+        pending: Sampled | None = None,
+    ) -> None:
+        self._engine = engine
+        self._requests = requests
+        self.params = params
+        self._warn = warn
+        self.timings = timings
+        self._restarts_left = 1
+        # One thread, so that the engine is never asked two things at a time.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if ahead else None
+        self._pending: Future[Sampled] | None = None
+        if pending is not None:
+            self._pending = Future()
+            self._pending.set_result(pending)
+
+    def take(self, step: int, num_steps: int) -> Sampled:
+        """This rank's completions of `step`, sampled now or ahead. With `ahead`, those of the next
+        step are then begun, unless it is not among `num_steps`. A collective of all ranks."""
+        future, self._pending = self._pending, None
+        with self.timings.span("rollout"):
+            sampled = None if future is None else self._together(future.result)
+        if sampled is None:
+            self.sync(step)
+            with self.timings.span("rollout"):
+                sampled = self._together(lambda: self._sample(step, step))
+        assert sampled.step == step, (sampled.step, step)
+        if self._thread is not None and step + 1 < num_steps:
+            if sampled.weights_version != step:
+                self.sync(step)
+            self._pending = self._thread.submit(self._sample, step + 1, step)
+        return sampled
+
+    def sync(self, weights_version: int) -> None:
+        """Gives the engine the student's present weights, once it rests. A collective."""
+        self.pending()
+
+        # An engine that died while it took the new weights has them after its restart; asking again
+        # would be a collective that the other ranks know nothing of.
+        def sync() -> None:
+            self._engine.sync(weights_version)
+
+        with self.timings.span("sync"):
+            self._together(lambda: self._or_restart(sync, lambda: None))
+
+    def guarded(self, attempt: Callable[[], T]) -> T:
+        """The attempt's value, which asks the engine for this rank's part of something, once it
+        rests; again after a restart. A collective. Raises EngineDied on every rank."""
+        self.pending()
+        return self._together(lambda: self._or_restart(attempt, attempt))
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        params: SamplingParams,
+        *,
+        base: bool,
+    ) -> list[Completion]:
+        """One completion for each of this rank's prompts, beside the step's rollouts: a teacher's.
+        A collective of all ranks; see `RolloutEngine.generate`."""
+        with self.timings.span("rationale"):
+            return self.guarded(lambda: self._engine.generate(prompts, seeds, params, base=base))
+
+    def pending(self) -> Sampled | None:
+        """What has been sampled ahead, waited for: a checkpoint keeps it. A collective.
+
+        None where the engine died of it for good: the next step will find that out for itself.
+        """
+        if self._pending is None:
+            return None
+        try:
+            return self._together(self._pending.result)
+        except EngineDied:
+            self._pending = None
+            return None
+
+    def close(self) -> None:
+        """Frees the engine; what is under way is lost."""
+        self._restarts_left = 0
+        self._engine.close()
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    def _sample(self, step: int, weights_version: int) -> Sampled:
+        requests = self._requests(step)
+
+        def generate() -> list[Completion]:
+            return self._engine.generate(requests.prompts, requests.seeds, self.params)
+
+        return Sampled(step, weights_version, self._or_restart(generate, generate))
+
+    def _or_restart(self, attempt: Callable[[], T], again: Callable[[], T]) -> T:
+        try:
+            return attempt()
+        except EngineDied as death:
+            if self._restarts_left == 0 or not self._engine.can_restart:
+                raise
+            self._restarts_left -= 1
+            self._warn(f"the rollout engine died ({death}); it is restarted once")
+            self._engine.restart()
+            return again()
+
+    def _together(self, attempt: Callable[[], T]) -> T:
+        """The attempt's value, or EngineDied on every rank where any rank's attempt raised it."""
+        value, death = None, None
+        try:
+            value = attempt()
+        except EngineDied as error:
+            death = str(error)
+        for text in gather_objects(death):
+            if text is not None:
+                raise EngineDied(text)
+        return cast(T, value)

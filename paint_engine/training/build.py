@@ -1,0 +1,283 @@
+"""Everything a run is built from, in order: data, prompts, base, adapters, teacher, optimizer,
+directory, sampler."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from paint_engine.checkpoint.save import load_checkpoint
+from paint_engine.config.command_line import CommandLine
+from paint_engine.config.schema import Config
+from paint_engine.config.toml import to_toml
+from paint_engine.data.problem_sets import (
+    ProblemSet,
+    load_eval_set,
+    load_train_set,
+    longest_sequence,
+    step_requests,
+)
+from paint_engine.distributed import World, gather_objects, launched_ranks, my_share, raise_together
+from paint_engine.estimate.dry_run import check_run_fits, describe
+from paint_engine.files import CONFIG_FILE, recorded_name, write_versions
+from paint_engine.model.attention import choose_attention
+from paint_engine.model.forward import compute_dtype, lm_head_weight, max_context
+from paint_engine.model.load import load_base, load_tokenizer, meta_model, pick_device
+from paint_engine.model.lora import add_lora
+from paint_engine.model.sharding import checkpoint_activations, shard_model
+from paint_engine.model.teacher import EmaTeacher, FixedTeacher, Teacher, make_teacher
+from paint_engine.monitor.metrics import check_loggers
+from paint_engine.monitor.timings import Timings
+from paint_engine.rollout.choose import check_engine_has_teacher, make_engines
+from paint_engine.rollout.engine import Completion, RolloutEngine, SamplingParams, sampling_params
+from paint_engine.rollout.sampler import Requests, Sampled, Sampler
+from paint_engine.training.optim import build_optimizer
+from paint_engine.training.run import Run
+from paint_engine.training.run_dir import choose_run_dir
+
+
+def _check_stop_token(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    if config.objective.name == "sft" and tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {config.model.name_or_path} names no eos_token, which ends the "
+            "solutions that sft trains on: set it in tokenizer_config.json"
+        )
+
+
+def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase, base: nn.Module) -> None:
+    num_rows = lm_head_weight(base).shape[0]
+    top_k = config.objective.teacher_top_k
+    if top_k is not None and top_k > len(tokenizer):
+        raise ValueError(
+            f"objective.teacher_top_k is {top_k}, but the vocabulary has {len(tokenizer)} tokens: "
+            "lower it, or turn it off with --objective.teacher_top_k none"
+        )
+    if len(tokenizer) > num_rows:
+        raise ValueError(
+            f"the tokenizer of {config.model.name_or_path} has {len(tokenizer)} tokens, but the "
+            f"model's head has {num_rows} rows: they do not belong together; save the model's own "
+            "tokenizer beside it, or resize the model's embeddings"
+        )
+
+
+def find_run_dir(command: CommandLine, world: World) -> tuple[Path, bool]:
+    """The run's directory, the same on every rank, and whether training goes on there.
+
+    It does with `--resume`, and, where there is a checkpoint, with `run.auto_resume` or after
+    torchrun has started the processes again.
+    """
+    if command.resume is not None:
+        return command.resume, True
+    choice, error = None, None
+    if world.is_main:
+        try:
+            choice = choose_run_dir(command.config, command.preset or "run")
+        except ValueError as refused:
+            error = str(refused)
+    raise_together(error)
+    choice = gather_objects(choice)[0]
+    assert choice is not None
+    return choice
+
+
+def _sampled_ahead(state: dict[str, Any], world: World) -> Sampled | None:
+    """This rank's part of the completions that a checkpoint keeps."""
+    ahead = state["sampled_ahead"]
+    if ahead is None:
+        return None
+    completions = [Completion(tuple(ids), tuple(logprobs), cut) for ids, logprobs, cut in ahead[1]]
+    return Sampled(int(state["step"]), ahead[0], my_share(completions, world))
+
+
+def _load_progress(
+    run_dir: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    teacher: Teacher,
+    num_steps: int,
+    world: World,
+    say: Callable[[str], object],
+) -> dict[str, Any]:
+    """The state of the newest intact checkpoint, which is loaded."""
+    ema = teacher if isinstance(teacher, EmaTeacher) else None
+    state = load_checkpoint(run_dir, model, optimizer, world=world, warn=say, ema=ema)
+    if state is None:
+        raise ValueError(
+            f"{run_dir} has no complete checkpoint under checkpoints/: the run stopped before its "
+            f"first; start it again with --config {run_dir}/{CONFIG_FILE} --run.dir {run_dir} "
+            "--run.overwrite true"
+        )
+    if num_steps < state["step"]:
+        raise ValueError(
+            f"train.num_steps is {num_steps}, but {run_dir} has already done {state['step']}: "
+            "give at least as many with --train.num_steps"
+        )
+    return state
+
+
+def _say_what_surprises(config: Config, say: Callable[[str], object]) -> None:
+    """Notes on settings of the loss that are allowed, and are not what they seem together."""
+    objective, grpo = config.objective, config.grpo
+    clipped = objective.name == "paint" and objective.pointwise_clip is not None
+    if clipped and objective.divergence == "reverse_kl":
+        say(
+            "note: the clip is made for the forward KL; of the reverse KL it takes away the "
+            "penalty on what the student overrates, and training then drifts away from the "
+            "teacher; --objective.pointwise_clip none switches it off"
+        )
+    if objective.name == "grpo" and grpo.skip_zero_variance and grpo.kl_weight > 0:
+        say(
+            "note: groups of equal rewards are left out with their KL to the base and still "
+            f"counted in the mean: of grpo.kl_weight {grpo.kl_weight} as much is left as the share "
+            "of groups whose rewards differ; --grpo.skip_zero_variance false keeps it whole"
+        )
+    on_policy = objective.name in ("grpo", "sampled_token")
+    if on_policy and config.rollout.ahead and objective.importance_cap is None:
+        say(
+            "note: with rollout.ahead 1 the rollouts are one step older than the weights that "
+            "train on them, which nothing corrects without importance weights; "
+            "--objective.importance_cap 2.0 adds those, and wants --rollout.top_p 1.0 "
+            "--rollout.top_k -1"
+        )
+
+
+def _check_before_loading(config: Config, say: Callable[[str], object]) -> None:
+    check_loggers(tensorboard=config.run.tensorboard, wandb_project=config.run.wandb_project)
+    check_engine_has_teacher(config)
+    _say_what_surprises(config, say)
+    if config.eval.enabled and config.eval.path == "tiny" and config.data.path != "tiny":
+        say(
+            f"note: training on {config.data.path}, evaluating on the bundled word problems; name "
+            "held-out problems of your own with --eval.path, or switch that off with "
+            "--eval.enabled false"
+        )
+
+
+def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
+    """What `--dry-run` shows. Everything is checked but the weights, of which none is loaded.
+
+    Raises ValueError as `build_run` does; for a run that does not fit, after all has been shown.
+    """
+    config, device = command.config, pick_device(command.config.train.device)
+    _check_before_loading(config, show)
+    tokenizer, model = load_tokenizer(config.model), meta_model(config)
+    _check_stop_token(config, tokenizer)
+    _check_vocabulary(config, tokenizer, model)
+    train_set = load_train_set(config, tokenizer, max_context(model), show)
+    eval_set = load_eval_set(config, tokenizer, max_context(model), show)
+    num_ranks = launched_ranks()
+    show(
+        describe(config, tokenizer, train_set, eval_set, model, device=device, num_ranks=num_ranks)
+    )
+    check_run_fits(config, tokenizer, train_set, model, device=device, num_ranks=num_ranks)
+
+
+def _build_model(
+    config: Config,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_set: ProblemSet,
+    world: World,
+) -> tuple[nn.Module, FixedTeacher]:
+    """The student, with its adapters, on its device or split over all, and its teacher."""
+    device = world.device
+    model = add_lora(base, config.lora, config.train.seed)
+    # Before sharding, which hides the layers that are counted.
+    check_run_fits(config, tokenizer, train_set, model, device=device, num_ranks=world.size)
+    teacher = FixedTeacher(model)
+    if config.parallel.activation_checkpointing:
+        checkpoint_activations(model)
+    if _is_sharded(config, world):
+        for module in filter(None, (model, teacher.copy)):
+            shard_model(module, world)
+    return model, teacher
+
+
+def _is_sharded(config: Config, world: World) -> bool:
+    return world.size > 1 and config.parallel.shard == "full"
+
+
+def _build_sampler(
+    config: Config,
+    engine: RolloutEngine,
+    params: SamplingParams,
+    train_set: ProblemSet,
+    world: World,
+    pending: Sampled | None,
+) -> Sampler:
+    def requests(step: int) -> Requests:
+        mine = step_requests(config, train_set, step, world)
+        return Requests(tuple(r.prompt_ids for r in mine), tuple(r.seed for r in mine))
+
+    return Sampler(
+        engine,
+        requests,
+        params,
+        ahead=config.rollout.ahead == 1,
+        timings=Timings(),
+        warn=lambda text: print(f"rank {world.rank}: {text}", file=sys.stderr),
+        pending=pending,
+    )
+
+
+def build_run(command: CommandLine, world: World) -> Run:
+    """Loads and builds everything; the run's files come last, so that a mistake leaves none behind.
+
+    Raises ValueError for whatever the user can mend: data, model, lengths, device, directory,
+    sampler.
+    """
+    config, device = command.config, world.device
+    say = print if world.is_main else lambda text: None
+    # Nothing here draws from the global generators; a library that does is then repeatable.
+    set_seed(config.train.seed)
+    _check_before_loading(config, say)
+    tokenizer = load_tokenizer(config.model)
+    # Sharding takes each layer's share to the device: none ever holds the whole model.
+    on_cpu, trains_base = _is_sharded(config, world), not config.lora.enabled
+    base = load_base(config.model, device, trains_base=trains_base, on_cpu=on_cpu)
+    _check_stop_token(config, tokenizer)
+    _check_vocabulary(config, tokenizer, base)
+    attention = choose_attention(base, config.model.attention, device, compute_dtype(base))
+    train_set = load_train_set(config, tokenizer, max_context(base), say)
+    eval_set = load_eval_set(config, tokenizer, max_context(base), say)
+    model, fixed = _build_model(config, base, tokenizer, train_set, world)
+    teacher = make_teacher(config.teacher, model, fixed)
+    optimizer = build_optimizer(model, config.optim)
+    run_dir, resumes = find_run_dir(command, world)
+    name = recorded_name(run_dir) if resumes else command.preset or "run"
+    state: dict[str, Any] = {"step": 0, "seconds_train": 0.0, "sampled_ahead": None}
+    if resumes:
+        num_steps = config.train.num_steps
+        state = _load_progress(run_dir, model, optimizer, teacher, num_steps, world, say)
+    longest = min(longest_sequence(config, tokenizer, train_set, eval_set), max_context(base))
+    engine, eval_engine = make_engines(config, model, fixed, teacher, world, longest)
+    params = sampling_params(config.rollout, model, tokenizer)
+    pending = _sampled_ahead(state, world)
+    run = Run(
+        config=config,
+        name=name,
+        run_dir=run_dir,
+        world=world,
+        tokenizer=tokenizer,
+        model=model,
+        base=fixed,
+        teacher=teacher,
+        optimizer=optimizer,
+        train_set=train_set,
+        eval_set=eval_set,
+        attention=attention,
+        sampler=_build_sampler(config, engine, params, train_set, world, pending),
+        eval_engine=eval_engine,
+        step=int(state["step"]),
+        seconds_train=state["seconds_train"],
+    )
+    if world.is_main:
+        if not resumes:
+            write_versions(run_dir, name, world.size)
+        # After a resume too: the next one is to go on with what this one was told.
+        (run_dir / CONFIG_FILE).write_text(to_toml(config))
+    return run

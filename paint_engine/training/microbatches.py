@@ -1,0 +1,115 @@
+"""The micro-batches of a step: equally many on every rank, of like cost."""
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from paint_engine.types import PrivilegedRollout
+
+
+def _lengths(item: PrivilegedRollout) -> tuple[int, int]:
+    """The student's and the teacher's tokens, prompt and completion."""
+    completion = len(item.rollout.completion_ids)
+    return len(item.rollout.prompt_ids) + completion, len(item.teacher_prompt_ids) + completion
+
+
+def _num_tokens(group: Sequence[PrivilegedRollout], *, padded: bool) -> int:
+    """What a group costs: the tokens of its longer role, counted in padded rows or as they are."""
+    if not group:
+        return 0
+    lengths = [_lengths(item) for item in group]
+    if padded:
+        return len(group) * max(map(max, lengths))
+    return max(map(sum, zip(*lengths, strict=True)))
+
+
+def _fill_rows(
+    privileged: Sequence[PrivilegedRollout], max_tokens: int
+) -> list[list[PrivilegedRollout]]:
+    """Groups of like length: a padded row wastes least beside rows of its own length."""
+    groups: list[list[PrivilegedRollout]] = []
+    for item in sorted(privileged, key=lambda item: max(_lengths(item))):
+        # By rising length: the newest row is the longest of its group.
+        if groups and max(_lengths(item)) * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
+
+
+def _fill_packed(
+    privileged: Sequence[PrivilegedRollout], max_tokens: int
+) -> list[list[PrivilegedRollout]]:
+    """First fit, the longest first: the first group with room for both of a rollout's roles."""
+    groups: list[list[PrivilegedRollout]] = []
+    sums: list[tuple[int, int]] = []
+    for item in sorted(privileged, key=lambda item: max(_lengths(item)), reverse=True):
+        student, teacher = _lengths(item)
+        room = (
+            place
+            for place, held in enumerate(sums)
+            if held[0] + student <= max_tokens and held[1] + teacher <= max_tokens
+        )
+        place = next(room, len(groups))
+        if place == len(groups):
+            groups.append([])
+            sums.append((0, 0))
+        groups[place].append(item)
+        sums[place] = (sums[place][0] + student, sums[place][1] + teacher)
+    return groups
+
+
+def _fill_evenly(
+    privileged: Sequence[PrivilegedRollout], max_tokens: int, num_ranks: int, *, padded: bool
+) -> list[list[PrivilegedRollout]]:
+    """As few groups as filling up needs, rounded up to a multiple of the ranks, of like cost."""
+    fill = _fill_rows if padded else _fill_packed
+    # One rank waits for nobody.
+    if num_ranks == 1:
+        return fill(privileged, max_tokens)
+    wanted = math.ceil(len(fill(privileged, max_tokens)) / num_ranks) * num_ranks
+    # The smallest limit that needs no more groups makes the dearest group cheapest.
+    even = bisect_left(
+        range(max_tokens), True, lo=1, key=lambda limit: len(fill(privileged, limit)) <= wanted
+    )
+    groups = fill(privileged, even)
+    # A rank without a group would run a dummy: halve the dearest group for it instead.
+    while len(groups) < wanted and (divisible := [group for group in groups if len(group) > 1]):
+        dearest = max(divisible, key=lambda group: _num_tokens(group, padded=padded))
+        groups.append(dearest[1::2])
+        del dearest[1::2]
+    return groups + [[] for _ in range(wanted - len(groups))]
+
+
+def plan_microbatches(
+    privileged: Sequence[PrivilegedRollout], max_tokens: int, num_ranks: int, *, padded: bool
+) -> list[list[list[PrivilegedRollout]]]:
+    """For each rank its micro-batches, equally many on every rank: sharded weights are gathered by
+    all ranks together.
+
+    No micro-batch has more than `max_tokens` tokens, but for a single rollout above the limit: it
+    cannot be cut without changing the loss. With `padded` they are the rows times the longest
+    sequence of either role, otherwise the tokens of that role which has more.
+
+    The i-th micro-batches of all ranks cost about the same, for each waits for the dearest; so do
+    the ranks' sums. Every rollout is in one micro-batch, and there are as few of them as the
+    filling finds. With fewer rollouts than ranks some ranks get an EMPTY one, in the last place:
+    they must still run the model, at zero weight. The same on every rank that asks.
+    """
+    assert privileged and max_tokens > 0, (len(privileged), max_tokens)
+
+    def cost(group: list[PrivilegedRollout]) -> int:
+        return _num_tokens(group, padded=padded)
+
+    groups = _fill_evenly(privileged, max_tokens, num_ranks, padded=padded)
+    if num_ranks == 1:
+        return [groups]
+    # The dearest first: what does not fit into memory fails at once.
+    groups.sort(key=cost, reverse=True)
+    plan: list[list[list[PrivilegedRollout]]] = [[] for _ in range(num_ranks)]
+    for place in range(0, len(groups), num_ranks):
+        # The dearest of this place goes to the rank with the least work so far.
+        ranks = sorted(plan, key=lambda rank: sum(map(cost, rank)))
+        for rank, group in zip(ranks, groups[place : place + num_ranks], strict=True):
+            rank.append(group)
+    return plan

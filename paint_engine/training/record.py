@@ -1,0 +1,86 @@
+"""What the micro-batches of one step leave behind; the step's metrics and samples, made of it."""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
+from operator import itemgetter
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from paint_engine.config.schema import Config
+from paint_engine.distributed import gather_objects, sum_over_ranks
+from paint_engine.recipes.losses import ObjectiveOutput, metric_sums
+from paint_engine.rollout.mismatch import mismatch_metrics
+from paint_engine.training.rollouts import rollout_metrics, trained_rollouts
+from paint_engine.training.samples import sample_records
+from paint_engine.types import PrivilegedRollout
+
+
+def count_tokens(items: Sequence[PrivilegedRollout]) -> int:
+    """Completion tokens of the rollouts."""
+    return sum(len(item.rollout.completion_ids) for item in items)
+
+
+class StepRecord:
+    """One rank's notes on a step, from 0, on the rollouts of all ranks.
+
+    trained: the rollouts that go through the models.
+    old_logprobs: by micro-batch, those of the first update where others follow.
+    """
+
+    def __init__(self, config: Config, step: int, rollouts: Sequence[PrivilegedRollout]) -> None:
+        self._config = config
+        self._step = step
+        self._rollouts = rollouts
+        self.trained = trained_rollouts(config, rollouts)
+        self.num_tokens = count_tokens(rollouts)
+        self.old_logprobs: dict[int, Tensor] = {}
+        self._sums: Counter[str] = Counter()
+        self._samples: list[dict[str, object]] = []
+        self._differences: list[Tensor] = []
+
+    @property
+    def denominator(self) -> int:
+        """What the losses of the step's micro-batches are divided by."""
+        per_rollout = self._config.objective.reduction == "sequence_mean"
+        return len(self._rollouts) if per_rollout else self.num_tokens
+
+    def add(self, items: Sequence[PrivilegedRollout], output: ObjectiveOutput) -> None:
+        """Counts a micro-batch, whose rollouts are `items`, in the metrics."""
+        assert items, "a micro-batch without rollouts has nothing to count"
+        self._sums.update(metric_sums(output))
+
+    def add_first(
+        self,
+        place: int,
+        items: Sequence[PrivilegedRollout],
+        output: ObjectiveOutput,
+        differences: Sequence[Tensor],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Keeps what only the first update on the rollouts says: samples for the report, how far
+        the sampler is off, and log-probabilities."""
+        kept = self.trained[: self._config.run.samples_per_step]
+        self._samples += sample_records(self._step + 1, items, kept, output, tokenizer)
+        self._differences += differences
+        if self._config.num_updates > 1:
+            self.old_logprobs[place] = output.per_token["logprobs"]
+
+    def metrics(self) -> dict[str, float]:
+        """Of all ranks: the loss, means over the trained tokens and updates, means over the
+        rollouts, the sampler's mismatch. A collective."""
+        totals, num_updates = sum_over_ranks(self._sums), self._config.num_updates
+        scored = count_tokens(self.trained) * num_updates
+        differences = [value for part in self._differences for value in part.tolist()]
+        return {
+            "loss": totals.pop("loss", 0.0) / num_updates,
+            **{name: total / scored for name, total in totals.items()},
+            **rollout_metrics(self._config, self._rollouts),
+            **mismatch_metrics(gather_objects(differences)),
+            "num_loss_tokens": self.num_tokens,
+        }
+
+    def samples(self) -> list[dict[str, object]]:
+        """All ranks' samples, in the batch's order. A collective."""
+        return sorted(chain.from_iterable(gather_objects(self._samples)), key=itemgetter("place"))

@@ -1,0 +1,88 @@
+"""The directory of a run: making it, finding the one to go on in, and what was installed."""
+
+import datetime
+import os
+import shutil
+import socket
+from pathlib import Path
+
+from paint_engine.checkpoint.save import list_checkpoints
+from paint_engine.config.command_line import check_same_run
+from paint_engine.config.schema import Config
+from paint_engine.files import CONFIG_FILE, VERSIONS_FILE
+
+# Which launch by torchrun has made the directory, for its restarts to know it by.
+_LAUNCH_FILE = ".launch"
+_UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
+
+
+def _launch_id() -> int:
+    """The process that stays the same when torchrun starts its workers again; without torchrun,
+    this one."""
+    return os.getppid() if _UNDER_TORCHRUN in os.environ else os.getpid()
+
+
+def _launch_mark() -> str:
+    return f"{socket.gethostname()}:{_launch_id()}:{os.environ[_UNDER_TORCHRUN]}\n"
+
+
+def _is_ours(run_dir: Path) -> bool:
+    """Whether this launch has made the directory, before torchrun started the processes again."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    mark = run_dir / _LAUNCH_FILE
+    return restarted and mark.is_file() and mark.read_text() == _launch_mark()
+
+
+def choose_run_dir(config: Config, name: str) -> tuple[Path, bool]:
+    """The run's directory, made where it is new, and whether training goes on from a checkpoint
+    in it. For one rank to call.
+
+    Raises ValueError where it exists and is not to be gone on with or replaced, or where the run
+    in it was started with other settings.
+    """
+    if config.run.dir is not None:
+        run_dir = Path(config.run.dir)
+    else:
+        earlier = filter(_is_ours, sorted(Path("runs").glob(f"{name}-*-{_launch_id()}")))
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+        run_dir = next(earlier, Path(f"runs/{name}-{stamp}-{_launch_id()}"))
+    goes_on = _is_ours(run_dir) or (config.run.auto_resume and _is_run(run_dir))
+    if not goes_on:
+        _make_run_dir(run_dir, replace=config.run.overwrite)
+    elif (run_dir / CONFIG_FILE).is_file():
+        check_same_run(run_dir, config)
+    if _UNDER_TORCHRUN in os.environ:
+        (run_dir / _LAUNCH_FILE).write_text(_launch_mark())
+    # A run that stopped before its first checkpoint starts again; its evaluation of the base stays.
+    return run_dir, goes_on and bool(list_checkpoints(run_dir))
+
+
+def _is_run(run_dir: Path) -> bool:
+    return (run_dir / CONFIG_FILE).is_file() and (run_dir / VERSIONS_FILE).is_file()
+
+
+def _is_empty(run_dir: Path) -> bool:
+    return run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {_LAUNCH_FILE}
+
+
+def _make_run_dir(run_dir: Path, *, replace: bool) -> None:
+    if run_dir.exists() and not _is_empty(run_dir):
+        # Only what is recognisably a run may be replaced: a mistyped directory must not be emptied.
+        if replace and not _is_run(run_dir):
+            raise ValueError(
+                f"run directory {run_dir} is no earlier run of PAINT, and is not deleted: choose "
+                "another with --run.dir"
+            )
+        is_around = Path.cwd().is_relative_to(run_dir.resolve())
+        if not replace or is_around:
+            raise ValueError(
+                f"run directory {run_dir} exists already: go on with it by --resume {run_dir}, "
+                "choose another with --run.dir, or replace an earlier run with --run.overwrite true"
+            )
+        shutil.rmtree(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"run directory {run_dir} cannot be made ({error}): choose another with --run.dir"
+        ) from error

@@ -1,0 +1,120 @@
+"""What a run came to: `summary.json` and the lines printed at its end."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from paint_engine.evaluation.accuracy import (
+    avg_at_k,
+    best_step,
+    correct_matrix,
+    paired_bootstrap,
+    pass_at_k,
+    pass_ks,
+)
+from paint_engine.evaluation.store import (
+    Evaluation,
+    evaluation_settings,
+    fingerprints,
+    read_evaluations,
+)
+from paint_engine.files import SUMMARY_FILE
+from paint_engine.training.run import Run
+
+
+def present_evaluations(
+    run: Run, complete: Mapping[int, Evaluation] | None = None
+) -> dict[int, Evaluation]:
+    """The run's complete evaluations by step, those with other settings or problems than the
+    present ones left out.
+
+    complete: all of them; None = read from the disk.
+    """
+    section, seed = run.config.eval, run.config.train.seed
+    if complete is None:
+        complete = read_evaluations(run.run_dir)
+    settings = evaluation_settings(section, seed, run.config.prompts)
+    problems = None if run.eval_set is None else fingerprints(run.eval_set.problems)
+    return {
+        step: found
+        for step, found in complete.items()
+        if found.settings == settings and problems in (None, found.header.problems)
+    }
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """Writes and returns `summary.json`: Avg@k before and after on the same problems, the best
+    evaluation in between, and what it took. Evaluations with other settings are left out.
+
+    `best` is chosen on the problems that it is measured on, and so looks better than it is; `last`
+    is not."""
+    complete = read_evaluations(run.run_dir)
+    present = present_evaluations(run, complete)
+    correct = {step: correct_matrix(found.samples) for step, found in present.items()}
+    evaluations = [
+        {
+            "step": step,
+            "avg_at_k": avg_at_k(matrix),
+            "pass_at_k": {str(k): pass_at_k(matrix, k) for k in pass_ks(matrix.shape[1])},
+        }
+        for step, matrix in correct.items()
+    ]
+    averages = {row["step"]: row["avg_at_k"] for row in evaluations}
+    passes = {step: pass_at_k(matrix, matrix.shape[1]) for step, matrix in correct.items()}
+    last = run.config.train.num_steps
+    paired = None
+    if 0 in correct and last in correct:
+        paired = paired_bootstrap(correct[0], correct[last])
+    best = best_step(present)
+    trained = [row for row in evaluations if row["step"] > 0]
+    num_problems, num_samples = next(iter(correct.values())).shape if correct else (0, 0)
+    seconds_eval = sum(found.seconds for found in complete.values())
+    summary = {
+        "avg_at_k_before": averages.get(0),
+        "avg_at_k_after": averages.get(last),
+        "paired_difference": paired.value if paired else None,
+        "paired_difference_ci95": [paired.low, paired.high] if paired else None,
+        "pass_at_k_before": passes.get(0),
+        "pass_at_k_after": passes.get(last),
+        "evaluations": evaluations,
+        "best": next((row for row in trained if row["step"] == best), None),
+        "last": trained[-1] if trained else None,
+        "best_step": best,
+        "num_problems": num_problems,
+        "num_samples": num_samples,
+        "seconds": run.seconds_train + seconds_eval,
+        "seconds_train": run.seconds_train,
+        "seconds_eval": seconds_eval,
+        "num_steps": run.step,
+        "num_rows_skipped": run.train_set.num_skipped,
+        "seed": run.config.train.seed,
+        "preset": run.name,
+        "run_dir": str(run.run_dir),
+    }
+    (run.run_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def print_summary(console: Console, summary: dict[str, Any], report: Path) -> None:
+    """The summary in a few lines."""
+    for moment in ("before", "after"):
+        if (value := summary[f"avg_at_k_{moment}"]) is not None:
+            label = f"Avg@{summary['num_samples']} {moment}:"
+            console.print(f"{label:15}{value:.1%}  ({summary['num_problems']} held-out problems)")
+    if summary["paired_difference"] is not None:
+        low, high = (100 * bound for bound in summary["paired_difference_ci95"])
+        difference = f"{100 * summary['paired_difference']:+.1f} points"
+        console.print(f"difference:    {difference}  (95% interval {low:+.1f} to {high:+.1f})")
+    for name in ("best", "last"):
+        if summary[name] is not None:
+            step = summary[name]["step"]
+            value = f"{summary[name]['avg_at_k']:.1%}"
+            console.print(f"{name + ':':15}{value}  (Avg@{summary['num_samples']}, step {step})")
+    console.print(
+        f"time:          {summary['seconds']:.0f} s ({summary['seconds_train']:.0f} s for "
+        f"{summary['num_steps']} steps, {summary['seconds_eval']:.0f} s for evaluation)"
+    )
+    console.print(f"run directory: {summary['run_dir']}\nreport:        {report}", soft_wrap=True)

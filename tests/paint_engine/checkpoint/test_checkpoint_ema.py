@@ -1,0 +1,96 @@
+"""The running mean of an EMA teacher in checkpoints. At several ranks: test_teacher_ranks.py."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from paint_engine.checkpoint.save import load_checkpoint, save_checkpoint
+from paint_engine.config.sections import LoraSection, ModelSection
+from paint_engine.distributed import World
+from paint_engine.model.load import load_base
+from paint_engine.model.lora import add_lora
+from paint_engine.model.teacher import EmaTeacher
+
+CPU = torch.device("cpu")
+ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
+
+Trained = tuple[nn.Module, torch.optim.Optimizer]
+
+
+def build(model_dir: Path, *, seed: int = 0) -> Trained:
+    base = load_base(ModelSection(name_or_path=str(model_dir), dtype="float32"), CPU)
+    model = add_lora(base, LoraSection(rank=4, alpha=8), seed)
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """One step on a loss that reaches every adapter."""
+    ids = torch.randint(0, 300, (1, 12), generator=torch.Generator().manual_seed(seed))
+    model(input_ids=ids).logits.square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_running_mean_goes_on_bit_for_bit_from_a_checkpoint(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    def train(trained: Trained, mean: EmaTeacher, seeds: tuple[int, ...]) -> None:
+        for seed in seeds:
+            take_step(*trained, seed)
+            mean.update()
+
+    trained = build(model_dir)
+    ema = EmaTeacher(trained[0], decay=0.75)
+    train(trained, ema, (1, 2))
+    save_checkpoint(tmp_path, *trained, {"step": 2}, keep=1, world=ALONE, ema=ema)
+    at_two = [mean.clone() for mean in ema.shadow]
+    train(trained, ema, (3, 4))
+
+    # Other initial adapters, so another initial mean.
+    resumed = build(model_dir, seed=5)
+    its_ema = EmaTeacher(resumed[0], decay=0.75)
+    assert not all(map(torch.equal, its_ema.shadow, at_two))
+    state = load_checkpoint(tmp_path, *resumed, world=ALONE, warn=pytest.fail, ema=its_ema)
+    assert state == {"step": 2}
+    assert all(map(torch.equal, its_ema.shadow, at_two))
+    # The mean is not the adapters that it is of.
+    assert not all(map(torch.equal, at_two, trainable(resumed[0]).values()))
+    train(resumed, its_ema, (3, 4))
+    assert all(map(torch.equal, its_ema.shadow, ema.shadow))
+
+
+def test_a_mean_that_no_teacher_wants_is_left_in_the_checkpoint(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    model, optimizer = build(model_dir)
+    ema = EmaTeacher(model, decay=0.75)
+    take_step(model, optimizer, 1)
+    save_checkpoint(tmp_path, model, optimizer, {"step": 1}, keep=1, world=ALONE, ema=ema)
+    resumed, its_optimizer = build(model_dir, seed=5)
+    state = load_checkpoint(tmp_path, resumed, its_optimizer, world=ALONE, warn=pytest.fail)
+    assert state == {"step": 1}
+    assert all(torch.equal(t, trainable(model)[n]) for n, t in trainable(resumed).items())
+    # Two moments and the count of steps, and no mean, for A and B in 14 linear maps.
+    assert [set(s) for s in its_optimizer.state.values()] == [
+        {"step", "exp_avg", "exp_avg_sq"}
+    ] * 28
+
+
+def test_a_checkpoint_without_the_mean_that_is_wanted_is_refused(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    saved = build(model_dir)
+    take_step(*saved, 1)
+    save_checkpoint(tmp_path, *saved, {"step": 1}, keep=1, world=ALONE)
+    model, optimizer = build(model_dir, seed=5)
+    ema, before = EmaTeacher(model, decay=0.75), trainable(model)
+    with pytest.raises(ValueError, match=r"step-1 holds no running mean.*--teacher\.weights"):
+        load_checkpoint(tmp_path, model, optimizer, world=ALONE, warn=pytest.fail, ema=ema)
+    # Before anything was restored.
+    assert all(torch.equal(t, before[n]) for n, t in trainable(model).items())

@@ -1,0 +1,342 @@
+"""Sections, defaults, checks and the TOML form of the configuration."""
+
+import re
+import tomllib
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from paint_engine.config.command_line import load_config
+from paint_engine.config.schema import Config
+from paint_engine.config.toml import LEAVES, build_config, to_toml, value_of
+from paint_engine.prompts.masking import PLACEMENTS
+
+properties = settings(deadline=None, derandomize=True, max_examples=60)
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        place = table
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return table
+
+
+def flat_toml(text: str) -> dict[str, Any]:
+    table = tomllib.loads(text)
+    flat = {}
+    for key in LEAVES:
+        value = table
+        for part in key.split("."):
+            value = value[part]
+        flat[key] = value
+    return flat
+
+
+def test_defaults_are_the_papers() -> None:
+    config = Config()
+    paper = {
+        "lora.rank": 64,
+        "lora.alpha": 128,
+        "masking.rho_wrong": 0.30,
+        "masking.rho_correct": 0.40,
+        "masking.placement": "suffix",
+        "rollout.temperature": 1.1,
+        "rollout.max_new_tokens": 1024,
+        "objective.pointwise_clip": 0.06,
+        "objective.top_fraction": 0.03,
+        "objective.interpolation_weight": 0.03,
+        "optim.learning_rate": 5e-6,
+        "train.num_steps": 100,
+        "train.batch_size": 32,
+        "eval.temperature": 1.0,
+        "eval.top_p": 0.95,
+        "eval.top_k": -1,
+        "eval.num_samples": 12,
+        "eval.max_new_tokens": 38912,
+        "eval.thinking": True,
+    }
+    assert {key: value_of(config, key) for key in paper} == paper
+    assert len(config.lora.target_modules) == 7
+
+
+def test_every_key_is_described_in_one_line() -> None:
+    assert len(LEAVES) > 60
+    for key, field in LEAVES.items():
+        assert field.description and "\n" not in field.description, key
+        assert len(field.description) < 160, key
+
+
+def test_config_is_frozen_and_refuses_unknown_keys() -> None:
+    config = Config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.num_steps = 3  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValidationError, match="extra_forbidden"):
+        Config.model_validate({"train": {"steps": 3}})
+
+
+def test_toml_holds_every_key_and_none_as_text() -> None:
+    flat = flat_toml(to_toml(Config()))
+    assert flat["run.dir"] == "none"
+    assert flat["data.max_rows"] == "none"
+    assert flat["objective.teacher_top_k"] == "none"
+    assert flat["lora.target_modules"][0] == "q_proj"
+    assert flat["optim.learning_rate"] == 5e-6
+
+
+# Lone surrogates have no UTF-8 form, and "none" is None by definition.
+text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
+    lambda t: t.lower() != "none"
+)
+
+
+@properties
+@given(
+    flat=st.fixed_dictionaries(
+        {},
+        optional={
+            "prompts.instruction": text,
+            "prompts.teacher_suffix": st.text(st.characters(exclude_categories=["Cs"])),
+            "data.columns.problem": st.none() | text,
+            "run.dir": st.none() | text,
+            "lora.target_modules": st.lists(text, min_size=1).map(tuple),
+            "lora.enabled": st.booleans(),
+            "objective.pointwise_clip": st.none() | st.floats(1e-300, 1e300),
+            "optim.learning_rate": st.floats(1e-12, 1e12),
+            "train.seed": st.integers(0, 2**63),
+            "eval.top_k": st.just(-1) | st.integers(1, 1000),
+        },
+    )
+)
+def test_toml_round_trip(flat: dict[str, Any]) -> None:
+    config = Config.model_validate(nested(flat))
+    again = build_config([("file", flat_toml(to_toml(config)))])
+    assert again == config
+    assert to_toml(again) == to_toml(config)
+
+
+def test_placements_are_those_that_masking_has() -> None:
+    assert get_args(LEAVES["masking.placement"].annotation) == PLACEMENTS
+
+
+@pytest.mark.parametrize("spelling", ["none", "None", "NONE"])
+def test_none_is_a_word(spelling: str) -> None:
+    config = build_config([("file", {"objective.pointwise_clip": spelling, "run.dir": spelling})])
+    assert config.objective.pointwise_clip is None
+    assert config.run.dir is None
+    # A text that may not be None stays the word.
+    assert build_config([("file", {"masking.marker": spelling})]).masking.marker == spelling
+
+
+def test_later_layers_win_and_leave_the_rest() -> None:
+    config = build_config(
+        [("a", {"train.num_steps": 7, "train.seed": 3}), ("b", {"train.num_steps": 9})]
+    )
+    assert (config.train.num_steps, config.train.seed, config.train.batch_size) == (9, 3, 32)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "got", "needed"),
+    [
+        ("train.num_steps", 0, "got 0", "greater than 0"),
+        ("train.num_steps", 40.5, "got 40.5", "a valid integer"),
+        ("train.num_steps", True, "got True", "a valid integer"),
+        ("train.num_steps", "40", "got '40'", "a valid integer"),
+        ("train.batch_size", -1, "got -1", "greater than 0"),
+        ("train.seed", -1, "got -1", "greater than or equal to 0"),
+        ("lora.rank", 0, "got 0", "greater than 0"),
+        ("lora.dropout", 1.0, "got 1.0", "less than 1"),
+        ("lora.target_modules", [], "got []", "at least 1 item"),
+        ("lora.target_modules", ["q_proj", 3], "got 3", "a valid string"),
+        ("lora.target_modules", "q_proj", "got 'q_proj'", "a list of texts"),
+        ("lora.enabled", "yes", "got 'yes'", "a valid boolean"),
+        ("masking.rho_wrong", -0.1, "got -0.1", "greater than or equal to 0"),
+        ("masking.rho_correct", 1.1, "got 1.1", "less than or equal to 1"),
+        ("masking.placement", "tail", "got 'tail'", "'suffix', 'prefix', 'middle'"),
+        ("rollout.top_p", 0.0, "got 0.0", "greater than 0"),
+        ("rollout.top_p", 1.5, "got 1.5", "less than or equal to 1"),
+        ("rollout.top_k", 0, "got 0", "-1 (all tokens) or a count of at least 1"),
+        ("rollout.top_k", -2, "got -2", "-1 (all tokens) or a count of at least 1"),
+        ("rollout.temperature", 0.0, "got 0.0", "greater than 0"),
+        ("rollout.max_new_tokens", 0, "got 0", "greater than 0"),
+        ("rollout.max_sequences", 0, "got 0", "greater than 0"),
+        ("objective.name", "gspo", "got 'gspo'", "'paint', 'sampled_token', 'grpo' or 'sft'"),
+        ("objective.jsd_weight", 0.0, "got 0.0", "greater than 0"),
+        ("objective.importance_cap", 0.0, "got 0.0", "greater than 0"),
+        ("teacher.weights", "mean", "got 'mean'", "'fixed', 'ema' or 'live'"),
+        ("teacher.ema_decay", 1.0, "got 1.0", "less than 1"),
+        ("grpo.group_size", 1, "got 1", "greater than or equal to 2"),
+        ("grpo.kl_weight", -0.1, "got -0.1", "greater than or equal to 0"),
+        ("objective.pointwise_clip", 0.0, "got 0.0", "greater than 0"),
+        ("objective.pointwise_clip", float("nan"), "got nan", "a finite number"),
+        ("objective.top_fraction", 1.01, "got 1.01", "less than or equal to 1"),
+        ("objective.interpolation_weight", -0.01, "got -0.01", "greater than or equal to 0"),
+        ("objective.entropy_floor", 0.0, "got 0.0", "greater than 0"),
+        ("objective.teacher_top_k", 0, "got 0", "greater than 0"),
+        ("optim.learning_rate", float("inf"), "got inf", "a finite number"),
+        ("optim.beta2", 1.0, "got 1.0", "less than 1"),
+        ("optim.max_grad_norm", 0.0, "got 0.0", "greater than 0"),
+        ("optim.warmup_steps", -1, "got -1", "greater than or equal to 0"),
+        ("eval.num_samples", 0, "got 0", "greater than 0"),
+        ("eval.num_problems", 0, "got 0", "greater than 0"),
+        ("eval.every", -1, "got -1", "greater than or equal to 0"),
+        ("checkpoint.keep", 0, "got 0", "greater than 0"),
+        ("model.dtype", "fp16", "got 'fp16'", "'auto', 'float32' or 'bfloat16'"),
+        ("model.name_or_path", "", "got ''", "at least 1 character"),
+        ("data.path", 5, "got 5", "a valid string"),
+        ("data.on_bad_row", "ignore", "got 'ignore'", "'stop' or 'skip'"),
+        ("run.samples_per_step", -1, "got -1", "greater than or equal to 0"),
+    ],
+)
+def test_refused_values_say_got_needed_and_remedy(
+    key: str, value: object, got: str, needed: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        build_config([("my.toml", {key: value})])
+    message = str(caught.value)
+    assert message.startswith(f"my.toml: {key}: {got}; needs {needed}")
+    assert f"for example --{key} " in message
+    assert "\n" not in message
+
+
+def test_every_refused_value_has_its_line_and_source() -> None:
+    layers = [("a.toml", {"train.num_steps": 0}), ("command line", {"optim.eps": -1.0})]
+    with pytest.raises(ValueError) as caught:
+        build_config(layers)
+    lines = sorted(str(caught.value).splitlines())
+    assert len(lines) == 2
+    assert lines[0].startswith("a.toml: train.num_steps: got 0;")
+    assert lines[1].startswith("command line: optim.eps: got -1.0;")
+
+
+@pytest.mark.parametrize(
+    ("flat", "parts"),
+    [
+        (
+            {"masking.rho_wrong": 0.5, "masking.rho_correct": 0.4},
+            ["got 0.4", "rho_wrong 0.5", "needs at least", "swap them"],
+        ),
+        (
+            {"optim.warmup_steps": 6, "train.num_steps": 5},
+            ["got 6", "num_steps 5", "needs at most", "lower it"],
+        ),
+    ],
+)
+def test_fields_are_checked_against_each_other(flat: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        build_config([("file", flat)])
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_equal_mask_ratios_and_the_ends_of_ranges_are_allowed() -> None:
+    config = build_config(
+        [
+            (
+                "file",
+                {
+                    "masking.rho_wrong": 0,
+                    "masking.rho_correct": 0,
+                    "objective.top_fraction": 1,
+                    "objective.interpolation_weight": 0.0,
+                    "optim.warmup_steps": 100,
+                    "rollout.top_p": 1,
+                },
+            )
+        ]
+    )
+    assert config.masking.rho_wrong == config.masking.rho_correct == 0.0
+    assert config.objective.top_fraction == config.rollout.top_p == 1.0
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        ({"objective.name": "grpo", "train.batch_size": 12}, "a multiple of it"),
+        ({"objective.name": "grpo", "objective.importance_cap": 2.0}, "rollout.top_p 1.0"),
+        ({"objective.name": "sampled_token", "objective.importance_cap": 2.0}, "without trunc"),
+        ({"objective.jsd_weight": 0.9}, "--objective.divergence jsd"),
+        ({"teacher.ema_decay": 0.9}, "--teacher.weights ema"),
+        ({"objective.importance_cap": 2.0}, "does not use the sampler's probabilities"),
+        ({"objective.name": "sft", "rollout.ahead": 1}, "nothing is sampled"),
+        ({"objective.name": "grpo", "teacher.weights": "ema"}, "which has no teacher"),
+        ({"objective.name": "sft", "teacher.reason_first": True}, "which has no teacher"),
+        ({"teacher.weights": "ema", "lora.enabled": False}, "train adapters"),
+        (
+            {"teacher.reason_first": True, "rollout.ahead": 1, "rollout.engine": "vllm"},
+            "leave out one of them",
+        ),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(layer: dict[str, object], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        build_config([("my.toml", layer)])
+
+
+# The objective that reads a key, and a value which another one would ignore.
+IDLE = [
+    ("paint", "objective.divergence", "reverse_kl"),
+    ("paint", "objective.divergence", "jsd"),
+    ("paint", "objective.pointwise_clip", "0.05"),
+    ("paint", "objective.top_fraction", "1.0"),
+    ("paint", "objective.interpolation_weight", "0.05"),
+    ("paint", "objective.entropy_floor", "1e-4"),
+    ("paint", "objective.teacher_top_k", "50"),
+    ("grpo", "grpo.group_size", "4"),
+    ("grpo", "grpo.ratio_clip_low", "0.1"),
+    ("grpo", "grpo.ratio_clip_high", "0.2"),
+    ("grpo", "grpo.kl_weight", "0.04"),
+    ("grpo", "grpo.scale_by_std", "false"),
+    ("grpo", "grpo.skip_zero_variance", "true"),
+    ("grpo", "grpo.num_updates", "2"),
+    ("grpo", "grpo.reward", "first_box"),
+]
+
+
+@pytest.mark.parametrize(("user", "key", "value"), IDLE)
+@pytest.mark.parametrize("name", get_args(LEAVES["objective.name"].annotation))
+def test_a_key_that_the_objective_has_no_use_for_is_refused(
+    name: str, user: str, key: str, value: str
+) -> None:
+    argv = ["--objective.name", name, f"--{key}", value]
+    if name == user:
+        assert value_of(load_config(argv).config, key) != LEAVES[key].default
+        return
+    with pytest.raises(ValueError) as caught:
+        load_config(argv)
+    message = str(caught.value)
+    assert message.startswith(f"{key}: got ") and f"with objective.name {name!r}" in message
+    # Both ways out that it names are ways out.
+    remedies = re.findall(r"(--[a-z_.]+) ([^\s,]+)", message)
+    assert [flag for flag, _ in remedies] == [f"--{key}", "--objective.name"]
+    for remedy in remedies:
+        load_config([*argv, *remedy])
+
+
+def test_every_key_of_grpo_is_tried() -> None:
+    grpo = {key for key in LEAVES if key.startswith("grpo.")}
+    assert {key for user, key, _ in IDLE if user == "grpo"} == grpo
+
+
+@pytest.mark.parametrize("name", ["sampled_token", "grpo", "sft"])
+def test_parts_that_are_switched_off_suit_every_objective(name: str) -> None:
+    off = {
+        "objective.interpolation_weight": 0.0,
+        "objective.top_fraction": 0.0,
+        "objective.pointwise_clip": None,
+    }
+    config = build_config([("a recipe of opsd", {**off, "objective.name": name})])
+    assert {key: value_of(config, key) for key in off} == off
+
+
+def test_an_importance_cap_needs_only_comparable_probabilities() -> None:
+    comparable = {"rollout.top_p": 1.0, "rollout.top_k": -1, "rollout.temperature": 1.1}
+    for name in ("grpo", "sampled_token"):
+        layer = {"objective.name": name, "objective.importance_cap": 2.0, **comparable}
+        assert build_config([("my.toml", layer)]).objective.importance_cap == 2.0

@@ -1,0 +1,408 @@
+"""Reading rows of every known form, refusing bad ones, and the order of training."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paint_engine.config.sections import ColumnsSection
+from paint_engine.data.problem_sets import batch_indices
+from paint_engine.data.rows import LoadedProblems, load_problems, problem_order
+from paint_engine.types import Problem
+
+properties = settings(deadline=None, derandomize=True, max_examples=60)
+
+GOOD = {"problem": "What is 1 + 1?", "solution": "1 + 1 = 2, so \\boxed{2}.", "answer": "2"}
+GSM8K = {
+    "question": "Ann has 1,200 beads and buys 40 more. How many has she?",
+    "answer": "She has 1200+40 = <<1200+40=1240>>1,240 beads.\nThat is all.\n#### 1,240",
+}
+
+
+def load(
+    path: Path | str,
+    *,
+    columns: dict[str, str] | None = None,
+    on_bad_row: Literal["stop", "skip"] = "stop",
+    max_rows: int | None = None,
+    section: Literal["data", "eval"] = "data",
+    split: str = "train",
+) -> LoadedProblems:
+    return load_problems(
+        str(path),
+        split=split,
+        columns=ColumnsSection(**(columns or {})),
+        on_bad_row=on_bad_row,
+        max_rows=max_rows,
+        section=section,
+    )
+
+
+def write_jsonl(file: Path, rows: Sequence[object]) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def load_row(tmp_path: Path, row: object, **kwargs: Any) -> Problem:
+    (problem,) = load(write_jsonl(tmp_path / "rows.jsonl", [row]), **kwargs).problems
+    return problem
+
+
+def refusal(path: Path | str, **kwargs: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        load(path, **kwargs)
+    return str(caught.value)
+
+
+# Forms of rows
+
+
+def test_problem_solution_answer(tmp_path: Path) -> None:
+    row = {"id": 60, **GOOD, "url": "https://example.org", "question": "not this one"}
+    problem = load_row(tmp_path, row)
+    assert problem == Problem("rows.jsonl:1", GOOD["problem"], GOOD["solution"], "2")
+
+
+def test_gsm8k_gets_a_boxed_answer_and_loses_calculator_marks(tmp_path: Path) -> None:
+    problem = load_row(tmp_path, GSM8K)
+    assert problem.problem == GSM8K["question"]
+    assert problem.answer == "1240"
+    assert problem.solution == (
+        "She has 1200+40 = 1,240 beads.\nThat is all.\nThe answer is \\boxed{1240}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("tail", "answer"),
+    [
+        ("\n#### 72", "72"),
+        ("\n####72", "72"),
+        ("\n#### -3", "-3"),
+        ("\n#### 2.5", "2.5"),
+        ("\n#### 109,200,000\n", "109200000"),
+        (" #### 1,2", "1,2"),
+    ],
+)
+def test_gsm8k_answers(tmp_path: Path, tail: str, answer: str) -> None:
+    problem = load_row(tmp_path, {"question": "q", "answer": "Steps." + tail})
+    assert (problem.solution, problem.answer) == (
+        f"Steps.\nThe answer is \\boxed{{{answer}}}.",
+        answer,
+    )
+
+
+def test_openthoughts_with_a_short_answer(tmp_path: Path) -> None:
+    row = {"Question": "q", "COT_Reason": "Long trace \\boxed{7}", "Answer": "8"}
+    assert load_row(tmp_path, row) == Problem("rows.jsonl:1", "q", "Long trace \\boxed{7}", "8")
+
+
+@pytest.mark.parametrize("answer", ["word " * 30, "Here it is: \\boxed{7}"])
+def test_openthoughts_with_a_worked_answer(tmp_path: Path, answer: str) -> None:
+    row = {"Question": "q", "COT_Reason": "Trace \\boxed{6} \\boxed{7}", "Answer": answer}
+    assert load_row(tmp_path, row).answer == "7"
+
+
+def test_question_answer_with_capitals_takes_the_answer_as_solution(tmp_path: Path) -> None:
+    row = {"Question": "q", "Answer": "We add: \\boxed{\\frac{1}{2}}"}
+    expected = Problem("rows.jsonl:1", "q", "We add: \\boxed{\\frac{1}{2}}", "\\frac{1}{2}")
+    assert load_row(tmp_path, row) == expected
+
+
+def test_problem_and_solution_win_over_question_and_answer(tmp_path: Path) -> None:
+    row = {"Question": "Q", "COT_Reason": "C", "Answer": "5", "problem": "p", "solution": "s"}
+    assert load_row(tmp_path, row) == Problem("rows.jsonl:1", "p", "s", "5")
+
+
+def test_answer_is_the_last_box_of_the_solution(tmp_path: Path) -> None:
+    row = {"problem": "p", "solution": "\\boxed{1}, no: \\boxed{x^{2}}. Done", "level": 5}
+    assert load_row(tmp_path, row).answer == "x^{2}"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(25, "25"), (25.0, "25"), (2.5, "2.5"), (-1, "-1"), (" 025 ", "025")]
+)
+def test_numbers_as_answers(tmp_path: Path, value: object, text: str) -> None:
+    assert load_row(tmp_path, {**GOOD, "answer": value}).answer == text
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        (
+            {"prompt": "p", "response": "r", "final": 3},
+            {"problem": "prompt", "solution": "response", "answer": "final"},
+            ("p", "r", "3"),
+        ),
+        (
+            {"prompt": "p", "solution": "s \\boxed{4}"},
+            {"problem": "prompt"},
+            ("p", "s \\boxed{4}", "4"),
+        ),
+        (
+            {"prompt": "p", "answer": "Add.\n#### 4"},
+            {"problem": "prompt", "solution": "answer"},
+            ("p", "Add.\nThe answer is \\boxed{4}.", "4"),
+        ),
+        ({**GOOD, "gold": "9"}, {"answer": "gold"}, (GOOD["problem"], GOOD["solution"], "9")),
+    ],
+)
+def test_column_map(
+    tmp_path: Path, row: object, columns: dict[str, str], expected: tuple[str, str, str]
+) -> None:
+    problem = load_row(tmp_path, row, columns=columns)
+    assert (problem.problem, problem.solution, problem.answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"problem_idx": 1, "problem": "p", "answer": 70}, ("p", "", "70")),
+        ({"question": "p", "answer": "70"}, ("p", "", "70")),
+        ({"problem": "p", "solution": "", "answer": "70"}, ("p", "", "70")),
+        ({"question": "p", "answer": "x\n#### 70"}, ("p", "x\nThe answer is \\boxed{70}.", "70")),
+        (GOOD, (GOOD["problem"], GOOD["solution"], "2")),
+    ],
+)
+def test_evaluation_needs_no_solution(
+    tmp_path: Path, row: object, expected: tuple[str, str, str]
+) -> None:
+    problem = load_row(tmp_path, row, section="eval")
+    assert (problem.problem, problem.solution, problem.answer) == expected
+
+
+# Sources
+
+
+def test_json_list(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([GOOD, GSM8K]))
+    assert [p.problem_id for p in load(file).problems] == ["rows.json[0]", "rows.json[1]"]
+
+
+def test_parquet_in_several_batches(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    rows = [{**GOOD, "answer": index} for index in range(2500)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    problems = load(file).problems
+    assert [p.answer for p in problems] == [str(index) for index in range(2500)]
+    assert problems[2499].problem_id == "rows.parquet[2499]"
+
+
+def test_datasets_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", [GOOD] * 3)
+    write_jsonl(folder / "test.jsonl", [{**GOOD, "answer": "3"}])
+    assert [p.problem_id for p in load(folder).problems] == ["mine[0]", "mine[1]", "mine[2]"]
+    assert load(folder, split="test").problems[0].answer == "3"
+    message = refusal(folder, split="validation")
+    assert "failed with ValueError" in message and "(--data.split)" in message
+
+
+def test_datasets_id_with_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fake(*args: object, **kwargs: object) -> list[dict[str, str]]:
+        calls.append((args, kwargs))
+        return [GSM8K]
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    assert load("openai/gsm8k:main").problems[0].problem_id == "openai/gsm8k[0]"
+    assert calls == [(("openai/gsm8k", "main"), {"split": "train"})]
+
+
+def test_datasets_failure_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    with pytest.raises(ValueError) as caught:
+        load("some/id", section="eval")
+    assert isinstance(caught.value.__cause__, ConnectionError)
+    for part in (
+        "--eval.path some/id",
+        "datasets.load_dataset('some/id', None, split='train')",
+        "ConnectionError: no route to the hub",
+        "needs a .jsonl, .json or .parquet file or the id of a data set",
+        "check the spelling, the network, the split (--eval.split)",
+        "--eval.path some/id:CONFIG",
+    ):
+        assert part in str(caught.value)
+
+
+def test_tiny_goes_to_the_bundled_problems() -> None:
+    loaded = load("tiny", split="test", max_rows=3)
+    assert loaded.num_skipped == 0
+    assert len(loaded.problems) == 3
+    assert all(p.problem and p.answer in p.solution for p in loaded.problems)
+
+
+def test_blanks_at_the_end_windows_lines_and_a_byte_order_mark_are_fine(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    row = json.dumps({**GOOD, "problem": "line\u2028separator"}, ensure_ascii=False).encode()
+    file.write_bytes(b"\xef\xbb\xbf" + row + b"\r\n" + row + b"\r\n\n  \n")
+    problems = load(file).problems
+    assert [p.problem for p in problems] == ["line\u2028separator"] * 2
+
+
+def test_max_rows_counts_usable_rows_and_reads_no_further(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", ["{", GOOD, "{", GOOD, "{", GOOD])
+    loaded = load(file, on_bad_row="skip", max_rows=2)
+    assert [p.problem_id for p in loaded.problems] == ["a.jsonl:2", "a.jsonl:4"]
+    assert loaded.num_skipped == 2
+
+
+# Bad rows
+
+
+def test_a_short_solution_is_no_answer(tmp_path: Path) -> None:
+    """To be evaluated on, a row needs no solution, but what stands there is not its answer."""
+    row = {"problem": "p", "solution": "$6 \\times 5 = 30$. The answer is 30."}
+    file = write_jsonl(tmp_path / "a.jsonl", [row])
+    assert "no answer to verify against" in refusal(file, section="eval")
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ('{"problem": "p", ', "malformed JSON (Expecting property name"),
+        ("[" * 100_000, "malformed JSON"),
+        ("", "the line is empty; needs one JSON object a line"),
+        ("[1, 2]", "got a list; needs an object"),
+        ("3", "got a value of type int; needs an object"),
+        ("null", "got null; needs an object"),
+        ("{}", "none of the known sets of columns; found no column; needs problem and solution"),
+        ({"prompt": "p", "x": 1}, "none of the known sets of columns; found the columns prompt, x"),
+        ({"problem": "p", "answer": "3"}, "no column with a solution"),
+        ({**GOOD, "problem": "  "}, "no problem: the column 'problem' is empty; needs text"),
+        ({**GOOD, "solution": ""}, "no solution: the column 'solution' is empty; needs text"),
+        ({**GOOD, "answer": None}, "no answer: the column 'answer' is empty; needs text"),
+        ('{"problem": "p", "solution": "s", "answer": NaN}', "the column 'answer' is empty"),
+        ({**GOOD, "answer": ["2"]}, "no answer: the column 'answer' holds a list; needs text"),
+        ({**GOOD, "answer": True}, "no answer: the column 'answer' holds true; needs text"),
+        ({**GOOD, "problem": "\ud800"}, "the column 'problem' holds half a surrogate pair"),
+        ({"problem": "p", "solution": "no box"}, "no answer to verify against; found the columns"),
+        ({"problem": "p", "solution": "\\boxed{ }"}, "no answer to verify against"),
+        ({"question": "q", "answer": "70"}, "ends in '#### 72' or has a \\boxed{} answer"),
+        ({"question": "q", "answer": "x ####"}, "no answer to verify against"),
+        ({"question": "q", "answer": "#### 70"}, "nothing stands before '####'"),
+    ],
+)
+def test_bad_row_stops_or_is_skipped(tmp_path: Path, bad: object, said: str) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [GOOD, bad, GSM8K])
+    message = refusal(file)
+    assert message.startswith("a.jsonl:2: ")
+    assert said in message
+    assert "--data.columns.problem NAME" in message
+    assert message.endswith("--data.on_bad_row skip")
+    loaded = load(file, on_bad_row="skip")
+    assert [p.problem_id for p in loaded.problems] == ["a.jsonl:1", "a.jsonl:3"]
+    assert loaded.num_skipped == 1
+
+
+def test_mapped_column_that_is_missing(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [GOOD])
+    message = refusal(file, columns={"problem": "prompt"}, section="eval")
+    assert "a.jsonl:1: no problem: the column 'prompt' is missing" in message
+    assert "found the columns problem, solution, answer" in message
+    assert "--eval.columns.problem NAME" in message
+
+
+def test_bad_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"problem": "caf\xe9"}\n')
+    assert "a.jsonl:1: malformed JSON ('utf-8' codec can't decode" in refusal(file)
+
+
+def test_no_problem_left(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", ["{", {**GOOD, "answer": ""}])
+    message = refusal(file, on_bad_row="skip")
+    assert "no problem left (2 rows skipped, the first a.jsonl:1: malformed JSON" in message
+    assert "needs at least one row" in message
+    assert "--data.columns.problem NAME" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said", "remedy"),
+    [
+        ("a.csv", b"x", "got the file ending '.csv'; needs one of .jsonl, .json", "convert"),
+        ("a.jsonl", b"", "the file is empty; needs at least one row", "check how"),
+        ("a.jsonl", b" \n\n", "the line is empty", "skip"),
+        ("a.json", b"[]", "no problem left (0 rows skipped)", "choose other data"),
+        ("a.json", b'{"data": []}', "got an object; needs a list of objects", "store the list"),
+        ("a.json", b'{"a": 1}\n{"a": 2}\n', "malformed JSON: Extra data: line 2", ".jsonl"),
+        ("a.json", b"[" * 100_000, "malformed JSON", "correct it"),
+        ("a.parquet", b"x" * 99, "not readable as Parquet", "write or fetch it again"),
+        ("absent.jsonl", None, "there is no such file; needs a .jsonl", "check the path"),
+    ],
+)
+def test_refused_sources(
+    tmp_path: Path, name: str, content: bytes | None, said: str, remedy: str
+) -> None:
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    message = refusal(file)
+    assert name in message
+    assert said in message
+    assert remedy in message
+
+
+# Order
+
+
+@properties
+@given(n=st.integers(1, 300), seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
+def test_order_is_a_permutation(n: int, seed: int, epoch: int) -> None:
+    order = problem_order(n, seed, epoch)
+    assert sorted(order) == list(range(n))
+    problem_order.cache_clear()
+    assert problem_order(n, seed, epoch) == order
+
+
+def test_order_never_changes_between_versions() -> None:
+    assert problem_order(10, 0, 0) == (1, 3, 7, 6, 8, 5, 4, 0, 9, 2)
+    assert batch_indices(10, 4, 0, 2) == [9, 2, 3, 6]
+
+
+def test_order_differs_by_seed_and_epoch_and_is_spread_evenly() -> None:
+    orders = {problem_order(50, seed, epoch) for seed in range(10) for epoch in range(10)}
+    assert len(orders) == 100
+    firsts = [problem_order(4, seed, 0)[0] for seed in range(4000)]
+    # Each of the 4 comes first 1000 times on average, with a standard deviation of 27.
+    assert all(abs(firsts.count(index) - 1000) < 5 * 27 for index in range(4))
+
+
+@properties
+@given(
+    n=st.integers(1, 40),
+    batch_size=st.integers(1, 50),
+    seed=st.integers(0, 9),
+    epochs=st.integers(1, 4),
+)
+def test_steps_walk_through_whole_epochs(n: int, batch_size: int, seed: int, epochs: int) -> None:
+    num_steps = -(-n * epochs // batch_size)
+    walked = [i for step in range(num_steps) for i in batch_indices(n, batch_size, seed, step)]
+    assert len(walked) == num_steps * batch_size
+    for epoch in range(epochs):
+        assert tuple(walked[epoch * n : (epoch + 1) * n]) == problem_order(n, seed, epoch)
+
+
+@properties
+@given(n=st.integers(1, 40), world_size=st.sampled_from([1, 2, 4]), step=st.integers(0, 30))
+def test_a_step_is_the_same_however_it_is_cut_into_smaller_ones(
+    n: int, world_size: int, step: int
+) -> None:
+    whole = batch_indices(n, 8, 0, step)
+    size = 8 // world_size
+    parts = [batch_indices(n, size, 0, step * world_size + r) for r in range(world_size)]
+    assert [index for part in parts for index in part] == whole

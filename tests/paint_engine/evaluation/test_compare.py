@@ -1,0 +1,232 @@
+"""Two evaluations side by side: planted differences are found, unlike things are refused."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from paint_engine.config.sections import EvalSection, PromptsSection
+from paint_engine.distributed import World
+from paint_engine.evaluation import compare
+from paint_engine.evaluation.accuracy import paired_bootstrap
+from paint_engine.evaluation.compare import check_pairs, read_run
+from paint_engine.evaluation.store import (
+    EvalSample,
+    Header,
+    SampleFiles,
+    evaluation_settings,
+    fingerprints,
+)
+from paint_engine.types import Problem
+
+WORLD = World(0, 1, 0, torch.device("cpu"))
+NUM_SAMPLES = 4
+PROBLEMS = [Problem(f"p:{i}", f"What is {i}?", "", str(i)) for i in range(40)]
+HEADER = Header(
+    "bench",
+    evaluation_settings(EvalSection(num_samples=NUM_SAMPLES), 0, PromptsSection(instruction="Go.")),
+    {"model": "m"},
+    fingerprints(PROBLEMS),
+)
+
+
+def write(
+    directory: Path, correct: np.ndarray, header: Header = HEADER, name: str | None = None
+) -> None:
+    """A complete evaluation with these verdicts, (problems, samples) booleans."""
+    files = SampleFiles(directory, name or header.benchmark, header, WORLD, replace=False)
+    for problem, row in zip(header.problems, correct, strict=True):
+        for j, verdict in enumerate(row):
+            files.append([EvalSample(problem, j, "", 5, "3", bool(verdict), False, None)])
+    files.finish(1.0)
+
+
+def counts(*numbers: int) -> np.ndarray:
+    """So many correct samples in each problem, and in all later ones the last."""
+    rows = [*numbers, *[numbers[-1]] * (len(PROBLEMS) - len(numbers))]
+    return np.array([[j < number for j in range(NUM_SAMPLES)] for number in rows])
+
+
+Run = Callable[..., tuple[dict[str, Any], str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    def main(*names: str) -> tuple[dict[str, Any], str]:
+        printed = io.StringIO()
+        file = tmp_path / "new" / "directory" / "o.json"
+        arguments = [*(str(tmp_path / name) for name in names), "--json", str(file)]
+        compare.main(arguments, Console(width=120, file=printed))
+        return json.loads(file.read_text()), printed.getvalue()
+
+    return main
+
+
+def test_a_planted_difference_is_found_with_its_gained_and_lost_problems(
+    tmp_path: Path, run: Run
+) -> None:
+    """Problems 0 to 9 go from 1 to 3 of 4 samples, problem 10 from 4 to 2, the others stay."""
+    write(tmp_path / "a", counts(*[1] * 10, 4, 2))
+    write(tmp_path / "b", counts(*[3] * 10, 2, 2), replace(HEADER, subject={"model": "n"}))
+    found, printed = run("a", "b")
+    (other,) = found["others"]
+    bench = other["benchmarks"]["bench"]
+    planted = (10 * 0.5 - 0.5) / 40
+    assert bench["difference"] == pytest.approx(planted)
+    assert bench["after"] - bench["before"] == pytest.approx(planted)
+    # The standard error of a mean of 40 values of which ten are 0.5 and one is -0.5.
+    values = np.array([0.5] * 10 + [-0.5] + [0.0] * 29)
+    half = 1.96 * values.std() / 40**0.5
+    assert bench["ci95"] == pytest.approx([planted - half, planted + half], abs=0.15 * half)
+    assert bench["gained"] == [f"p:{i}" for i in range(10)]
+    # Two of four are no majority.
+    assert bench["lost"] == ["p:10"]
+    assert other["macro"]["difference"] == pytest.approx(planted)
+    assert "bench, lost: p:10" in printed
+    assert "+11.2" in printed or "+11.3" in printed
+
+
+def test_problems_are_paired_by_what_they_ask_and_not_by_their_place(
+    tmp_path: Path, run: Run
+) -> None:
+    """One data set by id and by file: other names, and here another order, of the same problems."""
+    order = np.random.default_rng(0).permutation(40)
+    renamed = [replace(PROBLEMS[i], problem_id=f"other[{i}]") for i in order]
+    correct = np.random.default_rng(1).random((40, NUM_SAMPLES)) < 0.5
+    write(tmp_path / "a", correct)
+    write(tmp_path / "b", correct[order], replace(HEADER, problems=fingerprints(renamed)))
+    found, _ = run("a", "b")
+    bench = found["others"][0]["benchmarks"]["bench"]
+    assert (bench["difference"], bench["ci95"]) == (0.0, [0.0, 0.0])
+    assert bench["gained"] == bench["lost"] == []
+
+
+def test_the_interval_is_the_one_of_a_run_s_summary(tmp_path: Path, run: Run) -> None:
+    """The same problems resampled by the same draws; with few of them the order shows."""
+    rng = np.random.default_rng(2)
+    first, second = rng.random((2, 40, NUM_SAMPLES)) < 0.5
+    write(tmp_path / "a", first)
+    write(tmp_path / "b", second)
+    found, _ = run("a", "b")
+    expected = paired_bootstrap(first, second)
+    bench = found["others"][0]["benchmarks"]["bench"]
+    assert bench["difference"] == expected.value
+    assert bench["ci95"] == [expected.low, expected.high]
+
+
+def test_macro_and_several_runs(tmp_path: Path, run: Run) -> None:
+    second = replace(HEADER, benchmark="other", problems=fingerprints(PROBLEMS[:5]))
+    for name, number in (("a", 1), ("b", 2), ("c", 4)):
+        write(tmp_path / name, counts(number))
+        write(tmp_path / name, counts(1 if name == "a" else 3)[:5], second)
+    found, printed = run("a", "b", "c")
+    assert [other["macro"]["difference"] for other in found["others"]] == pytest.approx(
+        [(0.25 + 0.5) / 2, (0.75 + 0.5) / 2]
+    )
+    assert printed.count("│ macro") == 2
+
+
+def test_what_differs_beside_the_weights_is_noted(tmp_path: Path, run: Run) -> None:
+    subject = {"model": "m", "engine": "vllm", "dtype": "bfloat16"}
+    asked = replace(HEADER, subject=subject)
+    others = {
+        "same": asked,
+        "seed": replace(asked, settings=HEADER.settings | {"seed": 1}),
+        "engine": replace(asked, subject=subject | {"engine": "builtin", "dtype": "float32"}),
+        "trained": replace(HEADER, subject={"weights": "w"}, step=3),
+    }
+    write(tmp_path / "a", counts(1), asked)
+    write(tmp_path / "a", counts(1), replace(asked, benchmark="more"))
+    for name, header in others.items():
+        write(tmp_path / name, counts(3), header)
+        write(tmp_path / name, counts(3), replace(header, benchmark="more"))
+    found, printed = run("a", *others)
+    noted = [line for line in printed.splitlines() if line.startswith("note:")]
+    first = tmp_path / "a"
+    assert noted == [
+        f"note: {first} and {tmp_path / 'seed'} differ in seed (0 and 1) on bench, more: the "
+        "problems are paired, the random numbers are not",
+        f"note: {first} and {tmp_path / 'engine'} differ in dtype (bfloat16 and float32) on bench, "
+        "more: some answers change by that alone",
+        f"note: {first} and {tmp_path / 'engine'} differ in engine (vllm and builtin) on bench, "
+        "more: some answers change by that alone",
+    ]
+    assert [other["macro"]["difference"] for other in found["others"]] == [0.5] * 4
+    recorded = [
+        f"note: {first} and {other['run']} {note}"
+        for other in found["others"]
+        for note in other["notes"]
+    ]
+    assert recorded == noted
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (
+            replace(HEADER, settings=HEADER.settings | {"temperature": 0.6}),
+            r"differ in temperature \(1\.0 and 0\.6\)",
+        ),
+        (replace(HEADER, problems=fingerprints(PROBLEMS[1:])), r"other problems \(40 and 39\)"),
+        (replace(HEADER, benchmark="more"), "needs the same benchmarks in both"),
+    ],
+)
+def test_unlike_evaluations_are_refused(tmp_path: Path, header: Header, message: str) -> None:
+    write(tmp_path / "a", counts(2))
+    write(tmp_path / "b", counts(2)[: len(header.problems)], header)
+    with pytest.raises(ValueError, match=message):
+        check_pairs("a", "b", read_run(str(tmp_path / "a")), read_run(str(tmp_path / "b")))
+
+
+def test_the_evaluations_of_a_training_run(tmp_path: Path) -> None:
+    for step, number in ((0, 1), (20, 3), (40, 2)):
+        header = replace(HEADER, step=step)
+        write(tmp_path / "evaluations", counts(number), header, f"step-{step}")
+
+    def chosen(text: str) -> int | None:
+        return read_run(f"{tmp_path}{text}")["bench"].header.step
+
+    steps = [chosen(text) for text in ("", ":last", ":best", ":0", ":step-20")]
+    assert steps == [40, 40, 20, 0, 20]
+    for text in (":10", ":first"):
+        with pytest.raises(ValueError, match="after steps 0, 20, 40"):
+            chosen(text)
+
+
+@pytest.mark.parametrize("has_directory", [False, True])
+def test_a_training_run_without_evaluations(tmp_path: Path, has_directory: bool) -> None:
+    """Where --eval.enabled was false, or a kill came before the first one was complete."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.toml").write_text("")
+    if has_directory:
+        SampleFiles(run_dir / "evaluations", "step-0", HEADER, WORLD, replace=False).close()
+    for text in (str(run_dir), f"{run_dir}:best"):
+        with pytest.raises(ValueError, match="has no complete evaluation") as refused:
+            read_run(text)
+        message = str(refused.value)
+        assert message.startswith(f"{text}: this training run")
+        assert f"python -m paint_engine.evaluate --adapter {run_dir} --benchmarks" in message
+    # One that was made since, beside it.
+    write(run_dir / "made", counts(2))
+    assert set(read_run(str(run_dir / "made"))) == {"bench"}
+
+
+def test_directories_without_a_complete_evaluation(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such directory"):
+        read_run(str(tmp_path / "none"))
+    files = SampleFiles(tmp_path, "bench", HEADER, WORLD, replace=False)
+    files.close()
+    with pytest.raises(ValueError, match="holds no complete evaluation") as refused:
+        read_run(str(tmp_path))
+    assert str(refused.value).count(str(tmp_path)) == 1
+    write(tmp_path / "whole", counts(2))
+    with pytest.raises(ValueError, match="no training run with several; leave out :best"):
+        read_run(f"{tmp_path / 'whole'}:best")

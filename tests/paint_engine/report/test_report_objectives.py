@@ -1,0 +1,210 @@
+"""The report of runs without a teacher's KL, and of settings under which parts of PAINT are off."""
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paint_engine.report.figures import QUANTITIES
+from paint_engine.report.page import write_report
+
+PROBLEM = {
+    "place": 0,
+    "problem_id": "p:1",
+    "problem": "What is two and three?",
+    "solution": "It is $2 + 3 = 5$, thus $\\boxed{5}$.",
+    "answer": "5",
+    "truncated": False,
+    "tokens": ["It", " is", " 5"],
+    "token_loss": [0.5, -0.25, 0.02],
+    "student_entropy": [0.5, 0.02, 0.0],
+}
+TEACHER = {
+    "correct": True,
+    "partial_solution": "It is $2 + 3 ...(omitted)...",
+    "mask_ratio": 0.35,
+    "overlap": 0.5,
+    "anchors": [{"text": "2+3=5", "found": True}, {"text": "5", "found": False}],
+    "teacher_entropy": [0.25, 0.04, 0.0],
+}
+PAINT = {
+    "token_kl": [0.5, 0.02, 2.0],
+    "clipped_mass": [0.0, 0.0, 0.5],
+    "clipped_token_share": [False, False, True],
+    "selected": [False, True, False],
+}
+SAMPLES: dict[str, dict[str, Any]] = {
+    "paint": {**PROBLEM, **TEACHER, **PAINT},
+    "sampled_token": {
+        **PROBLEM,
+        **TEACHER,
+        "sampled_kl": [-0.5, 0.02, 0.0],
+        "importance_weight": [1.0, 1.5, 0.9],
+    },
+    "grpo": {
+        **PROBLEM,
+        "correct": False,
+        "reward": 0.0,
+        "advantage": -0.53,
+        "ratio": [1.0, 0.7, 1.1],
+        "ratio_clipped_share": [False, True, False],
+        "importance_weight": [1.0, 1.0, 1.0],
+    },
+    "sft": PROBLEM,
+}
+
+
+def report(
+    run_dir: Path, name: str, *, config: str | None = "", changes: dict[str, Any] | None = None
+) -> tuple[str, str]:
+    """The page, and its words.
+
+    config: further keys of the objective's section; None = no file.
+    """
+    sample = SAMPLES[name] | (changes or {})
+    kinds = ("forward_kl",) if name == "paint" else (name,)
+    keys = {k for q in QUANTITIES if set(kinds) & set(q.objectives) for k, _ in q.series}
+    metrics = [{"step": step, **dict.fromkeys(sorted(keys), 0.25)} for step in (1, 2)]
+    lines = {
+        "metrics.jsonl": metrics,
+        "samples.jsonl": [{"step": 1, **sample}, {"step": 2, **sample}],
+    }
+    for file, records in lines.items():
+        (run_dir / file).write_text("".join(json.dumps(record) + "\n" for record in records))
+    if config is not None:
+        text = f'[objective]\nname = "{name}"\n{config}\n[train]\nbatch_size = 32\n'
+        (run_dir / "config.toml").write_text(text)
+    page = write_report(run_dir).read_text()
+    text = re.sub(r"<style>.*?</style>|<svg.*?</svg>|<[^>]+>", " ", page, flags=re.DOTALL)
+    return page, re.sub(r"\s+", " ", html.unescape(text))
+
+
+def tokens_of(page: str) -> list[tuple[str, str]]:
+    """Class and numbers of the first sample's tokens."""
+    return re.findall(r'<span class="(k\d[^"]*)" data-v="([^"]+)">', page)[:3]
+
+
+def test_sampled_tokens_are_coloured_by_the_log_ratio(tmp_path: Path) -> None:
+    page, text = report(tmp_path, "sampled_token")
+    classes, values = zip(*tokens_of(page), strict=True)
+    # 0.5, 0.02 and 0 nats, whatever the sign.
+    assert classes == ("k6", "k3", "k0")
+    assert values[0] == ("sampled KL -0.5 · loss 0.5 · H_S 0.5 · H_T 0.25 nats · R 0.5 · weight 1")
+    for phrase in (
+        "The teacher scores the sampled tokens alone",
+        "each token coloured by its |log p_S - log p_T|",
+        "overlap 50% hidden 35% mean sampled KL -0.16 nats",
+        "1 of 2 anchors found in the rollout",
+        "Sampled KL nats per token",
+        "the teacher did not see the struck part",
+    ):
+        assert phrase in text, phrase
+    for absent in ("Unclipped", "tokens selected", "selected by entropy ratio", "do not hold"):
+        assert absent not in text, absent
+
+
+def test_grpo_shows_rewards_and_no_teacher(tmp_path: Path) -> None:
+    page, text = report(tmp_path, "grpo")
+    classes, values = zip(*tokens_of(page), strict=True)
+    assert classes == ("k6", "k3", "k0")
+    assert values[1] == (
+        "loss -0.25 · entropy 0.02 nats · ratio 0.7 · weight 1 · stopped by the clip"
+    )
+    for phrase in (
+        "GRPO has no teacher: there is no KL to one",
+        "each token coloured by its entropy",
+        "✗ wrong",
+        "reward 0 advantage -0.53 mean entropy 0.173 nats",
+        "Verified solution It is",
+        "rollouts a step 32",
+        "Ratio clip share",
+        "Loss per token",
+    ):
+        assert phrase in text, phrase
+    for absent in ("anchors found", "the teacher did not see", "Unclipped", "do not hold"):
+        assert absent not in text, absent
+
+
+def test_sft_shows_the_reference_and_no_verdict(tmp_path: Path) -> None:
+    page, text = report(tmp_path, "sft")
+    assert [css for css, _ in tokens_of(page)] == ["k6", "k5", "k3"]
+    assert tokens_of(page)[0][1] == "loss 0.5 · H_S 0.5 nats"
+    for phrase in (
+        "SFT trains on the reference solutions: nothing is sampled",
+        "the reference solution that was trained on, each token coloured by its loss",
+        "mean loss 0.09 nats",
+        "Reference solutions 2 of 2 kept reference solutions",
+        "Reference solution It is 5",
+        "solutions a step 32",
+    ):
+        assert phrase in text, phrase
+    for absent in (
+        "rollouts",
+        "Completion",
+        "✓ correct",
+        "✗ wrong",
+        "anchors found",
+        "Unclipped",
+        "do not hold",
+    ):
+        assert absent not in text, absent
+
+
+def test_without_interpolation_no_token_is_marked(tmp_path: Path) -> None:
+    page, text = report(tmp_path, "paint", config="interpolation_weight = 0.03")
+    assert [css for css, _ in tokens_of(page)] == ["k6", "k3 sel", "k7"]
+    assert "1 of 3 tokens selected" in text and "selected by entropy ratio" in text
+    page, text = report(tmp_path, "paint", config="interpolation_weight = 0.0")
+    assert [css for css, _ in tokens_of(page)] == ["k6", "k3", "k7"]
+    assert "tokens selected" not in text and "selected by entropy ratio" not in text
+
+
+def test_without_a_pointwise_clip_none_is_spoken_of(tmp_path: Path) -> None:
+    page, text = report(tmp_path, "paint", config="pointwise_clip = 0.06")
+    assert "Pointwise clip share" in text and "clipped mass 0.5" in page
+    page, text = report(tmp_path, "paint", config='pointwise_clip = "none"')
+    assert "Pointwise clip" not in text and "clipped mass" not in page
+    # The configuration is shown as it is.
+    assert '<th scope="row">pointwise_clip</th><td>none</td>' in page
+
+
+def test_sft_that_kept_nothing_misses_a_solution(tmp_path: Path) -> None:
+    report(tmp_path, "sft")
+    (tmp_path / "samples.jsonl").unlink()
+    assert "No solution was kept (run.samples_per_step)" in write_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize(
+    ("divergence", "phrases"),
+    [
+        ("forward_kl", ("Unclipped KL nats per token KL(teacher, student)", "mean KL 0.84 nats")),
+        ("reverse_kl", ("Unclipped KL nats per token KL(student, teacher)", "mean KL 0.84 nats")),
+        ("jsd", ("Unclipped JSD nats per token", "mean JSD 0.84 nats", "its unclipped JSD")),
+    ],
+)
+def test_the_divergence_is_called_by_its_name(
+    divergence: str, phrases: tuple[str, ...], tmp_path: Path
+) -> None:
+    page, text = report(tmp_path, "paint", config=f'divergence = "{divergence}"')
+    for phrase in phrases:
+        assert phrase in text, phrase
+    assert tokens_of(page)[0][1].startswith(phrases[1].split()[1])
+
+
+def test_a_teacher_that_reasoned_first_is_quoted(tmp_path: Path) -> None:
+    _, text = report(tmp_path, "paint", changes={"rationale": "First <b>add</b> both."})
+    assert "What the teacher wrote from it before scoring First <b>add</b> both." in text
+    _, text = report(tmp_path, "paint")
+    assert "What the teacher wrote" not in text
+
+
+@pytest.mark.parametrize("name", list(SAMPLES))
+def test_without_a_configuration_the_records_tell_the_objective(name: str, tmp_path: Path) -> None:
+    page, _ = report(tmp_path, name)
+    (tmp_path / "config.toml").unlink()
+    without, text = report(tmp_path, name, config=None)
+    assert tokens_of(without) == tokens_of(page)
+    assert text.count("Missing from this run") == 1 and "do not hold" not in text

@@ -1,0 +1,118 @@
+"""Weights handed over as files: new names, one set kept, nothing left behind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from peft import PeftModel, load_peft_weights
+from peft.tuners.lora import LoraLayer
+
+from paint_engine.config.sections import LoraSection, ModelSection
+from paint_engine.distributed import World
+from paint_engine.model.forward import autocast
+from paint_engine.model.load import load_base
+from paint_engine.model.lora import add_lora
+from paint_engine.rollout.adapter_files import WeightFiles
+
+WORLD = World(0, 1, 0, torch.device("cpu"))
+
+
+def test_each_write_has_a_new_name_and_replaces_the_one_before(
+    lora_model: PeftModel, tmp_path: Path
+) -> None:
+    files = WeightFiles(lora_model, WORLD, str(tmp_path), per_node=True)
+    # The same number twice, as when a run is resumed: still another name.
+    first, second = files.write(7), files.write(7)
+    assert first.name != second.name
+    assert (first.serial, second.serial) == (1, 2)
+    assert not first.directory.exists()
+    stored = load_peft_weights(str(second.directory), device="cpu")
+    assert stored.keys() and all(
+        torch.equal(tensor, lora_model.get_parameter(name.replace(".weight", ".default.weight")))
+        for name, tensor in stored.items()
+    )
+    again = WeightFiles(lora_model, WORLD, str(tmp_path), per_node=True)
+    assert again.write(7).name not in {first.name, second.name}
+    files.close()
+    again.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_on_a_bfloat16_base_are_handed_over_as_they_are_trained(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    """In float32 and by themselves: after a step at 5e-6 the sum of base and adapters, rounded to
+    bfloat16, is the base."""
+    section = ModelSection(name_or_path=str(model_dir), dtype="bfloat16")
+    model = add_lora(load_base(section, WORLD.device), LoraSection(rank=4, alpha=8), seed=0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-6)
+    with autocast(model):
+        model(input_ids=torch.arange(20)[None]).logits.square().mean().backward()
+    optimizer.step()
+    files = WeightFiles(model, WORLD, str(tmp_path), per_node=True)
+    stored = load_peft_weights(str(files.write(1).directory), device="cpu")
+    files.close()
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    unchanged, entries = 0, 0
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        a, b = (stored[f"{name}.lora_{part}.weight"] for part in "AB")
+        assert torch.equal(b, module.lora_B["default"].weight) and b.any()
+        weight = module.get_base_layer().weight
+        unchanged += int(((weight.float() + 2 * b @ a).to(torch.bfloat16) == weight).sum())
+        entries += weight.numel()
+    assert unchanged > 0.99 * entries
+
+
+def test_an_exception_that_ends_the_process_leaves_nothing(tmp_path: Path, model_dir: Path) -> None:
+    script = f"""
+import torch
+from paint_engine.config_sections import LoraSection, ModelSection
+from paint_engine.distributed import World
+from paint_engine.model import add_lora, load_base
+from paint_engine.rollout_weights import WeightFiles
+
+device = torch.device("cpu")
+model = load_base(ModelSection(name_or_path={str(model_dir)!r}), device)
+model = add_lora(model, LoraSection(rank=4, alpha=8), seed=0)
+files = WeightFiles(model, World(0, 1, 0, device), {str(tmp_path)!r}, per_node=True)
+print(files.write(1).directory.is_dir())
+raise RuntimeError("out of memory")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+    assert "out of memory" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_goes_and_nothing_else(
+    lora_model: PeftModel, tmp_path: Path
+) -> None:
+    mine = WeightFiles(lora_model, WORLD, str(tmp_path), per_node=True)
+    machine = mine.write(1).directory.parent.name.split("-")[2]
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    dead = f"paint-{process.pid}"
+    orphan = f"{dead}-{machine}-00c0ffee"
+    kept = [
+        # Of a process that lives: this one, and init.
+        f"paint-{os.getpid()}-{machine}-00c0ffee",
+        f"paint-1-{machine}-00c0ffee",
+        # Of another machine, container or boot; and whatever is not ours.
+        f"{dead}-{'0' * 8}-00c0ffee",
+        f"{dead}-{machine}-00c0ffee.bak",
+        f"{dead}-notes",
+        "paint-runs",
+    ]
+    for name in [orphan, *kept]:
+        (tmp_path / name / "3").mkdir(parents=True)
+        (tmp_path / name / "3" / "adapter_model.safetensors").write_bytes(b"weights")
+    other = WeightFiles(lora_model, WORLD, str(tmp_path), per_node=True)
+    other.close()
+    assert not (tmp_path / orphan).exists()
+    assert all((tmp_path / name / "3" / "adapter_model.safetensors").exists() for name in kept)
+    assert mine.write(2).directory.exists()
+    mine.close()

@@ -1,0 +1,147 @@
+"""Evaluations during training: one that was cut short goes on, and no sample is drawn twice."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paint_engine.evaluation.accuracy import avg_at_k, correct_matrix, pass_at_k
+from paint_engine.evaluation.store import EvalSample, SampleFiles, read_evaluations
+from paint_engine.files import read_jsonl
+from paint_engine.training import evaluations as run_eval
+
+Main = Callable[[Sequence[str]], int]
+NUM_SAMPLES = 6  # 3 problems, 2 samples of each
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL, which a test of the evaluations' own command line sends for real."""
+
+
+def killing(patch: pytest.MonkeyPatch, after: int) -> None:
+    """Ends the process right after so many samples were written."""
+    original, written = SampleFiles.append, []
+
+    def append(self: SampleFiles, group: Sequence[EvalSample]) -> None:
+        original(self, group)
+        written.extend(group)
+        if len(written) >= after:
+            raise Killed
+
+    patch.setattr(SampleFiles, "append", append)
+
+
+def asked(patch: pytest.MonkeyPatch) -> list[int]:
+    """The number of answers that each evaluation draws, from now on."""
+    original, found = run_eval.evaluate, []
+
+    def evaluate(*arguments: Any, **options: Any) -> list[EvalSample]:
+        found.append(len(arguments[4]))
+        return original(*arguments, **options)
+
+    patch.setattr(run_eval, "evaluate", evaluate)
+    return found
+
+
+@pytest.fixture
+def arguments(command: list[str]) -> list[str]:
+    return [
+        *command,
+        "--eval.every",
+        "2",
+        "--eval.max_sequences",
+        "2",
+        "--rollout.engine",
+        "builtin",
+    ]
+
+
+def evaluations(run_dir: Path) -> dict[int, list[EvalSample]]:
+    return {step: found.samples for step, found in read_evaluations(run_dir).items()}
+
+
+@pytest.mark.parametrize("after", [2, 10, 14])
+def test_a_killed_evaluation_goes_on_where_it_was(
+    after: int, arguments: list[str], run_main: Main, tmp_path: Path
+) -> None:
+    """In that of the base, of step 2 or of step 4."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run_main([*arguments, "--run.dir", str(whole)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        killing(patch, after)
+        with pytest.raises(Killed):
+            run_main([*arguments, "--run.dir", str(cut)])
+    step = 2 * (after // NUM_SAMPLES)
+    partial = cut / "evaluations" / f"step-{step}.rank-0.jsonl"
+    assert len(read_jsonl(partial)) == 1 + after % NUM_SAMPLES
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = asked(patch)
+        again = ["--resume", str(cut)]
+        if step == 0:
+            # Before the first checkpoint there is nothing to resume.
+            again = [*arguments, "--run.dir", str(cut), "--run.auto_resume", "true"]
+        assert run_main(again) == 0
+    assert sum(drawn) == 3 * NUM_SAMPLES - after
+    assert evaluations(cut) == evaluations(whole)
+    for name in ("step-0.jsonl", "step-2.jsonl", "step-4.jsonl"):
+        assert (cut / "evaluations" / name).read_bytes() == (
+            whole / "evaluations" / name
+        ).read_bytes()
+    assert not list(cut.glob("evaluations/*.rank-*"))
+
+
+def test_with_other_settings_it_starts_afresh(
+    arguments: list[str], run_main: Main, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        killing(patch, 10)
+        with pytest.raises(Killed):
+            run_main(arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = asked(patch)
+        assert run_main(["--resume", str(run), "--eval.temperature", "0.7"]) == 0
+    # The base's too, whose finished evaluation was with the old temperature.
+    assert drawn == [NUM_SAMPLES] * 3
+    assert {e.settings["temperature"] for e in read_evaluations(run).values()} == {0.7}
+
+
+def test_other_weights_after_as_many_steps_are_not_mixed_in(
+    arguments: list[str], run_main: Main, tmp_path: Path
+) -> None:
+    """As where the checkpoint was damaged, and the steps before it were done again."""
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        killing(patch, 10)
+        with pytest.raises(Killed):
+            run_main(arguments)
+    partial = run / "evaluations" / "step-2.rank-0.jsonl"
+    first, *samples = partial.read_text().splitlines()
+    header = json.loads(first)
+    assert len(header["header"]["subject"]["weights"]) == 32
+    header["header"]["subject"]["weights"] = "0" * 32
+    partial.write_text("\n".join([json.dumps(header), *samples]) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = asked(patch)
+        assert run_main(["--resume", str(run)]) == 0
+    assert drawn == [NUM_SAMPLES] * 2
+
+
+def test_the_summary_has_the_best_and_the_last(
+    arguments: list[str], run_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(arguments) == 0
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    correct = {step: correct_matrix(samples) for step, samples in evaluations(run).items()}
+    rows = {row["step"]: row for row in summary["evaluations"]}
+    for step, matrix in correct.items():
+        assert rows[step]["avg_at_k"] == avg_at_k(matrix)
+        assert rows[step]["pass_at_k"] == {"1": pass_at_k(matrix, 1), "2": pass_at_k(matrix, 2)}
+    assert summary["last"] == rows[4]
+    assert summary["best"] == max((rows[2], rows[4]), key=lambda r: (r["avg_at_k"], r["step"]))
+    assert summary["best_step"] == summary["best"]["step"]
+    printed = capsys.readouterr().out
+    assert f"step {summary['best']['step']})" in printed and "last:" in printed
