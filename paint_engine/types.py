@@ -72,6 +72,22 @@ class PrivilegedRollout:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What the reward function says of one completion.
+
+    Verdict(reward=1.0, correct=True)
+    Verdict(reward=0.0, correct=False, error="the comparison took longer than 5 s")
+
+    reward: what GRPO's advantages are computed from. correct: what accuracy counts. error: why the
+    completion could not be judged; it then counts as wrong.
+    """
+
+    reward: float
+    correct: bool
+    error: str | None = None
+
+
+@dataclass(frozen=True)
 class PackedSequences:
     """B sequences (prompt + completion) laid end to end, M tokens in all.
 
