@@ -1,7 +1,7 @@
 """What the stages of one training step hand to each other.
 
-data -> Problem -> rollout -> Rollout -> anchors, masking -> PrivilegedRollout -> batch ->
-TrainBatch -> model, teacher, objectives.
+data -> Problem -> Request -> rollout -> Rollout -> rewards, prompts -> TrainExample -> packing ->
+TrainBatch -> model, teacher -> recipe.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,19 @@ class Problem:
     problem: str
     solution: str
     answer: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """One rollout to be sampled: Request(index=3, problem=problem, prompt_ids=(1, 9, 4), seed=17)
+
+    index: its place in the step's batch, of all ranks.
+    """
+
+    index: int
+    problem: Problem
+    prompt_ids: tuple[int, ...]
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -46,32 +59,6 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class PrivilegedRollout:
-    """A rollout, its verdict, and what the teacher sees of the verified solution (Eq. 4 to 6).
-
-    PrivilegedRollout(rollout, correct=False, check_error=None, overlap=0.5, mask_ratio=0.35,
-                      partial_solution="First ...(omitted)...", teacher_prompt_ids=(1, 9, 4, 7, 7))
-
-    The verdict is logged and never steers the teacher; `check_error` says why the checker failed.
-    Where the objective has no teacher, `partial_solution` is empty and `teacher_prompt_ids` are the
-    student's. `shortened`: the prompt had no room for what the mask leaves. `reward` and
-    `advantage` are GRPO's; `rationale` is what a teacher wrote that reasons first.
-    """
-
-    rollout: Rollout
-    correct: bool
-    check_error: str | None
-    overlap: float
-    mask_ratio: float
-    partial_solution: str
-    teacher_prompt_ids: tuple[int, ...]
-    shortened: bool = False
-    reward: float = 0.0
-    advantage: float = 0.0
-    rationale: str = ""
-
-
-@dataclass(frozen=True)
 class Verdict:
     """What the reward function says of one completion.
 
@@ -85,6 +72,42 @@ class Verdict:
     reward: float
     correct: bool
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class TeacherView:
+    """What the teacher sees of the verified solution beside one rollout (Eq. 4 to 6).
+
+    TeacherView(prompt_ids=(1, 9, 4, 7, 7), partial_solution="First ...(omitted)...",
+                mask_ratio=0.35)
+
+    prompt_ids: the teacher's prompt; the completion's ids follow it. mask_ratio: the hidden
+    fraction of the solution. shortened: the prompt had no room for what the mask leaves. rationale:
+    what a teacher wrote that reasons first, else "".
+    """
+
+    prompt_ids: tuple[int, ...]
+    partial_solution: str
+    mask_ratio: float
+    shortened: bool = False
+    rationale: str = ""
+
+
+@dataclass(frozen=True)
+class TrainExample:
+    """A rollout and what the recipe adds to it; None for what the recipe has no use for.
+
+    TrainExample(rollout, Verdict(1.0, True), overlap=0.5, teacher_view=view)
+
+    verdict: logged, and GRPO's reward; it never steers the teacher. overlap: the fraction of the
+    solution's anchors that the rollout holds. advantage: GRPO's, over the rollout's group.
+    """
+
+    rollout: Rollout
+    verdict: Verdict | None = None
+    overlap: float | None = None
+    teacher_view: TeacherView | None = None
+    advantage: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +129,8 @@ class PackedSequences:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """Student and teacher sequences over the same N completion tokens.
+    """Student and teacher sequences over the same N completion tokens; `teacher` is None where no
+    rollout has a teacher's view.
 
     `completion_ids` (N,) are those tokens and `cu_seqlens` (B+1,) the rollouts' bounds in them: row
     n of the hidden states taken at `student.loss_positions` and at `teacher.loss_positions` both
@@ -114,6 +138,6 @@ class TrainBatch:
     """
 
     student: PackedSequences
-    teacher: PackedSequences
+    teacher: PackedSequences | None
     completion_ids: Int[Tensor, " N"]
     cu_seqlens: Int[Tensor, " B+1"]

@@ -168,12 +168,12 @@ def _refuse_unknown(key: str, source: str, candidates: Iterable[str]) -> NoRetur
     )
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as dotted keys. An empty table stays, as a key of its own."""
     flat: dict[str, Any] = {}
     for name, value in table.items():
         key = prefix + name
-        flat |= _flatten(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
+        flat |= flatten(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
     return flat
 
 
@@ -200,7 +200,7 @@ def _read_file(path: Path) -> tuple[str | None, dict[str, Any]]:
             f"{path}: {_EXTENDS}: got {parent!r}; needs a preset's name in quotes, such as "
             f'{_EXTENDS} = "{DEFAULT_PRESET}"; --help lists them'
         )
-    flat = _flatten(table)
+    flat = flatten(table)
     for key in flat:
         section, _, last = key.rpartition(".")
         if section and last == _EXTENDS:

@@ -215,10 +215,11 @@ class TeacherSection(Section):
 
 
 class ObjectiveSection(Section):
-    name: Literal["paint", "sampled_token", "grpo", "sft"] = Field(
+    name: Text = Field(
         default="paint",
-        description="paint = divergence to the teacher over the vocabulary (OPSD too); "
-        "sampled_token = policy gradient by log p_T - log p_S; grpo; sft = on the solutions",
+        description="the recipe: paint = divergence to the teacher over the vocabulary (OPSD too); "
+        "sampled_token = policy gradient by log p_T - log p_S; grpo; sft = on the solutions; or "
+        "module:Class of your own",
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
         default="forward_kl",

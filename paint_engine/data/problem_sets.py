@@ -11,8 +11,9 @@ from paint_engine.data.rows import load_problems, problem_order
 from paint_engine.distributed import World, my_share
 from paint_engine.prompts.chat import encode_student_prompt, encode_teacher_prompt
 from paint_engine.prompts.rationale import encode_reason_prompt
+from paint_engine.recipes import recipe_of
 from paint_engine.seeds import request_seed
-from paint_engine.types import Problem
+from paint_engine.types import Problem, Request
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,14 @@ def load_train_set(
 ) -> ProblemSet:
     """Training problems with prompts that fit: the student's, and the teacher's without the
     solution. `say` is told what was left out."""
-    data, prompts = config.data, config.prompts
+    data, prompts, recipe = config.data, config.prompts, recipe_of(config)
     loaded = load_problems(
         data.path,
         split=data.split,
         columns=data.columns,
         on_bad_row=data.on_bad_row,
         max_rows=data.max_rows,
-        # Rewards ask for the answer alone.
-        needs_solution=config.objective.name != "grpo",
+        needs_solution=recipe.needs_solution,
     )
     limits = context, config.rollout.max_new_tokens
     kept: list[Problem] = []
@@ -85,7 +85,7 @@ def load_train_set(
         if data.max_prompt_tokens is not None and len(student) > data.max_prompt_tokens:
             continue
         _check_length(problem, len(student), *limits, "student", "rollout.max_new_tokens")
-        if config.uses_teacher:
+        if recipe.uses_teacher:
             _check_teacher_prompts(config, tokenizer, problem, context)
         kept.append(problem)
         kept_prompts.append(student)
@@ -158,24 +158,10 @@ def longest_sequence(
     return max(sizes)
 
 
-@dataclass(frozen=True)
-class Request:
-    """One rollout to be sampled: Request(index=3, problem=problem, prompt_ids=(1, 9, 4), seed=17)
-
-    index: its place in the step's batch.
-    """
-
-    index: int
-    problem: Problem
-    prompt_ids: tuple[int, ...]
-    seed: int
-
-
 def batch_requests(config: Config, train_set: ProblemSet, step: int) -> list[Request]:
-    """A step's requests, of all ranks. GRPO's groups, several rollouts of one problem, are
-    consecutive."""
+    """A step's requests, of all ranks. The rollouts of one problem are consecutive."""
     seed = config.train.seed
-    repeats = config.grpo.group_size if config.objective.name == "grpo" else 1
+    repeats = recipe_of(config).group_size
     count = config.train.batch_size // repeats
     places = batch_indices(len(train_set.problems), count, seed, step)
     requests = []

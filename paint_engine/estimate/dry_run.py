@@ -19,6 +19,7 @@ from paint_engine.model.forward import max_context
 from paint_engine.prompts.chat import encode_student_prompt, encode_teacher_prompt
 from paint_engine.prompts.masking import mask_solution
 from paint_engine.prompts.rationale import encode_reason_prompt
+from paint_engine.recipes import recipe_of
 from paint_engine.types import Problem
 
 _MEASURED_PROMPTS = 256
@@ -62,7 +63,7 @@ def _teacher_prompt(
     """With as little of the solution hidden as ever is, and a stand-in for the rationale; the
     student's where there is no teacher."""
     prompts = config.prompts
-    if not config.uses_teacher:
+    if not recipe_of(config).uses_teacher:
         return encode_student_prompt(tokenizer, problem, prompts, thinking=prompts.student_thinking)
     prompt, _ = encode_teacher_prompt(
         tokenizer,
@@ -121,7 +122,7 @@ def _first_batch(
         f"# student's prompt of {problem.problem_id} ({len(student)} tokens)",
         str(tokenizer.decode(list(student))),
     ]
-    if config.uses_teacher:
+    if recipe_of(config).uses_teacher:
         teacher = _teacher_prompt(config, tokenizer, problem, context)
         lines += [
             "",
@@ -138,8 +139,8 @@ def _first_batch(
         ]
     others = [len(request.prompt_ids) for request in requests[1:]]
     if others:
-        is_grouped = config.objective.name == "grpo"
-        each = f", {config.grpo.group_size} of each problem" if is_grouped else ""
+        size = recipe_of(config).group_size
+        each = f", {size} of each problem" if size > 1 else ""
         lines += [
             "",
             f"# and {len(others)} more in the first step{each}, with student's prompts of "
@@ -159,10 +160,10 @@ def rollout_flops(config: Config, shape: ModelShape, typical: Lengths) -> dict[s
         checkpointing=checkpointing,
     )
     sampled = flops.pop("rollout")
-    if not config.has_second_pass:
+    if not recipe_of(config).second_pass:
         del flops["teacher"]
-    flops = {name: size * config.num_updates for name, size in flops.items()}
-    if config.objective.name != "sft":
+    flops = {name: size * recipe_of(config).num_updates for name, size in flops.items()}
+    if recipe_of(config).samples:
         flops = {"rollout": sampled} | flops
     if config.teacher.reason_first:
         # The teacher's prompt holds the request's parts and the rationale.
@@ -187,11 +188,12 @@ def _sizes(config: Config, shape: ModelShape, lengths: PromptLengths) -> list[st
     parts = ", ".join(f"{name} {size * batch_size / 1e12:.3g}" for name, size in flops.items())
     student = batch_size * (typical.student_prompt + completion)
     teacher = batch_size * (typical.teacher_prompt + completion)
-    second = f" and {teacher:,} through the teacher" if config.has_second_pass else ""
+    recipe = recipe_of(config)
+    second = f" and {teacher:,} through the teacher" if recipe.second_pass else ""
     prompts = (
         f", {typical.teacher_prompt} for the teacher (at most {max(lengths.teacher)} in "
         f"{len(lengths.teacher)} measured)"
-        if config.uses_teacher
+        if recipe.uses_teacher
         else ""
     )
     return [

@@ -14,6 +14,7 @@ import torch
 
 from paint_engine.config.schema import Config
 from paint_engine.estimate.model_shape import ModelShape
+from paint_engine.recipes import draws, recipe_of
 from paint_engine.rollout.choose import vllm_is_installed
 from paint_kernels._plan import most_rows
 
@@ -105,10 +106,10 @@ def setting_of(config: Config, num_ranks: int, *, on_gpu: bool) -> Setting:
     compute = 2 if dtype == "bfloat16" or (dtype == "auto" and on_gpu) else _FLOAT32
     trains_all = not config.lora.enabled
     sharded = num_ranks > 1 and parallel.shard == "full"
-    in_process = config.samples and rollout.url is None and rollout.engine != "builtin"
+    in_process = draws(config) and rollout.url is None and rollout.engine != "builtin"
     return Setting(
         trains_all=trains_all,
-        second_pass=config.has_second_pass,
+        second_pass=recipe_of(config).second_pass is not None,
         running_mean=config.teacher.weights == "ema",
         compute_bytes=compute,
         # Float32 embeddings begin a float32 stream, which autocast leaves as it is.
@@ -242,14 +243,14 @@ def _sampling(
 ) -> dict[str, int]:
     """The built-in sampler's cache at its longest, the logits and their sorting; sharded, whole
     weights on each rank."""
-    if not config.samples or setting.colocated_vllm or config.rollout.url is not None:
+    if not draws(config) or setting.colocated_vllm or config.rollout.url is not None:
         return {}
     a = setting.compute_bytes
     per_token = 2 * shape.num_layers * shape.keys * a
     share = -(-config.train.batch_size // setting.num_ranks)
     rows = min(config.rollout.max_sequences, share)
     runs = []
-    if config.objective.name != "sft":
+    if recipe_of(config).samples:
         runs.append((lengths.student_prompt + config.rollout.max_new_tokens, rows))
     if config.teacher.reason_first:
         # The teacher's prompt with the rationale is hardly shorter than request and rationale.
@@ -326,10 +327,10 @@ def estimate_memory(
     several = batch.student_tokens < rollouts_a_rank * (lengths.student_prompt + lengths.completion)
     held = _weights(shape, setting)
     phases = _phases(shape, setting, batch, several=several)
-    if not config.has_second_pass:
+    if recipe_of(config).second_pass is None:
         del phases["the teacher's pass"]
     if sampling := _sampling(shape, setting, config, lengths):
-        phases["evaluation" if config.objective.name == "sft" else "sampling"] = sampling
+        phases["sampling" if recipe_of(config).samples else "evaluation"] = sampling
     outside = {}
     if device_memory_bytes is not None:
         tensors = MemoryEstimate(held, phases, {}, None).allocated_bytes

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from paint_engine.types import PackedSequences, PrivilegedRollout, TrainBatch
+from paint_engine.types import PackedSequences, TrainBatch, TrainExample
 
 
 def _bounds(lengths: Sequence[int]) -> Int[Tensor, " B+1"]:
@@ -45,12 +45,16 @@ def pack_sequences(
     )
 
 
-def build_batch(privileged: Sequence[PrivilegedRollout]) -> TrainBatch:
-    """Student and teacher sequences over the same completion ids."""
-    completions = [p.rollout.completion_ids for p in privileged]
+def build_batch(examples: Sequence[TrainExample]) -> TrainBatch:
+    """Student and teacher sequences over the same completion ids; all of the examples have a
+    teacher's view, or none has."""
+    completions = [e.rollout.completion_ids for e in examples]
+    views = [e.teacher_view for e in examples if e.teacher_view is not None]
+    assert len(views) in (0, len(examples)), (len(views), len(examples))
+    teacher = pack_sequences([v.prompt_ids for v in views], completions) if views else None
     return TrainBatch(
-        student=pack_sequences([p.rollout.prompt_ids for p in privileged], completions),
-        teacher=pack_sequences([p.teacher_prompt_ids for p in privileged], completions),
+        student=pack_sequences([e.rollout.prompt_ids for e in examples], completions),
+        teacher=teacher,
         completion_ids=torch.tensor([t for c in completions for t in c], dtype=torch.long),
         cu_seqlens=_bounds([len(c) for c in completions]),
     )
@@ -99,6 +103,6 @@ def batch_to(batch: TrainBatch, device: torch.device) -> TrainBatch:
     return replace(
         batch,
         student=_sequences_to(batch.student, device),
-        teacher=_sequences_to(batch.teacher, device),
+        teacher=None if batch.teacher is None else _sequences_to(batch.teacher, device),
         completion_ids=batch.completion_ids.to(device, non_blocking=True),
     )

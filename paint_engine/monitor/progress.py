@@ -14,11 +14,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from paint_engine.recipes.display import Display
+
 PLAIN_INTERVAL_S = 5.0
 LIVE_REFRESHES_PER_S = 4.0
 LIVE_COLUMNS = 90
-
-
 # Enough updates to even out one slow step, few enough to follow completions that grow longer.
 TIME_LEFT_WINDOW = 16
 
@@ -54,29 +54,6 @@ class _Meter:
         return max(0.0, seconds_each * (self.total - last_done) - since_update)
 
 
-_DIVERGENCES = {"forward_kl": "KL", "reverse_kl": "reverse KL", "jsd": "JSD"}
-
-
-# key of the metrics, label (of token_kl: its divergence's), how the value is shown
-_TRAINING_FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("reward", "reward", "{:.2f}".format),
-    ("zero_variance_groups", "groups without a signal", "{:.0f}".format),
-    ("loss", "loss", "{:.4f}".format),
-    ("token_kl", "", "{:.4f} nats".format),
-    ("sampled_kl", "sampled KL", "{:.4f} nats".format),
-    ("base_kl", "base KL", "{:.4f} nats".format),
-    ("overlap", "overlap", "{:.0%}".format),
-    ("accuracy", "accuracy", "{:.0%}".format),
-    ("tokens_per_s", "", "{:,.0f} tokens/s".format),
-)
-
-
-def loss_says_nothing(metrics: Mapping[str, float]) -> bool:
-    """Whether it is GRPO's loss in one update a batch, without a KL: there the ratios are 1, and a
-    group's advantages cancel out whatever is learned. Without a ratio nothing was trained on."""
-    return "reward" in metrics and "base_kl" not in metrics and metrics.get("ratio", 1.0) == 1.0
-
-
 class Progress:
     """The display of a run: a live line on a terminal, a plain line now and then elsewhere.
 
@@ -87,19 +64,19 @@ class Progress:
 
     Args:
         console: where to draw. Only a console whose file is a terminal gets the live display.
-        divergence: as in the objective's section; it names token_kl.
+        display: the recipe's, whose numbers a training shows; None for evaluations alone.
         clock: seconds on a clock that never runs back.
     """
 
     def __init__(
         self,
         console: Console | None = None,
-        divergence: str = "forward_kl",
+        display: Display | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console or Console()
-        self._labels = {"token_kl": _DIVERGENCES[divergence]}
+        self._recipe_display = display
         self._clock = clock
 
     @contextmanager
@@ -107,14 +84,16 @@ class Progress:
         self, num_steps: int, start_step: int
     ) -> Iterator[Callable[[Mapping[str, float]], None]]:
         """Yields the function to call after each step, from `start_step + 1` to `num_steps`."""
+        assert self._recipe_display is not None, "a training has a recipe"
+        fields, is_flat = self._recipe_display.console, self._recipe_display.loss_is_flat
         meter = _Meter(num_steps, start_step, self._clock)
         with _display(self._console, meter, "step", "") as show:
 
             def update(metrics: Mapping[str, float]) -> None:
                 meter.advance_to(int(metrics["step"]))
-                keys = metrics.keys() - ({"loss"} if loss_says_nothing(metrics) else set())
-                rows = [row for row in _TRAINING_FIELDS if row[0] in keys]
-                show([(self._labels.get(k, label), form(metrics[k])) for k, label, form in rows])
+                keys = metrics.keys() - ({"loss"} if is_flat(metrics) else set())
+                shown = [field for field in fields if field.key in keys]
+                show([(field.label, field.form.format(metrics[field.key])) for field in shown])
 
             yield update
 

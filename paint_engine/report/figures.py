@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from paint_engine.monitor.progress import loss_says_nothing
+from paint_engine.recipes.display import Display, Quantity
 
 MAX_POINTS = 400
 WIDTH_IN, HEIGHT_IN = 3.7, 1.85
@@ -34,138 +34,6 @@ _SERIES_1, _SERIES_2, _SERIES_3, _AXIS, _GRID = _CSS_COLORS
 _SERIES_COLORS = (_SERIES_1, _SERIES_2, _SERIES_3)
 # Lines differ by dash as well, for print and for readers who do not tell the colours apart.
 _SERIES_DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)))
-
-
-# The paint objective goes by its divergence, the others by their name.
-_PAINT = ("forward_kl", "reverse_kl", "jsd")
-_WITH_TEACHER = (*_PAINT, "sampled_token")
-_SAMPLING = (*_WITH_TEACHER, "grpo")
-OBJECTIVES = (*_SAMPLING, "sft")
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """One drawing: series ("key of metrics.jsonl", "label") that share a unit.
-
-    Quantity("Entropy", "nats per token", (("student_entropy", "student"),), optional=True)
-
-    objectives: those that have it. optional: settings decide whether such a run has it. of_clip: it
-    tells what the pointwise clip did.
-    """
-
-    title: str
-    unit: str
-    series: tuple[tuple[str, str], ...]
-    objectives: tuple[str, ...] = OBJECTIVES
-    optional: bool = False
-    of_clip: bool = False
-    percent: bool = False
-    smooth: bool = False
-
-
-QUANTITIES = (
-    Quantity("Reward", "mean over rollouts", (("reward", "reward"),), ("grpo",), smooth=True),
-    Quantity(
-        "Groups without a signal",
-        "groups a step",
-        (("zero_variance_groups", "all rewards equal"),),
-        ("grpo",),
-        smooth=True,
-    ),
-    Quantity("Loss", "nats per token", (("loss", "loss"),), (*_WITH_TEACHER, "sft")),
-    Quantity("Loss", "per token", (("loss", "loss"),), ("grpo",)),
-    Quantity(
-        "Unclipped KL", "nats per token", (("token_kl", "KL(teacher, student)"),), ("forward_kl",)
-    ),
-    Quantity(
-        "Unclipped KL", "nats per token", (("token_kl", "KL(student, teacher)"),), ("reverse_kl",)
-    ),
-    Quantity("Unclipped JSD", "nats per token", (("token_kl", "teacher and student"),), ("jsd",)),
-    Quantity(
-        "Sampled KL",
-        "nats per token",
-        (("sampled_kl", "mean of log p_S - log p_T"),),
-        ("sampled_token",),
-    ),
-    Quantity(
-        "KL to the base",
-        "nats per token",
-        (("base_kl", "KL(student, base), k3"),),
-        ("grpo",),
-        optional=True,
-    ),
-    Quantity(
-        "Pointwise clip",
-        "share",
-        (("clipped_mass", "teacher mass clipped"), ("clipped_token_share", "tokens with a clip")),
-        _PAINT,
-        of_clip=True,
-        percent=True,
-    ),
-    Quantity(
-        "Context exposure",
-        "share",
-        (("overlap", "anchors found (overlap)"), ("mask_ratio", "solution hidden (mask ratio)")),
-        _WITH_TEACHER,
-        percent=True,
-    ),
-    Quantity(
-        "Ratio clip",
-        "share",
-        (("ratio_clipped_share", "tokens stopped by the clip"),),
-        ("grpo",),
-        percent=True,
-    ),
-    Quantity(
-        "Weights of tokens",
-        "mean",
-        (
-            ("ratio", "student to old student"),
-            ("importance_weight", "trainer to sampler (1: no cap)"),
-        ),
-        ("sampled_token", "grpo"),
-    ),
-    Quantity(
-        "Entropy",
-        "nats per token",
-        (("student_entropy", "student"), ("teacher_entropy", "teacher")),
-    ),
-    Quantity(
-        "Rollouts",
-        "share",
-        (("accuracy", "correct"), ("truncation_rate", "truncated")),
-        _SAMPLING,
-        percent=True,
-        smooth=True,
-    ),
-    Quantity(
-        "Reference solutions",
-        "share",
-        (("truncation_rate", "cut at the token limit"),),
-        ("sft",),
-        percent=True,
-    ),
-    Quantity("Gradient norm", "before clipping", (("grad_norm", "L2 norm"),)),
-    Quantity("Completion length", "tokens", (("completion_length", "mean"),), _SAMPLING),
-    Quantity("Solution length", "tokens", (("completion_length", "mean"),), ("sft",)),
-    Quantity(
-        "Time of a step",
-        "seconds",
-        (("seconds_rollout", "rollout"), ("seconds_update", "update")),
-        _SAMPLING,
-    ),
-    Quantity(
-        "Time of a step",
-        "seconds",
-        (("seconds_rollout", "reading the solutions"), ("seconds_update", "update")),
-        ("sft",),
-    ),
-)
-
-_FLAT_LOSS = (
-    "one update a batch: each ratio is 1 and a group's advantages cancel out, so that the value "
-    "stays near zero whatever is learned; look at the reward"
-)
 
 
 @dataclass(frozen=True)
@@ -189,24 +57,21 @@ class Curve:
 
 
 def draw_curves(
-    metrics: Sequence[Mapping[str, Any]], objective: str, *, clips: bool = True
+    metrics: Sequence[Mapping[str, Any]], display: Display
 ) -> tuple[list[Curve], list[str]]:
     """The curves of a run and the titles of those that its metrics should hold and do not.
 
     Args:
         metrics: the objects of `metrics.jsonl`, in the order of their steps.
-        objective: one of `OBJECTIVES`.
-        clips: whether the run has a pointwise clip.
+        display: the recipe's.
     """
     curves, missing = [], []
-    for quantity in QUANTITIES:
-        if objective not in quantity.objectives or (quantity.of_clip and not clips):
-            continue
+    for quantity in display.curves:
         lines = _lines(quantity, metrics)
         if lines:
             curve = _draw(quantity, lines)
-            if quantity.title == "Loss" and all(map(loss_says_nothing, metrics)):
-                notes = (curve.note, _FLAT_LOSS) if curve.note else (_FLAT_LOSS,)
+            if quantity.title == "Loss" and all(map(display.loss_is_flat, metrics)):
+                notes = filter(None, (curve.note, display.flat_loss_note))
                 curve = replace(curve, note="; ".join(notes))
             curves.append(curve)
         elif not quantity.optional:

@@ -6,7 +6,6 @@ The page loads nothing and runs no script, so it can be mailed, archived and ope
 run that is short, still going or interrupted gets one too; the page says what is missing.
 """
 
-import argparse
 import json
 import os
 import tomllib
@@ -18,6 +17,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from paint_engine.config.command_line import flatten
+from paint_engine.config.toml import LEAVES, build_config
 from paint_engine.files import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -26,44 +27,32 @@ from paint_engine.files import (
     SUMMARY_FILE,
     read_jsonl,
 )
+from paint_engine.recipes import Recipe, recipe_of, recipe_that_recorded
 from paint_engine.report.figures import draw_curves
 from paint_engine.report.samples import (
     COLOR_BOUNDS,
     MAX_ANCHORS,
     MAX_TOKENS,
-    TOKEN_COLORS,
     ViewSettings,
     choose_samples,
     view_sample,
 )
 
-# What a reader of a PAINT report would look for in vain.
-_ABSENT = {
-    "sampled_token": "The teacher scores the sampled tokens alone: no entry of the vocabulary is "
-    "clipped and no target is interpolated.",
-    "grpo": "GRPO has no teacher: there is no KL to one, and no solution is shown or masked.",
-    "sft": "SFT trains on the reference solutions: nothing is sampled, and there is no teacher.",
-}
 
-
-_COLUMNS = {
-    "grpo": "Left, the problem and its verified solution. Right, what the student wrote",
-    "sft": "Left, the problem. Right, the reference solution that was trained on",
-}
-
-
-_COLUMNS_WITH_TEACHER = (
-    "Left, what the teacher was shown beside the problem. Right, what the student wrote"
-)
-
-
-def write_report(run_dir: Path) -> Path:
+def write_report(
+    run_dir: Path, recipe: Recipe | None = None, *, trusted: str | None = None
+) -> Path:
     """Build `report.html` from a run directory's files, and return its path.
 
+    recipe: the run's; None = the one that the directory's configuration names.
+    trusted: a recipe of a user's module, "module:Class", whose code may run if the configuration
+        names it.
+
     Raises:
-        ValueError: `run_dir` holds none of those files.
+        ValueError: `run_dir` holds none of those files, or names a recipe of a user's module, whose
+            code a directory may not have run.
     """
-    run = _load(run_dir)
+    run = _load(run_dir, recipe, trusted)
     template = resources.files("paint_engine.report").joinpath("template.html")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -81,6 +70,7 @@ def write_report(run_dir: Path) -> Path:
 @dataclass(frozen=True)
 class _Run:
     name: str
+    recipe: Recipe
     metrics: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any] | None
@@ -89,18 +79,8 @@ class _Run:
     def setting(self, section: str, key: str, default: Any) -> Any:
         return (self.config or {}).get(section, {}).get(key, default)
 
-    @property
-    def objective(self) -> str:
-        """As `report_figures.OBJECTIVES` has it; without a configuration, by what was recorded."""
-        name = self.setting("objective", "name", None)
-        if name is None:
-            recorded = {key for entry in (*self.metrics[:1], *self.samples[:1]) for key in entry}
-            marks = (("sampled_kl", "sampled_token"), ("ratio", "grpo"), ("token_kl", "paint"))
-            name = next((name for key, name in marks if key in recorded), "sft")
-        return self.setting("objective", "divergence", "forward_kl") if name == "paint" else name
 
-
-def _load(run_dir: Path) -> _Run:
+def _load(run_dir: Path, recipe: Recipe | None, trusted: str | None) -> _Run:
     names = (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, CONFIG_FILE)
     metrics, samples, summary, config = paths = [run_dir / name for name in names]
     if not any(path.exists() for path in paths):
@@ -108,26 +88,50 @@ def _load(run_dir: Path) -> _Run:
             f"{run_dir} holds none of {', '.join(names)}; a run directory is needed. Give the "
             "directory that the training printed at its end."
         )
+    recorded = read_jsonl(metrics) if metrics.exists() else []
+    kept = read_jsonl(samples) if samples.exists() else []
+    settings = tomllib.loads(config.read_text("utf-8")) if config.exists() else None
+    if recipe is None:
+        keys = {key for entry in (*recorded[:1], *kept[:1]) for key in entry}
+        recipe = _recorded_recipe(run_dir, settings, keys, trusted)
     return _Run(
         name=run_dir.resolve().name,
-        metrics=read_jsonl(metrics) if metrics.exists() else [],
-        samples=read_jsonl(samples) if samples.exists() else [],
+        recipe=recipe,
+        metrics=recorded,
+        samples=kept,
         summary=json.loads(summary.read_bytes()) if summary.exists() else None,
-        config=tomllib.loads(config.read_text("utf-8")) if config.exists() else None,
+        config=settings,
     )
+
+
+def _recorded_recipe(
+    run_dir: Path, settings: Mapping[str, Any] | None, recorded: set[str], trusted: str | None
+) -> Recipe:
+    """The recipe that a run directory's configuration names, if it is built in or `trusted`;
+    without a configuration, the built-in recipe that records these keys."""
+    if settings is None:
+        return recipe_that_recorded(recorded)
+    # A run of another version may have other keys.
+    known = {key: value for key, value in flatten(settings).items() if key in LEAVES}
+    name = known.get("objective.name", "paint")
+    if ":" in name and name != trusted:
+        raise ValueError(
+            f"{run_dir} was trained with the recipe {name}, whose code a directory alone does not "
+            f"get to run; if you trust it, name it: --recipe {name}"
+        )
+    return recipe_of(build_config([(str(run_dir / CONFIG_FILE), known)]))
 
 
 def _contents(run: _Run) -> dict[str, Any]:
     """Everything that the template names."""
-    objective = run.objective
-    clips = run.setting("objective", "pointwise_clip", 0.06) != "none"
-    curves, missing_curves = draw_curves(run.metrics, objective, clips=clips)
+    display, config = run.recipe.display, run.recipe.config
+    curves, missing_curves = draw_curves(run.metrics, display)
     settings = ViewSettings(
-        color=TOKEN_COLORS[objective],
-        clips=clips,
-        interpolates=run.setting("objective", "interpolation_weight", 0.03) > 0,
-        marker=run.setting("masking", "marker", "...(omitted)..."),
-        entropy_floor=run.setting("objective", "entropy_floor", 1e-6),
+        color=display.token_color,
+        clips=display.clips,
+        interpolates=display.interpolates,
+        marker=config.masking.marker,
+        entropy_floor=config.objective.entropy_floor,
     )
     samples = choose_samples(run.samples)
     return {
@@ -138,12 +142,12 @@ def _contents(run: _Run) -> dict[str, Any]:
         "facts": _facts(run),
         "missing": _missing(run, missing_curves),
         "num_steps": run.metrics[-1]["step"] if run.metrics else 0,
-        "absent": _ABSENT.get(objective, ""),
+        "absent": display.absent,
         "curves": curves,
         "samples": [view_sample(sample, settings) for sample in samples],
         "num_samples": len(run.samples),
-        "things": "reference solutions" if objective == "sft" else "rollouts",
-        "columns": _COLUMNS.get(objective, _COLUMNS_WITH_TEACHER),
+        "things": display.things,
+        "columns": display.columns,
         "color": settings.color.title,
         "color_bounds": COLOR_BOUNDS,
         "marks_selected": settings.interpolates and any("selected" in s for s in samples),
@@ -173,8 +177,7 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
         facts.append(("steps", f"{run.metrics[-1]['step']:,}{of_planned}"))
     batch_size = run.setting("train", "batch_size", None)
     if batch_size is not None:
-        things = "solutions" if run.objective == "sft" else "rollouts"
-        facts.append((f"{things} a step", f"{batch_size:,}"))
+        facts.append((f"{run.recipe.display.thing}s a step", f"{batch_size:,}"))
     seed = (run.summary or {}).get("seed", run.setting("train", "seed", None))
     if seed is not None:
         facts.append(("seed", str(seed)))
@@ -214,8 +217,9 @@ def _missing(run: _Run, missing_curves: list[str]) -> list[str]:
     elif missing_curves:
         missing.append(f"The metrics of this run do not hold: {', '.join(missing_curves)}.")
     if not run.samples:
-        thing = "solution" if run.objective == "sft" else "rollout"
-        missing.append(f"No {thing} was kept (run.samples_per_step), so none is shown.")
+        missing.append(
+            f"No {run.recipe.display.thing} was kept (run.samples_per_step), so none is shown."
+        )
     if run.config is None:
         missing.append(f"There is no {CONFIG_FILE}, so the configuration is not shown.")
     return missing
@@ -281,18 +285,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m paint_engine.report", description="Build a run's report.html again."
-    )
-    parser.add_argument("run_dir", type=Path, help="the directory that the training printed")
-    arguments = parser.parse_args(argv)
-    if not arguments.run_dir.is_dir():
-        parser.error(f"{arguments.run_dir} is not a directory; give a run directory")
-    print(write_report(arguments.run_dir))
-
-
-if __name__ == "__main__":
-    main()

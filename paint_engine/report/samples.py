@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from paint_engine.recipes.display import TokenColor
+
 MAX_SAMPLES = 6
 MAX_TOKENS = 800
 MAX_ANCHORS = 60
@@ -24,28 +26,6 @@ _NATS = (
 )
 _NUMBERS = (("clipped_mass", "clipped mass"), ("ratio", "ratio"), ("importance_weight", "weight"))
 _FLAGS = ("selected", "ratio_clipped_share")
-
-
-@dataclass(frozen=True)
-class TokenColor:
-    """What tokens are coloured by: the magnitude of a sample's list `key`, in nats.
-
-    `title` names it in the legend, `label` beside a mean.
-    """
-
-    key: str
-    title: str
-    label: str
-
-
-TOKEN_COLORS = {
-    "forward_kl": TokenColor("token_kl", "unclipped KL", "KL"),
-    "reverse_kl": TokenColor("token_kl", "unclipped KL", "KL"),
-    "jsd": TokenColor("token_kl", "unclipped JSD", "JSD"),
-    "sampled_token": TokenColor("sampled_kl", "|log p_S - log p_T|", "sampled KL"),
-    "grpo": TokenColor("student_entropy", "entropy", "entropy"),
-    "sft": TokenColor("token_loss", "loss", "loss"),
-}
 
 
 @dataclass(frozen=True)

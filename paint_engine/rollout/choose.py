@@ -9,6 +9,7 @@ from paint_engine.config.sections import RolloutSection
 from paint_engine.distributed import World
 from paint_engine.model.load import resolve_model
 from paint_engine.model.teacher import FixedTeacher, Teacher
+from paint_engine.recipes import draws
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import RolloutEngine
 from paint_engine.rollout.vllm_engine import VllmEngine
@@ -37,7 +38,7 @@ def make_engines(
 ) -> tuple[RolloutEngine, RolloutEngine]:
     """What samples the rollouts, and what samples in evaluations: vLLM does both."""
     section, name = config.rollout, resolve_model(config.model.name_or_path)
-    if not (config.samples and uses_vllm(section)):
+    if not (draws(config) and uses_vllm(section)):
         return (
             BuiltinEngine(model, teacher.scoring, section.max_sequences),
             BuiltinEngine(model, base.scoring, config.eval.max_sequences),

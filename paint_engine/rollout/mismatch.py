@@ -14,7 +14,7 @@ from torch import Tensor
 
 from paint_engine.rollout.builtin import kept_distribution
 from paint_engine.rollout.engine import SamplingParams
-from paint_engine.types import PrivilegedRollout
+from paint_engine.types import Rollout
 
 # Tokens of a micro-batch that are compared: their logits are made whole, and sorted.
 _MAX_ROWS = 128
@@ -24,19 +24,19 @@ _MAX_ROWS = 128
 def logprob_differences(
     hidden_states: Float[Tensor, "N H"],
     lm_head_weight: Float[Tensor, "V H"],
-    items: Sequence[PrivilegedRollout],
+    rollouts: Sequence[Rollout],
     params: SamplingParams,
 ) -> list[Float[Tensor, " n"]]:
     """Trainer's minus sampler's log-probability of a micro-batch's tokens, n of them evenly spaced,
     both under the processed distribution (temperature and truncation applied), in nats.
 
-    hidden_states: the student's, the items' N completion tokens in their order.
+    hidden_states: the student's, the rollouts' N completion tokens in their order.
 
     Minus infinity where rounding has put a token outside the trainer's truncation. Nothing for a
-    micro-batch without items or of reference solutions. What comes is on the device still.
+    micro-batch without rollouts or of reference solutions. What comes is on the device still.
     """
-    ids = [token for item in items for token in item.rollout.completion_ids]
-    sampled = [logprob for item in items for logprob in item.rollout.rollout_logprobs]
+    ids = [token for rollout in rollouts for token in rollout.completion_ids]
+    sampled = [logprob for rollout in rollouts for logprob in rollout.rollout_logprobs]
     if not sampled:
         return []
     device = hidden_states.device

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from paint_engine.distributed import gather_objects
 from paint_engine.monitor.timings import Timings
 from paint_engine.rollout.engine import Completion, EngineDied, RolloutEngine, SamplingParams
-from paint_engine.types import Problem, Rollout
+from paint_engine.types import Problem, Request, Rollout
 
 
 def to_rollout(
@@ -32,24 +32,17 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Requests:
-    """This rank's part of a step's requests: Requests(prompts=((1, 9, 4),), seeds=(17,))"""
-
-    prompts: tuple[tuple[int, ...], ...]
-    seeds: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Sampled:
-    """This rank's completions of one step, and the number of steps that the weights behind them
-    had finished.
+    """This rank's requests and completions of one step, in the same order, and the number of steps
+    that the weights behind them had finished.
 
-    Sampled(step=3, weights_version=3, completions=[Completion((17, 30, 2), (-0.1, -2.3, -0.0),
-    False)])
+    Sampled(step=3, weights_version=3, requests=[request],
+            completions=[Completion((17, 30, 2), (-0.1, -2.3, -0.0), False)])
     """
 
     step: int
     weights_version: int
+    requests: Sequence[Request]
     completions: list[Completion]
 
 
@@ -71,7 +64,7 @@ class Sampler:
     def __init__(
         self,
         engine: RolloutEngine,
-        requests: Callable[[int], Requests],
+        requests: Callable[[int], Sequence[Request]],
         params: SamplingParams,
         *,
         ahead: bool,
@@ -164,9 +157,10 @@ class Sampler:
         requests = self._requests(step)
 
         def generate() -> list[Completion]:
-            return self._engine.generate(requests.prompts, requests.seeds, self.params)
+            prompts, seeds = [r.prompt_ids for r in requests], [r.seed for r in requests]
+            return self._engine.generate(prompts, seeds, self.params)
 
-        return Sampled(step, weights_version, self._or_restart(generate, generate))
+        return Sampled(step, weights_version, requests, self._or_restart(generate, generate))
 
     def _or_restart(self, attempt: Callable[[], T], again: Callable[[], T]) -> T:
         try:

@@ -32,30 +32,19 @@ from paint_engine.model.sharding import checkpoint_activations, shard_model
 from paint_engine.model.teacher import EmaTeacher, FixedTeacher, Teacher, make_teacher
 from paint_engine.monitor.metrics import check_loggers
 from paint_engine.monitor.timings import Timings
+from paint_engine.recipes import recipe_of
 from paint_engine.rollout.choose import check_engine_has_teacher, make_engines
 from paint_engine.rollout.engine import Completion, RolloutEngine, SamplingParams, sampling_params
-from paint_engine.rollout.sampler import Requests, Sampled, Sampler
+from paint_engine.rollout.sampler import Sampled, Sampler
 from paint_engine.training.optim import build_optimizer
 from paint_engine.training.run import Run
 from paint_engine.training.run_dir import choose_run_dir
-
-
-def _check_stop_token(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    if config.objective.name == "sft" and tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer of {config.model.name_or_path} names no eos_token, which ends the "
-            "solutions that sft trains on: set it in tokenizer_config.json"
-        )
+from paint_engine.types import Request
 
 
 def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase, base: nn.Module) -> None:
     num_rows = lm_head_weight(base).shape[0]
-    top_k = config.objective.teacher_top_k
-    if top_k is not None and top_k > len(tokenizer):
-        raise ValueError(
-            f"objective.teacher_top_k is {top_k}, but the vocabulary has {len(tokenizer)} tokens: "
-            "lower it, or turn it off with --objective.teacher_top_k none"
-        )
+    recipe_of(config).check_tokenizer(tokenizer)
     if len(tokenizer) > num_rows:
         raise ValueError(
             f"the tokenizer of {config.model.name_or_path} has {len(tokenizer)} tokens, but the "
@@ -84,13 +73,15 @@ def find_run_dir(command: CommandLine, world: World) -> tuple[Path, bool]:
     return choice
 
 
-def _sampled_ahead(state: dict[str, Any], world: World) -> Sampled | None:
+def _sampled_ahead(
+    state: dict[str, Any], requests: Callable[[int], list[Request]], world: World
+) -> Sampled | None:
     """This rank's part of the completions that a checkpoint keeps."""
-    ahead = state["sampled_ahead"]
+    ahead, step = state["sampled_ahead"], int(state["step"])
     if ahead is None:
         return None
     completions = [Completion(tuple(ids), tuple(logprobs), cut) for ids, logprobs, cut in ahead[1]]
-    return Sampled(int(state["step"]), ahead[0], my_share(completions, world))
+    return Sampled(step, ahead[0], requests(step), my_share(completions, world))
 
 
 def _load_progress(
@@ -119,36 +110,11 @@ def _load_progress(
     return state
 
 
-def _say_what_surprises(config: Config, say: Callable[[str], object]) -> None:
-    """Notes on settings of the loss that are allowed, and are not what they seem together."""
-    objective, grpo = config.objective, config.grpo
-    clipped = objective.name == "paint" and objective.pointwise_clip is not None
-    if clipped and objective.divergence == "reverse_kl":
-        say(
-            "note: the clip is made for the forward KL; of the reverse KL it takes away the "
-            "penalty on what the student overrates, and training then drifts away from the "
-            "teacher; --objective.pointwise_clip none switches it off"
-        )
-    if objective.name == "grpo" and grpo.skip_zero_variance and grpo.kl_weight > 0:
-        say(
-            "note: groups of equal rewards are left out with their KL to the base and still "
-            f"counted in the mean: of grpo.kl_weight {grpo.kl_weight} as much is left as the share "
-            "of groups whose rewards differ; --grpo.skip_zero_variance false keeps it whole"
-        )
-    on_policy = objective.name in ("grpo", "sampled_token")
-    if on_policy and config.rollout.ahead and objective.importance_cap is None:
-        say(
-            "note: with rollout.ahead 1 the rollouts are one step older than the weights that "
-            "train on them, which nothing corrects without importance weights; "
-            "--objective.importance_cap 2.0 adds those, and wants --rollout.top_p 1.0 "
-            "--rollout.top_k -1"
-        )
-
-
 def _check_before_loading(config: Config, say: Callable[[str], object]) -> None:
     check_loggers(tensorboard=config.run.tensorboard, wandb_project=config.run.wandb_project)
     check_engine_has_teacher(config)
-    _say_what_surprises(config, say)
+    for note in recipe_of(config).notes():
+        say(f"note: {note}")
     if config.eval.enabled and config.eval.path == "tiny" and config.data.path != "tiny":
         say(
             f"note: training on {config.data.path}, evaluating on the bundled word problems; name "
@@ -165,7 +131,6 @@ def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     config, device = command.config, pick_device(command.config.train.device)
     _check_before_loading(config, show)
     tokenizer, model = load_tokenizer(config.model), meta_model(config)
-    _check_stop_token(config, tokenizer)
     _check_vocabulary(config, tokenizer, model)
     train_set = load_train_set(config, tokenizer, max_context(model), show)
     eval_set = load_eval_set(config, tokenizer, max_context(model), show)
@@ -207,11 +172,10 @@ def _build_sampler(
     params: SamplingParams,
     train_set: ProblemSet,
     world: World,
-    pending: Sampled | None,
+    state: dict[str, Any],
 ) -> Sampler:
-    def requests(step: int) -> Requests:
-        mine = step_requests(config, train_set, step, world)
-        return Requests(tuple(r.prompt_ids for r in mine), tuple(r.seed for r in mine))
+    def requests(step: int) -> list[Request]:
+        return step_requests(config, train_set, step, world)
 
     return Sampler(
         engine,
@@ -220,7 +184,7 @@ def _build_sampler(
         ahead=config.rollout.ahead == 1,
         timings=Timings(),
         warn=lambda text: print(f"rank {world.rank}: {text}", file=sys.stderr),
-        pending=pending,
+        pending=_sampled_ahead(state, requests, world),
     )
 
 
@@ -239,7 +203,6 @@ def build_run(command: CommandLine, world: World) -> Run:
     # Sharding takes each layer's share to the device: none ever holds the whole model.
     on_cpu, trains_base = _is_sharded(config, world), not config.lora.enabled
     base = load_base(config.model, device, trains_base=trains_base, on_cpu=on_cpu)
-    _check_stop_token(config, tokenizer)
     _check_vocabulary(config, tokenizer, base)
     attention = choose_attention(base, config.model.attention, device, compute_dtype(base))
     train_set = load_train_set(config, tokenizer, max_context(base), say)
@@ -256,9 +219,9 @@ def build_run(command: CommandLine, world: World) -> Run:
     longest = min(longest_sequence(config, tokenizer, train_set, eval_set), max_context(base))
     engine, eval_engine = make_engines(config, model, fixed, teacher, world, longest)
     params = sampling_params(config.rollout, model, tokenizer)
-    pending = _sampled_ahead(state, world)
     run = Run(
         config=config,
+        recipe=recipe_of(config),
         name=name,
         run_dir=run_dir,
         world=world,
@@ -270,7 +233,7 @@ def build_run(command: CommandLine, world: World) -> Run:
         train_set=train_set,
         eval_set=eval_set,
         attention=attention,
-        sampler=_build_sampler(config, engine, params, train_set, world, pending),
+        sampler=_build_sampler(config, engine, params, train_set, world, state),
         eval_engine=eval_engine,
         step=int(state["step"]),
         seconds_train=state["seconds_train"],

@@ -31,7 +31,7 @@ from paint_engine.training.record import StepRecord
 from paint_engine.training.rollouts import sample_step
 from paint_engine.training.run import Run
 from paint_engine.training.summary import print_summary, summarise
-from paint_engine.types import PrivilegedRollout
+from paint_engine.types import TrainExample
 
 
 def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, object]]]:
@@ -42,11 +42,11 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
     # ---------------------------------------------------------------------------------------------
     config, started, span = run.config, time.monotonic(), run.timings.span
     rollouts, lag = sample_step(run, step)
-    record, sampled = StepRecord(config, step, rollouts), time.monotonic()
+    record, sampled = StepRecord(run.recipe, step, rollouts), time.monotonic()
     rate = grad_norm = 0.0
 
     microbatches = my_microbatches(run, record.trained)
-    for number in range(config.num_updates):
+    for number in range(run.recipe.num_updates):
         # Dropout, where there is any, is in the student's pass alone and repeats when resumed.
         torch.manual_seed(request_seed("dropout", config.train.seed, step, run.world.rank))
         run.model.train()
@@ -95,9 +95,7 @@ def update(run: Run, step: int) -> tuple[float, float]:
     return rate, whole(norm).item()
 
 
-def my_microbatches(
-    run: Run, rollouts: Sequence[PrivilegedRollout]
-) -> list[list[PrivilegedRollout]]:
+def my_microbatches(run: Run, rollouts: Sequence[TrainExample]) -> list[list[TrainExample]]:
     """This rank's micro-batches of the step, as many as every rank's; the last may be empty."""
     if not rollouts:
         return [[]]
@@ -164,7 +162,7 @@ def run_training(run: Run, console: Console, stop: StopRequest) -> None:
         writer = open_writer(run)
         with writer or nullcontext():
             try:
-                train(run, writer, Progress(console, run.config.objective.divergence), stop)
+                train(run, writer, Progress(console, run.recipe.display), stop)
             except Stopped as stopped:
                 say(f"stopped after step {run.step}; saved {save(run)}\n{resume}")
                 # A scheduler that takes the machine back is no failure; a user's Ctrl-C is 130.
@@ -174,7 +172,7 @@ def run_training(run: Run, console: Console, stop: StopRequest) -> None:
                 sys.exit(1)
             if run.world.is_main:
                 summary = summarise(run)
-                print_summary(console, summary, write_report(run.run_dir))
+                print_summary(console, summary, write_report(run.run_dir, run.recipe))
     except (Diverged, SaveFailed) as failure:
         say(f"error: {failure}", style="red")
         sys.exit(1)

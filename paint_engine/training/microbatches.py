@@ -4,16 +4,18 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from paint_engine.types import PrivilegedRollout
+from paint_engine.types import TrainExample
 
 
-def _lengths(item: PrivilegedRollout) -> tuple[int, int]:
-    """The student's and the teacher's tokens, prompt and completion."""
-    completion = len(item.rollout.completion_ids)
-    return len(item.rollout.prompt_ids) + completion, len(item.teacher_prompt_ids) + completion
+def _lengths(item: TrainExample) -> tuple[int, int]:
+    """The student's and the teacher's tokens, prompt and completion; without a teacher, twice the
+    student's."""
+    completion, view = len(item.rollout.completion_ids), item.teacher_view
+    student = len(item.rollout.prompt_ids) + completion
+    return student, student if view is None else len(view.prompt_ids) + completion
 
 
-def _num_tokens(group: Sequence[PrivilegedRollout], *, padded: bool) -> int:
+def _num_tokens(group: Sequence[TrainExample], *, padded: bool) -> int:
     """What a group costs: the tokens of its longer role, counted in padded rows or as they are."""
     if not group:
         return 0
@@ -23,12 +25,10 @@ def _num_tokens(group: Sequence[PrivilegedRollout], *, padded: bool) -> int:
     return max(map(sum, zip(*lengths, strict=True)))
 
 
-def _fill_rows(
-    privileged: Sequence[PrivilegedRollout], max_tokens: int
-) -> list[list[PrivilegedRollout]]:
+def _fill_rows(examples: Sequence[TrainExample], max_tokens: int) -> list[list[TrainExample]]:
     """Groups of like length: a padded row wastes least beside rows of its own length."""
-    groups: list[list[PrivilegedRollout]] = []
-    for item in sorted(privileged, key=lambda item: max(_lengths(item))):
+    groups: list[list[TrainExample]] = []
+    for item in sorted(examples, key=lambda item: max(_lengths(item))):
         # By rising length: the newest row is the longest of its group.
         if groups and max(_lengths(item)) * (len(groups[-1]) + 1) <= max_tokens:
             groups[-1].append(item)
@@ -37,13 +37,11 @@ def _fill_rows(
     return groups
 
 
-def _fill_packed(
-    privileged: Sequence[PrivilegedRollout], max_tokens: int
-) -> list[list[PrivilegedRollout]]:
+def _fill_packed(examples: Sequence[TrainExample], max_tokens: int) -> list[list[TrainExample]]:
     """First fit, the longest first: the first group with room for both of a rollout's roles."""
-    groups: list[list[PrivilegedRollout]] = []
+    groups: list[list[TrainExample]] = []
     sums: list[tuple[int, int]] = []
-    for item in sorted(privileged, key=lambda item: max(_lengths(item)), reverse=True):
+    for item in sorted(examples, key=lambda item: max(_lengths(item)), reverse=True):
         student, teacher = _lengths(item)
         room = (
             place
@@ -60,19 +58,19 @@ def _fill_packed(
 
 
 def _fill_evenly(
-    privileged: Sequence[PrivilegedRollout], max_tokens: int, num_ranks: int, *, padded: bool
-) -> list[list[PrivilegedRollout]]:
+    examples: Sequence[TrainExample], max_tokens: int, num_ranks: int, *, padded: bool
+) -> list[list[TrainExample]]:
     """As few groups as filling up needs, rounded up to a multiple of the ranks, of like cost."""
     fill = _fill_rows if padded else _fill_packed
     # One rank waits for nobody.
     if num_ranks == 1:
-        return fill(privileged, max_tokens)
-    wanted = math.ceil(len(fill(privileged, max_tokens)) / num_ranks) * num_ranks
+        return fill(examples, max_tokens)
+    wanted = math.ceil(len(fill(examples, max_tokens)) / num_ranks) * num_ranks
     # The smallest limit that needs no more groups makes the dearest group cheapest.
     even = bisect_left(
-        range(max_tokens), True, lo=1, key=lambda limit: len(fill(privileged, limit)) <= wanted
+        range(max_tokens), True, lo=1, key=lambda limit: len(fill(examples, limit)) <= wanted
     )
-    groups = fill(privileged, even)
+    groups = fill(examples, even)
     # A rank without a group would run a dummy: halve the dearest group for it instead.
     while len(groups) < wanted and (divisible := [group for group in groups if len(group) > 1]):
         dearest = max(divisible, key=lambda group: _num_tokens(group, padded=padded))
@@ -82,8 +80,8 @@ def _fill_evenly(
 
 
 def plan_microbatches(
-    privileged: Sequence[PrivilegedRollout], max_tokens: int, num_ranks: int, *, padded: bool
-) -> list[list[list[PrivilegedRollout]]]:
+    examples: Sequence[TrainExample], max_tokens: int, num_ranks: int, *, padded: bool
+) -> list[list[list[TrainExample]]]:
     """For each rank its micro-batches, equally many on every rank: sharded weights are gathered by
     all ranks together.
 
@@ -96,17 +94,17 @@ def plan_microbatches(
     filling finds. With fewer rollouts than ranks some ranks get an EMPTY one, in the last place:
     they must still run the model, at zero weight. The same on every rank that asks.
     """
-    assert privileged and max_tokens > 0, (len(privileged), max_tokens)
+    assert examples and max_tokens > 0, (len(examples), max_tokens)
 
-    def cost(group: list[PrivilegedRollout]) -> int:
+    def cost(group: list[TrainExample]) -> int:
         return _num_tokens(group, padded=padded)
 
-    groups = _fill_evenly(privileged, max_tokens, num_ranks, padded=padded)
+    groups = _fill_evenly(examples, max_tokens, num_ranks, padded=padded)
     if num_ranks == 1:
         return [groups]
     # The dearest first: what does not fit into memory fails at once.
     groups.sort(key=cost, reverse=True)
-    plan: list[list[list[PrivilegedRollout]]] = [[] for _ in range(num_ranks)]
+    plan: list[list[list[TrainExample]]] = [[] for _ in range(num_ranks)]
     for place in range(0, len(groups), num_ranks):
         # The dearest of this place goes to the rank with the least work so far.
         ranks = sorted(plan, key=lambda rank: sum(map(cost, rank)))

@@ -8,18 +8,27 @@ from operator import itemgetter
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from paint_engine.config.schema import Config
 from paint_engine.distributed import gather_objects, sum_over_ranks
-from paint_engine.recipes.losses import ObjectiveOutput, metric_sums
+from paint_engine.recipes import LossOutput, Recipe
 from paint_engine.rollout.mismatch import mismatch_metrics
-from paint_engine.training.rollouts import rollout_metrics, trained_rollouts
 from paint_engine.training.samples import sample_records
-from paint_engine.types import PrivilegedRollout
+from paint_engine.types import TrainExample
 
 
-def count_tokens(items: Sequence[PrivilegedRollout]) -> int:
+def count_tokens(items: Sequence[TrainExample]) -> int:
     """Completion tokens of the rollouts."""
     return sum(len(item.rollout.completion_ids) for item in items)
+
+
+# What each token has and no metric sums up.
+_NOT_SUMMED = ("token_loss", "logprobs", "selected")
+
+
+def metric_sums(output: LossOutput) -> dict[str, float]:
+    """The micro-batch's share of the step's loss, and sums over its tokens of what is logged beside
+    it: divided by the step's tokens they are means."""
+    sums = {n: float(v.sum().item()) for n, v in output.per_token.items() if n not in _NOT_SUMMED}
+    return {"loss": output.loss.item(), **sums}
 
 
 class StepRecord:
@@ -29,11 +38,12 @@ class StepRecord:
     old_logprobs: by micro-batch, those of the first update where others follow.
     """
 
-    def __init__(self, config: Config, step: int, rollouts: Sequence[PrivilegedRollout]) -> None:
-        self._config = config
+    def __init__(self, recipe: Recipe, step: int, rollouts: Sequence[TrainExample]) -> None:
+        self._recipe = recipe
+        self._config = recipe.config
         self._step = step
         self._rollouts = rollouts
-        self.trained = trained_rollouts(config, rollouts)
+        self.trained = recipe.trained(rollouts)
         self.num_tokens = count_tokens(rollouts)
         self.old_logprobs: dict[int, Tensor] = {}
         self._sums: Counter[str] = Counter()
@@ -46,7 +56,7 @@ class StepRecord:
         per_rollout = self._config.objective.reduction == "sequence_mean"
         return len(self._rollouts) if per_rollout else self.num_tokens
 
-    def add(self, items: Sequence[PrivilegedRollout], output: ObjectiveOutput) -> None:
+    def add(self, items: Sequence[TrainExample], output: LossOutput) -> None:
         """Counts a micro-batch, whose rollouts are `items`, in the metrics."""
         assert items, "a micro-batch without rollouts has nothing to count"
         self._sums.update(metric_sums(output))
@@ -54,8 +64,8 @@ class StepRecord:
     def add_first(
         self,
         place: int,
-        items: Sequence[PrivilegedRollout],
-        output: ObjectiveOutput,
+        items: Sequence[TrainExample],
+        output: LossOutput,
         differences: Sequence[Tensor],
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
@@ -64,19 +74,19 @@ class StepRecord:
         kept = self.trained[: self._config.run.samples_per_step]
         self._samples += sample_records(self._step + 1, items, kept, output, tokenizer)
         self._differences += differences
-        if self._config.num_updates > 1:
+        if self._recipe.num_updates > 1:
             self.old_logprobs[place] = output.per_token["logprobs"]
 
     def metrics(self) -> dict[str, float]:
         """Of all ranks: the loss, means over the trained tokens and updates, means over the
         rollouts, the sampler's mismatch. A collective."""
-        totals, num_updates = sum_over_ranks(self._sums), self._config.num_updates
+        totals, num_updates = sum_over_ranks(self._sums), self._recipe.num_updates
         scored = count_tokens(self.trained) * num_updates
         differences = [value for part in self._differences for value in part.tolist()]
         return {
             "loss": totals.pop("loss", 0.0) / num_updates,
             **{name: total / scored for name, total in totals.items()},
-            **rollout_metrics(self._config, self._rollouts),
+            **self._recipe.metrics(self._rollouts),
             **mismatch_metrics(gather_objects(differences)),
             "num_loss_tokens": self.num_tokens,
         }

@@ -13,6 +13,7 @@ from paint_engine.distributed import World
 from paint_engine.model.forward import max_context
 from paint_engine.model.teacher import EmaTeacher, FixedTeacher, Teacher
 from paint_engine.monitor.timings import Timings
+from paint_engine.recipes import Recipe
 from paint_engine.rollout.engine import RolloutEngine, SamplingParams, sampling_params
 from paint_engine.rollout.sampler import Sampler
 
@@ -27,6 +28,7 @@ class Run:
     """
 
     config: Config
+    recipe: Recipe
     name: str
     run_dir: Path
     world: World
@@ -63,11 +65,6 @@ class Run:
     def max_context(self) -> int:
         """Tokens that a prompt and its completion may take."""
         return max_context(self.model)
-
-    @property
-    def max_teacher_prompt(self) -> int:
-        """Tokens that the teacher's prompt may take beside the longest completion."""
-        return self.max_context - self.config.rollout.max_new_tokens
 
     @property
     def eval_params(self) -> SamplingParams:

@@ -5,27 +5,26 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.prompts.anchors import extract_anchors, find_anchors
-from paint_engine.recipes.losses import ObjectiveOutput
-from paint_engine.types import PrivilegedRollout
+from paint_engine.recipes import LossOutput
+from paint_engine.types import Rollout, TeacherView, TrainExample
 
 
-def _teachers_view(item: PrivilegedRollout) -> dict[str, object]:
-    anchors = extract_anchors(item.rollout.problem.solution)
-    found = find_anchors(item.rollout.text, anchors)
-    view: dict[str, object] = {
-        "partial_solution": item.partial_solution,
-        "mask_ratio": item.mask_ratio,
-        "overlap": item.overlap,
+def _teacher_view(rollout: Rollout, view: TeacherView) -> dict[str, object]:
+    anchors = extract_anchors(rollout.problem.solution)
+    found = find_anchors(rollout.text, anchors)
+    record: dict[str, object] = {
+        "partial_solution": view.partial_solution,
+        "mask_ratio": view.mask_ratio,
         "anchors": [{"text": a, "found": f} for a, f in zip(anchors, found, strict=True)],
     }
-    return view | ({"rationale": item.rationale} if item.rationale else {})
+    return record | ({"rationale": view.rationale} if view.rationale else {})
 
 
 def _record(
     step: int,
     place: int,
-    item: PrivilegedRollout,
-    output: ObjectiveOutput,
+    item: TrainExample,
+    output: LossOutput,
     tokens: slice,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, object]:
@@ -40,13 +39,12 @@ def _record(
         "truncated": rollout.truncated,
         "tokens": [tokenizer.decode([token]) for token in rollout.completion_ids],
     }
-    # A reference solution in a rollout's place has no sampler's log-probabilities, and no verdict.
-    if rollout.rollout_logprobs:
-        record["correct"] = item.correct
-    if item.partial_solution:
-        record |= _teachers_view(item)
-    if "ratio" in output.per_token:
-        record |= {"reward": item.reward, "advantage": item.advantage}
+    if item.verdict is not None:
+        record["correct"] = item.verdict.correct
+    if item.teacher_view is not None:
+        record |= {"overlap": item.overlap, **_teacher_view(rollout, item.teacher_view)}
+    if item.verdict is not None and item.advantage is not None:
+        record |= {"reward": item.verdict.reward, "advantage": item.advantage}
     columns = {
         name: v[tokens].tolist() for name, v in output.per_token.items() if name != "logprobs"
     }
@@ -55,9 +53,9 @@ def _record(
 
 def sample_records(
     step: int,
-    items: Sequence[PrivilegedRollout],
-    kept: Sequence[PrivilegedRollout],
-    output: ObjectiveOutput,
+    items: Sequence[TrainExample],
+    kept: Sequence[TrainExample],
+    output: LossOutput,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, object]]:
     """One JSON-ready record for each of the micro-batch's `items` that is among `kept`, the first

@@ -24,7 +24,7 @@ from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
 from paint_engine.tiny.problems import draw_problem, render_solution
 from paint_engine.tiny.tokenizer import train_tokenizer
-from paint_engine.types import PrivilegedRollout, Problem, Rollout
+from paint_engine.types import Problem, Rollout, TeacherView, TrainExample, Verdict
 
 # The head's rows above the tokenizer's size, as in Qwen3, whose head is padded.
 NUM_PADDING_ROWS = 6
@@ -110,7 +110,7 @@ def lora_model(base: PreTrainedModel) -> PeftModel:
     return model
 
 
-def make_privileged(
+def make_examples(
     student_lengths: Sequence[int],
     teacher_lengths: Sequence[int],
     completion_lengths: Sequence[int],
@@ -118,7 +118,7 @@ def make_privileged(
     stop: int | None = None,
     num_tokens: int = 340,
     seed: int = 0,
-) -> list[PrivilegedRollout]:
+) -> list[TrainExample]:
     """Rollouts of random ids; every second one ends with `stop`, the others are truncated."""
     rng = random.Random(seed)
 
@@ -135,20 +135,21 @@ def make_privileged(
         problem = Problem(f"p:{row}", "How many?", "It is $\\boxed{3}$.", "3")
         logprobs = (0.0,) * completion
         rollout = Rollout(problem, ids(student), completion_ids, logprobs, truncated, "")
-        items.append(PrivilegedRollout(rollout, False, None, 0.5, 0.35, "It is", ids(teacher)))
+        view = TeacherView(ids(teacher), "It is", mask_ratio=0.35)
+        items.append(TrainExample(rollout, Verdict(0.0, False), 0.5, view))
     return items
 
 
 @pytest.fixture(scope="session")
-def privileged() -> Callable[..., list[PrivilegedRollout]]:
-    return make_privileged
+def examples() -> Callable[..., list[TrainExample]]:
+    return make_examples
 
 
 @pytest.fixture
-def ragged(tokenizer: PreTrainedTokenizerBase) -> list[PrivilegedRollout]:
+def ragged(tokenizer: PreTrainedTokenizerBase) -> list[TrainExample]:
     """Prompts and completions of all kinds of lengths, one token among them."""
     (stop,) = tokenizer.encode("<|im_end|>")
-    return make_privileged((5, 1, 9, 2), (11, 4, 1, 20), (4, 7, 1, 12), stop=stop)
+    return make_examples((5, 1, 9, 2), (11, 4, 1, 20), (4, 7, 1, 12), stop=stop)
 
 
 @pytest.fixture(scope="session")

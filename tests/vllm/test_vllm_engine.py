@@ -24,7 +24,7 @@ from paint_engine.rollout.engine import EngineDied, SamplingParams
 from paint_engine.rollout.mismatch import logprob_differences
 from paint_engine.rollout.vllm_core import biased_tokens, reserved_lora_rank
 from paint_engine.rollout.vllm_engine import VllmEngine
-from paint_engine.types import PrivilegedRollout, Problem, Rollout
+from paint_engine.types import Problem, Rollout
 
 Prompts = Sequence[tuple[int, ...]]
 SETTINGS: dict[str, Any] = {
@@ -207,15 +207,7 @@ def test_log_probabilities_are_of_the_truncated_distribution(
     completions = engine.generate(prompts, range(len(prompts)), truncated)
     problem = Problem("p", "", "", "")
     items = [
-        PrivilegedRollout(
-            Rollout(problem, prompt, c.token_ids, c.logprobs, c.truncated, ""),
-            False,
-            None,
-            0.0,
-            0.0,
-            "",
-            prompt,
-        )
+        Rollout(problem, prompt, c.token_ids, c.logprobs, c.truncated, "")
         for prompt, c in zip(prompts, completions, strict=True)
     ]
     with torch.no_grad():

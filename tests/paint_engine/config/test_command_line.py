@@ -299,7 +299,8 @@ def test_help_lists_presets_and_every_key_with_its_default(
         assert field.description is not None and field.description in text
     assert "usage: python -m paint_engine.train " in text
     assert "(default: 5e-06)" in text
-    assert "--lora.enabled true|false\n" in text and "--objective.name paint|sampled" in text
+    assert "--lora.enabled true|false\n" in text and "--objective.name VALUE" in text
+    assert "--objective.divergence forward_kl|reverse_kl|jsd\n" in text
     assert "--train.seed VALUE\n" in text or "--train.seed VALUE " in text
     assert all(name in text for name in preset_names())
 

@@ -13,6 +13,7 @@ from transformers import Qwen3Config
 
 from paint_engine.config import command_line as cli
 from paint_engine.config.command_line import load_config, preset_names
+from paint_engine.config.plugins import plugin_names
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import INSTRUCTION
 from paint_engine.config.toml import LEAVES, to_toml, toml_value, value_of
@@ -20,6 +21,7 @@ from paint_engine.estimate.memory import GIB, Lengths, estimate_memory
 from paint_engine.estimate.model_shape import shape_of
 from paint_engine.model.load import meta_model
 from paint_engine.prompts.chat import student_text, teacher_text
+from paint_engine.recipes.base import ATTRIBUTE, PACKAGE
 
 RECIPES = ("paint", "opsd", "opsd-v1", "grpo", "sft")
 MODELS = ("tiny", "qwen3-1.7b", "qwen3-4b", "qwen3-8b")
@@ -386,7 +388,10 @@ def test_the_page_s_templates_give_the_texts_that_they_look_like(tmp_path: Path)
 def test_the_page_names_every_recipe_and_each_value_of_the_keys_with_choices() -> None:
     text = PAGE.read_text()
     assert all(f"`{recipe}`" in text for recipe in RECIPES)
-    choices = ("masking.placement", "objective.divergence", "objective.name", "teacher.weights")
-    for key in choices:
-        for value in get_args(LEAVES[key].annotation):
+    keys = ("masking.placement", "objective.divergence", "teacher.weights")
+    choices = {key: get_args(LEAVES[key].annotation) for key in keys}
+    choices["objective.name"] = plugin_names(PACKAGE, ATTRIBUTE)
+    for key, values in choices.items():
+        assert len(values) > 2
+        for value in values:
             assert re.search(rf"[` ]{value}[` ]", text), (key, value)

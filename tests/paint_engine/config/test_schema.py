@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from itertools import chain
 from typing import Any, get_args
 
 import pytest
@@ -10,9 +11,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from paint_engine.config.command_line import load_config
+from paint_engine.config.plugins import plugin_names
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import LEAVES, build_config, to_toml, value_of
 from paint_engine.prompts.masking import PLACEMENTS
+from paint_engine.recipes.base import ATTRIBUTE, PACKAGE, recipe_class
 
 properties = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -166,7 +169,9 @@ def test_later_layers_win_and_leave_the_rest() -> None:
         ("rollout.temperature", 0.0, "got 0.0", "greater than 0"),
         ("rollout.max_new_tokens", 0, "got 0", "greater than 0"),
         ("rollout.max_sequences", 0, "got 0", "greater than 0"),
-        ("objective.name", "gspo", "got 'gspo'", "'paint', 'sampled_token', 'grpo' or 'sft'"),
+        ("objective.name", "", "got ''", "at least 1 character"),
+        ("objective.name", 3, "got 3", "a valid string"),
+        ("objective.divergence", "kl", "got 'kl'", "'forward_kl', 'reverse_kl' or 'jsd'"),
         ("objective.jsd_weight", 0.0, "got 0.0", "greater than 0"),
         ("objective.importance_cap", 0.0, "got 0.0", "greater than 0"),
         ("teacher.weights", "mean", "got 'mean'", "'fixed', 'ema' or 'live'"),
@@ -263,10 +268,24 @@ def test_equal_mask_ratios_and_the_ends_of_ranges_are_allowed() -> None:
         ({"objective.name": "sampled_token", "objective.importance_cap": 2.0}, "without trunc"),
         ({"objective.jsd_weight": 0.9}, "--objective.divergence jsd"),
         ({"teacher.ema_decay": 0.9}, "--teacher.weights ema"),
-        ({"objective.importance_cap": 2.0}, "does not use the sampler's probabilities"),
+        (
+            {"objective.importance_cap": 2.0},
+            "^objective.importance_cap: got 2.0 with objective.name 'paint', which has no use for "
+            "it; go back to --objective.importance_cap none, or use --objective.name grpo or "
+            "sampled_token$",
+        ),
         ({"objective.name": "sft", "rollout.ahead": 1}, "nothing is sampled"),
-        ({"objective.name": "grpo", "teacher.weights": "ema"}, "which has no teacher"),
-        ({"objective.name": "sft", "teacher.reason_first": True}, "which has no teacher"),
+        (
+            {"objective.name": "grpo", "teacher.weights": "ema"},
+            "^teacher.weights: got 'ema' with objective.name 'grpo', which has no use for it; go "
+            "back to --teacher.weights fixed, or use --objective.name paint or sampled_token$",
+        ),
+        (
+            {"objective.name": "sft", "teacher.reason_first": True},
+            "^teacher.reason_first: got True with objective.name 'sft', which has no use for it; "
+            "go back to --teacher.reason_first false, or use --objective.name paint or "
+            "sampled_token$",
+        ),
         ({"teacher.weights": "ema", "lora.enabled": False}, "train adapters"),
         (
             {"teacher.reason_first": True, "rollout.ahead": 1, "rollout.engine": "vllm"},
@@ -279,53 +298,93 @@ def test_keys_that_do_not_go_together_are_refused(layer: dict[str, object], expe
         build_config([("my.toml", layer)])
 
 
-# The objective that reads a key, and a value which another one would ignore.
+RECIPES = plugin_names(PACKAGE, ATTRIBUTE)
+# The recipes that read a key, a value which others would ignore, and what makes it fit.
+PAINT, GRPO = ("paint",), ("grpo",)
+TEACHER, POLICY = ("paint", "sampled_token"), ("grpo", "sampled_token")
 IDLE = [
-    ("paint", "objective.divergence", "reverse_kl"),
-    ("paint", "objective.divergence", "jsd"),
-    ("paint", "objective.pointwise_clip", "0.05"),
-    ("paint", "objective.top_fraction", "1.0"),
-    ("paint", "objective.interpolation_weight", "0.05"),
-    ("paint", "objective.entropy_floor", "1e-4"),
-    ("paint", "objective.teacher_top_k", "50"),
-    ("grpo", "grpo.group_size", "4"),
-    ("grpo", "grpo.ratio_clip_low", "0.1"),
-    ("grpo", "grpo.ratio_clip_high", "0.2"),
-    ("grpo", "grpo.kl_weight", "0.04"),
-    ("grpo", "grpo.scale_by_std", "false"),
-    ("grpo", "grpo.skip_zero_variance", "true"),
-    ("grpo", "grpo.num_updates", "2"),
-    ("grpo", "grpo.reward", "first_box"),
+    (PAINT, "objective.divergence", "reverse_kl", ""),
+    (PAINT, "objective.divergence", "jsd", ""),
+    (PAINT, "objective.jsd_weight", "0.9", "--objective.divergence jsd"),
+    (PAINT, "objective.pointwise_clip", "0.05", ""),
+    (PAINT, "objective.top_fraction", "1.0", ""),
+    (PAINT, "objective.interpolation_weight", "0.05", ""),
+    (PAINT, "objective.entropy_floor", "1e-4", ""),
+    (PAINT, "objective.teacher_top_k", "50", ""),
+    (POLICY, "objective.importance_cap", "2.0", "--rollout.top_p 1.0 --rollout.top_k -1"),
+    (TEACHER, "teacher.weights", "ema", ""),
+    (TEACHER, "teacher.weights", "live", ""),
+    (TEACHER, "teacher.ema_decay", "0.9", "--teacher.weights ema"),
+    (TEACHER, "teacher.reason_first", "true", ""),
+    (TEACHER, "teacher.reason_max_new_tokens", "8", ""),
+    (TEACHER, "masking.rho_wrong", "0.2", ""),
+    (TEACHER, "masking.rho_correct", "0.5", ""),
+    (TEACHER, "masking.placement", "prefix", ""),
+    (TEACHER, "masking.marker", "[cut]", ""),
+    (GRPO, "grpo.group_size", "4", ""),
+    (GRPO, "grpo.ratio_clip_low", "0.1", ""),
+    (GRPO, "grpo.ratio_clip_high", "0.2", ""),
+    (GRPO, "grpo.kl_weight", "0.04", ""),
+    (GRPO, "grpo.scale_by_std", "false", ""),
+    (GRPO, "grpo.skip_zero_variance", "true", ""),
+    (GRPO, "grpo.num_updates", "2", ""),
+    (GRPO, "grpo.reward", "first_box", ""),
 ]
 
 
-@pytest.mark.parametrize(("user", "key", "value"), IDLE)
-@pytest.mark.parametrize("name", get_args(LEAVES["objective.name"].annotation))
-def test_a_key_that_the_objective_has_no_use_for_is_refused(
-    name: str, user: str, key: str, value: str
+@pytest.mark.parametrize(("users", "key", "value", "beside"), IDLE)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_key_that_the_recipe_has_no_use_for_is_refused(
+    name: str, users: tuple[str, ...], key: str, value: str, beside: str
 ) -> None:
-    argv = ["--objective.name", name, f"--{key}", value]
-    if name == user:
+    argv = ["--objective.name", name, f"--{key}", value, *beside.split()]
+    if name in users:
         assert value_of(load_config(argv).config, key) != LEAVES[key].default
         return
     with pytest.raises(ValueError) as caught:
         load_config(argv)
     message = str(caught.value)
-    assert message.startswith(f"{key}: got ") and f"with objective.name {name!r}" in message
-    # Both ways out that it names are ways out.
-    remedies = re.findall(r"(--[a-z_.]+) ([^\s,]+)", message)
-    assert [flag for flag, _ in remedies] == [f"--{key}", "--objective.name"]
-    for remedy in remedies:
-        load_config([*argv, *remedy])
+    # What goes with it is idle too, where the same recipes read it.
+    given = [other for other in LEAVES if other == key or f"--{other}" in beside]
+    idle = [other for other in given if not other.startswith("rollout.")]
+    assert message.startswith(f"{idle[0]}: got ") and f"with objective.name {name!r}" in message
+    assert all(f"{other}: got " in message for other in idle) and "\n" not in message
+    # All the ways out that it names are ways out.
+    *back, forward = re.findall(r"(--[a-z_.]+) ([^\s,;]+)", message)
+    assert [flag for flag, _ in back] == [f"--{other}" for other in idle]
+    load_config([*argv, *chain.from_iterable(back)])
+    assert forward[0] == "--objective.name"
+    assert message.endswith(f" or use --objective.name {' or '.join(users)}")
+    for user in users:
+        load_config([*argv, "--objective.name", user])
 
 
-def test_every_key_of_grpo_is_tried() -> None:
-    grpo = {key for key in LEAVES if key.startswith("grpo.")}
-    assert {key for user, key, _ in IDLE if user == "grpo"} == grpo
+def test_every_key_that_not_all_recipes_read_is_tried() -> None:
+    declared = {
+        leaf
+        for name in RECIPES
+        for key in recipe_class(name).keys
+        for leaf in LEAVES
+        if leaf == key or (key.endswith("*") and leaf.startswith(key.removesuffix("*")))
+    }
+    assert {key for _, key, _, _ in IDLE} == declared
+
+
+def test_idle_keys_are_named_by_who_reads_them() -> None:
+    idle = {"teacher.weights": "ema", "masking.rho_correct": 0.5, "grpo.num_updates": 2}
+    with pytest.raises(ValueError) as caught:
+        build_config([("my.toml", {"objective.name": "sft", **idle})])
+    assert str(caught.value).splitlines() == [
+        "masking.rho_correct: got 0.5, teacher.weights: got 'ema' with objective.name 'sft', which "
+        "has no use for them; go back to --masking.rho_correct 0.4 --teacher.weights fixed, or use "
+        "--objective.name paint or sampled_token",
+        "grpo.num_updates: got 2 with objective.name 'sft', which has no use for it; go back to "
+        "--grpo.num_updates 1, or use --objective.name grpo",
+    ]
 
 
 @pytest.mark.parametrize("name", ["sampled_token", "grpo", "sft"])
-def test_parts_that_are_switched_off_suit_every_objective(name: str) -> None:
+def test_parts_that_are_switched_off_suit_every_recipe(name: str) -> None:
     off = {
         "objective.interpolation_weight": 0.0,
         "objective.top_fraction": 0.0,

@@ -41,7 +41,7 @@ from paint_engine.model.sharding import checkpoint_activations, decoder_layers
 from paint_engine.model.teacher import FixedTeacher
 from paint_engine.recipes import losses as objectives
 from paint_engine.training.optim import build_optimizer
-from paint_engine.types import PackedSequences, PrivilegedRollout, TrainBatch
+from paint_engine.types import PackedSequences, TrainBatch, TrainExample
 from paint_kernels import _matmul, _sources
 from paint_kernels._ops import paint_loss
 from paint_kernels._plan import most_rows
@@ -243,7 +243,7 @@ def test_a_real_step_takes_what_is_estimated(
     lora: bool,
     checkpointing: bool,
     tmp_path: Path,
-    privileged: Callable[..., list[PrivilegedRollout]],
+    examples: Callable[..., list[TrainExample]],
 ) -> None:
     lengths, rows = Lengths(32, 64, 96), 4
     torch.manual_seed(0)
@@ -252,7 +252,7 @@ def test_a_real_step_takes_what_is_estimated(
     config = make_config(
         tmp_path, lengths, rows, lora=lora, dtype=dtype, checkpointing=checkpointing
     )
-    batch = build_batch(privileged((32,) * rows, (64,) * rows, (96,) * rows))
+    batch = build_batch(examples((32,) * rows, (64,) * rows, (96,) * rows))
     live = LiveBytes(paint_loss._init_fn)
     with live:
         base = load_base(config.model, torch.device("cpu"), trains_base=not lora)
@@ -329,7 +329,7 @@ def test_a_step_at_the_sizes_of_qwen3_takes_what_is_estimated(
     rows: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    privileged: Callable[..., list[PrivilegedRollout]],
+    examples: Callable[..., list[TrainExample]],
 ) -> None:
     sizes: dict[str, Any] = published | {"num_hidden_layers": num_layers}
     Qwen3Config(**sizes).save_pretrained(tmp_path)
@@ -337,7 +337,7 @@ def test_a_step_at_the_sizes_of_qwen3_takes_what_is_estimated(
     config = make_config(tmp_path, lengths, rows, dtype="bfloat16", checkpointing=checkpointing)
     model = meta_model(config)
     expected = estimated(model, config, lengths, GPU_BYTES)
-    batch = build_batch(privileged((256,) * rows, (768,) * rows, (512,) * rows))
+    batch = build_batch(examples((256,) * rows, (768,) * rows, (512,) * rows))
     live = LiveBytes(gpu_loss)
     with without_contents(monkeypatch), live:
         empty_weights(model)

@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from paint_engine.checkpoint.weights import gather_weights, whole
-from paint_engine.config.sections import LoraSection, ModelSection, ObjectiveSection
+from paint_engine.config.schema import Config
+from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World, gather_objects, sum_gradients, sum_over_ranks
 from paint_engine.model.forward import autocast, causal_lm, hidden_states, lm_head_weight
 from paint_engine.model.load import load_base
@@ -38,9 +39,10 @@ from paint_engine.model.sharding import (
     unsharded,
 )
 from paint_engine.model.teacher import FixedTeacher
-from paint_engine.recipes import losses as objectives
+from paint_engine.recipes import LossInputs
+from paint_engine.recipes.paint import Paint
 from paint_engine.training.microbatches import plan_microbatches
-from paint_engine.types import PackedSequences, PrivilegedRollout, Problem, Rollout
+from paint_engine.types import PackedSequences, Problem, Rollout, TeacherView, TrainExample
 
 NUM_RANKS = 3
 CPU = torch.device("cpu")
@@ -91,7 +93,7 @@ FAULTS = [
 ]
 
 
-def make_items() -> list[PrivilegedRollout]:
+def make_items() -> list[TrainExample]:
     """Five rollouts for three ranks, one of them without a token."""
     rng = random.Random(0)
     items = []
@@ -102,7 +104,7 @@ def make_items() -> list[PrivilegedRollout]:
         )
         nothing = (0.0,) * completion
         rollout = Rollout(Problem("p", "", "", ""), asked, answered, nothing, False, "")
-        items.append(PrivilegedRollout(rollout, False, None, 0.5, 0.35, "", shown))
+        items.append(TrainExample(rollout, teacher_view=TeacherView(shown, "", 0.35)))
     return items
 
 
@@ -144,21 +146,25 @@ def loss_of(
     case: Case,
     denominator: int,
 ) -> Tensor:
-    section = ObjectiveSection.model_validate({"reduction": case.reduction})
+    recipe = Paint(Config.model_validate({"objective": {"reduction": case.reduction}}))
     with autocast(model):
-        return objectives.paint(
-            student,
-            teacher,
-            lm_head_weight(model),
-            bounds,
-            section,
-            teacher_lm_head_weight=teacher_head,
-            vocab_size=VOCAB_SIZE,
-            denominator=denominator,
+        return recipe.loss(
+            LossInputs(
+                student_hidden_states=student,
+                lm_head_weight=lm_head_weight(model),
+                second_hidden_states=teacher,
+                second_lm_head_weight=teacher_head,
+                completion_ids=torch.empty(len(student)),
+                cu_seqlens=bounds,
+                examples=(),
+                old_logprobs=None,
+                vocab_size=VOCAB_SIZE,
+                denominator=denominator,
+            )
         ).loss
 
 
-def size_of(items: Sequence[PrivilegedRollout], case: Case) -> int:
+def size_of(items: Sequence[TrainExample], case: Case) -> int:
     if case.reduction == "sequence_mean":
         return len(items)
     return sum(len(item.rollout.completion_ids) for item in items)
@@ -168,8 +174,8 @@ def step(
     case: Case,
     model: nn.Module,
     teacher: FixedTeacher,
-    mine: Sequence[Sequence[PrivilegedRollout]],
-    items: Sequence[PrivilegedRollout],
+    mine: Sequence[Sequence[TrainExample]],
+    items: Sequence[TrainExample],
 ) -> float:
     """The gradients of one step, as the training loop takes them; its loss over all ranks."""
     loss, denominator = 0.0, size_of(items, case)
@@ -200,7 +206,7 @@ def step_alone(
     case: Case,
     model: nn.Module,
     untrained: nn.Module,
-    groups: Sequence[Sequence[PrivilegedRollout]],
+    groups: Sequence[Sequence[TrainExample]],
 ) -> float:
     """The same of all rollouts, in plain terms. In float64 as one batch; bfloat16's rounding is
     that of the groups."""

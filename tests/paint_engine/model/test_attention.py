@@ -27,14 +27,14 @@ from paint_engine.model.forward import causal_lm, hidden_states
 from paint_engine.model.packing import batch_to, build_batch
 from paint_engine.rollout.builtin import generate
 from paint_engine.rollout.engine import SamplingParams
-from paint_engine.types import PackedSequences, PrivilegedRollout
+from paint_engine.types import PackedSequences, TrainExample
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def test_a_model_that_loses_the_bounds_fails_in_place_of_leaking(
-    base: PreTrainedModel, ragged: list[PrivilegedRollout]
+    base: PreTrainedModel, ragged: list[TrainExample]
 ) -> None:
     arguments = packed_arguments(build_batch(ragged).student, "varlen")
     # SDPA, which was not told about packing; then a model that drops the argument on the way.
@@ -47,7 +47,7 @@ def test_a_model_that_loses_the_bounds_fails_in_place_of_leaking(
 
 
 def test_everything_else_is_sdpa_as_before(
-    base: PreTrainedModel, ragged: list[PrivilegedRollout]
+    base: PreTrainedModel, ragged: list[TrainExample]
 ) -> None:
     sequences = build_batch(ragged).teacher
     params = SamplingParams(
@@ -85,7 +85,7 @@ def test_the_installed_operator_has_the_arguments_that_are_passed() -> None:
 
 
 def test_torchs_own_operator_takes_the_call_and_nothing_waits_for_the_device(
-    base: PreTrainedModel, ragged: list[PrivilegedRollout]
+    base: PreTrainedModel, ragged: list[TrainExample]
 ) -> None:
     """Schema, shapes and autograd of the operator itself, on tensors without data: reading one of
     their values, as a wait for the device does, raises."""
@@ -219,9 +219,9 @@ def no_waits() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def _long(privileged: Callable[..., list[PrivilegedRollout]]) -> list[PrivilegedRollout]:
+def _long(examples: Callable[..., list[TrainExample]]) -> list[TrainExample]:
     """Lengths on both sides of the kernels' blocks of 64 and 128 tokens."""
-    return privileged((5, 1, 130, 64), (11, 4, 1, 300), (4, 127, 200, 64))
+    return examples((5, 1, 130, 64), (11, 4, 1, 300), (4, 127, 200, 64))
 
 
 def gradients(model: nn.Module, states: Tensor) -> Tensor:
@@ -241,12 +241,12 @@ def test_kernels_on_a_gpu_are_as_accurate_as_padded_rows(
     kernel: str,
     role: str,
     lora_model: PeftModel,
-    privileged: Callable[..., list[PrivilegedRollout]],
+    examples: Callable[..., list[TrainExample]],
     relative_error: Callable[[Tensor, Tensor], float],
 ) -> None:
     if kernel == "flash_attention_2" and find_spec("flash_attn") is None:
         pytest.skip("flash-attn is not installed")
-    batch = build_batch(_long(privileged))
+    batch = build_batch(_long(examples))
     sequences: PackedSequences = getattr(batch, role)
     # The same rounded weights in both: the reference differs by the arithmetic alone.
     nn.Module.to(lora_model, torch.bfloat16)
@@ -272,12 +272,12 @@ def test_kernels_on_a_gpu_are_as_accurate_as_padded_rows(
 @needs_gpu
 @pytest.mark.gpu
 def test_a_packed_pass_on_a_gpu_waits_for_nothing(
-    lora_model: PeftModel, privileged: Callable[..., list[PrivilegedRollout]], request
+    lora_model: PeftModel, examples: Callable[..., list[TrainExample]], request
 ) -> None:
     nn.Module.to(lora_model, torch.bfloat16)
     nn.Module.to(lora_model, GPU)
     adopt_attention(causal_lm(lora_model), "varlen")
-    there = batch_to(build_batch(_long(privileged)), GPU).student
+    there = batch_to(build_batch(_long(examples)), GPU).student
     hidden_states(lora_model, there, attention="varlen").sum().backward()
     request.getfixturevalue("no_waits")
     hidden_states(lora_model, there, attention="varlen").sum().backward()

@@ -17,7 +17,7 @@ from paint_engine.model.forward import causal_lm, hidden_states, lm_head_weight,
 from paint_engine.model.load import load_base, load_tokenizer, pick_device
 from paint_engine.model.lora import add_lora
 from paint_engine.model.packing import build_batch, pack_sequences, pad_sequences
-from paint_engine.types import PackedSequences, PrivilegedRollout
+from paint_engine.types import PackedSequences, TrainExample
 
 CPU = torch.device("cpu")
 # Float64 rounding, through two layers: far below what any leak or shift would cause.
@@ -26,7 +26,7 @@ TOLERANCE = 1e-12
 VISIBLE = 1e-2
 
 
-def _alone(model: nn.Module, items: Sequence[PrivilegedRollout]) -> Tensor:
+def _alone(model: nn.Module, items: Sequence[TrainExample]) -> Tensor:
     """Student states, one sequence at a time."""
     backbone, rows = causal_lm(model).base_model, []
     for item in items:
@@ -49,7 +49,7 @@ def _gradients(model: nn.Module, states: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("attention", ["packed", "padded"])
 def test_states_and_gradients_equal_those_of_each_sequence_alone(
-    attention: str, lora_model: PeftModel, ragged: list[PrivilegedRollout], relative_error
+    attention: str, lora_model: PeftModel, ragged: list[TrainExample], relative_error
 ) -> None:
     expected = _alone(lora_model, ragged)
     expected_gradients = _gradients(lora_model, expected)
@@ -59,7 +59,7 @@ def test_states_and_gradients_equal_those_of_each_sequence_alone(
 
 
 def test_packed_equals_padded_in_float32(
-    model_dir: Path, ragged: list[PrivilegedRollout], relative_error
+    model_dir: Path, ragged: list[TrainExample], relative_error
 ) -> None:
     model = load_base(ModelSection(name_or_path=str(model_dir), dtype="float32"), CPU)
     sequences = build_batch(ragged).teacher
@@ -75,7 +75,7 @@ def test_packed_equals_padded_in_float32(
 def test_the_comparison_would_catch_sequences_that_see_each_other(
     leak: dict[str, object],
     base: PreTrainedModel,
-    ragged: list[PrivilegedRollout],
+    ragged: list[TrainExample],
     relative_error,
 ) -> None:
     sequences = build_batch(ragged).student
@@ -93,10 +93,10 @@ def test_the_comparison_would_catch_sequences_that_see_each_other(
 
 @pytest.mark.parametrize("attention", ["packed", "padded"])
 def test_one_rollout_does_not_depend_on_another(
-    attention: str, base: PreTrainedModel, privileged: Callable[..., list[PrivilegedRollout]]
+    attention: str, base: PreTrainedModel, examples: Callable[..., list[TrainExample]]
 ) -> None:
-    first, second = privileged((4, 6), (5, 7), (5, 9))
-    (other,) = privileged((6,), (7,), (9,), seed=9)
+    first, second = examples((4, 6), (5, 7), (5, 9))
+    (other,) = examples((6,), (7,), (9,), seed=9)
     with torch.no_grad():
         states = [
             hidden_states(base, build_batch([first, neighbour]).student, attention=attention)[:5]
@@ -111,7 +111,7 @@ def test_row_n_is_the_state_that_predicts_completion_token_n(
     role: str,
     attention: str,
     base: PreTrainedModel,
-    ragged: list[PrivilegedRollout],
+    ragged: list[TrainExample],
     naive_logits: Callable[[PreTrainedModel, Sequence[int]], Tensor],
 ) -> None:
     batch = build_batch(ragged)
@@ -122,7 +122,7 @@ def test_row_n_is_the_state_that_predicts_completion_token_n(
         rows = log_p.gather(1, batch.completion_ids[:, None])[:, 0]
         expected = []
         for item in ragged:
-            prompt = item.rollout.prompt_ids if role == "student" else item.teacher_prompt_ids
+            prompt = item.rollout.prompt_ids if role == "student" else item.teacher_view.prompt_ids
             for i, token in enumerate(item.rollout.completion_ids):
                 # Only what stands before the token: its own id cannot leak in.
                 context = (*prompt, *item.rollout.completion_ids[:i])
@@ -136,14 +136,14 @@ def test_no_token_is_masked_by_its_id(
     attention: str,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    privileged: Callable[..., list[PrivilegedRollout]],
+    examples: Callable[..., list[TrainExample]],
     relative_error: Callable[[Tensor, Tensor], float],
 ) -> None:
     """Padding's id and the stop tokens', in prompts and amid completions, are tokens like others:
     the padding of a rectangle has the id 0."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     items = []
-    for item, token in zip(privileged((5, 2, 3), (1, 1, 1), (6, 9, 1)), ids, strict=True):
+    for item, token in zip(examples((5, 2, 3), (1, 1, 1), (6, 9, 1)), ids, strict=True):
         (start, *prompt), (first, *rest) = item.rollout.prompt_ids, item.rollout.completion_ids
         rollout = replace(
             item.rollout,
@@ -166,7 +166,7 @@ def test_no_token_is_masked_by_its_id(
 
 
 def test_a_shift_by_one_token_would_be_seen(
-    base: PreTrainedModel, ragged: list[PrivilegedRollout]
+    base: PreTrainedModel, ragged: list[TrainExample]
 ) -> None:
     sequences = build_batch(ragged).student
     shifted = PackedSequences(

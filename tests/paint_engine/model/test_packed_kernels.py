@@ -20,7 +20,7 @@ from paint_engine.model.forward import causal_lm, hidden_states
 from paint_engine.model.load import load_base
 from paint_engine.model.packing import build_batch, pack_sequences
 from paint_engine.model.sharding import checkpoint_activations, decoder_layers
-from paint_engine.types import PackedSequences, PrivilegedRollout
+from paint_engine.types import PackedSequences, TrainExample
 
 # Float64 rounding through two layers; a leak between sequences moves states by more than VISIBLE.
 TOLERANCE, VISIBLE = 1e-12, 1e-2
@@ -149,7 +149,7 @@ def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ca
     return calls
 
 
-def states_alone(model: nn.Module, items: Sequence[PrivilegedRollout]) -> Tensor:
+def states_alone(model: nn.Module, items: Sequence[TrainExample]) -> Tensor:
     """Student states, one sequence at a time."""
     backbone, rows = causal_lm(model).base_model, []
     for item in items:
@@ -173,7 +173,7 @@ def test_kernels_give_the_states_and_gradients_of_each_sequence_alone(
     calls: Calls,
     request: pytest.FixtureRequest,
     lora_model: PeftModel,
-    ragged: list[PrivilegedRollout],
+    ragged: list[TrainExample],
     relative_error: Callable[[Tensor, Tensor], float],
 ) -> None:
     kernel = KERNELS[request.node.callspec.params["calls"]]
@@ -212,7 +212,7 @@ def test_the_shortest_sequences(
 
 
 def test_bounds_of_one_long_sequence_would_be_seen(
-    calls: Calls, base: PreTrainedModel, ragged: list[PrivilegedRollout], relative_error
+    calls: Calls, base: PreTrainedModel, ragged: list[TrainExample], relative_error
 ) -> None:
     sequences = build_batch(ragged).student
     adopt_attention(base, "varlen")
@@ -229,7 +229,7 @@ def test_bounds_of_one_long_sequence_would_be_seen(
 
 
 def test_no_dense_mask_is_built(
-    calls: Calls, base: PreTrainedModel, ragged: list[PrivilegedRollout]
+    calls: Calls, base: PreTrainedModel, ragged: list[TrainExample]
 ) -> None:
     adopt_attention(base, "varlen")
     sizes: list[int] = []
@@ -251,7 +251,7 @@ def test_no_dense_mask_is_built(
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_recomputed_layers_see_the_same_bounds(
-    checkpointed: bool, calls: Calls, lora_model: PeftModel, ragged: list[PrivilegedRollout]
+    checkpointed: bool, calls: Calls, lora_model: PeftModel, ragged: list[TrainExample]
 ) -> None:
     model = causal_lm(lora_model)
     sequences = build_batch(ragged).student
@@ -271,7 +271,7 @@ def test_recomputed_layers_see_the_same_bounds(
 
 @pytest.mark.parametrize("window", [1, 3])
 def test_sliding_layers_see_their_window(
-    window: int, calls: Calls, ragged: list[PrivilegedRollout], relative_error
+    window: int, calls: Calls, ragged: list[TrainExample], relative_error
 ) -> None:
     torch.manual_seed(0)
     config = Qwen3Config(
@@ -299,7 +299,7 @@ def test_sliding_layers_see_their_window(
 
 
 def test_float32_weights_under_autocast_reach_the_kernel_in_half_precision(
-    calls: Calls, model_dir: Path, ragged: list[PrivilegedRollout]
+    calls: Calls, model_dir: Path, ragged: list[TrainExample]
 ) -> None:
     section = ModelSection(name_or_path=str(model_dir), dtype="bfloat16")
     model = load_base(section, torch.device("cpu"), trains_base=True)

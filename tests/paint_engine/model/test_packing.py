@@ -13,15 +13,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paint_engine.config.sections import ObjectiveSection
+from paint_engine.config.schema import Config
 from paint_engine.model import attention
 from paint_engine.model.attention import adopt_attention
 from paint_engine.model.forward import causal_lm, hidden_states, lm_head_weight
 from paint_engine.model.packing import build_batch
 from paint_engine.model.teacher import FixedTeacher
-from paint_engine.recipes import losses as objectives
+from paint_engine.recipes import LossInputs
+from paint_engine.recipes.paint import Paint
 from paint_engine.training.microbatches import plan_microbatches
-from paint_engine.types import PackedSequences, PrivilegedRollout
+from paint_engine.types import PackedSequences, TrainExample
 
 States = Callable[[nn.Module, PackedSequences], Tensor]
 # What the loss and each entry of its gradients may differ by. A leak moves them by more than
@@ -68,7 +69,7 @@ def through(name: str) -> States:
 
 def run_step(
     model: PeftModel,
-    groups: Sequence[Sequence[PrivilegedRollout]],
+    groups: Sequence[Sequence[TrainExample]],
     student: States,
     teacher: States,
 ) -> tuple[Tensor, Tensor]:
@@ -80,15 +81,19 @@ def run_step(
         batch = build_batch(group)
         with FixedTeacher(model).scoring() as scorer:
             teacher_states = teacher(scorer, batch.teacher)
-        output = objectives.paint(
-            student(model, batch.student),
-            teacher_states,
-            lm_head_weight(model),
-            batch.cu_seqlens,
-            ObjectiveSection(),
-            teacher_lm_head_weight=None,
-            vocab_size=340,
-            denominator=num_rollouts,
+        output = Paint(Config()).loss(
+            LossInputs(
+                student_hidden_states=student(model, batch.student),
+                lm_head_weight=lm_head_weight(model),
+                second_hidden_states=teacher_states,
+                second_lm_head_weight=None,
+                completion_ids=batch.completion_ids,
+                cu_seqlens=batch.cu_seqlens,
+                examples=group,
+                old_logprobs=None,
+                vocab_size=340,
+                denominator=num_rollouts,
+            )
         )
         output.loss.backward()
         loss = loss + output.loss.detach()
@@ -97,9 +102,9 @@ def run_step(
 
 
 @pytest.fixture
-def items(privileged: Callable[..., list[PrivilegedRollout]]) -> list[PrivilegedRollout]:
+def items(examples: Callable[..., list[TrainExample]]) -> list[TrainExample]:
     """Prompts and completions down to one token, and one of nothing but two tokens."""
-    return privileged((5, 1, 9, 2, 1), (11, 4, 1, 20, 1), (4, 7, 1, 12, 1))
+    return examples((5, 1, 9, 2, 1), (11, 4, 1, 20, 1), (4, 7, 1, 12, 1))
 
 
 def largest_error(actual: Tensor, expected: Tensor) -> float:
@@ -110,7 +115,7 @@ def largest_error(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("name", ["padded", "packed", "varlen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_row_equals_each_sequence_alone(
-    dtype: torch.dtype, name: str, model: PeftModel, items: list[PrivilegedRollout]
+    dtype: torch.dtype, name: str, model: PeftModel, items: list[TrainExample]
 ) -> None:
     nn.Module.to(model, dtype)
     alone = run_step(model, [[item] for item in items], through("padded"), through("padded"))
@@ -190,7 +195,7 @@ def test_a_planted_leak_is_far_outside_the_tolerance(
     leak: States,
     role: str,
     model: PeftModel,
-    items: list[PrivilegedRollout],
+    items: list[TrainExample],
 ) -> None:
     nn.Module.to(model, torch.float32)
     sound = through("packed")
@@ -218,7 +223,7 @@ def test_no_plan_changes_the_step(
     num_ranks: int,
     name: str,
     model: PeftModel,
-    items: list[PrivilegedRollout],
+    items: list[TrainExample],
 ) -> None:
     """In float64: whatever the order, the limit, the ranks and the attention."""
     expected = run_step(model, [items], through("padded"), through("padded"))

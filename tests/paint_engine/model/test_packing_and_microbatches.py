@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from paint_engine.model.packing import batch_to, build_batch, pack_sequences, pad_sequences
 from paint_engine.training.microbatches import plan_microbatches
-from paint_engine.types import PrivilegedRollout, Problem, Rollout
+from paint_engine.types import Problem, Rollout, TeacherView, TrainExample
 
 IDS = st.integers(1, 999)
 # Distinct rows: (student's prompt, teacher's prompt, completion); a completion may be empty.
@@ -70,7 +70,7 @@ def test_padding_keeps_every_token_and_every_loss_position(rows) -> None:
     assert padded.mask.flatten()[padded.loss_positions].all()
 
 
-def test_both_roles_predict_the_same_completion_tokens(ragged: list[PrivilegedRollout]) -> None:
+def test_both_roles_predict_the_same_completion_tokens(ragged: list[TrainExample]) -> None:
     batch = build_batch(ragged)
     for packed in (batch.student, batch.teacher):
         assert torch.equal(packed.token_ids[packed.loss_positions + 1], batch.completion_ids)
@@ -82,13 +82,13 @@ def test_both_roles_predict_the_same_completion_tokens(ragged: list[PrivilegedRo
         ("teacher", batch.teacher, starts[1]),
     ):
         for row, item in enumerate(ragged):
-            prompt = item.rollout.prompt_ids if role == "student" else item.teacher_prompt_ids
+            prompt = item.rollout.prompt_ids if role == "student" else item.teacher_view.prompt_ids
             got = packed.token_ids[begin[row] : begin[row] + len(prompt)].tolist()
             assert got == list(prompt), (role, row)
 
 
 def test_stop_tokens_and_truncated_rollouts_stay_in_the_loss(
-    ragged: list[PrivilegedRollout], tokenizer
+    ragged: list[TrainExample], tokenizer
 ) -> None:
     batch = build_batch(ragged)
     last = batch.completion_ids[batch.cu_seqlens[1:].long() - 1].tolist()
@@ -104,16 +104,11 @@ def test_an_empty_prompt_is_refused() -> None:
         pack_sequences([()], [(1, 2)])
 
 
-def make_items(lengths: Sequence[tuple[int, int, int]]) -> list[PrivilegedRollout]:
+def make_items(lengths: Sequence[tuple[int, int, int]]) -> list[TrainExample]:
     return [
-        PrivilegedRollout(
+        TrainExample(
             Rollout(Problem("p", "q", "s", "a"), (1,) * s, (2,) * c, (0.0,) * c, True, ""),
-            False,
-            None,
-            0.0,
-            0.3,
-            "",
-            (3,) * t,
+            teacher_view=TeacherView((3,) * t, "", 0.3),
         )
         for s, t, c in lengths
     ]
@@ -123,17 +118,17 @@ def make_items(lengths: Sequence[tuple[int, int, int]]) -> list[PrivilegedRollou
 class Plan:
     """One call of plan_microbatches, its rollouts and its result."""
 
-    items: list[PrivilegedRollout]
+    items: list[TrainExample]
     max_tokens: int
     num_ranks: int
     padded: bool
-    ranks: list[list[list[PrivilegedRollout]]]
+    ranks: list[list[list[TrainExample]]]
 
     @property
-    def groups(self) -> list[list[PrivilegedRollout]]:
+    def groups(self) -> list[list[TrainExample]]:
         return [group for rank in self.ranks for group in rank]
 
-    def tokens(self, group: list[PrivilegedRollout]) -> int:
+    def tokens(self, group: list[TrainExample]) -> int:
         """Tokens that are really run for a group, of the role that has more."""
         batch = build_batch(group)
         if self.padded:
@@ -258,7 +253,7 @@ def test_one_generous_limit_is_one_microbatch(padded: bool) -> None:
 
 
 def test_moving_a_batch_keeps_every_tensor_and_the_bounds_where_they_are(
-    ragged: list[PrivilegedRollout],
+    ragged: list[TrainExample],
 ) -> None:
     batch = build_batch(ragged)
     moved = batch_to(batch, torch.device("meta"))

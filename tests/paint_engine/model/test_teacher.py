@@ -12,10 +12,10 @@ from paint_engine.model.forward import causal_lm, hidden_states, lm_head_weight
 from paint_engine.model.lora import add_lora
 from paint_engine.model.packing import build_batch
 from paint_engine.model.teacher import FixedTeacher
-from paint_engine.types import PrivilegedRollout
+from paint_engine.types import TrainExample
 
 
-def _states(model: nn.Module, items: list[PrivilegedRollout]) -> Tensor:
+def _states(model: nn.Module, items: list[TrainExample]) -> Tensor:
     return hidden_states(model, build_batch(items).teacher, attention="padded")
 
 
@@ -28,7 +28,7 @@ def _adapters_off(model: nn.Module) -> set[bool]:
 
 
 def test_scoring_is_the_base_bit_for_bit_though_the_adapters_are_not_zero(
-    base: PreTrainedModel, ragged: list[PrivilegedRollout]
+    base: PreTrainedModel, ragged: list[TrainExample]
 ) -> None:
     with torch.no_grad():
         expected = _states(base, ragged)
@@ -48,7 +48,7 @@ def test_scoring_is_the_base_bit_for_bit_though_the_adapters_are_not_zero(
 
 
 def test_scoring_takes_no_gradients_and_changes_no_requires_grad(
-    lora_model: PeftModel, ragged: list[PrivilegedRollout]
+    lora_model: PeftModel, ragged: list[TrainExample]
 ) -> None:
     before = _requires_grad(lora_model)
     assert True in before.values() and False in before.values()
@@ -63,7 +63,7 @@ def test_scoring_takes_no_gradients_and_changes_no_requires_grad(
 
 
 def test_scoring_between_two_passes_leaves_the_students_gradients_alone(
-    lora_model: PeftModel, ragged: list[PrivilegedRollout]
+    lora_model: PeftModel, ragged: list[TrainExample]
 ) -> None:
     def gradients(with_teacher: bool) -> list[Tensor]:
         lora_model.zero_grad()
@@ -100,7 +100,7 @@ def test_a_context_inside_another_is_refused_and_the_outer_one_goes_on(
 
 
 def test_without_adapters_the_teacher_is_a_copy_that_does_not_move(
-    base: PreTrainedModel, ragged: list[PrivilegedRollout]
+    base: PreTrainedModel, ragged: list[TrainExample]
 ) -> None:
     model = add_lora(base, LoraSection(enabled=False), seed=0)
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_without_adapters_the_teacher_is_a_copy_that_does_not_move(
 
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_never_reaches_the_teacher(
-    training: bool, base: PreTrainedModel, ragged: list[PrivilegedRollout]
+    training: bool, base: PreTrainedModel, ragged: list[TrainExample]
 ) -> None:
     with torch.no_grad():
         expected = _states(base, ragged)

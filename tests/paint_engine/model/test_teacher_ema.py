@@ -14,14 +14,14 @@ from paint_engine.model.forward import hidden_states
 from paint_engine.model.lora import add_lora
 from paint_engine.model.packing import build_batch
 from paint_engine.model.teacher import EmaTeacher, FixedTeacher, LiveTeacher, Teacher, make_teacher
-from paint_engine.types import PrivilegedRollout
+from paint_engine.types import TrainExample
 
 
-def _states(model: nn.Module, items: list[PrivilegedRollout]) -> Tensor:
+def _states(model: nn.Module, items: list[TrainExample]) -> Tensor:
     return hidden_states(model, build_batch(items).teacher, attention="padded")
 
 
-def _scored(teacher: Teacher, items: list[PrivilegedRollout]) -> Tensor:
+def _scored(teacher: Teacher, items: list[TrainExample]) -> Tensor:
     with teacher.scoring() as scorer:
         return _states(scorer, items)
 
@@ -88,9 +88,7 @@ def test_adapters_that_stand_still_leave_the_mean_bit_for_bit(lora_model: PeftMo
     assert all(map(torch.equal, teacher.shadow, before))
 
 
-def test_the_mean_starts_as_the_base(
-    base: PreTrainedModel, ragged: list[PrivilegedRollout]
-) -> None:
+def test_the_mean_starts_as_the_base(base: PreTrainedModel, ragged: list[TrainExample]) -> None:
     with torch.no_grad():
         expected = _states(base, ragged)
     model = add_lora(base, LoraSection(rank=4, alpha=8), seed=0)
@@ -107,7 +105,7 @@ def test_the_mean_starts_as_the_base(
 
 
 def test_scoring_is_the_model_with_the_means_of_a_and_b_each(
-    lora_model: PeftModel, ragged: list[PrivilegedRollout]
+    lora_model: PeftModel, ragged: list[TrainExample]
 ) -> None:
     """A = B = 0.1, then 0.3: both means are 0.2, so the update is that of 0.2 * 0.2, not the mean
     of 0.1 * 0.1 and 0.3 * 0.3."""
@@ -128,7 +126,7 @@ def test_scoring_is_the_model_with_the_means_of_a_and_b_each(
 
 
 def test_scoring_equals_a_model_that_has_the_mean_loaded(
-    lora_model: PeftModel, ragged: list[PrivilegedRollout]
+    lora_model: PeftModel, ragged: list[TrainExample]
 ) -> None:
     teacher = EmaTeacher(lora_model, decay=0.8)
     for step in range(3):
@@ -144,7 +142,7 @@ def test_scoring_equals_a_model_that_has_the_mean_loaded(
 
 
 def test_each_teacher_follows_the_student_as_it_should(
-    lora_model: PeftModel, ragged: list[PrivilegedRollout]
+    lora_model: PeftModel, ragged: list[TrainExample]
 ) -> None:
     """The base never, the live one at once, the mean by a fraction."""
     _fill(lora_model, 0.0)
@@ -180,7 +178,7 @@ def moving(request: pytest.FixtureRequest, lora_model: PeftModel) -> Teacher:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_student_comes_back_bit_for_bit_after_an_error_too(
-    training: bool, moving: Teacher, lora_model: PeftModel, ragged: list[PrivilegedRollout]
+    training: bool, moving: Teacher, lora_model: PeftModel, ragged: list[TrainExample]
 ) -> None:
     lora_model.train(training)
     before, places = _copies(lora_model), [p.data_ptr() for p in lora_model.parameters()]
@@ -205,7 +203,7 @@ def test_the_student_comes_back_bit_for_bit_after_an_error_too(
 
 
 def test_scoring_inside_a_students_pass_leaves_its_gradients_alone(
-    moving: Teacher, lora_model: PeftModel, ragged: list[PrivilegedRollout]
+    moving: Teacher, lora_model: PeftModel, ragged: list[TrainExample]
 ) -> None:
     def gradients(with_teacher: bool) -> list[Tensor]:
         lora_model.zero_grad()
@@ -222,7 +220,7 @@ def test_scoring_inside_a_students_pass_leaves_its_gradients_alone(
 
 @pytest.mark.parametrize("make", MOVING, ids=["ema", "live"])
 def test_dropout_never_reaches_a_moving_teacher(
-    make: Callable[[PeftModel], Teacher], base: PreTrainedModel, ragged: list[PrivilegedRollout]
+    make: Callable[[PeftModel], Teacher], base: PreTrainedModel, ragged: list[TrainExample]
 ) -> None:
     model = add_lora(base, LoraSection(rank=4, alpha=8, dropout=0.5), seed=0)
     assert isinstance(model, PeftModel)
@@ -239,7 +237,7 @@ def test_dropout_never_reaches_a_moving_teacher(
 
 
 def test_the_live_teacher_needs_no_adapters(
-    base: PreTrainedModel, ragged: list[PrivilegedRollout]
+    base: PreTrainedModel, ragged: list[TrainExample]
 ) -> None:
     model = add_lora(base, LoraSection(enabled=False), seed=0)
     teacher = LiveTeacher(model)
@@ -266,7 +264,7 @@ def test_no_teacher_scores_inside_another(
     outer: Callable[[PeftModel], Teacher],
     inner: Callable[[PeftModel], Teacher],
     lora_model: PeftModel,
-    ragged: list[PrivilegedRollout],
+    ragged: list[TrainExample],
 ) -> None:
     teacher, other = outer(lora_model), inner(lora_model)
     _move(lora_model, seed=1)

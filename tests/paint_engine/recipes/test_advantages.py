@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paint_engine.recipes.losses import group_advantages
+from paint_engine.recipes.grpo import group_advantages
 
 REWARDS = st.floats(-5, 5, allow_subnormal=False)
 

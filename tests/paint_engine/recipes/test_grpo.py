@@ -1,16 +1,20 @@
 """GRPO against a float64 oracle that holds all logits, and against numbers worked out by hand."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from paint_engine.config.schema import Config
 from paint_engine.config.sections import GrpoSection, ObjectiveSection
-from paint_engine.recipes import losses as objectives
+from paint_engine.recipes import LossInputs, LossOutput
+from paint_engine.recipes.grpo import Grpo, group_advantages
+from paint_engine.types import Problem, Rollout, TrainExample, Verdict
 
 VOCAB_SIZE, NUM_PADDING_ROWS, HIDDEN_SIZE = 11, 2, 5
 # Two groups of three rollouts, one of which has no tokens.
@@ -27,7 +31,6 @@ class Batch:
     base_hidden: Tensor
     base_head: Tensor
     token_ids: Tensor
-    cu_seqlens: Tensor
     old_logprobs: Tensor
     rollout_logprobs: Tensor
 
@@ -54,10 +57,51 @@ def make_batch(temperature: float) -> Batch:
         base_hidden=noise(num_tokens, HIDDEN_SIZE),
         base_head=noise(num_rows, HIDDEN_SIZE),
         token_ids=token_ids,
-        cu_seqlens=torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32),
         old_logprobs=old,
         rollout_logprobs=old + 0.5 * noise(num_tokens),
     )
+
+
+def recipe_of(section: ObjectiveSection, grpo: GrpoSection) -> Grpo:
+    """Unchecked: these sections say nothing of how the rollouts were sampled."""
+    return Grpo(Config.model_construct(objective=section, grpo=grpo))
+
+
+def make_example(
+    token_ids: Sequence[int], logprobs: Sequence[float], reward: float
+) -> TrainExample:
+    problem = Problem("p", "", "", "")
+    rollout = Rollout(problem, (0,), tuple(token_ids), tuple(logprobs), False, "")
+    return TrainExample(rollout, Verdict(reward, reward > 0))
+
+
+def loss_of(
+    recipe: Grpo,
+    examples: Sequence[TrainExample],
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    base: tuple[Tensor, Tensor | None],
+    old_logprobs: Tensor | None,
+    vocab_size: int = VOCAB_SIZE,
+) -> LossOutput:
+    """The loss of a step of one micro-batch. base: its hidden states, and its own head or None."""
+    lengths = [len(example.rollout.completion_ids) for example in examples]
+    per_rollout = recipe.config.objective.reduction == "sequence_mean"
+    base_hidden, base_head = base if recipe.second_pass == "base" else (None, None)
+    inputs = LossInputs(
+        student_hidden_states=hidden,
+        lm_head_weight=head,
+        second_hidden_states=base_hidden,
+        second_lm_head_weight=base_head,
+        completion_ids=torch.tensor([i for e in examples for i in e.rollout.completion_ids]),
+        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        examples=examples,
+        old_logprobs=old_logprobs,
+        vocab_size=vocab_size,
+        denominator=len(lengths) if per_rollout else sum(lengths),
+    )
+    return recipe.loss(inputs)
 
 
 def engine(
@@ -67,23 +111,20 @@ def engine(
     *,
     rewards: tuple[float, ...] = REWARDS,
     first_update: bool = False,
-) -> objectives.ObjectiveOutput:
-    advantages = objectives.group_advantages(rewards, GROUP_SIZE, scale_by_std=grpo.scale_by_std)
-    with_base = grpo.kl_weight > 0
-    return objectives.grpo(
+) -> LossOutput:
+    recipe = recipe_of(section, grpo.model_copy(update={"group_size": GROUP_SIZE}))
+    assert recipe.second_pass == ("base" if grpo.kl_weight > 0 else None)
+    parts = zip(
+        batch.token_ids.split(LENGTHS), batch.rollout_logprobs.split(LENGTHS), rewards, strict=True
+    )
+    examples = [make_example(ids.tolist(), sampled.tolist(), r) for ids, sampled, r in parts]
+    return loss_of(
+        recipe,
+        recipe.prepare_batch(examples),
         batch.hidden,
-        batch.base_hidden if with_base else None,
         batch.head,
-        batch.token_ids,
-        batch.cu_seqlens,
-        torch.tensor(advantages, dtype=torch.float64),
-        section,
-        grpo,
-        base_lm_head_weight=batch.base_head if with_base else None,
+        base=(batch.base_hidden, batch.base_head),
         old_logprobs=None if first_update else batch.old_logprobs,
-        rollout_logprobs=batch.rollout_logprobs,
-        vocab_size=VOCAB_SIZE,
-        denominator=len(LENGTHS) if section.reduction == "sequence_mean" else sum(LENGTHS),
     )
 
 
@@ -192,22 +233,20 @@ def two_tokens(section: ObjectiveSection, grpo: GrpoSection) -> tuple[Tensor, Te
     """
     logits = torch.tensor([[math.log(3), 0.0]] * 2, dtype=torch.float64, requires_grad=True)
     base = torch.tensor([[math.log(3), math.log(5)], [math.log(3), 0.0]], dtype=torch.float64)
-    advantages = objectives.group_advantages((1.0, 0.0), 2, scale_by_std=False)
+    advantages = group_advantages((1.0, 0.0), 2, scale_by_std=False)
     assert advantages == [0.5, -0.5]
-    loss = objectives.grpo(
+    examples = [
+        replace(make_example((0,), (math.log(5 / 8),), 1.0), advantage=advantages[0]),
+        replace(make_example((1,), (math.log(1 / 10),), 0.0), advantage=advantages[1]),
+    ]
+    loss = loss_of(
+        recipe_of(section, grpo),
+        examples,
         logits,
-        base if grpo.kl_weight > 0 else None,
         torch.eye(2, dtype=torch.float64),
-        torch.tensor([0, 1]),
-        torch.tensor([0, 1, 2], dtype=torch.int32),
-        torch.tensor(advantages, dtype=torch.float64),
-        section,
-        grpo,
-        base_lm_head_weight=None,
+        base=(base, None),
         old_logprobs=torch.tensor([1 / 2, 1 / 5], dtype=torch.float64).log(),
-        rollout_logprobs=torch.tensor([5 / 8, 1 / 10], dtype=torch.float64).log(),
         vocab_size=2,
-        denominator=2,
     ).loss
     return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
@@ -246,20 +285,14 @@ def test_the_clip_stops_the_gradient_on_one_side(
     batch = make_batch(1.0)
     section = ObjectiveSection(temperature=1.0)
     present = log_p(batch.hidden, batch.head, 1.0).detach()[0, batch.token_ids[0]]
-    output = objectives.grpo(
+    example = make_example((int(batch.token_ids[0]),), (present.item(),), 0.0)
+    output = loss_of(
+        recipe_of(section, GrpoSection()),
+        [replace(example, advantage=advantage)],
         batch.hidden[:1],
-        None,
         batch.head,
-        batch.token_ids[:1],
-        torch.tensor([0, 1]),
-        torch.tensor([advantage]),
-        section,
-        GrpoSection(),
-        base_lm_head_weight=None,
+        base=(batch.base_hidden[:1], None),
         old_logprobs=present[None] - math.log(ratio),
-        rollout_logprobs=present[None],
-        vocab_size=VOCAB_SIZE,
-        denominator=1,
     )
     assert output.per_token["ratio_clipped_share"].tolist() == [clipped]
     bounded = min(max(ratio, 0.8), 1.28) if clipped else ratio

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
-from paint_engine.report.figures import QUANTITIES
-from paint_engine.report.page import main, write_report
+from paint_engine.config.schema import Config
+from paint_engine.recipes import recipe_of
+from paint_engine.recipes.display import Quantity
+from paint_engine.report.__main__ import main
+from paint_engine.report.page import write_report
 from paint_engine.report.samples import MAX_SAMPLES, MAX_TOKENS
 
 MARKER = "...(omitted)..."
@@ -154,6 +157,20 @@ SUMMARY = {
 }
 
 
+OBJECTIVES = (
+    {"name": "paint"},
+    {"name": "paint", "divergence": "reverse_kl"},
+    {"name": "paint", "divergence": "jsd"},
+    {"name": "sampled_token"},
+    {"name": "grpo"},
+    {"name": "sft"},
+)
+
+
+def curves_of(objective: dict[str, str]) -> tuple[Quantity, ...]:
+    return recipe_of(Config.model_validate({"objective": objective})).display.curves
+
+
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
@@ -253,8 +270,10 @@ def test_headline_and_sections(run_dir: Path) -> None:
         assert phrase in text
     for setting, value in (("pointwise_clip", "0.06"), ("columns.problem", "none")):
         assert f'<th scope="row">{setting}</th><td>{value}</td>' in page
-    captions = {f"{q.title} {q.unit}": False for q in QUANTITIES}
-    captions |= {f"{q.title} {q.unit}": True for q in QUANTITIES if "forward_kl" in q.objectives}
+    quantities = [quantity for objective in OBJECTIVES for quantity in curves_of(objective)]
+    captions = {f"{q.title} {q.unit}": False for q in quantities}
+    captions |= {f"{q.title} {q.unit}": True for q in curves_of({"name": "paint"})}
+    assert not all(captions.values())
     for caption, drawn in captions.items():
         assert (caption in text) is drawn, caption
     assert [i for i in parse(page).ids if i.isalpha()] == ["curves", "rollouts", "configuration"]

@@ -12,38 +12,38 @@ from paint_engine.model.packing import build_batch
 from paint_engine.rollout.builtin import generate
 from paint_engine.rollout.engine import sampling_params
 from paint_engine.rollout.mismatch import logprob_differences, mismatch_metrics
-from paint_engine.types import PrivilegedRollout, Problem, Rollout
+from paint_engine.types import PackedSequences, Problem, Rollout, TrainExample
 
 PROBLEM = Problem("p:0", "How many?", "It is $\\boxed{3}$.", "3")
 
 
-def sampled_items(
+def sampled_rollouts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: RolloutSection
-) -> list[PrivilegedRollout]:
+) -> list[Rollout]:
     params = sampling_params(section, model, tokenizer)
     prompts = [tuple(range(20, 24 + i)) for i in range(4)]
     completions = generate(model, prompts, [5, 6, 7, 8], params, max_sequences=4)
     return [
-        PrivilegedRollout(
-            Rollout(PROBLEM, prompt, c.token_ids, c.logprobs, c.truncated, ""),
-            False,
-            None,
-            0.5,
-            0.35,
-            "It is",
-            prompt,
-        )
+        Rollout(PROBLEM, prompt, c.token_ids, c.logprobs, c.truncated, "")
         for prompt, c in zip(prompts, completions, strict=True)
     ]
+
+
+def sequences(rollouts: list[Rollout]) -> PackedSequences:
+    return build_batch([TrainExample(rollout) for rollout in rollouts]).student
 
 
 def differences(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: RolloutSection
 ) -> list[float]:
-    items = sampled_items(model, tokenizer, section)
-    states = hidden_states(model, build_batch(items).student, attention="padded")
+    rollouts = sampled_rollouts(model, tokenizer, section)
+    states = hidden_states(
+        model,
+        sequences(rollouts),
+        attention="padded",
+    )
     params = sampling_params(section, model, tokenizer)
-    (found,) = logprob_differences(states, lm_head_weight(model), items, params)
+    (found,) = logprob_differences(states, lm_head_weight(model), rollouts, params)
     return found.tolist()
 
 
@@ -67,12 +67,16 @@ def test_a_model_that_moved_since_it_sampled_is_seen(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     section = RolloutSection(temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=9)
-    items = sampled_items(base, tokenizer, section)
+    rollouts = sampled_rollouts(base, tokenizer, section)
     with torch.no_grad():
         base.get_input_embeddings().weight.mul_(1.1)
-    states = hidden_states(base, build_batch(items).student, attention="padded")
+    states = hidden_states(
+        base,
+        sequences(rollouts),
+        attention="padded",
+    )
     params = sampling_params(section, base, tokenizer)
-    (found,) = logprob_differences(states, lm_head_weight(base), items, params)
+    (found,) = logprob_differences(states, lm_head_weight(base), rollouts, params)
     metrics = mismatch_metrics([found.tolist()])
     assert metrics["rollout_logprob_diff"] > 0.01
     assert metrics["rollout_ess"] < 0.999
@@ -87,7 +91,7 @@ def test_long_micro_batches_are_compared_at_evenly_spaced_tokens(
     assert max(map(abs, found)) < 1e-4
 
 
-def test_a_micro_batch_without_items_has_no_differences(
+def test_a_micro_batch_without_rollouts_has_no_differences(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     head, params = lm_head_weight(base), sampling_params(RolloutSection(), base, tokenizer)

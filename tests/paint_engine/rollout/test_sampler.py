@@ -7,7 +7,8 @@ import pytest
 
 from paint_engine.monitor.timings import Timings
 from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
-from paint_engine.rollout.sampler import Requests, Sampled, Sampler
+from paint_engine.rollout.sampler import Sampled, Sampler
+from paint_engine.types import Problem, Request
 
 PARAMS = SamplingParams(1.0, 1.0, -1, 8, (2,), 340)
 
@@ -56,8 +57,12 @@ class FakeEngine:
         self.closed = True
 
 
-def requests(step: int) -> Requests:
-    return Requests(((1, 2), (3,)), (10 * step, 10 * step + 1))
+PROBLEM = Problem("p:0", "How many?", "It is $\\boxed{3}$.", "3")
+
+
+def requests(step: int) -> list[Request]:
+    prompts = enumerate(((1, 2), (3,)))
+    return [Request(place, PROBLEM, prompt, 10 * step + place) for place, prompt in prompts]
 
 
 def make(

@@ -14,7 +14,7 @@ from paint_engine.distributed import World
 from paint_engine.files import read_jsonl
 from paint_engine.model.forward import hidden_states, lm_head_weight
 from paint_engine.model.packing import build_batch
-from paint_engine.recipes import losses as objectives
+from paint_engine.recipes import LossInputs, LossOutput
 from paint_engine.training import evaluations as run_eval
 from paint_engine.training import loop
 from paint_engine.training.build import build_run
@@ -150,9 +150,9 @@ def test_a_step_moves_the_adapters_alone_by_at_most_the_learning_rate(run: Run) 
 
 
 def test_the_teacher_stays_the_base_while_the_student_learns(run: Run) -> None:
-    privileged, lag = loop.sample_step(run, 0)
+    examples, lag = loop.sample_step(run, 0)
     assert lag == 0
-    batch = build_batch(privileged)
+    batch = build_batch(examples)
 
     def teacher_states() -> torch.Tensor:
         with run.teacher.scoring() as scorer:
@@ -170,20 +170,13 @@ def test_a_trained_head_is_compared_with_the_teachers_own(
     run = build_run(load_config([*command, "--lora.enabled", "false"]), WORLD)
     initial = lm_head_weight(run.model).detach().clone()
     heads: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-    original = objectives.paint
+    original = run.recipe.loss
 
-    def spy(student, teacher, head, *arguments, teacher_lm_head_weight, **settings):
-        heads.append((head.detach().clone(), teacher_lm_head_weight))
-        return original(
-            student,
-            teacher,
-            head,
-            *arguments,
-            teacher_lm_head_weight=teacher_lm_head_weight,
-            **settings,
-        )
+    def spy(inputs: LossInputs) -> LossOutput:
+        heads.append((inputs.lm_head_weight.detach().clone(), inputs.second_lm_head_weight))
+        return original(inputs)
 
-    monkeypatch.setattr(objectives, "paint", spy)
+    monkeypatch.setattr(run.recipe, "loss", spy)
     for step in range(2):
         loop.train_step(run, step)
     student_head, teacher_head = heads[-1]
@@ -219,7 +212,7 @@ def test_each_thinking_switch_reaches_its_own_prompts(switch: str, command: list
     run = build_run(load_config([*command, *settings]), WORLD)
     (first, *_), _ = loop.sample_step(run, 0)
     assert run.eval_set is not None
-    prompts = (first.rollout.prompt_ids, first.teacher_prompt_ids, run.eval_set.prompts[0])
+    prompts = (first.rollout.prompt_ids, first.teacher_view.prompt_ids, run.eval_set.prompts[0])
     for name, ids in zip(names, prompts, strict=True):
         text = run.tokenizer.decode(list(ids))
         # Qwen3's template: with thinking off the answer begins after an empty thought.

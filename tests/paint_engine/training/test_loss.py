@@ -15,9 +15,9 @@ from paint_engine.model.forward import causal_lm
 from paint_engine.training import loop
 from paint_engine.training.build import build_run
 from paint_engine.training.loop import train_step
-from paint_engine.training.rollouts import sample_step, with_advantages
+from paint_engine.training.rollouts import sample_step
 from paint_engine.training.run import Run
-from paint_engine.types import PrivilegedRollout
+from paint_engine.types import TrainExample, Verdict
 
 Logits = Callable[[PreTrainedModel, Sequence[int]], Tensor]
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -31,7 +31,7 @@ GRPO = {
 }
 
 
-def sampled_logprobs(run: Run, items: Sequence[PrivilegedRollout], logits: Logits) -> Tensor:
+def sampled_logprobs(run: Run, items: Sequence[TrainExample], logits: Logits) -> Tensor:
     """Log-probabilities of all the rollouts' tokens at the loss's temperature, in float64."""
     model, found = causal_lm(run.model), []
     for rollout in (item.rollout for item in items):
@@ -52,11 +52,13 @@ def test_the_kl_of_grpo_is_to_the_model_before_training(
     assert isinstance(run.model, PeftModel)
 
     # Answers of random weights are never right.
-    def rewarded(step: int) -> list[PrivilegedRollout]:
+    def rewarded(step: int) -> list[TrainExample]:
         items, rewards = sample_step(run, step)[0], (1.0, 0.0, 0.0, 1.0, 1.0, 0.0)
-        return with_advantages(
-            run.config, [replace(i, reward=r) for i, r in zip(items, rewards, strict=True)]
-        )
+        judged = [
+            replace(item, verdict=Verdict(reward, reward > 0))
+            for item, reward in zip(items, rewards, strict=True)
+        ]
+        return list(run.recipe.prepare_batch(judged))
 
     steps = []
     for step in range(2):

@@ -14,22 +14,16 @@ from paint_engine.config.command_line import load_config
 from paint_engine.data.problem_sets import batch_requests
 from paint_engine.distributed import World
 from paint_engine.model.packing import build_batch
+from paint_engine.recipes.teacher_view import add_teacher_view
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import Completion
 from paint_engine.training import loop
 from paint_engine.training.build import build_run
 from paint_engine.training.loop import train_step
 from paint_engine.training.loss import score
-from paint_engine.training.rollouts import (
-    judge,
-    reveal,
-    rollout_metrics,
-    sample_step,
-    trained_rollouts,
-    with_advantages,
-)
+from paint_engine.training.rollouts import judge, sample_step, step_context
 from paint_engine.training.run import Run
-from paint_engine.types import PrivilegedRollout, Problem, Rollout
+from paint_engine.types import Problem, Request, Rollout, TeacherView, TrainExample, Verdict
 
 Build = Callable[..., Run]
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -53,42 +47,53 @@ def run(build: Build) -> Run:
     return build()
 
 
-def revealed(run: Run, problem: Problem, text: str) -> PrivilegedRollout:
-    rollout = Rollout(problem, (1,), (2,), (0.0,), False, text)
-    return reveal(run, judge(run, rollout), ("mask", 0))
+def viewed(run: Run, problem: Problem, text: str, step: int = 0) -> TrainExample:
+    """A rollout of that text with its verdict and the teacher's view."""
+    example = judge(run, Rollout(problem, (1,), (2,), (0.0,), False, text))
+    request = Request(0, problem, (1,), 0)
+    return add_teacher_view(run.config, step_context(run, step, [request]), example, request)
+
+
+def view_of(example: TrainExample) -> TeacherView:
+    assert example.teacher_view is not None
+    return example.teacher_view
+
+
+def is_correct(example: TrainExample) -> bool:
+    assert example.verdict is not None
+    return example.verdict.correct
 
 
 def test_more_overlap_hides_more_of_the_solution(run: Run) -> None:
     problem = Problem("p", "How many?", "First $3 + 4 = 7$. So $\\boxed{7}$." * 4, "7")
 
-    def reveal(text: str):
-        return revealed(run, problem, text)
-
-    nothing, everything = reveal("no idea"), reveal(problem.solution)
+    nothing, everything = viewed(run, problem, "no idea"), viewed(run, problem, problem.solution)
     assert (nothing.overlap, everything.overlap) == (0.0, 1.0)
-    assert (nothing.mask_ratio, everything.mask_ratio) == (0.3, pytest.approx(0.4))
-    assert (nothing.correct, everything.correct) == (False, True)
+    assert (is_correct(nothing), is_correct(everything)) == (False, True)
+    views = view_of(nothing), view_of(everything)
+    assert [view.mask_ratio for view in views] == [0.3, pytest.approx(0.4)]
     hidden = [
-        len(problem.solution) - len(p.partial_solution.removesuffix("...(omitted)..."))
-        for p in (nothing, everything)
+        len(problem.solution) - len(view.partial_solution.removesuffix("...(omitted)..."))
+        for view in views
     ]
     assert hidden == [round(0.3 * len(problem.solution)), round(0.4 * len(problem.solution))]
     # The verdict is logged and decides nothing: a wrong box over the same anchors hides as much.
-    wrong = reveal(problem.solution + " \\boxed{8}")
-    assert not wrong.correct
-    assert wrong.partial_solution == everything.partial_solution
-    shown = run.tokenizer.decode(list(everything.teacher_prompt_ids))
-    assert everything.partial_solution in shown
+    wrong = viewed(run, problem, problem.solution + " \\boxed{8}")
+    assert not is_correct(wrong)
+    assert view_of(wrong).partial_solution == views[1].partial_solution
+    shown = run.tokenizer.decode(list(views[1].prompt_ids))
+    assert views[1].partial_solution in shown
 
 
 def test_a_solution_too_long_for_the_context_is_cut_and_nothing_else(run: Run) -> None:
-    def reveal(solution: str) -> tuple[int, ...]:
+    def prompt(solution: str) -> tuple[int, ...]:
         problem = Problem("p", "How many kites has Mia?", solution, "7")
-        return revealed(run, problem, "no idea").teacher_prompt_ids
+        return view_of(viewed(run, problem, "no idea")).prompt_ids
 
-    short, long = reveal("So $\\boxed{7}$."), reveal("First $3 + 4 = 7$. " * 400)
+    short, long = prompt("So $\\boxed{7}$."), prompt("First $3 + 4 = 7$. " * 400)
     # All that is left beside the longest completion is used: a character more is a token at most.
-    assert run.max_teacher_prompt - 3 <= len(long) <= run.max_teacher_prompt == 1024 - 12
+    room = run.max_context - run.config.rollout.max_new_tokens
+    assert room - 3 <= len(long) <= room == 1024 - 12
     text, whole = (run.tokenizer.decode(list(ids)) for ids in (long, short))
     tail = whole[whole.index("\n=== Reference Solution End") :]
     assert text.endswith(tail) and tail.endswith("</think>\n\n")
@@ -103,7 +108,7 @@ def test_the_teachers_suffix_is_the_end_of_its_prompts_alone(build: Build) -> No
         for item in sample_step(run, 0)[0]:
             teacher, student = (
                 run.tokenizer.decode(list(ids))
-                for ids in (item.teacher_prompt_ids, item.rollout.prompt_ids)
+                for ids in (view_of(item).prompt_ids, item.rollout.prompt_ids)
             )
             assert teacher.endswith(tail + suffix) and student.endswith(tail)
 
@@ -127,16 +132,18 @@ def test_each_placement_hides_its_own_part(placement: str, shown: str, build: Bu
             "masking.marker": "<gap>",
         }
     )
-    item = revealed(run, Problem("p", "How many?", "One. Two three.", "3"), "no idea")
-    assert item.partial_solution == shown
-    assert shown in run.tokenizer.decode(list(item.teacher_prompt_ids))
+    view = view_of(viewed(run, Problem("p", "How many?", "One. Two three.", "3"), "no idea"))
+    assert view.partial_solution == shown
+    assert shown in run.tokenizer.decode(list(view.prompt_ids))
 
 
 def test_a_random_placement_depends_on_its_seed_alone(build: Build) -> None:
     run = build(**{"masking.placement": "random", "masking.marker": "<gap>"})
     problem = Problem("p", "How many?", "abcdefghijklmnopqrstuvwxyz" * 4, "3")
-    item = judge(run, Rollout(problem, (1,), (2,), (0.0,), False, "no idea"))
-    shown = [reveal(run, item, ("mask", seed)).partial_solution for seed in (0, 1, 2, 0)]
+    # The step is a part of the seed.
+    shown = [
+        view_of(viewed(run, problem, "no idea", step)).partial_solution for step in (0, 1, 2, 0)
+    ]
     assert shown[0] == shown[3] and len(set(shown)) == 3
     # 0.3 of 104 characters are 31, wherever they are.
     assert all(len(text) == 104 - 31 + len("<gap>") for text in shown)
@@ -161,13 +168,16 @@ def test_groups_are_consecutive_rollouts_of_one_problem(build: Build) -> None:
     assert [item.rollout.problem.problem_id for item in rollouts] == names
     assert len({item.rollout.completion_ids for item in rollouts}) > 2
     for item in rollouts:
-        assert item.teacher_prompt_ids == item.rollout.prompt_ids and item.partial_solution == ""
+        assert item.teacher_view is None and item.verdict is not None
 
 
-def rewarded(run: Run, rewards: list[float]) -> list[PrivilegedRollout]:
+def rewarded(run: Run, rewards: list[float]) -> list[TrainExample]:
     rollouts, _ = sample_step(run, 0)
-    items = [replace(i, reward=r) for i, r in zip(rollouts, rewards, strict=True)]
-    return with_advantages(run.config, items)
+    items = [
+        replace(item, verdict=Verdict(reward, reward > 0))
+        for item, reward in zip(rollouts, rewards, strict=True)
+    ]
+    return list(run.recipe.prepare_batch(items))
 
 
 def test_advantages_are_of_the_group_and_equal_rewards_can_be_left_out(build: Build) -> None:
@@ -177,11 +187,11 @@ def test_advantages_are_of_the_group_and_equal_rewards_can_be_left_out(build: Bu
     deviation = 3**-0.5 + 1e-4
     expected = [2 / 3 / deviation, -1 / 3 / deviation, -1 / 3 / deviation, 0.0, 0.0, 0.0]
     assert [item.advantage for item in items] == pytest.approx(expected)
-    assert list(trained_rollouts(run.config, items)) == items[:3]
-    metrics = rollout_metrics(run.config, items)
+    assert list(run.recipe.trained(items)) == items[:3]
+    metrics = run.recipe.metrics(items)
     assert metrics["zero_variance_groups"] == 1 and metrics["reward"] == pytest.approx(4 / 6)
     assert "mask_ratio" not in metrics
-    assert len(trained_rollouts(build(**GRPO).config, items)) == 6
+    assert len(build(**GRPO).recipe.trained(items)) == 6
 
 
 def test_advantages_need_not_be_scaled(build: Build) -> None:
@@ -201,8 +211,8 @@ def test_the_reward_is_of_the_last_box_or_of_the_first(
     text = "It is \\boxed{8}. No: $3 + 4 = 7$, so \\boxed{7}."
     item = judge(run, Rollout(problem, (1,), (2,), (0.0,), False, text))
     # The verdict, which is logged, is the answer check's under either reward.
-    assert item.correct == (answer == "7")
-    assert item.reward == float(answer == {"verified": "7", "first_box": "8"}[reward])
+    assert item.verdict is not None and item.verdict.correct == (answer == "7")
+    assert item.verdict.reward == float(answer == {"verified": "7", "first_box": "8"}[reward])
 
 
 @pytest.mark.parametrize("rewards", [[1.0, 0.0, 0.0, 1.0, 1.0, 1.0], [1.0] * 6])
@@ -285,7 +295,8 @@ def test_only_a_live_teacher_agrees_with_a_student_that_has_moved(
     run = build(**{"teacher.weights": weights, "optim.learning_rate": 0.01})
     train_step(run, 0)
     items = [
-        replace(item, teacher_prompt_ids=item.rollout.prompt_ids) for item in sample_step(run, 1)[0]
+        replace(item, teacher_view=replace(view_of(item), prompt_ids=item.rollout.prompt_ids))
+        for item in sample_step(run, 1)[0]
     ]
     output, _ = score(run, build_batch(items), items, len(items))
     divergence = output.per_token["token_kl"].mean().item()
@@ -312,10 +323,11 @@ def test_a_rationale_stands_in_the_prompt_of_the_teacher_that_wrote_it(
     ((prompts, params),) = asked
     assert params.max_new_tokens == 7 and params.temperature == run.config.rollout.temperature
     for number, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
-        assert item.partial_solution in prompt and item.rationale == f"because {number}"
-        text = run.tokenizer.decode(list(item.teacher_prompt_ids))
-        assert item.partial_solution in text
-        assert text.index(item.partial_solution) < text.index(f"because {number}")
+        view = view_of(item)
+        assert view.partial_solution in prompt and view.rationale == f"because {number}"
+        text = run.tokenizer.decode(list(view.prompt_ids))
+        assert view.partial_solution in text
+        assert text.index(view.partial_solution) < text.index(f"because {number}")
 
 
 def test_each_teacher_writes_its_rationales_with_its_own_weights(build: Build) -> None:
@@ -324,9 +336,9 @@ def test_each_teacher_writes_its_rationales_with_its_own_weights(build: Build) -
     written = {}
     for weights, decay in (("fixed", 0.999), ("live", 0.999), ("ema", 0.0)):
         run = build(**reason, **{"teacher.weights": weights, "teacher.ema_decay": decay})
-        before = [item.rationale for item in sample_step(run, 0)[0]]
+        before = [view_of(item).rationale for item in sample_step(run, 0)[0]]
         train_step(run, 0)
-        written[weights] = before, [item.rationale for item in sample_step(run, 1)[0]]
+        written[weights] = before, [view_of(item).rationale for item in sample_step(run, 1)[0]]
     fixed, live, ema = written.values()
     # The same step of the same student: before it all three are the base.
     assert fixed[0] == live[0] == ema[0] and all(fixed[0])
@@ -336,11 +348,11 @@ def test_each_teacher_writes_its_rationales_with_its_own_weights(build: Build) -
 
 def test_a_solution_without_room_is_told_apart_from_a_masked_one(run: Run) -> None:
     short, long = (
-        revealed(run, Problem("p", "How many?", text, "7"), "no idea")
+        viewed(run, Problem("p", "How many?", text, "7"), "no idea")
         for text in ("First $3 + 4 = 7$.", "First $3 + 4 = 7$. " * 400)
     )
-    assert (short.shortened, long.shortened) == (False, True)
-    assert rollout_metrics(run.config, [short, long])["shortened_solutions"] == 0.5
+    assert (view_of(short).shortened, view_of(long).shortened) == (False, True)
+    assert run.recipe.metrics([short, long])["shortened_solutions"] == 0.5
 
 
 def test_rewards_need_no_solutions(build: Build, tmp_path: Path) -> None:

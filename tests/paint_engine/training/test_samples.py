@@ -7,24 +7,24 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from paint_engine.recipes.losses import ObjectiveOutput
+from paint_engine.recipes import LossOutput
 from paint_engine.training.samples import sample_records
-from paint_engine.types import PrivilegedRollout, Problem
+from paint_engine.types import Problem, TeacherView, TrainExample, Verdict
 
 COLUMNS = ("token_loss", "token_kl", "student_entropy", "teacher_entropy", "clipped_mass")
 
 
-def planted_output(num_tokens: int, columns: tuple[str, ...] = COLUMNS) -> ObjectiveOutput:
+def planted_output(num_tokens: int, columns: tuple[str, ...] = COLUMNS) -> LossOutput:
     """Values that name their own token and column."""
     rows = torch.arange(num_tokens, dtype=torch.float32)
     per_token = {name: rows + 1000 * i for i, name in enumerate(columns)}
-    return ObjectiveOutput(torch.tensor(0.5), per_token | {"selected": rows % 3 == 0})
+    return LossOutput(torch.tensor(0.5), per_token | {"selected": rows % 3 == 0})
 
 
 def test_each_kept_rollout_gets_its_own_slice(
-    privileged: Callable[..., list[PrivilegedRollout]], tokenizer: PreTrainedTokenizerBase
+    examples: Callable[..., list[TrainExample]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    items = privileged((3, 4, 5), (6, 7, 8), (2, 5, 3))
+    items = examples((3, 4, 5), (6, 7, 8), (2, 5, 3))
     output = planted_output(10)
     records = sample_records(9, items, [items[1], items[2]], output, tokenizer)
     assert [r["problem_id"] for r in records] == ["p:1", "p:2"]
@@ -42,9 +42,9 @@ def test_each_kept_rollout_gets_its_own_slice(
 
 
 def test_an_equal_rollout_that_was_not_kept_is_left_out(
-    privileged: Callable[..., list[PrivilegedRollout]], tokenizer: PreTrainedTokenizerBase
+    examples: Callable[..., list[TrainExample]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    (item,) = privileged((3,), (6,), (2,))
+    (item,) = examples((3,), (6,), (2,))
     twin = replace(item)
     assert twin == item
     records = sample_records(1, [twin, item], [item], planted_output(4), tokenizer)
@@ -53,16 +53,17 @@ def test_an_equal_rollout_that_was_not_kept_is_left_out(
 
 
 def test_anchors_are_marked_as_found_in_the_completion(
-    privileged: Callable[..., list[PrivilegedRollout]], tokenizer: PreTrainedTokenizerBase
+    examples: Callable[..., list[TrainExample]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    (item,) = privileged((3,), (6,), (2,))
+    (item,) = examples((3,), (6,), (2,))
     solution = "First $12 + 30 = 42$. Then $42 \\times 2 = 84$. So $\\boxed{84}$."
     rollout = replace(
         item.rollout,
         problem=Problem("p", "How many?", solution, "84"),
         text="I find $12 + 30 = 42$ and stop.",
     )
-    shown = replace(item, rollout=rollout, partial_solution="First ...", overlap=0.5)
+    view = TeacherView((1, 2), "First ...", mask_ratio=0.35)
+    shown = replace(item, rollout=rollout, teacher_view=view)
     (record,) = sample_records(1, [shown], [shown], planted_output(2), tokenizer)
     anchors = record["anchors"]
     assert isinstance(anchors, list)
@@ -76,16 +77,16 @@ def test_anchors_are_marked_as_found_in_the_completion(
     assert record["answer"] == "84"
     assert "rationale" not in record
     assert json.loads(json.dumps(record)) == record
-    reasoned = replace(shown, rationale="The first step adds.")
+    reasoned = replace(shown, teacher_view=replace(view, rationale="The first step adds."))
     (record,) = sample_records(1, [reasoned], [reasoned], planted_output(2), tokenizer)
     assert record["rationale"] == "The first step adds."
 
 
 def test_grpo_keeps_reward_and_advantage_and_nothing_of_a_teacher(
-    privileged: Callable[..., list[PrivilegedRollout]], tokenizer: PreTrainedTokenizerBase
+    examples: Callable[..., list[TrainExample]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    (item,) = privileged((3,), (6,), (2,))
-    item = replace(item, partial_solution="", correct=True, reward=1.0, advantage=0.75)
+    (item,) = examples((3,), (6,), (2,))
+    item = TrainExample(item.rollout, Verdict(1.0, True), overlap=0.5, advantage=0.75)
     columns = ("token_loss", "logprobs", "ratio", "student_entropy")
     (record,) = sample_records(1, [item], [item], planted_output(2, columns), tokenizer)
     assert (record["reward"], record["advantage"], record["correct"]) == (1.0, 0.75, True)
@@ -97,11 +98,11 @@ def test_grpo_keeps_reward_and_advantage_and_nothing_of_a_teacher(
 
 
 def test_a_reference_solution_has_no_verdict(
-    privileged: Callable[..., list[PrivilegedRollout]], tokenizer: PreTrainedTokenizerBase
+    examples: Callable[..., list[TrainExample]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    (item,) = privileged((3,), (6,), (2,))
+    (item,) = examples((3,), (6,), (2,))
     solution = replace(item.rollout, rollout_logprobs=())
-    item = replace(item, rollout=solution, partial_solution="")
+    item = TrainExample(solution)
     output = planted_output(2, ("token_loss", "student_entropy"))
     (record,) = sample_records(1, [item], [item], output, tokenizer)
     assert record["token_loss"] == [0.0, 1.0]

@@ -70,10 +70,10 @@ def test_every_message_of_a_step_is_its_template_s(
     items, _ = sample_step(run, 0)
     assert len(items) == len(asked) == 3
     for item, request in zip(items, asked, strict=True):
-        question, shown = item.rollout.problem.problem, item.partial_solution
+        question, shown = item.rollout.problem.problem, item.teacher_view.partial_solution
         assert shown.endswith("...(omitted)...")
         student = decoded(run, item.rollout.prompt_ids)
-        teacher = decoded(run, item.teacher_prompt_ids)
+        teacher = decoded(run, item.teacher_view.prompt_ids)
         assert student == f"{OPENING}Q {question} Go.{ANSWER}"
         assert request == f"{OPENING}R {question} part of [{shown}]{ANSWER}"
         assert teacher == f"{OPENING}T {question} part of [{shown}] <it adds> Go.{ANSWER}"

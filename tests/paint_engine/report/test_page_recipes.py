@@ -1,14 +1,18 @@
-"""The report of runs without a teacher's KL, and of settings under which parts of PAINT are off."""
+"""The report of every recipe's runs, a user's own among them, and of settings under which parts of
+PAINT are off."""
 
 import html
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from paint_engine.report.figures import QUANTITIES
+from paint_engine.config.schema import Config
+from paint_engine.recipes import recipe_of
+from paint_engine.report.__main__ import main
 from paint_engine.report.page import write_report
 
 PROBLEM = {
@@ -65,21 +69,29 @@ def report(
     config: further keys of the objective's section; None = no file.
     """
     sample = SAMPLES[name] | (changes or {})
-    kinds = ("forward_kl",) if name == "paint" else (name,)
-    keys = {k for q in QUANTITIES if set(kinds) & set(q.objectives) for k, _ in q.series}
+    recipe = recipe_of(Config.model_validate({"objective": {"name": name}}))
+    keys = {key for quantity in recipe.display.curves for key, _ in quantity.series}
     metrics = [{"step": step, **dict.fromkeys(sorted(keys), 0.25)} for step in (1, 2)]
     lines = {
         "metrics.jsonl": metrics,
         "samples.jsonl": [{"step": 1, **sample}, {"step": 2, **sample}],
     }
     for file, records in lines.items():
-        (run_dir / file).write_text("".join(json.dumps(record) + "\n" for record in records))
+        write_lines(run_dir / file, records)
     if config is not None:
         text = f'[objective]\nname = "{name}"\n{config}\n[train]\nbatch_size = 32\n'
         (run_dir / "config.toml").write_text(text)
     page = write_report(run_dir).read_text()
+    return page, text_of(page)
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def text_of(page: str) -> str:
     text = re.sub(r"<style>.*?</style>|<svg.*?</svg>|<[^>]+>", " ", page, flags=re.DOTALL)
-    return page, re.sub(r"\s+", " ", html.unescape(text))
+    return re.sub(r"\s+", " ", html.unescape(text))
 
 
 def tokens_of(page: str) -> list[tuple[str, str]]:
@@ -208,3 +220,78 @@ def test_without_a_configuration_the_records_tell_the_objective(name: str, tmp_p
     without, text = report(tmp_path, name, config=None)
     assert tokens_of(without) == tokens_of(page)
     assert text.count("Missing from this run") == 1 and "do not hold" not in text
+
+
+def test_a_batch_without_a_signal_is_grpos_too(tmp_path: Path) -> None:
+    """None of it went through the model: there is no ratio, and no sample is kept."""
+    skipped = {"loss": 0.0, "reward": 1.0, "zero_variance_groups": 4, "accuracy": 1.0}
+    write_lines(tmp_path / "metrics.jsonl", [{"step": step, **skipped} for step in (1, 2)])
+    text = text_of(write_report(tmp_path).read_text())
+    assert "GRPO has no teacher" in text and "Groups without a signal groups a step" in text
+
+
+OWN = """
+from paint_engine.recipes import Recipe
+from paint_engine.recipes.display import LOSS, Display, Quantity, TokenColor
+
+
+class {name}(Recipe):
+    @property
+    def display(self):
+        return Display(
+            console=(LOSS,),
+            curves=(Quantity("Surprise", "nats per answer", (("surprise", "of the student"),)),),
+            token_color=TokenColor("surprise", "surprise", "surprise"),
+            columns="Left, what was asked. Right, what came",
+            absent="Nobody teaches here.",
+            thing="answer",
+            things="answers",
+        )
+"""
+
+
+def test_a_users_recipe_is_run_only_where_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, run = "own_recipe_of_a_report", tmp_path / "run"
+    run.mkdir()
+    (tmp_path / f"{module}.py").write_text(OWN.format(name="Mine") + OWN.format(name="Other"))
+    monkeypatch.syspath_prepend(tmp_path)
+    sample = PROBLEM | {"step": 1, "correct": True, "surprise": [0.5, -0.02, 0.0]}
+    write_lines(run / "samples.jsonl", [sample])
+    write_lines(run / "metrics.jsonl", [{"step": 1, "surprise": 0.25}])
+    config = f'[objective]\nname = "{module}:Mine"\n[train]\nbatch_size = 32\n'
+    (run / "config.toml").write_text(config)
+    refused = re.escape(
+        f"error: {run} was trained with the recipe {module}:Mine, whose code a directory alone "
+        f"does not get to run; if you trust it, name it: --recipe {module}:Mine"
+    )
+    for options in ([], ["--recipe", f"{module}:Other"], ["--recipe", "paint"]):
+        with pytest.raises(SystemExit) as stop:
+            main([str(run), *options])
+        assert stop.value.code == 2
+        assert re.fullmatch(refused, capsys.readouterr().out.strip())
+        with pytest.raises(ValueError, match="whose code a directory alone does not get to run"):
+            write_report(run)
+    assert module not in sys.modules and not (run / "report.html").exists()
+
+    main([str(run), "--recipe", f"{module}:Mine"])
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    page = (run / "report.html").read_text()
+    classes, values = zip(*tokens_of(page), strict=True)
+    # 0.5, 0.02 and 0 nats, whatever the sign.
+    assert classes == ("k6", "k3", "k0")
+    assert "surprise 0.5" in values[0]
+    text = text_of(page)
+    for phrase in (
+        "Surprise nats per answer of the student 0.25 → 0.25",
+        "Nobody teaches here.",
+        "Left, what was asked. Right, what came, each token coloured by its surprise",
+        "1 of 1 kept answers",
+        "answers a step 32",
+        "mean surprise 0.16 nats",
+        f"objective {module}:Mine",
+    ):
+        assert phrase in text, phrase
+    for absent in ("Unclipped", "teacher did not see", "tokens selected", "do not hold"):
+        assert absent not in text, absent

@@ -3,15 +3,19 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import accumulate
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from paint_engine.config.schema import Config
 from paint_engine.config.sections import GrpoSection, ObjectiveSection
-from paint_engine.recipes import losses as objectives
+from paint_engine.recipes import LossInputs, LossOutput
+from paint_engine.recipes.base import recipe_class
+from paint_engine.training.record import metric_sums
+from paint_engine.types import Problem, Rollout, TrainExample
 
 VOCAB_SIZE, NUM_PADDING_ROWS, HIDDEN_SIZE = 11, 2, 5
 LENGTHS = (4, 0, 3, 1, 5)
@@ -70,51 +74,40 @@ def make_batch(
     )
 
 
-def run(
-    name: str, batch: Batch, section: ObjectiveSection, denominator: int
-) -> objectives.ObjectiveOutput:
-    bounds = [0, *torch.tensor(batch.lengths).cumsum(0).tolist()]
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    sizes: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "denominator": denominator}
-    student, head, ids = batch.hidden, batch.head, batch.token_ids
-    teacher, teacher_head = batch.teacher_hidden, batch.teacher_head
-    if name == "sft":
-        return objectives.sft(student, head, ids, cu_seqlens, section, **sizes)
-    if name == "paint":
-        return objectives.paint(
-            student,
-            teacher,
-            head,
-            cu_seqlens,
-            section,
-            teacher_lm_head_weight=teacher_head,
-            **sizes,
-        )
-    sizes["rollout_logprobs"] = batch.sampler
-    if name == "sampled_token":
-        return objectives.sampled_token(
-            student,
-            teacher,
-            head,
-            ids,
-            cu_seqlens,
-            section,
-            teacher_lm_head_weight=teacher_head,
-            **sizes,
-        )
-    return objectives.grpo(
-        student,
-        teacher,
-        head,
-        ids,
-        cu_seqlens,
-        batch.advantages,
-        section,
-        GrpoSection(kl_weight=0.2),
-        base_lm_head_weight=teacher_head,
-        old_logprobs=None,
-        **sizes,
+def run(name: str, batch: Batch, section: ObjectiveSection, denominator: int) -> LossOutput:
+    """Unchecked: the sections say nothing of how the rollouts were sampled."""
+    config = Config.model_construct(objective=section, grpo=GrpoSection(kl_weight=0.2))
+    recipe = recipe_class(name)(config)
+    assert (recipe.second_pass is None) == (name == "sft")
+    parts = zip(
+        batch.token_ids.split(batch.lengths),
+        batch.sampler.split(batch.lengths),
+        batch.advantages.tolist(),
+        strict=True,
     )
+    examples = [
+        make_example(ids.tolist(), sampled.tolist() if recipe.samples else [], advantage)
+        for ids, sampled, advantage in parts
+    ]
+    inputs = LossInputs(
+        student_hidden_states=batch.hidden,
+        lm_head_weight=batch.head,
+        second_hidden_states=None if name == "sft" else batch.teacher_hidden,
+        second_lm_head_weight=None if name == "sft" else batch.teacher_head,
+        completion_ids=batch.token_ids,
+        cu_seqlens=torch.tensor([0, *accumulate(batch.lengths)], dtype=torch.int32),
+        examples=examples,
+        old_logprobs=None,
+        vocab_size=VOCAB_SIZE,
+        denominator=denominator,
+    )
+    return recipe.loss(inputs)
+
+
+def make_example(token_ids: list[int], logprobs: list[float], advantage: float) -> TrainExample:
+    problem = Problem("p", "", "", "")
+    rollout = Rollout(problem, (0,), tuple(token_ids), tuple(logprobs), False, "")
+    return TrainExample(rollout, advantage=advantage)
 
 
 def log_p(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
@@ -232,6 +225,8 @@ def test_sampled_tokens_mean_over_the_vocabulary_is_the_reverse_kl(
         teacher_hidden=positions.teacher_hidden.repeat(VOCAB_SIZE, 1),
         token_ids=torch.arange(VOCAB_SIZE).repeat_interleave(3),
         lengths=(3,) * VOCAB_SIZE,
+        sampler=positions.sampler.repeat(VOCAB_SIZE),
+        advantages=positions.advantages.repeat(VOCAB_SIZE),
     )
     own = log_p(positions.hidden, positions.head, 0.9)
     target = teacher_log_p(positions, 0.9)
@@ -248,7 +243,7 @@ def test_sampled_tokens_mean_over_the_vocabulary_is_the_reverse_kl(
                     hidden=one.hidden[row : row + 1],
                     teacher_hidden=one.teacher_hidden[row : row + 1],
                     token_ids=one.token_ids[row : row + 1],
-                    sampler=one.sampler[:1],
+                    sampler=one.sampler[row : row + 1],
                     lengths=(1,),
                 )
                 loss = run("sampled_token", place, section, 1).loss
@@ -305,14 +300,14 @@ def test_micro_batches_add_up(
     batch, denominator = make_batch(), count(section)
     leaves = (batch.hidden, batch.head)
     whole = run(name, batch, section, denominator)
-    whole_sums = objectives.metric_sums(whole)
+    whole_sums = metric_sums(whole)
     whole_grads = torch.autograd.grad(whole.loss, leaves)
     sums: Counter[str] = Counter()
-    parts: list[objectives.ObjectiveOutput] = []
+    parts: list[LossOutput] = []
     # The second has no token at all.
     for first, last in ((0, 1), (1, 2), (2, 4), (4, 5)):
         parts.append(run(name, batch.part(first, last), section, denominator))
-        sums.update(objectives.metric_sums(parts[-1]))
+        sums.update(metric_sums(parts[-1]))
     grads = torch.autograd.grad(torch.stack([part.loss for part in parts]).sum(), leaves)
     for part, all_at_once in zip(grads, whole_grads, strict=True):
         assert relative_error(part, all_at_once) < 1e-12
@@ -334,4 +329,4 @@ def test_tokens_values_are_detached_and_named(name: str) -> None:
     means = [part.mean() for part in output.per_token["token_loss"].split(LENGTHS) if len(part)]
     assert output.loss.item() == pytest.approx(torch.stack(means).sum().item() / 5, rel=1e-5)
     left_out = {"token_loss", "logprobs", "selected"}
-    assert objectives.metric_sums(output).keys() == {"loss"} | set(output.per_token) - left_out
+    assert metric_sums(output).keys() == {"loss"} | set(output.per_token) - left_out

@@ -1,4 +1,4 @@
-"""The engine's path from rollouts to the loss, against plain PyTorch on full logits in float64."""
+"""From rollouts to the loss of `paint`, against plain PyTorch on full logits in float64."""
 
 import math
 from collections import Counter
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from paint_engine.config.schema import Config
 from paint_engine.config.sections import LoraSection, ModelSection, ObjectiveSection
 from paint_engine.model.forward import causal_lm, hidden_states, lm_head_weight
 from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
 from paint_engine.model.packing import build_batch
 from paint_engine.model.teacher import FixedTeacher
-from paint_engine.recipes import losses as objectives
+from paint_engine.recipes import LossInputs, LossOutput
+from paint_engine.recipes.paint import Paint
 from paint_engine.training.microbatches import plan_microbatches
-from paint_engine.types import PrivilegedRollout
+from paint_engine.training.record import metric_sums
+from paint_engine.types import TrainExample
 
 VOCAB_SIZE = 340
 # OPSD's forward KL: nothing is clipped and nothing is interpolated.
@@ -30,29 +33,37 @@ OPSD = ObjectiveSection(pointwise_clip=None, interpolation_weight=0.0, temperatu
 
 def engine_loss(
     model: nn.Module,
-    items: Sequence[PrivilegedRollout],
+    items: Sequence[TrainExample],
     section: ObjectiveSection,
     *,
+    teacher: FixedTeacher | None = None,
     attention: str = "padded",
     denominator: int | None = None,
-) -> objectives.ObjectiveOutput:
-    """One micro-batch as the training step runs it."""
-    teacher, batch = FixedTeacher(model), build_batch(items)
+) -> LossOutput:
+    """One micro-batch as the training step runs it.
+
+    teacher: None = that of the model as it is.
+    """
+    teacher, batch = teacher or FixedTeacher(model), build_batch(items)
+    assert batch.teacher is not None
     with teacher.scoring() as scorer:
         teacher_states = hidden_states(scorer, batch.teacher, attention=attention)
         teacher_head = None if scorer is model else lm_head_weight(scorer)
     per_rollout = section.reduction == "sequence_mean"
     whole = len(items) if per_rollout else len(batch.completion_ids)
-    return objectives.paint(
-        hidden_states(model, batch.student, attention=attention),
-        teacher_states,
-        lm_head_weight(model),
-        batch.cu_seqlens,
-        section,
-        teacher_lm_head_weight=teacher_head,
+    inputs = LossInputs(
+        student_hidden_states=hidden_states(model, batch.student, attention=attention),
+        lm_head_weight=lm_head_weight(model),
+        second_hidden_states=teacher_states,
+        second_lm_head_weight=teacher_head,
+        completion_ids=batch.completion_ids,
+        cu_seqlens=batch.cu_seqlens,
+        examples=items,
+        old_logprobs=None,
         vocab_size=VOCAB_SIZE,
         denominator=whole if denominator is None else denominator,
     )
+    return Paint(Config(objective=section)).loss(inputs)
 
 
 def gradients(model: nn.Module, loss: Tensor) -> Tensor:
@@ -64,7 +75,7 @@ def gradients(model: nn.Module, loss: Tensor) -> Tensor:
 def opsd_by_hand(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    items: Sequence[PrivilegedRollout],
+    items: Sequence[TrainExample],
     temperature: float,
     *,
     reduction: str,
@@ -79,7 +90,8 @@ def opsd_by_hand(
     sums, counts = [], []
     for item in items:
         completion = item.rollout.completion_ids
-        target = log_p(teacher, item.teacher_prompt_ids, completion).detach()
+        assert item.teacher_view is not None
+        target = log_p(teacher, item.teacher_view.prompt_ids, completion).detach()
         own = log_p(student, item.rollout.prompt_ids, completion)
         sums.append(F.kl_div(own, target, reduction="sum", log_target=True))
         counts.append(len(completion))
@@ -105,7 +117,7 @@ def test_paint_without_clip_and_interpolation_is_opsds_forward_kl(
     reduction: str,
     lora_model: PeftModel,
     untrained: PreTrainedModel,
-    ragged: list[PrivilegedRollout],
+    ragged: list[TrainExample],
     relative_error: Callable[[Tensor, Tensor], float],
 ) -> None:
     section = OPSD.model_copy(update={"reduction": reduction})
@@ -124,7 +136,7 @@ def test_paint_without_clip_and_interpolation_is_opsds_forward_kl(
 def test_full_fine_tuning_has_opsds_gradients_in_every_weight_the_tied_head_included(
     base: PreTrainedModel,
     untrained: PreTrainedModel,
-    ragged: list[PrivilegedRollout],
+    ragged: list[TrainExample],
     relative_error: Callable[[Tensor, Tensor], float],
 ) -> None:
     model = add_lora(base, LoraSection(enabled=False), seed=0)
@@ -137,27 +149,12 @@ def test_full_fine_tuning_has_opsds_gradients_in_every_weight_the_tied_head_incl
 
 
 def test_the_trained_heads_teacher_keeps_its_own_head(
-    base: PreTrainedModel, ragged: list[PrivilegedRollout], untrained: PreTrainedModel
+    base: PreTrainedModel, ragged: list[TrainExample], untrained: PreTrainedModel
 ) -> None:
     teacher = FixedTeacher(base)
     with torch.no_grad():
         lm_head_weight(base).mul_(1.3)
-        batch = build_batch(ragged)
-        with teacher.scoring() as scorer:
-            states, head = (
-                hidden_states(scorer, batch.teacher, attention="padded"),
-                lm_head_weight(scorer),
-            )
-        loss = objectives.paint(
-            hidden_states(base, batch.student, attention="padded"),
-            states,
-            lm_head_weight(base),
-            batch.cu_seqlens,
-            OPSD,
-            teacher_lm_head_weight=head,
-            vocab_size=VOCAB_SIZE,
-            denominator=len(ragged),
-        ).loss
+        loss = engine_loss(base, ragged, OPSD, teacher=teacher).loss
         expected = opsd_by_hand(base, untrained, ragged, 1.1, reduction="sequence_mean")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-11)
 
@@ -168,10 +165,10 @@ def test_micro_batches_add_up_to_the_whole_batch(
     clip: float | None,
     reduction: str,
     lora_model: PeftModel,
-    privileged: Callable[..., list[PrivilegedRollout]],
+    examples: Callable[..., list[TrainExample]],
     relative_error: Callable[[Tensor, Tensor], float],
 ) -> None:
-    items = privileged((4, 9, 2, 6, 3), (8, 12, 5, 6, 15), (3, 20, 35, 1, 11), stop=0)
+    items = examples((4, 9, 2, 6, 3), (8, 12, 5, 6, 15), (3, 20, 35, 1, 11), stop=0)
     section = ObjectiveSection.model_validate({"reduction": reduction, "pointwise_clip": clip})
     num_tokens = sum(len(item.rollout.completion_ids) for item in items)
     denominator = len(items) if reduction == "sequence_mean" else num_tokens
@@ -183,7 +180,7 @@ def test_micro_batches_add_up_to_the_whole_batch(
         for group in groups:
             output = engine_loss(lora_model, group, section, denominator=denominator)
             output.loss.backward()
-            sums.update(objectives.metric_sums(output))
+            sums.update(metric_sums(output))
         grads = [p.grad.flatten() for p in lora_model.parameters() if p.grad is not None]
         return torch.cat(grads), sums, len(groups)
 
@@ -200,7 +197,7 @@ def test_micro_batches_add_up_to_the_whole_batch(
 
 
 def test_reductions_differ_on_ragged_rollouts(
-    lora_model: PeftModel, ragged: list[PrivilegedRollout]
+    lora_model: PeftModel, ragged: list[TrainExample]
 ) -> None:
     losses = [
         engine_loss(lora_model, ragged, OPSD.model_copy(update={"reduction": name})).loss.item()
@@ -210,9 +207,9 @@ def test_reductions_differ_on_ragged_rollouts(
 
 
 def test_every_setting_of_the_section_reaches_the_loss(
-    lora_model: PeftModel, privileged: Callable[..., list[PrivilegedRollout]]
+    lora_model: PeftModel, examples: Callable[..., list[TrainExample]]
 ) -> None:
-    items = privileged((4, 9), (8, 12), (12, 20))
+    items = examples((4, 9), (8, 12), (12, 20))
     default = ObjectiveSection(top_fraction=0.25, interpolation_weight=0.5)
     changes: tuple[dict[str, object], ...] = (
         {"temperature": 0.8},
@@ -237,9 +234,9 @@ def test_every_setting_of_the_section_reaches_the_loss(
 
 
 def test_interpolation_is_ranked_in_each_rollout(
-    lora_model: PeftModel, privileged: Callable[..., list[PrivilegedRollout]]
+    lora_model: PeftModel, examples: Callable[..., list[TrainExample]]
 ) -> None:
-    items = privileged((4, 9, 3), (8, 12, 5), (1, 40, 100))
+    items = examples((4, 9, 3), (8, 12, 5), (1, 40, 100))
     output = engine_loss(lora_model, items, ObjectiveSection(top_fraction=0.07))
     counts = [int(part.sum()) for part in output.per_token["selected"].split([1, 40, 100])]
     # ceil(0.07 n) computed exactly: 7 of 100, where floats give 8.
@@ -247,7 +244,7 @@ def test_interpolation_is_ranked_in_each_rollout(
 
 
 def test_padded_rows_of_the_head_are_outside_the_distribution(
-    base: PreTrainedModel, ragged: list[PrivilegedRollout]
+    base: PreTrainedModel, ragged: list[TrainExample]
 ) -> None:
     with torch.no_grad():
         before = engine_loss(base, ragged, OPSD)
@@ -257,10 +254,10 @@ def test_padded_rows_of_the_head_are_outside_the_distribution(
 
 
 def test_metric_sums_are_sums_over_the_tokens(
-    lora_model: PeftModel, ragged: list[PrivilegedRollout]
+    lora_model: PeftModel, ragged: list[TrainExample]
 ) -> None:
     output = engine_loss(lora_model, ragged, ObjectiveSection(temperature=0.5))
-    sums = objectives.metric_sums(output)
+    sums = metric_sums(output)
     per_token = output.per_token
     clipped = [mass > 0 for mass in per_token["clipped_mass"].tolist()]
     assert sum(clipped) > 0

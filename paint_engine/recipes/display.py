@@ -1,0 +1,122 @@
+"""What the console and the report show of a recipe's runs, as data."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ConsoleField:
+    """One number on the console: ConsoleField("loss", "loss", "{:.4f}")
+
+    key: of the metrics; a step that lacks it shows nothing. form: a format string for the value.
+    """
+
+    key: str
+    label: str
+    form: str
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One drawing of the report: series ("key of metrics.jsonl", "label") that share a unit.
+
+    Quantity("Entropy", "nats per token", (("student_entropy", "student"),))
+
+    optional: settings decide whether a run has it; otherwise the report says that it is missing.
+    percent: fractions, shown as percentages. smooth: a running mean is drawn over the values.
+    """
+
+    title: str
+    unit: str
+    series: tuple[tuple[str, str], ...]
+    optional: bool = False
+    percent: bool = False
+    smooth: bool = False
+
+
+@dataclass(frozen=True)
+class TokenColor:
+    """What tokens are coloured by: the magnitude of a sample's list `key`, in nats.
+
+    `title` names it in the legend, `label` beside a mean.
+    """
+
+    key: str
+    title: str
+    label: str
+
+
+def never(metrics: Mapping[str, float]) -> bool:
+    """The loss of every step is worth looking at."""
+    return False
+
+
+@dataclass(frozen=True)
+class Display:
+    """How the console and the report show a recipe's runs.
+
+    curves: in the page's order. columns: what stands left and right of a sample. absent: what a
+    reader of a PAINT report would look for in vain. thing, things: what a step trains on.
+    clips, interpolates: whether the report shows clipped masses and selected tokens.
+    loss_is_flat: whether a step's loss stays near zero whatever is learned; it is then left off the
+    console, and `flat_loss_note` explains the curve.
+    """
+
+    console: tuple[ConsoleField, ...]
+    curves: tuple[Quantity, ...]
+    token_color: TokenColor
+    columns: str
+    absent: str = ""
+    thing: str = "rollout"
+    things: str = "rollouts"
+    clips: bool = False
+    interpolates: bool = False
+    loss_is_flat: Callable[[Mapping[str, float]], bool] = never
+    flat_loss_note: str = ""
+
+
+LOSS = ConsoleField("loss", "loss", "{:.4f}")
+OVERLAP = ConsoleField("overlap", "overlap", "{:.0%}")
+ACCURACY = ConsoleField("accuracy", "accuracy", "{:.0%}")
+TOKENS_PER_S = ConsoleField("tokens_per_s", "", "{:,.0f} tokens/s")
+
+LOSS_IN_NATS = Quantity("Loss", "nats per token", (("loss", "loss"),))
+CONTEXT_EXPOSURE = Quantity(
+    "Context exposure",
+    "share",
+    (("overlap", "anchors found (overlap)"), ("mask_ratio", "solution hidden (mask ratio)")),
+    percent=True,
+)
+TOKEN_WEIGHTS = Quantity(
+    "Weights of tokens",
+    "mean",
+    (
+        ("ratio", "student to old student"),
+        ("importance_weight", "trainer to sampler (1: no cap)"),
+    ),
+)
+ENTROPY = Quantity(
+    "Entropy",
+    "nats per token",
+    (("student_entropy", "student"), ("teacher_entropy", "teacher")),
+)
+ROLLOUTS = Quantity(
+    "Rollouts",
+    "share",
+    (("accuracy", "correct"), ("truncation_rate", "truncated")),
+    percent=True,
+    smooth=True,
+)
+GRADIENT_NORM = Quantity("Gradient norm", "before clipping", (("grad_norm", "L2 norm"),))
+COMPLETION_LENGTH = Quantity("Completion length", "tokens", (("completion_length", "mean"),))
+STEP_TIME = Quantity(
+    "Time of a step",
+    "seconds",
+    (("seconds_rollout", "rollout"), ("seconds_update", "update")),
+)
+# The curves that close the page of every recipe with rollouts.
+SAMPLING_CURVES = (ENTROPY, ROLLOUTS, GRADIENT_NORM, COMPLETION_LENGTH, STEP_TIME)
+
+TEACHER_COLUMNS = (
+    "Left, what the teacher was shown beside the problem. Right, what the student wrote"
+)

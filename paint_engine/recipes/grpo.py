@@ -1,0 +1,238 @@
+"""GRPO: groups of rollouts of one problem, and a reward for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Literal
+
+from paint_engine.config.sections import GrpoSection
+from paint_engine.recipes.base import LossInputs, LossOutput, Recipe, mean, stale_rollouts_note
+from paint_engine.recipes.display import (
+    ACCURACY,
+    LOSS,
+    OVERLAP,
+    SAMPLING_CURVES,
+    TOKEN_WEIGHTS,
+    TOKENS_PER_S,
+    ConsoleField,
+    Display,
+    Quantity,
+    TokenColor,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+    from paint_engine.types import TrainExample
+
+# Keeps the division finite where the rewards of a group hardly differ, as TRL's GRPO does.
+_STD_FLOOR = 1e-4
+
+
+class Grpo(Recipe):
+    """GRPO with ratio r_t = p_S / p_old and advantage A of the token's rollout; a token's loss is
+
+        -w_t min(r_t A, clip(r_t, 1 - low, 1 + high) A) + kl_weight (exp(d_t) - d_t - 1),
+
+    d_t = log p_base - log p_S, w_t = min(p_old / p_sampler, importance_cap), or 1 without a cap.
+    """
+
+    keys = ("grpo.*", "objective.importance_cap")
+    needs_solution = False
+    recorded_as = "ratio"
+
+    @property
+    def second_pass(self) -> Literal["teacher", "base"] | None:
+        """The base's, for the KL to it."""
+        return "base" if self.config.grpo.kl_weight > 0 else None
+
+    @property
+    def group_size(self) -> int:
+        """Rollouts of one problem, whose rewards are compared."""
+        return self.config.grpo.group_size
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps on each batch of rollouts."""
+        return self.config.grpo.num_updates
+
+    def check(self) -> None:
+        """Raises ValueError for a batch that is not made of whole groups."""
+        super().check()
+        batch_size, size = self.config.train.batch_size, self.config.grpo.group_size
+        if batch_size % size:
+            raise ValueError(
+                f"train.batch_size: got {batch_size} with grpo.group_size {size}; needs a multiple "
+                "of it, since the batch is made of whole groups; change one of them"
+            )
+
+    def notes(self) -> list[str]:
+        """Notes on groups that are left out and on rollouts that are one step old."""
+        grpo, found = self.config.grpo, []
+        if grpo.skip_zero_variance and grpo.kl_weight > 0:
+            found.append(
+                "groups of equal rewards are left out with their KL to the base and still counted "
+                f"in the mean: of grpo.kl_weight {grpo.kl_weight} as much is left as the share of "
+                "groups whose rewards differ; --grpo.skip_zero_variance false keeps it whole"
+            )
+        return found + stale_rollouts_note(self.config)
+
+    @property
+    def display(self) -> Display:
+        """The reward first; the loss where it says something; tokens coloured by entropy."""
+        reward = Quantity("Reward", "mean over rollouts", (("reward", "reward"),), smooth=True)
+        silent = Quantity(
+            "Groups without a signal",
+            "groups a step",
+            (("zero_variance_groups", "all rewards equal"),),
+            smooth=True,
+        )
+        base_kl = Quantity(
+            "KL to the base",
+            "nats per token",
+            (("base_kl", "KL(student, base), k3"),),
+            optional=True,
+        )
+        clip = Quantity(
+            "Ratio clip",
+            "share",
+            (("ratio_clipped_share", "tokens stopped by the clip"),),
+            percent=True,
+        )
+        return Display(
+            console=(
+                ConsoleField("reward", "reward", "{:.2f}"),
+                ConsoleField("zero_variance_groups", "groups without a signal", "{:.0f}"),
+                LOSS,
+                ConsoleField("base_kl", "base KL", "{:.4f} nats"),
+                OVERLAP,
+                ACCURACY,
+                TOKENS_PER_S,
+            ),
+            curves=(
+                reward,
+                silent,
+                Quantity("Loss", "per token", (("loss", "loss"),)),
+                base_kl,
+                clip,
+                TOKEN_WEIGHTS,
+                *SAMPLING_CURVES,
+            ),
+            token_color=TokenColor("student_entropy", "entropy", "entropy"),
+            columns="Left, the problem and its verified solution. Right, what the student wrote",
+            absent="GRPO has no teacher: there is no KL to one, and no solution is shown or "
+            "masked.",
+            loss_is_flat=loss_is_flat,
+            flat_loss_note="one update a batch: each ratio is 1 and a group's advantages cancel "
+            "out, so that the value stays near zero whatever is learned; look at the reward",
+        )
+
+    def prepare_batch(self, examples: Sequence[TrainExample]) -> Sequence[TrainExample]:
+        """The examples with each rollout's advantage over its group."""
+        section = self.config.grpo
+        advantages = group_advantages(
+            [_reward(e) for e in examples], section.group_size, scale_by_std=section.scale_by_std
+        )
+        return [replace(e, advantage=a) for e, a in zip(examples, advantages, strict=True)]
+
+    def trained(self, examples: Sequence[TrainExample]) -> Sequence[TrainExample]:
+        """All, or, with `skip_zero_variance`, those of groups whose rewards differ."""
+        if not self.config.grpo.skip_zero_variance:
+            return examples
+        kept = [group for group in self._groups(examples) if not has_equal_rewards(group)]
+        return [example for group in kept for example in group]
+
+    def metrics(self, examples: Sequence[TrainExample]) -> dict[str, float]:
+        """The rollouts' means, the mean reward and the groups without a signal."""
+        return super().metrics(examples) | {
+            "reward": mean(map(_reward, examples)),
+            "zero_variance_groups": sum(map(has_equal_rewards, self._groups(examples))),
+        }
+
+    def _groups(self, examples: Sequence[TrainExample]) -> list[Sequence[TrainExample]]:
+        size = self.config.grpo.group_size
+        return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        """The clipped policy gradient, and the KL to the base by the k3 estimate."""
+        import torch
+
+        from paint_engine.recipes import tokens
+
+        section, grpo = self.config.objective, self.config.grpo
+        student = tokens.student_logprobs(inputs, section.temperature)
+        present = student.logprobs.detach()
+        old = present if inputs.old_logprobs is None else inputs.old_logprobs
+        ratio = torch.exp(student.logprobs - old)
+        advantages = torch.tensor([e.advantage for e in inputs.examples], dtype=torch.float64)
+        rows = tokens.rollout_of_token(inputs.cu_seqlens).to(ratio.device)
+        gain, clipped = clipped_gain(ratio, advantages.to(ratio)[rows], grpo)
+        weight = tokens.importance_weight(old, inputs, section.importance_cap)
+        token_loss = -weight * gain
+        per_token = {
+            "logprobs": present,
+            "ratio": ratio.detach(),
+            "ratio_clipped_share": clipped,
+            "importance_weight": weight,
+            "student_entropy": student.entropy,
+        }
+        if grpo.kl_weight > 0:
+            base = tokens.second_logprobs(inputs, section.temperature)
+            difference = base.logprobs - student.logprobs
+            base_kl = torch.expm1(difference) - difference
+            token_loss = token_loss + grpo.kl_weight * base_kl
+            per_token["base_kl"] = base_kl.detach()
+        per_token["token_loss"] = token_loss.detach()
+        loss = tokens.reduced(token_loss, inputs.cu_seqlens, section.reduction, inputs.denominator)
+        return LossOutput(loss, per_token)
+
+
+def group_advantages(
+    rewards: Sequence[float], group_size: int, *, scale_by_std: bool
+) -> list[float]:
+    """Each reward minus its group's mean, divided by the group's sample standard deviation (n - 1)
+    plus 1e-4 where asked. Groups are consecutive; one whose rewards are equal has exact zeros."""
+    assert group_size >= 2 and len(rewards) % group_size == 0, (len(rewards), group_size)
+    advantages: list[float] = []
+    for start in range(0, len(rewards), group_size):
+        group = rewards[start : start + group_size]
+        if len(set(group)) == 1:
+            advantages += [0.0] * group_size
+            continue
+        center, scale = fmean(group), stdev(group) + _STD_FLOOR if scale_by_std else 1.0
+        advantages += [(reward - center) / scale for reward in group]
+    return advantages
+
+
+def has_equal_rewards(group: Sequence[TrainExample]) -> bool:
+    """Whether a group says nothing about which of its rollouts are better."""
+    return len({_reward(example) for example in group}) == 1
+
+
+def loss_is_flat(metrics: Mapping[str, float]) -> bool:
+    """Whether the step had one update without a KL: the ratios are then 1, and a group's advantages
+    cancel out whatever is learned. Without a ratio nothing was trained on."""
+    return "reward" in metrics and "base_kl" not in metrics and metrics.get("ratio", 1.0) == 1.0
+
+
+def clipped_gain(
+    ratio: Float[Tensor, " N"], advantage: Float[Tensor, " N"], section: GrpoSection
+) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """min(r A, clip(r) A), and where the clip decides: there the gain has no gradient."""
+    import torch
+
+    low, high = 1 - section.ratio_clip_low, 1 + section.ratio_clip_high
+    gain = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    clipped = ((ratio > high) & (advantage > 0)) | ((ratio < low) & (advantage < 0))
+    return gain, clipped
+
+
+def _reward(example: TrainExample) -> float:
+    assert example.verdict is not None
+    return example.verdict.reward
+
+
+RECIPE = Grpo

@@ -1,0 +1,157 @@
+"""PAINT: a clipped divergence to the sparsely interpolated teacher. OPSD is a preset of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from paint_engine.recipes.base import LossInputs, LossOutput
+from paint_engine.recipes.display import (
+    ACCURACY,
+    CONTEXT_EXPOSURE,
+    LOSS,
+    LOSS_IN_NATS,
+    OVERLAP,
+    SAMPLING_CURVES,
+    TEACHER_COLUMNS,
+    TOKENS_PER_S,
+    ConsoleField,
+    Display,
+    Quantity,
+    TokenColor,
+)
+from paint_engine.recipes.with_teacher import TeacherRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# By divergence: its name, and the report's label of the curve.
+_NAMES = {"forward_kl": "KL", "reverse_kl": "reverse KL", "jsd": "JSD"}
+_CURVES = {
+    "forward_kl": ("Unclipped KL", "KL(teacher, student)"),
+    "reverse_kl": ("Unclipped KL", "KL(student, teacher)"),
+    "jsd": ("Unclipped JSD", "teacher and student"),
+}
+
+
+class Paint(TeacherRecipe):
+    """Clipped divergence over the vocabulary to the sparsely interpolated teacher (Eq. 3, 12, 14).
+
+    Full solutions and no interpolation make it OPSD.
+    """
+
+    keys = (
+        *TeacherRecipe.keys,
+        "objective.divergence",
+        "objective.jsd_weight",
+        "objective.pointwise_clip",
+        "objective.top_fraction",
+        "objective.interpolation_weight",
+        "objective.entropy_floor",
+        "objective.teacher_top_k",
+    )
+    recorded_as = "token_kl"
+
+    def check(self) -> None:
+        """Raises ValueError for a weight of the JSD with another divergence."""
+        super().check()
+        objective = self.config.objective
+        if objective.divergence != "jsd" and objective.jsd_weight != 0.5:
+            raise ValueError(
+                f"objective.jsd_weight: got {objective.jsd_weight} with objective.divergence "
+                f"{objective.divergence!r}, which has no such weight; leave it out, or use "
+                "--objective.divergence jsd"
+            )
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises ValueError where `teacher_top_k` exceeds the vocabulary."""
+        top_k = self.config.objective.teacher_top_k
+        if top_k is not None and top_k > len(tokenizer):
+            raise ValueError(
+                f"objective.teacher_top_k is {top_k}, but the vocabulary has {len(tokenizer)} "
+                "tokens: lower it, or turn it off with --objective.teacher_top_k none"
+            )
+
+    def notes(self) -> list[str]:
+        """A note on the clip of the reverse KL."""
+        objective = self.config.objective
+        if objective.divergence != "reverse_kl" or objective.pointwise_clip is None:
+            return []
+        return [
+            "the clip is made for the forward KL; with the reverse KL it removes the penalty on "
+            "tokens that the student overrates, and training then drifts away from the teacher; "
+            "--objective.pointwise_clip none switches it off"
+        ]
+
+    @property
+    def display(self) -> Display:
+        """Curves of the divergence and its clip; tokens coloured by the unclipped divergence."""
+        objective = self.config.objective
+        name, (title, series) = _NAMES[objective.divergence], _CURVES[objective.divergence]
+        clips = objective.pointwise_clip is not None
+        clip = Quantity(
+            "Pointwise clip",
+            "share",
+            (
+                ("clipped_mass", "teacher mass clipped"),
+                ("clipped_token_share", "tokens with a clip"),
+            ),
+            percent=True,
+        )
+        divergence = ConsoleField("token_kl", name, "{:.4f} nats")
+        return Display(
+            console=(LOSS, divergence, OVERLAP, ACCURACY, TOKENS_PER_S),
+            curves=(
+                LOSS_IN_NATS,
+                Quantity(title, "nats per token", (("token_kl", series),)),
+                *((clip,) if clips else ()),
+                CONTEXT_EXPOSURE,
+                *SAMPLING_CURVES,
+            ),
+            token_color=TokenColor(
+                "token_kl",
+                title.replace("Unclipped", "unclipped"),
+                "JSD" if objective.divergence == "jsd" else "KL",
+            ),
+            columns=TEACHER_COLUMNS,
+            clips=clips,
+            interpolates=objective.interpolation_weight > 0,
+        )
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        """The divergence by `paint_kernels.paint_loss`; the logits never exist as a whole."""
+        # Here, for the declarations above are read without PyTorch.
+        from paint_kernels import paint_loss
+
+        assert inputs.second_hidden_states is not None
+        section = self.config.objective
+        output = paint_loss(
+            inputs.student_hidden_states,
+            inputs.second_hidden_states,
+            inputs.lm_head_weight,
+            inputs.cu_seqlens,
+            teacher_lm_head_weight=inputs.second_lm_head_weight,
+            temperature=section.temperature,
+            divergence=section.divergence,
+            jsd_weight=section.jsd_weight,
+            pointwise_clip=section.pointwise_clip,
+            top_fraction=section.top_fraction,
+            interpolation_weight=section.interpolation_weight,
+            teacher_top_k=section.teacher_top_k,
+            entropy_floor=section.entropy_floor,
+            vocab_size=inputs.vocab_size,
+            reduction=section.reduction,
+            denominator=inputs.denominator,
+        )
+        per_token = {
+            "token_loss": output.token_loss,
+            "token_kl": output.token_kl,
+            "clipped_mass": output.clipped_mass,
+            "clipped_token_share": output.clipped_mass > 0,
+            "student_entropy": output.student_entropy,
+            "teacher_entropy": output.teacher_entropy,
+            "selected": output.selected,
+        }
+        return LossOutput(output.loss, per_token)
+
+
+RECIPE = Paint

@@ -1,0 +1,89 @@
+"""Sampled-token distillation: a policy gradient by the teacher's log-ratio of each token."""
+
+from __future__ import annotations
+
+from paint_engine.recipes.base import LossInputs, LossOutput, stale_rollouts_note
+from paint_engine.recipes.display import (
+    ACCURACY,
+    CONTEXT_EXPOSURE,
+    LOSS,
+    LOSS_IN_NATS,
+    OVERLAP,
+    SAMPLING_CURVES,
+    TEACHER_COLUMNS,
+    TOKEN_WEIGHTS,
+    TOKENS_PER_S,
+    ConsoleField,
+    Display,
+    Quantity,
+    TokenColor,
+)
+from paint_engine.recipes.with_teacher import TeacherRecipe
+
+
+class SampledToken(TeacherRecipe):
+    """Policy gradient by the log-ratio of the sampled tokens, A_t = log p_T(y_t) - log p_S(y_t).
+
+    The token loss is w_t (log p_S - log p_T), a sample of the reverse KL; its gradient is
+    -w_t A_t grad log p_S(y_t), whose mean over samples from p_S is the gradient of each token's
+    reverse KL. Samples that top-p or top-k has cut, or of another temperature, are not from p_S,
+    and their mean is another: it takes a sampler that cuts nothing off.
+    w_t = min(p_S / p_sampler, importance_cap), or 1 where the cap is None.
+    """
+
+    keys = (*TeacherRecipe.keys, "objective.importance_cap")
+    recorded_as = "sampled_kl"
+
+    def notes(self) -> list[str]:
+        """A note on rollouts that are one step old."""
+        return stale_rollouts_note(self.config)
+
+    @property
+    def display(self) -> Display:
+        """Curves of the sampled KL; tokens coloured by its magnitude."""
+        sampled = ConsoleField("sampled_kl", "sampled KL", "{:.4f} nats")
+        return Display(
+            console=(LOSS, sampled, OVERLAP, ACCURACY, TOKENS_PER_S),
+            curves=(
+                LOSS_IN_NATS,
+                Quantity(
+                    "Sampled KL",
+                    "nats per token",
+                    (("sampled_kl", "mean of log p_S - log p_T"),),
+                ),
+                CONTEXT_EXPOSURE,
+                TOKEN_WEIGHTS,
+                *SAMPLING_CURVES,
+            ),
+            token_color=TokenColor("sampled_kl", "|log p_S - log p_T|", "sampled KL"),
+            columns=TEACHER_COLUMNS,
+            absent="The teacher scores the sampled tokens alone: no entry of the vocabulary is "
+            "clipped and no target is interpolated.",
+        )
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        """The weighted log-ratio of the sampled tokens."""
+        import torch
+
+        from paint_engine.recipes import tokens
+
+        section = self.config.objective
+        student = tokens.student_logprobs(inputs, section.temperature)
+        teacher = tokens.second_logprobs(inputs, section.temperature)
+        present = student.logprobs.detach()
+        sampled_kl = present - teacher.logprobs
+        weight = tokens.importance_weight(present, inputs, section.importance_cap)
+        # The factor is 1 and carries the gradient of log p_S.
+        token_loss = weight * sampled_kl * torch.exp(student.logprobs - present)
+        per_token = {
+            "token_loss": token_loss.detach(),
+            "sampled_kl": sampled_kl,
+            "importance_weight": weight,
+            "student_entropy": student.entropy,
+            "teacher_entropy": teacher.entropy,
+        }
+        loss = tokens.reduced(token_loss, inputs.cu_seqlens, section.reduction, inputs.denominator)
+        return LossOutput(loss, per_token)
+
+
+RECIPE = SampledToken

@@ -1,0 +1,103 @@
+"""What the teacher sees beside a rollout: the partial solution, and a rationale of it where the
+teacher reasons first."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from paint_engine.config.schema import Config
+from paint_engine.prompts.chat import encode_teacher_prompt
+from paint_engine.prompts.masking import mask_ratio, mask_solution
+from paint_engine.prompts.rationale import encode_reason_prompt, read_rationale
+from paint_engine.recipes.base import StepContext
+from paint_engine.seeds import request_rng, request_seed
+from paint_engine.types import Problem, Request, TeacherView, TrainExample
+
+
+def add_teacher_view(
+    config: Config, context: StepContext, example: TrainExample, request: Request
+) -> TrainExample:
+    """The example with the teacher's view: more of the solution is hidden the more the rollout
+    overlaps with it (Eq. 4 to 6)."""
+    masking, problem = config.masking, example.rollout.problem
+    assert example.overlap is not None
+    rho = mask_ratio(example.overlap, masking.rho_wrong, masking.rho_correct)
+    seed = ("mask", config.train.seed, context.step, problem.problem_id, request.index)
+    partial_solution = mask_solution(
+        problem.solution,
+        rho,
+        placement=masking.placement,
+        generator=request_rng(*seed),
+        marker=masking.marker,
+    )
+    view = _view(config, context, problem, partial_solution)
+    return replace(example, teacher_view=replace(view, mask_ratio=rho))
+
+
+def add_rationales(
+    config: Config, context: StepContext, examples: Sequence[TrainExample]
+) -> list[TrainExample]:
+    """The examples with a rationale in the teacher's prompts, which the teacher writes from what it
+    is shown of the solutions. A collective of all ranks."""
+    limit, prompts = config.teacher.reason_max_new_tokens, []
+    for example in examples:
+        assert example.teacher_view is not None
+        prompt, _ = encode_reason_prompt(
+            context.tokenizer,
+            example.rollout.problem,
+            example.teacher_view.partial_solution,
+            config.prompts,
+            # A thought that the limit cuts short would be taken for the rationale.
+            thinking=False,
+            max_tokens=context.max_context - limit,
+            marker=config.masking.marker,
+        )
+        prompts.append(prompt)
+    seeds = [
+        request_seed("reason", config.train.seed, context.step, r.index) for r in context.requests
+    ]
+    # A live teacher is the student; the engines know any other as the base.
+    base = config.teacher.weights != "live"
+    completions = context.complete(prompts, seeds, max_new_tokens=limit, base=base)
+    return [
+        _with_rationale(config, context, example, read_rationale(context.tokenizer, token_ids))
+        for example, token_ids in zip(examples, completions, strict=True)
+    ]
+
+
+def _with_rationale(
+    config: Config, context: StepContext, example: TrainExample, rationale: str
+) -> TrainExample:
+    before = example.teacher_view
+    assert before is not None
+    problem = example.rollout.problem
+    view = _view(config, context, problem, before.partial_solution, rationale)
+    shortened = before.shortened or view.shortened
+    return replace(
+        example, teacher_view=replace(view, mask_ratio=before.mask_ratio, shortened=shortened)
+    )
+
+
+def _view(
+    config: Config,
+    context: StepContext,
+    problem: Problem,
+    partial_solution: str,
+    rationale: str = "",
+) -> TeacherView:
+    """The teacher's prompt, shortened where it does not fit beside the longest completion."""
+    prompt_ids, shown = encode_teacher_prompt(
+        context.tokenizer,
+        problem,
+        partial_solution,
+        config.prompts,
+        max_tokens=context.max_context - config.rollout.max_new_tokens,
+        marker=config.masking.marker,
+        rationale=rationale,
+    )
+    return TeacherView(
+        prompt_ids=prompt_ids,
+        partial_solution=shown,
+        mask_ratio=0.0,
+        shortened=shown != partial_solution,
+        rationale=rationale,
+    )
