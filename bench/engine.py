@@ -24,8 +24,10 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from bench import gpu_job, measure
-from bench.engine_cases import (
+from bench import measure
+from bench.gpu import job
+from bench.measure import dtype_on, progress
+from bench.step.cases import (
     COUNTED_PARTS,
     Case,
     Lengths,
@@ -36,8 +38,8 @@ from bench.engine_cases import (
     random_rollouts,
     token_counts,
 )
-from bench.engine_loops import OwnLoop
-from bench.engine_measure import (
+from bench.step.loops import OwnLoop
+from bench.step.timing import (
     LOOPS,
     OURS,
     TRL,
@@ -50,9 +52,7 @@ from bench.engine_measure import (
     time_on_cpu,
     whole_steps,
 )
-from bench.engine_trl import LACKS, reason_against
-from bench.kernels import progress
-from bench.scaling import dtype_on
+from bench.step.trl_loop import LACKS, reason_against
 from bench.tables import engine_case_table
 from paint_engine import train
 from paint_engine.cli import load_config, preset_names
@@ -166,7 +166,7 @@ def measure_case(
 def environment(device: torch.device, command: str) -> dict[str, Any]:
     """With the versions of what trains."""
     found = measure.environment(device, command)
-    versions = {name: gpu_job.version(name) for name in ("torch", "transformers", "peft", "trl")}
+    versions = {name: job.version(name) for name in ("torch", "transformers", "peft", "trl")}
     named = {name: version for name, version in versions.items() if version}
     python = found["versions"]["python"]
     return {**found, "versions": {"python": python, **named, **measure.cuda_version()}}

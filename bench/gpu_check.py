@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu_job import Job, describe_environment, slug
+from bench.gpu.job import Job, describe_environment, slug
 from bench.measure import ROOT
 
 TOTAL_SECONDS = 460.0
@@ -52,13 +52,13 @@ class Part:
 
 # What a first try on a GPU needs most comes first; shares add up to 1.
 PARTS = (
-    Part("environment", "bench.gpu_environment", 0.06),
-    Part("tests", "bench.gpu_tests", 0.20),
-    Part("waits", "bench.gpu_syncs", 0.07, needs_gpu=True),
-    Part("kernels", "bench.gpu_kernels", 0.24),
-    Part("steps", "bench.gpu_steps", 0.08),
-    Part("engine", "bench.engine_gpu", 0.25),
-    Part("questions", "bench.gpu_questions", 0.10, needs_gpu=True),
+    Part("environment", "bench.gpu.environment", 0.06),
+    Part("tests", "bench.gpu.tests", 0.20),
+    Part("waits", "bench.gpu.waits", 0.07, needs_gpu=True),
+    Part("kernels", "bench.gpu.kernels", 0.24),
+    Part("steps", "bench.gpu.steps", 0.08),
+    Part("engine", "bench.gpu.engine", 0.25),
+    Part("questions", "bench.gpu.questions", 0.10, needs_gpu=True),
 )
 
 

@@ -8,7 +8,7 @@
 Constants, launch settings and alignments are those that paint_kernels._triton_backend passes to
 the kernels when it is called at Qwen3's vocabulary. A problem is a spilled register, float64
 arithmetic, shared memory above the architecture's limit, or a row offset in 32 bits. The bytes
-moved are counted by bench.kernel_traffic.
+moved are counted by bench.kernels.traffic.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-from bench.kernel_traffic import (
+from bench.kernels.traffic import (
     VARIANTS,
     Row,
     Variant,
@@ -259,7 +259,7 @@ def problems(compiled: Compiled) -> list[str]:
 def count_traffic() -> list[dict[str, Any]]:
     """Bytes moved, by variant and row; in a process of its own, where Triton interprets."""
     done = subprocess.run(
-        [sys.executable, "-m", "bench.kernel_traffic"],
+        [sys.executable, "-m", "bench.kernels.traffic"],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=ROOT,
         stdout=subprocess.PIPE,

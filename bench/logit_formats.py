@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench import measure
-from bench.kernels import progress
+from bench.measure import progress
 from bench.tables import logit_formats_table
 
 TEMPERATURE, CLIP = 1.0, 0.06

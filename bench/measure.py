@@ -8,6 +8,7 @@ import resource
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -181,6 +182,10 @@ def extra_bytes_on_cpu(call: Callable[[], Any]) -> int:
     return after - before
 
 
+def dtype_on(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
@@ -315,6 +320,10 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "versions": versions(),
     }
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def emit(result: dict[str, Any], output: Path | None) -> None:

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.paper_markdown import document
-from bench.paper_plan import (
+from bench.paper.markdown import document
+from bench.paper.plan import (
     SCALES,
     TABLES,
     Scale,
@@ -25,8 +25,8 @@ from bench.paper_plan import (
     sweep_runs,
     table_runs,
 )
-from bench.paper_result import build_result, rerun
-from bench.paper_runs import describe_bases, make_bases, make_pool, run_tables, visible_gpus
+from bench.paper.result import build_result, rerun
+from bench.paper.runs import describe_bases, make_bases, make_pool, run_tables, visible_gpus
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -119,7 +119,7 @@ def make_tables(arguments: argparse.Namespace, scale: Scale, num_workers: int) -
 def write(result: dict[str, Any], output: Path) -> None:
     """The result file, and the same as a page and a figure beside it."""
     # PyTorch comes with it, which the workers are to import with their own settings.
-    from bench.paper_figures import save
+    from bench.paper.figures import save
 
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(dump(result))

@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.measure import ROOT
-from bench.paper_markdown import PAPER_TABLES
+from bench.paper.markdown import PAPER_TABLES
 from bench.tables import TABLES, Result, fill, headline
 
 RESULTS = ROOT / "bench" / "results"

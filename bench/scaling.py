@@ -19,18 +19,15 @@ from typing import Any
 import torch
 
 from bench import measure
-from bench.kernels import HIDDEN, VOCAB_SIZE, progress
+from bench.kernels.compare import HIDDEN, VOCAB_SIZE
 from bench.losses import PAINT, Shape, gradients, make_inputs, our_loss
+from bench.measure import dtype_on, progress
 
 NUM_TOKENS = [4096 * 2**doubling for doubling in range(6)]
 ROLLOUT_TOKENS = 1024
 CPU_HIDDEN, CPU_VOCAB_SIZE = 64, 4096
 VALUE_BYTES = 6 * 4 + 1
 """of one token: six float32 values and whether it was selected"""
-
-
-def dtype_on(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def kept_bytes(shape: Shape) -> int:

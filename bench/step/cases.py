@@ -1,0 +1,194 @@
+"""The models of `python -m bench.engine` and their rollouts: what a preset names, or random weights
+of Qwen3's shapes and random token ids, so that nothing has to be downloaded or sampled."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from bench.measure import dtype_on
+from paint_engine import setup
+from paint_engine.cli import CommandLine, load_config
+from paint_engine.distributed import World
+from paint_engine.model import TINY_BASE
+from paint_engine.model_shape import shape_of, step_flops
+from paint_engine.setup import Run
+from paint_engine.types import PrivilegedRollout, Problem, Rollout
+
+COUNTED_PARTS = ("student", "teacher", "loss", "backward")
+"""of a step, whose floating-point operations are counted"""
+QWEN3_NUM_TOKENS = 151669
+"""of Qwen3's tokenizer; its head has 151,936 rows"""
+RANDOM_MODELS: dict[str, dict[str, Any]] = {
+    "1.7b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28},
+    "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36},
+    "8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36},
+    # For trying the path on a CPU.
+    "small": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+}
+NUM_HEADS = {"1.7b": 16, "4b": 32, "8b": 32, "small": 4}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of one rollout."""
+
+    student_prompt: int
+    teacher_prompt: int
+    completion: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its rollouts: with `lengths`, random weights of a shape and random rollouts of
+    those lengths; without, what the arguments of paint_engine.train name, and what it samples."""
+
+    name: str
+    arguments: tuple[str, ...]
+    lengths: Lengths | None = None
+
+
+def preset_case(preset: str, *changes: str) -> Case:
+    """The weights and the rollouts of a preset."""
+    return Case(preset, ("--preset", preset, "--eval.enabled", "false", *changes))
+
+
+def random_case(model: str, lengths: Lengths, num_rollouts: int) -> Case:
+    """The paper's settings for a shape of RANDOM_MODELS; nothing is downloaded."""
+    preset = f"paint-qwen3-{model if model != 'small' else '1.7b'}"
+    changes = ("--data.path", "tiny", "--rollout.engine", "builtin", "--train.batch_size")
+    case = preset_case(preset, *changes, str(num_rollouts))
+    return Case(model, case.arguments, lengths)
+
+
+def random_config(model: str) -> Qwen3Config:
+    small = model == "small"
+    return Qwen3Config(
+        **RANDOM_MODELS[model],
+        num_attention_heads=NUM_HEADS[model],
+        num_key_value_heads=2 if small else 8,
+        head_dim=16 if small else 128,
+        vocab_size=520 if small else 151936,
+        tie_word_embeddings=model != "8b",
+        max_position_embeddings=40960,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+
+
+def numbered_tokenizer(num_tokens: int) -> PreTrainedTokenizerFast:
+    """Of so many tokens; no text of a random model's is ever read."""
+    words = {f"w{number}": number for number in range(num_tokens)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w2")),
+        pad_token="w0",
+        eos_token="w1",
+        unk_token="w2",
+    )
+    tokenizer.chat_template = (TINY_BASE / "chat_template.jinja").read_text()
+    return tokenizer
+
+
+def num_tokens_of(case: Case) -> int:
+    """Of the tokenizer of a random model."""
+    return 512 if case.name == "small" else QWEN3_NUM_TOKENS
+
+
+def load_case(
+    case: Case, device: torch.device
+) -> tuple[CommandLine, PreTrainedModel, PreTrainedTokenizerBase]:
+    """The case's settings, its base on the device, and its tokenizer."""
+    command = load_config(case.arguments)
+    if case.lengths is None:
+        section = command.config.model
+        return command, setup.load_base(section, device), setup.load_tokenizer(section)
+    config = random_config(case.name)
+    torch.manual_seed(0)
+    options = {"dtype": dtype_on(device), "attn_implementation": "sdpa"}
+    with device:
+        base = AutoModelForCausalLM.from_config(config, **options)
+    return command, base, numbered_tokenizer(num_tokens_of(case))
+
+
+def open_run(case: Case, device: torch.device, directory: Path) -> Run:
+    """What training starts from, built by the engine itself, in a directory of its own."""
+    command, base, tokenizer = load_case(case, device)
+    config = command.config
+    section = config.run.model_copy(update={"dir": str(directory)})
+    command = replace(command, config=config.model_copy(update={"run": section}))
+    given = {"load_base": lambda *_, **__: base, "load_tokenizer": lambda _: tokenizer}
+    with mock.patch.multiple(setup, **given):
+        return setup.build_run(command, World(0, 1, 0, device))
+
+
+def fixed_rollout(
+    prompt_ids: Sequence[int], teacher_prompt_ids: Sequence[int], completion_ids: Sequence[int]
+) -> PrivilegedRollout:
+    """Token ids with everything that the loss does not see left empty."""
+    problem = Problem("bench:0", "", "", "0")
+    ids = tuple(completion_ids)
+    rollout = Rollout(problem, tuple(prompt_ids), ids, (-1.0,) * len(ids), True, "")
+    return PrivilegedRollout(rollout, False, None, 0.0, 0.3, "", tuple(teacher_prompt_ids))
+
+
+def random_rollouts(lengths: Lengths, number: int, num_tokens: int) -> list[PrivilegedRollout]:
+    """All of the lengths given."""
+    rng = random.Random(0)
+    sizes = (lengths.student_prompt, lengths.teacher_prompt, lengths.completion)
+    return [
+        fixed_rollout(*([rng.randrange(num_tokens) for _ in range(size)] for size in sizes))
+        for _ in range(number)
+    ]
+
+
+def write_rollouts(rollouts: Sequence[PrivilegedRollout], path: Path) -> None:
+    """For other processes to read."""
+    ids = [(p.rollout.prompt_ids, p.teacher_prompt_ids, p.rollout.completion_ids) for p in rollouts]
+    path.write_text(json.dumps(ids))
+
+
+def read_rollouts(path: Path) -> list[PrivilegedRollout]:
+    """What `write_rollouts` wrote."""
+    return [fixed_rollout(*ids) for ids in json.loads(path.read_text())]
+
+
+def operations(run: Run, rollouts: Sequence[PrivilegedRollout]) -> dict[str, float]:
+    """Floating-point operations of a step by part, of the model alone: no padding, nothing done
+    twice."""
+    shape, counted = shape_of(run.model), Counter[str]()
+    for item in rollouts:
+        counted.update(
+            step_flops(
+                shape,
+                student_prompt=len(item.rollout.prompt_ids),
+                teacher_prompt=len(item.teacher_prompt_ids),
+                completion=len(item.rollout.completion_ids),
+                checkpointing=False,
+            )
+        )
+    return dict(counted)
+
+
+def token_counts(rollouts: Sequence[PrivilegedRollout]) -> dict[str, int]:
+    """Of a step: both roles' sequences, and the completions in them."""
+    completion = sum(len(p.rollout.completion_ids) for p in rollouts)
+    return {
+        "student": sum(len(p.rollout.prompt_ids) for p in rollouts) + completion,
+        "teacher": sum(len(p.teacher_prompt_ids) for p in rollouts) + completion,
+        "completion": completion,
+    }

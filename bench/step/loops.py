@@ -1,0 +1,199 @@
+"""The training loops of ours that `python -m bench.engine` times: the engine's own step on fixed
+rollouts, with its own loss or with plain PyTorch's; and bare matrix products."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench.losses import float32_logits
+from bench.measure import dtype_on
+from paint_engine import objectives, train
+from paint_engine.batch import batch_to, build_batch
+from paint_engine.config_sections import ObjectiveSection
+from paint_engine.model import autocast, hidden_states, lm_head_weight
+from paint_engine.objectives import ObjectiveOutput
+from paint_engine.setup import Run
+from paint_engine.types import PrivilegedRollout
+from paint_kernels import entropy_ratio, reference, select_top_fraction
+
+GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+GEMMS_A_STEP = 10
+
+
+def plain_paint(
+    student_hidden_states: Tensor,
+    teacher_hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    cu_seqlens: Tensor,
+    section: ObjectiveSection,
+    *,
+    teacher_lm_head_weight: Tensor | None,
+    vocab_size: int,
+    denominator: int,
+) -> ObjectiveOutput:
+    """`objectives.paint` as one writes it with the logits of all tokens at hand: same loss, same
+    values beside it, gradients by autograd."""
+    assert section.teacher_top_k is None, section.teacher_top_k
+    t, k, clip = section.temperature, section.interpolation_weight, section.pointwise_clip
+    teacher_head = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
+    student_logits = float32_logits(student_hidden_states, lm_head_weight)[:, :vocab_size]
+    log_p = torch.log_softmax(student_logits / t, dim=-1)
+    with torch.no_grad():
+        teacher_logits = float32_logits(teacher_hidden_states, teacher_head)[:, :vocab_size]
+        log_q = torch.log_softmax(teacher_logits / t, dim=-1)
+        entropies = [-(one.exp() * one).sum(dim=-1) for one in (log_q, log_p)]
+        ratio = entropy_ratio(*entropies, entropy_floor=section.entropy_floor)
+        rows = select_top_fraction(ratio, cu_seqlens.to(ratio.device), section.top_fraction)
+        mixed = (1 - k) * teacher_logits[rows] + k * student_logits[rows]
+        log_q[rows] = torch.log_softmax(mixed / t, dim=-1)
+        del teacher_logits, mixed
+    q = log_q.exp()
+    f = q * (log_q - log_p)
+    token_kl, clipped_mass = f.detach().sum(dim=-1), torch.zeros_like(ratio)
+    if clip is not None:
+        clipped_mass = torch.where(f.detach() > clip, q, 0.0).sum(dim=-1)
+        f = f.clamp(max=clip)
+    token_loss = f.sum(dim=-1)
+    return ObjectiveOutput(
+        reference.reduce_tokens(token_loss, cu_seqlens, section.reduction, denominator),
+        {
+            "token_loss": token_loss.detach(),
+            "token_kl": token_kl,
+            "clipped_mass": clipped_mass,
+            "clipped_token_share": clipped_mass > 0,
+            "student_entropy": entropies[1],
+            "teacher_entropy": entropies[0],
+            "selected": rows,
+        },
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def wall_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Of a call that works on the host and on the device."""
+    synchronize(device)
+    begin = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def timed_steps(
+    step: Callable[[], Any], device: torch.device, number: int, between: Callable[[], None]
+) -> list[float]:
+    """As `Loop.steps`."""
+    seconds = []
+    for _ in range(number):
+        between()
+        seconds.append(wall_seconds(step, device))
+    return seconds
+
+
+class Loop(Protocol):
+    """Optimizer steps on fixed rollouts."""
+
+    losses: list[float]
+    """of every step taken"""
+
+    def steps(self, number: int, between: Callable[[], None]) -> list[float]:
+        """Seconds of each of `number` steps; `between` is called before each, untimed."""
+        ...
+
+
+def nothing() -> None:
+    """Between steps that have the machine to themselves."""
+
+
+class GemmLoop:
+    """Bare matrix products in the arithmetic's dtype, of random values: zeros draw less power. A
+    step is GEMMS_A_STEP of them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.losses = device, []
+        size = GEMM_SIZE[device.type]
+        self.operations = 2 * size**3 * GEMMS_A_STEP
+        self.a, self.b = torch.randn(2, size, size, device=device).to(dtype_on(device))
+        self.out = torch.empty_like(self.a)
+
+    def step(self) -> None:
+        for _ in range(GEMMS_A_STEP):
+            torch.mm(self.a, self.b, out=self.out)
+
+    def steps(self, number: int, between: Callable[[], None]) -> list[float]:
+        return timed_steps(self.step, self.device, number, between)
+
+
+class OwnLoop:
+    """`train.train_step` with the rollouts handed to it in place of sampled ones."""
+
+    def __init__(
+        self,
+        run: Run,
+        rollouts: Sequence[PrivilegedRollout],
+        loss: Callable[..., ObjectiveOutput] = objectives.paint,
+    ) -> None:
+        self.run, self.rollouts, self.loss = run, list(rollouts), loss
+        self.losses: list[float] = []
+
+    def step(self) -> None:
+        """One optimizer step, without waiting for the device at its end."""
+        with ExitStack() as stack:
+            sampled = mock.patch.object(train, "sample_step", lambda *_: (self.rollouts, 0))
+            stack.enter_context(sampled)
+            stack.enter_context(mock.patch.object(objectives, "paint", self.loss))
+            metrics, _ = train.train_step(self.run, self.run.step)
+        self.run.step += 1
+        self.losses.append(metrics["loss"])
+
+    def steps(self, number: int, between: Callable[[], None]) -> list[float]:
+        return timed_steps(self.step, self.run.world.device, number, between)
+
+    def part_seconds(self, number: int) -> dict[str, float]:
+        """Mean seconds of each part of a step, over `number` further ones that wait for the device
+        after each part; "other" is what lies between the parts."""
+        return part_seconds(self.run, self.step, number)
+
+    def forward_kl(self) -> float:
+        """The mean over rollouts of the token means of KL(teacher, student), which neither clips
+        nor interpolates, over all rows of the head: TRL's loss of the same weights and rollouts."""
+        run, total = self.run, 0.0
+        head = lm_head_weight(run.model)
+        plain = {"pointwise_clip": None, "interpolation_weight": 0.0, "reduction": "sequence_mean"}
+        section = run.config.objective.model_copy(update=plain)
+        for items in train.my_microbatches(run, self.rollouts):
+            batch = batch_to(build_batch(items), run.world.device)
+            with run.teacher.scoring() as scorer:
+                teacher = hidden_states(scorer, batch.teacher, attention=run.attention)
+            with torch.no_grad(), autocast(run.model):
+                output = objectives.paint(
+                    hidden_states(run.model, batch.student, attention=run.attention),
+                    teacher,
+                    head,
+                    batch.cu_seqlens,
+                    section,
+                    teacher_lm_head_weight=None,
+                    vocab_size=len(head),
+                    denominator=len(self.rollouts),
+                )
+            total += output.loss.item()
+        return total
+
+
+def part_seconds(run: Run, step: Callable[[], Any], number: int) -> dict[str, float]:
+    """As `OwnLoop.part_seconds`, of any steps of a run."""
+    device, timings = run.world.device, run.timings
+    kept, timings.synchronize = timings.synchronize, lambda: synchronize(device)
+    timings.seconds.clear()
+    total = sum(wall_seconds(step, device) for _ in range(number))
+    timings.synchronize = kept
+    parts = {name: seconds / number for name, seconds in timings.seconds.items()}
+    return {**parts, "other": total / number - sum(parts.values())}
