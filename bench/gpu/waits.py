@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench.gpu.job import Job
 from bench.losses import TEACHER_NOISE
+from bench.measure import relative_error
 from paint_kernels import paint_loss, paint_loss_from_logits, reference, token_logprobs
 
 LENGTHS = (300, 2000, 0, 1500, 4392)
@@ -78,11 +79,6 @@ def cases(device: torch.device) -> dict[str, Callable[[], Tensor]]:
                 found[f"paint_loss, bounds on the {where}, {head}, {reduction}"] = call
     found["token_logprobs"] = functools.partial(forward_backward, logprobs, student, weight, True)
     return found
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    expected = expected.double()
-    return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 def check_cases(job: Job) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bench import measure
+from bench.kernels.accuracy import Accuracy, failure
 from bench.kernels.peers import peers
 from bench.losses import (
     FORWARD_KL,
@@ -38,6 +39,10 @@ VOCAB_SIZE = 151936
 GPU_NUM_TOKENS, GPU_ROLLOUT_TOKENS = (4096, 32768, 131072), 1024
 CPU_NUM_TOKENS, CPU_NUM_ROLLOUTS = (512,), 8
 GPU_SECONDS_PER_VARIANT, CPU_ROUNDS = 1.5, 5
+ROW_BYTES = 8 + 8 + 2
+"""moved for one token's vocabulary entry between the GEMMs, with float32 logits of two models:
+read for the statistics (2 x 4), read again for loss and gradient (2 x 4), and a bfloat16 gradient
+written"""
 CHILD_PREFIX = "extra_bytes "
 GROUPS = ("PAINT", "forward KL", "JSD", "log-probabilities")
 
@@ -127,7 +132,7 @@ def child(keys: list[str], shape: Shape, device: torch.device) -> None:
         print(f"{CHILD_PREFIX}{extra_bytes}", flush=True)
 
 
-def check(variant: Variant, accuracy: measure.Accuracy, row: dict[str, Any]) -> None:
+def check(variant: Variant, accuracy: Accuracy, row: dict[str, Any]) -> None:
     """Fills in the row's memory (on a GPU) and gradient errors; a failed check is its status."""
     inputs = accuracy.inputs
     if inputs.student.is_cuda:
@@ -138,14 +143,14 @@ def check(variant: Variant, accuracy: measure.Accuracy, row: dict[str, Any]) -> 
     if variant.float32_rows is not None and inputs.student.dtype != torch.float32:
         errors["gradient_error_before_rounding"] = accuracy.error_before_rounding(variant)
     row.update(errors)
-    failed = measure.failure(errors, inputs.student.dtype)
+    failed = failure(errors, inputs.student.dtype)
     if failed:
         row.update(status="failed accuracy", reason=failed)
 
 
 def check_all(
     variants: list[Variant],
-    accuracy: measure.Accuracy,
+    accuracy: Accuracy,
     probes: dict[str, tuple[int, str]],
     deadline: float,
 ) -> list[dict[str, Any]]:
@@ -217,7 +222,7 @@ def add_ratios(rows: list[dict[str, Any]], shape: Shape, num_gemms: int, on_gpu:
         beyond_s = (row["median_ms"] - floor) / 1e3
         whole_pass = row["kind"] == "ours" and "head_gradient_error" not in row and num_gemms == 3
         if on_gpu and whole_pass and beyond_s > 0:
-            moved = measure.ROW_BYTES * shape.num_tokens * shape.vocab_size
+            moved = ROW_BYTES * shape.num_tokens * shape.vocab_size
             row["row_kernel_bytes_per_s"] = moved / beyond_s
 
 
@@ -241,7 +246,7 @@ def measure_shape(
     """The groups of one shape, each with the rows of its variants."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     inputs = make_inputs(shape, device, dtype)
-    accuracy = measure.Accuracy(inputs, shape)
+    accuracy = Accuracy(inputs, shape)
     mean_kl = accuracy.mean_kl()
     progress(f"{shape}, mean KL {mean_kl:.2e} nats")
     groups = []

@@ -11,6 +11,7 @@ import torch
 
 from bench import measure
 from bench.kernels import compare
+from bench.kernels.accuracy import Accuracy, failure
 from bench.kernels.peers import cce_loss, liger_chunked_jsd_loss, peers, reason_against
 from bench.losses import (
     FORWARD_KL,
@@ -40,12 +41,12 @@ RUNNABLE = [key for key, v in VARIANTS.items() if not v.unavailable and v.kind !
 
 
 @pytest.fixture(scope="module")
-def accuracy() -> measure.Accuracy:
-    return measure.Accuracy(make_inputs(SHAPE, CPU, torch.float32), SHAPE)
+def accuracy() -> Accuracy:
+    return Accuracy(make_inputs(SHAPE, CPU, torch.float32), SHAPE)
 
 
 @pytest.mark.parametrize("key", RUNNABLE)
-def test_every_variant_has_the_exact_gradient(key: str, accuracy: measure.Accuracy) -> None:
+def test_every_variant_has_the_exact_gradient(key: str, accuracy: Accuracy) -> None:
     variant = VARIANTS[key]
     # Compiling takes long; what is compiled is the same code.
     with torch.compiler.set_stance("force_eager"):
@@ -66,7 +67,7 @@ LOSSES = [
 
 @pytest.mark.parametrize(("objective", "loss"), LOSSES)
 def test_distillation_losses_agree_with_float64(
-    objective: Objective, loss: Any, accuracy: measure.Accuracy
+    objective: Objective, loss: Any, accuracy: Accuracy
 ) -> None:
     inputs = accuracy.inputs
     wide = Inputs(
@@ -81,14 +82,14 @@ def test_distillation_losses_agree_with_float64(
 
 @pytest.mark.parametrize(("objective", "beta"), [(FORWARD_KL, 0.0), (JSD, 0.5)])
 def test_the_chunked_peer_has_our_loss(
-    objective: Objective, beta: float, accuracy: measure.Accuracy
+    objective: Objective, beta: float, accuracy: Accuracy
 ) -> None:
     pytest.importorskip("liger_kernel")
     theirs = liger_chunked_jsd_loss(accuracy.inputs, beta, compiled=False).item()
     assert theirs == pytest.approx(our_loss(accuracy.inputs, objective).item(), rel=1e-3)
 
 
-def test_log_probability_losses_agree(accuracy: measure.Accuracy) -> None:
+def test_log_probability_losses_agree(accuracy: Accuracy) -> None:
     ours = our_logprobs_loss(accuracy.inputs).item()
     assert plain_logprobs_loss(accuracy.inputs).item() == pytest.approx(ours, rel=1e-5)
     pytest.importorskip("cut_cross_entropy")
@@ -96,7 +97,7 @@ def test_log_probability_losses_agree(accuracy: measure.Accuracy) -> None:
         assert cce_loss(accuracy.inputs, "torch_compile").item() == pytest.approx(ours, rel=1e-5)
 
 
-def test_rows_before_rounding_are_the_gradient(accuracy: measure.Accuracy) -> None:
+def test_rows_before_rounding_are_the_gradient(accuracy: Accuracy) -> None:
     rows = our_float32_rows(accuracy.inputs, PAINT)
     loss = functools.partial(our_loss, objective=PAINT)
     (gradient,) = gradients(loss, accuracy.inputs)
@@ -107,7 +108,7 @@ def without_clip(inputs: Inputs) -> torch.Tensor:
     return plain_loss(inputs, Objective(temperature=PAINT.temperature))
 
 
-def test_a_wrong_variant_is_refused_and_not_timed(accuracy: measure.Accuracy) -> None:
+def test_a_wrong_variant_is_refused_and_not_timed(accuracy: Accuracy) -> None:
     good = VARIANTS["PAINT/plain"]
     run = functools.partial(gradients, without_clip)
     wrong = Variant("PAINT", "planted", run, PAINT, "peer")
@@ -124,11 +125,11 @@ def test_a_wrong_variant_is_refused_and_not_timed(accuracy: measure.Accuracy) ->
 
 
 def test_an_error_that_is_no_number_fails() -> None:
-    assert measure.failure({"gradient_error": math.nan}, torch.float32)
-    assert not measure.failure({"gradient_error": 9e-4}, torch.float32)
-    assert not measure.failure({"gradient_error": 4e-3}, torch.bfloat16)
+    assert failure({"gradient_error": math.nan}, torch.float32)
+    assert not failure({"gradient_error": 9e-4}, torch.float32)
+    assert not failure({"gradient_error": 4e-3}, torch.bfloat16)
     before = {"gradient_error": 2e-3, "gradient_error_before_rounding": 2e-3}
-    assert measure.failure(before, torch.bfloat16) == "failed accuracy: 2.0e-03"
+    assert failure(before, torch.bfloat16) == "failed accuracy: 2.0e-03"
 
 
 def test_peers_that_cannot_run_here_say_why() -> None:
@@ -168,12 +169,12 @@ def test_other_processes_survive_a_broken_variant(
         compare.in_own_processes(chosen, SHAPE, device)
 
 
-def test_what_a_budget_leaves_out_is_named(accuracy: measure.Accuracy) -> None:
+def test_what_a_budget_leaves_out_is_named(accuracy: Accuracy) -> None:
     (row,) = compare.check_all([VARIANTS["PAINT/plain"]], accuracy, {}, time.monotonic() - 1)
     assert row["status"] == "left out"
 
 
-def test_a_peer_that_failed_in_its_own_process_is_named(accuracy: measure.Accuracy) -> None:
+def test_a_peer_that_failed_in_its_own_process_is_named(accuracy: Accuracy) -> None:
     key = "PAINT/compiled"
     probes = {key: (0, "RuntimeError: no such kernel")}
     (row,) = compare.check_all([VARIANTS[key]], accuracy, probes, math.inf)
@@ -182,7 +183,7 @@ def test_a_peer_that_failed_in_its_own_process_is_named(accuracy: measure.Accura
 
 def test_the_teacher_is_close_to_the_student() -> None:
     shape = Shape("cpu", num_tokens=64, rollout_tokens=64, hidden=64, vocab_size=151936)
-    mean_kl = measure.Accuracy(make_inputs(shape, CPU, torch.float32), shape).mean_kl()
+    mean_kl = Accuracy(make_inputs(shape, CPU, torch.float32), shape).mean_kl()
     assert 0.001 < mean_kl < 0.004
 
 
