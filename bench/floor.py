@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import measure
+from bench.losses import QWEN3_HIDDEN, QWEN3_VOCAB_SIZE
 from paint_kernels._plan import most_rows
 
-VOCAB_SIZE, NUM_TOKENS, ROLLOUT_TOKENS = 151936, 32768, 1024
-HIDDEN = {"1.7b": 2048, "4b": 2560, "8b": 4096}
+NUM_TOKENS, ROLLOUT_TOKENS = 32768, 1024
 LOGIT_BYTES = 4
 GRADIENT_BYTES = 2
 ROW_BYTES = 2 * LOGIT_BYTES + 2 * LOGIT_BYTES + GRADIENT_BYTES
@@ -46,18 +46,18 @@ DEVICES = (Device("H100", 7.28e14, 3.0e12), Device("H200", 7.28e14, 4.3e12))
 
 
 def count(model: str, device: Device) -> dict[str, Any]:
-    hidden = HIDDEN[model]
-    rows = most_rows(VOCAB_SIZE, hidden, torch.device("meta"))
+    hidden = QWEN3_HIDDEN[model]
+    rows = most_rows(QWEN3_VOCAB_SIZE, hidden, torch.device("meta"))
     rows -= rows % ROLLOUT_TOKENS
-    logits, states = NUM_TOKENS * VOCAB_SIZE, NUM_TOKENS * hidden
-    gemms_s = 3 * 2 * states * VOCAB_SIZE / device.flops_per_s
+    logits, states = NUM_TOKENS * QWEN3_VOCAB_SIZE, NUM_TOKENS * hidden
+    gemms_s = 3 * 2 * states * QWEN3_VOCAB_SIZE / device.flops_per_s
     per_entry = ROW_BYTES + CLIPPED_SHARE * CLIPPED_ROW_BYTES
     per_entry += TOP_FRACTION * INTERPOLATED_ROW_BYTES
     rows_s = per_entry * logits / device.bytes_per_s
-    other_bytes = HEAD_COPY_BYTES * VOCAB_SIZE * hidden + GRAD_HIDDEN_BYTES * states
+    other_bytes = HEAD_COPY_BYTES * QWEN3_VOCAB_SIZE * hidden + GRAD_HIDDEN_BYTES * states
     chunks = NUM_TOKENS // rows
     other_s = other_bytes / device.bytes_per_s + chunks * SMALL_KERNELS_PER_CHUNK * SMALL_KERNEL_S
-    chunk_bytes = rows * VOCAB_SIZE * (2 * LOGIT_BYTES + GRADIENT_BYTES)
+    chunk_bytes = rows * QWEN3_VOCAB_SIZE * (2 * LOGIT_BYTES + GRADIENT_BYTES)
     return {
         "model": model,
         "device": device.name,
@@ -68,7 +68,7 @@ def count(model: str, device: Device) -> dict[str, Any]:
         "other_s": other_s,
         "predicted_s": gemms_s + rows_s + other_s,
         "ratio_to_floor": (gemms_s + rows_s + other_s) / gemms_s,
-        "extra_bytes": chunk_bytes + 2 * VOCAB_SIZE * hidden + 4 * states,
+        "extra_bytes": chunk_bytes + 2 * QWEN3_VOCAB_SIZE * hidden + 4 * states,
     }
 
 
@@ -79,10 +79,10 @@ def main() -> None:
     result = {
         "name": "floor",
         "num_tokens": NUM_TOKENS,
-        "vocab_size": VOCAB_SIZE,
+        "vocab_size": QWEN3_VOCAB_SIZE,
         "rollout_tokens": ROLLOUT_TOKENS,
         "devices": [device._asdict() for device in DEVICES],
-        "rows": [count(model, device) for device in DEVICES for model in HIDDEN],
+        "rows": [count(model, device) for device in DEVICES for model in QWEN3_HIDDEN],
     }
     for row in result["rows"]:
         print(

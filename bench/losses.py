@@ -1,14 +1,9 @@
-"""What the kernel benchmark compares: shapes, inputs, our losses, plain PyTorch, the floor.
+"""Shapes, inputs, our losses and plain PyTorch's, as several benchmarks use them."""
 
-A variant computes a loss of the same inputs and its gradient by the student's hidden states (and by
-the head, where the variant trains it). Variants of one group do equal work.
-"""
-
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +15,10 @@ from paint_kernels import (
     select_top_fraction,
     token_logprobs,
 )
-from paint_kernels._checks import check_settings
 
+QWEN3_HIDDEN = {"1.7b": 2048, "4b": 2560, "8b": 4096}
+"""hidden size by model"""
+QWEN3_VOCAB_SIZE = 151936
 LOGIT_STD = 2.4
 """of a row's logits beside its peak, as language models have it"""
 SMALLEST_PEAK, LARGEST_PEAK = 10.0, 20.0
@@ -72,27 +69,10 @@ class Objective:
 PAINT = Objective("forward_kl", 1.1, 0.06, 0.03, 0.03)
 FORWARD_KL, JSD, LOGPROBS = Objective(), Objective("jsd"), Objective("logprobs")
 JSD_WEIGHT = 0.5
-FULL_LOGITS = ("memory below the full logits",)
 
 Gradients = tuple[Tensor, ...]
 """(N, H) by the hidden states, and (V, H) by the head of variants that train it"""
 Loss = Callable[[Inputs], Tensor]
-
-
-@dataclass(frozen=True)
-class Variant:
-    group: str
-    name: str
-    run: Callable[[Inputs], Gradients]
-    objective: Objective
-    kind: str
-    """one of floor, ours, plain, peer"""
-    lacks: tuple[str, ...] = ()
-    unavailable: str = ""
-    """why it cannot run on this machine"""
-    trains_head: bool = False
-    float32_rows: Callable[[Inputs], Tensor] | None = None
-    """(N, H): the gradient by the hidden states before it is rounded to their dtype"""
 
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
@@ -142,44 +122,8 @@ def our_loss(inputs: Inputs, objective: Objective) -> Tensor:
     ).loss
 
 
-def our_loss_bounds_on_device(inputs: Inputs, objective: Objective) -> Tensor:
-    """The rollouts' bounds are never read: chunks of any tokens, selected rows computed twice."""
-    on_device = inputs.cu_seqlens.to(inputs.student.device, non_blocking=True)
-    return our_loss(inputs._replace(cu_seqlens=on_device), objective)
-
-
 def our_logprobs_loss(inputs: Inputs) -> Tensor:
     return -token_logprobs(inputs.student, inputs.weight, inputs.token_ids).logprobs.mean()
-
-
-def our_float32_rows(inputs: Inputs, objective: Objective) -> Tensor:
-    """(N, H) float32: what `paint_loss` keeps for its backward pass, of the mean over tokens."""
-    num_tokens = len(inputs.student)
-    settings = check_settings(
-        temperature=objective.temperature,
-        divergence=objective.divergence,
-        jsd_weight=JSD_WEIGHT,
-        pointwise_clip=objective.pointwise_clip,
-        top_fraction=objective.top_fraction,
-        interpolation_weight=objective.interpolation_weight,
-        teacher_top_k=None,
-        entropy_floor=1e-6,
-        vocab_size=inputs.weight.shape[0],
-        backend="triton" if inputs.weight.is_cuda else "torch",
-    )
-    token_weights = torch.full_like(inputs.student[:, 0], 1 / num_tokens, dtype=torch.float32)
-    _, _, _, rows, _ = torch.ops.paint_kernels.paint_loss(
-        inputs.student.detach(),
-        inputs.teacher,
-        inputs.weight,
-        None,
-        inputs.cu_seqlens,
-        token_weights,
-        True,
-        False,
-        *settings.as_arguments(),
-    )
-    return rows / num_tokens
 
 
 class WideProjection(torch.autograd.Function):
@@ -202,11 +146,6 @@ def float32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     projected = WideProjection.apply(hidden, weight)
     assert isinstance(projected, Tensor)
     return projected
-
-
-def upcast_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """What most code does: the logits lose their digits before they become float32."""
-    return (hidden @ weight.T).float()
 
 
 def plain_loss(
@@ -245,73 +184,3 @@ def plain_logprobs_loss(
     inputs: Inputs, project: Callable[[Tensor, Tensor], Tensor] = float32_logits
 ) -> Tensor:
     return F.cross_entropy(project(inputs.student, inputs.weight), inputs.token_ids)
-
-
-def chunk_rows(device: torch.device, vocab_size: int) -> int:
-    """Rows of a chunk of bare products: on a GPU enough for full speed, whatever chunks the losses
-    take; on a CPU 2^24 logits (64 MiB), the fastest there."""
-    return 4096 if device.type == "cuda" else max(1, 2**24 // vocab_size)
-
-
-@functools.lru_cache(maxsize=1)
-def gradient_operand(rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device):
-    """Values of a gradient's size for the last GEMM; zeros would draw less power and run faster."""
-    return torch.randn(rows, vocab_size, dtype=dtype, device=device).mul_(1e-4)
-
-
-def bare_gemms(inputs: Inputs, num_projections: int) -> Gradients:
-    """The projections (float32 logits) and the product of a gradient with the head: the floor."""
-    weight, vocab_size = inputs.weight, inputs.weight.shape[0]
-    rows = min(chunk_rows(weight.device, vocab_size), len(inputs.student))
-    operand = gradient_operand(rows, vocab_size, weight.dtype, weight.device)
-    logits = torch.empty(rows, vocab_size, dtype=torch.float32, device=weight.device)
-    grad_hidden = torch.empty_like(inputs.student)
-    with torch.no_grad():
-        for start in range(0, len(grad_hidden), rows):
-            part = slice(start, start + rows)
-            for hidden in (inputs.student[part], inputs.teacher[part])[:num_projections]:
-                bare_projection(hidden, weight, logits[: len(hidden)])
-            result = grad_hidden[part]
-            torch.mm(operand[: len(result)], weight, out=result)
-    return (grad_hidden,)
-
-
-def bare_projection(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    if weight.is_cuda:
-        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
-        return
-    for start in range(0, len(weight), 2048):  # the vocabulary tile of paint_kernels on a CPU
-        tile = slice(start, start + 2048)
-        torch.mm(hidden, weight[tile].T, out=out[:, tile])
-
-
-def our_variant(group: str, name: str, objective: Objective, **options: Any) -> Variant:
-    run = functools.partial(gradients, functools.partial(our_loss, objective=objective))
-    rows = functools.partial(our_float32_rows, objective=objective)
-    return Variant(group, name, run, objective, "ours", float32_rows=rows, **options)
-
-
-@functools.lru_cache
-def compile_once(loss: Loss) -> Loss:
-    return torch.compile(loss)
-
-
-def compiled_loss(inputs: Inputs, loss: Loss) -> Tensor:
-    """Compiled when it first runs, for loading the compiler alone takes seconds."""
-    return compile_once(loss)(inputs)
-
-
-def plain_variants(group: str, objective: Objective, device: torch.device) -> list[Variant]:
-    """Eager, compiled, and with the logits rounded to half precision as most code has it."""
-    loss: Loss = functools.partial(plain_loss, objective=objective)
-    rounded: Loss = functools.partial(plain_loss, objective=objective, project=upcast_logits)
-    if objective == LOGPROBS:
-        loss = plain_logprobs_loss
-        rounded = functools.partial(plain_logprobs_loss, project=upcast_logits)
-    named = [("plain", loss), ("compiled", functools.partial(compiled_loss, loss=loss))]
-    if device.type == "cuda":
-        named.append(("plain, bfloat16 logits", rounded))
-    return [
-        Variant(group, name, functools.partial(gradients, one), objective, "plain", FULL_LOGITS)
-        for name, one in named
-    ]

@@ -19,8 +19,15 @@ from typing import Any
 import torch
 
 from bench import measure
-from bench.kernels.compare import HIDDEN, VOCAB_SIZE
-from bench.losses import PAINT, Shape, gradients, make_inputs, our_loss
+from bench.losses import (
+    PAINT,
+    QWEN3_HIDDEN,
+    QWEN3_VOCAB_SIZE,
+    Shape,
+    gradients,
+    make_inputs,
+    our_loss,
+)
 from bench.measure import dtype_on, progress
 
 NUM_TOKENS = [4096 * 2**doubling for doubling in range(6)]
@@ -128,8 +135,8 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available() and arguments.device != "cpu"
     device = torch.device("cuda" if on_gpu or arguments.device == "cuda" else "cpu")
-    hidden = arguments.hidden or (HIDDEN["8b"] if on_gpu else CPU_HIDDEN)
-    vocab_size = arguments.vocab_size or (VOCAB_SIZE if on_gpu else CPU_VOCAB_SIZE)
+    hidden = arguments.hidden or (QWEN3_HIDDEN["8b"] if on_gpu else CPU_HIDDEN)
+    vocab_size = arguments.vocab_size or (QWEN3_VOCAB_SIZE if on_gpu else CPU_VOCAB_SIZE)
     if arguments.child:
         num_tokens, rollout_tokens = arguments.num_tokens[0], arguments.rollout_tokens
         forward_backward(Shape("scaling", 16, 8, hidden, vocab_size), device)()

@@ -11,7 +11,8 @@ from typing import Any
 
 from bench.gpu.job import Job, slug
 from bench.kernels import compare
-from bench.losses import Shape, Variant
+from bench.kernels.variants import Variant
+from bench.losses import QWEN3_VOCAB_SIZE, Shape
 
 GPU_SHAPES = (("8b", 32768, 0), ("1.7b", 32768, 30), ("8b", 4096, 30), ("8b", 131072, 45))
 """model, tokens, and the seconds that have to be left"""
@@ -30,10 +31,10 @@ def shapes_for(job: Job) -> list[tuple[Shape, float]]:
     if job.device.type == "cuda":
         shapes = GPU_SHAPES[:1] if job.quick else GPU_SHAPES
         return [
-            (compare.make_shape(model, n, compare.VOCAB_SIZE), seconds)
+            (compare.make_shape(model, n, QWEN3_VOCAB_SIZE), seconds)
             for model, n, seconds in shapes
         ]
-    num_tokens, vocab_size = (64, 2048) if job.quick else (512, compare.VOCAB_SIZE)
+    num_tokens, vocab_size = (64, 2048) if job.quick else (512, QWEN3_VOCAB_SIZE)
     return [(compare.make_shape("cpu", num_tokens, vocab_size), 0.0)]
 
 

@@ -16,13 +16,22 @@ from torch import Tensor
 
 from bench import measure
 from bench.gpu.job import WORTH_IT, Job, milliseconds
-from bench.losses import PAINT, Inputs, Shape, gradients, make_inputs, our_loss
+from bench.losses import (
+    PAINT,
+    QWEN3_HIDDEN,
+    QWEN3_VOCAB_SIZE,
+    Inputs,
+    Shape,
+    gradients,
+    make_inputs,
+    our_loss,
+)
 from paint_kernels import _loss, _ops, _triton_backend
 from paint_kernels._plan import Chunk, most_rows
 from paint_kernels._sources import HiddenSource, chunk_buffer
 from paint_kernels._types import LossSettings
 
-HIDDEN, VOCAB_SIZE = 4096, 151936
+HIDDEN, VOCAB_SIZE = QWEN3_HIDDEN["8b"], QWEN3_VOCAB_SIZE
 BLOCKS, WARPS = (1024, 2048, 4096), (4, 8, 16)
 CHUNK_ROWS = (512, 1024, 1536, 2048, 4096)
 NUM_TOKENS, NUM_CHUNKS = 16384, 8

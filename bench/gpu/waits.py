@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from bench.gpu.job import Job
-from bench.losses import TEACHER_NOISE
+from bench.losses import QWEN3_HIDDEN, QWEN3_VOCAB_SIZE, TEACHER_NOISE
 from bench.measure import relative_error
 from paint_kernels import paint_loss, paint_loss_from_logits, reference, token_logprobs
 
 LENGTHS = (300, 2000, 0, 1500, 4392)
 """whole rollouts, an empty one, and one longer than any chunk"""
-VOCAB_SIZE, HIDDEN = 151936, 2048
+VOCAB_SIZE, HIDDEN = QWEN3_VOCAB_SIZE, QWEN3_HIDDEN["1.7b"]
 LARGE_NUM_TOKENS, CHECKED_TOKENS = 14500, 100
 """14,135 rows of the vocabulary reach 2^31; the last rollout lies beyond"""
 LARGE_BYTES_NEEDED = 8 * 2 * LARGE_NUM_TOKENS * VOCAB_SIZE

@@ -23,13 +23,13 @@ from bench.kernels.compare import (
     GPU_NUM_TOKENS,
     GROUPS,
     HIDDEN,
-    VOCAB_SIZE,
     all_variants,
     child,
     choose,
     make_shape,
     run,
 )
+from bench.losses import QWEN3_VOCAB_SIZE
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -37,7 +37,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--model", nargs="+", choices=list(HIDDEN), help="all that fit the device")
     parser.add_argument("--num-tokens", type=int, nargs="+")
-    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
+    parser.add_argument("--vocab-size", type=int, default=QWEN3_VOCAB_SIZE)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="as the tables name them")
     parser.add_argument("--seconds-budget", type=float, default=float("inf"))

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.losses import FORWARD_KL, JSD_WEIGHT, Gradients, Inputs, Objective, Shape, Variant
+from bench.kernels.variants import Variant
+from bench.losses import FORWARD_KL, JSD_WEIGHT, Gradients, Inputs, Objective, Shape
 from bench.measure import relative_error
 from paint_kernels import entropy_ratio, reference
 

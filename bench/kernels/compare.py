@@ -12,30 +12,32 @@ import torch
 from bench import measure
 from bench.kernels.accuracy import Accuracy, failure
 from bench.kernels.peers import peers
+from bench.kernels.variants import (
+    Variant,
+    bare_gemms,
+    gradient_operand,
+    our_loss_bounds_on_device,
+    our_variant,
+    plain_variants,
+)
 from bench.losses import (
     FORWARD_KL,
     JSD,
     LOGPROBS,
     PAINT,
+    QWEN3_HIDDEN,
     Inputs,
     Shape,
-    Variant,
-    bare_gemms,
-    gradient_operand,
     gradients,
     make_inputs,
     our_logprobs_loss,
     our_loss,
-    our_loss_bounds_on_device,
-    our_variant,
-    plain_variants,
 )
 from bench.measure import progress
 from bench.tables import kernel_group_table
 
-HIDDEN = {"cpu": 256, "1.7b": 2048, "4b": 2560, "8b": 4096}
-"""hidden size of each --model; the numbers are Qwen3's"""
-VOCAB_SIZE = 151936
+HIDDEN = {"cpu": 256, **QWEN3_HIDDEN}
+"""hidden size of each --model"""
 GPU_NUM_TOKENS, GPU_ROLLOUT_TOKENS = (4096, 32768, 131072), 1024
 CPU_NUM_TOKENS, CPU_NUM_ROLLOUTS = (512,), 8
 GPU_SECONDS_PER_VARIANT, CPU_ROUNDS = 1.5, 5

@@ -13,6 +13,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from bench.kernels.variants import Variant
 from bench.losses import (
     FORWARD_KL,
     JSD,
@@ -20,7 +21,6 @@ from bench.losses import (
     Inputs,
     Loss,
     Objective,
-    Variant,
     gradients,
 )
 

@@ -13,6 +13,7 @@ from bench import measure
 from bench.kernels import compare
 from bench.kernels.accuracy import Accuracy, failure
 from bench.kernels.peers import cce_loss, liger_chunked_jsd_loss, peers, reason_against
+from bench.kernels.variants import Variant, our_float32_rows
 from bench.losses import (
     FORWARD_KL,
     JSD,
@@ -21,10 +22,8 @@ from bench.losses import (
     Inputs,
     Objective,
     Shape,
-    Variant,
     gradients,
     make_inputs,
-    our_float32_rows,
     our_logprobs_loss,
     our_loss,
     plain_logprobs_loss,
