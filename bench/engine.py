@@ -39,6 +39,7 @@ from bench.step.cases import (
     token_counts,
 )
 from bench.step.loops import OwnLoop
+from bench.step.tables import engine_case_table
 from bench.step.timing import (
     LOOPS,
     OURS,
@@ -53,7 +54,6 @@ from bench.step.timing import (
     whole_steps,
 )
 from bench.step.trl_loop import LACKS, reason_against
-from bench.tables import engine_case_table
 from paint_engine import train
 from paint_engine.cli import load_config, preset_names
 

@@ -12,6 +12,7 @@ import torch
 from bench import measure
 from bench.kernels.accuracy import Accuracy, failure
 from bench.kernels.peers import peers
+from bench.kernels.tables import kernel_group_table
 from bench.kernels.variants import (
     Variant,
     bare_gemms,
@@ -34,7 +35,6 @@ from bench.losses import (
     our_loss,
 )
 from bench.measure import progress
-from bench.tables import kernel_group_table
 
 HIDDEN = {"cpu": 256, **QWEN3_HIDDEN}
 """hidden size of each --model"""

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from bench.figures import COLOURS, STYLE
 from bench.paper.markdown import (
     LABELS,
     backbone_index,
@@ -19,7 +20,6 @@ from bench.paper.markdown import (
     reference_of,
 )
 from bench.paper.published import paper_difference
-from bench.plots import COLOURS, STYLE
 from bench.tables import Result
 
 TITLES = {

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.paper.published import ABLATIONS, TABLE_1, paper_difference
-from bench.tables import Result, markdown
+from bench.tables import Result, Table, markdown
 
 LABELS = {
     "base": "no update",
@@ -334,7 +334,7 @@ def took(result: Result) -> str:
     )
 
 
-PAPER_TABLES: dict[tuple[str, str], Callable[[Result], str]] = {
+PAPER_TABLES: dict[tuple[str, str], Table] = {
     ("paper-tables", "1"): recipes_table,
     ("paper-tables", "short"): short_table,
     ("paper-tables", "2"): lambda result: ablation_table(result, 2, ratio_label),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bench import paper_tables
+from bench.figures import COLOURS
 from bench.paper import published
 from bench.paper.figures import draw_tables
 from bench.paper.markdown import (
@@ -35,7 +36,6 @@ from bench.paper.plan import (
 from bench.paper.result import build_result, find_runs, rerun
 from bench.paper.runs import best_rates, make_jobs
 from bench.paper.stats import decode_counts, encode_counts, hierarchical_bootstrap, row_numbers
-from bench.plots import COLOURS
 
 ALL = (1, 2, 3, 4)
 Planted = Callable[[Job], dict[str, Any]]

@@ -13,6 +13,7 @@ import torch
 from bench import engine
 from bench.gpu import engine as engine_part
 from bench.gpu.job import Job
+from bench.plots import TABLES
 from bench.step import timing
 from bench.step.cases import (
     Lengths,
@@ -25,9 +26,9 @@ from bench.step.cases import (
     write_rollouts,
 )
 from bench.step.loops import OwnLoop, nothing, plain_paint
+from bench.step.tables import engine_case_table
 from bench.step.timing import OURS, PLAIN, TRL, Bench, in_turn, make_loop
 from bench.step.trl_loop import rows_a_batch
-from bench.tables import TABLES, engine_case_table
 from paint_engine import objectives, train
 from paint_engine.config_sections import ObjectiveSection
 
