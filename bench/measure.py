@@ -123,6 +123,14 @@ def commit() -> str:
     return head + ("+changes" if git("status", "--porcelain") else "")
 
 
+def version(package: str) -> str:
+    """Empty where the package is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
 def versions() -> dict[str, str]:
     """Of Python and of every package in a comparison that is installed."""
     names = {item.metadata["Name"]: item.version for item in metadata.distributions()}

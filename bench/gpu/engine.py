@@ -25,16 +25,16 @@ UTILISATION_TARGET = 0.45
 
 def measure(job: Job, model: str) -> dict[str, Any]:
     """One model's training part."""
-    from bench import engine
+    from bench.step import cases, compare, timing
 
     on_gpu = job.device.type == "cuda"
-    lengths = engine.SMALL_LENGTHS if model == "small" else engine.LENGTHS
-    case = engine.random_case(model, lengths, 4 if job.quick or not on_gpu else engine.NUM_ROLLOUTS)
+    lengths = cases.SMALL_LENGTHS if model == "small" else cases.LENGTHS
+    case = cases.random_case(model, lengths, 4 if job.quick or not on_gpu else cases.NUM_ROLLOUTS)
     rounds = 2 if job.quick or not on_gpu else 3
     with tempfile.TemporaryDirectory() as folder:
-        bench = engine.Bench(case, job.device, Path(folder))
+        bench = timing.Bench(case, job.device, Path(folder))
         deadline = job.deadline - SECONDS_A_LOOP
-        return engine.measure_case(bench, rounds, None, deadline)
+        return compare.measure_case(bench, rounds, None, deadline)
 
 
 def missed_targets(case: dict[str, Any]) -> list[str]:

@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +86,6 @@ def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) ->
     return 1e3 * statistics.median(seconds)
 
 
-def version(package: str) -> str:
-    """Empty where the package is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
 def first_line(*command: str) -> str:
     """Of what a command prints; empty where there is no such command, or it fails."""
     if shutil.which(command[0]) is None:
@@ -106,7 +97,7 @@ def first_line(*command: str) -> str:
 
 def describe_environment(device: torch.device, command: str) -> dict[str, Any]:
     """In the form of `measure.environment`, with the versions of what the check uses."""
-    versions = {name: version(name) for name in PACKAGES if version(name)}
+    versions = {name: measure.version(name) for name in PACKAGES if measure.version(name)}
     if device.type == "cuda":
         versions["cuda"] = str(torch.version.cuda)
         query = ("--query-gpu=driver_version", "--format=csv,noheader")

@@ -52,6 +52,11 @@ class Lengths:
     completion: int
 
 
+LENGTHS = Lengths(student_prompt=256, teacher_prompt=768, completion=1024)
+SMALL_LENGTHS = Lengths(student_prompt=12, teacher_prompt=20, completion=16)
+NUM_ROLLOUTS = 8
+
+
 @dataclass(frozen=True)
 class Case:
     """A model and its rollouts: with `lengths`, random weights of a shape and random rollouts of

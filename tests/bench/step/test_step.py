@@ -14,7 +14,7 @@ from bench import engine
 from bench.gpu import engine as engine_part
 from bench.gpu.job import Job
 from bench.plots import TABLES
-from bench.step import timing
+from bench.step import compare, timing
 from bench.step.cases import (
     Lengths,
     fixed_rollout,
@@ -125,14 +125,14 @@ def test_unequal_work_is_not_reported_as_measured() -> None:
         PLAIN: {"first_loss": 2.1, "median_ms": 5.0},
         TRL: {"first_loss": float("nan"), "median_ms": 5.0},
     }
-    engine.check_losses(rows, forward_kl=3.0, limit=0.01)
+    compare.check_losses(rows, forward_kl=3.0, limit=0.01)
     assert rows[PLAIN]["reason"] == "first loss 2.1, expected 2"
     assert "expected 3" in rows[TRL]["reason"] and "reason" not in rows[OURS]
-    finished = engine.finish(rows, case_values())
+    finished = compare.finish(rows, case_values())
     assert [row["status"] for row in finished] == ["measured", "failed", "failed"]
-    assert engine.ratios(finished) == {}
+    assert compare.ratios(finished) == {}
     equal = {OURS: {"first_loss": 2.0}, PLAIN: {"first_loss": 2.001}, TRL: {"reason": "absent"}}
-    engine.check_losses(equal, forward_kl=3.0, limit=0.01)
+    compare.check_losses(equal, forward_kl=3.0, limit=0.01)
     assert "reason" not in equal[PLAIN]
 
 
@@ -158,10 +158,10 @@ def gpu_case(**changes: Any) -> dict[str, Any]:
     }
     rows[OURS] |= {"part_ms": {"student": 300.0, "loss": 100.0, "other": 1.5}, **changes}
     case = case_values()
-    finished = engine.finish(rows, case)
+    finished = compare.finish(rows, case)
     parts = {"rollout": 1.0, "sync": 0.25, "student": 0.75}
     step = {"num_steps": 3, "seconds": 2.0, "part_seconds": parts, "completion_tokens_per_s": 4096}
-    return {**case, "step": step, "rows": finished, "ratios": engine.ratios(finished)}
+    return {**case, "step": step, "rows": finished, "ratios": compare.ratios(finished)}
 
 
 def test_rates_ratios_and_tables() -> None:
@@ -263,7 +263,7 @@ def test_the_gpu_checks_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert all(set(row["part_ms"]) == PARTS for row in rows[:2])
     assert all(row["loss_difference"] < 1e-4 for row in rows[1:])
     assert len(list(tmp_path.glob("engine-*.json"))) == 1
-    monkeypatch.setattr(engine, "reason_against", lambda: "not installed")
+    monkeypatch.setattr(compare, "reason_against", lambda: "not installed")
     assert engine_part.run(job).endswith(f"{TRL} not installed") and job.failures == []
     late = Job(CPU, True, tmp_path, found_file, time.monotonic(), environment)
     assert engine_part.run(late) == "nothing was measured"
