@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from bench import kernels_report
+from bench.kernels.compiled import ARCHITECTURES, Launch, compile_launch, problems
 from bench.kernels.traffic import KERNELS, VARIANTS, every_variant
-from bench.kernels_report import ARCHITECTURES, Launch, compile_launch, problems
 
 ROOT = Path(__file__).parents[3]
 FORWARD_KL = "forward_kl, fp32 logits, fp16 gradient"

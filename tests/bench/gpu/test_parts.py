@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from bench import gpu_check
-from bench.gpu import kernels, questions, tests
-from bench.gpu_check import Part
+from bench.gpu import kernels, parts, questions, tests
+from bench.gpu.parts import Part
 from bench.measure import ROOT
 from paint_kernels import _triton_backend
 
@@ -61,18 +61,18 @@ def test_a_small_run_without_what_is_optional(tmp_path):
     result = json.loads(results.read_text())
     assert result["versions"]["torch"] == torch.__version__
     assert "CPU" in result["device"]
-    parts = {row["part"]: row for row in result["parts"]}
-    assert [row["status"] for row in parts.values()] == (
+    by_name = {row["part"]: row for row in result["parts"]}
+    assert [row["status"] for row in by_name.values()] == (
         ["passed", "passed", "skipped", "passed", "passed", "passed", "skipped"]
     )
-    for name, row in parts.items():
+    for name, row in by_name.items():
         assert name in done.stdout
         assert 0 <= row["seconds"] <= row.get("limit_s", 0)
     for group in ("triton", "others"):
-        counted = parts["tests"]["found"][group]
+        counted = by_name["tests"]["found"][group]
         assert counted["passed"] > 0
         assert counted["failed"] == counted["not_run"] == 0
-    steps = parts["steps"]["found"]
+    steps = by_name["steps"]["found"]
     assert steps["plain"]["losses"] == pytest.approx(steps["paint_loss"]["losses"], rel=1e-3)
     assert steps["paint_loss"]["adapter_weights_changed"] > 0
     (file,) = tmp_path.glob("kernels-*.json")
@@ -110,12 +110,12 @@ def run(job):
 
 
 def test_parts_that_fail_or_do_not_end(tmp_path, monkeypatch, capsys):
-    parts = []
+    planted = []
     texts = {"slow": SLOW, "broken": BROKEN, "crashed": CRASHED, "good": GOOD}
     for (name, text), share in zip(texts.items(), (0.1, 0.3, 0.3, 0.3), strict=True):
         (tmp_path / f"{name}_part.py").write_text(text)
-        parts.append(Part(name, f"{name}_part", share))
-    monkeypatch.setattr(gpu_check, "PARTS", tuple(parts))
+        planted.append(Part(name, f"{name}_part", share))
+    monkeypatch.setattr(parts, "PARTS", tuple(planted))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     status = gpu_check.main(["--device", "cpu", "--output", str(tmp_path), "--seconds", "150"])
     assert status == 1
@@ -176,8 +176,8 @@ def test_every_outcome_is_counted(tmp_path):
 
 
 def test_shares_are_a_whole_and_modules_are_there():
-    assert sum(part.share for part in gpu_check.PARTS) == pytest.approx(1.0)
-    for part in gpu_check.PARTS:
+    assert sum(part.share for part in parts.PARTS) == pytest.approx(1.0)
+    for part in parts.PARTS:
         assert (ROOT / f"{part.module.replace('.', '/')}.py").exists()
 
 
