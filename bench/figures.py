@@ -7,7 +7,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.tables import Result
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
+# Okabe and Ito's palette, safe for colour-blind readers.
 COLOURS = {"floor": "#999999", "ours": "#0072B2", "plain": "#E69F00", "peer": "#009E73"}
 MARKS = ("o", "s", "^", "D")
 STYLE: dict[Any, Any] = {
@@ -19,7 +19,7 @@ STYLE: dict[Any, Any] = {
 
 
 def draw_scaling(results: dict[str, Result]) -> Figure:
-    """Time and working memory over N, both axes logarithmic, one line of panels a result."""
+    """Time and working memory over N on logarithmic axes, one row of panels per result."""
     figure = Figure(figsize=(9, 3.4 * len(results)), layout="constrained")
     panels = figure.subplots(len(results), 2, squeeze=False)
     colours = list(COLOURS.values())[1:]

@@ -1,14 +1,14 @@
-"""Every Triton kernel compiled ahead of time, without a GPU: registers, spills, bytes moved.
+"""Compiles every Triton kernel without a GPU and reports registers, spills and bytes moved.
 
-    python -m bench.kernels_report                     # tables, and exit status 1 on a problem
-    python -m bench.kernels_report --check             # problems alone
+    python -m bench.kernels_report                     # tables; exit status 1 if there is a problem
+    python -m bench.kernels_report --check             # problems only
     python -m bench.kernels_report --json report.json  # the same figures for a program
     python -m bench.kernels_report --all --check       # every combination of settings: minutes
 
-Constants, launch settings and alignments are those that paint_kernels._triton_backend passes to
-the kernels when it is called at Qwen3's vocabulary. A problem is a spilled register, float64
-arithmetic, shared memory above the architecture's limit, or a row offset in 32 bits. The bytes
-moved are counted by bench.kernels.traffic.
+Constants, launch settings and alignments are those that paint_kernels._triton_backend passes to the
+kernels at Qwen3's vocabulary size. A problem is a spilled register, float64 arithmetic, shared
+memory above the architecture's limit, or a 32-bit row offset. bench.kernels.traffic counts the
+bytes moved.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from bench.measure import commit, versions
 
 
 def columns(header: list[str], rows: list[list[str]]) -> str:
-    """Plain text; the first three columns to the left, figures to the right."""
+    """A plain-text table: the first three columns aligned left, figures right."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
@@ -54,7 +54,7 @@ def compiled_table(compiled: list[Compiled]) -> str:
         ]
         for line in compiled
     ]
-    widest = "load, store: bytes of a thread's widest access to memory, single values included"
+    widest = "load, store: bytes of the widest access to memory by one thread"
     return f"{columns(header, rows)}\n{RESIDENCY}\n{widest}"
 
 
@@ -65,10 +65,12 @@ def traffic_table(traffic: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 1 where a kernel has a problem."""
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels_report")
-    parser.add_argument("--check", action="store_true", help="print problems, no tables")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    """Returns the exit status: 1 if a kernel has a problem."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="print problems only, no tables")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the figures to this file"
+    )
     parser.add_argument("--all", action="store_true", help="compile every combination of settings")
     chosen = parser.parse_args(arguments)
     variants = every_variant() if chosen.all else VARIANTS

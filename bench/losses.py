@@ -1,4 +1,4 @@
-"""Shapes, inputs, our losses and plain PyTorch's, as several benchmarks use them."""
+"""Shapes, inputs and losses that several benchmarks share."""
 
 import math
 from collections.abc import Callable
@@ -20,14 +20,14 @@ QWEN3_HIDDEN = {"1.7b": 2048, "4b": 2560, "8b": 4096}
 """hidden size by model"""
 QWEN3_VOCAB_SIZE = 151936
 LOGIT_STD = 2.4
-"""of a row's logits beside its peak, as language models have it"""
+"""standard deviation of a row's logits without its peak, as in language models"""
 SMALLEST_PEAK, LARGEST_PEAK = 10.0, 20.0
-"""a row has one larger logit, uniform between these: probabilities of about 0.01 to 0.99"""
+"""each row has one larger logit, uniform between these: probabilities of about 0.01 to 0.99"""
 TEACHER_NOISE = 0.024
 """standard deviation of h_T - h_S: a KL of 0.001 nats"""
 DISAGREEMENT, ROWS_PER_DISAGREEMENT = 0.75, 64
-"""nats by which the teacher's peak is higher in some rows: the clip acts there, and these rows
-bring the mean KL to about 0.002 nats"""
+"""the teacher's peak logit is higher by this much in one row of 64: the clip acts there, and these
+rows bring the mean KL to about 0.002 nats"""
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Shape:
 
 class Inputs(NamedTuple):
     student: Tensor
-    """(N, H), with a gradient"""
+    """(N, H), requires a gradient"""
     teacher: Tensor
     """(N, H)"""
     weight: Tensor
-    """(V, H), of both models"""
+    """(V, H), the head of both models"""
     cu_seqlens: Tensor
-    """(B+1,) int32 on the CPU; all rollouts are of one length, so that a mean over rollouts of
-    token means is the peers' mean over tokens"""
+    """(B+1,) int32 on the CPU; all rollouts have one length, so that the mean over rollouts of
+    token means equals the peers' mean over tokens"""
     token_ids: Tensor
     """(N,) int64: the token at each row's peak"""
 
@@ -71,13 +71,16 @@ FORWARD_KL, JSD, LOGPROBS = Objective(), Objective("jsd"), Objective("logprobs")
 JSD_WEIGHT = 0.5
 
 Gradients = tuple[Tensor, ...]
-"""(N, H) by the hidden states, and (V, H) by the head of variants that train it"""
+"""(N, H) for the hidden states; also (V, H) for the head if the variant trains it"""
 Loss = Callable[[Inputs], Tensor]
 
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """Logits with one peak a row, and a teacher at a mean KL of about 0.002 nats."""
-    assert shape.num_rollouts * shape.rollout_tokens == shape.num_tokens, "rollouts of one length"
+    """Hidden states whose logits have one peak per row, and a teacher at a mean KL of about 0.002
+    nats."""
+    assert shape.num_rollouts * shape.rollout_tokens == shape.num_tokens, (
+        "rollouts must have one length"
+    )
     generator = torch.Generator(device).manual_seed(0)
     options = {"generator": generator, "device": device}
     weight = torch.randn(shape.vocab_size, shape.hidden, **options)
@@ -87,7 +90,7 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Input
     peak = SMALLEST_PEAK + (LARGEST_PEAK - SMALLEST_PEAK) * peak
     disagree = torch.arange(shape.num_tokens, device=device) % ROWS_PER_DISAGREEMENT == 31
     peak[disagree] = math.log(shape.vocab_size) + LOGIT_STD**2 / 2  # a probability of one half
-    # A step of w / |w|^2 raises the logit of the token with head row w by 1, others by little.
+    # Adding w / |w|^2 raises the logit of the token with head row w by 1 and others by little.
     direction = weight[token_ids].float()
     direction /= direction.square().sum(dim=1, keepdim=True)
     student = torch.randn(shape.num_tokens, shape.hidden, **options)
@@ -127,7 +130,7 @@ def our_logprobs_loss(inputs: Inputs) -> Tensor:
 
 
 class WideProjection(torch.autograd.Function):
-    """hidden @ weight.T in float32 out of half-precision factors, as one GEMM can give it."""
+    """hidden @ weight.T with half-precision factors and a float32 result, in one GEMM."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -153,7 +156,7 @@ def plain_loss(
     objective: Objective,
     project: Callable[[Tensor, Tensor], Tensor] = float32_logits,
 ) -> Tensor:
-    """The loss as one writes it with the logits of all tokens at hand."""
+    """The loss in plain PyTorch, with the full logits of all tokens; mean over tokens."""
     t, k = objective.temperature, objective.interpolation_weight
     student_logits = project(inputs.student, inputs.weight)
     log_p = torch.log_softmax(student_logits / t, dim=-1)

@@ -39,7 +39,7 @@ def seconds_once(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def times_on_gpu(call: Callable[[], Any], device: torch.device, seconds: float) -> list[float]:
-    """In seconds, after a call that warms up: 5 to 30 of them, as many as the seconds allow."""
+    """Seconds of 5 to 30 calls, as many as fit into `seconds`, after one warm-up call."""
     estimate = seconds_once(call, device)
     repeats = min(30, max(5, math.ceil(seconds / max(estimate, 1e-6))))
     return [seconds_once(call, device) for _ in range(repeats)]
@@ -48,7 +48,8 @@ def times_on_gpu(call: Callable[[], Any], device: torch.device, seconds: float) 
 def times_round_robin(
     calls: dict[str, Callable[[], Any]], device: torch.device, rounds: int
 ) -> dict[str, list[float]]:
-    """In seconds; calls alternate, so that what slows the machine for a while slows all of them."""
+    """Seconds of each call. The calls alternate, so that a slow spell of the machine hits all of
+    them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(rounds + 1):
         for name, call in calls.items():
@@ -59,8 +60,8 @@ def times_round_robin(
 
 
 def extra_bytes_on_gpu(call: Callable[[], Any]) -> tuple[int, Any]:
-    """Peak of what one call allocates beyond what was there before, and its result, included."""
-    call()  # libraries' workspaces and compiled kernels come with the first call
+    """Peak memory that one call allocates, its result included; and the result."""
+    call()  # the first call allocates libraries' workspaces and compiles kernels
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -71,7 +72,7 @@ def extra_bytes_on_gpu(call: Callable[[], Any]) -> tuple[int, Any]:
 
 
 def peak_bytes() -> int:
-    """Largest resident set that this process ever had, or since `extra_bytes_on_cpu` reset it."""
+    """Peak resident set size of this process, since `extra_bytes_on_cpu` last reset it."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux, where ru_maxrss starts at the parent's peak
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -81,10 +82,14 @@ def peak_bytes() -> int:
 
 
 def extra_bytes_on_cpu(call: Callable[[], Any]) -> int:
-    """Growth of this process's peak in one call, its results included; for one call a process."""
+    """Growth of this process's peak memory in one call, its result included.
+
+    Memory that an earlier call freed would be reused and not counted, so measure one call per
+    process.
+    """
     reset = Path("/proc/self/clear_refs")
     if reset.exists():
-        reset.write_text("5")  # Linux: forget the peak of compiling and loading
+        reset.write_text("5")  # Linux: resets the peak that compiling and loading left
     before = peak_bytes()
     kept = call()
     after = peak_bytes()
@@ -116,7 +121,7 @@ def git(*arguments: str) -> str:
 
 
 def commit() -> str:
-    """The checkout's, or what BENCH_COMMIT says where there is none; empty where neither is."""
+    """The checkout's commit; without a checkout BENCH_COMMIT; empty without either."""
     head = git("rev-parse", "HEAD") if shutil.which("git") else ""
     if not head:
         return os.environ.get("BENCH_COMMIT", "")
@@ -124,7 +129,7 @@ def commit() -> str:
 
 
 def version(package: str) -> str:
-    """Empty where the package is not installed."""
+    """The installed version of a package; empty if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -132,7 +137,7 @@ def version(package: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of every package in a comparison that is installed."""
+    """Versions of Python, CUDA and the installed packages among PACKAGES."""
     names = {item.metadata["Name"]: item.version for item in metadata.distributions()}
     installed = {name.lower().replace("_", "-"): names[name] for name in names if name}
     found = {name: installed[name] for name in PACKAGES if name in installed}
@@ -165,7 +170,7 @@ def progress(text: str) -> None:
 
 
 def emit(result: dict[str, Any], output: Path | None) -> None:
-    """JSON as the last line of stdout, and in a file where one is asked for."""
+    """Prints the result as one line of JSON, and writes it to `output` if given."""
     line = json.dumps(result)
     if output:
         output.write_text(line + "\n")

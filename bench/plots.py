@@ -1,9 +1,9 @@
-"""Tables and figures of the documents, from the committed results: `python -m bench.plots`.
+"""Fills tables and draws figures from the committed results: `python -m bench.plots`.
 
-A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->` in README.md or bench/README.md
-and comes from bench/results/NAME.json (see bench/tables.py). docs/kernels.png shows the variants of
-bench/results/kernels-*.json, docs/scaling.png the runs of scaling-*.json. With --check nothing is
-written, and the exit status is 1 where a table differs from its result; figures are not compared.
+A table between `<!-- begin NAME -->` and `<!-- end NAME -->` in README.md or bench/README.md is
+generated from bench/results/NAME.json (see bench/tables.py). docs/kernels.png shows the variants of
+kernels-*.json, docs/scaling.png the runs of scaling-*.json. With --check, nothing is written and
+the exit status is 1 if a table differs from its result; figures are not compared.
 """
 
 import argparse
@@ -41,7 +41,7 @@ TABLES: dict[tuple[str, str], Table] = {
     ("engine", ""): engine_table,
     **PAPER_TABLES,
 }
-"""by the result's own name and the view that a marker asks for"""
+"""keyed by the result's name and the view in the marker"""
 DOCUMENTS = ("README.md", "bench/README.md")
 
 
@@ -56,12 +56,12 @@ def results_named(prefix: str) -> dict[str, Result]:
 
 
 def draw(directory: Path) -> None:
-    """Writes kernels.png and scaling.png, each where its results exist."""
+    """Writes kernels.png and scaling.png to `directory`, if there are results for them."""
     for name, drawn in (("kernels", draw_kernels), ("scaling", draw_scaling)):
         results = results_named(name)
         if results:
             with rc_context(STYLE):
-                # Without matplotlib's version in the file, equal results give equal files.
+                # Omits matplotlib's version, so that equal results give equal files.
                 drawn(results).savefig(directory / f"{name}.png", metadata={"Software": None})
 
 
@@ -71,13 +71,16 @@ def documents() -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if a table is out of date"
+    )
     arguments = parser.parse_args()
     filled = {path: fill(path.read_text(), result_of, TABLES) for path in documents()}
     changed = [path for path, text in filled.items() if text != path.read_text()]
     if arguments.check:
         names = ", ".join(str(path.relative_to(ROOT)) for path in changed)
-        sys.exit(f"{names}: tables differ from bench/results, run it again" if changed else 0)
+        message = f"{names}: tables differ from bench/results; run `python -m bench.plots`"
+        sys.exit(message if changed else 0)
     for path in changed:
         path.write_text(filled[path])
     draw(ROOT / "docs")

@@ -1,6 +1,6 @@
 """Results as Markdown: pure functions of the JSON that the benchmarks print.
 
-A room with tables of its own has them in its `tables.py`; `bench.plots` lists all of them.
+Tables of one room are in its own `tables.py`; `bench.plots` lists all tables.
 """
 
 import re
@@ -31,7 +31,7 @@ def exponent(value: float | None) -> str:
 
 
 def made_by(result: Result) -> str:
-    """The end of every caption: device, library versions, commit and command."""
+    """The end of a caption: device, library versions, commit and command."""
     versions = ", ".join(
         f"{name} {version}" for name, version in result["versions"].items() if name != "python"
     )
@@ -42,7 +42,7 @@ def made_by(result: Result) -> str:
 
 
 def tiny_table(result: Result) -> str:
-    """One row a seed: Avg@k before and after, the paired difference and the time."""
+    """One row per seed: Avg@k before and after, the paired difference and the time."""
     rows = []
     for run in result["runs"]:
         low, high = run["paired_difference_ci95"]
@@ -93,7 +93,7 @@ def scaling_table(result: Result) -> str:
 
 
 def logit_formats_table(result: Result) -> str:
-    """Relative gradient errors, the median over seeds and the largest, by format and mean KL."""
+    """Relative gradient errors by format and mean KL: median and maximum over seeds."""
     header = ["what is rounded", "bytes", *(f"KL {kl:g}" for kl in result["mean_kls"])]
     rows = [
         [
@@ -113,7 +113,7 @@ def logit_formats_table(result: Result) -> str:
 
 
 def floor_table(result: Result) -> str:
-    """Counted products and bytes, and the time that they predict."""
+    """Counted products and bytes, and the predicted time."""
     header = ["", "rows a chunk", "three products", "row kernels", "other", "predicted", "ratio"]
     header.append("extra memory")
     rows = [
@@ -147,10 +147,10 @@ def fill(
     results: Callable[[str], Result],
     tables: Mapping[tuple[str, str], Table],
 ) -> str:
-    """The document with every table made anew.
+    """Returns the document with every table regenerated.
 
     A table stands between `<!-- begin FILE -->` and `<!-- end FILE -->`, or `FILE:VIEW` on both;
-    `results(FILE)` is the content of that result file.
+    `results(FILE)` returns the content of that result file.
     """
 
     def table(match: re.Match[str]) -> str:

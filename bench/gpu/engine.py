@@ -1,6 +1,6 @@
-"""Part "engine" of the GPU check: `python -m bench.engine` at Qwen3's shapes, as far as time goes.
+"""Part "engine" of the GPU check: `python -m bench.engine` at Qwen3's shapes, while time remains.
 
-It needs what paint_engine needs, and TRL for the comparison. The results so far are written to
+Requires paint_engine's dependencies, and TRL for the comparison. The results are written to
 engine-<device>.json after each model.
 """
 
@@ -15,16 +15,16 @@ from bench.gpu.job import Job, slug
 
 NEEDED = ("jaxtyping", "jinja2", "matplotlib", "pydantic", "rich")
 MODELS = (("8b", 0.0), ("1.7b", 40.0), ("4b", 50.0))
-"""and the seconds that have to be left; the first is the one with targets"""
+"""model, and the seconds that have to remain; the first one has targets"""
 SECONDS_A_LOOP = 25.0
 SPEED_TARGET = 1.5
-"""times TRL's tokens a second"""
+"""tokens per second relative to TRL's"""
 UTILISATION_TARGET = 0.45
-"""of the rate of bare matrix products"""
+"""share of the rate of bare matrix products"""
 
 
 def measure(job: Job, model: str) -> dict[str, Any]:
-    """One model's training part."""
+    """Measures the training part of one model."""
     from bench.step import cases, compare, timing
 
     on_gpu = job.device.type == "cuda"
@@ -38,7 +38,7 @@ def measure(job: Job, model: str) -> dict[str, Any]:
 
 
 def missed_targets(case: dict[str, Any]) -> list[str]:
-    """Of the 8B shape: speed and memory against TRL, and utilisation."""
+    """Targets missed at the 8B shape: speed and memory relative to TRL, and utilisation."""
     if case["case"] != "8b":
         return []
     rows = {row["kind"]: row for row in case["rows"]}
@@ -49,7 +49,7 @@ def missed_targets(case: dict[str, Any]) -> list[str]:
     peer = rows["peer"]
     ratios = case["ratios"].get(peer["loop"])
     if ratios is None:
-        # Without enough memory for it there is nothing to be slower or larger than.
+        # If TRL does not fit into memory, its targets do not apply.
         return missed if peer["reason"] == "out of memory" else [*missed, f"TRL: {peer['reason']}"]
     if not ratios["time"] >= SPEED_TARGET:
         missed.append(f"{ratios['time']:.2f} x as fast as TRL, the target {SPEED_TARGET}")
@@ -59,7 +59,7 @@ def missed_targets(case: dict[str, Any]) -> list[str]:
 
 
 def line(case: dict[str, Any]) -> str:
-    """What one model comes to."""
+    """The results of one model as text."""
     parts = []
     for row in case["rows"]:
         if row["status"] != "measured":
@@ -81,13 +81,13 @@ def run(job: Job) -> str:
     if missing:
         return (
             f"left out: needs {', '.join(missing)} (pip install {' '.join(missing)} trl datasets); "
-            'part "steps" times a training step without'
+            'part "steps" times a training step without them'
         )
     models = MODELS if job.device.type == "cuda" else (("small", 0.0),)
     cases: list[dict[str, Any]] = []
     for model, seconds in models[:1] if job.quick else models:
         if job.seconds_left() < seconds + SECONDS_A_LOOP:
-            print(f"{model}: left out, {job.seconds_left():.0f} s are left", flush=True)
+            print(f"{model}: left out, {job.seconds_left():.0f} s remain", flush=True)
             continue
         case = job.attempt(model, functools.partial(measure, job, model))
         if case is not None:

@@ -1,4 +1,4 @@
-"""Part "environment" of the GPU check: what the device is, and its two ceilings."""
+"""Part "environment" of the GPU check: the device, its copy bandwidth and its GEMM rate."""
 
 import torch
 
@@ -6,14 +6,14 @@ from bench.gpu.job import Job, milliseconds
 
 
 def copy_bandwidth(device: torch.device, num_bytes: int) -> float:
-    """Bytes a second of a copy within the device's memory, those read plus those written."""
+    """Bytes per second of a copy within device memory, counting bytes read and written."""
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2e3 * num_bytes / milliseconds(lambda: target.copy_(source), device, 5)
 
 
 def gemm_rate(device: torch.device, size: int) -> float:
-    """Operations a second of a size^3 product of random values: zeros draw less power."""
+    """FLOP/s of a size^3 product. The values are random, because zeros draw less power."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     out = torch.empty_like(a)
@@ -29,7 +29,7 @@ def run(job: Job) -> str:
         capability = ".".join(map(str, torch.cuda.get_device_capability(job.device)))
         job.save(free_bytes=free, total_bytes=total, compute_capability=capability)
         if free < 0.9 * total:
-            print(f"only {free / 2**30:.0f} of {total / 2**30:.0f} GiB of memory are free")
+            print(f"only {free / 2**30:.0f} of {total / 2**30:.0f} GiB of device memory are free")
         num_bytes, size = min(2**32, free // 4), 8192
     bandwidth = copy_bandwidth(job.device, num_bytes)
     job.save(copy_bytes_per_s=bandwidth)

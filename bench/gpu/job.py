@@ -1,6 +1,6 @@
-"""What one part of `python -m bench.gpu_check` is given, and how it hands back what it found.
+"""The input of one part of `python -m bench.gpu_check`, and how it saves its results.
 
-Everything found is written at once, so that a part that is stopped later loses none of it.
+Every result is written immediately, so that a part that is stopped later loses none.
 """
 
 import json
@@ -26,7 +26,7 @@ PACKAGES = (
     *("liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-linear-attention"),
 )
 WORTH_IT = 0.03
-"""share of the time that a change has to save before its complexity is worth it"""
+"""share of the time that a change has to save to be worth its complexity"""
 
 
 @dataclass
@@ -34,13 +34,13 @@ class Job:
     device: torch.device
     quick: bool
     output: Path
-    """folder of the results"""
+    """directory of the results"""
     found_file: Path
     """this part's own results"""
     deadline: float
-    """of time.monotonic, after which the part is stopped"""
+    """value of time.monotonic at which the part is stopped"""
     environment: dict[str, Any]
-    """device, versions and commit, for results that have a file of their own"""
+    """device, versions and commit, for results with their own file"""
     found: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
@@ -55,10 +55,10 @@ class Job:
         return self.deadline - time.monotonic()
 
     def attempt(self, name: str, call: Callable[[], Any]) -> Any:
-        """The result of `call`, saved under `name`; None where it failed, which fails the part.
+        """Saves the result of `call` under `name` and returns it; None if the call failed.
 
-        Any error is caught, because the rest is still worth knowing on a GPU that is there once; it
-        is printed and counted.
+        An error is printed and fails the part, but does not end it: GPU time is scarce, and the
+        remaining results are still of use.
         """
         begin = time.perf_counter()
         try:
@@ -75,7 +75,7 @@ class Job:
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Of one call: median over three batches of `repeats` calls in a row, after one to warm up."""
+    """Time of one call: median over three batches of `repeats` calls, after a warm-up call."""
     call()
 
     def batch() -> None:
@@ -87,7 +87,7 @@ def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) ->
 
 
 def first_line(*command: str) -> str:
-    """Of what a command prints; empty where there is no such command, or it fails."""
+    """The first line that a command prints; empty if it is absent or fails."""
     if shutil.which(command[0]) is None:
         return ""
     done = subprocess.run(command, capture_output=True, text=True)
@@ -96,7 +96,7 @@ def first_line(*command: str) -> str:
 
 
 def describe_environment(device: torch.device, command: str) -> dict[str, Any]:
-    """In the form of `measure.environment`, with the versions of what the check uses."""
+    """Like `measure.environment`, with the versions of the packages that the check uses."""
     versions = {name: measure.version(name) for name in PACKAGES if measure.version(name)}
     if device.type == "cuda":
         versions["cuda"] = str(torch.version.cuda)
@@ -112,7 +112,7 @@ def describe_environment(device: torch.device, command: str) -> dict[str, Any]:
 
 
 def slug(device: torch.device) -> str:
-    """The device's name for file names: nvidia-h100-80gb-hbm3, x86-64-cpu."""
+    """The device's name as part of a file name: nvidia-h100-80gb-hbm3, x86-64-cpu."""
     name = f"{platform.machine()} cpu"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

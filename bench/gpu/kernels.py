@@ -1,7 +1,7 @@
-"""Part "kernels" of the GPU check: the shapes of `python -m bench.kernels` that matter most.
+"""Part "kernels" of the GPU check: the most important shapes of `python -m bench.kernels`.
 
-The most important one comes first, and others only while there is time. The results so far are
-written to kernels-<device>.json after each.
+The most important shape comes first; others follow while time remains. The results are written to
+kernels-<device>.json after each shape.
 """
 
 import functools
@@ -15,19 +15,19 @@ from bench.kernels.variants import Variant
 from bench.losses import QWEN3_VOCAB_SIZE, Shape
 
 GPU_SHAPES = (("8b", 32768, 0), ("1.7b", 32768, 30), ("8b", 4096, 30), ("8b", 131072, 45))
-"""model, tokens, and the seconds that have to be left"""
+"""model, tokens, and the seconds that have to remain"""
 PLAIN_MOST_TOKENS = 4096
-"""plain PyTorch with the logits of more tokens does not fit into 80 GB"""
+"""with more tokens, plain PyTorch's full logits do not fit into 80 GB"""
 OURS = ("paint_loss", "paint_loss, bounds on the GPU", "paint_loss, trainable head")
 TARGETS = {"ratio_to_floor": 1.25, "extra_bytes": 4e9, "gradient_error_before_rounding": 1e-3}
-"""of `paint_loss` for H = 4096 and 32768 tokens"""
+"""upper limits of `paint_loss` at H = 4096 and 32768 tokens"""
 SPEED_TARGET = 2.0
-"""times as fast as the fastest peer at equal work"""
+"""required speed relative to the fastest peer at equal work"""
 SECONDS_TO_WRITE = 5.0
 
 
 def shapes_for(job: Job) -> list[tuple[Shape, float]]:
-    """Shapes in order, each with the seconds that have to be left for it."""
+    """Shapes in order, each with the seconds that have to remain for it."""
     if job.device.type == "cuda":
         shapes = GPU_SHAPES[:1] if job.quick else GPU_SHAPES
         return [
@@ -39,8 +39,10 @@ def shapes_for(job: Job) -> list[tuple[Shape, float]]:
 
 
 def variants_for(job: Job, shape: Shape) -> list[Variant]:
-    """The floor, ours, the peers, and plain PyTorch where it fits; nothing torch.compile takes
-    long for."""
+    """The floor, ours, the peers, and plain PyTorch if it fits.
+
+    Compiled variants are left out, because torch.compile takes too long.
+    """
     kinds = {"floor", "peer"}
     if shape.num_tokens <= PLAIN_MOST_TOKENS:
         kinds.add("plain")
@@ -56,7 +58,7 @@ def variants_for(job: Job, shape: Shape) -> list[Variant]:
 
 
 def probes_for(job: Job, variants: list[Variant], shape: Shape) -> dict[str, tuple[int, str]]:
-    """As `bench.kernels` has it: memory on a CPU, what fails on a GPU, from other processes."""
+    """As in `bench.kernels`: from other processes, memory on a CPU and failures on a GPU."""
     probed = [variant for variant in variants if not variant.unavailable]
     if job.device.type == "cuda":
         probed = [variant for variant in probed if variant.kind == "peer"]
@@ -66,7 +68,7 @@ def probes_for(job: Job, variants: list[Variant], shape: Shape) -> dict[str, tup
 
 
 def measure(job: Job, shape: Shape) -> list[dict[str, Any]]:
-    """The groups of one shape."""
+    """Measures one shape; returns its groups."""
     variants = variants_for(job, shape)
     probes = probes_for(job, variants, shape)
     deadline = job.deadline - SECONDS_TO_WRITE
@@ -81,7 +83,7 @@ def write(job: Job, groups: list[dict[str, Any]]) -> None:
 
 
 def line(group: dict[str, Any]) -> str:
-    """What the issue of speed comes to, of `paint_loss` in one group."""
+    """The speed, memory and error of `paint_loss` in one group, as text."""
     shape = group["shape"]
     head = f"{group['group']}, H {shape['hidden']}, N {shape['num_tokens']}"
     row = next((row for row in group["rows"] if row["variant"] == "paint_loss"), {})
@@ -98,7 +100,7 @@ def line(group: dict[str, Any]) -> str:
 
 
 def missed_targets(groups: list[dict[str, Any]]) -> list[str]:
-    """Of H = 4096 and 32768 tokens; a peer's speed counts where one ran at equal work."""
+    """Targets missed at H = 4096 and 32768 tokens; the speed target needs a peer that ran."""
     missed = []
     for group in groups:
         if group["shape"]["hidden"] != 4096 or group["shape"]["num_tokens"] != 32768:
@@ -123,7 +125,7 @@ def run(job: Job) -> str:
     for shape, seconds in shapes_for(job):
         name = f"H {shape.hidden}, N {shape.num_tokens}"
         if job.seconds_left() < seconds + SECONDS_TO_WRITE:
-            print(f"{name}: left out, {job.seconds_left():.0f} s are left", flush=True)
+            print(f"{name}: left out, {job.seconds_left():.0f} s remain", flush=True)
             continue
         begin = time.monotonic()
         measured = job.attempt(name, functools.partial(measure, job, shape))

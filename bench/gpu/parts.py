@@ -1,6 +1,6 @@
-"""The parts of the GPU check, each a process of its own with a time limit.
+"""Runs the parts of the GPU check, each in its own process with a time limit.
 
-Run as `python -m bench.gpu.parts ORDER_FILE` it is one of these processes.
+`python -m bench.gpu.parts ORDER_FILE` is such a process.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from bench.gpu.job import Job, slug
 from bench.measure import ROOT, progress
 
 LOG_LINES = 60
-"""of a part's output, kept in the results"""
+"""last lines of a part's output that the results keep"""
 
 
 @dataclass(frozen=True)
 class Part:
     name: str
     module: str
-    """its `run(job)` does the work and returns one line of text"""
+    """has `run(job)`, which does the work and returns one line of text"""
     share: float
-    """of the total time, that is kept for this part"""
+    """share of the total time that is reserved for this part"""
     needs_gpu: bool = False
 
 
-# What a first try on a GPU needs most comes first; shares add up to 1.
+# The most important parts of a first run on a GPU come first. The shares add up to 1.
 PARTS = (
     Part("environment", "bench.gpu.environment", 0.06),
     Part("tests", "bench.gpu.tests", 0.20),
@@ -57,7 +57,7 @@ class Settings:
 
 
 def child(part: Part, settings: Settings, found_file: Path, deadline: float) -> int:
-    """One part, in this process. Its exit status is 1 where something in it failed."""
+    """Runs a part in this process; returns the exit status, 1 if something in it failed."""
     job = Job(
         settings.device,
         settings.quick,
@@ -74,7 +74,7 @@ def child(part: Part, settings: Settings, found_file: Path, deadline: float) -> 
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Ends the part and all that it started, which are one session."""
+    """Kills the part and every process that it started; they form one session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -85,7 +85,7 @@ def read_found(path: Path) -> dict[str, Any]:
 
 
 def text_of(row: dict[str, Any], lines: list[str]) -> str:
-    """The table's text: what the part came to, or what it failed of."""
+    """The text in the table: the part's summary, or why it failed."""
     summary, last = row["found"].get("summary"), lines[-1] if lines else "no output"
     if row["status"] == "passed":
         return summary or last
@@ -102,7 +102,7 @@ def text_of(row: dict[str, Any], lines: list[str]) -> str:
 def write_order(
     part: Part, settings: Settings, found_file: Path, deadline: float, order_file: Path
 ) -> None:
-    """What `follow` reads. The clock of the deadline, CLOCK_MONOTONIC, is the whole machine's."""
+    """Writes what `follow` reads. All processes share the deadline's clock, CLOCK_MONOTONIC."""
     paths = {"device": str(settings.device), "output": str(settings.output)}
     order = {"part": vars(part), "settings": {**vars(settings), **paths}}
     order |= {"found_file": str(found_file), "deadline": deadline}
@@ -110,7 +110,7 @@ def write_order(
 
 
 def follow(order_file: Path) -> int:
-    """One part as ordered, in this process."""
+    """Runs the part of an order file in this process; returns the exit status."""
     order = json.loads(order_file.read_text())
     settings = order["settings"]
     settings["device"] = torch.device(settings["device"])
@@ -120,7 +120,7 @@ def follow(order_file: Path) -> int:
 
 
 def wait_for(order_file: Path, log_file: Path, limit_s: float) -> int | None:
-    """The exit status of the part ordered; None where it was stopped."""
+    """Starts the part and waits; returns its exit status, or None if it was stopped."""
     with log_file.open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "bench.gpu.parts", str(order_file)],
@@ -138,7 +138,7 @@ def wait_for(order_file: Path, log_file: Path, limit_s: float) -> int | None:
 
 
 def run_part(part: Part, settings: Settings, limit_s: float, folder: Path) -> dict[str, Any]:
-    """One part in a process of its own; its row of the results, whatever became of it."""
+    """Runs a part in its own process; returns its row of the results, also after a failure."""
     order_file, log_file = folder / f"{part.name}-order.json", folder / f"{part.name}.log"
     found_file = folder / f"{part.name}.json"
     begin = time.monotonic()
@@ -163,7 +163,7 @@ def skipped(part: Part) -> dict[str, Any]:
 
 
 def run_parts(parts: tuple[Part, ...], settings: Settings) -> list[dict[str, Any]]:
-    """Rows of the parts, written to the results after each."""
+    """Runs the parts in order; writes all rows to the results after each part."""
     rows: list[dict[str, Any]] = []
     deadline = time.monotonic() + settings.seconds
     with tempfile.TemporaryDirectory() as temporary:
@@ -174,7 +174,7 @@ def run_parts(parts: tuple[Part, ...], settings: Settings) -> list[dict[str, Any
             left = deadline - time.monotonic()
             kept = settings.seconds * sum(later.share for later in parts[index + 1 :])
             limit_s = max(1.0, left - kept)
-            progress(f"{part.name}: {left:.0f} s are left, it may take {limit_s:.0f} of them")
+            progress(f"{part.name}: limit {limit_s:.0f} s of the remaining {left:.0f} s")
             rows.append(run_part(part, settings, limit_s, Path(temporary)))
             progress("\n".join(f"  {line}" for line in rows[-1]["last_lines"]))
             progress(f"{part.name}: {rows[-1]['status']}, {rows[-1]['seconds']:.0f} s")
@@ -194,10 +194,11 @@ def write(settings: Settings, rows: list[dict[str, Any]]) -> None:
 
 
 def chosen_parts(names: str) -> tuple[Part, ...]:
-    """In the order of PARTS; ValueError for a name that is none of them."""
-    known, wanted = {part.name for part in PARTS}, set(names.split(","))
-    if wanted - known:
-        raise ValueError(f"--parts {','.join(sorted(wanted - known))}: choose from {known}.")
+    """The named parts in the order of PARTS; ValueError for an unknown name."""
+    known, wanted = [part.name for part in PARTS], names.split(",")
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ValueError(f"--parts: got {', '.join(unknown)}; choose from {', '.join(known)}")
     return tuple(part for part in PARTS if part.name in wanted)
 
 

@@ -1,7 +1,7 @@
-"""Part "questions" of the GPU check: choices of the kernels that a measurement can settle.
+"""Part "questions" of the GPU check: open choices in the kernels that a measurement can settle.
 
-Each question prints one line with its figure; a change is worth it above 3%. Everything is timed at
-Qwen3-8B's head (H = 4096, V = 151936, bfloat16) on the benchmark's inputs.
+Each question prints one line with its result; a change is worth it if it saves more than 3%. All
+are timed at Qwen3-8B's head (H = 4096, V = 151936, bfloat16) on the benchmark's inputs.
 """
 
 import contextlib
@@ -68,18 +68,19 @@ def source_of(inputs: Inputs, rows: int) -> HiddenSource:
 
 
 def chunk_inputs(device: torch.device, num_chunks: int) -> tuple[Inputs, int]:
-    """As many chunks as asked for, of the size that paint_loss uses here, in two rollouts each."""
+    """Inputs of `num_chunks` chunks of two rollouts each, and the rows per chunk of
+    `paint_loss`."""
     rows = most_rows(VOCAB_SIZE, HIDDEN, device)
     return inputs_of(num_chunks * rows, rows // 2, device), rows
 
 
 def marks_of(rows: int, device: torch.device) -> Tensor:
-    """3% of the rows interpolated."""
+    """(rows,) bool: marks one row in 32 (3%) as interpolated."""
     return torch.arange(rows, device=device) % 32 == 0
 
 
 def row_work(student: Tensor, teacher: Tensor, marks: Tensor, gradient: Tensor, scale: float):
-    """Everything between the GEMMs: statistics of both sides, then loss and gradient."""
+    """Everything between the GEMMs: statistics of both models, then loss and gradient."""
     stats = _triton_backend.pair_stats(student, teacher, SETTINGS.temperature)
     return _triton_backend.row_loss(
         student, teacher, marks, SETTINGS, gradient, gradient_scale=scale, stats=stats
@@ -87,12 +88,13 @@ def row_work(student: Tensor, teacher: Tensor, marks: Tensor, gradient: Tensor, 
 
 
 def differ(actual: Tensor, expected: Tensor) -> bool:
-    """By more than the order of sums, which cuBLAS may choose anew on another stream."""
+    """Whether two results differ by more than the order of sums, which cuBLAS may vary by
+    stream."""
     return not (actual - expected).norm() <= 1e-3 * expected.norm()
 
 
 def verdict(name: str, before_ms: float, after_ms: float) -> dict[str, Any]:
-    """Time saved by a change, as a share of the time before it."""
+    """Prints and returns the time saved by a change, as a share of the time before it."""
     saved = 1 - after_ms / before_ms
     word = "worth it" if saved > WORTH_IT else "not worth it"
     print(f"{name}: {before_ms:.3f} ms -> {after_ms:.3f} ms, saves {saved:.1%}: {word}", flush=True)
@@ -101,7 +103,7 @@ def verdict(name: str, before_ms: float, after_ms: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def tiles_of(block: int, num_warps: int) -> Iterator[None]:
-    """All row kernels with these."""
+    """Launches all row kernels with this tile and number of warps."""
     with (
         mock.patch.object(_triton_backend, "MAX_BLOCK", block),
         mock.patch.object(_triton_backend, "LOSS_MAX_BLOCK", block),
@@ -111,7 +113,7 @@ def tiles_of(block: int, num_warps: int) -> Iterator[None]:
 
 
 def tiles(job: Job) -> dict[str, Any]:
-    """Tile and warps of the row kernels, on one chunk of float32 logits."""
+    """Which tile and number of warps for the row kernels? On one chunk of float32 logits."""
     inputs, rows = chunk_inputs(job.device, 1)
     source = source_of(inputs, rows)
     student, teacher = source.logits(slice(0, rows))
@@ -144,7 +146,7 @@ def tiles(job: Job) -> dict[str, Any]:
 
 
 def best_tiles(measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """The best of each kernel by itself, for they can be set apart."""
+    """The best tile of each kernel, which can be set separately."""
     blocks = {"stats_ms": _triton_backend.MAX_BLOCK, "loss_ms": _triton_backend.LOSS_MAX_BLOCK}
     found = {}
     for key, block in blocks.items():
@@ -158,7 +160,7 @@ def best_tiles(measured: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def chunk_rows(job: Job) -> dict[str, Any]:
-    """Rows of a chunk, for the whole loss: with rollouts that fit into any, and twice as long."""
+    """How many rows per chunk? The whole loss, with rollouts of 512 and of 1024 tokens."""
     found = {}
     chosen = most_rows(VOCAB_SIZE, HIDDEN, job.device)
     for rollout_tokens in (512, 1024):
@@ -182,7 +184,8 @@ def chunk_rows(job: Job) -> dict[str, Any]:
 
 
 def half_delta(job: Job) -> dict[str, Any]:
-    """float32 z_S and a bfloat16 delta = (h_T - h_S) W^T in place of two float32 logits."""
+    """Does a bfloat16 delta = (h_T - h_S) W^T beside float32 z_S save time over two float32
+    logits?"""
     inputs, rows = chunk_inputs(job.device, 1)
     source, weight = source_of(inputs, rows), inputs.weight
     delta_hidden = inputs.teacher - inputs.student.detach()
@@ -190,7 +193,7 @@ def half_delta(job: Job) -> dict[str, Any]:
     gradient = source.gradient(slice(0, rows), rows)
     assert gradient is not None
     marks, scale = marks_of(rows, job.device), source.gradient_scale
-    # Rounded z_T, not delta: the row kernels know no delta, and must find as few clipped rows.
+    # Holds rounded z_T, not delta: the row kernels take no delta, and as few rows must be clipped.
     half = chunk_buffer(rows, VOCAB_SIZE, weight.dtype, job.device, "triton").copy_(teacher)
 
     def half_projections() -> None:
@@ -235,8 +238,11 @@ def overlapped(
     products: torch.cuda.Stream,
     kernels: torch.cuda.Stream,
 ) -> None:
-    """Products in the order P0 P1 G0 P2 G1 ... on one stream; the row kernels of chunk i run beside
-    P(i+1) on the other. The two sources' buffers alternate."""
+    """Runs the products on one stream, P0 P1 G0 P2 G1 ..., and the row kernels on the other.
+
+    P is a chunk's projections, G its gradient's product with the head. The row kernels of chunk i
+    overlap with P(i+1); the two sources' buffers alternate.
+    """
     current = torch.cuda.current_stream()
     products.wait_stream(current)
     kernels.wait_stream(current)
@@ -248,7 +254,7 @@ def overlapped(
         gradient = source.gradient(rows, len(logits[0]))
         assert gradient is not None
         with torch.cuda.stream(kernels):
-            # Also after G(i-2), which has read this gradient's buffer.
+            # This also waits for G(i-2), which read this gradient's buffer.
             kernels.wait_event(projected)
             row_work(*logits, marks, gradient, source.gradient_scale)
             done = kernels.record_event()
@@ -263,7 +269,7 @@ def overlapped(
 
 
 def second_stream(job: Job) -> dict[str, Any]:
-    """One chunk's row kernels beside the next one's projection."""
+    """Does it help to overlap a chunk's row kernels with the next chunk's projections?"""
     inputs, rows = chunk_inputs(job.device, NUM_CHUNKS)
     sources = [source_of(inputs, rows) for _ in range(2)]
     slices = [slice(index * rows, (index + 1) * rows) for index in range(NUM_CHUNKS)]
@@ -274,7 +280,7 @@ def second_stream(job: Job) -> dict[str, Any]:
         source.grad_hidden.zero_()
     streams = torch.cuda.Stream(), torch.cuda.Stream()
     after = milliseconds(lambda: overlapped(sources, slices, marks, *streams), job.device, 2)
-    # Chunk i is in source i % 2; what the other holds there was never written.
+    # Chunk i is in source i % 2; the other source never wrote these rows.
     for index, part in enumerate(slices):
         here = sources[index % 2].grad_hidden[part]
         assert not differ(here, expected[index % 2][part]), "two streams changed the result"
@@ -282,7 +288,8 @@ def second_stream(job: Job) -> dict[str, Any]:
 
 
 def graph(job: Job) -> dict[str, Any]:
-    """A CUDA graph of one chunk, the loop's work on it included, against launching it."""
+    """Does a CUDA graph of one chunk, including the loop's work on it, save time over launching
+    it?"""
     inputs, rows = chunk_inputs(job.device, 1)
     source = source_of(inputs, rows)
     bounds = inputs.cu_seqlens.to(job.device)
@@ -309,7 +316,7 @@ def graph(job: Job) -> dict[str, Any]:
 
 
 def run(job: Job) -> str:
-    # The graph comes last: a capture that fails can leave the device in a bad state.
+    # The graph comes last, because a failed capture can leave the device in a bad state.
     questions = {
         "tiles": tiles,
         "bfloat16 delta": half_delta,
@@ -325,7 +332,7 @@ def run(job: Job) -> str:
 
 
 def answer(found: dict[str, Any] | None) -> str:
-    """The largest saving in a question's result, and what it is worth."""
+    """The largest saving in a question's result and its verdict, as text."""
     if found is None:
         return "failed"
     candidates = [found, *(part for part in found.values() if isinstance(part, dict))]

@@ -1,7 +1,8 @@
 """Part "steps" of the GPU check: a few PAINT training steps at the shape of Qwen3-1.7B.
 
-Random bfloat16 weights, LoRA adapters in float32, one base for student and teacher. The stages are
-timed apart: `loss` is the loss with its gradient by the hidden states, `backward` the model's.
+The weights are random and bfloat16, the LoRA adapters float32; student and teacher share the base.
+The stages are timed separately: `loss` is the loss and its gradient with respect to the hidden
+states, `backward` the backward pass of the model.
 """
 
 import functools
@@ -23,7 +24,7 @@ from bench.losses import PAINT, Inputs, our_loss, plain_loss
 LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NUM_STEPS, NUM_SEQUENCES, LEARNING_RATE = 5, 4, 5e-6
 FIRST_LOSS_LIMIT = 1e-2
-"""relative difference of the first step's two losses: their targets are the same"""
+"""largest relative difference of the two losses of the first step, which have the same target"""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ Loss = Callable[[Inputs], Tensor]
 
 
 def qwen3_config(on_gpu: bool) -> tuple[Qwen3Config, Lengths, int]:
-    """The model, the sequences' lengths, and the adapters' rank."""
+    """The model's configuration, the sequences' lengths and the adapters' rank."""
     lengths = Lengths(256, 768, 1024) if on_gpu else Lengths(8, 24, 32)
     config = Qwen3Config(
         vocab_size=151936 if on_gpu else 512,
@@ -68,7 +69,8 @@ def build_model(config: Qwen3Config, rank: int, device: torch.device) -> PeftMod
 
 
 def hidden_states(model: PeftModel, token_ids: Tensor, num_completion: int) -> Tensor:
-    """(sequences x completion, H): final states where they predict the completion, no logits."""
+    """(sequences x completion, H): final hidden states at the positions that predict the
+    completion."""
     base = model.get_base_model()
     assert isinstance(base, PreTrainedModel)
     output = base.base_model(input_ids=token_ids, use_cache=False)
@@ -84,7 +86,7 @@ def head_weight(model: PeftModel) -> Tensor:
 
 
 def make_batch(config: Qwen3Config, lengths: Lengths, step: int, device: torch.device):
-    """Student and teacher sequences: prompts of their own over the same completions."""
+    """Student and teacher sequences with different prompts and the same completions."""
     generator = torch.Generator(device).manual_seed(step)
 
     def tokens(number: int) -> Tensor:
@@ -98,7 +100,7 @@ def make_batch(config: Qwen3Config, lengths: Lengths, step: int, device: torch.d
 
 
 class Stages:
-    """Milliseconds of each stage of a step, by CUDA events where there are any."""
+    """Milliseconds of each stage of a step, measured with CUDA events on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.found = device, {}
@@ -175,7 +177,8 @@ def changed(parameters: dict[str, nn.Parameter], before: dict[str, Tensor]) -> l
 def run_steps(
     model: PeftModel, config: Qwen3Config, lengths: Lengths, loss_of: Loss, num_steps: int
 ) -> dict[str, Any]:
-    """The steps' losses, the last one's stages, and the peak of memory; from adapters as given."""
+    """Trains the given adapters; returns all losses, the stages of the median step and peak
+    memory."""
     adapters = adapters_of(model)
     device = next(iter(adapters.values())).device
     optimizer = torch.optim.AdamW(adapters.values(), lr=LEARNING_RATE, weight_decay=0.0)
@@ -196,13 +199,15 @@ def run_steps(
 
 
 def check(found: dict[str, Any], base_changed: list[str], adapters_changed: list[str], number: int):
-    """ValueError where a loss is not finite, or other weights changed than the adapters."""
+    """ValueError if a loss is not finite or if not exactly the adapters changed."""
     if not all(math.isfinite(loss) for loss in found["losses"]):
-        raise ValueError(f"losses are {found['losses']}: all must be finite.")
+        raise ValueError(f"losses are {found['losses']}; all must be finite")
     if base_changed:
-        raise ValueError(f"{len(base_changed)} weights of the base changed, as {base_changed[0]}.")
+        raise ValueError(
+            f"{len(base_changed)} weights of the base changed, such as {base_changed[0]}"
+        )
     if len(adapters_changed) != number:
-        raise ValueError(f"{len(adapters_changed)} of {number} adapter weights changed.")
+        raise ValueError(f"{len(adapters_changed)} of {number} adapter weights changed; all must")
 
 
 def our_steps(
@@ -222,7 +227,10 @@ def our_steps(
 def plain_steps(
     model: PeftModel, config: Qwen3Config, lengths: Lengths, first_loss: float
 ) -> dict[str, Any]:
-    """Two steps with the full logits, from the same adapters; its first loss must be ours."""
+    """Two steps with the full logits from the same adapters.
+
+    ValueError if the first loss is not that of `paint_loss`.
+    """
     try:
         loss_of = functools.partial(plain_loss, objective=PAINT)
         found = run_steps(model, config, lengths, loss_of, 2)
@@ -230,7 +238,7 @@ def plain_steps(
         return {"out_of_memory": True}
     difference = abs(found["losses"][0] - first_loss) / max(abs(first_loss), 1e-9)
     if not difference <= FIRST_LOSS_LIMIT:
-        raise ValueError(f"the first loss is {found['losses'][0]}, of paint_loss {first_loss}.")
+        raise ValueError(f"the first loss is {found['losses'][0]}, that of paint_loss {first_loss}")
     return {**found, "difference_of_first_loss": difference}
 
 
@@ -238,7 +246,7 @@ def described(found: dict[str, Any]) -> str:
     if "out_of_memory" in found:
         return "out of memory"
     stages = ", ".join(f"{name} {ms:.0f}" for name, ms in found["ms"].items())
-    text = f"{found['step_ms']:.0f} ms a step ({stages})"
+    text = f"{found['step_ms']:.0f} ms per step ({stages})"
     text += f", {found['completion_tokens_per_s']:,.0f} completion tokens/s"
     if "peak_bytes" in found:
         text += f", peak {found['peak_bytes'] / 1e9:.1f} GB"

@@ -1,7 +1,7 @@
-"""Part "tests" of the GPU check: the tests of paint_kernels, in several processes at a time.
+"""Part "tests" of the GPU check: the tests of paint_kernels, in several processes at once.
 
-Run as `python -m bench.gpu.tests RESULT_FILE INDEX COUNT FILE...` it is one of these processes: it
-runs every COUNT-th test of the files and writes a line of JSON for each.
+`python -m bench.gpu.tests RESULT_FILE INDEX COUNT FILE...` is one of these processes: it runs every
+COUNT-th test of the files and writes one line of JSON per result.
 """
 
 import importlib.util
@@ -22,12 +22,12 @@ FOLDER = ROOT / "tests" / "paint_kernels"
 TRITON_CASES = "triton_cases.py"
 RUNS_TRITON_CASES = "test_triton_backend.py"
 NUM_PROCESSES = 4
-"""of each of the two groups; on a GPU they share it, and most of the time is compilation"""
+"""per group of tests; on a GPU they share the device, and most of the time is compilation"""
 QUICK_SHARE = 20
 """--quick runs every 20th test"""
 SECONDS_TO_REPORT = 5.0
-# Settings of pyproject.toml that other versions of pytest, or one without its plugins, would make
-# into errors are left out; deprecations in other versions of libraries are no failures here.
+# Overrides settings of pyproject.toml that fail with other versions of pytest or without its
+# plugins, and does not turn the warnings of other library versions into errors.
 OPTIONS = (
     *("-q", "--tb=short", "--import-mode=importlib", "-p", "no:cacheprovider"),
     *("-o", "addopts=", "-o", "filterwarnings=default", f"--rootdir={ROOT}"),
@@ -35,7 +35,7 @@ OPTIONS = (
 
 
 class Shard:
-    """A pytest plugin: every `count`-th test, and a line in a file for each result."""
+    """A pytest plugin that runs every `count`-th test and writes a line per result to a file."""
 
     def __init__(self, result_file: Path, index: int, count: int) -> None:
         self.result_file, self.index, self.count = result_file, index, count
@@ -58,16 +58,16 @@ class Shard:
 
 
 def test_files() -> tuple[list[Path], list[str]]:
-    """Files that can be run here, and why others cannot."""
+    """The test files that can run here, and why others cannot."""
     files = [*sorted(FOLDER.glob("test_*.py")), FOLDER / TRITON_CASES]
-    # It would run the Triton cases once more.
+    # This file would run the Triton cases a second time.
     files = [file for file in files if file.name != RUNS_TRITON_CASES]
     if importlib.util.find_spec("hypothesis"):
         return files, []
     needing = [file for file in files if "hypothesis" in file.read_text()]
     names = ", ".join(file.name for file in needing)
     return [file for file in files if file not in needing], [
-        f"hypothesis is not installed (pip install hypothesis), without which {names} cannot run"
+        f"hypothesis is not installed (pip install hypothesis): {names} cannot run"
     ]
 
 
@@ -87,7 +87,7 @@ def start(job: Job, files: list[Path], index: int, count: int, folder: Path) -> 
 
 
 def tally(folder: Path, group: str) -> dict[str, Any]:
-    """Numbers of one group's tests, and the names of those that did not pass."""
+    """Counts of one group's tests by outcome, and the names of those that failed."""
     lines = [
         json.loads(line)
         for file in sorted(folder.glob(f"{group}-*.jsonl"))
@@ -98,7 +98,7 @@ def tally(folder: Path, group: str) -> dict[str, Any]:
         outcome: sorted({line["test"] for line in lines if line.get("outcome") == outcome})
         for outcome in ("passed", "failed", "skipped")
     }
-    # A test may pass and fail in its teardown.
+    # A test may pass and then fail in its teardown.
     passed = set(by_outcome["passed"]) - set(by_outcome["failed"])
     numbers = {"passed": len(passed), "failed": len(by_outcome["failed"])}
     numbers["skipped"] = len(by_outcome["skipped"])
@@ -130,7 +130,7 @@ def run(job: Job) -> str:
         problems += of_group["failed_tests"]
         if of_group["not_run"]:
             problems.append(f"{of_group['not_run']} tests of {group} did not run")
-    # 5: no test collected, as in a group smaller than the number of processes.
+    # 5: no test was collected, as in a group with fewer tests than processes.
     if not problems and any(code not in (0, 5) for code in exit_codes):
         problems.append(f"exit codes of pytest: {exit_codes}")
     job.failures += problems
@@ -144,7 +144,7 @@ def run(job: Job) -> str:
 
 
 def wait(process: subprocess.Popen, seconds: float) -> int:
-    """The exit code; -9 where the time was up and the process was ended."""
+    """Waits for a process; returns its exit code, or -9 if it was killed after `seconds`."""
     try:
         return process.wait(timeout=max(0.0, seconds))
     except subprocess.TimeoutExpired:

@@ -1,6 +1,6 @@
-"""Part "no waits" of the GPU check: the losses never wait for the device, and offsets past 2^31.
+"""Part "waits" of the GPU check: the losses never wait for the device; offsets past 2^31 are right.
 
-A wait is found by PyTorch itself, under `torch.cuda.set_sync_debug_mode("error")`.
+PyTorch reports a wait as an error under `torch.cuda.set_sync_debug_mode("error")`.
 """
 
 import functools
@@ -16,21 +16,21 @@ from bench.measure import relative_error
 from paint_kernels import paint_loss, paint_loss_from_logits, reference, token_logprobs
 
 LENGTHS = (300, 2000, 0, 1500, 4392)
-"""whole rollouts, an empty one, and one longer than any chunk"""
+"""rollouts of several lengths, one of them empty and one longer than any chunk"""
 VOCAB_SIZE, HIDDEN = QWEN3_VOCAB_SIZE, QWEN3_HIDDEN["1.7b"]
 LARGE_NUM_TOKENS, CHECKED_TOKENS = 14500, 100
-"""14,135 rows of the vocabulary reach 2^31; the last rollout lies beyond"""
+"""offset 2^31 lies in row 14,135; the last rollout lies beyond it"""
 LARGE_BYTES_NEEDED = 8 * 2 * LARGE_NUM_TOKENS * VOCAB_SIZE
-"""the logits of both, their noise, the kept gradient and the result, with room to spare"""
+"""both models' logits, their noise, the saved gradient and the result, with a margin"""
 LIMITS = {"token_loss": 1e-3, "token_kl": 1e-3, "gradient": 5e-3}
-"""relative errors; the gradient by bfloat16 logits is rounded to bfloat16"""
+"""relative errors; the gradient of bfloat16 logits is rounded to bfloat16"""
 AGREEMENT_LIMIT = 5e-3
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def without_waiting(call: Callable[[], Any]) -> Any:
-    """The result of a call that may not wait for the device; RuntimeError where it does."""
+    """Returns the result of a call; RuntimeError if the call waits for the device."""
     call()  # compiles the kernels, which may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -43,7 +43,7 @@ def without_waiting(call: Callable[[], Any]) -> Any:
 
 
 def forward_backward(loss: Loss, hidden: Tensor, weight: Tensor, trains_head: bool) -> Tensor:
-    """The gradient by the hidden states of a loss of any shape."""
+    """The gradient of the hidden states, for a loss of any shape."""
     hidden = hidden.detach().requires_grad_()
     weight = weight.detach().requires_grad_(trains_head)
     result = loss(hidden, weight)
@@ -82,7 +82,10 @@ def cases(device: torch.device) -> dict[str, Callable[[], Tensor]]:
 
 
 def check_cases(job: Job) -> int:
-    """How many cases passed; the gradient with the bounds on either device must be the same."""
+    """Runs all cases; returns how many did not wait.
+
+    A gradient must not depend on the device of the bounds.
+    """
     gradients = {}
     for name, call in cases(job.device).items():
 
@@ -98,12 +101,14 @@ def check_cases(job: Job) -> int:
         error = relative_error(gradient, other)
         job.save(**{f"{name}: difference with bounds on the GPU": error})
         if not error <= AGREEMENT_LIMIT:
-            job.failures.append(f"{name}: {error:.1e} from the same with bounds on the GPU")
+            job.failures.append(
+                f"{name}: gradient differs by {error:.1e} from that with bounds on the GPU"
+            )
     return len(gradients)
 
 
 def large_logits(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, V) logits with one peak a row, and bounds with a short rollout past offset 2^31."""
+    """(N, V) logits with one peak per row, and bounds with a short rollout past offset 2^31."""
     generator = torch.Generator(device).manual_seed(1)
     options = {"generator": generator, "device": device, "dtype": torch.bfloat16}
     student = torch.randn(LARGE_NUM_TOKENS, VOCAB_SIZE, **options).mul_(2.4)
@@ -119,7 +124,9 @@ def large_offsets(device: torch.device) -> dict[str, float]:
     free, _ = torch.cuda.mem_get_info(device)
     if free < LARGE_BYTES_NEEDED:
         needed = LARGE_BYTES_NEEDED / 2**30
-        raise ValueError(f"{free / 2**30:.0f} GiB of memory are free: {needed:.0f} are needed.")
+        raise ValueError(
+            f"{free / 2**30:.0f} GiB of device memory are free; {needed:.0f} GiB are needed"
+        )
     student, teacher, bounds = large_logits(device)
     output = paint_loss_from_logits(student, teacher, bounds, reduction="sum")
     (gradient,) = torch.autograd.grad(output.loss, student)
@@ -130,14 +137,14 @@ def large_offsets(device: torch.device) -> dict[str, float]:
     )
     (exact_gradient,) = torch.autograd.grad(exact.loss, wide)
     if not torch.equal(output.selected[last], exact.selected):
-        raise ValueError("other positions were selected past offset 2^31 than in float64.")
+        raise ValueError("the selection past offset 2^31 differs from the one in float64")
     errors = {
         "token_loss": relative_error(output.token_loss[last], exact.token_loss),
         "token_kl": relative_error(output.token_kl[last], exact.token_kl),
         "gradient": relative_error(gradient[last], exact_gradient),
     }
     if not all(error <= LIMITS[name] for name, error in errors.items()):
-        raise ValueError(f"errors past offset 2^31 are {errors}, the limits {LIMITS}.")
+        raise ValueError(f"errors past offset 2^31 are {errors}, above the limits {LIMITS}")
     return errors
 
 

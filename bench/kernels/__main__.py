@@ -1,14 +1,16 @@
-"""Time, memory and accuracy of the fused losses against bare GEMMs, plain PyTorch and the peers.
+"""Compares the fused losses with bare GEMMs, plain PyTorch and the peers: `python -m
+bench.kernels`.
 
-    python -m bench.kernels                     # the device that is there
+    python -m bench.kernels                     # on a GPU if there is one, else on the CPU
     OMP_NUM_THREADS=2 python -m bench.kernels --device cpu --output bench/results/kernels-cpu.json
     python -m bench.kernels --model 8b --num-tokens 32768 --seconds-budget 120
 
-On a GPU: Qwen3's head shapes in bfloat16, rollouts of 1024 tokens. On a CPU: float32, H = 256,
-eight rollouts of 64 tokens. The variants of a group compute the same loss of the same inputs and
-its gradient; `gemms` are the bare matrix products in the same dtypes, the floor, in chunks that are
-large enough for full speed. Only a variant whose gradient agrees with float64 in this very run is
-timed. Progress goes to stderr; the last line of stdout is JSON.
+It reports time, extra memory and gradient error. On a GPU it uses Qwen3's head shapes in bfloat16
+and rollouts of 1024 tokens, on a CPU float32, H = 256 and eight rollouts of 64 tokens. The variants
+of a group compute the same loss and gradient from the same inputs. `gemms`, the floor, runs only
+the matrix products, in the same dtypes and in chunks large enough for full speed. A variant is
+timed only if its gradient agrees with float64 in the same run. Progress goes to stderr; the last
+line of stdout is JSON.
 """
 
 import argparse
@@ -33,13 +35,20 @@ from bench.losses import QWEN3_VOCAB_SIZE
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernels", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--model", nargs="+", choices=list(HIDDEN), help="all that fit the device")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        choices=list(HIDDEN),
+        help="default: cpu on a CPU, Qwen3's sizes on a GPU",
+    )
     parser.add_argument("--num-tokens", type=int, nargs="+")
     parser.add_argument("--vocab-size", type=int, default=QWEN3_VOCAB_SIZE)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="as the tables name them")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="by the names in the tables")
     parser.add_argument("--seconds-budget", type=float, default=float("inf"))
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)

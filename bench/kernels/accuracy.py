@@ -1,4 +1,4 @@
-"""Gradients of the compared losses against float64, on some rollouts of their inputs."""
+"""Checks the gradients of the variants against float64, on some of the rollouts."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,11 @@ from bench.measure import relative_error
 from paint_kernels import entropy_ratio, reference
 
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 5e-3}
-"""largest relative gradient error of a variant whose speed is reported. Rounding a result to
-bfloat16 costs 1.7e-3 by itself, rounding the gradient by the logits before the last GEMM as much
-again."""
+"""largest relative gradient error at which a variant is timed. Rounding the result to bfloat16
+alone costs 1.7e-3; rounding the gradient with respect to the logits before the last GEMM costs as
+much."""
 LIMIT_BEFORE_ROUNDING = 1e-3
+"""largest relative error of the float32 gradient before it is rounded to the inputs' dtype"""
 
 
 class Exact(NamedTuple):
@@ -28,9 +29,10 @@ class Exact(NamedTuple):
 def exact_gradient(
     inputs: Inputs, objective: Objective, rollout: int, *, with_weight: bool = False
 ) -> Exact:
-    """The float64 gradient of the mean over all N tokens, at one rollout's rows.
+    """The float64 gradient of the loss's mean over all N tokens, at one rollout's rows.
 
-    By the reference, 256 rows at a time: its selection first, then its loss of the target so made.
+    Uses the reference implementation, 256 rows at a time: first the selection of the whole
+    rollout, then the loss against the interpolated target.
     """
     start, end = inputs.cu_seqlens[rollout : rollout + 2].tolist()
     num_tokens = len(inputs.student)
@@ -76,7 +78,7 @@ def exact_gradient(
 def exact_selection(
     student: Tensor, teacher: Tensor, weight: Tensor, objective: Objective, parts: list[slice]
 ) -> Tensor:
-    """(n,) bool: positions of one rollout that are interpolated."""
+    """(n,) bool: the interpolated positions of one rollout."""
     if objective.interpolation_weight == 0:
         return torch.zeros(len(student), dtype=torch.bool, device=student.device)
     entropies = [
@@ -108,7 +110,10 @@ def join(parts: list[Exact]) -> Exact:
 
 
 class Accuracy:
-    """Gradients against float64 at the first and the last rollout; exact ones are computed once."""
+    """Compares gradients with float64 at the first and the last rollout.
+
+    The exact gradients of an objective are computed once and kept.
+    """
 
     def __init__(self, inputs: Inputs, shape: Shape) -> None:
         self.inputs, self.num_tokens = inputs, shape.num_tokens
@@ -125,11 +130,11 @@ class Accuracy:
         return self.known[objective]
 
     def mean_kl(self) -> float:
-        """KL(teacher, student) in nats, over the checked rollouts."""
+        """Mean KL(teacher, student) over the checked rollouts, in nats."""
         return self.exact(FORWARD_KL).token_divergence.mean().item()
 
     def errors(self, variant: Variant, result: Gradients) -> dict[str, float]:
-        """Of a result for all inputs; where the head trains, also of the head's gradient."""
+        """Relative errors of a result for all inputs; also of the head's gradient if it trains."""
         exact = self.exact(variant.objective)
         rows = self.rows.to(result[0].device)
         errors = {"gradient_error": relative_error(result[0][rows], exact.grad_hidden)}
@@ -144,7 +149,10 @@ class Accuracy:
         return relative_error(actual, self.exact(variant.objective).grad_hidden)
 
     def head_error(self, variant: Variant) -> float:
-        """Of a run on the checked rollouts alone: an exact sum over all tokens would take long."""
+        """Relative error of the head's gradient, from a run on the checked rollouts only.
+
+        The exact gradient of the head sums over all tokens, which would take too long.
+        """
         few = self.few_rollouts()
         parts = [
             exact_gradient(few, variant.objective, r, with_weight=True)
@@ -168,7 +176,7 @@ class Accuracy:
 
 
 def failure(errors: dict[str, float], dtype: torch.dtype) -> str:
-    """Empty where every error is within its limit; NaN is within none."""
+    """The reason why a variant fails; empty if every error is within its limit. NaN never is."""
     limits = dict.fromkeys(errors, LIMITS[dtype])
     if "gradient_error_before_rounding" in errors:
         limits["gradient_error_before_rounding"] = LIMIT_BEFORE_ROUNDING

@@ -1,4 +1,4 @@
-"""The comparison of `python -m bench.kernels`: variants checked, timed and set in tables."""
+"""The comparison of `python -m bench.kernels`: checks the variants and times those that pass."""
 
 import functools
 import subprocess
@@ -42,15 +42,15 @@ GPU_NUM_TOKENS, GPU_ROLLOUT_TOKENS = (4096, 32768, 131072), 1024
 CPU_NUM_TOKENS, CPU_NUM_ROLLOUTS = (512,), 8
 GPU_SECONDS_PER_VARIANT, CPU_ROUNDS = 1.5, 5
 ROW_BYTES = 8 + 8 + 2
-"""moved for one token's vocabulary entry between the GEMMs, with float32 logits of two models:
-read for the statistics (2 x 4), read again for loss and gradient (2 x 4), and a bfloat16 gradient
+"""bytes moved between the GEMMs per token and vocabulary entry, with float32 logits of two models:
+read for the statistics (2 x 4), read again for loss and gradient (2 x 4), and a 2-byte gradient
 written"""
 CHILD_PREFIX = "extra_bytes "
 GROUPS = ("PAINT", "forward KL", "JSD", "log-probabilities")
 
 
 def all_variants(device: torch.device) -> list[Variant]:
-    """Every variant of every group, those too that cannot run here."""
+    """Every variant of every group, including those that cannot run here."""
     head_loss = functools.partial(our_loss, objective=PAINT)
     with_head = functools.partial(gradients, head_loss, trains_head=True)
     reverse, jsd = replace(PAINT, divergence="reverse_kl"), replace(PAINT, divergence="jsd")
@@ -86,10 +86,11 @@ def all_variants(device: torch.device) -> list[Variant]:
 def in_own_processes(
     variants: list[Variant], shape: Shape, device: torch.device
 ) -> dict[str, tuple[int, str]]:
-    """By "group/name": extra bytes of a call (0 on a GPU), why it failed; from other processes.
+    """Runs variants in other processes: "group/name" to (extra bytes of a call, why it failed).
 
-    Peers fail in many ways, some of which end the process; this one survives them. On a CPU each
-    variant has a process of its own, for its peak. On a GPU they share one until one of them fails.
+    A failing peer may end its process. On a CPU each variant has its own process, which measures
+    its peak memory. On a GPU the variants share a process until one of them fails, and the extra
+    bytes are 0.
     """
     found: dict[str, tuple[int, str]] = {}
     pending = list(variants)
@@ -115,13 +116,16 @@ def in_own_processes(
 
 
 def child(keys: list[str], shape: Shape, device: torch.device) -> None:
-    """Runs each variant at a tiny shape, which loads and compiles what it needs. On a CPU then once
-    at the full shape, and prints the growth of this process's peak; on a GPU 0."""
+    """Runs each variant at a tiny shape, which loads and compiles what it needs.
+
+    On a CPU, runs it once more at the full shape and prints the growth of this process's peak
+    memory; on a GPU, prints 0.
+    """
     by_key = {f"{variant.group}/{variant.name}": variant for variant in all_variants(device)}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for variant in (by_key[key] for key in keys):
-        # Two sizes, so that torch.compile makes its number of tokens dynamic here, not below; on a
-        # CPU both too small to move the peak.
+        # Two sizes, so that torch.compile makes the number of tokens dynamic here and not below.
+        # On a CPU both are too small to move the peak.
         for rollout_tokens in (64, 128) if device.type == "cuda" else (4, 8):
             tiny = replace(shape, num_tokens=2 * rollout_tokens, rollout_tokens=rollout_tokens)
             variant.run(make_inputs(tiny, device, dtype))
@@ -135,7 +139,7 @@ def child(keys: list[str], shape: Shape, device: torch.device) -> None:
 
 
 def check(variant: Variant, accuracy: Accuracy, row: dict[str, Any]) -> None:
-    """Fills in the row's memory (on a GPU) and gradient errors; a failed check is its status."""
+    """Adds gradient errors to the row, and memory on a GPU; sets its status if a check fails."""
     inputs = accuracy.inputs
     if inputs.student.is_cuda:
         row["extra_bytes"], result = measure.extra_bytes_on_gpu(lambda: variant.run(inputs))
@@ -156,7 +160,7 @@ def check_all(
     probes: dict[str, tuple[int, str]],
     deadline: float,
 ) -> list[dict[str, Any]]:
-    """One row a variant, in order, without times."""
+    """One row per variant, in order, without times."""
     rows = []
     for variant in variants:
         extra_bytes, failed = probes.get(f"{variant.group}/{variant.name}", (0, ""))
@@ -174,7 +178,7 @@ def check_all(
         if extra_bytes:
             row["extra_bytes"] = extra_bytes
         progress(f"  {variant.group}: checking {variant.name}")
-        accuracy.exact(variant.objective)  # apart, for its memory is not the variant's
+        accuracy.exact(variant.objective)  # computed first: its memory is not the variant's
         try:
             check(variant, accuracy, row)
         except torch.cuda.OutOfMemoryError:
@@ -185,7 +189,7 @@ def check_all(
 def time_all(
     variants: list[Variant], rows: list[dict[str, Any]], inputs: Inputs, deadline: float
 ) -> None:
-    """Fills in the times of the rows that passed."""
+    """Adds times to the rows that passed."""
     device = inputs.student.device
     passed = {
         variant.name: functools.partial(variant.run, inputs)
@@ -196,7 +200,7 @@ def time_all(
         times = measure.times_round_robin(passed, device, CPU_ROUNDS)
     else:
         times = {}
-        # The floor comes first and last: a GPU slows as it warms.
+        # The floor is timed first and last, because a GPU slows down as it warms up.
         for name in [*passed, *(name for name in passed if name == "gemms")]:
             if time.monotonic() > deadline:
                 continue
@@ -212,7 +216,7 @@ def time_all(
 
 
 def add_ratios(rows: list[dict[str, Any]], shape: Shape, num_gemms: int, on_gpu: bool) -> None:
-    """Against the floor: times, single GEMMs, and bytes a second of what is not a GEMM."""
+    """Adds the time relative to the floor and in GEMMs, and the bandwidth outside of GEMMs."""
     floor = next((row.get("median_ms") for row in rows if row["kind"] == "floor"), None)
     if floor is None:
         return
@@ -229,7 +233,7 @@ def add_ratios(rows: list[dict[str, Any]], shape: Shape, num_gemms: int, on_gpu:
 
 
 def fastest_peer(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """How many times as long as our own first variant the fastest peer takes."""
+    """The fastest peer, and its time relative to our first variant."""
     ours = [row for row in rows if row["kind"] == "ours" and "median_ms" in row]
     others = [row for row in rows if row["kind"] == "peer" and "median_ms" in row]
     if not ours or not others:
@@ -245,7 +249,7 @@ def measure_shape(
     probes: dict[str, tuple[int, str]],
     deadline: float,
 ) -> list[dict[str, Any]]:
-    """The groups of one shape, each with the rows of its variants."""
+    """Measures one shape; returns its groups with the rows of their variants."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     inputs = make_inputs(shape, device, dtype)
     accuracy = Accuracy(inputs, shape)
@@ -282,9 +286,9 @@ def run(
     seconds_budget: float,
     command: str,
 ) -> dict[str, Any]:
-    """Everything that `python -m bench.kernels` measures, in its JSON's form."""
+    """Measures all shapes; returns the JSON that `python -m bench.kernels` prints."""
     deadline = time.monotonic() + seconds_budget
-    # On a CPU every variant, for its memory; on a GPU, once, what may not run at all.
+    # On a CPU every variant, for its memory. On a GPU once, those that may fail to run.
     probed = [variant for variant in variants if not variant.unavailable]
     if device.type == "cuda":
         probed = [v for v in probed if v.kind == "peer" or v.name == "compiled"]
@@ -299,7 +303,7 @@ def run(
 
 
 def ratios_to_plain(groups: list[dict[str, Any]]) -> dict[str, float]:
-    """Time and extra memory of `paint_loss` over plain PyTorch's, at the first shape."""
+    """Time and extra memory of `paint_loss` relative to plain PyTorch, at the first shape."""
     first = next((group["rows"] for group in groups if group["group"] == "PAINT"), [])
     rows = {row["variant"]: row for row in first}
     ours, plain = rows.get("paint_loss", {}), rows.get("plain", {})
@@ -311,22 +315,28 @@ def ratios_to_plain(groups: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def make_shape(model: str, num_tokens: int, vocab_size: int) -> Shape:
-    """Of the CPU's model eight rollouts, of the others rollouts of 1024 tokens."""
+    """Eight rollouts for model `cpu`, rollouts of 1024 tokens for the others.
+
+    ValueError if `num_tokens` is not a multiple of the rollout length.
+    """
     rollout_tokens = min(GPU_ROLLOUT_TOKENS, num_tokens)
     if model == "cpu":
         rollout_tokens = max(1, num_tokens // CPU_NUM_ROLLOUTS)
     if num_tokens % rollout_tokens:
         raise ValueError(
-            f"--num-tokens {num_tokens}: rollouts are of one length, so it must be a multiple of "
-            f"{GPU_ROLLOUT_TOKENS}, for --model cpu of {CPU_NUM_ROLLOUTS}."
+            f"--num-tokens: got {num_tokens}; all rollouts have one length, so it must be a "
+            f"multiple of {GPU_ROLLOUT_TOKENS}, or of {CPU_NUM_ROLLOUTS} for --model cpu"
         )
     return Shape(model, num_tokens, rollout_tokens, HIDDEN[model], vocab_size)
 
 
 def choose(variants: list[Variant], groups: list[str], names: list[str] | None) -> list[Variant]:
-    """Of the groups, the variants of these names; all of them for None."""
+    """The variants of these groups with these names, or with any name for None.
+
+    ValueError for an unknown name.
+    """
     known = {variant.name for variant in variants}
     unknown = set(names or ()) - known
     if unknown:
-        raise ValueError(f"--variants {sorted(unknown)}: choose from {sorted(known)}.")
+        raise ValueError(f"--variants: got {sorted(unknown)}; choose from {sorted(known)}")
     return [v for v in variants if v.group in groups and (names is None or v.name in names)]

@@ -1,7 +1,7 @@
-"""The Triton kernels compiled ahead of time, without a GPU: registers, spills, widths, offsets.
+"""Compiles the Triton kernels ahead of time, without a GPU, and reads what the compiler reports.
 
 Constants, launch settings and alignments are those that paint_kernels._triton_backend passes to
-the kernels when it is called at Qwen3's vocabulary.
+the kernels at Qwen3's vocabulary size.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from bench.kernels.traffic import Row, Variant, call_launcher, replaced_kernels
 from bench.measure import ROOT
 
 COMPILED_SHAPE = (4, 151936)
-"""(R, V): four rows, so that every (R,) tensor starts at a multiple of 16 bytes, as in a chunk"""
+"""(R, V): four rows, so that every (R,) tensor is aligned to 16 bytes, as in a chunk"""
 KIB = 1024
 
 
@@ -34,10 +34,10 @@ class Architecture(NamedTuple):
     name: str
     target: GPUTarget
     max_shared_bytes: int
-    """of one block"""
+    """per block"""
     max_warps_per_scheduler: int
     max_blocks: int
-    """resident on one multiprocessor"""
+    """resident blocks per multiprocessor"""
 
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; for gfx942 the
@@ -49,9 +49,10 @@ ARCHITECTURES = (
     Architecture("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KIB, 8, 16),
 )
 SCHEDULERS = 4
-"""of a multiprocessor, on every one of them"""
+"""per multiprocessor, on all of these architectures"""
 REGISTERS_PER_LANE = 512
-"""32-bit registers that a scheduler's warps share: 16,384 for 32 lanes, 32,768 for AMD's 64"""
+"""32-bit registers per lane that a scheduler's warps share: 16,384 for 32 lanes, 32,768 for 64
+(AMD)"""
 REGISTER_GRANULE = 8
 RESIDENCY = (
     f"blocks: min({SCHEDULERS} * min({REGISTERS_PER_LANE} // registers rounded up to "
@@ -60,15 +61,16 @@ RESIDENCY = (
 
 
 class Launch(NamedTuple):
-    """A kernel with the arguments that a launcher gave it."""
+    """A kernel and the arguments that the launcher passed to it."""
 
-    kernel: Any  # a triton.JITFunction, which triton's stubs take for a plain function
+    kernel: Any  # a triton.JITFunction, which triton's stubs declare as a plain function
     arguments: tuple[Any, ...]
     settings: dict[str, Any]
-    """the others by name, and num_warps"""
+    """keyword arguments, and num_warps"""
 
     def source(self) -> ASTSource:
-        """Typed and specialised as a launch is: what 16 divides is known to be so."""
+        """The source with the types of a launch; arguments that 16 divides are specialised as
+        such."""
         settings = {name: self.settings[name] for name in self.settings if name != "num_warps"}
         names = self.kernel.arg_names
         values = dict(zip(names, self.arguments, strict=False)) | settings
@@ -86,7 +88,7 @@ class Launch(NamedTuple):
 
 
 def launch_of(variant: Variant) -> Launch:
-    """What the launcher passes to the variant's kernel, which does not run."""
+    """Records what the launcher passes to the variant's kernel, without running it."""
     launches: dict[str, Launch] = {}
 
     def recorder(kernel: Any) -> dict[Any, Any]:
@@ -101,32 +103,32 @@ def launch_of(variant: Variant) -> Launch:
 
 
 class Compiled(NamedTuple):
-    """A kernel on an architecture, as the compiler left it."""
+    """The compiler's report on one kernel and architecture."""
 
     kernel: str
     variant: str
     architecture: str
     num_warps: int
     registers: int
-    """of a thread, 32 bits each; on AMD vector registers"""
+    """32-bit registers per thread; vector registers on AMD"""
     spill_bytes: int
-    """NVIDIA: stored and loaded, in the code; AMD: of a thread, in memory or other registers"""
+    """NVIDIA: bytes stored and loaded by the code; AMD: per thread, in memory or other registers"""
     shared_bytes: int
     max_shared_bytes: int
     resident_blocks: int
     widest_load_bytes: int
     widest_store_bytes: int
     tile_load_bytes: int
-    """of a column's loads in all loops, after equal ones were merged"""
+    """per column, over the loads of all loops, after equal loads were merged"""
     tile_store_bytes: int
     float64: bool
     row_offsets_64bit: bool
 
 
 def compile_launch(launch: Launch, variant: str, architecture: Architecture) -> Compiled:
-    """Compiles in an empty cache, so that ptxas runs and reports."""
+    """Compiles with an empty cache, so that ptxas runs and prints its report."""
     num_warps = max(1, launch.settings["num_warps"] * 32 // architecture.target.warp_size)
-    # Fused multiply-add is Triton 3.9's default; left unset, it warns that 3.10 turns it off.
+    # Fused multiply-add is Triton 3.9's default; unset, Triton warns that 3.10 turns it off.
     options = {"num_warps": num_warps, "enable_fp_fusion": True}
     log = io.StringIO()
     with (
@@ -163,7 +165,7 @@ def compile_launch(launch: Launch, variant: str, architecture: Architecture) -> 
 
 
 def ptxas_usage(log: str) -> tuple[int, int]:
-    """Registers of a thread, and bytes spilled."""
+    """Registers per thread, and bytes spilled."""
     registers = re.findall(r"Used (\d+) registers", log)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     assert registers and spills, log
@@ -171,7 +173,7 @@ def ptxas_usage(log: str) -> tuple[int, int]:
 
 
 def amd_usage(assembly: str) -> tuple[int, int]:
-    """Registers of a thread, and bytes spilled: to private memory, or to other registers."""
+    """Registers per thread, and bytes spilled to private memory or other registers."""
     names = "vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size"
     used = {name: int(n) for name, n in re.findall(rf"\.({names}): +(\d+)", assembly)}
     spilled_registers = used["vgpr_spill_count"] + used["sgpr_spill_count"]
@@ -200,13 +202,13 @@ def widest_on_amd(assembly: str) -> dict[str, int]:
 
 
 def tile_bytes(ttir: str, access: str) -> int:
-    """Of one column, over every load or store of a tile."""
+    """Bytes per column over all loads, or all stores, of a tile."""
     pointers = re.findall(rf"tt\.{access} .*tensor<\d+x!tt\.ptr<[a-z]+(\d+)>>", ttir)
     return sum(int(bits) // 8 for bits in pointers)
 
 
 def row_offsets_are_64bit(ttir: str) -> bool:
-    """Whether a row's offset is a 64-bit product, and none is added to an argument in 32 bits."""
+    """Whether row offsets are 64-bit products and no 32-bit offset is added to an argument."""
     arguments = "|".join(re.findall(r"%(\w+): !tt\.ptr", ttir))
     narrow_product = re.search(r"arith\.muli .*%\w*stride\w*.* : i32", ttir)
     narrow_offset = re.search(rf"tt\.addptr %(?:{arguments}), .* : !tt\.ptr<\w+>, i32", ttir)
@@ -215,7 +217,7 @@ def row_offsets_are_64bit(ttir: str) -> bool:
 
 
 def resident_blocks(registers: int, num_warps: int, architecture: Architecture) -> int:
-    """On one multiprocessor, as registers and threads allow; `RESIDENCY` in words."""
+    """Blocks that fit on one multiprocessor by registers and threads; see `RESIDENCY`."""
     granules = -(-max(registers, 1) // REGISTER_GRANULE)
     warps = min(
         REGISTERS_PER_LANE // (granules * REGISTER_GRANULE), architecture.max_warps_per_scheduler
@@ -240,7 +242,7 @@ def problems(compiled: Compiled) -> list[str]:
 
 
 def count_traffic() -> list[dict[str, Any]]:
-    """Bytes moved, by variant and row; in a process of its own, where Triton interprets."""
+    """Bytes moved by variant and row, counted by another process with Triton's interpreter."""
     done = subprocess.run(
         [sys.executable, "-m", "bench.kernels.traffic"],
         env=os.environ | {"TRITON_INTERPRET": "1"},

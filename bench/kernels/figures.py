@@ -12,7 +12,7 @@ LEGEND = {"floor": "bare GEMMs", "ours": "paint_kernels", "plain": "PyTorch", "p
 
 
 def bar_rows(groups: list[Result]) -> list[tuple[str, Result | None]]:
-    """From top to bottom: a heading for each group, then its variants that could run here."""
+    """Rows from top to bottom: each group's heading, then its variants that could run."""
     rows: list[tuple[str, Result | None]] = []
     for group in groups:
         rows.append((group["group"], None))
@@ -23,12 +23,12 @@ def bar_rows(groups: list[Result]) -> list[tuple[str, Result | None]]:
 def draw_bars(
     axes: Axes, rows: list[tuple[str, Result | None]], key: str, scale: float, digits: int
 ) -> None:
-    """One horizontal bar a variant; a word in place of the bar that was not measured."""
+    """One horizontal bar per variant; the reason in place of a bar that was not measured."""
     for position, (_, row) in enumerate(rows):
         if row is None:
             continue
         value = row.get(key)
-        # A time that is missing has a reason; memory is not measured for the floor.
+        # A missing time has a reason; memory is not measured for the floor.
         missing = row.get("reason", "") if key == "ratio_to_floor" else ""
         label = missing if value is None else f"{value * scale:,.{digits}f}"
         axes.barh(position, (value or 0) * scale, color=COLOURS[row["kind"]], height=0.7)
@@ -51,7 +51,7 @@ def label_rows(axes: Axes, rows: list[tuple[str, Result | None]]) -> None:
 
 
 def draw_kernels(results: dict[str, Result]) -> Figure:
-    """One line of panels a result: time as a multiple of the floor, and extra memory."""
+    """One row of panels per result: time as a multiple of the floor, and extra memory."""
     groups = [headline(result) for result in results.values()]
     rows = [bar_rows(one) for one in groups]
     figure = Figure(

@@ -1,7 +1,7 @@
-"""Other projects' fused losses, called as their authors call them, at the work that they can do.
+"""Fused losses of other projects, called as their documentation does.
 
-A peer is imported only when it runs. `unavailable` says why it cannot: not installed, or made for
-another device. What a peer cannot do stands in `lacks`; it says nothing of what it does well.
+A peer is imported only when it runs. `unavailable` gives the reason why it cannot run here: not
+installed, or another device is needed. `lacks` lists what `paint_loss` does and the peer does not.
 """
 
 # pyright: reportMissingImports=false
@@ -34,7 +34,7 @@ CCE_COMPILE_LACKS = (*LOGPROB_LACKS, "memory below the full logits")
 
 
 def liger_fused_jsd_loss(inputs: Inputs, beta: float) -> Tensor:
-    """Liger names both KLs by beta: 0 is KL(teacher, student), 0.5 the JSD."""
+    """Liger's beta selects the divergence: 0 is KL(teacher, student), 0.5 the JSD."""
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
     loss = LigerFusedLinearJSD(jsd_beta=beta)
@@ -78,7 +78,7 @@ def quack_loss(inputs: Inputs) -> Tensor:
 
 
 def reason_against(package: str, distribution: str, needed: str, device: torch.device) -> str:
-    """Why a peer cannot run here, or nothing. `needed` is "any", "gpu" or "sm90"."""
+    """Why a peer cannot run here; empty if it can. `needed` is "any", "gpu" or "sm90"."""
     if importlib.util.find_spec(package) is None:
         return f"not installed (pip install {distribution})"
     if needed != "any" and device.type != "cuda":

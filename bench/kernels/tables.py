@@ -1,4 +1,4 @@
-"""The kernels' comparison as Markdown."""
+"""Markdown tables of the kernels' comparison."""
 
 from bench.tables import Result, exponent, made_by, markdown, milliseconds, number
 
@@ -6,7 +6,7 @@ HEADLINE_TOKENS = 32768
 
 
 def gradient_error(row: Result) -> str:
-    """The largest of a row's errors by its own rounding, and the one before it where measured."""
+    """The largest of a row's gradient errors, preceded by the error before rounding if measured."""
     errors = [row[key] for key in ("gradient_error", "head_gradient_error") if key in row]
     if not errors:
         return ""
@@ -27,7 +27,7 @@ def kernel_row(row: Result, with_bandwidth: bool) -> list[str]:
             number(row.get("gemm_equivalents"), 2),
         ]
     else:
-        # Whatever kept the variant from being timed stands in place of its time.
+        # The reason why the variant was not timed replaces its time.
         cells = [row["reason"], "", ""]
     bandwidth = row.get("row_kernel_bytes_per_s")
     extra_cell = [number(bandwidth and bandwidth / 1e12, 2)] if with_bandwidth else []
@@ -43,7 +43,7 @@ def describe(shape: Result, dtype: str) -> str:
 
 
 def kernel_group_table(group: Result) -> str:
-    """Variants that do equal work at one shape: the time's median, extra memory, accuracy."""
+    """Variants that do equal work at one shape: median time, extra memory and accuracy."""
     with_bandwidth = any("row_kernel_bytes_per_s" in row for row in group["rows"])
     header = [f"{group['group']}, forward and backward", "ms", "of floor", "GEMMs"]
     header += ["row TB/s"] if with_bandwidth else []
@@ -57,7 +57,7 @@ def kernel_group_table(group: Result) -> str:
 
 
 def headline(result: Result) -> list[Result]:
-    """The groups of one shape: the largest model's, at 32,768 tokens where that was measured."""
+    """The groups of one shape: the largest model, at 32,768 tokens if that was measured."""
     groups = result["groups"]
 
     def rank(group: Result) -> tuple[int, bool, int]:
@@ -91,7 +91,7 @@ def groups_table(result: Result, groups: list[Result]) -> str:
 
 
 def kernel_shapes_table(result: Result) -> str:
-    """`paint_loss` at every measured shape, beside plain PyTorch."""
+    """`paint_loss` and plain PyTorch at every measured shape."""
     header = ["H", "N", "gemms ms", "`paint_loss` ms", "of floor", "extra MB", "gradient error"]
     rows = []
     for group in result["groups"]:

@@ -1,9 +1,9 @@
-"""The launches that run of every Triton kernel, and the bytes that each moves.
+"""The variants of every Triton kernel that are launched, and the bytes that each moves.
 
     TRITON_INTERPRET=1 python -m bench.kernels.traffic    # the counts, as JSON
 
-The kernels run in Triton's interpreter, and the lanes that their masked loads and stores let
-through add up. That is what the instructions ask for; whatever a cache gives is in it.
+The kernels run in Triton's interpreter, and the unmasked lanes of their loads and stores are
+counted. These are the bytes that the instructions request, including those served by a cache.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from paint_kernels._types import LossSettings
 
 KERNELS = tuple(name for name in vars(kernels) if name.endswith("_kernel"))
 COUNTED_SHAPE = (1, 8192)
-"""(R, V): four tiles of a row"""
+"""(R, V): one row of four tiles"""
 
 
 class Variant(NamedTuple):
@@ -39,7 +39,7 @@ class Variant(NamedTuple):
     clip: float | None = 0.06
     interpolates: bool = True
     ragged: bool = False
-    """an odd number of columns: no row after the first is aligned"""
+    """an odd number of columns, so that no row after the first is aligned"""
 
     @property
     def name(self) -> str:
@@ -89,11 +89,11 @@ VARIANTS = (
     LOGPROBS,
     LOGPROBS._replace(ragged=True),
 )
-"""the ones that most runs use"""
+"""the variants that most runs use"""
 
 
 def every_variant() -> list[Variant]:
-    """Those of every combination of dtypes, settings and alignment that the launcher may meet."""
+    """All combinations of dtypes, settings and alignment that the launcher supports."""
     full, half = torch.float32, torch.bfloat16
     pairs = [(full, None), (full, torch.float16), (full, full), (half, None), (half, half)]
     found = [
@@ -113,7 +113,7 @@ def every_variant() -> list[Variant]:
 
 
 class Row(NamedTuple):
-    """What a row of logits asks of the loss kernel."""
+    """The branches that a row of logits takes in the loss kernel."""
 
     clipped: bool
     interpolated: bool
@@ -132,11 +132,11 @@ def rows_of(variant: Variant) -> list[Row]:
 
 
 def call_launcher(variant: Variant, shape: tuple[int, int], row: Row) -> Tensor | None:
-    """Calls the launcher with equal rows; returns the clipped mass where the loss is computed."""
+    """Calls the launcher with random rows of one kind; returns the loss's clipped mass, if any."""
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(shape, generator=generator)
     teacher = student + 0.01 * torch.randn(shape, generator=generator)
-    if row.clipped:  # f is large where KL's first argument has what the other lacks
+    if row.clipped:  # f is large where the KL's first argument has mass that the other lacks
         (teacher if variant.divergence == "forward_kl" else student)[:, 7] += 20.0
     student, teacher = student.to(variant.logits), teacher.to(variant.logits)
     gradient = None if variant.gradient is None else torch.empty(shape, dtype=variant.gradient)
@@ -158,19 +158,19 @@ def call_launcher(variant: Variant, shape: tuple[int, int], row: Row) -> Tensor 
 
 @contextlib.contextmanager
 def replaced_kernels(replace: Any) -> Iterator[None]:
-    """While it lasts, the launcher finds `replace(kernel)` in each kernel's place."""
+    """Makes the launcher use `replace(kernel)` instead of each kernel."""
     found = SimpleNamespace(**{name: replace(getattr(kernels, name)) for name in KERNELS})
     with patch.object(backend, "kernels", found):
         yield
 
 
 class Traffic:
-    """Bytes that a kernel has loaded and stored."""
+    """Counts the bytes that a kernel loads and stores."""
 
     def __init__(self) -> None:
         self.loaded_bytes, self.stored_bytes = 0, 0
-        # A compiler merges loads of the same addresses within a tile's body. The kernels load two
-        # tiles there, so an equal one among the last two, with no store since, is such a load.
+        # The compiler merges loads of the same addresses within a loop body. The kernels load two
+        # tiles there, so a load equal to one of the last two, with no store since, is merged.
         self.recent: deque[np.ndarray] = deque(maxlen=2)
 
     def load(self, pointers: Any, mask: Any) -> None:
@@ -208,7 +208,7 @@ def counted_accesses(traffic: Traffic) -> Iterator[None]:
 
 
 def traffic_of(variant: Variant, row: Row) -> Traffic:
-    """Of the variant's kernel alone, for one row."""
+    """Traffic of the variant's kernel for one row."""
     found: dict[str, Traffic] = {}
 
     def counting(kernel: Any) -> dict[Any, Any]:

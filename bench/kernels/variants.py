@@ -1,7 +1,7 @@
-"""The variants of the comparison that are our own: the fused losses, plain PyTorch, the floor.
+"""Variants of the comparison: the fused losses, plain PyTorch and the floor.
 
-A variant computes a loss of the same inputs and its gradient by the student's hidden states (and by
-the head, where the variant trains it). Variants of one group do equal work.
+A variant computes a loss of the given inputs and its gradient with respect to the student's hidden
+states, and to the head if the variant trains it. Variants of one group do equal work.
 """
 
 import functools
@@ -36,23 +36,26 @@ class Variant:
     run: Callable[[Inputs], Gradients]
     objective: Objective
     kind: str
-    """one of floor, ours, plain, peer"""
+    """floor, ours, plain or peer"""
     lacks: tuple[str, ...] = ()
     unavailable: str = ""
     """why it cannot run on this machine"""
     trains_head: bool = False
     float32_rows: Callable[[Inputs], Tensor] | None = None
-    """(N, H): the gradient by the hidden states before it is rounded to their dtype"""
+    """(N, H) gradient of the hidden states before it is rounded to their dtype"""
 
 
 def our_loss_bounds_on_device(inputs: Inputs, objective: Objective) -> Tensor:
-    """The rollouts' bounds are never read: chunks of any tokens, selected rows computed twice."""
+    """`paint_loss` with `cu_seqlens` on the device.
+
+    The host never reads the bounds, so chunks cut rollouts and selected rows are computed twice.
+    """
     on_device = inputs.cu_seqlens.to(inputs.student.device, non_blocking=True)
     return our_loss(inputs._replace(cu_seqlens=on_device), objective)
 
 
 def our_float32_rows(inputs: Inputs, objective: Objective) -> Tensor:
-    """(N, H) float32: what `paint_loss` keeps for its backward pass, of the mean over tokens."""
+    """(N, H) float32: the gradient of the mean over tokens that `paint_loss` saves for backward."""
     num_tokens = len(inputs.student)
     settings = check_settings(
         temperature=objective.temperature,
@@ -82,24 +85,27 @@ def our_float32_rows(inputs: Inputs, objective: Objective) -> Tensor:
 
 
 def upcast_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """What most code does: the logits lose their digits before they become float32."""
+    """As in most code: logits are rounded to half precision before they become float32."""
     return (hidden @ weight.T).float()
 
 
 def chunk_rows(device: torch.device, vocab_size: int) -> int:
-    """Rows of a chunk of bare products: on a GPU enough for full speed, whatever chunks the losses
-    take; on a CPU 2^24 logits (64 MiB), the fastest there."""
+    """Rows per chunk of the bare products, independent of the losses' chunks.
+
+    On a GPU enough for full speed; on a CPU 2^24 logits (64 MiB), which is fastest there.
+    """
     return 4096 if device.type == "cuda" else max(1, 2**24 // vocab_size)
 
 
 @functools.lru_cache(maxsize=1)
 def gradient_operand(rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device):
-    """Values of a gradient's size for the last GEMM; zeros would draw less power and run faster."""
+    """Random values of a gradient's size for the last GEMM; zeros draw less power and run
+    faster."""
     return torch.randn(rows, vocab_size, dtype=dtype, device=device).mul_(1e-4)
 
 
 def bare_gemms(inputs: Inputs, num_projections: int) -> Gradients:
-    """The projections (float32 logits) and the product of a gradient with the head: the floor."""
+    """The floor: the projections to float32 logits, and the product of a gradient with the head."""
     weight, vocab_size = inputs.weight, inputs.weight.shape[0]
     rows = min(chunk_rows(weight.device, vocab_size), len(inputs.student))
     operand = gradient_operand(rows, vocab_size, weight.dtype, weight.device)
@@ -119,7 +125,9 @@ def bare_projection(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     if weight.is_cuda:
         torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
         return
-    for start in range(0, len(weight), 2048):  # the vocabulary tile of paint_kernels on a CPU
+    for start in range(
+        0, len(weight), 2048
+    ):  # the vocabulary tile that paint_kernels uses on a CPU
         tile = slice(start, start + 2048)
         torch.mm(hidden, weight[tile].T, out=out[:, tile])
 
@@ -136,12 +144,12 @@ def compile_once(loss: Loss) -> Loss:
 
 
 def compiled_loss(inputs: Inputs, loss: Loss) -> Tensor:
-    """Compiled when it first runs, for loading the compiler alone takes seconds."""
+    """Compiles the loss at its first run, because loading the compiler alone takes seconds."""
     return compile_once(loss)(inputs)
 
 
 def plain_variants(group: str, objective: Objective, device: torch.device) -> list[Variant]:
-    """Eager, compiled, and with the logits rounded to half precision as most code has it."""
+    """Plain PyTorch: eager, compiled, and on a GPU with logits rounded to half precision."""
     loss: Loss = functools.partial(plain_loss, objective=objective)
     rounded: Loss = functools.partial(plain_loss, objective=objective, project=upcast_logits)
     if objective == LOGPROBS:

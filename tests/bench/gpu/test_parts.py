@@ -182,7 +182,7 @@ def test_shares_are_a_whole_and_modules_are_there():
 
 
 def test_unknown_parts_and_devices(tmp_path):
-    with pytest.raises(ValueError, match="--parts nonsense: choose from"):
+    with pytest.raises(ValueError, match="--parts: got nonsense; choose from"):
         gpu_check.main(["--device", "cpu", "--output", str(tmp_path), "--parts", "tests,nonsense"])
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no usable CUDA device"):
