@@ -1,17 +1,21 @@
-"""Where a training step's time and memory go, beside TRL and beside the loss in plain PyTorch.
+"""Times a training step by part, and next to plain PyTorch's loss and TRL's trainer.
 
     OMP_NUM_THREADS=2 python -m bench.engine --device cpu --output bench/results/engine-cpu.json
     python -m bench.engine --device cuda --model 8b             # random weights, no download
     python -m bench.engine --device cuda --preset paint-qwen3-8b    # its weights and rollouts
 
-First whole steps of a preset, rollouts included, by part. Then its training part: the same fixed
-rollouts through the engine's own step, through that step with the full logits in plain PyTorch, and
-through TRL's SDFT trainer, at the same weights, adapters, optimizer and rows a forward pass. TRL
-has its own attention, SDPA on padded rows, and its forward KL has no clip and no interpolation, so
-it does less. Its first loss has to be the forward KL that the engine computes, and plain PyTorch's
-the engine's own. On a CPU the loops take turns, step by step; on a GPU they follow one another, so
-that each has the memory to itself. A loop's step is timed whole; its parts are timed in further
-steps, which wait for the device after each part. The last line of stdout is JSON.
+It first times whole steps of a preset by part, including the rollouts. Then it times the training
+part on the same fixed rollouts in three loops: the engine's step, that step with the full logits in
+plain PyTorch, and TRL's SDFT trainer. The loops share weights, adapters, optimizer and rows per
+forward pass.
+
+TRL uses its own attention, SDPA on padded rows, and its forward KL has neither clip nor
+interpolation, so it does less work. A loop counts only if its first loss is the expected one: the
+engine's own loss for plain PyTorch, the engine's forward KL for TRL.
+
+On a CPU the loops alternate step by step; on a GPU they run one after another, each with all of the
+memory. Steps are timed whole; the parts are timed in further steps that synchronize after each
+part. The last line of stdout is JSON.
 """
 
 import argparse
@@ -43,7 +47,7 @@ QUICK = ("--train.batch_size", "4", "--rollout.max_new_tokens", "24")
 
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
-    """With the versions of what trains."""
+    """Like `measure.environment`, with the versions of the libraries that train."""
     found = measure.environment(device, command)
     versions = {name: measure.version(name) for name in ("torch", "transformers", "peft", "trl")}
     named = {name: version for name, version in versions.items() if version}
@@ -52,7 +56,7 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
 
 
 def result_of(found: dict[str, Any], cases: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The JSON's form: `found` is the environment."""
+    """The JSON that the command prints; `found` is the environment."""
     return {"name": "engine", **found, "cases": list(cases)}
 
 
@@ -65,19 +69,30 @@ def cases_of(arguments: argparse.Namespace) -> list[Case]:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.engine", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     presets, models = preset_names(), (*MODELS, "small")
     parser.add_argument(
-        "--preset", nargs="+", choices=presets, default=[], help="on a CPU: tiny, if none is given"
+        "--preset",
+        nargs="+",
+        choices=presets,
+        default=[],
+        metavar="PRESET",
+        help="default on a CPU: tiny",
     )
     parser.add_argument(
-        "--model", nargs="+", choices=models, default=[], help="on a GPU: all, if none is given"
+        "--model",
+        nargs="+",
+        choices=models,
+        default=[],
+        help="random weights; default on a GPU: all but small",
     )
     parser.add_argument(
-        "--rollouts", type=int, default=NUM_ROLLOUTS, help="a step, of each --model"
+        "--rollouts", type=int, default=NUM_ROLLOUTS, help="rollouts per step of each --model"
     )
-    parser.add_argument("--rounds", type=int, help="timed steps of each loop")
+    parser.add_argument("--rounds", type=int, help="timed steps per loop")
     parser.add_argument("--quick", action="store_true", help="few rollouts and steps")
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
@@ -92,8 +107,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def naming(case: Case, arguments: argparse.Namespace) -> list[str]:
-    """The arguments of this command that name one of its cases on a CPU."""
+def case_arguments(case: Case, arguments: argparse.Namespace) -> list[str]:
+    """The arguments of this command that select one of its cases on a CPU."""
     found = ["--device", "cpu", "--rollouts", str(arguments.rollouts)]
     found += ["--preset" if case.lengths is None else "--model", case.name]
     return [*found, "--quick"] if arguments.quick else found
@@ -113,7 +128,7 @@ def main(argv: Sequence[str]) -> None:
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(case, device, Path(folder))
-            measured.append(measure_case(bench, arguments.rounds, naming(case, arguments)))
+            measured.append(measure_case(bench, arguments.rounds, case_arguments(case, arguments)))
         print(f"{engine_case_table(measured[-1])}\n", flush=True)
     command = " ".join(["python -m bench.engine", *argv])
     measure.emit(result_of(environment(device, command), measured), arguments.output)

@@ -1,4 +1,4 @@
-"""Checks everything that needs a GPU, in eight minutes: `python -m bench.gpu_check`.
+"""Checks everything that needs a GPU, in eight minutes.
 
     python -m bench.gpu_check                          # all parts; results in bench/results/
     python -m bench.gpu_check --parts tests,kernels
@@ -55,7 +55,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     names = [part.name for part in parts.PARTS]
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_check", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument(
         "--parts",

@@ -66,7 +66,9 @@ def traffic_table(traffic: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 1 if a kernel has a problem."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernels_report", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--check", action="store_true", help="print problems only, no tables")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the figures to this file"

@@ -1,4 +1,4 @@
-"""Measures what rounding the logits costs: `python -m bench.logit_formats`.
+"""Measures what rounding the logits costs.
 
 It reports the relative error of the loss's gradient with respect to the hidden states, against
 float64, when the logits between the GEMMs are stored in a cheaper format, and when the gradient
@@ -161,7 +161,9 @@ def run(
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.logit_formats", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--num-rows", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocab-size", type=int, default=151936)

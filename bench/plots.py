@@ -1,4 +1,4 @@
-"""Fills tables and draws figures from the committed results: `python -m bench.plots`.
+"""Fills tables and draws figures from the committed results.
 
 A table between `<!-- begin NAME -->` and `<!-- end NAME -->` in README.md or bench/README.md is
 generated from bench/results/NAME.json (see bench/tables.py). docs/kernels.png shows the variants of
@@ -70,7 +70,9 @@ def documents() -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.plots", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit with 1 if a table is out of date"
     )

@@ -1,4 +1,4 @@
-"""Measures how `paint_loss` scales with the number of tokens: `python -m bench.scaling`.
+"""Measures how `paint_loss` scales with the number of tokens.
 
 N doubles from 4096 to 131072, in rollouts of 1024 tokens and as one rollout: on a GPU at the shape
 of Qwen3-8B in bfloat16, on a CPU at H = 64, V = 4096 in float32. Extra memory is the peak that the
@@ -122,7 +122,9 @@ def run(
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.scaling", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--num-tokens", type=int, nargs="+", default=NUM_TOKENS)
     parser.add_argument("--rollout-tokens", type=int, default=ROLLOUT_TOKENS)

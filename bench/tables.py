@@ -114,7 +114,7 @@ def logit_formats_table(result: Result) -> str:
 
 def floor_table(result: Result) -> str:
     """Counted products and bytes, and the predicted time."""
-    header = ["", "rows a chunk", "three products", "row kernels", "other", "predicted", "ratio"]
+    header = ["", "rows per chunk", "three products", "row kernels", "other", "predicted", "ratio"]
     header.append("extra memory")
     rows = [
         [

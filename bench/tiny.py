@@ -1,4 +1,4 @@
-"""Trains the laptop preset on several seeds: `python -m bench.tiny [--seeds 0 1 2]`.
+"""Trains the laptop preset on several seeds.
 
 Each seed runs `python -m paint_engine.train --train.seed N` in its own process; the result holds
 every run's `summary.json`. The seed decides the data order, the adapters' initial values and all
@@ -30,7 +30,9 @@ def run_seed(seed: int, parent: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tiny", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()

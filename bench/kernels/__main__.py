@@ -1,5 +1,4 @@
-"""Compares the fused losses with bare GEMMs, plain PyTorch and the peers: `python -m
-bench.kernels`.
+"""Compares the fused losses with bare GEMMs, plain PyTorch and peers.
 
     python -m bench.kernels                     # on a GPU if there is one, else on the CPU
     OMP_NUM_THREADS=2 python -m bench.kernels --device cpu --output bench/results/kernels-cpu.json

@@ -1,5 +1,4 @@
-"""The differences of the paper's tables in small, with their intervals and the paper's beside
-them."""
+"""Draws the tables' differences with their intervals, beside those of the paper."""
 
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,10 @@ def row_name(table: int, setting: str) -> str:
 
 
 def shown_differences(panel: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """From top to bottom: the line's name, its setting, and a difference. All to the first
-    reference, then what PAINT gains over a further one."""
+    """Lines from top to bottom: (name, setting, difference).
+
+    The differences to the first reference come first, then PAINT's to a further one.
+    """
     table, first = panel["table"], reference_of(panel)
     found = [
         (row["setting"], difference) for row in panel["rows"] for difference in row["differences"]
@@ -60,7 +61,7 @@ def shown_differences(panel: dict[str, Any]) -> list[tuple[str, str, dict[str, A
 
 
 def draw_panel(axes: Axes, result: Result, panel: dict[str, Any]) -> None:
-    """One line a difference: ours with its interval, the paper's as a hollow mark below it."""
+    """One line per difference: ours with its interval, the paper's as a hollow mark below it."""
     table = panel["table"]
     backbone = backbone_index(result, panel["size"]) if table == 1 else 0
     lines = shown_differences(panel)
@@ -82,7 +83,7 @@ def draw_panel(axes: Axes, result: Result, panel: dict[str, Any]) -> None:
 
 
 def draw_tables(result: Result) -> Figure:
-    """Table 1's bases in the first line of panels, the ablations in the second."""
+    """Table 1's bases in the first row of panels, the ablations in the second."""
     numbers = sorted({panel["table"] for panel in result["tables"]})
     first = panels_of(result, 1)
     second = [panel for number in numbers if number > 1 for panel in panels_of(result, number)]
@@ -90,7 +91,7 @@ def draw_tables(result: Result) -> Figure:
     figure = Figure(figsize=(12, 2.9 * len(lines) + 0.4), layout="constrained")
     parts = figure.subfigures(len(lines), 1, squeeze=False)[:, 0]
     for part, line in zip(parts, lines, strict=True):
-        # The bases on one axis, so that their gains can be compared.
+        # The bases share an axis, so that their gains can be compared.
         share = line is first
         drawn = part.subplots(1, len(line), squeeze=False, sharex=share)[0]
         for axes, panel in zip(drawn, line, strict=True):
@@ -113,5 +114,5 @@ def draw_tables(result: Result) -> Figure:
 
 def save(result: Result, path: Path) -> None:
     with rc_context(STYLE):
-        # Without matplotlib's version in the file, equal results give equal files.
+        # Omits matplotlib's version, so that equal results give equal files.
         draw_tables(result).savefig(path, metadata={"Software": None})

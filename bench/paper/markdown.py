@@ -1,4 +1,4 @@
-"""The paper's tables in small as Markdown: pure functions of `paper-tables*.json`."""
+"""Markdown of the paper's tables at laptop scale: pure functions of `paper-tables*.json`."""
 
 import statistics
 from collections.abc import Callable
@@ -25,7 +25,7 @@ TITLES = {
     4: "strength and budget of the interpolation",
 }
 NOT_IN_PAPER = "none"
-QUICK = "**A quick version:** one base, two seeds, half the steps, some rows. Not a result."
+QUICK = "**A quick version:** one base, two seeds, half the steps, some of the rows. Not a result."
 
 
 def percent(value: float) -> str:
@@ -42,8 +42,10 @@ def difference_cell(difference: dict[str, Any]) -> str:
 
 
 def difference_cells(row: dict[str, Any], reference: str) -> list[str]:
-    """The difference with its interval, the verdict, and in how many seeds the row is above; empty
-    in the reference's own row."""
+    """The difference with its interval, the verdict, and the seeds in which the row is above.
+
+    The cells are empty in the reference's own row.
+    """
     for difference in row["differences"]:
         if difference["reference"] == reference:
             above, equal = difference["seeds_above"], difference["seeds_equal"]
@@ -70,13 +72,13 @@ def panels_of(result: Result, table: int) -> list[dict[str, Any]]:
 
 
 def backbone_index(result: Result, size: str) -> int:
-    """The paper's backbone beside a size: the smallest beside the smallest."""
+    """Index of the paper's backbone that a size is shown with; both are sorted by size."""
     return list(result["scale"]["sizes"]).index(size)
 
 
 def recipes_table(result: Result) -> str:
-    """Table 1: a panel for each size of the base, the paper's macro averages beside it; then PAINT
-    against OPSD."""
+    """Table 1: one panel per size of the base with the paper's macro averages; then PAINT and
+    OPSD."""
     header = ["base", "recipe", "last", "best", "s.d. of seeds", "to no update", "verdict"]
     header += ["seeds above", "learning rate", "paper", "paper's difference"]
     lines = []
@@ -103,7 +105,7 @@ def recipes_table(result: Result) -> str:
 
 
 def short_table(result: Result) -> str:
-    """Table 1 with a line a base: last accuracies, differences to no update, PAINT's to OPSD."""
+    """Table 1 with a line per base: last accuracies, differences to no update, PAINT's to OPSD."""
     panels = panels_of(result, 1)
     settings = [row["setting"] for row in panels[0]["rows"]]
     header = ["base", *(LABELS[setting] for setting in settings), "PAINT to OPSD"]
@@ -119,7 +121,7 @@ def short_table(result: Result) -> str:
 
 
 def against_opsd_table(result: Result) -> str:
-    """What PAINT's two parts add, at each size of the base; empty where a row is not shown."""
+    """What PAINT adds to OPSD at each size of the base; empty if one of the rows is not shown."""
     header = ["PAINT against OPSD", "OPSD, last", "PAINT, last", "difference", "verdict"]
     header += ["seeds above", "learning rates", "difference of best", "paper's difference"]
     lines = []
@@ -143,7 +145,7 @@ def against_opsd_table(result: Result) -> str:
 
 
 def ablation_table(result: Result, table: int, label: Callable[[str], list[str]]) -> str:
-    """Table 2, 3 or 4: every row beside the default's, and beside the paper's AIME 2024."""
+    """Table 2, 3 or 4: every row compared with the default, and the paper's AIME 2024."""
     (panel,) = panels_of(result, table)
     reference = reference_of(panel)
     header = [*TABLE_HEADERS[table], "last", "best", "s.d. of seeds"]
@@ -174,7 +176,7 @@ TABLE_HEADERS = {
 
 
 def reference_of(panel: dict[str, Any]) -> str:
-    """The setting that a panel's other rows are compared with."""
+    """The setting that the other rows of a panel are compared with."""
     return next(d["reference"] for row in panel["rows"] for d in row["differences"])
 
 
@@ -192,27 +194,27 @@ def blend_label(setting: str) -> list[str]:
 
 
 def caption(result: Result, table: int, *, beside_paper: bool = True) -> str:
-    """What a table's figures are: budget, samples, seeds, the paper's benchmark, the machine."""
+    """A table's caption: budget, samples, seeds, the paper's benchmark and the machine."""
     scale, panels = result["scale"], panels_of(result, table)
     of = "macro Avg@12" if table == 1 else "AIME 2024 Avg@12 of Qwen3-1.7B"
     base = "" if table == 1 else f"{base_names(result)[panels[0]['size']]}; "
     num_seeds, most = len(panels[0]["seeds"]), len(scale["main_seeds"])
     fewer = table == 4 and num_seeds < most
-    shared = f" PAINT's row is of the first {num_seeds} seeds of Table 1." * fewer
+    shared = f" PAINT's row uses the first {num_seeds} seeds of Table 1." * fewer
     if table in (2, 3):
-        shared = " No row has interpolation: the default is Table 4's first row."
+        shared = " No row interpolates: the default is the first row of Table 4."
     return (
         f"{QUICK + ' ' if result['quick'] else ''}Avg@{scale['num_samples']} on "
         f"{scale['num_problems']} held-out problems, mean of {num_seeds} seeds; "
         f"{base}{scale['num_steps']} steps of {scale['batch_size']} rollouts or solutions. "
-        "Differences in points between last accuracies, with 95% intervals, which reach some "
-        f"{half_width(panels):.1f} points to either side: smaller ones hardly show.{shared} "
+        "Differences are between last accuracies, in points, with 95% intervals of about "
+        f"±{half_width(panels):.1f} points; smaller differences are not resolved.{shared} "
         f"{f'Paper: {of}. ' * beside_paper}{made_by(result)}"
     )
 
 
 def half_width(panels: list[dict[str, Any]]) -> float:
-    """Points: the median over the panels' differences."""
+    """Half the width of an interval in points: the median over the panels' differences."""
     found = [d for panel in panels for row in panel["rows"] for d in row["differences"]]
     return 50 * statistics.median(d["high"] - d["low"] for d in found)
 
@@ -226,13 +228,13 @@ def made_by(result: Result) -> str:
         f"{commit[:10]}{'+changes' * commit.endswith('+changes')}" for commit in result["commits"]
     )
     return (
-        f"One thread a run, on {result['device']}; {versions}; at {commits}; "
+        f"One thread per run, on {result['device']}; {versions}; at {commits}; "
         f"by `{result['command']}`."
     )
 
 
 def rates_table(result: Result) -> str:
-    """The sweep: accuracy on validation problems at every learning rate, the chosen one in bold."""
+    """The sweep: accuracy on validation problems by learning rate, the chosen one in bold."""
     rates = result["scale"]["rates"]
     header = ["base", "recipe", *(f"{rate:g}" for rate in rates), "at the grid's edge"]
     lines = []
@@ -250,65 +252,66 @@ def rates_table(result: Result) -> str:
     answers = scale["sweep_problems"] * scale["sweep_samples"]
     text = (
         f"Avg@{scale['sweep_samples']} on {scale['sweep_problems']} validation problems after "
-        f"{scale['num_steps']} steps, one seed that no table uses; the highest is taken, the lower "
-        f"rate of equals. The difference of two accuracies near 75% from {answers} answers each is "
-        f"known to some {1.96 * (2 * 75 * 25 / answers) ** 0.5:.0f} points: between rates closer "
-        "than that, chance chose."
+        f"{scale['num_steps']} steps, with one seed that no table uses. The rate with the highest "
+        "accuracy is used, the lower one of equals. The difference of two accuracies near 75% from "
+        f"{answers} answers each is known to about ±{1.96 * (2 * 75 * 25 / answers) ** 0.5:.0f} "
+        "points, so the choice between closer rates is random."
     )
     return f"{markdown(header, lines)}\n\n{text}"
 
 
 READING = """\
-The rows of a table start from the same base and take the same number of steps with the same number
-of rollouts (SFT: solutions).
+All rows of a table start from the same base and take the same number of steps with the same number
+of rollouts (solutions for SFT).
 
-- *last*: accuracy on held-out problems after the last step, mean over seeds. The one to read.
-- *best*: of each run's two evaluations, in the middle and at the end, the better, chosen on the
-  test problems themselves, so that it flatters. The paper speaks of best checkpoints.
-- *s.d. of seeds*: how far one seed's last accuracy lies from another's.
-- A difference is between last accuracies, in points, with its 95% interval. Both rows have the same
-  problems and seeds, which are drawn together.
-- *verdict*: "above" or "below" where the interval leaves 0 out. "Within noise" where it does not:
-  these runs do not tell the two apart, which is not to say that they are equal.
-- *seeds above*: in how many of the seeds the row's last accuracy is the higher one, and in how many
-  the two are equal.
-- *paper*: the paper's own figures, of other models on other problems and printed without intervals.
-  They stand here for sign and order, not for size."""
+- *last*: accuracy on held-out problems after the last step, mean over seeds. This is the main
+  result.
+- *best*: the better of each run's two evaluations, in the middle and at the end. It is chosen on
+  the test problems and therefore optimistic; the paper reports best checkpoints.
+- *s.d. of seeds*: standard deviation of the seeds' last accuracies.
+- A difference is between last accuracies, in points, with its 95% interval. Both rows share
+  problems and seeds, which are resampled together.
+- *verdict*: "above" or "below" if the interval excludes 0, else "within noise": these runs cannot
+  tell the two apart, which does not make them equal.
+- *seeds above*: number of seeds in which the row's last accuracy is higher, and in which both are
+  equal.
+- *paper*: the paper's figures, for other models and problems and without intervals. Compare sign
+  and order, not size."""
 
 
 LIMITS = """\
-**What this can say:** whether each recipe, from its preset and at an equal budget, improves a small
-model that often slips; and how large a difference between settings has to be to show here.
+**What the tables show:** whether each recipe, with its preset and at an equal budget, improves a
+small model that often makes slips, and how large a difference must be to be detected here.
 
-**What it cannot say:** which of the paper's rows is best on competition mathematics.
+**What they do not show:** which of the paper's rows is best on competition mathematics.
 
 - The models have {models} million parameters, and the problems are word problems of one domain.
-- OPSD and PAINT are bounded by their teacher, the base with a solution in its prompt: recipes that
-  come near it cannot be told apart.{small}
-- SFT learns clean solutions where the base has learned to slip, which favours it here and not in
-  the paper.
-- Equal rollouts are not equal problems: GRPO takes a group of 8 to learn from one, and so sees
-  {groups} problems a step where the others see {batch}. The paper's GRPO had longer rollouts and a
-  longer horizon.
-- Each learning rate was chosen on one seed, among the few of the grid, and the intervals leave this
-  choice out. Where the chosen one is at the grid's edge, a better one may lie beyond it. Tables 2
-  to 4 have PAINT's rate in every row, which favours its default; where Table 2 hides nothing it is
-  OPSD at that rate, which need not be the one of OPSD's row in Table 1.
-- Answers are sampled at top-p 1.0. At 0.95, which the paper has, the bases slip less, and there is
-  less to gain.
+- OPSD and PAINT are bounded by their teacher, the base with a solution in its prompt. Recipes that
+  reach it cannot be told apart.{small}
+- SFT learns from solutions without slips, while the base was trained to slip. This favours SFT here
+  and not in the paper.
+- Equal rollouts are not equal problems: GRPO spends 8 rollouts on each problem, so it sees {groups}
+  problems per step and the others see {batch}. The paper's GRPO had longer rollouts and trained
+  for longer.
+- Each learning rate was chosen with one seed from a coarse grid, and the intervals ignore this
+  choice. If the chosen rate is at the grid's edge, a better one may lie outside. Tables 2 to 4 use
+  PAINT's rate in every row, which favours its default. The row of Table 2 that hides nothing is
+  OPSD at PAINT's rate, which may differ from OPSD's rate in Table 1.
+- Answers are sampled at top-p 1.0. At the paper's 0.95 the bases slip less, and there is less to
+  gain.
 
-**The intervals** are by a bootstrap over problems and seeds. With {seeds} seeds the
-seeds' part of them is rough. Where seeds move a row by less than 2 points they are too wide, since
-the chance in single answers enters more than once: they then hold the truth in more than 95 of 100
-cases, and "within noise" is said too often rather than too seldom. Where seeds move it by more they
-are too narrow (bench/paper/stats.py has the figures). Nothing corrects for the number of rows."""
+**The intervals** come from a bootstrap over problems and seeds. With {seeds} seeds, the seeds' part
+is rough. If seeds move a row by less than 2 points, the intervals are too wide, because the noise
+of single answers is counted more than once: they cover the truth in more than 95% of cases, and
+"within noise" is reported too often. If seeds move a row by more, they are too narrow (figures in
+bench/paper/stats.py). There is no correction for the number of rows."""
 OF_SMALL = """
-  The small base also draws on the presence of a solution more than on its contents, and so hardly
-  tells mask ratios and placements apart (docs/decisions.md)."""
+  The small base also uses the presence of a solution more than its contents, so mask ratios and
+  placements hardly matter to it (docs/decisions.md)."""
 
 
 def limits_text(result: Result) -> str:
-    """What the tables can and cannot say, and what they took."""
+    """What the tables show and do not show, and how long they took."""
     sizes = [f"{base['num_parameters'] / 1e6:.1f}" for base in result["bases"]]
     scale = result["scale"]
     num_seeds = sorted({len(scale[name]) for name in ("ablation_seeds", "main_seeds")})
@@ -319,18 +322,18 @@ def limits_text(result: Result) -> str:
         batch=scale["batch_size"],
         seeds=" to ".join(map(str, num_seeds)),
     )
-    return f"{text}\n\n{took(result)}"
+    return f"{text}\n\n{time_text(result)}"
 
 
-def took(result: Result) -> str:
-    """The time of all runs."""
+def time_text(result: Result) -> str:
+    """The time of all runs, as text."""
     seconds, workers = result["seconds"], result["num_workers"]
     hours = sum(seconds.values()) / 3600
     rates = seconds["learning_rates"] / 3600
     return (
-        f"**Time:** {len(result['runs'])} runs took {hours:.1f} hours of a processor core, "
-        f"{rates:.1f} of them for the learning rates: {60 * hours / workers:.0f} minutes where "
-        f"{workers} have a core each to themselves. The pretraining of the bases is not counted."
+        f"**Time:** {len(result['runs'])} runs took {hours:.1f} hours on one processor core, "
+        f"{rates:.1f} of them for the learning rates. With {workers} cores that is "
+        f"{60 * hours / workers:.0f} minutes. The pretraining of the bases is not counted."
     )
 
 
@@ -344,15 +347,18 @@ PAPER_TABLES: dict[tuple[str, str], Table] = {
     ("paper-tables", "reading"): lambda result: READING,
     ("paper-tables", "limits"): limits_text,
 }
-"""for `bench.tables.fill`, by the result's own name and the view that a marker asks for"""
+"""for `bench.tables.fill`, keyed by the result's name and the view in the marker"""
 
 
 def document(result: Result, figure: str) -> str:
-    """All of it as one page, with the figure's file name in it."""
+    """All tables as one page, which shows the figure of the given file name."""
     numbers = sorted({panel["table"] for panel in result["tables"]})
     views = [("## How to read them", "reading")]
     views += [(f"## Table {n}: {TITLES[n]}", str(n)) for n in numbers]
-    views += [("## Learning rates", "rates"), ("## What this can and cannot say", "limits")]
+    views += [
+        ("## Learning rates", "rates"),
+        ("## What the tables show, and what they do not", "limits"),
+    ]
     parts = [f"{title}\n\n{PAPER_TABLES['paper-tables', view](result)}" for title, view in views]
     picture = f"![Differences with their intervals, and the paper's]({figure})"
-    return "\n\n".join(["# The paper's tables in small", picture, *parts]) + "\n"
+    return "\n\n".join(["# The paper's tables at laptop scale", picture, *parts]) + "\n"

@@ -1,8 +1,8 @@
-"""Which runs the paper's tables in small are made of: scales, rows and settings, nothing heavy.
+"""The plan of the paper's tables at laptop scale: scales, rows, settings and runs.
 
-A row is a setting on every seed, a run is one of them: `small/paint/seed-0`. A setting that stands
-in several tables is run once. Everything here is fixed before the first run, except for the
-learning rates, which the runs of the sweep decide.
+A row is a setting on every seed; a run is a setting on one seed, such as `small/paint/seed-0`. A
+setting that occurs in several tables runs once. All is fixed before the first run, except for the
+learning rates, which the sweep decides. This module does not import PyTorch.
 """
 
 import hashlib
@@ -16,19 +16,20 @@ import paint_engine
 BASE = "base"
 RECIPES = ("sft", "grpo", "opsd", "paint")
 SWEEP_SEED = 100
-"""used in no table"""
+"""seed of the sweep, used in no table"""
 BUNDLED = "small"
-"""the size of the base that comes with the package"""
+"""size of the base that is part of the package"""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What is equal in every run of a comparison: the base sizes, and the budget of a run.
+    """The sizes of the bases, and the budget that all runs of a comparison share.
 
     num_problems, num_samples: of the evaluations on held-out test problems, in the middle and at
     the end of each run.
-    sweep_problems, sweep_samples: of the one evaluation of a sweep's run, on validation problems.
-    rows: the settings that the tables show; None shows all.
+    sweep_problems, sweep_samples: of the only evaluation in a run of the sweep, on validation
+    problems.
+    rows: the settings that the tables show; None for all.
     """
 
     name: str
@@ -60,7 +61,7 @@ LAPTOP = Scale(
     main_seeds=(0, 1, 2, 3, 4),
     ablation_seeds=(0, 1, 2),
 )
-# Nothing here was run yet: the budget is the paper's 100 steps, the samples are its 12.
+# Not run yet. The steps (100) and samples (12) are the paper's.
 GPU = Scale(
     name="gpu",
     sizes=("10m", "30m", "100m"),
@@ -83,7 +84,8 @@ SCALES = {scale.name: scale for scale in (LAPTOP, GPU)}
 
 
 def quick(scale: Scale) -> Scale:
-    """Enough to see that everything runs, in ten minutes: one size, two seeds, half the steps."""
+    """A scale to check that everything runs, in ten minutes: one base, two seeds, half the
+    steps."""
     return replace(
         scale,
         name=f"{scale.name}-quick",
@@ -110,7 +112,7 @@ def _blended(weight: str, fraction: str) -> dict[str, str]:
     return {"objective.interpolation_weight": weight, "objective.top_fraction": fraction}
 
 
-# By (rho_correct, rho_wrong) and (k_base, f_top), as the paper's Tables 2 and 4 write them.
+# (rho_correct, rho_wrong) and (k_base, f_top), as in the paper's Tables 2 and 4.
 _RATIOS = (("0.00", "0.00"), ("0.25", "0.25"), ("0.50", "0.50"), ("0.75", "0.75"))
 _RATIOS += (("0.50", "0.25"), ("0.50", "0.30"), ("0.40", "0.30"))
 _BLENDS = (("0.01", "1.00"), ("0.03", "1.00"), ("0.05", "1.00"), ("0.03", "0.01"), ("0.03", "0.05"))
@@ -121,9 +123,9 @@ ABLATIONS: dict[str, dict[str, str]] = {
     **{f"place-{p}": {"masking.placement": p, **NO_INTERPOLATION} for p in _PLACEMENTS},
     **{f"blend-{k}-{f}": _blended(k, f) for k, f in _BLENDS},
 }
-"""overrides of PAINT"""
+"""overrides of the PAINT preset by setting"""
 
-# The first is OPSD at the learning rate of the other rows, which need not be its own.
+# The first row is OPSD, at the learning rate of the other rows instead of its own.
 RATIO_ROWS = tuple(f"rho-{c}-{w}" for c, w in _RATIOS)
 PLACEMENT_ROWS = (
     *("place-prefix", "place-middle", "place-random"),
@@ -137,10 +139,9 @@ BLEND_ROWS = (
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of settings, and what each row's difference is taken to.
+    """A table's rows and the settings that they are compared with.
 
-    references: the settings that rows are compared with; the first is every row's, a further one
-    only that of `paint`.
+    references: the first is the reference of every row; `paint` is compared with all of them.
     """
 
     number: int
@@ -158,9 +159,9 @@ TABLES = (
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training run, or one evaluation of the base, before its learning rate is known.
+    """One training run, or one evaluation of the base.
 
-    rate: of a sweep's run; None where the sweep decides it, and for the base.
+    rate: learning rate of a run of the sweep; None if the sweep decides it, and for the base.
     """
 
     size: str
@@ -176,7 +177,7 @@ class PlannedRun:
 
     @property
     def recipe(self) -> str:
-        """Whose learning rate it takes: an ablation has PAINT's."""
+        """The recipe whose learning rate the run takes; PAINT for an ablation."""
         return "paint" if self.setting in ABLATIONS else self.setting
 
 
@@ -197,7 +198,7 @@ def chosen_tables(numbers: Sequence[int]) -> tuple[Table, ...]:
 
 
 def table_runs(scale: Scale, numbers: Sequence[int]) -> list[PlannedRun]:
-    """The runs of the tables, each once, those of the largest base first: they take longest."""
+    """The runs of the tables, each once; the largest base first, because its runs take longest."""
     runs = {
         PlannedRun(size, row, seed)
         for table in chosen_tables(numbers)
@@ -209,13 +210,13 @@ def table_runs(scale: Scale, numbers: Sequence[int]) -> list[PlannedRun]:
 
 
 def needed_sizes(scale: Scale, numbers: Sequence[int]) -> tuple[str, ...]:
-    """The bases of these tables' runs, in the scale's order."""
+    """Sizes of the bases that these tables need, in the scale's order."""
     used = {run.size for run in table_runs(scale, numbers)}
     return tuple(size for size in scale.sizes if size in used)
 
 
 def sweep_runs(scale: Scale, numbers: Sequence[int]) -> list[PlannedRun]:
-    """Every learning rate of the grid, for each recipe and size that the tables need."""
+    """A run at every learning rate of the grid, for each recipe and size in the tables."""
     needed = {(run.size, run.recipe) for run in table_runs(scale, numbers) if run.setting != BASE}
     ordered = sorted(needed, key=lambda pair: (-scale.sizes.index(pair[0]), pair[1]))
     return [
@@ -226,7 +227,7 @@ def sweep_runs(scale: Scale, numbers: Sequence[int]) -> list[PlannedRun]:
 
 
 def overrides(scale: Scale, run: PlannedRun, rate: float | None) -> dict[str, str]:
-    """What the run sets over its preset, beside the paths of the base and of its directory.
+    """The run's overrides of its preset, without the paths of the base and the run directory.
 
     rate: the learning rate; None for the base, which is only evaluated.
     """
@@ -249,7 +250,7 @@ def overrides(scale: Scale, run: PlannedRun, rate: float | None) -> dict[str, st
 
 
 def arguments(preset: str, values: Mapping[str, str]) -> list[str]:
-    """As the command line of `paint_engine.train` takes them."""
+    """Arguments of `paint_engine.train` for a preset and its overrides."""
     pairs = [text for key, value in values.items() for text in (f"--{key}", value)]
     return ["--preset", preset, *pairs]
 
@@ -260,7 +261,7 @@ def preset_of(run: PlannedRun) -> str:
 
 def base_directory(bases: Path, size: str) -> Path:
     if size == BUNDLED:
-        # paint_engine.model has this path too, but brings PyTorch with it.
+        # paint_engine.model has this path too, but importing it imports PyTorch.
         return Path(paint_engine.__file__).parent / "tiny" / "base"
     return bases / size
 
@@ -273,9 +274,9 @@ def base_sha256(base: Path) -> str:
 class Job:
     """A planned run with everything that it needs.
 
-    rate: the learning rate, None for the base.
+    rate: the learning rate; None for the base.
     base: the directory of the base model.
-    directory: of the run: its log, and the training run in `training`.
+    directory: holds the log, the record and, in `training`, the run directory.
     """
 
     run: PlannedRun
@@ -286,7 +287,8 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the result, beside the code: a stored one with others is not this run's."""
+        """What decides the result besides the code; a stored record with other settings is not
+        used."""
         return {
             "preset": preset_of(self.run),
             "overrides": overrides(self.scale, self.run, self.rate),

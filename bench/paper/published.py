@@ -1,4 +1,4 @@
-"""The paper's own figures: Avg@12 in percent, from its Tables 1 to 4 (arXiv 2604.26573)."""
+"""The figures in the paper's Tables 1 to 4 (arXiv 2604.26573): Avg@12 in percent."""
 
 BENCHMARKS = ("AIME 2024", "AIME 2025", "HMMT 2025", "macro average")
 
@@ -25,7 +25,7 @@ TABLE_1: dict[str, dict[str, tuple[float, float, float, float]]] = {
         "paint": (79.2, 72.2, 49.4, 66.9),
     },
 }
-"""by backbone, from the smallest to the largest, and setting; one figure a benchmark"""
+"""by backbone, smallest first, and setting; one figure per benchmark"""
 
 ABLATIONS: dict[int, dict[str, float]] = {
     2: {
@@ -53,14 +53,15 @@ ABLATIONS: dict[int, dict[str, float]] = {
         "blend-0.03-0.05": 58.9,
     },
 }
-"""AIME 2024 of Qwen3-1.7B by table and setting; the placement at sentence ends is not in the
-paper"""
+"""AIME 2024 of Qwen3-1.7B by table and setting; the paper has no placement at sentence ends"""
 
 
 def paper_difference(table: int, panel: int, setting: str, reference: str) -> float | None:
-    """Points between two rows of the paper: macro averages in Table 1, AIME 2024 in the others.
+    """Difference of two rows of the paper in points; None if the paper lacks one of them.
 
-    panel: in Table 1 the backbone, 0 for the smallest.
+    Table 1 compares macro averages, the others AIME 2024.
+
+    panel: index of the backbone in Table 1, 0 for the smallest.
     """
     if table == 1:
         macro = {row: values[-1] for row, values in list(TABLE_1.values())[panel].items()}

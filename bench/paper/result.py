@@ -1,4 +1,4 @@
-"""The result file of the paper's tables in small, and a rerun of a part of it."""
+"""Builds the result file, and repeats some of its runs."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from bench.paper.stats import table_numbers
 
 Record = dict[str, Any]
 PACKAGES = ("torch", "transformers", "peft")
-# Equal in all runs of a table, or of use to a command that goes on alone.
+# Only needed to resume: a table's runs share the base, and the setting implies the preset.
 _NOT_KEPT = ("preset", "base_sha256")
 
 
@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
 
 
 def command(scale: Scale, numbers: Sequence[int]) -> str:
-    """The shortest that makes the same numbers."""
+    """The shortest command that makes the same result."""
     name, _, is_quick = scale.name.partition("-")
     parts = ["python -m bench.paper_tables"]
     parts += ["--quick"] if is_quick else []
@@ -51,9 +51,10 @@ def build_result(
     swept: Mapping[str, Record],
     num_workers: int,
 ) -> Record:
-    """All that the documents show, and all that it was computed from.
+    """The result: everything that the documents show, and the runs that it is computed from.
 
-    seconds: of a processor core, summed over the runs, without the pretraining of the bases.
+    `seconds` is the time on a processor core, summed over the runs, without the pretraining of the
+    bases.
     """
     everything = [*records.values(), *swept.values()]
     commits = sorted({record["commit"] for record in everything})
@@ -85,15 +86,15 @@ def _kept(record: Record) -> Record:
 
 
 def scale_of(result: Record) -> Scale:
-    """The scale that the result was made with, as it is now."""
+    """The current definition of the scale that the result was made with."""
     name, _, is_quick = result["scale"]["name"].partition("-")
     return quick(SCALES[name]) if is_quick else SCALES[name]
 
 
 def find_runs(result: Record, run_id: str) -> list[PlannedRun]:
-    """The run with this id, or the runs of the row with it.
+    """The run with this id, or all runs of the row with this id.
 
-    Raises ValueError where the result has none.
+    Raises ValueError if the result has neither.
     """
     scale, known = scale_of(result), {record["id"] for record in result["runs"]}
     numbers = sorted({panel["table"] for panel in result["tables"]})
@@ -103,15 +104,16 @@ def find_runs(result: Record, run_id: str) -> list[PlannedRun]:
     if not found:
         raise ValueError(
             f"--rerun: got {run_id!r}, which is no run or row of the result; needs one such as "
-            f"{sorted(known)[0]}; --list shows all"
+            f"{sorted(known)[0]}; --list prints all"
         )
     return found
 
 
 def rerun(result: Record, run_id: str, bases: Path, directory: Path, pool: Executor) -> list[str]:
-    """The runs from scratch in `directory`: one line each, "equal" or "DIFFERS" at its end.
+    """Repeats runs from scratch in `directory`; returns a line per run.
 
-    Raises ValueError where a base or the plan is not the one of the result.
+    A line ends in "equal" or "DIFFERS". Raises ValueError if the base or the plan is not that of
+    the result.
     """
     recorded = {record["id"]: record for record in result["runs"]}
     hashes = {base["size"]: base["sha256"] for base in result["bases"]}
@@ -120,15 +122,15 @@ def rerun(result: Record, run_id: str, bases: Path, directory: Path, pool: Execu
         old, base = recorded[run.run_id], base_directory(bases, run.size).resolve()
         if not (base / "model.safetensors").exists():
             raise ValueError(
-                f"{run.run_id}: no base in {base}; needs the {run.size} one; give its place by "
-                "--bases, or choose a row of the bundled size"
+                f"{run.run_id}: found no base in {base}; needs the {run.size} base; pass its "
+                "directory by --bases, or choose a row of the bundled size"
             )
         job = Job(run, scale_of(result), old["learning_rate"], base, directory / run.run_id)
         now = job.settings
         if now["base_sha256"] != hashes[run.size] or now["overrides"] != old["overrides"]:
             raise ValueError(
-                f"{run.run_id}: the base in {base} or the plan is not the one that the result was "
-                "made with; needs both as they were; check --bases, or make the tables again"
+                f"{run.run_id}: the base in {base} or the plan differs from that of the result; "
+                "check --bases, or make the tables again"
             )
         jobs.append(job)
     lines = []
@@ -139,7 +141,7 @@ def rerun(result: Record, run_id: str, bases: Path, directory: Path, pool: Execu
 
 
 def _compare(old: list[Record], new: list[Record]) -> str:
-    """By the number of correct answers to each problem, which is stricter than by their mean."""
+    """Compares the number of correct answers per problem, which is stricter than the mean."""
     key = [(e["step"], e["correct"]) for e in old]
     same = key == [(e["step"], e["correct"]) for e in new]
     shown = [" and ".join(f"{e['avg_at_k']:.4f}" for e in part) for part in (old, new)]

@@ -1,7 +1,7 @@
-"""Runs what the plan asks for and is not there yet, one process a core or GPU.
+"""Makes the planned runs that are missing, in one process per core or GPU.
 
-`DIR/<run id>/result.json` is written whole at the end of a run: a killed command goes on with the
-runs that lack one. PyTorch is imported in the workers alone, with their thread and device settings.
+A run ends by writing `DIR/<run id>/result.json` atomically; a command that was killed resumes with
+the runs that lack it. Only the workers import PyTorch, after their thread and device settings.
 """
 
 import json
@@ -37,7 +37,7 @@ RESULT = "result.json"
 
 
 def perform_job(job: Job) -> Record:
-    """In a worker: the run from scratch; its record is written once it is whole."""
+    """Makes a run from scratch, in a worker; writes and returns its record."""
     from bench.paper.worker import perform
 
     shutil.rmtree(job.directory, ignore_errors=True)
@@ -50,7 +50,7 @@ def perform_job(job: Job) -> Record:
 
 
 def stored(job: Job) -> Record | None:
-    """The record of an earlier command, where its settings and base are the job's."""
+    """The stored record of a run, if its settings and base are those of the job; else None."""
     path = job.directory / RESULT
     if not path.exists():
         return None
@@ -60,9 +60,11 @@ def stored(job: Job) -> Record | None:
 
 
 def start_worker(devices: "Queue[str] | None") -> None:
-    """One thread, so that sums are added in one order at any number of cores, and its GPU.
+    """Sets a worker's thread and device before it imports PyTorch.
 
-    devices: a GPU for each worker, to be taken; None for CPUs.
+    With one thread, sums have the same order on any number of cores.
+
+    devices: holds a GPU for each worker; None on CPUs.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -73,7 +75,7 @@ def start_worker(devices: "Queue[str] | None") -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed command leaves no worker behind, which would write where the next command does."""
+    """Exits with the parent; otherwise a worker would write where the next command does."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
@@ -81,7 +83,7 @@ def _end_with_parent() -> None:
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may name here: all GPUs, or those that it already leaves."""
+    """The GPUs that CUDA_VISIBLE_DEVICES may name: all, or those that it already restricts to."""
     import torch
 
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -91,7 +93,7 @@ def visible_gpus() -> list[str]:
 
 
 def make_pool(num_workers: int, *, on_gpus: bool) -> ProcessPoolExecutor:
-    """Workers of one thread each, and of one GPU each where there are as many."""
+    """A pool of workers with one thread each, and on GPUs with one GPU each if there are enough."""
     context = multiprocessing.get_context("spawn")
     devices = None
     if on_gpus:
@@ -109,9 +111,9 @@ def run_missing(
     perform: Callable[[Job], Record] = perform_job,
     say: Callable[[str], None] = print,
 ) -> dict[str, Record]:
-    """The records of all jobs by run id; those that are not stored are made now.
+    """Makes the runs that are not stored; returns the records of all jobs by run id.
 
-    Raises RuntimeError where runs failed, after the others are done.
+    Raises RuntimeError if runs failed, after the others are done.
     """
     records: dict[str, Record] = {}
     waiting: dict[Future[Record], Job] = {}
@@ -132,11 +134,11 @@ def run_missing(
                 failed.append(f"{name}: {''.join(traceback.format_exception(error))}")
             say(_progress(name, future, len(records) + len(failed), len(jobs), started))
     except KeyboardInterrupt:
-        # Leaving the pool would otherwise wait for all that is queued.
+        # Otherwise leaving the pool would wait for all queued runs.
         pool.shutdown(cancel_futures=True)
         raise
     if failed:
-        raise RuntimeError("runs failed; the others are stored:\n" + "\n".join(failed))
+        raise RuntimeError("some runs failed; the others are stored:\n" + "\n".join(failed))
     return {job.run.run_id: records[job.run.run_id] for job in jobs}
 
 
@@ -152,8 +154,10 @@ def _progress(name: str, future: Future[Record], done: int, total: int, started:
 
 
 def best_rates(scale: Scale, sweep: Sequence[Record]) -> tuple[Rates, list[Record]]:
-    """The learning rate with the highest accuracy of each (size, recipe), the lower of equals, and
-    all that were tried, for the result."""
+    """The learning rate with the highest accuracy by (size, recipe); the lower one of equals.
+
+    Also returns all rates that were tried, for the result.
+    """
     rates: Rates = {}
     found: list[Record] = []
     pairs = dict.fromkeys((record["size"], record["setting"]) for record in sweep)
@@ -178,7 +182,7 @@ def best_rates(scale: Scale, sweep: Sequence[Record]) -> tuple[Rates, list[Recor
 
 
 def make_bases(sizes: Sequence[str], bases: Path, say: Callable[[str], None] = print) -> None:
-    """Pretrains the bases that are missing: a quarter of an hour or more each, on two cores."""
+    """Pretrains the bases that are missing; each takes 15 minutes or more on two cores."""
     for size in sizes:
         directory = base_directory(bases, size)
         if (directory / "pretraining.json").exists():
@@ -189,7 +193,8 @@ def make_bases(sizes: Sequence[str], bases: Path, say: Callable[[str], None] = p
 
 
 def describe_bases(sizes: Sequence[str], bases: Path) -> list[Record]:
-    """What the pretraining has written down about each base, and the hash of its weights."""
+    """The size, number of steps and hash of the weights of each base, from its pretraining
+    record."""
     described = []
     for size in sizes:
         directory = base_directory(bases, size)
@@ -226,8 +231,10 @@ def run_tables(
     pool: Executor,
     say: Callable[[str], None] = print,
 ) -> tuple[dict[str, Record], list[Record], dict[str, Record]]:
-    """First the sweep, then the tables' runs at the rates that it found: the records of the tables
-    by run id, the choice of rates, and the records of the sweep."""
+    """Runs the sweep, then the tables at the learning rates that it chose.
+
+    Returns the tables' records by run id, the choice of rates, and the sweep's records by run id.
+    """
     sweep = sweep_runs(scale, numbers)
     say(f"learning rates: {len(sweep)} runs")
     swept = run_missing(make_jobs(sweep, scale, {}, bases, directory), pool, say=say)

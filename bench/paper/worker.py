@@ -1,4 +1,4 @@
-"""One run of the paper's tables in small, in this process: train, evaluate, and what came out."""
+"""Makes one run in this process: training, evaluations and the record."""
 
 import platform
 import shutil
@@ -27,9 +27,9 @@ from paint_engine.setup import build_run
 
 
 def perform(job: Job) -> dict[str, Any]:
-    """The run from scratch, its output in `log.txt`: the record of it.
+    """Makes the run from scratch, with its output in `log.txt`; returns its record.
 
-    Raises RuntimeError, naming the log, where the training ended early.
+    Raises RuntimeError with the path of the log if training ended early.
     """
     started, version = time.process_time(), code_version()
     run_dir = job.directory / "training"
@@ -45,9 +45,9 @@ def perform(job: Job) -> dict[str, Any]:
                 train.main(argv)
         except SystemExit as stop:
             raise RuntimeError(
-                f"{job.run.run_id}: the training ended early (status {stop.code}): see {log}"
+                f"{job.run.run_id}: training ended early with status {stop.code}; see {log}"
             ) from stop
-    # Of no more use, and hundreds of runs have many; the base's evaluation has none.
+    # No longer needed, and hundreds of runs would keep many. The base's evaluation has none.
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     return {
         "id": job.run.run_id,
@@ -58,8 +58,8 @@ def perform(job: Job) -> dict[str, Any]:
         **job.settings,
         "num_samples": int(values["eval.num_samples"]),
         "evaluations": _evaluations(run_dir),
-        # Of this process, which has one thread: what a run takes on a core of its own, whatever
-        # else the machine does. The answer checks are another's, and next to nothing.
+        # Processor time of this process, which has one thread: the time of a run on a core of its
+        # own, whatever else the machine does. The answer checker's process takes little.
         "seconds": round(time.process_time() - started, 1),
         "commit": version,
         "device": device_name(),
@@ -67,7 +67,7 @@ def perform(job: Job) -> dict[str, Any]:
 
 
 def _evaluate_base(argv: list[str]) -> None:
-    """The same problems and random numbers as in the runs with its seed, before any step."""
+    """Evaluates the base on the problems and random numbers of the runs with the same seed."""
     command = load_config(argv)
     with StopRequest() as stop:
         run = build_run(command, init_world(pick_device(command.config.train.device)))
@@ -92,7 +92,7 @@ def _evaluations(run_dir: Path) -> list[dict[str, Any]]:
 
 @cache
 def code_version() -> str:
-    """The commit that this process began with, whatever the checkout has become since."""
+    """The commit when this process started, even if the checkout has changed since."""
     return commit()
 
 

@@ -1,5 +1,8 @@
-"""The models of `python -m bench.engine` and their rollouts: what a preset names, or random weights
-of Qwen3's shapes and random token ids, so that nothing has to be downloaded or sampled."""
+"""Models of `python -m bench.engine` and their rollouts.
+
+A case is a preset, or random weights of a Qwen3 shape with random token ids, which needs neither a
+download nor sampling.
+"""
 
 import json
 import random
@@ -30,14 +33,14 @@ from paint_engine.setup import Run
 from paint_engine.types import PrivilegedRollout, Problem, Rollout
 
 COUNTED_PARTS = ("student", "teacher", "loss", "backward")
-"""of a step, whose floating-point operations are counted"""
+"""parts of a step whose floating-point operations are counted"""
 QWEN3_NUM_TOKENS = 151669
-"""of Qwen3's tokenizer; its head has 151,936 rows"""
+"""tokens of Qwen3's tokenizer; the head has 151,936 rows"""
 RANDOM_MODELS: dict[str, dict[str, Any]] = {
     "1.7b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28},
     "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36},
     "8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36},
-    # For trying the path on a CPU.
+    # For trying the benchmark on a CPU.
     "small": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
 }
 NUM_HEADS = {"1.7b": 16, "4b": 32, "8b": 32, "small": 4}
@@ -45,7 +48,7 @@ NUM_HEADS = {"1.7b": 16, "4b": 32, "8b": 32, "small": 4}
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of one rollout."""
+    """Numbers of tokens of one rollout."""
 
     student_prompt: int
     teacher_prompt: int
@@ -59,8 +62,11 @@ NUM_ROLLOUTS = 8
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its rollouts: with `lengths`, random weights of a shape and random rollouts of
-    those lengths; without, what the arguments of paint_engine.train name, and what it samples."""
+    """A model and its rollouts.
+
+    With `lengths`, the weights are random and so are the rollouts, of those lengths. Without, the
+    weights are those that the arguments of paint_engine.train select, and the rollouts are sampled.
+    """
 
     name: str
     arguments: tuple[str, ...]
@@ -68,12 +74,12 @@ class Case:
 
 
 def preset_case(preset: str, *changes: str) -> Case:
-    """The weights and the rollouts of a preset."""
+    """A case with the weights and sampled rollouts of a preset."""
     return Case(preset, ("--preset", preset, "--eval.enabled", "false", *changes))
 
 
 def random_case(model: str, lengths: Lengths, num_rollouts: int) -> Case:
-    """The paper's settings for a shape of RANDOM_MODELS; nothing is downloaded."""
+    """A case with the paper's settings and random weights of a shape of RANDOM_MODELS."""
     preset = f"paint-qwen3-{model if model != 'small' else '1.7b'}"
     changes = ("--data.path", "tiny", "--rollout.engine", "builtin", "--train.batch_size")
     case = preset_case(preset, *changes, str(num_rollouts))
@@ -97,7 +103,7 @@ def random_config(model: str) -> Qwen3Config:
 
 
 def numbered_tokenizer(num_tokens: int) -> PreTrainedTokenizerFast:
-    """Of so many tokens; no text of a random model's is ever read."""
+    """A tokenizer of `num_tokens` made-up words; a random model's text is never read."""
     words = {f"w{number}": number for number in range(num_tokens)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w2")),
@@ -110,14 +116,14 @@ def numbered_tokenizer(num_tokens: int) -> PreTrainedTokenizerFast:
 
 
 def num_tokens_of(case: Case) -> int:
-    """Of the tokenizer of a random model."""
+    """Number of tokens of a random model's tokenizer."""
     return 512 if case.name == "small" else QWEN3_NUM_TOKENS
 
 
 def load_case(
     case: Case, device: torch.device
 ) -> tuple[CommandLine, PreTrainedModel, PreTrainedTokenizerBase]:
-    """The case's settings, its base on the device, and its tokenizer."""
+    """The case's settings, its base model on the device and its tokenizer."""
     command = load_config(case.arguments)
     if case.lengths is None:
         section = command.config.model
@@ -131,7 +137,7 @@ def load_case(
 
 
 def open_run(case: Case, device: torch.device, directory: Path) -> Run:
-    """What training starts from, built by the engine itself, in a directory of its own."""
+    """A run as the engine builds it before the first step, in the given run directory."""
     command, base, tokenizer = load_case(case, device)
     config = command.config
     section = config.run.model_copy(update={"dir": str(directory)})
@@ -144,7 +150,7 @@ def open_run(case: Case, device: torch.device, directory: Path) -> Run:
 def fixed_rollout(
     prompt_ids: Sequence[int], teacher_prompt_ids: Sequence[int], completion_ids: Sequence[int]
 ) -> PrivilegedRollout:
-    """Token ids with everything that the loss does not see left empty."""
+    """A rollout with these token ids; what the loss does not use is empty."""
     problem = Problem("bench:0", "", "", "0")
     ids = tuple(completion_ids)
     rollout = Rollout(problem, tuple(prompt_ids), ids, (-1.0,) * len(ids), True, "")
@@ -152,7 +158,7 @@ def fixed_rollout(
 
 
 def random_rollouts(lengths: Lengths, number: int, num_tokens: int) -> list[PrivilegedRollout]:
-    """All of the lengths given."""
+    """`number` rollouts of the given lengths, with random token ids below `num_tokens`."""
     rng = random.Random(0)
     sizes = (lengths.student_prompt, lengths.teacher_prompt, lengths.completion)
     return [
@@ -162,19 +168,18 @@ def random_rollouts(lengths: Lengths, number: int, num_tokens: int) -> list[Priv
 
 
 def write_rollouts(rollouts: Sequence[PrivilegedRollout], path: Path) -> None:
-    """For other processes to read."""
+    """Writes the rollouts' token ids for other processes to read."""
     ids = [(p.rollout.prompt_ids, p.teacher_prompt_ids, p.rollout.completion_ids) for p in rollouts]
     path.write_text(json.dumps(ids))
 
 
 def read_rollouts(path: Path) -> list[PrivilegedRollout]:
-    """What `write_rollouts` wrote."""
+    """Reads what `write_rollouts` wrote."""
     return [fixed_rollout(*ids) for ids in json.loads(path.read_text())]
 
 
 def operations(run: Run, rollouts: Sequence[PrivilegedRollout]) -> dict[str, float]:
-    """Floating-point operations of a step by part, of the model alone: no padding, nothing done
-    twice."""
+    """Floating-point operations of a step by part, without padding and recomputation."""
     shape, counted = shape_of(run.model), Counter[str]()
     for item in rollouts:
         counted.update(
@@ -190,7 +195,7 @@ def operations(run: Run, rollouts: Sequence[PrivilegedRollout]) -> dict[str, flo
 
 
 def token_counts(rollouts: Sequence[PrivilegedRollout]) -> dict[str, int]:
-    """Of a step: both roles' sequences, and the completions in them."""
+    """Tokens of a step: the student's and the teacher's sequences, and their completions."""
     completion = sum(len(p.rollout.completion_ids) for p in rollouts)
     return {
         "student": sum(len(p.rollout.prompt_ids) for p in rollouts) + completion,

@@ -1,4 +1,4 @@
-"""One case measured: its whole steps, then the training part of every loop that does equal work."""
+"""Measures one case: whole steps, then the training part in every loop."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,12 +25,12 @@ from paint_engine import train
 from paint_engine.cli import load_config
 
 LOSS_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
-"""relative difference of two first losses of equal work"""
+"""largest relative difference of two first losses that should be equal"""
 RATIOS = {"time": "median_ms", "memory": "peak_bytes", "extra memory": "extra_bytes"}
 
 
-def described(loop: OwnLoop, bench: Bench) -> dict[str, Any]:
-    """What one step of the training part holds."""
+def describe(loop: OwnLoop, bench: Bench) -> dict[str, Any]:
+    """The work in one step of the training part: tokens and floating-point operations."""
     counted = operations(loop.run, bench.rollouts)
     return {
         "num_rollouts": len(bench.rollouts),
@@ -43,9 +43,9 @@ def described(loop: OwnLoop, bench: Bench) -> dict[str, Any]:
 
 
 def check_losses(rows: Mapping[str, Row], forward_kl: float, limit: float) -> None:
-    """Marks the rows whose first loss is not the one expected: their work was not equal.
+    """Adds a reason to rows whose first loss is not the expected one: their work is not equal.
 
-    Of TRL that is our forward KL, of plain PyTorch our own loss.
+    Expected is our forward KL for TRL, and our own loss for plain PyTorch.
     """
     for name, row in rows.items():
         wanted = forward_kl if name == TRL else rows.get(OURS, {}).get("first_loss")
@@ -56,8 +56,8 @@ def check_losses(rows: Mapping[str, Row], forward_kl: float, limit: float) -> No
             row["reason"] = f"first loss {row['first_loss']:.6g}, expected {wanted:.6g}"
 
 
-def finish(rows: Mapping[str, Row], case: Mapping[str, Any]) -> list[Row]:
-    """One row a loop, in the order of LOOPS: what it is, its rate and its utilisation."""
+def result_rows(rows: Mapping[str, Row], case: Mapping[str, Any]) -> list[Row]:
+    """One row per loop in the order of LOOPS, with its status, rate and utilisation."""
     finished = []
     for name, kind in LOOPS.items():
         if name not in rows:
@@ -75,7 +75,7 @@ def finish(rows: Mapping[str, Row], case: Mapping[str, Any]) -> list[Row]:
 
 
 def ratios(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Time and memory of the other loops that did equal work, over ours."""
+    """Time and memory, relative to ours, of the other loops that did equal work."""
     by_name = {row["loop"]: row for row in rows if row["status"] == "measured"}
     ours, found = by_name.pop(OURS, {}), {}
     for name, row in by_name.items():
@@ -90,11 +90,11 @@ def measure_case(
     arguments: Sequence[str] | None,
     deadline: float = float("inf"),
 ) -> dict[str, Any]:
-    """Everything of one case, in the JSON's form.
+    """Measures one case; returns its part of the JSON.
 
-    arguments: of this command, naming the case to the processes that measure memory on a CPU; None
-    leaves memory out there.
-    deadline: of time.monotonic, after which no loop is begun on a GPU.
+    arguments: of `python -m bench.engine`; they select the case in the processes that measure
+    memory on a CPU. With None, memory is not measured there.
+    deadline: value of time.monotonic after which no loop starts on a GPU.
     """
     case: dict[str, Any] = {"case": bench.case.name}
     absent = {TRL: {"reason": reason_against()}} if reason_against() else {}
@@ -109,9 +109,9 @@ def measure_case(
     loop = make_loop(OURS, bench)
     assert isinstance(loop, OwnLoop)
     bench.most_rows = max(map(len, train.my_microbatches(loop.run, bench.rollouts)))
-    case |= described(loop, bench)
+    case |= describe(loop, bench)
     forward_kl = loop.forward_kl()
-    # On a GPU each loop has the memory to itself.
+    # Frees the memory: on a GPU each loop has all of it.
     del loop
     if bench.device.type == "cuda":
         rows, case["gemm_flops_per_s"] = time_each_on_gpu(bench, names, rounds, deadline)
@@ -121,5 +121,5 @@ def measure_case(
             for name in names:
                 rows[name]["extra_bytes"] = extra_bytes(bench, name, arguments)
     check_losses(rows, forward_kl, LOSS_LIMIT[dtype_on(bench.device)])
-    case["rows"] = finish({**rows, **absent}, case)
+    case["rows"] = result_rows({**rows, **absent}, case)
     return {**case, "ratios": ratios(case["rows"])}

@@ -1,5 +1,7 @@
-"""The training loops of ours that `python -m bench.engine` times: the engine's own step on fixed
-rollouts, with its own loss or with plain PyTorch's; and bare matrix products."""
+"""Our loops of `python -m bench.engine`: the engine's step on fixed rollouts, and bare products.
+
+The engine's step runs with its own loss or with plain PyTorch's.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +24,7 @@ from paint_engine.types import PrivilegedRollout
 from paint_kernels import entropy_ratio, reference, select_top_fraction
 
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
-GEMMS_A_STEP = 10
+GEMMS_PER_STEP = 10
 
 
 def plain_paint(
@@ -36,8 +38,10 @@ def plain_paint(
     vocab_size: int,
     denominator: int,
 ) -> ObjectiveOutput:
-    """`objectives.paint` as one writes it with the logits of all tokens at hand: same loss, same
-    values beside it, gradients by autograd."""
+    """`objectives.paint` in plain PyTorch, with the full logits of all tokens.
+
+    It returns the same loss and the same values per token; autograd computes the gradients.
+    """
     assert section.teacher_top_k is None, section.teacher_top_k
     t, k, clip = section.temperature, section.interpolation_weight, section.pointwise_clip
     teacher_head = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
@@ -79,7 +83,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def wall_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Of a call that works on the host and on the device."""
+    """Wall-clock seconds of a call, including its work on the device."""
     synchronize(device)
     begin = time.perf_counter()
     call()
@@ -90,7 +94,7 @@ def wall_seconds(call: Callable[[], Any], device: torch.device) -> float:
 def timed_steps(
     step: Callable[[], Any], device: torch.device, number: int, between: Callable[[], None]
 ) -> list[float]:
-    """As `Loop.steps`."""
+    """Implements `Loop.steps` for a function that takes one step."""
     seconds = []
     for _ in range(number):
         between()
@@ -102,30 +106,33 @@ class Loop(Protocol):
     """Optimizer steps on fixed rollouts."""
 
     losses: list[float]
-    """of every step taken"""
+    """of every step so far"""
 
     def steps(self, number: int, between: Callable[[], None]) -> list[float]:
-        """Seconds of each of `number` steps; `between` is called before each, untimed."""
+        """Takes `number` steps; returns the seconds of each. `between` runs before each,
+        untimed."""
         ...
 
 
-def nothing() -> None:
-    """Between steps that have the machine to themselves."""
+def no_op() -> None:
+    """For `between` when nothing runs between the steps."""
 
 
 class GemmLoop:
-    """Bare matrix products in the arithmetic's dtype, of random values: zeros draw less power. A
-    step is GEMMS_A_STEP of them."""
+    """GEMMS_PER_STEP bare matrix products per step, in the dtype that the model computes in.
+
+    The values are random, because zeros draw less power.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.losses = device, []
         size = GEMM_SIZE[device.type]
-        self.operations = 2 * size**3 * GEMMS_A_STEP
+        self.operations = 2 * size**3 * GEMMS_PER_STEP
         self.a, self.b = torch.randn(2, size, size, device=device).to(dtype_on(device))
         self.out = torch.empty_like(self.a)
 
     def step(self) -> None:
-        for _ in range(GEMMS_A_STEP):
+        for _ in range(GEMMS_PER_STEP):
             torch.mm(self.a, self.b, out=self.out)
 
     def steps(self, number: int, between: Callable[[], None]) -> list[float]:
@@ -133,7 +140,7 @@ class GemmLoop:
 
 
 class OwnLoop:
-    """`train.train_step` with the rollouts handed to it in place of sampled ones."""
+    """`train.train_step` on given rollouts instead of sampled ones."""
 
     def __init__(
         self,
@@ -145,7 +152,7 @@ class OwnLoop:
         self.losses: list[float] = []
 
     def step(self) -> None:
-        """One optimizer step, without waiting for the device at its end."""
+        """Takes one optimizer step and does not wait for the device."""
         with ExitStack() as stack:
             sampled = mock.patch.object(train, "sample_step", lambda *_: (self.rollouts, 0))
             stack.enter_context(sampled)
@@ -158,13 +165,15 @@ class OwnLoop:
         return timed_steps(self.step, self.run.world.device, number, between)
 
     def part_seconds(self, number: int) -> dict[str, float]:
-        """Mean seconds of each part of a step, over `number` further ones that wait for the device
-        after each part; "other" is what lies between the parts."""
+        """Mean seconds of each part over `number` further steps; "other" is the rest of a step.
+
+        These steps synchronize with the device after each part.
+        """
         return part_seconds(self.run, self.step, number)
 
     def forward_kl(self) -> float:
-        """The mean over rollouts of the token means of KL(teacher, student), which neither clips
-        nor interpolates, over all rows of the head: TRL's loss of the same weights and rollouts."""
+        """TRL's loss at the same weights and rollouts: KL(teacher, student), unclipped and not
+        interpolated, over all rows of the head; mean over rollouts of token means."""
         run, total = self.run, 0.0
         head = lm_head_weight(run.model)
         plain = {"pointwise_clip": None, "interpolation_weight": 0.0, "reduction": "sequence_mean"}
@@ -189,7 +198,7 @@ class OwnLoop:
 
 
 def part_seconds(run: Run, step: Callable[[], Any], number: int) -> dict[str, float]:
-    """As `OwnLoop.part_seconds`, of any steps of a run."""
+    """Implements `OwnLoop.part_seconds` for a function that takes one step of a run."""
     device, timings = run.world.device, run.timings
     kept, timings.synchronize = timings.synchronize, lambda: synchronize(device)
     timings.seconds.clear()

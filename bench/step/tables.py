@@ -1,4 +1,4 @@
-"""The training steps as Markdown."""
+"""Markdown tables of the training steps."""
 
 from bench.tables import Result, made_by, markdown, milliseconds, number
 
@@ -6,7 +6,7 @@ PART_ORDER = ("rollout", "sync", "student", "teacher", "loss", "backward", "opti
 
 
 def engine_step_table(case: Result) -> str:
-    """A whole step with its rollouts, by part."""
+    """A whole step by part, including the rollouts."""
     step = case["step"]
     rows = [
         [name, milliseconds(1e3 * seconds), f"{seconds / step['seconds']:.1%}"]
@@ -38,8 +38,8 @@ def engine_row(row: Result, memory: str) -> list[str]:
 
 
 def engine_case_table(case: Result) -> str:
-    """The steps of one model: whole ones where rollouts were sampled, then the training part of
-    every loop on the same rollouts."""
+    """Tables of one case: whole steps if rollouts were sampled, then the training part of every
+    loop."""
     tables = [engine_step_table(case)] if "step" in case else []
     memory = "extra_bytes" if any("extra_bytes" in row for row in case["rows"]) else "peak_bytes"
     header = [f"training part of {case['case']}", "ms", "tokens/s", "of GEMM", *PART_ORDER[2:]]
@@ -47,12 +47,12 @@ def engine_case_table(case: Result) -> str:
     rows = [engine_row(row, memory) for row in case["rows"]]
     tokens = case["num_tokens"]
     caption = (
-        f"{case['num_rollouts']} rollouts, at most {case['rows_a_pass']} a pass; "
-        f"{tokens['student']:,} tokens of the student, {tokens['teacher']:,} of the teacher, "
-        f"{tokens['completion']:,} of them completions, which tokens/s counts; {case['dtype']}, "
+        f"{case['num_rollouts']} rollouts, at most {case['rows_a_pass']} per pass; "
+        f"{tokens['student']:,} student and {tokens['teacher']:,} teacher tokens, each with the "
+        f"{tokens['completion']:,} completion tokens that tokens/s counts; {case['dtype']}, "
         f"attention {case['attention']}. Of GEMM: the model's "
-        f"{sum(case['flops'].values()) / 1e12:,.3g} TFLOP over time and the measured "
-        f"{case['gemm_flops_per_s'] / 1e12:,.3g} TFLOP/s."
+        f"{sum(case['flops'].values()) / 1e12:,.3g} TFLOP, divided by the time and the measured "
+        f"rate of GEMMs, {case['gemm_flops_per_s'] / 1e12:,.3g} TFLOP/s."
     )
     for name, found in case["ratios"].items():
         parts = [f"{ratio:.2f} times the {label}" for label, ratio in found.items()]
@@ -61,6 +61,6 @@ def engine_case_table(case: Result) -> str:
 
 
 def engine_table(result: Result) -> str:
-    """Every model's steps."""
+    """Tables of all cases."""
     tables = [engine_case_table(case) for case in result["cases"]]
     return "\n\n".join([*tables, f"Measured on {made_by(result)}"])

@@ -1,4 +1,4 @@
-"""Whole steps by part, the loops' times beside each other, and the memory of each."""
+"""Times whole steps by part, times the loops, and measures the memory of each loop."""
 
 import functools
 import gc
@@ -19,7 +19,7 @@ import torch
 from bench import measure
 from bench.measure import progress
 from bench.step.cases import Case, load_case, open_run, read_rollouts, write_rollouts
-from bench.step.loops import GemmLoop, Loop, OwnLoop, nothing, part_seconds, plain_paint
+from bench.step.loops import GemmLoop, Loop, OwnLoop, no_op, part_seconds, plain_paint
 from bench.step.trl_loop import TrlLoop
 from paint_engine import objectives, train
 from paint_engine.types import PrivilegedRollout
@@ -27,32 +27,34 @@ from paint_engine.types import PrivilegedRollout
 OURS, PLAIN, TRL = "paint_engine", "plain PyTorch loss", "TRL SDFTTrainer"
 LOOPS = {OURS: "ours", PLAIN: "plain", TRL: "peer"}
 GPU_ORDER = (OURS, TRL, PLAIN)
-"""what is asked first comes first, where time may run out"""
+"""the most important comparison first, because time may run out"""
 GEMMS = "matrix products"
 PART_STEPS = 2
 CHILD_PREFIX = "extra_bytes "
-GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}
-"""glibc: freed tensors go back at once. Otherwise what it keeps of them counts as well, and differs
-from run to run by some 30 MB at the tiny shape."""
+RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+"""Makes glibc return freed tensors to the system immediately. Memory that it keeps would be counted
+and varies from run to run by about 30 MB at the tiny shape."""
 
 Row = dict[str, Any]
 
 
 @dataclass
 class Bench:
-    """One case on one device, and the folder of its runs."""
+    """One case on one device, and the directory of its runs."""
 
     case: Case
     device: torch.device
     folder: Path
     rollouts: list[PrivilegedRollout] = field(default_factory=list)
     most_rows: int = 1
-    """of one forward pass of our own loop"""
+    """largest number of rows per forward pass of our loop"""
 
 
 def whole_steps(bench: Bench, number: int) -> dict[str, Any]:
-    """Steps with rollouts that the student samples, by part, after one that warms up, whose
-    rollouts are kept for the training part."""
+    """Times `number` whole steps by part, including sampling, after a warm-up step.
+
+    The rollouts of the warm-up step are kept in `bench` for the training part.
+    """
     run = open_run(bench.case, bench.device, bench.folder / "whole")
     sample, tokens = train.sample_step, []
 
@@ -80,7 +82,7 @@ def whole_steps(bench: Bench, number: int) -> dict[str, Any]:
 
 
 def make_loop(name: str, bench: Bench) -> Loop:
-    """A loop from the case's first weights, with the rollouts of `bench`."""
+    """A loop with the case's initial weights and the rollouts of `bench`."""
     directory = Path(tempfile.mkdtemp(dir=bench.folder)) / "run"
     if name == TRL:
         command, base, tokenizer = load_case(bench.case, bench.device)
@@ -91,28 +93,28 @@ def make_loop(name: str, bench: Bench) -> Loop:
 
 
 def in_turn(loops: Mapping[str, Loop], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each loop's steps but its first, which warms up.
+    """Seconds of each loop's steps, without the first one, which warms up. The loops alternate.
 
-    The last loop leads: TRL's cannot be left, so the others take theirs between its steps.
+    TRL's trainer cannot be paused, so the other loops step between the steps of the last one.
     """
     *others, leader = loops
     seconds: dict[str, list[float]] = {name: [] for name in others}
 
     def between() -> None:
         for name in others:
-            seconds[name] += loops[name].steps(1, nothing)
+            seconds[name] += loops[name].steps(1, no_op)
 
     seconds[leader] = loops[leader].steps(rounds + 1, between)
     return {name: found[1:] for name, found in seconds.items()}
 
 
 def row_of(loop: Loop, seconds: Sequence[float]) -> Row:
-    """Times and the first loss."""
+    """A loop's times and first loss."""
     return {**measure.summary_of_times(list(seconds)), "first_loss": loop.losses[0]}
 
 
 def part_ms(loop: Loop) -> Row:
-    """The parts of a loop of ours, in milliseconds."""
+    """The times of the parts in milliseconds; only our own loops have parts."""
     if not isinstance(loop, OwnLoop):
         return {}
     parts = loop.part_seconds(PART_STEPS)
@@ -120,12 +122,12 @@ def part_ms(loop: Loop) -> Row:
 
 
 def rate(gemms: GemmLoop, seconds: Sequence[float]) -> float:
-    """Floating-point operations a second of the bare products."""
+    """FLOP/s of the bare products."""
     return gemms.operations / statistics.median(seconds)
 
 
 def time_on_cpu(bench: Bench, names: Sequence[str], rounds: int) -> tuple[dict[str, Row], float]:
-    """All loops in one process, step by step in turn, bare products too; these' rate."""
+    """Times all loops and bare products alternately; returns rows and the products' FLOP/s."""
     gemms = GemmLoop(bench.device)
     loops = {name: make_loop(name, bench) for name in names}
     seconds = in_turn({GEMMS: gemms, **loops}, rounds)
@@ -136,7 +138,7 @@ def time_on_cpu(bench: Bench, names: Sequence[str], rounds: int) -> tuple[dict[s
 
 
 def time_on_gpu(bench: Bench, name: str, rounds: int) -> Row:
-    """One loop alone on the GPU, and the most memory that it has allocated."""
+    """Times one loop alone on the GPU and records the peak memory that it allocates."""
     loop = make_loop(name, bench)
     torch.cuda.reset_peak_memory_stats()
     row = row_of(loop, in_turn({name: loop}, rounds)[name])
@@ -145,7 +147,7 @@ def time_on_gpu(bench: Bench, name: str, rounds: int) -> Row:
 
 
 def free_gpu() -> None:
-    """What a loop held: models and optimizers are in cycles."""
+    """Frees what a loop held; models and optimizers are in reference cycles."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -153,8 +155,12 @@ def free_gpu() -> None:
 def time_each_on_gpu(
     bench: Bench, names: Sequence[str], rounds: int, deadline: float
 ) -> tuple[dict[str, Row], float]:
-    """One loop after the other, none begun after the deadline of time.monotonic, then bare
-    products, on a GPU that is warm; these' rate."""
+    """Times one loop after another, then bare products on the warm GPU.
+
+    deadline: value of time.monotonic after which no loop starts.
+
+    Returns rows by loop and the products' FLOP/s.
+    """
     rows: dict[str, Row] = {}
     free_gpu()
     for name in (name for name in GPU_ORDER if name in names):
@@ -173,29 +179,31 @@ def time_each_on_gpu(
 
 
 def extra_bytes(bench: Bench, name: str, arguments: Sequence[str]) -> int:
-    """Growth of the peak of a process in a loop's first step, in a process of its own.
+    """Growth of the peak memory in a loop's first step, measured in another process.
 
-    arguments: of `python -m bench.engine`, naming the case.
+    arguments: of `python -m bench.engine`; they select the case.
     """
     progress(f"{bench.case.name}: memory of {name}")
     path = bench.folder / "rollouts.json"
     write_rollouts(bench.rollouts, path)
     command = [sys.executable, "-m", "bench.engine", *arguments]
     command += ["--child", name, str(path), str(bench.most_rows)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | GIVES_BACK)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | RETURNS_MEMORY)
     if done.returncode != 0:
-        raise RuntimeError(f"{name} failed:\n{done.stderr}")
+        raise RuntimeError(f"{name} failed in the process that measures its memory:\n{done.stderr}")
     (line,) = (line for line in done.stdout.splitlines() if line.startswith(CHILD_PREFIX))
     return int(line.removeprefix(CHILD_PREFIX))
 
 
 def child(bench: Bench, name: str, rollouts: Path, most_rows: int) -> None:
-    """Prints the growth of this process's peak in a loop's first step, after a step of another such
-    loop with two rollouts, which loads what it needs."""
+    """Prints the growth of this process's peak memory in a loop's first step.
+
+    Another loop takes a step with two rollouts before it, which loads what the loop needs.
+    """
     given = read_rollouts(rollouts)
     bench.rollouts = given[:2]
-    make_loop(name, bench).steps(1, nothing)
+    make_loop(name, bench).steps(1, no_op)
     gc.collect()
     bench.rollouts, bench.most_rows = given, most_rows
-    call: Callable[[], Any] = functools.partial(make_loop(name, bench).steps, 1, nothing)
+    call: Callable[[], Any] = functools.partial(make_loop(name, bench).steps, 1, no_op)
     print(f"{CHILD_PREFIX}{measure.extra_bytes_on_cpu(call)}", flush=True)

@@ -1,4 +1,4 @@
-"""TRL's SDFT trainer on fixed rollouts: its own loop, batches, forward passes and loss."""
+"""TRL's SDFT trainer on fixed rollouts, with its own loop, batches, forward passes and loss."""
 
 # pyright: reportMissingImports=false
 # TRL is optional.
@@ -25,17 +25,17 @@ from paint_engine.types import PrivilegedRollout
 
 LACKS = ("clip", "selection", "interpolation", "token losses", "entropies")
 TEACHER_MARK = "\n\n"
-"""what TRL puts between a prompt and its privileged context"""
+"""TRL's separator between a prompt and its privileged context"""
 
 
 def reason_against() -> str:
-    """Why TRL cannot run here, or nothing."""
+    """Why TRL cannot run here; empty if it can."""
     missing = [name for name in ("trl", "datasets") if importlib.util.find_spec(name) is None]
     return f"not installed (pip install {' '.join(missing)})" if missing else ""
 
 
 class Clock(TrainerCallback):
-    """Seconds of each of the trainer's steps; `between` is called before each, untimed."""
+    """Measures the seconds of each trainer step; `between` runs before each, untimed."""
 
     def __init__(self, device: torch.device, between: Callable[[], None]) -> None:
         self.device, self.between = device, between
@@ -52,8 +52,10 @@ class Clock(TrainerCallback):
 
 
 def trainer_class(rollouts: Sequence[PrivilegedRollout]) -> Any:
-    """SDFTTrainer with three seams changed: prompts and completions are the rollouts' token ids,
-    losses are kept, and nothing is reported to its makers."""
+    """An SDFTTrainer that takes prompts and completions from the rollouts' token ids.
+
+    It keeps the losses and sends no telemetry.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You are importing from 'trl.experimental'")
         from trl.experimental.sdft import SDFTTrainer
@@ -86,16 +88,20 @@ def trainer_class(rollouts: Sequence[PrivilegedRollout]) -> Any:
 
 
 def rows_a_batch(num_rollouts: int, most: int) -> int:
-    """The largest number of rows up to `most` that divides the rollouts: TRL's batches are of one
-    size."""
+    """The largest number of rows up to `most` that divides `num_rollouts`.
+
+    TRL's batches all have one size.
+    """
     return max(rows for rows in range(1, most + 1) if num_rollouts % rows == 0)
 
 
 class TrlLoop:
-    """One training by `SDFTTrainer`: base, LoRA, optimizer and temperature as our configuration has
-    them, the teacher is the base, the loss the forward KL of the full logits.
+    """One training run with `SDFTTrainer`.
 
-    most_rows: rows of a forward pass at most.
+    Base, LoRA, optimizer and temperature follow our configuration. The teacher is the base, and the
+    loss is the forward KL over the full logits.
+
+    most_rows: largest number of rows per forward pass.
     """
 
     def __init__(
@@ -148,8 +154,8 @@ class TrlLoop:
         )
 
     def steps(self, number: int, between: Callable[[], None]) -> list[float]:
-        """Trains for so many steps, once: a second call is an error."""
-        assert not self.losses, "the trainer has run"
+        """Trains for `number` steps. The trainer runs only once: a second call fails."""
+        assert not self.losses, "the trainer has already run"
         lora = self.config.lora
         clock = Clock(self.base.device, between)
         trainer = trainer_class(self.rollouts)(

@@ -242,7 +242,7 @@ def test_the_short_table_has_a_line_a_base(result: dict[str, Any]) -> None:
     assert cells[5].startswith(f"{rows['paint']['last']:.1%}, {100 * to_base['difference']:+.1f} (")
     assert cells[6].startswith(f"{100 * to_opsd['difference']:+.1f} (")
     assert cells[6].endswith(", above")
-    assert lines[5] == "" and "Differences in points" in lines[6] and "Paper:" not in lines[6]
+    assert lines[5] == "" and "Differences are between" in lines[6] and "Paper:" not in lines[6]
 
 
 def test_a_page_of_some_tables_has_only_these(
@@ -314,7 +314,7 @@ def test_a_rerun_refuses_another_base_and_unknown_rows(
     with pytest.raises(ValueError, match="no run or row"):
         find_runs(result, "small/pain")
     (bases / "large" / "model.safetensors").unlink()
-    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="no base in"):
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="found no base in"):
         rerun(result, "large/paint", bases, tmp_path, pool)
 
 
@@ -322,16 +322,16 @@ def test_a_rerun_is_compared_with_the_result_of_its_scale(
     result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paper_tables, "RESULTS", tmp_path)
-    with pytest.raises(SystemExit, match=r"paper-tables-laptop-quick\.json is not there"):
+    with pytest.raises(SystemExit, match=r"paper-tables-laptop-quick\.json does not exist"):
         paper_tables.main(["--rerun", "small/paint", "--quick"])
     (tmp_path / "paper-tables-laptop-quick.json").write_text(paper_tables.dump(result))
-    with pytest.raises(SystemExit, match="of the scale laptop, not laptop-quick"):
+    with pytest.raises(SystemExit, match="has scale laptop, not laptop-quick"):
         paper_tables.main(["--rerun", "small/paint", "--quick"])
 
 
 def test_a_part_of_the_tables_has_a_file_of_its_own() -> None:
     def name(*argv: str) -> str:
-        arguments = paper_tables.parser().parse_args(argv)
+        arguments = paper_tables.make_parser().parse_args(argv)
         return paper_tables.output_path(arguments, SCALES[arguments.scale]).name
 
     assert name() == name("--tables", "4", "3", "2", "1") == "paper-tables.json"

@@ -25,7 +25,7 @@ from bench.step.cases import (
     read_rollouts,
     write_rollouts,
 )
-from bench.step.loops import OwnLoop, nothing, plain_paint
+from bench.step.loops import OwnLoop, no_op, plain_paint
 from bench.step.tables import engine_case_table
 from bench.step.timing import OURS, PLAIN, TRL, Bench, in_turn, make_loop
 from bench.step.trl_loop import rows_a_batch
@@ -90,7 +90,7 @@ def test_all_loops_start_from_equal_losses_and_ours_go_on_so(bench: Bench) -> No
     assert len(train.my_microbatches(ours.run, bench.rollouts)) > 1
     expected = ours.forward_kl()
     for loop in (ours, plain, theirs):
-        seconds = loop.steps(3, nothing)
+        seconds = loop.steps(3, no_op)
         assert len(seconds) == len(loop.losses) == 3 and min(seconds) > 0
     assert plain.losses == pytest.approx(ours.losses, rel=1e-4)
     assert theirs.losses[0] == pytest.approx(expected, rel=1e-5)
@@ -128,7 +128,7 @@ def test_unequal_work_is_not_reported_as_measured() -> None:
     compare.check_losses(rows, forward_kl=3.0, limit=0.01)
     assert rows[PLAIN]["reason"] == "first loss 2.1, expected 2"
     assert "expected 3" in rows[TRL]["reason"] and "reason" not in rows[OURS]
-    finished = compare.finish(rows, case_values())
+    finished = compare.result_rows(rows, case_values())
     assert [row["status"] for row in finished] == ["measured", "failed", "failed"]
     assert compare.ratios(finished) == {}
     equal = {OURS: {"first_loss": 2.0}, PLAIN: {"first_loss": 2.001}, TRL: {"reason": "absent"}}
@@ -158,7 +158,7 @@ def gpu_case(**changes: Any) -> dict[str, Any]:
     }
     rows[OURS] |= {"part_ms": {"student": 300.0, "loss": 100.0, "other": 1.5}, **changes}
     case = case_values()
-    finished = compare.finish(rows, case)
+    finished = compare.result_rows(rows, case)
     parts = {"rollout": 1.0, "sync": 0.25, "student": 0.75}
     step = {"num_steps": 3, "seconds": 2.0, "part_seconds": parts, "completion_tokens_per_s": 4096}
     return {**case, "step": step, "rows": finished, "ratios": compare.ratios(finished)}
@@ -307,4 +307,4 @@ def test_what_the_command_measures_by_default() -> None:
     assert cases[2].arguments[:2] == ("--preset", "paint-qwen3-8b")
     quick = engine.parse(["--device", "cpu", "--quick"])
     (case,) = engine.cases_of(quick)
-    assert engine.naming(case, quick)[-3:] == ["--preset", "tiny", "--quick"]
+    assert engine.case_arguments(case, quick)[-3:] == ["--preset", "tiny", "--quick"]
