@@ -1,4 +1,4 @@
-"""Tables and figures come from results alone; the documents hold those of the committed ones."""
+"""Tables and figures depend on results only; the documents hold those of the committed ones."""
 
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,4 @@
-"""The GPU check's control flow, on a CPU: one small run without the optional packages, and parts
-that fail or do not end."""
+"""The GPU check on a CPU: a small run without optional packages, and parts that fail or hang."""
 
 import json
 import os
@@ -16,7 +15,7 @@ from bench.gpu.parts import Part
 from bench.measure import ROOT
 from paint_kernels import _triton_backend
 
-# A GPU machine may have none of these. Every finder passes over them, as if they were absent.
+# A machine with a GPU may lack these. No finder finds them, as if they were not installed.
 WITHOUT = """
 import sys
 
@@ -41,7 +40,7 @@ sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 """
 
 
-def test_a_small_run_without_what_is_optional(tmp_path):
+def test_a_small_run_without_optional_packages(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)
     variables = {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     variables["PYTEST_ADDOPTS"] = "-p no:timeout"
@@ -109,7 +108,7 @@ def run(job):
 """
 
 
-def test_parts_that_fail_or_do_not_end(tmp_path, monkeypatch, capsys):
+def test_parts_that_fail_or_hang(tmp_path, monkeypatch, capsys):
     planted = []
     texts = {"slow": SLOW, "broken": BROKEN, "crashed": CRASHED, "good": GOOD}
     for (name, text), share in zip(texts.items(), (0.1, 0.3, 0.3, 0.3), strict=True):
@@ -135,7 +134,7 @@ def test_parts_that_fail_or_do_not_end(tmp_path, monkeypatch, capsys):
     assert "Traceback" in "".join(rows["broken"]["last_lines"])
     assert rows["crashed"]["text"] == "exit status 3: about to crash"
     assert rows["good"]["found"] == {"seen": "cpu", "summary": "all is well"}
-    # What the slow part did not use, or used too much of, is the next one's.
+    # The next part's limit follows from the time that the slow part took.
     assert 30 < rows["broken"]["limit_s"] <= 45
     assert rows["good"]["limit_s"] > 45
     printed = capsys.readouterr().out
@@ -169,13 +168,13 @@ def test_every_outcome_is_counted(tmp_path):
         arguments = [result, str(index), "2", str(tmp_path / "test_outcomes.py")]
         subprocess.run([*command, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
     counted = tests.tally(tmp_path, "others")
-    # The test that ends its process is not heard of again.
+    # The test that ends its process reports nothing.
     failed = [name.rpartition("::")[2] for name in counted.pop("failed_tests")]
     assert failed == ["test_breaks_afterwards", "test_fails"]
     assert counted == {"passed": 3, "failed": 2, "skipped": 1, "not_run": 1}
 
 
-def test_shares_are_a_whole_and_modules_are_there():
+def test_shares_add_up_to_one_and_modules_exist():
     assert sum(part.share for part in parts.PARTS) == pytest.approx(1.0)
     for part in parts.PARTS:
         assert (ROOT / f"{part.module.replace('.', '/')}.py").exists()
@@ -190,7 +189,7 @@ def test_unknown_parts_and_devices(tmp_path):
 
 
 def test_tiles_reach_the_kernels(monkeypatch):
-    """Every row kernel is launched with the tile and warps that the question asks for."""
+    """Every row kernel is launched with the requested tile and warps."""
     launched = []
 
     class Recorder:

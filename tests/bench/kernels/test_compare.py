@@ -30,7 +30,7 @@ from bench.losses import (
     plain_loss,
 )
 
-# Loading torch's compiler warns of its own use of TorchScript.
+# Loading torch's compiler emits warnings about its own use of TorchScript.
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def accuracy() -> Accuracy:
 @pytest.mark.parametrize("key", RUNNABLE)
 def test_every_variant_has_the_exact_gradient(key: str, accuracy: Accuracy) -> None:
     variant = VARIANTS[key]
-    # Compiling takes long; what is compiled is the same code.
+    # Eager, because compiling the same code takes too long.
     with torch.compiler.set_stance("force_eager"):
         errors = accuracy.errors(variant, variant.run(accuracy.inputs))
         assert max(errors.values()) < 1e-4
@@ -141,7 +141,7 @@ def test_peers_that_cannot_run_here_say_why() -> None:
 
 
 class Process:
-    """Stands for `subprocess.run`: runs the named variants until it comes to the broken one."""
+    """Replaces `subprocess.run`: runs the named variants up to the broken one."""
 
     def __init__(self, broken: str) -> None:
         self.broken = broken

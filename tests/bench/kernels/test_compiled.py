@@ -1,4 +1,4 @@
-"""Every kernel compiled for four architectures without a GPU: spills, float64, offsets, traffic."""
+"""Every kernel compiles for four architectures without spills or float64, and moves few bytes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ARCHITECTURE = {architecture.name: architecture for architecture in ARCHITECTURE
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """Of the command itself, in a process where no interpreter is set."""
+    """The command's own report, from a process without Triton's interpreter."""
     file = tmp_path_factory.mktemp("report") / "report.json"
     done = subprocess.run(
         [sys.executable, "-m", "bench.kernels_report", "--check", "--json", str(file)],
@@ -37,7 +37,7 @@ def report(tmp_path_factory):
 
 
 def moved(report, variant):
-    """Bytes loaded and stored for a column, by row."""
+    """Bytes loaded and stored per column, by row."""
     return {
         line["row"]: (line["loaded_bytes_per_column"], line["stored_bytes_per_column"])
         for line in report["traffic"]
@@ -66,7 +66,8 @@ def test_every_combination_is_named_once_and_contains_the_usual_ones():
 
 
 def test_a_row_is_read_as_often_as_it_must_be(report):
-    """float32 logits of two models, float16 gradient: one pass beside the statistics, or two."""
+    """With float32 logits of two models and a float16 gradient: one pass after the statistics, or
+    two."""
     assert moved(report, "fp32 logits")["plain"] == (4, 0)
     assert moved(report, FORWARD_KL) == {
         "plain": (8, 2),
@@ -84,12 +85,12 @@ def test_a_row_is_read_as_often_as_it_must_be(report):
 
 
 def test_counted_bytes_are_those_of_the_compiled_loads_and_stores(report):
-    """A row that takes every branch moves what the code holds; the interpreter left nothing out."""
+    """A row that takes every branch moves the bytes of all compiled loads and stores."""
     for line in report["compiled"]:
         rows = moved(report, line["variant"]).values()
         most = max(loaded for loaded, _ in rows), max(stored for _, stored in rows)
         in_code = line["tile_load_bytes"], line["tile_store_bytes"]
-        if "no clip" in line["variant"]:  # the second pass is there, and no row takes it
+        if "no clip" in line["variant"]:  # compiled with the second pass, which no row takes
             assert most[0] <= in_code[0] and most[1] <= in_code[1]
         else:
             assert most == in_code
@@ -127,7 +128,7 @@ def test_a_sound_kernel_has_no_problem(name):
 
 @pytest.mark.parametrize(("name", "block"), [("sm_90", 2**14), ("gfx942", 2**15)])
 def test_a_spill_is_found(name, block):
-    """512 values a thread, which has 255 registers on NVIDIA's processors and 512 on AMD's."""
+    """512 values per thread, which has 255 registers on NVIDIA's processors and 512 on AMD's."""
     (found,) = problems(compiled(centre_kernel, ARCHITECTURE[name], block=block, num_warps=1))
     assert found.startswith(f"centre_kernel, planted, {name}: ")
     assert found.endswith("bytes of registers spilled")

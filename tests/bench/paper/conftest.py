@@ -1,4 +1,4 @@
-"""Planted runs of the paper's tables in small: records as training would leave them, in no time."""
+"""Planted runs of the paper's tables: records as training would write them, without training."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +15,13 @@ ALL = (1, 2, 3, 4)
 
 
 def planted_accuracy(run: PlannedRun) -> float:
-    """OPSD 10 points and PAINT 20 above the base; masking prefixes is 30 points worse than not."""
+    """OPSD 10 points and PAINT 20 above the base; masking prefixes 20 points below it."""
     gain = {BASE: 0.0, "opsd": 0.1, "paint": 0.2, "place-prefix": -0.2}
     return 0.6 + gain.get(run.setting, 0.1)
 
 
 def planted_record(job: Job) -> dict[str, Any]:
-    """As a run's, drawn from the planted accuracy."""
+    """A run's record, with answers drawn from the planted accuracy."""
     run, scale = job.run, job.scale
     rng = np.random.default_rng([run.seed, *run.run_id.encode()])
     shape = (scale.num_problems, scale.num_samples)

@@ -1,4 +1,4 @@
-"""The plan of the paper's tables in small: rows, shared runs, budgets and settings."""
+"""The plan of the paper's tables: rows, shared runs, budgets and settings."""
 
 import numpy as np
 import pytest
@@ -107,8 +107,8 @@ def test_scales_have_bases_that_the_pretraining_script_knows() -> None:
 
 
 def test_shared_rows_are_what_the_tables_say() -> None:
-    """Table 2's (0, 0) is OPSD at PAINT's learning rate, Table 4's the default masks alone, its
-    (0.03, 0.03) PAINT."""
+    """Table 2's (0, 0) is OPSD, Table 4's (0, 0) PAINT without interpolation, (0.03, 0.03)
+    PAINT."""
     opsd, unmasked = (
         config_of(PlannedRun("small", setting, 0)) for setting in ("opsd", "rho-0.00-0.00")
     )
@@ -153,8 +153,7 @@ def test_the_papers_macro_averages_are_means_of_its_benchmarks() -> None:
 
 
 def test_the_papers_scores_are_shares_of_360_answers() -> None:
-    """30 problems with 12 samples each. Of Table 1 that holds for OPSD and PAINT; some scores of
-    its other rows are no such shares in the paper itself."""
+    """30 problems with 12 samples each. In Table 1 this holds for OPSD and PAINT only."""
     shares = {round(100 * count / 360, 1) for count in range(361)}
     for rows in published.TABLE_1.values():
         assert {*rows["opsd"][:3], *rows["paint"][:3]} <= shares

@@ -1,4 +1,4 @@
-"""Running the tables' missing runs: failures, kills, stored results, and the choice of rates."""
+"""Making the missing runs: failures, kills, stored results and the choice of rates."""
 
 import json
 import os
@@ -23,7 +23,7 @@ FAILING: set[str] = set()
 
 
 def stub(job: Job) -> dict[str, Any]:
-    """As perform_job, without the training."""
+    """Like perform_job, without training."""
     if job.run.run_id in FAILING:
         FAILING.remove(job.run.run_id)
         raise RuntimeError("the machine is on fire")
@@ -34,7 +34,7 @@ def stub(job: Job) -> dict[str, Any]:
     return record
 
 
-def test_a_failed_run_does_not_cost_the_others_and_is_made_up_for(
+def test_a_failed_run_leaves_the_others_and_is_repeated(
     jobs_of: Callable[[Scale], list[Job]],
 ) -> None:
     PERFORMED.clear()
@@ -51,7 +51,7 @@ def test_a_failed_run_does_not_cost_the_others_and_is_made_up_for(
     assert list(records) == [job.run.run_id for job in jobs]
 
 
-def test_a_stored_run_with_other_settings_is_made_again(
+def test_a_stored_run_with_other_settings_is_repeated(
     jobs_of: Callable[[Scale], list[Job]],
 ) -> None:
     PERFORMED.clear()
@@ -64,7 +64,7 @@ def test_a_stored_run_with_other_settings_is_made_again(
             assert len(PERFORMED) == made
 
 
-def test_a_stored_run_of_another_base_is_made_again(
+def test_a_stored_run_of_another_base_is_repeated(
     jobs_of: Callable[[Scale], list[Job]], tmp_path: Path
 ) -> None:
     PERFORMED.clear()
@@ -113,7 +113,7 @@ def perform(job):
     step = {"step": 20, "avg_at_k": 0.5}
     return {"id": job.run.run_id, **job.settings, "evaluations": [step], "seconds": 1.0}
 
-# In the worker too, which runs this file: training itself is not the point.
+# Also in the worker, which runs this file: this test needs no training.
 sys.modules["bench.paper.worker"] = types.SimpleNamespace(perform=perform)
 
 if __name__ == "__main__":
@@ -132,7 +132,7 @@ def wait_for(condition: Any, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_command_leaves_no_worker_and_goes_on(tmp_path: Path) -> None:
+def test_a_killed_command_leaves_no_worker_and_resumes(tmp_path: Path) -> None:
     script, started = tmp_path / "script.py", tmp_path / "started"
     script.write_text(KILLED_SCRIPT)
     command = [sys.executable, str(script), str(tmp_path)]
@@ -145,7 +145,7 @@ def test_a_killed_command_leaves_no_worker_and_goes_on(tmp_path: Path) -> None:
     wait_for(lambda: len(results()) >= 3)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    # Its worker ends with it: nothing is begun any more.
+    # The worker exits with the command: no further run starts.
     time.sleep(0.5)
     begun, finished = started.read_text().split(), results()
     time.sleep(1.0)
@@ -166,7 +166,7 @@ def sweep_record(rate: float, accuracy: float, recipe: str = "paint") -> dict[st
     }
 
 
-def test_the_best_rate_is_taken_the_lower_of_equals() -> None:
+def test_the_best_rate_or_the_lower_of_equals_is_chosen() -> None:
     scale = replace(LAPTOP, rates=(1e-4, 3e-4, 1e-3))
     sweep = [sweep_record(rate, x) for rate, x in ((1e-4, 0.6), (3e-4, 0.7), (1e-3, 0.7))]
     sweep += [sweep_record(rate, x, "sft") for rate, x in ((1e-4, 0.6), (3e-4, 0.7), (1e-3, 0.8))]

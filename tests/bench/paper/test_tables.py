@@ -1,4 +1,4 @@
-"""The paper's tables in small: statistics, the page and the figure, reruns, and one real run."""
+"""The paper's tables: statistics, the page and the figure, reruns, and one real run."""
 
 import json
 from collections.abc import Callable
@@ -63,8 +63,8 @@ def test_counts_come_back_from_their_text() -> None:
 
 
 def test_the_interval_of_two_values_by_hand() -> None:
-    """One of two problems gained: a resample holds it 0, 1 or 2 times, with 1/4, 1/2 and 1/4. The
-    same of two seeds."""
+    """One of two problems, or seeds, gained: a resample draws it 0, 1 or 2 times, with probability
+    1/4, 1/2 and 1/4."""
     for shape in ((1, 2), (2, 1)):
         row = np.array([1.0, 0.0]).reshape(shape)
         assert hierarchical_bootstrap(row, np.zeros(shape)) == (0.5, 0.0, 1.0)
@@ -83,12 +83,12 @@ def test_what_both_rows_share_does_not_widen_the_interval() -> None:
     ("num_seeds", "seed_std", "lowest", "highest", "half_width"),
     [(5, 0.0, 0.98, 1.0, 3.6), (5, 0.02, 0.94, 1.0, 4.2), (3, 0.03, 0.84, 0.95, 5.6)],
 )
-def test_intervals_hold_the_truth_as_often_as_the_docstring_says(
+def test_intervals_cover_the_truth_as_often_as_the_docstring_says(
     num_seeds: int, seed_std: float, lowest: float, highest: float, half_width: float
 ) -> None:
     """Rows of equal accuracy on 256 problems with two answers each.
 
-    half_width: points, which the mean interval stays below.
+    half_width: upper limit of the mean interval's half width, in points.
     """
     rng = np.random.default_rng(0)
     held, widths = 0, []
@@ -104,8 +104,7 @@ def test_intervals_hold_the_truth_as_often_as_the_docstring_says(
 
 
 def test_seeds_are_counted_above_and_equal() -> None:
-    """Three seeds of two problems with two answers each: one above, one equal by other problems,
-    one below."""
+    """Three seeds of two problems with two answers each: one above, one equal, one below."""
 
     def records(*seeds: str) -> list[dict[str, Any]]:
         return [
@@ -186,14 +185,14 @@ def test_the_page_shows_every_row_beside_the_papers(result: dict[str, Any]) -> N
     assert "| 0.50 | 0.30 |" in page and "| 57.8 | -0.8 |" in page
     assert "| 0.03 | 0.05 |" in page and "| 58.9 | -0.8 |" in page
     assert "within noise" in page and "cannot say" in page and "Not a result" not in page
-    # What the paper does not have is not made up.
+    # Nothing is invented for rows that the paper lacks.
     sentence = next(line for line in page.splitlines() if "| suffix, at a sentence's end" in line)
     assert sentence.endswith("| none | none |")
     assert "Not a result" in document({**result, "quick": True}, "x.png")
 
 
 def test_the_rates_are_shown_as_they_were_chosen(result: dict[str, Any]) -> None:
-    """The best in bold, the grid's edges flagged, and each in its recipe's row of Table 1."""
+    """The best rate is bold, the grid's edges are marked, and Table 1 shows each recipe's rate."""
     rates = LAPTOP.rates
     lines = PAPER_TABLES["paper-tables", "rates"](result).splitlines()[2:]
     choices = {(c["size"], c["recipe"]): c for c in result["learning_rates"]}
@@ -206,11 +205,11 @@ def test_the_rates_are_shown_as_they_were_chosen(result: dict[str, Any]) -> None
         assert cells[5] == ("yes" if bold[0] in (rates[0], rates[-1]) else "")
     table = PAPER_TABLES["paper-tables", "1"](result)
     recipe = next(line for line in table.splitlines() if "| GRPO |" in line)
-    # The planted runs were made at this rate, whatever the planted sweep chose.
+    # The planted runs have this rate, whatever the planted sweep chose.
     assert "| 0.0001 |" in recipe
 
 
-def test_paint_stands_against_opsd_beside_the_papers_gains(result: dict[str, Any]) -> None:
+def test_paint_is_compared_with_opsd_beside_the_papers_gains(result: dict[str, Any]) -> None:
     """The gains that the paper's text names: 1.1 points on 1.7B, 0.8 on 4B, 2.1 on 8B."""
     lines = against_opsd_table(result).splitlines()[2:]
     gains = ("+1.1 (Qwen3-1.7B)", "+0.8 (Qwen3-4B)", "+2.1 (Qwen3-8B)")
@@ -229,7 +228,7 @@ def test_paint_stands_against_opsd_beside_the_papers_gains(result: dict[str, Any
     assert cells[7] == f"{gained['best']:+.1f}"
 
 
-def test_the_short_table_has_a_line_a_base(result: dict[str, Any]) -> None:
+def test_the_short_table_has_a_line_per_base(result: dict[str, Any]) -> None:
     lines = PAPER_TABLES["paper-tables", "short"](result).splitlines()
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
     rows = {
@@ -260,14 +259,14 @@ def test_a_page_of_some_tables_has_only_these(
     draw_tables(result)
 
 
-def test_the_figure_has_a_panel_a_table_and_base(result: dict[str, Any]) -> None:
+def test_the_figure_has_a_panel_per_table_and_base(result: dict[str, Any]) -> None:
     figure = draw_tables(result)
     panels = [axes for part in figure.subfigs for axes in part.axes]
     assert [len(axes.get_yticks()) for axes in panels] == [5, 5, 5, 6, 4, 6]
 
 
 def test_the_figure_draws_intervals_and_the_papers_marks(result: dict[str, Any]) -> None:
-    """Table 3's panel: a line and a mark of our own a row, coloured by the verdict."""
+    """Table 3's panel: per row an interval, coloured by the verdict, and the paper's mark."""
     figure = draw_tables(result)
     axes = figure.subfigs[1].axes[1]
     rows = [row for panel in result["tables"] if panel["table"] == 3 for row in panel["rows"]]
@@ -299,7 +298,7 @@ def test_a_rerun_tells_equal_from_different(
         assert len(lines) == 5 and all(line.endswith("equal") for line in lines)
         run = next(run for run in result["runs"] if run["id"] == "small/paint/seed-3")
         last = run["evaluations"][-1]
-        # The same mean by other answers is not the same.
+        # Other answers with the same mean are not equal.
         last["correct"] = last["correct"][::-1]
         lines = rerun(result, "small/paint/seed-3", bases, tmp_path, pool)
         assert len(lines) == 1 and lines[0].endswith("DIFFERS")
@@ -347,8 +346,7 @@ def test_a_part_of_the_tables_has_a_file_of_its_own() -> None:
 def test_a_micro_run_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A sweep of one rate, the base and PAINT for two steps in a worker process, then one of them
-    again."""
+    """A sweep of one rate, the base and PAINT for two steps in a worker process, then a rerun."""
     monkeypatch.setitem(SCALES, "laptop", MICRO)
     output = tmp_path / "micro.json"
     shared = ["--workers", "1", "--bases", str(tmp_path), "--output", str(output)]

@@ -1,5 +1,4 @@
-"""The loops of the step benchmark do equal work, or are not timed; and its tables and the GPU
-check's part come from what was measured."""
+"""The loops of the step benchmark do equal work or fail; their tables; the GPU check's part."""
 
 import time
 from dataclasses import replace
@@ -34,7 +33,7 @@ from paint_engine.config_sections import ObjectiveSection
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental':UserWarning"),
-    # TRL's configurations use names that transformers has renamed.
+    # TRL's configurations use names that transformers has deprecated.
     pytest.mark.filterwarnings(
         r"ignore:`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated:FutureWarning"
     ),
@@ -47,7 +46,7 @@ PARTS = {"student", "teacher", "loss", "backward", "optimizer", "other"}
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
-    """Random weights; rollouts of three lengths, two of them in each pass."""
+    """Random weights; rollouts of different lengths, two of them in each pass."""
     case = random_case("small", LENGTHS, 4)
     case = replace(case, arguments=(*case.arguments, "--train.max_tokens_per_microbatch", "40"))
     lengths = [(4, 9, 6), (5, 7, 6), (3, 8, 5), (5, 9, 7)]
@@ -57,7 +56,7 @@ def bench(tmp_path: Path) -> Bench:
 
 @pytest.mark.parametrize("clip", [None, 0.01])
 @pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
-def test_the_plain_loss_is_the_engines(clip: float | None, reduction: str) -> None:
+def test_the_plain_loss_equals_the_engines(clip: float | None, reduction: str) -> None:
     torch.manual_seed(0)
     student, teacher, head = torch.randn(11, 16), torch.randn(11, 16), torch.randn(60, 16)
     bounds = torch.tensor([0, 4, 11], dtype=torch.int32)
@@ -83,8 +82,8 @@ def vars_of(output: Any) -> list[torch.Tensor]:
     return [output.loss, *(output.per_token[name] for name in sorted(output.per_token))]
 
 
-def test_all_loops_start_from_equal_losses_and_ours_go_on_so(bench: Bench) -> None:
-    """With rollouts of different lengths, several rows a pass and several passes a step."""
+def test_all_loops_start_from_equal_losses_and_ours_stay_equal(bench: Bench) -> None:
+    """With rollouts of different lengths, several rows per pass and several passes per step."""
     ours, plain, theirs = (make_loop(name, bench) for name in (OURS, PLAIN, TRL))
     assert isinstance(ours, OwnLoop)
     assert len(train.my_microbatches(ours.run, bench.rollouts)) > 1
@@ -94,12 +93,12 @@ def test_all_loops_start_from_equal_losses_and_ours_go_on_so(bench: Bench) -> No
         assert len(seconds) == len(loop.losses) == 3 and min(seconds) > 0
     assert plain.losses == pytest.approx(ours.losses, rel=1e-4)
     assert theirs.losses[0] == pytest.approx(expected, rel=1e-5)
-    # Clip and interpolation make ours another one, so that the two are told apart.
+    # Clip and interpolation make our loss differ from the forward KL.
     assert abs(ours.losses[0] - expected) > 1e-3 * expected
     assert len(set(ours.losses)) == len(set(theirs.losses)) == 3
 
 
-def test_loops_take_turns_and_the_first_step_is_left_out() -> None:
+def test_loops_alternate_and_the_first_step_is_left_out() -> None:
     taken: list[str] = []
 
     def loop(name: str) -> Any:
@@ -150,7 +149,7 @@ def case_values() -> dict[str, Any]:
 
 
 def gpu_case(**changes: Any) -> dict[str, Any]:
-    """A result at the 8B shape, twice as fast as TRL at half its memory, with a step."""
+    """A result at the 8B shape: twice as fast as TRL with half the memory."""
     rows = {
         OURS: {"median_ms": 1250.0, "peak_bytes": 40e9, "first_loss": 1.0},
         PLAIN: {"reason": "out of memory"},
@@ -204,8 +203,10 @@ def test_targets_of_the_8b_shape() -> None:
     assert engine_part.missed_targets(alone) == []
 
 
-def test_loops_on_a_gpu_follow_one_another(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What asks the GPU is replaced; a loop that does not fit leaves the others theirs."""
+def test_loops_on_a_gpu_run_one_after_another(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls to the GPU are replaced; a loop that does not fit into memory leaves the others."""
     made: list[str] = []
 
     def make(name: str, given: Bench) -> Any:
@@ -228,20 +229,20 @@ def test_loops_on_a_gpu_follow_one_another(bench: Bench, monkeypatch: pytest.Mon
     assert none == {OURS: {"reason": "the time budget was used up"}}
 
 
-def test_a_preset_is_measured_step_by_part(tmp_path: Path) -> None:
+def test_a_step_of_a_preset_is_measured_by_part(tmp_path: Path) -> None:
     case = preset_case("tiny", "--train.batch_size", "2", "--rollout.max_new_tokens", "8")
     bench = Bench(case, CPU, tmp_path)
     step = timing.whole_steps(bench, 2)
     assert set(step["part_seconds"]) == PARTS | {"rollout", "sync"}
     assert min(step["part_seconds"].values()) >= 0
     assert sum(step["part_seconds"].values()) == pytest.approx(step["seconds"])
-    # All of what the training part is given was sampled by the student.
+    # The student sampled all rollouts of the training part.
     assert len(bench.rollouts) == 2
     assert all(0 < len(p.rollout.completion_ids) <= 8 for p in bench.rollouts)
     assert all(len(p.teacher_prompt_ids) > len(p.rollout.prompt_ids) for p in bench.rollouts)
 
 
-def test_memory_comes_from_a_process_of_its_own(
+def test_memory_is_measured_in_another_process(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--device", "cpu", "--model", "small", "--rollouts", "4"]
@@ -283,7 +284,7 @@ def test_operations_count_every_rollout_at_its_lengths(bench: Bench) -> None:
     assert longer["teacher"] > counted["teacher"] and longer["student"] == counted["student"]
 
 
-def test_rollouts_survive_the_way_to_another_process(tmp_path: Path) -> None:
+def test_rollouts_reach_another_process_unchanged(tmp_path: Path) -> None:
     rollouts = random_rollouts(Lengths(3, 5, 4), 2, 100)
     write_rollouts(rollouts, tmp_path / "rollouts.json")
     assert read_rollouts(tmp_path / "rollouts.json") == rollouts
