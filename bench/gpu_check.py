@@ -1,222 +1,44 @@
-"""Everything that a GPU is needed for, once, within eight minutes: `python -m bench.gpu_check`.
+"""Checks everything that needs a GPU, in eight minutes.
 
-    python -m bench.gpu_check                          # all parts, results into bench/results/
+    python -m bench.gpu_check                          # all parts; results in bench/results/
     python -m bench.gpu_check --parts tests,kernels
-    python -m bench.gpu_check --quick --device cpu     # a smoke run, results into runs/gpu-check/
+    python -m bench.gpu_check --quick --device cpu     # a smoke test; results in runs/gpu-check/
 
-Parts: `environment` (versions, copy bandwidth, GEMM rate), `tests` (of paint_kernels), `waits` (no
-wait for the device, offsets past 2^31), `kernels` (the shapes of bench.kernels that matter most),
-`steps` (training at Qwen3-1.7B's shape), `engine` (the engine's own step, plain PyTorch's loss and
-TRL at Qwen3's shapes), `questions` (tile sizes, chunk sizes, and so on). Each is a process of its
-own with a time limit, so that none takes the others with it; time that one leaves is passed on. One
-table is printed at the end, and everything found is written to gpu-check-<device>.json after each
-part. The exit status is 1 where a part failed or was stopped. It needs torch, triton, transformers,
-peft, safetensors, numpy and pytest; rich draws the table, hypothesis is needed by the tests, what
-paint_engine imports by `engine`, and other projects are compared with where installed.
+Parts: `environment` (versions, copy bandwidth, GEMM rate), `tests` (those of paint_kernels),
+`waits` (no synchronization with the device, offsets past 2^31), `kernels` (the most important
+shapes of bench.kernels), `steps` (training at Qwen3-1.7B's shape), `engine` (the engine's step,
+plain PyTorch's loss and TRL at Qwen3's shapes), `questions` (tile sizes, chunk sizes and other open
+choices).
+
+Each part is a process with its own time limit, so that a failure does not affect the others; unused
+time is passed on to the next part. The results are written to gpu-check-<device>.json after each
+part, and a table is printed at the end. The exit status is 1 if a part failed or was stopped.
+
+Requires torch, triton, transformers, peft, safetensors, numpy and pytest. Optional: rich for the
+table, hypothesis for some tests, paint_engine's dependencies for `engine`, and the peers.
 """
 
 import argparse
-import contextlib
-import importlib
 import importlib.util
-import json
-import os
-import signal
-import subprocess
 import sys
-import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.gpu_job import Job, describe_environment, slug
+from bench.gpu import parts
+from bench.gpu.job import describe_environment
 from bench.measure import ROOT
 
 TOTAL_SECONDS = 460.0
-"""of all parts; the table and the starts of processes fit into eight minutes beside them"""
-LOG_LINES = 60
-
-
-@dataclass(frozen=True)
-class Part:
-    name: str
-    module: str
-    """its `run(job)` does the work and returns one line of text"""
-    share: float
-    """of the total time, that is kept for this part"""
-    needs_gpu: bool = False
-
-
-# What a first try on a GPU needs most comes first; shares add up to 1.
-PARTS = (
-    Part("environment", "bench.gpu_environment", 0.06),
-    Part("tests", "bench.gpu_tests", 0.20),
-    Part("waits", "bench.gpu_syncs", 0.07, needs_gpu=True),
-    Part("kernels", "bench.gpu_kernels", 0.24),
-    Part("steps", "bench.gpu_steps", 0.08),
-    Part("engine", "bench.engine_gpu", 0.25),
-    Part("questions", "bench.gpu_questions", 0.10, needs_gpu=True),
-)
-
-
-@dataclass(frozen=True)
-class Settings:
-    device: torch.device
-    quick: bool
-    output: Path
-    seconds: float
-    environment: dict[str, Any]
-
-
-def progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def child(part: Part, settings: Settings, found_file: Path, deadline: float) -> int:
-    """One part, in this process. Its exit status is 1 where something in it failed."""
-    job = Job(
-        settings.device,
-        settings.quick,
-        settings.output,
-        found_file,
-        deadline,
-        settings.environment,
-    )
-    summary = importlib.import_module(part.module).run(job)
-    job.save(summary=summary)
-    for failure in job.failures:
-        print(f"failed: {failure}", flush=True)
-    return 1 if job.failures else 0
-
-
-def stop(process: subprocess.Popen) -> None:
-    """Ends the part and all that it started, which are one session."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def read_found(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {"found": {}, "failures": []}
-
-
-def text_of(row: dict[str, Any], lines: list[str]) -> str:
-    """The table's text: what the part came to, or what it failed of."""
-    summary, last = row["found"].get("summary"), lines[-1] if lines else "no output"
-    if row["status"] == "passed":
-        return summary or last
-    if row["status"] == "stopped":
-        return f"stopped after {row['limit_s']:.0f} s; last line: {last}"
-    if row["failures"]:
-        failures = "; ".join(row["failures"][:3])
-        more = len(row["failures"]) - 3
-        failures += f" and {more} more" if more > 0 else ""
-        return f"{failures}; {summary}" if summary else failures
-    return f"exit status {row['exit_status']}: {last}"
-
-
-def write_order(
-    part: Part, settings: Settings, found_file: Path, deadline: float, order_file: Path
-) -> None:
-    """What `follow` reads. The clock of the deadline, CLOCK_MONOTONIC, is the whole machine's."""
-    paths = {"device": str(settings.device), "output": str(settings.output)}
-    order = {"part": vars(part), "settings": {**vars(settings), **paths}}
-    order |= {"found_file": str(found_file), "deadline": deadline}
-    order_file.write_text(json.dumps(order))
-
-
-def follow(order_file: Path) -> int:
-    """One part as ordered, in this process."""
-    order = json.loads(order_file.read_text())
-    settings = order["settings"]
-    settings["device"] = torch.device(settings["device"])
-    settings["output"] = Path(settings["output"])
-    found_file = Path(order["found_file"])
-    return child(Part(**order["part"]), Settings(**settings), found_file, order["deadline"])
-
-
-def wait_for(order_file: Path, log_file: Path, limit_s: float) -> int | None:
-    """The exit status of the part ordered; None where it was stopped."""
-    with log_file.open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "bench.gpu_check", "--order", str(order_file)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            cwd=ROOT,
-        )
-        try:
-            return process.wait(timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            stop(process)
-
-
-def run_part(part: Part, settings: Settings, limit_s: float, folder: Path) -> dict[str, Any]:
-    """One part in a process of its own; its row of the results, whatever became of it."""
-    order_file, log_file = folder / f"{part.name}-order.json", folder / f"{part.name}.log"
-    found_file = folder / f"{part.name}.json"
-    begin = time.monotonic()
-    write_order(part, settings, found_file, begin + limit_s, order_file)
-    exit_status = wait_for(order_file, log_file, limit_s)
-    statuses = {None: "stopped", 0: "passed"}
-    lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
-    row = {
-        "part": part.name,
-        "status": statuses.get(exit_status, "failed"),
-        "seconds": time.monotonic() - begin,
-        "limit_s": limit_s,
-        "exit_status": exit_status,
-        **read_found(found_file),
-    }
-    return {**row, "text": text_of(row, lines), "last_lines": lines[-LOG_LINES:]}
-
-
-def skipped(part: Part) -> dict[str, Any]:
-    row = {"part": part.name, "status": "skipped", "seconds": 0.0, "found": {}, "failures": []}
-    return {**row, "text": "needs a GPU", "last_lines": []}
-
-
-def run_parts(parts: tuple[Part, ...], settings: Settings) -> list[dict[str, Any]]:
-    """Rows of the parts, written to the results after each."""
-    rows: list[dict[str, Any]] = []
-    deadline = time.monotonic() + settings.seconds
-    with tempfile.TemporaryDirectory() as temporary:
-        for index, part in enumerate(parts):
-            if part.needs_gpu and settings.device.type == "cpu":
-                rows.append(skipped(part))
-                continue
-            left = deadline - time.monotonic()
-            kept = settings.seconds * sum(later.share for later in parts[index + 1 :])
-            limit_s = max(1.0, left - kept)
-            progress(f"{part.name}: {left:.0f} s are left, it may take {limit_s:.0f} of them")
-            rows.append(run_part(part, settings, limit_s, Path(temporary)))
-            progress("\n".join(f"  {line}" for line in rows[-1]["last_lines"]))
-            progress(f"{part.name}: {rows[-1]['status']}, {rows[-1]['seconds']:.0f} s")
-            write(settings, rows)
-    write(settings, rows)
-    return rows
-
-
-def result_file(settings: Settings) -> Path:
-    return settings.output / f"gpu-check-{slug(settings.device)}.json"
-
-
-def write(settings: Settings, rows: list[dict[str, Any]]) -> None:
-    result = {"name": "gpu-check", **settings.environment, "quick": settings.quick}
-    result |= {"seconds": sum(row["seconds"] for row in rows), "parts": rows}
-    result_file(settings).write_text(json.dumps(result, indent=1) + "\n")
+"""for all parts; with the starts of processes and the table this stays below eight minutes"""
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     cells = [(r["part"], r["status"], r["text"], f"{r['seconds']:.0f}") for r in rows]
     heads = ("part", "status", "result", "seconds")
     if importlib.util.find_spec("rich") is None:
-        print("rich is not installed (pip install rich): a plain table")
+        print("rich is not installed (pip install rich): printing a plain table")
         for part, status, text, seconds in (heads, *cells):
             print(f"{part:12} {status:8} {seconds:>7}  {text}")
         return
@@ -227,54 +49,51 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     table = Table(*heads, show_lines=True)
     for row in cells:
         table.add_row(*map(Text, row))
-    # Without a terminal rich takes 80 columns, of which too few are left for the text.
+    # Without a terminal rich uses 80 columns, which leaves too few for the text.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    names = [part.name for part in PARTS]
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    names = [part.name for part in parts.PARTS]
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_check", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--parts", help=f"some of {','.join(names)}", default=",".join(names))
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and few tests")
-    parser.add_argument("--output", type=Path, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all parts")
-    parser.add_argument("--order", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--parts",
+        help=f"comma-separated; of {', '.join(names)} (default: all)",
+        default=",".join(names),
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and one test in twenty")
+    parser.add_argument("--output", type=Path, help="directory of the results")
+    parser.add_argument(
+        "--seconds", type=float, default=TOTAL_SECONDS, help="time limit of all parts"
+    )
     return parser.parse_args(argv)
 
 
-def settings_of(arguments: argparse.Namespace, command: str) -> Settings:
-    """ValueError for a GPU that is not there."""
+def settings_of(arguments: argparse.Namespace, command: str) -> parts.Settings:
+    """The settings that the arguments ask for; ValueError if there is no GPU to use."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "this machine has no usable CUDA device: `--device cpu --quick` tries the command "
-            "itself, python -m bench.kernels measures on a CPU."
+            "--device cuda: this machine has no usable CUDA device; use `--device cpu --quick` to "
+            "try the command, or `python -m bench.kernels` to measure on a CPU"
         )
     device = torch.device(arguments.device)
-    on_trial = arguments.quick or arguments.device == "cpu"
-    default = ROOT / ("runs/gpu-check" if on_trial else "bench/results")
+    is_trial = arguments.quick or arguments.device == "cpu"
+    default = ROOT / ("runs/gpu-check" if is_trial else "bench/results")
     output = (arguments.output or default).resolve()
     output.mkdir(parents=True, exist_ok=True)
     environment = describe_environment(device, command)
-    return Settings(device, arguments.quick, output, arguments.seconds, environment)
-
-
-def chosen_parts(names: str) -> tuple[Part, ...]:
-    """In the order of PARTS; ValueError for a name that is none of them."""
-    known, wanted = {part.name for part in PARTS}, set(names.split(","))
-    if wanted - known:
-        raise ValueError(f"--parts {','.join(sorted(wanted - known))}: choose from {known}.")
-    return tuple(part for part in PARTS if part.name in wanted)
+    return parts.Settings(device, arguments.quick, output, arguments.seconds, environment)
 
 
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
-    if arguments.order:
-        return follow(arguments.order)
     settings = settings_of(arguments, " ".join(["python -m bench.gpu_check", *argv]))
-    rows = run_parts(chosen_parts(arguments.parts), settings)
+    rows = parts.run_parts(parts.chosen_parts(arguments.parts), settings)
     print_table(rows)
-    print(f"results: {result_file(settings)}")
+    print(f"results: {parts.result_file(settings)}")
     return 1 if any(row["status"] in ("failed", "stopped") for row in rows) else 0
 
 

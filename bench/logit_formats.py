@@ -1,10 +1,10 @@
-"""What rounding the logits costs: `python -m bench.logit_formats`.
+"""Measures what rounding the logits costs.
 
-The relative error of the PAINT loss's gradient by the hidden states, against float64, when the
-logits are kept in a cheaper format between the GEMMs, and when the gradient by the logits is
-rounded before the last GEMM. A shared head allows delta = z_T - z_S = (h_T - h_S) W^T in place of
-z_T. Emulated on a CPU: float32 GEMMs, one rounding where the format asks for it, then float64. Each
-mean KL is met by scaling h_T - h_S. The last line printed is JSON.
+It reports the relative error of the loss's gradient with respect to the hidden states, against
+float64, when the logits between the GEMMs are stored in a cheaper format, and when the gradient
+with respect to the logits is rounded before the last GEMM. With a shared head, delta = z_T - z_S =
+(h_T - h_S) W^T can replace z_T. The formats are emulated on a CPU: float32 GEMMs, one rounding to
+the format, then float64. Scaling h_T - h_S sets each mean KL. The last line of stdout is JSON.
 """
 
 import argparse
@@ -18,19 +18,20 @@ import torch
 from torch import Tensor
 
 from bench import measure
-from bench.kernels import progress
+from bench.measure import progress
 from bench.tables import logit_formats_table
 
 TEMPERATURE, CLIP = 1.0, 0.06
 LOGIT_STD, LARGEST_PEAK = 2.4, 25.0
 FLOAT16_SCALE = 256.0
-"""a gradient by the logits is 1 at most; times 256 its small entries stay above float16's 6e-8"""
+"""the gradient with respect to a logit is at most 1; times 256, small entries stay above float16's
+smallest positive value, 6e-8"""
 MEAN_KLS = [0.0002, 0.002, 0.02, 0.2]
 
 
 class Case(NamedTuple):
     student: Tensor
-    """(N, H) float32, every value exact in bfloat16, as are the others'"""
+    """(N, H) float32; all three tensors hold values that bfloat16 represents exactly"""
     teacher: Tensor
     weight: Tensor
     """(V, H)"""
@@ -48,7 +49,8 @@ def mean_kl(student: Tensor, teacher: Tensor, weight: Tensor) -> float:
 
 
 def make_case(seed: int, target_kl: float, num_rows: int, hidden: int, vocab_size: int) -> Case:
-    """Rows with one peak each, and a teacher whose mean KL is the target's to a few percent."""
+    """Rows with one peak each, and a teacher whose mean KL is within a few percent of the
+    target."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(vocab_size, hidden, generator=generator) * LOGIT_STD / hidden**0.5
     weight = bfloat16(weight)
@@ -66,7 +68,7 @@ def make_case(seed: int, target_kl: float, num_rows: int, hidden: int, vocab_siz
 
 
 def logit_gradient(student_logits: Tensor, delta: Tensor) -> Tensor:
-    """(N, V) float64: of the clipped forward KL, where z_T = z_S + delta."""
+    """(N, V) float64: gradient of the clipped forward KL with respect to z_S; z_T = z_S + delta."""
     log_p = torch.log_softmax(student_logits.double() / TEMPERATURE, dim=-1)
     log_q = torch.log_softmax((student_logits.double() + delta.double()) / TEMPERATURE, dim=-1)
     q = log_q.exp()
@@ -75,7 +77,7 @@ def logit_gradient(student_logits: Tensor, delta: Tensor) -> Tensor:
 
 
 def logits_and_delta(case: Case) -> dict[str, tuple[int, Tensor, Tensor]]:
-    """By format: bytes of both models' logits for one vocabulary entry, z_S, and z_T - z_S."""
+    """By format: bytes per vocabulary entry for both models' logits; z_S; z_T - z_S."""
     transposed = case.weight.T
     student, teacher = case.student @ transposed, case.teacher @ transposed
     difference = case.teacher - case.student
@@ -96,7 +98,7 @@ def logits_and_delta(case: Case) -> dict[str, tuple[int, Tensor, Tensor]]:
 
 
 def rounded_gradients() -> dict[str, Callable[[Tensor], Tensor]]:
-    """Ways to keep the gradient by the logits for the last GEMM."""
+    """Formats of the gradient with respect to the logits in the last GEMM."""
 
     def float16(gradient: Tensor) -> Tensor:
         return (gradient * FLOAT16_SCALE).to(torch.float16).double() / FLOAT16_SCALE
@@ -108,7 +110,7 @@ def rounded_gradients() -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def errors_of(case: Case) -> dict[str, tuple[int, float]]:
-    """By format: bytes for one vocabulary entry, and the relative error of the gradient by h_S."""
+    """By format: bytes per vocabulary entry, and the relative error of the gradient of h_S."""
     weight = case.weight.double()
     exact_student = case.student.double() @ weight.T
     exact_delta = (case.teacher.double() - case.student.double()) @ weight.T
@@ -133,7 +135,7 @@ def run(
     num_seeds: int,
     command: str,
 ) -> dict[str, Any]:
-    """Everything that `python -m bench.logit_formats` measures, in its JSON's form."""
+    """Measures every format at every mean KL; returns the JSON that the command prints."""
     by_format: dict[str, dict[str, Any]] = {}
     for target_kl in mean_kls:
         errors: dict[str, list[float]] = {}
@@ -159,7 +161,9 @@ def run(
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.logit_formats", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--num-rows", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocab-size", type=int, default=151936)

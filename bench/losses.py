@@ -1,31 +1,33 @@
-"""What the kernel benchmark compares: shapes, inputs, our losses, plain PyTorch, the floor.
+"""Shapes, inputs and losses that several benchmarks share."""
 
-A variant computes a loss of the same inputs and its gradient by the student's hidden states (and by
-the head, where the variant trains it). Variants of one group do equal work.
-"""
-
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from paint_kernels import entropy_ratio, paint_loss, select_top_fraction, token_logprobs
-from paint_kernels._checks import check_settings
+from paint_kernels import (
+    entropy_ratio,
+    paint_loss,
+    select_top_fraction,
+    token_logprobs,
+)
 
+QWEN3_HIDDEN = {"1.7b": 2048, "4b": 2560, "8b": 4096}
+"""hidden size by model"""
+QWEN3_VOCAB_SIZE = 151936
 LOGIT_STD = 2.4
-"""of a row's logits beside its peak, as language models have it"""
+"""standard deviation of a row's logits without its peak, as in language models"""
 SMALLEST_PEAK, LARGEST_PEAK = 10.0, 20.0
-"""a row has one larger logit, uniform between these: probabilities of about 0.01 to 0.99"""
+"""each row has one larger logit, uniform between these: probabilities of about 0.01 to 0.99"""
 TEACHER_NOISE = 0.024
 """standard deviation of h_T - h_S: a KL of 0.001 nats"""
 DISAGREEMENT, ROWS_PER_DISAGREEMENT = 0.75, 64
-"""nats by which the teacher's peak is higher in some rows: the clip acts there, and these rows
-bring the mean KL to about 0.002 nats"""
+"""the teacher's peak logit is higher by this much in one row of 64: the clip acts there, and these
+rows bring the mean KL to about 0.002 nats"""
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,14 @@ class Shape:
 
 class Inputs(NamedTuple):
     student: Tensor
-    """(N, H), with a gradient"""
+    """(N, H), requires a gradient"""
     teacher: Tensor
     """(N, H)"""
     weight: Tensor
-    """(V, H), of both models"""
+    """(V, H), the head of both models"""
     cu_seqlens: Tensor
-    """(B+1,) int32 on the CPU; all rollouts are of one length, so that a mean over rollouts of
-    token means is the peers' mean over tokens"""
+    """(B+1,) int32 on the CPU; all rollouts have one length, so that the mean over rollouts of
+    token means equals the peers' mean over tokens"""
     token_ids: Tensor
     """(N,) int64: the token at each row's peak"""
 
@@ -67,32 +69,18 @@ class Objective:
 PAINT = Objective("forward_kl", 1.1, 0.06, 0.03, 0.03)
 FORWARD_KL, JSD, LOGPROBS = Objective(), Objective("jsd"), Objective("logprobs")
 JSD_WEIGHT = 0.5
-FULL_LOGITS = ("memory below the full logits",)
 
 Gradients = tuple[Tensor, ...]
-"""(N, H) by the hidden states, and (V, H) by the head of variants that train it"""
+"""(N, H) for the hidden states; also (V, H) for the head if the variant trains it"""
 Loss = Callable[[Inputs], Tensor]
 
 
-@dataclass(frozen=True)
-class Variant:
-    group: str
-    name: str
-    run: Callable[[Inputs], Gradients]
-    objective: Objective
-    kind: str
-    """one of floor, ours, plain, peer"""
-    lacks: tuple[str, ...] = ()
-    unavailable: str = ""
-    """why it cannot run on this machine"""
-    trains_head: bool = False
-    float32_rows: Callable[[Inputs], Tensor] | None = None
-    """(N, H): the gradient by the hidden states before it is rounded to their dtype"""
-
-
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """Logits with one peak a row, and a teacher at a mean KL of about 0.002 nats."""
-    assert shape.num_rollouts * shape.rollout_tokens == shape.num_tokens, "rollouts of one length"
+    """Hidden states whose logits have one peak per row, and a teacher at a mean KL of about 0.002
+    nats."""
+    assert shape.num_rollouts * shape.rollout_tokens == shape.num_tokens, (
+        "rollouts must have one length"
+    )
     generator = torch.Generator(device).manual_seed(0)
     options = {"generator": generator, "device": device}
     weight = torch.randn(shape.vocab_size, shape.hidden, **options)
@@ -102,7 +90,7 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Input
     peak = SMALLEST_PEAK + (LARGEST_PEAK - SMALLEST_PEAK) * peak
     disagree = torch.arange(shape.num_tokens, device=device) % ROWS_PER_DISAGREEMENT == 31
     peak[disagree] = math.log(shape.vocab_size) + LOGIT_STD**2 / 2  # a probability of one half
-    # A step of w / |w|^2 raises the logit of the token with head row w by 1, others by little.
+    # Adding w / |w|^2 raises the logit of the token with head row w by 1 and others by little.
     direction = weight[token_ids].float()
     direction /= direction.square().sum(dim=1, keepdim=True)
     student = torch.randn(shape.num_tokens, shape.hidden, **options)
@@ -137,48 +125,12 @@ def our_loss(inputs: Inputs, objective: Objective) -> Tensor:
     ).loss
 
 
-def our_loss_bounds_on_device(inputs: Inputs, objective: Objective) -> Tensor:
-    """The rollouts' bounds are never read: chunks of any tokens, selected rows computed twice."""
-    on_device = inputs.cu_seqlens.to(inputs.student.device, non_blocking=True)
-    return our_loss(inputs._replace(cu_seqlens=on_device), objective)
-
-
 def our_logprobs_loss(inputs: Inputs) -> Tensor:
     return -token_logprobs(inputs.student, inputs.weight, inputs.token_ids).logprobs.mean()
 
 
-def our_float32_rows(inputs: Inputs, objective: Objective) -> Tensor:
-    """(N, H) float32: what `paint_loss` keeps for its backward pass, of the mean over tokens."""
-    num_tokens = len(inputs.student)
-    settings = check_settings(
-        temperature=objective.temperature,
-        divergence=objective.divergence,
-        jsd_weight=JSD_WEIGHT,
-        pointwise_clip=objective.pointwise_clip,
-        top_fraction=objective.top_fraction,
-        interpolation_weight=objective.interpolation_weight,
-        teacher_top_k=None,
-        entropy_floor=1e-6,
-        vocab_size=inputs.weight.shape[0],
-        backend="triton" if inputs.weight.is_cuda else "torch",
-    )
-    token_weights = torch.full_like(inputs.student[:, 0], 1 / num_tokens, dtype=torch.float32)
-    _, _, _, rows, _ = torch.ops.paint_kernels.paint_loss(
-        inputs.student.detach(),
-        inputs.teacher,
-        inputs.weight,
-        None,
-        inputs.cu_seqlens,
-        token_weights,
-        True,
-        False,
-        *settings.as_arguments(),
-    )
-    return rows / num_tokens
-
-
 class WideProjection(torch.autograd.Function):
-    """hidden @ weight.T in float32 out of half-precision factors, as one GEMM can give it."""
+    """hidden @ weight.T with half-precision factors and a float32 result, in one GEMM."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -199,17 +151,12 @@ def float32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return projected
 
 
-def upcast_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """What most code does: the logits lose their digits before they become float32."""
-    return (hidden @ weight.T).float()
-
-
 def plain_loss(
     inputs: Inputs,
     objective: Objective,
     project: Callable[[Tensor, Tensor], Tensor] = float32_logits,
 ) -> Tensor:
-    """The loss as one writes it with the logits of all tokens at hand."""
+    """The loss in plain PyTorch, with the full logits of all tokens; mean over tokens."""
     t, k = objective.temperature, objective.interpolation_weight
     student_logits = project(inputs.student, inputs.weight)
     log_p = torch.log_softmax(student_logits / t, dim=-1)
@@ -240,73 +187,3 @@ def plain_logprobs_loss(
     inputs: Inputs, project: Callable[[Tensor, Tensor], Tensor] = float32_logits
 ) -> Tensor:
     return F.cross_entropy(project(inputs.student, inputs.weight), inputs.token_ids)
-
-
-def chunk_rows(device: torch.device, vocab_size: int) -> int:
-    """Rows of a chunk of bare products: on a GPU enough for full speed, whatever chunks the losses
-    take; on a CPU 2^24 logits (64 MiB), the fastest there."""
-    return 4096 if device.type == "cuda" else max(1, 2**24 // vocab_size)
-
-
-@functools.lru_cache(maxsize=1)
-def gradient_operand(rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device):
-    """Values of a gradient's size for the last GEMM; zeros would draw less power and run faster."""
-    return torch.randn(rows, vocab_size, dtype=dtype, device=device).mul_(1e-4)
-
-
-def bare_gemms(inputs: Inputs, num_projections: int) -> Gradients:
-    """The projections (float32 logits) and the product of a gradient with the head: the floor."""
-    weight, vocab_size = inputs.weight, inputs.weight.shape[0]
-    rows = min(chunk_rows(weight.device, vocab_size), len(inputs.student))
-    operand = gradient_operand(rows, vocab_size, weight.dtype, weight.device)
-    logits = torch.empty(rows, vocab_size, dtype=torch.float32, device=weight.device)
-    grad_hidden = torch.empty_like(inputs.student)
-    with torch.no_grad():
-        for start in range(0, len(grad_hidden), rows):
-            part = slice(start, start + rows)
-            for hidden in (inputs.student[part], inputs.teacher[part])[:num_projections]:
-                bare_projection(hidden, weight, logits[: len(hidden)])
-            result = grad_hidden[part]
-            torch.mm(operand[: len(result)], weight, out=result)
-    return (grad_hidden,)
-
-
-def bare_projection(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    if weight.is_cuda:
-        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
-        return
-    for start in range(0, len(weight), 2048):  # the vocabulary tile of paint_kernels on a CPU
-        tile = slice(start, start + 2048)
-        torch.mm(hidden, weight[tile].T, out=out[:, tile])
-
-
-def our_variant(group: str, name: str, objective: Objective, **options: Any) -> Variant:
-    run = functools.partial(gradients, functools.partial(our_loss, objective=objective))
-    rows = functools.partial(our_float32_rows, objective=objective)
-    return Variant(group, name, run, objective, "ours", float32_rows=rows, **options)
-
-
-@functools.lru_cache
-def compile_once(loss: Loss) -> Loss:
-    return torch.compile(loss)
-
-
-def compiled_loss(inputs: Inputs, loss: Loss) -> Tensor:
-    """Compiled when it first runs, for loading the compiler alone takes seconds."""
-    return compile_once(loss)(inputs)
-
-
-def plain_variants(group: str, objective: Objective, device: torch.device) -> list[Variant]:
-    """Eager, compiled, and with the logits rounded to half precision as most code has it."""
-    loss: Loss = functools.partial(plain_loss, objective=objective)
-    rounded: Loss = functools.partial(plain_loss, objective=objective, project=upcast_logits)
-    if objective == LOGPROBS:
-        loss = plain_logprobs_loss
-        rounded = functools.partial(plain_logprobs_loss, project=upcast_logits)
-    named = [("plain", loss), ("compiled", functools.partial(compiled_loss, loss=loss))]
-    if device.type == "cuda":
-        named.append(("plain, bfloat16 logits", rounded))
-    return [
-        Variant(group, name, functools.partial(gradients, one), objective, "plain", FULL_LOGITS)
-        for name, one in named
-    ]

@@ -1,10 +1,13 @@
-"""The paper's four tables in small: `python -m bench.paper_tables [--quick] [--scale laptop|gpu]`.
+"""Makes the paper's four tables at laptop scale.
 
-Every recipe, mask ratio, placement and interpolation of the paper on the laptop domain: equal base,
-steps and rollouts, learning rates from one sweep on validation problems, several seeds. Runs are
-kept in --runs and a killed command goes on with those that are missing. --list shows them. `--rerun
-ID` makes one row or run of the committed result from scratch, and exits with 1 where its accuracies
-differ.
+    python -m bench.paper_tables --quick    # ten minutes on two cores
+    python -m bench.paper_tables --rerun small/paint/seed-0
+
+Every recipe, mask ratio, placement and interpolation of the paper runs on the laptop problems, with
+equal bases, steps and rollouts, learning rates from one sweep on validation problems, and several
+seeds. Finished runs are kept in --runs, and a command that was killed resumes with the missing
+ones. --rerun repeats one row or run of the committed result from scratch and exits with 1 if its
+accuracies differ. --list prints the runs' ids.
 """
 
 import argparse
@@ -15,25 +18,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.paper_markdown import document
-from bench.paper_plan import SCALES, TABLES, Scale, needed_sizes, quick, sweep_runs, table_runs
-from bench.paper_result import build_result, rerun
-from bench.paper_runs import describe_bases, make_bases, make_pool, run_tables, visible_gpus
+from bench.paper.markdown import document
+from bench.paper.plan import (
+    SCALES,
+    TABLES,
+    Scale,
+    needed_sizes,
+    quick,
+    sweep_runs,
+    table_runs,
+)
+from bench.paper.result import build_result, rerun
+from bench.paper.runs import describe_bases, make_bases, make_pool, run_tables, visible_gpus
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 NUMBERS = tuple(table.number for table in TABLES)
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one size, two seeds, ten minutes")
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.paper_tables", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one base, two seeds, half the steps: ten minutes on two cores",
+    )
     parser.add_argument(
         "--scale",
         choices=SCALES,
         default="laptop",
-        help="laptop: bases of 0.9 to 1.9 million parameters, an hour and a half on two cores; "
-        "gpu: of 10 to 100 million",
+        help="laptop: bases of 0.9 to 1.9 million parameters, 90 minutes on two cores; "
+        "gpu: bases of 10 to 100 million parameters",
     )
     parser.add_argument(
         "--tables",
@@ -49,16 +66,18 @@ def parser() -> argparse.ArgumentParser:
         "--bases",
         type=Path,
         default=Path("runs/bases"),
-        help="where the larger bases are, or are pretrained first (default: runs/bases)",
+        help="directory of the larger bases; missing ones are pretrained (default: runs/bases)",
     )
     parser.add_argument(
         "--output",
         type=Path,
-        help="the JSON; Markdown and a figure go beside it (default: paper-tables.json in "
-        "bench/results, or paper-tables-1-2.json where --tables is 1 2)",
+        help="JSON file; Markdown and a figure are written beside it (default: paper-tables.json "
+        "in bench/results, or paper-tables-1-2.json for --tables 1 2)",
     )
-    parser.add_argument("--rerun", metavar="ID", help="such as small/paint or small/paint/seed-0")
-    parser.add_argument("--list", action="store_true", help="the runs by id, and nothing else")
+    parser.add_argument(
+        "--rerun", metavar="ID", help="repeat a row or run, such as small/paint/seed-0"
+    )
+    parser.add_argument("--list", action="store_true", help="print the runs' ids and exit")
     return parser
 
 
@@ -72,24 +91,24 @@ def default_workers(scale: Scale) -> int:
     num_gpus = len(visible_gpus())
     if num_gpus == 0:
         raise ValueError(
-            "--scale gpu: no GPU here; needs one or more, a worker each; use --scale laptop, or "
-            "--list to see the runs"
+            "--scale gpu: found no GPU; needs one or more, with a worker each; use --scale "
+            "laptop, or --list to see the runs"
         )
     return num_gpus
 
 
 def output_path(arguments: argparse.Namespace, scale: Scale) -> Path:
-    """The result file: of the tables that are made, or of those that a rerun is compared with."""
+    """The result file to write, or the one that a rerun is compared with."""
     parts = ["paper-tables", *([] if scale.name == "laptop" else [scale.name])]
     numbers = sorted(set(arguments.tables))
-    # A part of the tables does not take the place of all; a rerun is compared with all.
+    # Some of the tables do not replace the file of all; a rerun is compared with all.
     is_part = numbers != list(NUMBERS) and not arguments.rerun
     parts += map(str, numbers) if is_part else []
     return arguments.output or RESULTS / f"{'-'.join(parts)}.json"
 
 
 def make_tables(arguments: argparse.Namespace, scale: Scale, num_workers: int) -> Path:
-    """Everything that is missing, then the result file."""
+    """Makes the missing bases and runs and writes the result file; returns its path."""
     numbers = tuple(sorted(set(arguments.tables)))
     directory = arguments.runs or Path("runs") / f"paper-tables-{scale.name}"
     output = output_path(arguments, scale)
@@ -101,17 +120,17 @@ def make_tables(arguments: argparse.Namespace, scale: Scale, num_workers: int) -
     result = build_result(scale, numbers, bases, records, choices, swept, num_workers)
     if len(result["commits"]) > 1:
         print(
-            f"note: the runs are of {len(result['commits'])} commits; where code or presets "
-            "changed between them, make them again with another --runs"
+            f"note: the runs come from {len(result['commits'])} commits; if code or presets "
+            "changed between them, repeat all runs with another --runs"
         )
     write(result, output)
     return output
 
 
 def write(result: dict[str, Any], output: Path) -> None:
-    """The result file, and the same as a page and a figure beside it."""
-    # PyTorch comes with it, which the workers are to import with their own settings.
-    from bench.paper_figures import save
+    """Writes the result file, and beside it the same as a Markdown page and a figure."""
+    # Imported late, because it imports PyTorch, which workers import after their own settings.
+    from bench.paper.figures import save
 
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(dump(result))
@@ -121,25 +140,25 @@ def write(result: dict[str, Any], output: Path) -> None:
 
 
 def dump(result: dict[str, Any]) -> str:
-    """JSON with a line a run, so that a changed run is a changed line."""
+    """JSON with one line per run, so that a changed run is a changed line."""
     head = {name: value for name, value in result.items() if name != "runs"}
     runs = ",\n".join(json.dumps(run) for run in result["runs"])
     return f'{json.dumps(head, indent=1)[:-2]},\n "runs": [\n{runs}\n ]\n}}\n'
 
 
 def rerun_from(arguments: argparse.Namespace, scale: Scale, num_workers: int) -> int:
-    """The exit status: 1 where a run's answers are not those of the result.
+    """Returns the exit status: 1 if a run's answers differ from those in the result.
 
-    Raises ValueError where there is no result of this scale.
+    Raises ValueError if there is no result of this scale.
     """
     output = output_path(arguments, scale)
     if not output.exists():
-        raise ValueError(f"--rerun: {output} is not there; needs a result; make the tables first")
+        raise ValueError(f"--rerun: {output} does not exist; needs a result; make the tables first")
     result = json.loads(output.read_text())
     if result["scale"]["name"] != scale.name:
         raise ValueError(
-            f"--rerun: {output} is of the scale {result['scale']['name']}, not {scale.name}; "
-            "needs the --scale and --quick that it was made with"
+            f"--rerun: {output} has scale {result['scale']['name']}, not {scale.name}; pass the "
+            "--scale and --quick that it was made with"
         )
     with (
         tempfile.TemporaryDirectory() as directory,
@@ -151,7 +170,7 @@ def rerun_from(arguments: argparse.Namespace, scale: Scale, num_workers: int) ->
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     scale = quick(SCALES[arguments.scale]) if arguments.quick else SCALES[arguments.scale]
     if arguments.list:
         print("\n".join(list_runs(scale, arguments.tables)))

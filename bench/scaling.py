@@ -1,11 +1,10 @@
-"""Time and memory of `paint_loss` over the number of tokens: `python -m bench.scaling`.
+"""Measures how `paint_loss` scales with the number of tokens.
 
-N doubles from 4096 to 131072, in rollouts of 1024 tokens and as one rollout. On a GPU at the shape
-of Qwen3-8B in bfloat16, on a CPU at H = 64, V = 4096 in float32. Extra memory is what the forward
-and backward pass allocate at their peak; apart from it stand the float32 gradient rows (N, H) and
-the values per token, which have to grow with N. What is left, the working memory, should not. The
-exponent is that of a least-squares line through the logarithms of N and time. The last line printed
-is JSON.
+N doubles from 4096 to 131072, in rollouts of 1024 tokens and as one rollout: on a GPU at the shape
+of Qwen3-8B in bfloat16, on a CPU at H = 64, V = 4096 in float32. Extra memory is the peak that the
+forward and backward passes allocate. The float32 gradient rows (N, H) and the values per token have
+to grow with N; the rest, the working memory, should not. The exponent of time is the slope of a
+least-squares line in log N and log time. The last line of stdout is JSON.
 """
 
 import argparse
@@ -19,22 +18,26 @@ from typing import Any
 import torch
 
 from bench import measure
-from bench.kernels import HIDDEN, VOCAB_SIZE, progress
-from bench.losses import PAINT, Shape, gradients, make_inputs, our_loss
+from bench.losses import (
+    PAINT,
+    QWEN3_HIDDEN,
+    QWEN3_VOCAB_SIZE,
+    Shape,
+    gradients,
+    make_inputs,
+    our_loss,
+)
+from bench.measure import dtype_on, progress
 
 NUM_TOKENS = [4096 * 2**doubling for doubling in range(6)]
 ROLLOUT_TOKENS = 1024
 CPU_HIDDEN, CPU_VOCAB_SIZE = 64, 4096
 VALUE_BYTES = 6 * 4 + 1
-"""of one token: six float32 values and whether it was selected"""
-
-
-def dtype_on(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+"""per token: six float32 values and one bool for the selection"""
 
 
 def kept_bytes(shape: Shape) -> int:
-    """The float32 gradient rows and the values per token, which live until the backward pass."""
+    """Bytes of the float32 gradient rows and the values per token, kept for the backward pass."""
     return shape.num_tokens * (4 * shape.hidden + VALUE_BYTES)
 
 
@@ -44,7 +47,7 @@ def forward_backward(shape: Shape, device: torch.device) -> functools.partial[An
 
 
 def extra_bytes(shape: Shape, device: torch.device) -> int:
-    """Of one call; on a CPU in a process of its own, for its peak."""
+    """Peak memory of one call; on a CPU measured in its own process."""
     if device.type == "cuda":
         return measure.extra_bytes_on_gpu(forward_backward(shape, device))[0]
     command = [sys.executable, "-m", "bench.scaling", "--device", "cpu", "--child"]
@@ -73,7 +76,7 @@ def measure_point(shape: Shape, device: torch.device, repeats: int) -> dict[str,
 
 
 def fitted_exponent(points: list[dict[str, Any]]) -> float:
-    """a of time = b N^a, by least squares on the logarithms."""
+    """The exponent a of time = b N^a, by least squares on the logarithms."""
     x = [math.log(point["num_tokens"]) for point in points]
     y = [math.log(point["median_ms"]) for point in points]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
@@ -99,7 +102,7 @@ def run(
     repeats: int,
     command: str,
 ) -> dict[str, Any]:
-    """Everything that `python -m bench.scaling` measures, in its JSON's form."""
+    """Measures both layouts; returns the JSON that the command prints."""
     layouts = []
     for name, one_rollout in ((f"rollouts of {rollout_tokens}", False), ("one rollout", True)):
         shapes = [
@@ -119,20 +122,24 @@ def run(
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.scaling", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--num-tokens", type=int, nargs="+", default=NUM_TOKENS)
     parser.add_argument("--rollout-tokens", type=int, default=ROLLOUT_TOKENS)
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--vocab-size", type=int)
-    parser.add_argument("--repeats", type=int, default=3, help="on a CPU; after one to warm up")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed calls on a CPU, after one warm-up call"
+    )
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available() and arguments.device != "cpu"
     device = torch.device("cuda" if on_gpu or arguments.device == "cuda" else "cpu")
-    hidden = arguments.hidden or (HIDDEN["8b"] if on_gpu else CPU_HIDDEN)
-    vocab_size = arguments.vocab_size or (VOCAB_SIZE if on_gpu else CPU_VOCAB_SIZE)
+    hidden = arguments.hidden or (QWEN3_HIDDEN["8b"] if on_gpu else CPU_HIDDEN)
+    vocab_size = arguments.vocab_size or (QWEN3_VOCAB_SIZE if on_gpu else CPU_VOCAB_SIZE)
     if arguments.child:
         num_tokens, rollout_tokens = arguments.num_tokens[0], arguments.rollout_tokens
         forward_backward(Shape("scaling", 16, 8, hidden, vocab_size), device)()

@@ -1,11 +1,15 @@
-"""Results as Markdown: pure functions of the JSON that the benchmarks print."""
+"""Results as Markdown: pure functions of the JSON that the benchmarks print.
+
+Tables of one room are in its own `tables.py`; `bench.plots` lists all tables.
+"""
 
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 Result = dict[str, Any]
-HEADLINE_TOKENS = 32768
+Table = Callable[[Result], str]
+"""a result as Markdown"""
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -27,7 +31,7 @@ def exponent(value: float | None) -> str:
 
 
 def made_by(result: Result) -> str:
-    """The end of every caption: device, library versions, commit and command."""
+    """The end of a caption: device, library versions, commit and command."""
     versions = ", ".join(
         f"{name} {version}" for name, version in result["versions"].items() if name != "python"
     )
@@ -38,7 +42,7 @@ def made_by(result: Result) -> str:
 
 
 def tiny_table(result: Result) -> str:
-    """One row a seed: Avg@k before and after, the paired difference and the time."""
+    """One row per seed: Avg@k before and after, the paired difference and the time."""
     rows = []
     for run in result["runs"]:
         low, high = run["paired_difference_ci95"]
@@ -59,115 +63,6 @@ def tiny_table(result: Result) -> str:
         f"torch {result['versions']['torch']}; by `{result['command']}`."
     )
     return f"{markdown(header, rows)}\n\n{caption}"
-
-
-def gradient_error(row: Result) -> str:
-    """The largest of a row's errors by its own rounding, and the one before it where measured."""
-    errors = [row[key] for key in ("gradient_error", "head_gradient_error") if key in row]
-    if not errors:
-        return ""
-    before = row.get("gradient_error_before_rounding")
-    after = exponent(max(errors))
-    return after if before is None else f"{exponent(before)}, rounded {after}"
-
-
-def kernel_row(row: Result, with_bandwidth: bool) -> list[str]:
-    name = f"`{row['variant']}`" if row["kind"] in ("floor", "ours") else row["variant"]
-    extra = row.get("extra_bytes")
-    memory = number(None if extra is None else extra / 1e6, 0)
-    lacks = ", ".join(row["lacks"])
-    if "median_ms" in row:
-        cells = [
-            milliseconds(row["median_ms"]),
-            number(row.get("ratio_to_floor"), 2),
-            number(row.get("gemm_equivalents"), 2),
-        ]
-    else:
-        # Whatever kept the variant from being timed stands in place of its time.
-        cells = [row["reason"], "", ""]
-    bandwidth = row.get("row_kernel_bytes_per_s")
-    extra_cell = [number(bandwidth and bandwidth / 1e12, 2)] if with_bandwidth else []
-    error = "" if row["status"] == "failed accuracy" else gradient_error(row)
-    return [name, *cells, *extra_cell, memory, error, lacks]
-
-
-def describe(shape: Result, dtype: str) -> str:
-    return (
-        f"N {shape['num_tokens']:,} in rollouts of {shape['rollout_tokens']:,}, "
-        f"H {shape['hidden']:,}, V {shape['vocab_size']:,}, {dtype}"
-    )
-
-
-def kernel_group_table(group: Result) -> str:
-    """Variants that do equal work at one shape: the time's median, extra memory, accuracy."""
-    with_bandwidth = any("row_kernel_bytes_per_s" in row for row in group["rows"])
-    header = [f"{group['group']}, forward and backward", "ms", "of floor", "GEMMs"]
-    header += ["row TB/s"] if with_bandwidth else []
-    header += ["extra MB", "gradient error", "lacks"]
-    rows = [kernel_row(row, with_bandwidth) for row in group["rows"]]
-    caption = f"{describe(group['shape'], group['dtype'])}, mean KL {group['mean_kl']:.1e} nats."
-    best = group.get("fastest_peer")
-    if best:
-        caption += f" The fastest peer, {best['variant']}, takes {best['ratio']:.2f} times as long."
-    return f"{markdown(header, rows)}\n\n{caption}"
-
-
-def headline(result: Result) -> list[Result]:
-    """The groups of one shape: the largest model's, at 32,768 tokens where that was measured."""
-    groups = result["groups"]
-
-    def rank(group: Result) -> tuple[int, bool, int]:
-        shape = group["shape"]
-        num_tokens = shape["num_tokens"]
-        return shape["hidden"], num_tokens == HEADLINE_TOKENS, num_tokens
-
-    best = max(rank(group) for group in groups)
-    return [group for group in groups if rank(group) == best]
-
-
-def kernels_table(result: Result) -> str:
-    """Every group at the headline shape."""
-    return groups_table(result, headline(result))
-
-
-def kernels_first_table(result: Result) -> str:
-    """The PAINT loss alone, for the README."""
-    return groups_table(result, headline(result)[:1])
-
-
-def groups_table(result: Result, groups: list[Result]) -> str:
-    tables = [kernel_group_table(group) for group in groups]
-    ratios = ""
-    if "time_ratio" in result and len({str(g["shape"]) for g in result["groups"]}) == 1:
-        parts = [f"{result['time_ratio']:.2f} of plain PyTorch's time"]
-        if "memory_ratio" in result:
-            parts.append(f"{result['memory_ratio']:.2f} of its extra memory")
-        ratios = f"`paint_loss` takes {' and '.join(parts)}. "
-    return "\n\n".join([*tables, f"{ratios}Measured on {made_by(result)}"])
-
-
-def kernel_shapes_table(result: Result) -> str:
-    """`paint_loss` at every measured shape, beside plain PyTorch."""
-    header = ["H", "N", "gemms ms", "`paint_loss` ms", "of floor", "extra MB", "gradient error"]
-    rows = []
-    for group in result["groups"]:
-        if group["group"] != "PAINT":
-            continue
-        by_name = {row["variant"]: row for row in group["rows"]}
-        ours, floor = by_name["paint_loss"], by_name.get("gemms", {})
-        plain = by_name.get("plain", {})
-        time = plain.get("median_ms")
-        cells = kernel_row(ours, False)
-        rows.append(
-            [
-                f"{group['shape']['hidden']:,}",
-                f"{group['shape']['num_tokens']:,}",
-                "" if "median_ms" not in floor else milliseconds(floor["median_ms"]),
-                *(cells[1], cells[2], cells[4], cells[5]),
-                plain.get("reason", "") if time is None else milliseconds(time),
-            ]
-        )
-    return f"{markdown([*header, 'plain ms'], rows)}\n\nMeasured on {made_by(result)}"
 
 
 def scaling_table(result: Result) -> str:
@@ -198,7 +93,7 @@ def scaling_table(result: Result) -> str:
 
 
 def logit_formats_table(result: Result) -> str:
-    """Relative gradient errors, the median over seeds and the largest, by format and mean KL."""
+    """Relative gradient errors by format and mean KL: median and maximum over seeds."""
     header = ["what is rounded", "bytes", *(f"KL {kl:g}" for kl in result["mean_kls"])]
     rows = [
         [
@@ -218,8 +113,8 @@ def logit_formats_table(result: Result) -> str:
 
 
 def floor_table(result: Result) -> str:
-    """Counted products and bytes, and the time that they predict."""
-    header = ["", "rows a chunk", "three products", "row kernels", "other", "predicted", "ratio"]
+    """Counted products and bytes, and the predicted time."""
+    header = ["", "rows per chunk", "three products", "row kernels", "other", "predicted", "ratio"]
     header.append("extra memory")
     rows = [
         [
@@ -247,92 +142,15 @@ def floor_table(result: Result) -> str:
     return f"{markdown(header, rows)}\n\n{caption}"
 
 
-PART_ORDER = ("rollout", "sync", "student", "teacher", "loss", "backward", "optimizer", "other")
-
-
-def engine_step_table(case: Result) -> str:
-    """A whole step with its rollouts, by part."""
-    step = case["step"]
-    rows = [
-        [name, milliseconds(1e3 * seconds), f"{seconds / step['seconds']:.1%}"]
-        for name in PART_ORDER
-        if (seconds := step["part_seconds"].get(name)) is not None
-    ]
-    rows.append(["the step", milliseconds(1e3 * step["seconds"]), ""])
-    caption = (
-        f"Mean of {step['num_steps']} steps, {step['completion_tokens_per_s']:,.0f} completion "
-        "tokens/s."
-    )
-    header = [f"a step of {case['case']}", "ms", "share"]
-    return f"{markdown(header, rows)}\n\n{caption}"
-
-
-def engine_row(row: Result, memory: str) -> list[str]:
-    name = f"`{row['loop']}`" if row["kind"] == "ours" else row["loop"]
-    parts = row.get("part_ms", {})
-    cells = [row.get("reason", ""), "", ""]
-    if row["status"] == "measured":
-        cells = [
-            milliseconds(row["median_ms"]),
-            number(row["completion_tokens_per_s"], 0),
-            f"{row['utilisation']:.1%}",
-        ]
-    times = [milliseconds(parts[part]) if part in parts else "" for part in PART_ORDER[2:]]
-    size = row.get(memory)
-    return [name, *cells, *times, number(size and size / 1e6, 0), ", ".join(row["lacks"])]
-
-
-def engine_case_table(case: Result) -> str:
-    """The steps of one model: whole ones where rollouts were sampled, then the training part of
-    every loop on the same rollouts."""
-    tables = [engine_step_table(case)] if "step" in case else []
-    memory = "extra_bytes" if any("extra_bytes" in row for row in case["rows"]) else "peak_bytes"
-    header = [f"training part of {case['case']}", "ms", "tokens/s", "of GEMM", *PART_ORDER[2:]]
-    header += ["extra MB" if memory == "extra_bytes" else "peak MB", "lacks"]
-    rows = [engine_row(row, memory) for row in case["rows"]]
-    tokens = case["num_tokens"]
-    caption = (
-        f"{case['num_rollouts']} rollouts, at most {case['rows_a_pass']} a pass; "
-        f"{tokens['student']:,} tokens of the student, {tokens['teacher']:,} of the teacher, "
-        f"{tokens['completion']:,} of them completions, which tokens/s counts; {case['dtype']}, "
-        f"attention {case['attention']}. Of GEMM: the model's "
-        f"{sum(case['flops'].values()) / 1e12:,.3g} TFLOP over time and the measured "
-        f"{case['gemm_flops_per_s'] / 1e12:,.3g} TFLOP/s."
-    )
-    for name, found in case["ratios"].items():
-        parts = [f"{ratio:.2f} times the {label}" for label, ratio in found.items()]
-        caption += f" {name}: {', '.join(parts)}."
-    return "\n\n".join([*tables, markdown(header, rows), caption])
-
-
-def engine_table(result: Result) -> str:
-    """Every model's steps."""
-    tables = [engine_case_table(case) for case in result["cases"]]
-    return "\n\n".join([*tables, f"Measured on {made_by(result)}"])
-
-
-TABLES: dict[tuple[str, str], Callable[[Result], str]] = {
-    ("tiny", ""): tiny_table,
-    ("kernels", ""): kernels_table,
-    ("kernels", "first"): kernels_first_table,
-    ("kernels", "shapes"): kernel_shapes_table,
-    ("scaling", ""): scaling_table,
-    ("logit_formats", ""): logit_formats_table,
-    ("floor", ""): floor_table,
-    ("engine", ""): engine_table,
-}
-"""by the result's own name and the view that a marker asks for"""
-
-
 def fill(
     document: str,
     results: Callable[[str], Result],
-    tables: Mapping[tuple[str, str], Callable[[Result], str]] = TABLES,
+    tables: Mapping[tuple[str, str], Table],
 ) -> str:
-    """The document with every table made anew.
+    """Returns the document with every table regenerated.
 
     A table stands between `<!-- begin FILE -->` and `<!-- end FILE -->`, or `FILE:VIEW` on both;
-    `results(FILE)` is the content of that result file.
+    `results(FILE)` returns the content of that result file.
     """
 
     def table(match: re.Match[str]) -> str:

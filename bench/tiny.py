@@ -1,8 +1,8 @@
-"""The bare command on several seeds: `python -m bench.tiny [--seeds 0 1 2] [--output FILE]`.
+"""Trains the laptop preset on several seeds.
 
-Each seed is `python -m paint_engine.train --train.seed N` in a process of its own; the result holds
-every run's `summary.json`. A seed changes the data order, the adapters' first values and every
-sample drawn; the base is the bundled one. The last line printed is JSON.
+Each seed runs `python -m paint_engine.train --train.seed N` in its own process; the result holds
+every run's `summary.json`. The seed decides the data order, the adapters' initial values and all
+samples; the base is the bundled one. The last line of stdout is JSON.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import transformers
 
 
 def run_seed(seed: int, parent: Path) -> dict[str, Any]:
-    """The summary of one training run, without the path of its temporary directory."""
+    """The summary of one training run, without its temporary run directory."""
     run_dir = parent / f"seed-{seed}"
     command = [sys.executable, "-m", "paint_engine.train", "--train.seed", str(seed)]
     subprocess.run([*command, "--run.dir", str(run_dir)], check=True)
@@ -30,9 +30,11 @@ def run_seed(seed: int, parent: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tiny", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as parent:
         runs = [run_seed(seed, Path(parent)) for seed in arguments.seeds]

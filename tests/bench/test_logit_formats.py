@@ -1,4 +1,4 @@
-"""The emulated formats: the exact one is exact, fewer digits cost more, the KL is the one asked."""
+"""The emulated formats: fewer digits cost more, and the KL is the requested one."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from bench import logit_formats
 from bench.logit_formats import errors_of, logit_gradient, make_case, mean_kl
 
 
-def test_the_teacher_is_at_the_asked_kl() -> None:
+def test_the_teacher_has_the_requested_kl() -> None:
     case = make_case(0, 0.002, num_rows=16, hidden=64, vocab_size=2000)
     assert mean_kl(*case) == pytest.approx(0.002, rel=0.1)
 

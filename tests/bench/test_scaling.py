@@ -1,4 +1,4 @@
-"""The fit of the exponent, and what a run of the scaling benchmark holds."""
+"""The fitted exponent, and the contents of a result of the scaling benchmark."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tables and figures come from results alone; the documents hold those of the committed ones."""
+"""Tables and figures depend on results only; the documents hold those of the committed ones."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from bench import plots
-from bench.tables import TABLES, fill, kernel_group_table, kernels_table, markdown, markers
+from bench.kernels.tables import kernel_group_table, kernels_table
+from bench.tables import fill, markdown, markers
 
 ENVIRONMENT = {
     "command": "python -m bench.kernels",
@@ -91,12 +92,12 @@ def test_a_document_is_filled_between_its_markers() -> None:
         "a\n<!-- begin k:shapes -->\nold\n<!-- end k:shapes -->\nb <!-- begin s --><!-- end s -->"
     )
     results = {"k": KERNELS, "s": scaling()}
-    filled = fill(document, results.__getitem__)
+    filled = fill(document, results.__getitem__, plots.TABLES)
     assert filled.startswith("a\n<!-- begin k:shapes -->\n| H | N |")
     assert "old" not in filled
     assert "| 4,096 | 131,072 | 160 | 190 | 1.19 | 3,500 |" in filled
     assert "| 8,192 | 2,048 | 81.9 | 108 | 8 | 100 |" in filled
-    assert fill(filled, results.__getitem__) == filled
+    assert fill(filled, results.__getitem__, plots.TABLES) == filled
     assert markers(filled) == ["k:shapes", "s"]
 
 
@@ -104,7 +105,7 @@ def test_logit_formats_show_median_and_largest() -> None:
     line = {"format": "bf16", "bytes": 4, "errors": [{"median": 0.5, "largest": 0.7}]}
     sizes = {"num_rows": 32, "hidden": 512, "vocab_size": 151936, "num_seeds": 5}
     result = {**ENVIRONMENT, **sizes, "mean_kls": [0.002], "formats": [line]}
-    assert "| bf16 | 4 | 5.0e-01 (7.0e-01) |" in TABLES["logit_formats", ""](result)
+    assert "| bf16 | 4 | 5.0e-01 (7.0e-01) |" in plots.TABLES["logit_formats", ""](result)
 
 
 def test_markdown_aligns_numbers_right_and_words_left() -> None:
@@ -127,7 +128,7 @@ def test_equal_results_give_equal_figures(draw: Any, tmp_path: Path) -> None:
 def test_documents_hold_the_tables_of_the_committed_results() -> None:
     for path in plots.documents():
         document = path.read_text()
-        assert fill(document, plots.result_of, plots.ALL_TABLES) == document, (
+        assert fill(document, plots.result_of, plots.TABLES) == document, (
             f"run `python -m bench.plots`: {path}"
         )
     assert {"tiny", "kernels-cpu:first"} <= set(markers((plots.ROOT / "README.md").read_text()))

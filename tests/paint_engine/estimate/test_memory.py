@@ -39,7 +39,7 @@ from paint_engine.model.lora import add_lora
 from paint_engine.model.packing import build_batch
 from paint_engine.model.sharding import checkpoint_activations, decoder_layers
 from paint_engine.model.teacher import FixedTeacher
-from paint_engine.recipes import losses as objectives
+from paint_engine.recipes import LossInputs, recipe_of
 from paint_engine.training.optim import build_optimizer
 from paint_engine.types import PackedSequences, TrainBatch, TrainExample
 from paint_kernels import _matmul, _sources
@@ -177,15 +177,19 @@ def run_steps(
             teacher_head = None if scorer is model else lm_head_weight(scorer)
         student_states = states(model, batch.student)
         with autocast(model):
-            output = objectives.paint(
-                student_states,
-                teacher_states,
-                lm_head_weight(model),
-                batch.cu_seqlens,
-                config.objective,
-                teacher_lm_head_weight=teacher_head,
-                vocab_size=lm_head_weight(model).shape[0],
-                denominator=config.train.batch_size,
+            output = recipe_of(config).loss(
+                LossInputs(
+                    student_hidden_states=student_states,
+                    lm_head_weight=lm_head_weight(model),
+                    second_hidden_states=teacher_states,
+                    second_lm_head_weight=teacher_head,
+                    completion_ids=batch.completion_ids,
+                    cu_seqlens=batch.cu_seqlens,
+                    examples=(),
+                    old_logprobs=None,
+                    vocab_size=lm_head_weight(model).shape[0],
+                    denominator=config.train.batch_size,
+                )
             )
         output.loss.backward()
         del output, student_states, teacher_states

@@ -160,7 +160,7 @@ UNWEIGHED = f"{SERVER} --rollout.ahead 1 --objective.importance_cap none"
 NOTES = {
     "the clip is made for the forward KL": [("paint-tiny", "--objective.divergence reverse_kl")],
     "left out with their KL to the base": [("grpo-tiny", f"{SKIP} {KL}")],
-    "which nothing corrects": [
+    "nothing corrects that without importance weights": [
         ("grpo-tiny", UNWEIGHED),
         ("paint-tiny", f"{UNWEIGHED} --objective.name sampled_token"),
     ],

@@ -1,0 +1,263 @@
+"""Compiles the Triton kernels ahead of time, without a GPU, and reads what the compiler reports.
+
+Constants, launch settings and alignments are those that paint_kernels._triton_backend passes to
+the kernels at Qwen3's vocabulary size.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import mangle_type
+
+from bench.kernels.traffic import Row, Variant, call_launcher, replaced_kernels
+from bench.measure import ROOT
+
+COMPILED_SHAPE = (4, 151936)
+"""(R, V): four rows, so that every (R,) tensor is aligned to 16 bytes, as in a chunk"""
+KIB = 1024
+
+
+class Architecture(NamedTuple):
+    name: str
+    target: GPUTarget
+    max_shared_bytes: int
+    """per block"""
+    max_warps_per_scheduler: int
+    max_blocks: int
+    """resident blocks per multiprocessor"""
+
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; for gfx942 the
+# limits of LLVM's AMDGPU target.
+ARCHITECTURES = (
+    Architecture("sm_80", GPUTarget("cuda", 80, 32), 163 * KIB, 16, 32),
+    Architecture("sm_90", GPUTarget("cuda", 90, 32), 227 * KIB, 16, 32),
+    Architecture("sm_100", GPUTarget("cuda", 100, 32), 227 * KIB, 16, 32),
+    Architecture("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KIB, 8, 16),
+)
+SCHEDULERS = 4
+"""per multiprocessor, on all of these architectures"""
+REGISTERS_PER_LANE = 512
+"""32-bit registers per lane that a scheduler's warps share: 16,384 for 32 lanes, 32,768 for 64
+(AMD)"""
+REGISTER_GRANULE = 8
+RESIDENCY = (
+    f"blocks: min({SCHEDULERS} * min({REGISTERS_PER_LANE} // registers rounded up to "
+    f"{REGISTER_GRANULE}, warps a scheduler holds) // warps, blocks a multiprocessor holds)"
+)
+
+
+class Launch(NamedTuple):
+    """A kernel and the arguments that the launcher passed to it."""
+
+    kernel: Any  # a triton.JITFunction, which triton's stubs declare as a plain function
+    arguments: tuple[Any, ...]
+    settings: dict[str, Any]
+    """keyword arguments, and num_warps"""
+
+    def source(self) -> ASTSource:
+        """The source with the types of a launch; arguments that 16 divides are specialised as
+        such."""
+        settings = {name: self.settings[name] for name in self.settings if name != "num_warps"}
+        names = self.kernel.arg_names
+        values = dict(zip(names, self.arguments, strict=False)) | settings
+        assert values.keys() == set(names), values.keys() ^ set(names)
+        signature, constants, attributes = {}, {}, {}
+        for index, (name, parameter) in enumerate(zip(names, self.kernel.params, strict=True)):
+            value = values[name]
+            if parameter.is_constexpr:
+                signature[name], constants[name] = "constexpr", value
+                continue
+            signature[name] = mangle_type(value)
+            if (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        return ASTSource(self.kernel, signature, constants, attributes)
+
+
+def launch_of(variant: Variant) -> Launch:
+    """Records what the launcher passes to the variant's kernel, without running it."""
+    launches: dict[str, Launch] = {}
+
+    def recorder(kernel: Any) -> dict[Any, Any]:
+        def record(*arguments: Any, **settings: Any) -> None:
+            launches[kernel.__name__] = Launch(kernel, arguments, settings)
+
+        return {(COMPILED_SHAPE[0],): record}
+
+    with replaced_kernels(recorder):
+        call_launcher(variant, variant.shape(COMPILED_SHAPE), Row(False, False))
+    return launches[variant.kernel]
+
+
+class Compiled(NamedTuple):
+    """The compiler's report on one kernel and architecture."""
+
+    kernel: str
+    variant: str
+    architecture: str
+    num_warps: int
+    registers: int
+    """32-bit registers per thread; vector registers on AMD"""
+    spill_bytes: int
+    """NVIDIA: bytes stored and loaded by the code; AMD: per thread, in memory or other registers"""
+    shared_bytes: int
+    max_shared_bytes: int
+    resident_blocks: int
+    widest_load_bytes: int
+    widest_store_bytes: int
+    tile_load_bytes: int
+    """per column, over the loads of all loops, after equal loads were merged"""
+    tile_store_bytes: int
+    float64: bool
+    row_offsets_64bit: bool
+
+
+def compile_launch(launch: Launch, variant: str, architecture: Architecture) -> Compiled:
+    """Compiles with an empty cache, so that ptxas runs and prints its report."""
+    num_warps = max(1, launch.settings["num_warps"] * 32 // architecture.target.warp_size)
+    # Fused multiply-add is Triton 3.9's default; unset, Triton warns that 3.10 turns it off.
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    log = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        knobs.cache.scope(),
+        knobs.nvidia.scope(),
+        contextlib.redirect_stdout(log),
+    ):
+        knobs.cache.dir = cache
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(launch.source(), target=architecture.target, options=options)
+    ttir = compiled.asm["ttir"]
+    on_nvidia = architecture.target.backend == "cuda"
+    assembly = compiled.asm["ptx" if on_nvidia else "amdgcn"]
+    used = ptxas_usage(log.getvalue()) if on_nvidia else amd_usage(assembly)
+    widest = widest_on_nvidia(assembly) if on_nvidia else widest_on_amd(assembly)
+    return Compiled(
+        kernel=launch.kernel.__name__,
+        variant=variant,
+        architecture=architecture.name,
+        num_warps=num_warps,
+        registers=used[0],
+        spill_bytes=used[1],
+        shared_bytes=compiled.metadata.shared,
+        max_shared_bytes=architecture.max_shared_bytes,
+        resident_blocks=resident_blocks(used[0], num_warps, architecture),
+        widest_load_bytes=widest["load"],
+        widest_store_bytes=widest["store"],
+        tile_load_bytes=tile_bytes(ttir, "load"),
+        tile_store_bytes=tile_bytes(ttir, "store"),
+        float64=(".f64" if on_nvidia else "_f64") in assembly,
+        row_offsets_64bit=row_offsets_are_64bit(ttir),
+    )
+
+
+def ptxas_usage(log: str) -> tuple[int, int]:
+    """Registers per thread, and bytes spilled."""
+    registers = re.findall(r"Used (\d+) registers", log)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    assert registers and spills, log
+    return max(map(int, registers)), sum(map(int, spills))
+
+
+def amd_usage(assembly: str) -> tuple[int, int]:
+    """Registers per thread, and bytes spilled to private memory or other registers."""
+    names = "vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size"
+    used = {name: int(n) for name, n in re.findall(rf"\.({names}): +(\d+)", assembly)}
+    spilled_registers = used["vgpr_spill_count"] + used["sgpr_spill_count"]
+    return used["vgpr_count"], max(used["private_segment_fixed_size"], 4 * spilled_registers)
+
+
+def widest_on_nvidia(ptx: str) -> dict[str, int]:
+    widest = {"load": 0, "store": 0}
+    for kind, count, bits in re.findall(
+        r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)(?=\s)", ptx
+    ):
+        access = "load" if kind == "ld" else "store"
+        widest[access] = max(widest[access], int(count or 1) * int(bits) // 8)
+    return widest
+
+
+def widest_on_amd(assembly: str) -> dict[str, int]:
+    widest = {"load": 0, "store": 0}
+    for access, what in re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", assembly):
+        if words := re.fullmatch(r"dword(?:x(\d))?", what):
+            size = 4 * int(words[1] or 1)
+        else:
+            size = 2 if "short" in what else 1
+        widest[access] = max(widest[access], size)
+    return widest
+
+
+def tile_bytes(ttir: str, access: str) -> int:
+    """Bytes per column over all loads, or all stores, of a tile."""
+    pointers = re.findall(rf"tt\.{access} .*tensor<\d+x!tt\.ptr<[a-z]+(\d+)>>", ttir)
+    return sum(int(bits) // 8 for bits in pointers)
+
+
+def row_offsets_are_64bit(ttir: str) -> bool:
+    """Whether row offsets are 64-bit products and no 32-bit offset is added to an argument."""
+    arguments = "|".join(re.findall(r"%(\w+): !tt\.ptr", ttir))
+    narrow_product = re.search(r"arith\.muli .*%\w*stride\w*.* : i32", ttir)
+    narrow_offset = re.search(rf"tt\.addptr %(?:{arguments}), .* : !tt\.ptr<\w+>, i32", ttir)
+    wide_product = re.search(r"arith\.muli .* : i64", ttir)
+    return bool(wide_product) and not narrow_product and not narrow_offset
+
+
+def resident_blocks(registers: int, num_warps: int, architecture: Architecture) -> int:
+    """Blocks that fit on one multiprocessor by registers and threads; see `RESIDENCY`."""
+    granules = -(-max(registers, 1) // REGISTER_GRANULE)
+    warps = min(
+        REGISTERS_PER_LANE // (granules * REGISTER_GRANULE), architecture.max_warps_per_scheduler
+    )
+    return min(SCHEDULERS * warps // num_warps, architecture.max_blocks)
+
+
+def problems(compiled: Compiled) -> list[str]:
+    found = []
+    if compiled.spill_bytes:
+        found.append(f"{compiled.spill_bytes} bytes of registers spilled")
+    if compiled.float64:
+        found.append("float64 arithmetic")
+    if compiled.shared_bytes > compiled.max_shared_bytes:
+        found.append(
+            f"{compiled.shared_bytes} bytes of shared memory, above {compiled.max_shared_bytes}"
+        )
+    if not compiled.row_offsets_64bit:
+        found.append("no 64-bit row offset")
+    where = f"{compiled.kernel}, {compiled.variant}, {compiled.architecture}"
+    return [f"{where}: {what}" for what in found]
+
+
+def count_traffic() -> list[dict[str, Any]]:
+    """Bytes moved by variant and row, counted by another process with Triton's interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.kernels.traffic"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def compile_all(variants: Sequence[Variant]) -> list[Compiled]:
+    launches = [(variant.name, launch_of(variant)) for variant in variants]
+    return [
+        compile_launch(launch, name, architecture)
+        for name, launch in launches
+        for architecture in ARCHITECTURES
+    ]

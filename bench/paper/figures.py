@@ -1,0 +1,118 @@
+"""Draws the tables' differences with their intervals, beside those of the paper."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from bench.figures import COLOURS, STYLE
+from bench.paper.markdown import (
+    LABELS,
+    backbone_index,
+    base_names,
+    blend_label,
+    panels_of,
+    ratio_label,
+    reference_of,
+)
+from bench.paper.published import paper_difference
+from bench.tables import Result
+
+TITLES = {
+    1: "Table 1, recipes: points above no update,\n{base}",
+    2: "Table 2, share of the solution hidden at\noverlap 1 / 0: points above 0.40 / 0.30",
+    3: "Table 3, what is hidden:\npoints above a suffix",
+    4: "Table 4, strength k and budget f of the\ninterpolation: points above k 0.03, f 0.03",
+}
+
+
+def row_name(table: int, setting: str) -> str:
+    if table == 2:
+        correct, wrong = ratio_label(setting)
+        return f"{correct} / {wrong}"
+    if table == 4:
+        weight, fraction = blend_label(setting)
+        return f"k {weight}, f {fraction}"
+    return LABELS.get(setting, "suffix")
+
+
+def shown_differences(panel: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Lines from top to bottom: (name, setting, difference).
+
+    The differences to the first reference come first, then PAINT's to a further one.
+    """
+    table, first = panel["table"], reference_of(panel)
+    found = [
+        (row["setting"], difference) for row in panel["rows"] for difference in row["differences"]
+    ]
+    found.sort(key=lambda one: one[1]["reference"] != first)
+    return [
+        (
+            row_name(table, setting)
+            + (f" over {LABELS[d['reference']]}" if d["reference"] != first else ""),
+            setting,
+            d,
+        )
+        for setting, d in found
+    ]
+
+
+def draw_panel(axes: Axes, result: Result, panel: dict[str, Any]) -> None:
+    """One line per difference: ours with its interval, the paper's as a hollow mark below it."""
+    table = panel["table"]
+    backbone = backbone_index(result, panel["size"]) if table == 1 else 0
+    lines = shown_differences(panel)
+    for place, (_, setting, found) in enumerate(lines):
+        value, low, high = (100 * found[key] for key in ("difference", "low", "high"))
+        noise = found["verdict"] == "within noise"
+        colour = COLOURS["floor"] if noise else COLOURS["ours"]
+        axes.plot([low, high], [place, place], color=colour, linewidth=2)
+        axes.plot(value, place, "o", color=colour)
+        paper = paper_difference(table, backbone, setting, found["reference"])
+        if paper is not None:
+            axes.plot(paper, place + 0.28, "D", color=COLOURS["plain"], fillstyle="none", ms=5)
+    axes.set_yticks(range(len(lines)), [name for name, _, _ in lines])
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.axvline(0, color="#333333", linewidth=0.8)
+    axes.grid(axis="x", alpha=0.3, linewidth=0.5)
+    title = TITLES[table].format(base=base_names(result)[panel["size"]])
+    axes.set_title(title, loc="left", fontsize=9)
+
+
+def draw_tables(result: Result) -> Figure:
+    """Table 1's bases in the first row of panels, the ablations in the second."""
+    numbers = sorted({panel["table"] for panel in result["tables"]})
+    first = panels_of(result, 1)
+    second = [panel for number in numbers if number > 1 for panel in panels_of(result, number)]
+    lines = [line for line in (first, second) if line]
+    figure = Figure(figsize=(12, 2.9 * len(lines) + 0.4), layout="constrained")
+    parts = figure.subfigures(len(lines), 1, squeeze=False)[:, 0]
+    for part, line in zip(parts, lines, strict=True):
+        # The bases share an axis, so that their gains can be compared.
+        share = line is first
+        drawn = part.subplots(1, len(line), squeeze=False, sharex=share)[0]
+        for axes, panel in zip(drawn, line, strict=True):
+            draw_panel(axes, result, panel)
+    handles = [
+        Line2D([], [], color=COLOURS["ours"], marker="o", label="ours, 95% interval"),
+        Line2D([], [], color=COLOURS["floor"], marker="o", label="ours, within noise"),
+        Line2D(
+            *([], []),
+            color=COLOURS["plain"],
+            marker="D",
+            linestyle="",
+            fillstyle="none",
+            label="the paper's, on Qwen3",
+        ),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def save(result: Result, path: Path) -> None:
+    with rc_context(STYLE):
+        # Omits matplotlib's version, so that equal results give equal files.
+        draw_tables(result).savefig(path, metadata={"Software": None})

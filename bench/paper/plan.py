@@ -1,0 +1,296 @@
+"""The plan of the paper's tables at laptop scale: scales, rows, settings and runs.
+
+A row is a setting on every seed; a run is a setting on one seed, such as `small/paint/seed-0`. A
+setting that occurs in several tables runs once. All is fixed before the first run, except for the
+learning rates, which the sweep decides. This module does not import PyTorch.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import paint_engine
+
+BASE = "base"
+RECIPES = ("sft", "grpo", "opsd", "paint")
+SWEEP_SEED = 100
+"""seed of the sweep, used in no table"""
+BUNDLED = "small"
+"""size of the base that is part of the package"""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The sizes of the bases, and the budget that all runs of a comparison share.
+
+    num_problems, num_samples: of the evaluations on held-out test problems, in the middle and at
+    the end of each run.
+    sweep_problems, sweep_samples: of the only evaluation in a run of the sweep, on validation
+    problems.
+    rows: the settings that the tables show; None for all.
+    """
+
+    name: str
+    sizes: tuple[str, ...]
+    ablation_size: str
+    num_steps: int
+    batch_size: int
+    num_problems: int
+    num_samples: int
+    sweep_problems: int
+    sweep_samples: int
+    rates: tuple[float, ...]
+    main_seeds: tuple[int, ...]
+    ablation_seeds: tuple[int, ...]
+    rows: tuple[str, ...] | None = None
+
+
+LAPTOP = Scale(
+    name="laptop",
+    sizes=("small", "medium", "large"),
+    ablation_size="small",
+    num_steps=20,
+    batch_size=32,
+    num_problems=256,
+    num_samples=2,
+    sweep_problems=128,
+    sweep_samples=2,
+    rates=(1e-4, 3e-4, 1e-3),
+    main_seeds=(0, 1, 2, 3, 4),
+    ablation_seeds=(0, 1, 2),
+)
+# Not run yet. The steps (100) and samples (12) are the paper's.
+GPU = Scale(
+    name="gpu",
+    sizes=("10m", "30m", "100m"),
+    ablation_size="10m",
+    num_steps=100,
+    batch_size=32,
+    num_problems=512,
+    num_samples=12,
+    sweep_problems=256,
+    sweep_samples=4,
+    rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
+    main_seeds=(0, 1, 2, 3, 4),
+    ablation_seeds=(0, 1, 2),
+)
+QUICK_ROWS = (
+    *(BASE, *RECIPES),
+    *("rho-0.75-0.75", "rho-0.40-0.30", "place-prefix", "blend-0.03-1.00"),
+)
+SCALES = {scale.name: scale for scale in (LAPTOP, GPU)}
+
+
+def quick(scale: Scale) -> Scale:
+    """A scale to check that everything runs, in ten minutes: one base, two seeds, half the
+    steps."""
+    return replace(
+        scale,
+        name=f"{scale.name}-quick",
+        sizes=(scale.ablation_size,),
+        num_steps=scale.num_steps // 2,
+        num_problems=128,
+        num_samples=2,
+        sweep_problems=64,
+        rates=scale.rates[-3:],
+        main_seeds=(0, 1),
+        ablation_seeds=(0, 1),
+        rows=QUICK_ROWS,
+    )
+
+
+NO_INTERPOLATION = {"objective.interpolation_weight": "0"}
+
+
+def _masked(correct: str, wrong: str) -> dict[str, str]:
+    return {"masking.rho_correct": correct, "masking.rho_wrong": wrong, **NO_INTERPOLATION}
+
+
+def _blended(weight: str, fraction: str) -> dict[str, str]:
+    return {"objective.interpolation_weight": weight, "objective.top_fraction": fraction}
+
+
+# (rho_correct, rho_wrong) and (k_base, f_top), as in the paper's Tables 2 and 4.
+_RATIOS = (("0.00", "0.00"), ("0.25", "0.25"), ("0.50", "0.50"), ("0.75", "0.75"))
+_RATIOS += (("0.50", "0.25"), ("0.50", "0.30"), ("0.40", "0.30"))
+_BLENDS = (("0.01", "1.00"), ("0.03", "1.00"), ("0.05", "1.00"), ("0.03", "0.01"), ("0.03", "0.05"))
+_PLACEMENTS = ("prefix", "middle", "random", "sentence_suffix")
+
+ABLATIONS: dict[str, dict[str, str]] = {
+    **{f"rho-{c}-{w}": _masked(c, w) for c, w in _RATIOS},
+    **{f"place-{p}": {"masking.placement": p, **NO_INTERPOLATION} for p in _PLACEMENTS},
+    **{f"blend-{k}-{f}": _blended(k, f) for k, f in _BLENDS},
+}
+"""overrides of the PAINT preset by setting"""
+
+# The first row is OPSD, at the learning rate of the other rows instead of its own.
+RATIO_ROWS = tuple(f"rho-{c}-{w}" for c, w in _RATIOS)
+PLACEMENT_ROWS = (
+    *("place-prefix", "place-middle", "place-random"),
+    *("rho-0.40-0.30", "place-sentence_suffix"),
+)
+BLEND_ROWS = (
+    *("rho-0.40-0.30", "blend-0.01-1.00", "blend-0.03-1.00", "blend-0.05-1.00"),
+    *("blend-0.03-0.01", "paint", "blend-0.03-0.05"),
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table's rows and the settings that they are compared with.
+
+    references: the first is the reference of every row; `paint` is compared with all of them.
+    """
+
+    number: int
+    rows: tuple[str, ...]
+    references: tuple[str, ...]
+
+
+TABLES = (
+    Table(1, (BASE, *RECIPES), (BASE, "opsd")),
+    Table(2, RATIO_ROWS, ("rho-0.40-0.30",)),
+    Table(3, PLACEMENT_ROWS, ("rho-0.40-0.30",)),
+    Table(4, BLEND_ROWS, ("paint",)),
+)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training run, or one evaluation of the base.
+
+    rate: learning rate of a run of the sweep; None if the sweep decides it, and for the base.
+    """
+
+    size: str
+    setting: str
+    seed: int
+    rate: float | None = None
+
+    @property
+    def run_id(self) -> str:
+        if self.rate is not None:
+            return f"sweep/{self.size}/{self.setting}/rate-{self.rate:g}"
+        return f"{self.size}/{self.setting}/seed-{self.seed}"
+
+    @property
+    def recipe(self) -> str:
+        """The recipe whose learning rate the run takes; PAINT for an ablation."""
+        return "paint" if self.setting in ABLATIONS else self.setting
+
+
+def shown_rows(scale: Scale, table: Table) -> tuple[str, ...]:
+    return tuple(row for row in table.rows if scale.rows is None or row in scale.rows)
+
+
+def table_sizes(scale: Scale, table: Table) -> tuple[str, ...]:
+    return scale.sizes if table.number == 1 else (scale.ablation_size,)
+
+
+def table_seeds(scale: Scale, table: Table) -> tuple[int, ...]:
+    return scale.main_seeds if table.number == 1 else scale.ablation_seeds
+
+
+def chosen_tables(numbers: Sequence[int]) -> tuple[Table, ...]:
+    return tuple(table for table in TABLES if table.number in numbers)
+
+
+def table_runs(scale: Scale, numbers: Sequence[int]) -> list[PlannedRun]:
+    """The runs of the tables, each once; the largest base first, because its runs take longest."""
+    runs = {
+        PlannedRun(size, row, seed)
+        for table in chosen_tables(numbers)
+        for size in table_sizes(scale, table)
+        for row in shown_rows(scale, table)
+        for seed in table_seeds(scale, table)
+    }
+    return sorted(runs, key=lambda run: (-scale.sizes.index(run.size), run.seed, run.setting))
+
+
+def needed_sizes(scale: Scale, numbers: Sequence[int]) -> tuple[str, ...]:
+    """Sizes of the bases that these tables need, in the scale's order."""
+    used = {run.size for run in table_runs(scale, numbers)}
+    return tuple(size for size in scale.sizes if size in used)
+
+
+def sweep_runs(scale: Scale, numbers: Sequence[int]) -> list[PlannedRun]:
+    """A run at every learning rate of the grid, for each recipe and size in the tables."""
+    needed = {(run.size, run.recipe) for run in table_runs(scale, numbers) if run.setting != BASE}
+    ordered = sorted(needed, key=lambda pair: (-scale.sizes.index(pair[0]), pair[1]))
+    return [
+        PlannedRun(size, recipe, SWEEP_SEED, rate)
+        for size, recipe in ordered
+        for rate in scale.rates
+    ]
+
+
+def overrides(scale: Scale, run: PlannedRun, rate: float | None) -> dict[str, str]:
+    """The run's overrides of its preset, without the paths of the base and the run directory.
+
+    rate: the learning rate; None for the base, which is only evaluated.
+    """
+    sweep = run.rate is not None
+    half = scale.num_steps // 2
+    values = {
+        **ABLATIONS.get(run.setting, {}),
+        "train.num_steps": str(scale.num_steps),
+        "train.batch_size": str(scale.batch_size),
+        "train.seed": str(run.seed),
+        "eval.split": "validation" if sweep else "test",
+        "eval.num_problems": str(scale.sweep_problems if sweep else scale.num_problems),
+        "eval.num_samples": str(scale.sweep_samples if sweep else scale.num_samples),
+        "eval.every": "0" if sweep else str(half),
+        "eval.at_start": "false",
+        "checkpoint.every": "0",
+        "run.samples_per_step": "0",
+    }
+    return values if rate is None else {**values, "optim.learning_rate": f"{rate:g}"}
+
+
+def arguments(preset: str, values: Mapping[str, str]) -> list[str]:
+    """Arguments of `paint_engine.train` for a preset and its overrides."""
+    pairs = [text for key, value in values.items() for text in (f"--{key}", value)]
+    return ["--preset", preset, *pairs]
+
+
+def preset_of(run: PlannedRun) -> str:
+    return "tiny" if run.setting == BASE else f"{run.recipe}-tiny"
+
+
+def base_directory(bases: Path, size: str) -> Path:
+    if size == BUNDLED:
+        # paint_engine.model has this path too, but importing it imports PyTorch.
+        return Path(paint_engine.__file__).parent / "tiny" / "base"
+    return bases / size
+
+
+def base_sha256(base: Path) -> str:
+    return hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A planned run with everything that it needs.
+
+    rate: the learning rate; None for the base.
+    base: the directory of the base model.
+    directory: holds the log, the record and, in `training`, the run directory.
+    """
+
+    run: PlannedRun
+    scale: Scale
+    rate: float | None
+    base: Path
+    directory: Path
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the result besides the code; a stored record with other settings is not
+        used."""
+        return {
+            "preset": preset_of(self.run),
+            "overrides": overrides(self.scale, self.run, self.rate),
+            "base_sha256": base_sha256(self.base),
+        }

@@ -1,0 +1,161 @@
+"""Every kernel compiles for four architectures without spills or float64, and moves few bytes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from bench import kernels_report
+from bench.kernels.compiled import ARCHITECTURES, Launch, compile_launch, problems
+from bench.kernels.traffic import KERNELS, VARIANTS, every_variant
+
+ROOT = Path(__file__).parents[3]
+FORWARD_KL = "forward_kl, fp32 logits, fp16 gradient"
+ARCHITECTURE = {architecture.name: architecture for architecture in ARCHITECTURES}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The command's own report, from a process without Triton's interpreter."""
+    file = tmp_path_factory.mktemp("report") / "report.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.kernels_report", "--check", "--json", str(file)],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout
+    return json.loads(file.read_text())
+
+
+def moved(report, variant):
+    """Bytes loaded and stored per column, by row."""
+    return {
+        line["row"]: (line["loaded_bytes_per_column"], line["stored_bytes_per_column"])
+        for line in report["traffic"]
+        if line["variant"] == variant
+    }
+
+
+def test_every_kernel_is_sound_on_every_architecture(report):
+    compiled = report["compiled"]
+    found = {(line["kernel"], line["architecture"]) for line in compiled}
+    assert len(KERNELS) >= 3
+    assert found == {(kernel, name) for kernel in KERNELS for name in ARCHITECTURE}
+    for line in compiled:
+        assert line["spill_bytes"] == 0, line
+        assert not line["float64"] and line["row_offsets_64bit"], line
+        assert 0 < line["shared_bytes"] <= line["max_shared_bytes"], line
+        assert line["registers"] > 0 and line["resident_blocks"] > 0, line
+        if "ragged" not in line["variant"]:
+            assert line["widest_load_bytes"] >= 8, line
+
+
+def test_every_combination_is_named_once_and_contains_the_usual_ones():
+    names = [(variant.kernel, variant.name) for variant in every_variant()]
+    assert len(names) == len(set(names))
+    assert {(variant.kernel, variant.name) for variant in VARIANTS} <= set(names)
+
+
+def test_a_row_is_read_as_often_as_it_must_be(report):
+    """With float32 logits of two models and a float16 gradient: one pass after the statistics, or
+    two."""
+    assert moved(report, "fp32 logits")["plain"] == (4, 0)
+    assert moved(report, FORWARD_KL) == {
+        "plain": (8, 2),
+        "clipped": (16, 4),
+        "interpolated": (16, 2),
+        "clipped and interpolated": (24, 4),
+    }
+    assert moved(report, f"{FORWARD_KL}, ragged") == moved(report, FORWARD_KL)
+    assert moved(report, "forward_kl, fp32 logits, no gradient")["clipped"] == (8, 0)
+    assert moved(report, "forward_kl, bf16 logits, bf16 gradient")["plain"] == (4, 2)
+    for divergence in ("reverse_kl", "jsd"):
+        by_row = moved(report, f"{divergence}, fp32 logits, fp16 gradient")
+        assert by_row["plain"] == by_row["clipped"] == (16, 2)
+    assert moved(report, "fp32 logits, fp16 gradient")["plain"] == (4, 2)
+
+
+def test_counted_bytes_are_those_of_the_compiled_loads_and_stores(report):
+    """A row that takes every branch moves the bytes of all compiled loads and stores."""
+    for line in report["compiled"]:
+        rows = moved(report, line["variant"]).values()
+        most = max(loaded for loaded, _ in rows), max(stored for _, stored in rows)
+        in_code = line["tile_load_bytes"], line["tile_store_bytes"]
+        if "no clip" in line["variant"]:  # compiled with the second pass, which no row takes
+            assert most[0] <= in_code[0] and most[1] <= in_code[1]
+        else:
+            assert most == in_code
+
+
+@triton.jit
+def centre_kernel(x_ptr, y_ptr, row_stride, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * row_stride + columns)
+    if WIDE:
+        x = x.to(tl.float64)
+    tl.store(y_ptr + row * row_stride + columns, (x - tl.sum(x, axis=0)).to(tl.float32))
+
+
+@triton.jit
+def narrow_offset_kernel(x_ptr, y_ptr, row_stride, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    offset = tl.program_id(0) * row_stride
+    if WIDE:  # too late: the product has already wrapped
+        offset = offset.to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    tl.store(y_ptr + offset + columns, tl.load(x_ptr + offset + columns))
+
+
+def compiled(kernel, architecture, *, wide=False, block=256, num_warps=4):
+    x = torch.empty(16)
+    settings = {"row_stride": 256, "WIDE": wide, "BLOCK": block, "num_warps": num_warps}
+    return compile_launch(Launch(kernel, (x, x), settings), "planted", architecture)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURE)
+def test_a_sound_kernel_has_no_problem(name):
+    assert problems(compiled(centre_kernel, ARCHITECTURE[name])) == []
+
+
+@pytest.mark.parametrize(("name", "block"), [("sm_90", 2**14), ("gfx942", 2**15)])
+def test_a_spill_is_found(name, block):
+    """512 values per thread, which has 255 registers on NVIDIA's processors and 512 on AMD's."""
+    (found,) = problems(compiled(centre_kernel, ARCHITECTURE[name], block=block, num_warps=1))
+    assert found.startswith(f"centre_kernel, planted, {name}: ")
+    assert found.endswith("bytes of registers spilled")
+
+
+@pytest.mark.parametrize("name", ["sm_80", "gfx942"])
+def test_float64_is_found(name):
+    (found,) = problems(compiled(centre_kernel, ARCHITECTURE[name], wide=True))
+    assert found == f"centre_kernel, planted, {name}: float64 arithmetic"
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_row_offset_in_32_bits_is_found(wide):
+    (found,) = problems(compiled(narrow_offset_kernel, ARCHITECTURE["sm_100"], wide=wide))
+    assert found == "narrow_offset_kernel, planted, sm_100: no 64-bit row offset"
+
+
+def test_too_much_shared_memory_is_found():
+    little = ARCHITECTURE["sm_90"]._replace(max_shared_bytes=4)
+    (found,) = problems(compiled(centre_kernel, little))
+    assert "bytes of shared memory, above 4" in found
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_problem_is_printed_and_fails_the_command(monkeypatch, capsys, wide):
+    planted = compiled(centre_kernel, ARCHITECTURE["sm_90"], wide=wide)
+    monkeypatch.setattr(kernels_report, "compile_all", lambda _: [planted])
+    monkeypatch.setattr(kernels_report, "count_traffic", lambda: [])
+    assert kernels_report.main(["--check"]) == wide
+    assert ("centre_kernel, planted, sm_90: float64" in capsys.readouterr().out) is wide

@@ -1,0 +1,77 @@
+"""Planted runs of the paper's tables: records as training would write them, without training."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.paper.plan import BASE, RECIPES, Job, PlannedRun, Scale, table_runs
+from bench.paper.runs import make_jobs
+from bench.paper.stats import encode_counts
+
+ALL = (1, 2, 3, 4)
+
+
+def planted_accuracy(run: PlannedRun) -> float:
+    """OPSD 10 points and PAINT 20 above the base; masking prefixes 20 points below it."""
+    gain = {BASE: 0.0, "opsd": 0.1, "paint": 0.2, "place-prefix": -0.2}
+    return 0.6 + gain.get(run.setting, 0.1)
+
+
+def planted_record(job: Job) -> dict[str, Any]:
+    """A run's record, with answers drawn from the planted accuracy."""
+    run, scale = job.run, job.scale
+    rng = np.random.default_rng([run.seed, *run.run_id.encode()])
+    shape = (scale.num_problems, scale.num_samples)
+    steps = [0] if run.setting == BASE else [scale.num_steps // 2, scale.num_steps]
+    evaluations = []
+    for step in steps:
+        correct = rng.random(shape) < planted_accuracy(run)
+        evaluations.append(
+            {
+                "step": step,
+                "avg_at_k": float(correct.mean()),
+                "correct": encode_counts(correct),
+                "seconds": 1.0,
+            }
+        )
+    return {
+        "id": run.run_id,
+        "size": run.size,
+        "setting": run.setting,
+        "seed": run.seed,
+        "learning_rate": job.rate,
+        **job.settings,
+        "num_samples": scale.num_samples,
+        "evaluations": evaluations,
+        "seconds": 60.0,
+        "commit": "0123456789ab",
+        "device": "a CPU",
+    }
+
+
+@pytest.fixture
+def bases(tmp_path: Path) -> Path:
+    for size in ("small", "medium", "large"):
+        directory = tmp_path / "bases" / size
+        directory.mkdir(parents=True)
+        (directory / "model.safetensors").write_bytes(size.encode())
+    return tmp_path / "bases"
+
+
+@pytest.fixture
+def jobs_of(bases: Path, tmp_path: Path) -> Callable[[Scale], list[Job]]:
+    """The jobs of all tables at one learning rate."""
+
+    def jobs(scale: Scale) -> list[Job]:
+        rates = {(size, recipe): 1e-4 for size in scale.sizes for recipe in RECIPES}
+        return make_jobs(table_runs(scale, ALL), scale, rates, bases, tmp_path / "runs")
+
+    return jobs
+
+
+@pytest.fixture(name="planted_record")
+def planted_record_fixture() -> Callable[[Job], dict[str, Any]]:
+    return planted_record
