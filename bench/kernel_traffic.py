@@ -22,6 +22,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from paint_kernels import _triton_backend as backend
 from paint_kernels import _triton_kernels as kernels
+from paint_kernels._torch_divergences import DIVERGENCES
 from paint_kernels._types import LossSettings
 
 KERNELS = tuple(name for name in vars(kernels) if name.endswith("_kernel"))
@@ -105,7 +106,7 @@ def every_variant() -> list[Variant]:
         found += [
             LOSS._replace(**dtypes, divergence=divergence, clip=clip, interpolates=interpolates)
             for divergence, clip, interpolates in itertools.product(
-                backend.DIVERGENCES, (LOSS.clip, None), (True, False)
+                DIVERGENCES, (LOSS.clip, None), (True, False)
             )
         ]
         found += [LOGPROBS._replace(**dtypes)] if gradient else []

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paint_kernels._torch_divergences import DIVERGENCES
 from paint_kernels._types import LossSettings
 
 BACKENDS = ("auto", "torch", "triton")
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 REDUCTIONS = ("sequence_mean", "token_mean", "sum", "none")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -54,7 +54,7 @@ def check_settings(
 ) -> LossSettings:
     """The settings that the operators take; `vocab_size` and `backend` are resolved already."""
     check_positive("temperature", temperature)
-    check_choice("divergence", divergence, DIVERGENCES)
+    check_choice("divergence", divergence, tuple(DIVERGENCES))
     check_fraction("jsd_weight", jsd_weight)
     if divergence == "jsd" and jsd_weight in (0, 1):
         limit = "forward_kl" if jsd_weight == 0 else "reverse_kl"

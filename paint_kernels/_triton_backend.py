@@ -26,7 +26,6 @@ LOSS_MAX_BLOCK = 1024
 (`python -m bench.kernels_report --all`)"""
 NUM_WARPS = 8
 """of 32 threads; AMD's hold 64"""
-DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 
 class RowStats(NamedTuple):
@@ -129,7 +128,7 @@ def row_loss(
         max_block=LOSS_MAX_BLOCK,
         INTERPOLATE=interpolated is not None,
         INTERPOLATION_WEIGHT=settings.interpolation_weight,
-        DIVERGENCE=DIVERGENCES[settings.divergence],
+        DIVERGENCE=settings.divergence,
         JSD_WEIGHT=settings.jsd_weight,
         CLIP=math.inf if settings.pointwise_clip is None else settings.pointwise_clip,
         WITH_GRADIENT=gradient is not None,

@@ -13,9 +13,6 @@ MASKED = tl.constexpr(-5e29)
 """above what stands for -inf, below any finite logit's distance from its row's largest"""
 LARGEST_LOG_RATIO = tl.constexpr(80.0)
 """of log q - log p in the JSD: beyond it one side has no weight, and its exponential is finite"""
-FORWARD_KL = tl.constexpr(0)
-REVERSE_KL = tl.constexpr(1)
-JSD = tl.constexpr(2)
 
 
 @triton.jit
@@ -91,17 +88,18 @@ def pointwise(
     q = tl.exp(teacher) * inverse_teacher
     d = teacher - student + log_ratio
     slope = d
-    if DIVERGENCE == FORWARD_KL:
+    if DIVERGENCE == "forward_kl":
         d = tl.where(q == 0.0, 0.0, tl.where(student < MASKED, float("inf"), d))
         f = q * d
         gap = tl.where(q == 0.0, p, divergence_gap(q, p, d))
         left = q - p
-    elif DIVERGENCE == REVERSE_KL:
+    elif DIVERGENCE == "reverse_kl":
         d = tl.where(p == 0.0, 0.0, tl.where(teacher < MASKED, float("-inf"), d))
         f = -p * d
         gap = tl.where(p == 0.0, q, divergence_gap(p, q, -d))
         left = p - q
     else:
+        tl.static_assert(DIVERGENCE == "jsd", "this divergence has no Triton formula")
         d = tl.minimum(tl.maximum(d, -LARGEST_LOG_RATIO), LARGEST_LOG_RATIO)
         mixture = JSD_WEIGHT * q + (1.0 - JSD_WEIGHT) * p
         student_log = -log1p(JSD_WEIGHT * expm1(d))  # log p - log m
@@ -121,17 +119,17 @@ def gradient_of(p, q, d, slope, clipped, constant, DIVERGENCE: tl.constexpr):
     `constant` is the row's sum of q over the unclipped entries (forward KL), of p d over the
     unclipped and p over the clipped ones (reverse KL, where g = p (1 - d)), or of g (JSD).
     """
-    if DIVERGENCE == FORWARD_KL:
+    if DIVERGENCE == "forward_kl":
         return p * constant - tl.where(clipped, 0.0, q)
-    if DIVERGENCE == REVERSE_KL:
+    if DIVERGENCE == "reverse_kl":
         return p * (constant - tl.where(clipped, 1.0, d))
     return tl.where(clipped, 0.0, slope) - p * constant
 
 
 @triton.jit
 def constant_term(p, q, d, slope, clipped, DIVERGENCE: tl.constexpr):
-    if DIVERGENCE == FORWARD_KL:
+    if DIVERGENCE == "forward_kl":
         return tl.where(clipped, 0.0, q)
-    if DIVERGENCE == REVERSE_KL:
+    if DIVERGENCE == "reverse_kl":
         return p * tl.where(clipped, 1.0, d)
     return tl.where(clipped, 0.0, slope)

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from paint_kernels._triton_divergences import (
-    FORWARD_KL,
     constant_term,
     gradient_of,
     log1p,
@@ -222,7 +221,7 @@ def loss_kernel(
     """
     HAS_CLIP: tl.constexpr = float("inf") > CLIP
     GRADIENT_FACTOR: tl.constexpr = INVERSE_TEMPERATURE * GRADIENT_SCALE
-    NEEDS_CONSTANT: tl.constexpr = HAS_CLIP or DIVERGENCE != FORWARD_KL
+    NEEDS_CONSTANT: tl.constexpr = HAS_CLIP or DIVERGENCE != "forward_kl"
     row = tl.program_id(0).to(tl.int64)
     student_row_ptr = student_ptr + row * student_stride
     teacher_row_ptr = teacher_ptr + row * teacher_stride
@@ -281,7 +280,7 @@ def loss_kernel(
             clipped_mass += tl.where(clipped, q, 0.0)
         if WITH_GRADIENT and NEEDS_CONSTANT:
             constant += constant_term(p, q, d, slope, clipped, DIVERGENCE)
-        if WITH_GRADIENT and DIVERGENCE == FORWARD_KL:
+        if WITH_GRADIENT and DIVERGENCE == "forward_kl":
             gradient = (p - q) * GRADIENT_FACTOR
             inside = columns < num_columns
             total += tl.where(inside & (columns != largest), gradient, 0.0)
@@ -297,7 +296,7 @@ def loss_kernel(
         tl.store(loss_ptr + row, row_divergence)
     if WITH_GRADIENT and NEEDS_CONSTANT:
         row_constant = tl.sum(constant, axis=0)
-        if (DIVERGENCE != FORWARD_KL) | (row_clipped_mass > 0.0):
+        if (DIVERGENCE != "forward_kl") | (row_clipped_mass > 0.0):
             total = tl.zeros([BLOCK], tl.float32)
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
