@@ -17,10 +17,9 @@ from torch import Tensor
 from bench import measure
 from bench.gpu_job import WORTH_IT, Job, milliseconds
 from bench.losses import PAINT, Inputs, Shape, gradients, make_inputs, our_loss
-from paint_kernels import _loss, _ops, _triton_backend
+from paint_kernels import LossSettings, _loss, _ops, _triton_backend
 from paint_kernels._plan import Chunk, most_rows
 from paint_kernels._sources import HiddenSource, chunk_buffer
-from paint_kernels._types import LossSettings
 
 HIDDEN, VOCAB_SIZE = 4096, 151936
 BLOCKS, WARPS = (1024, 2048, 4096), (4, 8, 16)

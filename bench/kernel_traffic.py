@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
+from paint_kernels import LossSettings
 from paint_kernels import _triton_backend as backend
 from paint_kernels import _triton_kernels as kernels
 from paint_kernels._torch_divergences import DIVERGENCES
-from paint_kernels._types import LossSettings
 
 KERNELS = tuple(name for name in vars(kernels) if name.endswith("_kernel"))
 COUNTED_SHAPE = (1, 8192)

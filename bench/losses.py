@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from paint_kernels import (
+    LossSettings,
     entropy_ratio,
     paint_loss,
     select_top_fraction,
     token_logprobs,
 )
-from paint_kernels._checks import check_settings
 
 LOGIT_STD = 2.4
 """of a row's logits beside its peak, as language models have it"""
@@ -155,7 +155,7 @@ def our_logprobs_loss(inputs: Inputs) -> Tensor:
 def our_float32_rows(inputs: Inputs, objective: Objective) -> Tensor:
     """(N, H) float32: what `paint_loss` keeps for its backward pass, of the mean over tokens."""
     num_tokens = len(inputs.student)
-    settings = check_settings(
+    settings = LossSettings(
         temperature=objective.temperature,
         divergence=objective.divergence,
         jsd_weight=JSD_WEIGHT,
@@ -164,7 +164,6 @@ def our_float32_rows(inputs: Inputs, objective: Objective) -> Tensor:
         interpolation_weight=objective.interpolation_weight,
         teacher_top_k=None,
         entropy_floor=1e-6,
-        vocab_size=inputs.weight.shape[0],
         backend="triton" if inputs.weight.is_cuda else "torch",
     )
     token_weights = torch.full_like(inputs.student[:, 0], 1 / num_tokens, dtype=torch.float32)
@@ -177,7 +176,7 @@ def our_float32_rows(inputs: Inputs, objective: Objective) -> Tensor:
         token_weights,
         True,
         False,
-        *settings.as_arguments(),
+        *settings.arguments(),
     )
     return rows / num_tokens
 

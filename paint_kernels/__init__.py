@@ -11,6 +11,7 @@ config, a model library or a process group.
 """
 
 from paint_kernels import reference
+from paint_kernels._settings import LossOptions, LossSettings
 from paint_kernels._types import PaintLossOutput, TokenLogprobs, TokenStats
 from paint_kernels.functional import (
     paint_loss,
@@ -22,6 +23,8 @@ from paint_kernels.module import PaintLoss
 from paint_kernels.selection import entropy_ratio, select_top_fraction
 
 __all__ = [
+    "LossOptions",
+    "LossSettings",
     "PaintLoss",
     "PaintLossOutput",
     "TokenLogprobs",

@@ -7,9 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paint_kernels._torch_divergences import DIVERGENCES
-from paint_kernels._types import LossSettings
-
 BACKENDS = ("auto", "torch", "triton")
 REDUCTIONS = ("sequence_mean", "token_mean", "sum", "none")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -39,39 +36,14 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}: available are {', '.join(map(repr, choices))}.")
 
 
-def check_settings(
-    *,
-    temperature: float,
-    divergence: str,
-    jsd_weight: float,
-    pointwise_clip: float | None,
-    top_fraction: float,
-    interpolation_weight: float,
-    teacher_top_k: int | None,
-    entropy_floor: float,
-    vocab_size: int,
-    backend: str,
-) -> LossSettings:
-    """The settings that the operators take; `vocab_size` and `backend` are resolved already."""
-    check_positive("temperature", temperature)
-    check_choice("divergence", divergence, tuple(DIVERGENCES))
-    check_fraction("jsd_weight", jsd_weight)
-    if divergence == "jsd" and jsd_weight in (0, 1):
-        limit = "forward_kl" if jsd_weight == 0 else "reverse_kl"
+def check_clip(name: str, value: float | None) -> None:
+    if isinstance(value, str) or (value is not None and not 0 < value < math.inf):
         raise ValueError(
-            f"jsd_weight is {jsd_weight}, where the JSD of any two distributions is 0: it must lie "
-            f'inside (0, 1). The divergence that it tends to, scaled, is "{limit}".'
+            f"{name} is {value!r}: it must be a finite number above 0, or None to clip nothing."
         )
-    if isinstance(pointwise_clip, str) or (
-        pointwise_clip is not None and not 0 < pointwise_clip < math.inf
-    ):
-        raise ValueError(
-            f"pointwise_clip is {pointwise_clip!r}: it must be a finite number above 0, or None to "
-            "clip nothing."
-        )
-    check_fraction("top_fraction", top_fraction)
-    check_fraction("interpolation_weight", interpolation_weight)
-    check_positive("entropy_floor", entropy_floor)
+
+
+def check_top_k(teacher_top_k: int | None, vocab_size: int) -> None:
     if isinstance(teacher_top_k, float) or (
         teacher_top_k is not None and not 1 <= teacher_top_k <= vocab_size
     ):
@@ -79,17 +51,6 @@ def check_settings(
             f"teacher_top_k is {teacher_top_k}: it must lie in 1..{vocab_size}, the vocabulary, as "
             "an integer, or be None for the whole of it."
         )
-    return LossSettings(
-        temperature=float(temperature),
-        divergence=divergence,
-        jsd_weight=float(jsd_weight),
-        pointwise_clip=None if pointwise_clip is None else float(pointwise_clip),
-        top_fraction=float(top_fraction),
-        interpolation_weight=float(interpolation_weight),
-        teacher_top_k=teacher_top_k,
-        entropy_floor=float(entropy_floor),
-        backend=backend,
-    )
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:

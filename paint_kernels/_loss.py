@@ -17,8 +17,9 @@ from torch import Tensor
 
 from paint_kernels._backends import row_functions
 from paint_kernels._plan import Chunk, row_slices
+from paint_kernels._settings import LossSettings
 from paint_kernels._sources import HiddenSource, LogitsSource
-from paint_kernels._types import LossSettings, RowValues
+from paint_kernels._types import RowValues
 from paint_kernels.selection import (
     entropy_ratio,
     select_top_fraction,

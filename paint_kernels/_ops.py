@@ -14,10 +14,8 @@ from paint_kernels import _loss
 from paint_kernels._checks import check_cu_seqlens_values
 from paint_kernels._matmul import compute_dtype
 from paint_kernels._plan import largest_chunk, most_rows, plan_chunks
+from paint_kernels._settings import LossSettings, takes_settings
 from paint_kernels._sources import HiddenSource, LogitsSource
-from paint_kernels._types import LossSettings
-
-# The settings' names, types and order are those of LossSettings; operators take no dataclasses.
 
 
 def no_autocast(tensor: Tensor) -> torch.autocast:
@@ -50,6 +48,7 @@ def scaled_rows(rows: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("paint_kernels::paint_loss", mutates_args=())
+@takes_settings
 def paint_loss(
     student_hidden_states: Tensor,
     teacher_hidden_states: Tensor,
@@ -59,15 +58,7 @@ def paint_loss(
     token_weights: Tensor | None,
     with_hidden_gradient: bool,
     with_weight_gradient: bool,
-    temperature: float,
-    divergence: str,
-    jsd_weight: float,
-    pointwise_clip: float | None,
-    top_fraction: float,
-    interpolation_weight: float,
-    teacher_top_k: int | None,
-    entropy_floor: float,
-    backend: str,
+    settings: LossSettings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, (6, N) token values, (N,) selected, grad_hidden, grad_weight (empty if unwanted).
 
@@ -75,17 +66,6 @@ def paint_loss(
     the dtype of the hidden states comes after the upstream gradient's.
     """
     check_cu_seqlens_values(cu_seqlens, student_hidden_states.shape[0])
-    settings = LossSettings(
-        temperature,
-        divergence,
-        jsd_weight,
-        pointwise_clip,
-        top_fraction,
-        interpolation_weight,
-        teacher_top_k,
-        entropy_floor,
-        backend,
-    )
     teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
     vocab_size, hidden_size = lm_head_weight.shape
     most = most_rows(vocab_size, hidden_size, lm_head_weight.device)
@@ -97,10 +77,10 @@ def paint_loss(
             (teacher_hidden_states, teacher_weight),
             token_weights,
             rows_per_chunk=largest_chunk(chunks),
-            temperature=temperature,
+            temperature=settings.temperature,
             with_hidden_gradient=with_hidden_gradient,
             with_weight_gradient=with_weight_gradient and token_weights is not None,
-            backend=backend,
+            backend=settings.backend,
         )
         values = _loss.run_loss(source, chunks, cu_seqlens, settings)
     loss = _reduced(values.table[0], token_weights)
@@ -174,6 +154,7 @@ paint_loss.register_autograd(_paint_loss_backward, setup_context=_paint_loss_set
 
 
 @torch.library.custom_op("paint_kernels::paint_loss_weight_gradient", mutates_args=())
+@takes_settings
 def paint_loss_weight_gradient(
     student_hidden_states: Tensor,
     teacher_hidden_states: Tensor,
@@ -181,28 +162,9 @@ def paint_loss_weight_gradient(
     teacher_lm_head_weight: Tensor | None,
     selected: Tensor,
     token_weights: Tensor,
-    temperature: float,
-    divergence: str,
-    jsd_weight: float,
-    pointwise_clip: float | None,
-    top_fraction: float,
-    interpolation_weight: float,
-    teacher_top_k: int | None,
-    entropy_floor: float,
-    backend: str,
+    settings: LossSettings,
 ) -> Tensor:
     """The head's gradient of sum(token_weights * token_loss), float32 or better."""
-    settings = LossSettings(
-        temperature,
-        divergence,
-        jsd_weight,
-        pointwise_clip,
-        top_fraction,
-        interpolation_weight,
-        teacher_top_k,
-        entropy_floor,
-        backend,
-    )
     teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
     vocab_size, hidden_size = lm_head_weight.shape
     most = most_rows(vocab_size, hidden_size, lm_head_weight.device)
@@ -212,10 +174,10 @@ def paint_loss_weight_gradient(
             (teacher_hidden_states, teacher_weight),
             token_weights,
             rows_per_chunk=min(most, len(student_hidden_states)),
-            temperature=temperature,
+            temperature=settings.temperature,
             with_hidden_gradient=False,
             with_weight_gradient=True,
-            backend=backend,
+            backend=settings.backend,
         )
         return _loss.run_weight_gradient(source, selected, settings)
 
@@ -229,40 +191,22 @@ def _(student_hidden_states, teacher_hidden_states, lm_head_weight, teacher_lm_h
 
 
 @torch.library.custom_op("paint_kernels::paint_loss_from_logits", mutates_args=())
+@takes_settings
 def paint_loss_from_logits(
     student_logits: Tensor,
     teacher_logits: Tensor,
     cu_seqlens: Tensor,
     token_weights: Tensor | None,
     with_gradient: bool,
-    temperature: float,
-    divergence: str,
-    jsd_weight: float,
-    pointwise_clip: float | None,
-    top_fraction: float,
-    interpolation_weight: float,
-    teacher_top_k: int | None,
-    entropy_floor: float,
-    backend: str,
+    settings: LossSettings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss, (6, N) token values, (N,) selected, grad_logits (empty if unwanted)."""
     check_cu_seqlens_values(cu_seqlens, student_logits.shape[0])
-    settings = LossSettings(
-        temperature,
-        divergence,
-        jsd_weight,
-        pointwise_clip,
-        top_fraction,
-        interpolation_weight,
-        teacher_top_k,
-        entropy_floor,
-        backend,
-    )
     num_rows, vocab_size = student_logits.shape
     # The logits are there already, and their gradient too: only copies of them need chunks.
     most = max(1, num_rows)
     row_major = student_logits.stride(1) == teacher_logits.stride(1) == 1
-    if backend == "torch" or teacher_top_k is not None or not row_major:
+    if settings.backend == "torch" or settings.teacher_top_k is not None or not row_major:
         most = most_rows(vocab_size, vocab_size, student_logits.device)
     whole = _loss.finds_statistics_first(settings)
     chunks = plan_chunks(cu_seqlens, num_rows, most, whole=whole)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from paint_kernels._matmul import compute_dtype
+from paint_kernels._settings import LossSettings
 from paint_kernels._torch_divergences import DIVERGENCES, Block
-from paint_kernels._types import LossSettings, RowValues, TokenStats
+from paint_kernels._types import RowValues, TokenStats
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-    from paint_kernels._types import LossSettings
+    from paint_kernels._settings import LossSettings
 
 LARGEST_LOG_RATIO = 80.0
 """of log q - log p in the JSD: beyond it one side has no weight, and its exponential is finite"""

@@ -14,7 +14,8 @@ import triton
 from torch import Tensor
 
 from paint_kernels import _triton_kernels as kernels
-from paint_kernels._types import LossSettings, RowValues, TokenStats
+from paint_kernels._settings import LossSettings
+from paint_kernels._types import RowValues, TokenStats
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

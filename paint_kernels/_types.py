@@ -1,9 +1,8 @@
-"""What the public functions return, and the settings that cross into the opaque operators."""
+"""What the public functions and the row kernels return."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -56,35 +55,3 @@ class RowValues(NamedTuple):
     student_entropy: Float[Tensor, " R"]
     target_entropy: Float[Tensor, " R"]
     """of the teacher, after the interpolation where there is one"""
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """The numbers of the objective, checked, in the order in which the operators take them."""
-
-    temperature: float
-    divergence: str
-    jsd_weight: float
-    pointwise_clip: float | None
-    top_fraction: float
-    interpolation_weight: float
-    teacher_top_k: int | None
-    entropy_floor: float
-    backend: str
-
-    def as_arguments(self) -> tuple[Any, ...]:
-        return (
-            self.temperature,
-            self.divergence,
-            self.jsd_weight,
-            self.pointwise_clip,
-            self.top_fraction,
-            self.interpolation_weight,
-            self.teacher_top_k,
-            self.entropy_floor,
-            self.backend,
-        )
-
-    @property
-    def interpolates(self) -> bool:
-        return self.top_fraction > 0 and self.interpolation_weight > 0

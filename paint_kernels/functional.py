@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ from paint_kernels._checks import (
     check_positive,
     check_projection,
     check_same_rows,
-    check_settings,
+    check_top_k,
     local_tensor,
     resolve_backend,
     resolve_vocab_size,
 )
 from paint_kernels._matmul import compute_dtype
+from paint_kernels._settings import LossOptions, LossSettings, lists_options
 from paint_kernels._types import PaintLossOutput, TokenLogprobs, TokenStats
 from paint_kernels.selection import rollout_ids
 
@@ -220,23 +221,17 @@ def token_logprobs(
     return TokenLogprobs(logprobs, entropy.detach())
 
 
+@lists_options
 def paint_loss_from_logits(
     student_logits: Float[Tensor, "N V"],
     teacher_logits: Float[Tensor, "N V"],
     cu_seqlens: Int[Tensor, " B+1"],
     *,
-    temperature: float = 1.0,
-    divergence: str = "forward_kl",
-    jsd_weight: float = 0.5,
-    pointwise_clip: float | None = 0.06,
-    top_fraction: float = 0.03,
-    interpolation_weight: float = 0.03,
-    teacher_top_k: int | None = None,
-    entropy_floor: float = 1e-6,
     vocab_size: int | None = None,
     reduction: str = "sequence_mean",
     denominator: float | Tensor | None = None,
     backend: str = "auto",
+    **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
     """`paint_loss` for a trainer that already holds the logits of both models.
 
@@ -253,29 +248,20 @@ def paint_loss_from_logits(
     teacher = local_tensor("teacher_logits", teacher_logits).detach()
     vocab_size = _check_logits(student, teacher, cu_seqlens, vocab_size)
     dtype = compute_dtype(student, teacher)
-    settings = check_settings(
-        temperature=temperature,
-        divergence=divergence,
-        jsd_weight=jsd_weight,
-        pointwise_clip=pointwise_clip,
-        top_fraction=top_fraction,
-        interpolation_weight=interpolation_weight,
-        teacher_top_k=teacher_top_k,
-        entropy_floor=entropy_floor,
-        vocab_size=vocab_size,
-        backend=resolve_backend(backend, student.device, dtype),
-    )
+    settings = LossSettings(backend=resolve_backend(backend, student.device, dtype), **options)
+    check_top_k(settings.teacher_top_k, vocab_size)
     loss, table, selected, _ = _ops.paint_loss_from_logits(
         student[:, :vocab_size],
         teacher[:, :vocab_size],
         cu_seqlens,
         _token_weights(cu_seqlens, student.shape[0], reduction, denominator, dtype, student.device),
         _wants_gradient(student),
-        *settings.as_arguments(),
+        *settings.arguments(),
     )
     return _output(loss, table, selected)
 
 
+@lists_options
 def paint_loss(
     student_hidden_states: Float[Tensor, "N H"],
     teacher_hidden_states: Float[Tensor, "N H_T"],
@@ -283,18 +269,11 @@ def paint_loss(
     cu_seqlens: Int[Tensor, " B+1"],
     *,
     teacher_lm_head_weight: Float[Tensor, "V H_T"] | None = None,
-    temperature: float = 1.0,
-    divergence: str = "forward_kl",
-    jsd_weight: float = 0.5,
-    pointwise_clip: float | None = 0.06,
-    top_fraction: float = 0.03,
-    interpolation_weight: float = 0.03,
-    teacher_top_k: int | None = None,
-    entropy_floor: float = 1e-6,
     vocab_size: int | None = None,
     reduction: str = "sequence_mean",
     denominator: float | Tensor | None = None,
     backend: str = "auto",
+    **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
     """The output projection and the PAINT loss in one, without a tensor of N x V logits.
 
@@ -364,18 +343,8 @@ def paint_loss(
         teacher_weight = _as_autocast_would(teacher_weight)
     heads = [weight] if teacher_weight is None else [weight, teacher_weight]
     dtype = compute_dtype(student, teacher, *heads)
-    settings = check_settings(
-        temperature=temperature,
-        divergence=divergence,
-        jsd_weight=jsd_weight,
-        pointwise_clip=pointwise_clip,
-        top_fraction=top_fraction,
-        interpolation_weight=interpolation_weight,
-        teacher_top_k=teacher_top_k,
-        entropy_floor=entropy_floor,
-        vocab_size=vocab_size,
-        backend=resolve_backend(backend, student.device, dtype),
-    )
+    settings = LossSettings(backend=resolve_backend(backend, student.device, dtype), **options)
+    check_top_k(settings.teacher_top_k, vocab_size)
     loss, table, selected, _, _ = _ops.paint_loss(
         student,
         teacher,
@@ -385,6 +354,6 @@ def paint_loss(
         _token_weights(cu_seqlens, student.shape[0], reduction, denominator, dtype, student.device),
         _wants_gradient(student),
         _wants_gradient(weight),
-        *settings.as_arguments(),
+        *settings.arguments(),
     )
     return _output(loss, table, selected)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from paint_kernels._settings import LossOptions, LossSettings, lists_options
 from paint_kernels._types import PaintLossOutput
 from paint_kernels.functional import paint_loss
 
@@ -20,33 +21,18 @@ class PaintLoss(nn.Module):
     The keyword arguments are those of `paint_loss` that do not change from batch to batch.
     """
 
+    @lists_options
     def __init__(
         self,
         *,
-        temperature: float = 1.0,
-        divergence: str = "forward_kl",
-        jsd_weight: float = 0.5,
-        pointwise_clip: float | None = 0.06,
-        top_fraction: float = 0.03,
-        interpolation_weight: float = 0.03,
-        teacher_top_k: int | None = None,
-        entropy_floor: float = 1e-6,
         vocab_size: int | None = None,
         reduction: str = "sequence_mean",
         backend: str = "auto",
+        **options: Unpack[LossOptions],
     ) -> None:
         super().__init__()
-        self.temperature = temperature
-        self.divergence = divergence
-        self.jsd_weight = jsd_weight
-        self.pointwise_clip = pointwise_clip
-        self.top_fraction = top_fraction
-        self.interpolation_weight = interpolation_weight
-        self.teacher_top_k = teacher_top_k
-        self.entropy_floor = entropy_floor
-        self.vocab_size = vocab_size
-        self.reduction = reduction
-        self.backend = backend
+        self.vocab_size, self.reduction = vocab_size, reduction
+        self.settings = LossSettings(backend=backend, **options)
 
     def forward(
         self,
@@ -84,26 +70,16 @@ class PaintLoss(nn.Module):
             lm_head_weight,
             cu_seqlens,
             teacher_lm_head_weight=teacher_lm_head_weight,
-            temperature=self.temperature,
-            divergence=self.divergence,
-            jsd_weight=self.jsd_weight,
-            pointwise_clip=self.pointwise_clip,
-            top_fraction=self.top_fraction,
-            interpolation_weight=self.interpolation_weight,
-            teacher_top_k=self.teacher_top_k,
-            entropy_floor=self.entropy_floor,
             vocab_size=self.vocab_size,
             reduction=self.reduction,
             denominator=denominator,
-            backend=self.backend,
+            **self.settings.keywords(),
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.divergence}, temperature={self.temperature}, "
-            f"pointwise_clip={self.pointwise_clip}, top_fraction={self.top_fraction}, "
-            f"interpolation_weight={self.interpolation_weight}, reduction={self.reduction!r}"
-        )
+        kept = {"vocab_size": self.vocab_size, "reduction": self.reduction}
+        kept = self.settings.keywords() | kept
+        return ", ".join(f"{name}={value!r}" for name, value in kept.items())
 
 
 def pack(

@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
 
+from paint_kernels._settings import LossOptions, LossSettings, lists_options
 from paint_kernels._types import PaintLossOutput, TokenLogprobs, TokenStats
 
 if TYPE_CHECKING:
@@ -141,43 +142,46 @@ def reduce_tokens(
     return total / (max(len(means), 1) if denominator is None else denominator)
 
 
+@lists_options
 def paint_loss_from_logits(
     student_logits: Float[Tensor, "N V"],
     teacher_logits: Float[Tensor, "N V"],
     cu_seqlens: Int[Tensor, " B+1"],
     *,
-    temperature: float = 1.0,
-    divergence: str = "forward_kl",
-    jsd_weight: float = 0.5,
-    pointwise_clip: float | None = 0.06,
-    top_fraction: float = 0.03,
-    interpolation_weight: float = 0.03,
-    teacher_top_k: int | None = None,
-    entropy_floor: float = 1e-6,
     vocab_size: int | None = None,
     reduction: str = "sequence_mean",
     denominator: float | Tensor | None = None,
+    **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
+    settings = LossSettings(**options)
     student_logits = at_least_float32(student_logits[:, :vocab_size])
     teacher_logits = at_least_float32(teacher_logits[:, :vocab_size]).detach()
-    if teacher_top_k is not None:
+    if settings.teacher_top_k is not None:
         order = torch.sort(teacher_logits, dim=-1, descending=True, stable=True).indices
-        largest = order[:, :teacher_top_k]
+        largest = order[:, : settings.teacher_top_k]
         student_logits = student_logits.gather(1, largest)
         teacher_logits = teacher_logits.gather(1, largest)
 
     student_masked, teacher_masked = masked_rows(student_logits), masked_rows(teacher_logits)
-    log_p_student = log_probabilities(student_logits, temperature)
+    log_p_student = log_probabilities(student_logits, settings.temperature)
     with torch.no_grad():
         student_entropy = entropy_of(log_p_student).masked_fill(student_masked, 0.0)
-        teacher_entropy = entropy_of(log_probabilities(teacher_logits, temperature))
+        teacher_entropy = entropy_of(log_probabilities(teacher_logits, settings.temperature))
         teacher_entropy = teacher_entropy.masked_fill(teacher_masked, 0.0)
-        entropy_ratio = teacher_entropy / student_entropy.clamp(min=entropy_floor)
-        selected = select_top_fraction(entropy_ratio, cu_seqlens, top_fraction)
-        target_logits = interpolate(teacher_logits, student_logits, selected, interpolation_weight)
-        log_p_target = log_probabilities(target_logits, temperature)
+        entropy_ratio = teacher_entropy / student_entropy.clamp(min=settings.entropy_floor)
+        selected = select_top_fraction(entropy_ratio, cu_seqlens, settings.top_fraction)
+        target_logits = interpolate(
+            teacher_logits, student_logits, selected, settings.interpolation_weight
+        )
+        log_p_target = log_probabilities(target_logits, settings.temperature)
 
-    values = clipped_divergence(log_p_student, log_p_target, divergence, jsd_weight, pointwise_clip)
+    values = clipped_divergence(
+        log_p_student,
+        log_p_target,
+        settings.divergence,
+        settings.jsd_weight,
+        settings.pointwise_clip,
+    )
     # A row that is masked on either side compares nothing: it counts as a token with loss 0.
     usable = ~(student_masked | masked_rows(target_logits))
     token_loss, token_kl, clipped_mass = (torch.where(usable, value, 0.0) for value in values)
@@ -193,6 +197,7 @@ def paint_loss_from_logits(
     )
 
 
+@lists_options
 def paint_loss(
     student_hidden_states: Float[Tensor, "N H"],
     teacher_hidden_states: Float[Tensor, "N H_T"],
@@ -200,34 +205,20 @@ def paint_loss(
     cu_seqlens: Int[Tensor, " B+1"],
     *,
     teacher_lm_head_weight: Float[Tensor, "V H_T"] | None = None,
-    temperature: float = 1.0,
-    divergence: str = "forward_kl",
-    jsd_weight: float = 0.5,
-    pointwise_clip: float | None = 0.06,
-    top_fraction: float = 0.03,
-    interpolation_weight: float = 0.03,
-    teacher_top_k: int | None = None,
-    entropy_floor: float = 1e-6,
     vocab_size: int | None = None,
     reduction: str = "sequence_mean",
     denominator: float | Tensor | None = None,
+    **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
     teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
     return paint_loss_from_logits(
         project(student_hidden_states, lm_head_weight),
         project(teacher_hidden_states, teacher_weight).detach(),
         cu_seqlens,
-        temperature=temperature,
-        divergence=divergence,
-        jsd_weight=jsd_weight,
-        pointwise_clip=pointwise_clip,
-        top_fraction=top_fraction,
-        interpolation_weight=interpolation_weight,
-        teacher_top_k=teacher_top_k,
-        entropy_floor=entropy_floor,
         vocab_size=vocab_size,
         reduction=reduction,
         denominator=denominator,
+        **options,
     )
 
 

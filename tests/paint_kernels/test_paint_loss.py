@@ -5,10 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paint_kernels import _loss, _matmul, _plan, _torch_backend, paint_loss, reference
+from paint_kernels import LossSettings, _loss, _matmul, _plan, _torch_backend, paint_loss, reference
 from paint_kernels._sources import HiddenSource
 from paint_kernels._torch_divergences import DIVERGENCES
-from paint_kernels._types import LossSettings
 
 LOW_CLIPS = dict.fromkeys(DIVERGENCES, 1e-3) | {"jsd": 1e-5}
 """low enough to clip something where the teacher is close to the student"""
@@ -243,7 +242,7 @@ def test_no_tensor_of_the_size_of_the_logits(build):
 
     batch = build((60, 40), 300).trainable(head=False)
     with LargestTensor() as largest:
-        settings = LossSettings(1.0, "forward_kl", 0.5, 0.06, 0.03, 0.03, None, 1e-6, "torch")
+        settings = LossSettings(backend="torch")
         most = _plan.most_rows(300, 16, torch.device("cpu"))
         chunks = _plan.plan_chunks(batch.cu_seqlens, 100, most, whole=False)
         source = HiddenSource(

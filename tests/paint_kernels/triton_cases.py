@@ -13,6 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from paint_kernels import (
+    LossSettings,
     _loss,
     _ops,
     _plan,
@@ -25,7 +26,6 @@ from paint_kernels import (
     token_stats,
 )
 from paint_kernels._torch_divergences import DIVERGENCES
-from paint_kernels._types import LossSettings
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MOST_ROWS = 9
@@ -210,7 +210,9 @@ def test_offsets_past_two_to_the_31(error):
     stats = _triton_backend.row_stats(spread[0], 1.0)
     torch.testing.assert_close(stats.logsumexp.cpu(), student.float().logsumexp(-1))
     marked = torch.tensor([True, False, True], device=DEVICE)
-    settings = LossSettings(1.0, "forward_kl", 0.5, None, 0.5, 0.5, None, 1e-6, "triton")
+    settings = LossSettings(
+        pointwise_clip=None, top_fraction=0.5, interpolation_weight=0.5, backend="triton"
+    )
     _triton_backend.row_loss(*spread[:2], marked, settings, spread[2])
     wide, kept = student.double().requires_grad_(), teacher.double()
     target = torch.where(marked.cpu()[:, None], 0.5 * (kept + wide.detach()), kept)
@@ -327,13 +329,20 @@ def test_no_tokens_and_one(build, check, lengths, divergence):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_opcheck(build, divergence):
     batch = build((5, 0, 7), 61, device=DEVICE).trainable()
-    options = (0.9, divergence, 0.3, 0.06, 0.3, 0.3, None, 1e-6, "triton")
+    settings = LossSettings(
+        temperature=0.9,
+        divergence=divergence,
+        jsd_weight=0.3,
+        top_fraction=0.3,
+        interpolation_weight=0.3,
+        backend="triton",
+    )
     weights = torch.rand(12, device=DEVICE)
     torch.library.opcheck(
         _ops.paint_loss,
         (
             *(batch.student, batch.teacher, batch.weight, None, batch.cu_seqlens),
-            *(weights, True, True, *options),
+            *(weights, True, True, *settings.arguments()),
         ),
     )
 
