@@ -6,8 +6,8 @@ distillation loss by one differentiable call whose memory does not grow with N x
     output = paint_loss(student_hidden, teacher_hidden, model.lm_head.weight, cu_seqlens)
     output.loss.backward()
 
-`reference` holds the same functions in plain PyTorch, as the specification. Nothing here knows a
-config, a model library or a process group.
+`reference` specifies the same functions in plain PyTorch. Nothing here depends on a configuration,
+a model library or a process group.
 """
 
 from paint_kernels import reference

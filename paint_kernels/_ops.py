@@ -1,10 +1,9 @@
-"""The opaque operators, one per public op: torch.compile sees one node and traces no chunk loop.
+"""The loss as opaque operators: torch.compile sees one node and does not trace the chunk loop.
 
-Gradients by the hidden states (or logits) are computed in the forward pass, one unweighted row a
-token, and scaled out of place in the backward pass: any upstream gradient and any number of
-backward passes work. The head's gradient needs the weight of each token before it is summed. The
-forward pass knows it for a reduced loss; for per-token losses the backward pass computes the head's
-gradient anew.
+The forward pass computes the gradient by the hidden states (or logits), one unweighted row per
+token. The backward pass scales it out of place, so that any upstream gradient and any number of
+backward passes work. The head's gradient sums over tokens, so it needs their weights. The forward
+pass has them for a reduced loss. For per-token losses the backward pass recomputes the logits.
 """
 
 import torch
@@ -19,12 +18,12 @@ from paint_kernels._sources import HiddenSource, LogitsSource
 
 
 def no_autocast(tensor: Tensor) -> torch.autocast:
-    """Autocast would round the logits to half precision."""
+    """Disables autocast, which would round the logits to half precision."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def no_second_derivative() -> None:
-    """The kept gradients are constants to autograd, so create_graph would silently miss terms."""
+    """Refuses create_graph: the kept gradients are constants, so it would miss terms."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "paint_kernels has first derivatives only: call backward without create_graph."
@@ -32,17 +31,17 @@ def no_second_derivative() -> None:
 
 
 def _reduced(token_loss: Tensor, token_weights: Tensor | None) -> Tensor:
-    # A copy, because an operator's outputs may not share memory.
+    # A copy, because the outputs of an operator must not share memory.
     return token_loss.clone() if token_weights is None else (token_loss * token_weights).sum()
 
 
 def _upstream(grad_loss: Tensor, token_weights: Tensor | None) -> Tensor:
-    """(N,) gradient of the final objective by each token's loss."""
+    """(N,) gradient of the final scalar by each token's loss."""
     return grad_loss if token_weights is None else grad_loss * token_weights
 
 
 def scaled_rows(rows: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    # Into the result at once: a product followed by a cast would hold a float32 copy of it.
+    # `out` casts on the fly. A product followed by a cast would hold a float32 copy.
     scaled = rows.new_empty(rows.shape, dtype=dtype)
     return torch.mul(rows, upstream[:, None], out=scaled)
 
@@ -60,10 +59,10 @@ def paint_loss(
     with_weight_gradient: bool,
     settings: LossSettings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, (6, N) token values, (N,) selected, grad_hidden, grad_weight (empty if unwanted).
+    """Returns loss, (6, N) token values, (N,) selected, grad_hidden, grad_weight (or empty).
 
-    Rows of grad_hidden are each token's own, unweighted, in float32 or better: the one rounding to
-    the dtype of the hidden states comes after the upstream gradient's.
+    Rows of grad_hidden are unweighted, in float32 or better. They are rounded to the dtype of the
+    hidden states once, after the upstream gradient has scaled them.
     """
     check_cu_seqlens_values(cu_seqlens, student_hidden_states.shape[0])
     teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
@@ -164,7 +163,7 @@ def paint_loss_weight_gradient(
     token_weights: Tensor,
     settings: LossSettings,
 ) -> Tensor:
-    """The head's gradient of sum(token_weights * token_loss), float32 or better."""
+    """Returns the gradient of sum(token_weights * token_loss) by the head, float32 or better."""
     teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
     vocab_size, hidden_size = lm_head_weight.shape
     most = most_rows(vocab_size, hidden_size, lm_head_weight.device)
@@ -200,10 +199,10 @@ def paint_loss_from_logits(
     with_gradient: bool,
     settings: LossSettings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, (6, N) token values, (N,) selected, grad_logits (empty if unwanted)."""
+    """Returns loss, (6, N) token values, (N,) selected, grad_logits (or empty)."""
     check_cu_seqlens_values(cu_seqlens, student_logits.shape[0])
     num_rows, vocab_size = student_logits.shape
-    # The logits are there already, and their gradient too: only copies of them need chunks.
+    # Logits and gradient exist whole already. Chunks only bound the copies that are made of them.
     most = max(1, num_rows)
     row_major = student_logits.stride(1) == teacher_logits.stride(1) == 1
     if settings.backend == "torch" or settings.teacher_top_k is not None or not row_major:

@@ -80,6 +80,7 @@ class LossSettings:
         check_fraction("interpolation_weight", self.interpolation_weight)
         check_positive("entropy_floor", self.entropy_floor)
         check_choice("backend", self.backend, BACKENDS)
+        # An int, a NumPy number or a 0-d tensor becomes the float that operators declare.
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in (float, float | None) and value is not None:

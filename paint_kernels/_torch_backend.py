@@ -1,10 +1,10 @@
-"""Row computations in PyTorch: what lies between the GEMMs, the fast path on a CPU.
+"""The row functions in PyTorch: what lies between the matrix products, and the fast path on a CPU.
 
-Rows are worked off in blocks whose buffers stay in the cache, in place and without boolean masks:
-on a CPU a comparison into a float buffer runs eight times faster than one into booleans, and
-masked_fill fifty times slower than a product. The largest logit of a row is left out of every sum,
-so that entropies and gradients of confident rows keep their digits (log1p instead of log, and
-gradients of a row that add up to 0).
+Rows are processed in blocks whose buffers stay in the cache, in place and without boolean masks. On
+a CPU a comparison into a float buffer runs eight times faster than one into booleans, and
+masked_fill fifty times slower than a product. Every sum leaves the largest logit of a row out, so
+that entropies and gradients of confident rows keep their digits: log1p replaces log, and the
+gradients of a row add up to 0.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 BLOCK_ELEMENTS = 2**18
-"""float32 elements of a row block: 1 MiB a buffer, of which five are live"""
+"""float32 elements of a block: five buffers of 1 MiB are live"""
 TILE = 1024
 NEGATIVE_INFINITY = -1e38
-"""stands for -inf in differences, so that 0 * -inf does not arise; its exponential is 0"""
+"""replaces -inf in differences, so that 0 * -inf does not occur; its exponential is 0"""
 INFINITE_DIVERGENCE = 1e9
-"""above any finite divergence, and below any that a NEGATIVE_INFINITY went into with a probability
-of 1e-29 or more"""
+"""above any finite divergence, and below any with NEGATIVE_INFINITY at a probability of 1e-29 or
+more"""
 
 
 class Shifted(NamedTuple):
@@ -58,7 +58,7 @@ def row_blocks(logits: Float[Tensor, "R V"]) -> Iterator[slice]:
 
 
 def row_argmax(x: Float[Tensor, "R V"]) -> tuple[Float[Tensor, "R 1"], Int[Tensor, "R 1"]]:
-    """Row maxima and a place of each, by tiles: several times faster than max(dim=-1) on a CPU."""
+    """Row maxima and where they are, by tiles: several times faster than max(dim=-1) on a CPU."""
     num_columns = x.shape[1]
     whole = num_columns - num_columns % TILE
     if whole == 0 or x.device.type != "cpu":
@@ -74,10 +74,10 @@ def row_argmax(x: Float[Tensor, "R V"]) -> tuple[Float[Tensor, "R 1"], Int[Tenso
 
 
 def row_sum(x: Float[Tensor, "R V"]) -> Float[Tensor, "R 1"]:
-    """Row sums in float64, of float32 sums over tiles: an error near 1e-10, not 1e-7.
+    """Row sums in float64 of float32 sums over tiles, with an error near 1e-10 instead of 1e-7.
 
-    The normalisers enter log p~ - log p_S of every entry of a row alike, so their error shifts a
-    row's divergence by as much, and 1e-7 is a thousandth of the small ones.
+    The error of a normaliser enters log p~ - log p_S of every entry of its row alike, and so shifts
+    the row's divergence by as much: 1e-7 is a thousandth of a small divergence.
     """
     whole = x.shape[1] - x.shape[1] % TILE
     total = x[:, whole:].sum(dim=-1, keepdim=True, dtype=torch.float64)
@@ -91,8 +91,11 @@ def shift(
     x: Float[Tensor, "R V"],
     exponentials: Float[Tensor, "R V"],
 ) -> Shifted:
-    """Fills the two buffers. H = log1p(s) - t / (1 + s), with s the sum of exp(x) and t that of
-    x exp(x) over all entries but the largest."""
+    """Fills the two buffers.
+
+    The entropy is H = log1p(s) - t / (1 + s), where s is the sum of exp(x) and t the sum of
+    x exp(x), both over all entries but the largest.
+    """
     maximum, largest = row_argmax(logits)
     maximum = maximum.to(x.dtype)
     finite_maximum = torch.where(maximum == -math.inf, 0.0, maximum)
@@ -147,7 +150,7 @@ def interpolate(
     rows: Bool[Tensor, " R"],
     weight: float,
 ) -> Float[Tensor, "R V"]:
-    """(1-k) z_T + k z_S on the rows marked (Eq. 12), z_T elsewhere."""
+    """(1-k) z_T + k z_S in the marked rows (Eq. 12), z_T elsewhere."""
     teacher, student = teacher.to(compute_dtype(teacher)), student.to(compute_dtype(student))
     mixed = student if weight == 1 else (1 - weight) * teacher + weight * student
     return torch.where(rows[:, None], mixed, teacher)
@@ -163,10 +166,10 @@ def row_loss(
     gradient_scale: float = 1.0,
     stats: tuple[TokenStats, TokenStats] | None = None,
 ) -> RowValues:
-    """Clipped divergence of each row; fills `gradient`, that of the row's loss by the raw logits.
+    """Clipped divergence of each row. Fills `gradient` with that of its loss by the raw logits.
 
-    `gradient` (times `gradient_scale`) may be `student_logits` itself: a block of rows is read
-    before it is written. `stats` are of no use here: a block's sums come with its exponentials.
+    `gradient`, which is multiplied by `gradient_scale`, may be `student_logits` itself: a block of
+    rows is read before it is written. `stats` is unused: the sums come with the exponentials.
     """
     scratch = buffers(5, student_logits)
     values = RowValues(*scratch.new_empty(5, student_logits.shape[0]))
@@ -211,15 +214,15 @@ def _block_loss(
         return token_loss, token_kl, clipped_mass, f
 
     gradient = divergence.gradient(block, f, unclipped, unclipped_mass)
-    # The row's gradient adds up to 0: its largest entry takes what the others leave.
+    # A row's gradient adds up to 0, so its largest entry is minus the sum of the others.
     gradient.scatter_(1, s.largest, 0.0)
     gradient.scatter_(1, s.largest, -gradient.sum(dim=-1, keepdim=True))
     return token_loss, token_kl, clipped_mass, gradient
 
 
 def _block(s: Shifted, t: Shifted, spare: Float[Tensor, "R V"]) -> Block:
-    """Both distributions in the buffers of `s` and `t`."""
-    # A row without one finite logit on either side has no loss: both its sides are set to 0.
+    """Makes both distributions, in the buffers of `s` and `t`."""
+    # A row without a finite logit on either side has loss 0: both distributions are set to 0.
     usable = (s.maximum != -math.inf) & (t.maximum != -math.inf)
     dtype = s.x.dtype
     q = t.exponentials.scatter_(1, t.largest, 1.0)

@@ -1,11 +1,11 @@
 """The divergences in PyTorch: summands of a block of rows, and gradients by the student's logits.
 
 The keys of `DIVERGENCES` are the values of the setting `divergence`. `_triton_divergences` has the
-same formulas for the GPU, and `reference.divergence_terms` the specification.
+same formulas for the GPU, and `reference.divergence_terms` their specification.
 
-With student p, target q and d = log q - log p, a divergence is the sum of f over the vocabulary,
-and g = df / d log p. Where u is 1 on the unclipped entries and 0 elsewhere, the gradient by
-x_S = z_S / T is g u - p sum(g u). Everything works in place, in buffers that stay in the cache.
+For student p, target q and d = log q - log p, a divergence is the sum of its summands f over the
+vocabulary. With g = df / d log p, and u = 1 for unclipped entries and 0 for the others, its
+gradient by x_S = z_S / T is g u - p sum(g u). Everything is computed in place.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ if TYPE_CHECKING:
     from paint_kernels._settings import LossSettings
 
 LARGEST_LOG_RATIO = 80.0
-"""of log q - log p in the JSD: beyond it one side has no weight, and its exponential is finite"""
+"""bound of |log q - log p|, where one side has no weight left and exponentials are still finite"""
 
 
 @dataclass
 class Block:
-    """A block of rows, in buffers that a divergence overwrites."""
+    """The distributions of a block of rows, in buffers that a divergence overwrites."""
 
     exponentials: Float[Tensor, "R V"]
-    """exp(x_S - m) for the row's largest entry m, where it is 0; times `scale`, the student's p"""
+    """exp((z_S - m) / T) with the row's largest logit m, but 0 at m; times `scale` they are p"""
     scale: Float[Tensor, "R 1"]
     largest: Int[Tensor, "R 1"]
     """column of m"""
     q: Float[Tensor, "R V"]
     d: Float[Tensor, "R V"]
     g: Float[Tensor, "R V"]
-    """free, to hold df / d log p until the gradient is computed"""
+    """free to keep df / d log p until the gradient is computed"""
     spare: Float[Tensor, "R V"]
 
     def p(self) -> Float[Tensor, "R V"]:
-        """The student's probabilities, in place of the exponentials: to be called once."""
+        """Turns the exponentials into the student's probabilities, in place. Call it once."""
         return self.exponentials.scatter_(1, self.largest, 1.0).mul_(self.scale)
 
 
 class SmallDivergence(NamedTuple):
-    """A row's sum of f, free of the rounding errors that outweigh a small divergence."""
+    """The sum of f, without the rounding errors that outweigh a small divergence."""
 
     sum: Float[Tensor, "R 1"]
     holds: Bool[Tensor, "R 1"]
@@ -62,9 +62,10 @@ class Terms(NamedTuple):
 def small_divergence(
     a: Float[Tensor, "R V"], log_ratio: Float[Tensor, "R V"], spare: Float[Tensor, "R V"]
 ) -> SmallDivergence:
-    """sum of a (x + exp(-x) - 1) = a log(a/b) - a + b for x = log(a/b), whose -a + b adds up to 0.
+    """The sum of a (x + exp(-x) - 1) = a log(a/b) - a + b, where x = log(a/b) and -a + b sums to 0.
 
-    An error of x, from the rounding of logits, enters this sum times x, and that of a x whole.
+    An error of x, from rounded logits, enters this sum multiplied by x, but enters the sum of a x
+    undiminished.
     """
     torch.neg(log_ratio, out=spare).expm1_().add_(log_ratio)
     total = torch.linalg.vecdot(a, spare)[:, None]
@@ -80,7 +81,7 @@ def forward_kl_terms(block: Block, settings: LossSettings) -> Terms:
 def forward_kl_gradient(
     block: Block, f: Tensor, unclipped: Tensor | None, unclipped_mass: Tensor
 ) -> Tensor:
-    """p sum(q u) - q u. `block.q` is q u by now, and sum(q u) is `unclipped_mass`."""
+    """p sum(q u) - q u. `block.q` holds q u by now, and `unclipped_mass` is its sum."""
     return torch.sub(block.exponentials.mul_(block.scale * unclipped_mass), block.q, out=block.g)
 
 
@@ -96,7 +97,7 @@ def reverse_kl_gradient(
 ) -> Tensor:
     """p C + f u - p (1 - u) with C = sum(p (1 - u) - f u).
 
-    That is g u - p sum(g u) without the cancellation of p - p sum(p).
+    This equals g u - p sum(g u), without the cancellation in p - p sum(p).
     """
     p = block.exponentials
     if unclipped is not None:
@@ -128,7 +129,7 @@ def gradient_of_slope(
 class Divergence(NamedTuple):
     terms: Callable[[Block, LossSettings], Terms]
     gradient: Callable[[Block, Tensor, Tensor | None, Tensor], Tensor]
-    """of the block, f (clipped already), u and sum(q u); u is None where there is no clip"""
+    """takes the block, f (clipped by now), u (None without a clip) and sum(q u)"""
 
 
 DIVERGENCES = {

@@ -1,4 +1,4 @@
-"""`PaintLoss`: the loss with its settings kept, for packed and for padded hidden states."""
+"""`PaintLoss`: the loss as a module, for packed or padded hidden states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 class PaintLoss(nn.Module):
     """`paint_loss` as a module without parameters.
 
-    The keyword arguments are those of `paint_loss` that do not change from batch to batch.
+    Args:
+        vocab_size, reduction, backend: as in `paint_loss`.
+        options: the settings of the loss, described in `LossSettings`.
+
+    Raises:
+        ValueError: for a setting out of its range, when the module is built.
     """
 
     @lists_options
@@ -45,11 +50,23 @@ class PaintLoss(nn.Module):
         teacher_lm_head_weight: Float[Tensor, "V H_T"] | None = None,
         denominator: float | Tensor | None = None,
     ) -> PaintLossOutput:
-        """The loss of packed hidden states with `cu_seqlens`, or of padded ones with `loss_mask`.
+        """Computes the loss of packed or of padded hidden states.
 
-        Packed are (N, H), padded (B, T, H). `loss_mask` (B, T) is True on the positions to keep,
-        whatever tokens stand there; the N kept ones are the rows of the result, rollout after
-        rollout. On a GPU the host waits for their number.
+        Args:
+            student_hidden_states: (N, H) with `cu_seqlens`, or (B, T, H) with `loss_mask`.
+            teacher_hidden_states: (N, H_T) or (B, T, H_T), likewise; constant.
+            lm_head_weight: (V, H).
+            cu_seqlens: (B+1,), the bounds of packed rollouts.
+            loss_mask: (B, T) bool, True at the positions to keep, whatever their tokens. The kept
+                positions, rollout after rollout, are the N rows of the result. On a GPU the host
+                waits for their number.
+            teacher_lm_head_weight, denominator: as in `paint_loss`.
+
+        Returns:
+            PaintLossOutput.
+
+        Raises:
+            ValueError: as `paint_loss`, and without exactly one of `cu_seqlens` and `loss_mask`.
         """
         if (cu_seqlens is None) == (loss_mask is None):
             raise ValueError(
@@ -85,15 +102,15 @@ class PaintLoss(nn.Module):
 def pack(
     name: str, hidden_states: Float[Tensor, "B T H"], loss_mask: Bool[Tensor, "B T"]
 ) -> tuple[Float[Tensor, "N H"], Int[Tensor, " B+1"]]:
-    """The kept positions row after row, and their bounds."""
+    """The kept positions, rollout after rollout, and their bounds."""
     if loss_mask.dtype != torch.bool or hidden_states.shape[:-1] != loss_mask.shape:
         raise ValueError(
             f"loss_mask is {loss_mask.dtype} of shape {tuple(loss_mask.shape)}, {name} has shape "
             f"{tuple(hidden_states.shape)}: they must be bool (B, T) and (B, T, H), True on kept "
             "positions."
         )
-    # Picking rows by a mask waits for their number anyway, and bounds on the host let the loss keep
-    # whole rollouts together.
+    # Indexing by a mask waits for the number of rows anyway, and with bounds on the host the loss
+    # keeps whole rollouts together.
     lengths = loss_mask.sum(dim=1).cpu()
     cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     return hidden_states[loss_mask], cu_seqlens

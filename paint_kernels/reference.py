@@ -1,8 +1,8 @@
-"""Every op in plain PyTorch with the full logits: the specification, and the tests' measure.
+"""The specification: every public function in plain PyTorch, with the full logits.
 
-Any floating dtype; half precision is computed in float32. Gradients come from autograd. The
-arguments are those of the public functions of the same names, without `backend`; nothing is checked
-here.
+The tests compare the fused functions with these in float64. Any floating dtype is accepted; half
+precision is computed in float32. Gradients come from autograd. Arguments are those of the public
+functions of the same names, without `backend`. Tensors are not checked.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def project(
 
 
 def masked_rows(logits: Float[Tensor, "N V"]) -> Bool[Tensor, " N"]:
-    """Rows in which every logit is -inf: they define no distribution."""
+    """True for rows in which every logit is -inf, which define no distribution."""
     return (logits == -math.inf).all(dim=-1)
 
 
 def log_probabilities(logits: Float[Tensor, "N V"], temperature: float) -> Float[Tensor, "N V"]:
-    """log softmax(logits / temperature); uniform on fully masked rows, which no result uses."""
+    """log softmax(logits / temperature); uniform in fully masked rows, which no result uses."""
     usable = torch.where(masked_rows(logits)[:, None], 0.0, logits)
     return torch.log_softmax(usable / temperature, dim=-1)
 
@@ -69,7 +69,7 @@ def interpolate(
     selected: Bool[Tensor, " N"],
     weight: float,
 ) -> Float[Tensor, "N V"]:
-    """(1-k) z_T + k z_S on the selected rows (Eq. 12), with 0 times -inf taken as 0."""
+    """(1-k) z_T + k z_S in the selected rows (Eq. 12), where 0 times -inf is 0."""
     if weight == 0:
         return teacher_logits
     mixed = student_logits
@@ -87,8 +87,8 @@ def divergence_terms(
     """f(v), whose sum over v is the divergence of the student p from the target q.
 
     forward_kl: q (log q - log p). reverse_kl: p (log p - log q). jsd, with weight b on the target
-    and m = b q + (1-b) p: b q (log q - log m) + (1-b) p (log p - log m). A factor 0 makes its
-    product 0, whatever the logarithms are: without the guards 0 * inf is NaN.
+    and m = b q + (1-b) p: b q (log q - log m) + (1-b) p (log p - log m). A product with a factor 0
+    is 0, whatever the logarithm: without the guards 0 * inf would be NaN.
     """
     p, q = log_p.exp(), log_q.exp()
     if divergence == "forward_kl":
@@ -114,7 +114,7 @@ def clipped_divergence(
     jsd_weight: float,
     pointwise_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(N,) token losses (Eq. 3), unclipped divergences, and target mass on the clipped entries."""
+    """(N,) token losses (Eq. 3), unclipped divergences, and target mass of the clipped entries."""
     f = divergence_terms(log_p_student, log_p_target, divergence, jsd_weight)
     token_divergence = f.sum(dim=-1)
     if pointwise_clip is None:
@@ -182,7 +182,7 @@ def paint_loss_from_logits(
         settings.jsd_weight,
         settings.pointwise_clip,
     )
-    # A row that is masked on either side compares nothing: it counts as a token with loss 0.
+    # A row that is fully masked on either side counts as a token with loss 0.
     usable = ~(student_masked | masked_rows(target_logits))
     token_loss, token_kl, clipped_mass = (torch.where(usable, value, 0.0) for value in values)
     return PaintLossOutput(
