@@ -29,6 +29,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def project(
     hidden_states: Float[Tensor, "N H"], weight: Float[Tensor, "V H"]
 ) -> Float[Tensor, "N V"]:
+    """Logits in float32 or better, also under autocast."""
     dtype = torch.promote_types(hidden_states.dtype, weight.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     with torch.autocast(hidden_states.device.type, enabled=False):
@@ -47,6 +48,7 @@ def log_probabilities(logits: Float[Tensor, "N V"], temperature: float) -> Float
 
 
 def entropy_of(log_p: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """H in nats (Eq. 8), where 0 log 0 is 0."""
     p = log_p.exp()
     return -torch.where(p > 0, p * log_p, 0.0).sum(dim=-1)
 
@@ -54,6 +56,7 @@ def entropy_of(log_p: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
 def select_top_fraction(
     entropy_ratio: Float[Tensor, " N"], cu_seqlens: Int[Tensor, " B+1"], top_fraction: float
 ) -> Bool[Tensor, " N"]:
+    """True at the ceil(top_fraction * n) positions of a rollout with the largest ratio (Alg. 1)."""
     ratios, bounds = entropy_ratio.tolist(), cu_seqlens.tolist()
     selected = torch.zeros(len(ratios), dtype=torch.bool, device=entropy_ratio.device)
     for start, end in itertools.pairwise(bounds):
@@ -61,6 +64,11 @@ def select_top_fraction(
         ranked = sorted(range(start, end), key=lambda n: (-ratios[n], n))
         selected[ranked[:num_selected]] = True
     return selected
+
+
+def top_k_indices(logits: Float[Tensor, "N V"], k: int) -> Int[Tensor, "N k"]:
+    """The k largest entries of each row, ties to the lower index."""
+    return torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :k]
 
 
 def interpolate(
@@ -130,6 +138,7 @@ def reduce_tokens(
     reduction: str,
     denominator: float | Tensor | None,
 ) -> Tensor:
+    """The loss of a batch; "sequence_mean" is Alg. 1 line 17."""
     if reduction == "none":
         return token_loss
     if reduction == "sum":
@@ -153,12 +162,12 @@ def paint_loss_from_logits(
     denominator: float | Tensor | None = None,
     **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
+    """The PAINT loss of (N, V) logits (Eq. 3, 8, 9, 12, 13, Alg. 1)."""
     settings = LossSettings(**options)
     student_logits = at_least_float32(student_logits[:, :vocab_size])
     teacher_logits = at_least_float32(teacher_logits[:, :vocab_size]).detach()
     if settings.teacher_top_k is not None:
-        order = torch.sort(teacher_logits, dim=-1, descending=True, stable=True).indices
-        largest = order[:, : settings.teacher_top_k]
+        largest = top_k_indices(teacher_logits, settings.teacher_top_k)
         student_logits = student_logits.gather(1, largest)
         teacher_logits = teacher_logits.gather(1, largest)
 
@@ -210,6 +219,7 @@ def paint_loss(
     denominator: float | Tensor | None = None,
     **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
+    """The PAINT loss of hidden states (N, H) and (N, H_T), with heads (V, H) and (V, H_T)."""
     teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
     return paint_loss_from_logits(
         project(student_hidden_states, lm_head_weight),
@@ -229,6 +239,7 @@ def token_stats(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> TokenStats:
+    """(N,) log-sum-exp and entropy of softmax(hidden_states @ lm_head_weight.T / temperature)."""
     with torch.no_grad():
         logits = project(hidden_states, lm_head_weight)[:, :vocab_size]
         entropy = entropy_of(log_probabilities(logits, temperature))
@@ -243,6 +254,7 @@ def token_logprobs(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> TokenLogprobs:
+    """(N,) log-probabilities of `token_ids`, and the detached entropy."""
     logits = project(hidden_states, lm_head_weight)[:, :vocab_size]
     log_p = log_probabilities(logits, temperature)
     logprobs = log_p.gather(1, token_ids.long()[:, None])[:, 0]
