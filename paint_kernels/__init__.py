@@ -6,11 +6,12 @@ distillation loss by one differentiable call whose memory does not grow with N x
     output = paint_loss(student_hidden, teacher_hidden, model.lm_head.weight, cu_seqlens)
     output.loss.backward()
 
-`reference` holds the same functions in plain PyTorch, as the specification. Nothing here knows a
-config, a model library or a process group.
+`reference` specifies the same functions in plain PyTorch. Nothing here depends on a configuration,
+a model library or a process group.
 """
 
 from paint_kernels import reference
+from paint_kernels._settings import LossOptions, LossSettings
 from paint_kernels._types import PaintLossOutput, TokenLogprobs, TokenStats
 from paint_kernels.functional import (
     paint_loss,
@@ -22,6 +23,8 @@ from paint_kernels.module import PaintLoss
 from paint_kernels.selection import entropy_ratio, select_top_fraction
 
 __all__ = [
+    "LossOptions",
+    "LossSettings",
     "PaintLoss",
     "PaintLossOutput",
     "TokenLogprobs",

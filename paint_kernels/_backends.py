@@ -1,10 +1,10 @@
-"""The choice between the modules that compute rows."""
+"""Chooses the module that computes rows."""
 
 from types import ModuleType
 
 
 def row_functions(backend: str) -> ModuleType:
-    """The module that computes rows; triton is imported only where it is used."""
+    """The module for "torch" or "triton". Triton is imported only when it is asked for."""
     if backend == "triton":
         from paint_kernels import _triton_backend
 

@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paint_kernels._types import LossSettings
-
 BACKENDS = ("auto", "torch", "triton")
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 REDUCTIONS = ("sequence_mean", "token_mean", "sum", "none")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,61 +36,25 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}: available are {', '.join(map(repr, choices))}.")
 
 
-def check_settings(
-    *,
-    temperature: float,
-    divergence: str,
-    jsd_weight: float,
-    pointwise_clip: float | None,
-    top_fraction: float,
-    interpolation_weight: float,
-    teacher_top_k: int | None,
-    entropy_floor: float,
-    vocab_size: int,
-    backend: str,
-) -> LossSettings:
-    """The settings that the operators take; `vocab_size` and `backend` are resolved already."""
-    check_positive("temperature", temperature)
-    check_choice("divergence", divergence, DIVERGENCES)
-    check_fraction("jsd_weight", jsd_weight)
-    if divergence == "jsd" and jsd_weight in (0, 1):
-        limit = "forward_kl" if jsd_weight == 0 else "reverse_kl"
+def check_clip(name: str, value: float | None) -> None:
+    if isinstance(value, str) or (value is not None and not 0 < value < math.inf):
         raise ValueError(
-            f"jsd_weight is {jsd_weight}, where the JSD of any two distributions is 0: it must lie "
-            f'inside (0, 1). The divergence that it tends to, scaled, is "{limit}".'
+            f"{name} is {value!r}: it must be a finite number above 0, or None to clip nothing."
         )
-    if isinstance(pointwise_clip, str) or (
-        pointwise_clip is not None and not 0 < pointwise_clip < math.inf
-    ):
-        raise ValueError(
-            f"pointwise_clip is {pointwise_clip!r}: it must be a finite number above 0, or None to "
-            "clip nothing."
-        )
-    check_fraction("top_fraction", top_fraction)
-    check_fraction("interpolation_weight", interpolation_weight)
-    check_positive("entropy_floor", entropy_floor)
+
+
+def check_top_k(teacher_top_k: int | None, vocab_size: int) -> None:
     if isinstance(teacher_top_k, float) or (
         teacher_top_k is not None and not 1 <= teacher_top_k <= vocab_size
     ):
         raise ValueError(
-            f"teacher_top_k is {teacher_top_k}: it must lie in 1..{vocab_size}, the vocabulary, as "
-            "an integer, or be None for the whole of it."
+            f"teacher_top_k is {teacher_top_k}: it must be an integer in 1..{vocab_size}, the size "
+            "of the vocabulary, or None for all of it."
         )
-    return LossSettings(
-        temperature=float(temperature),
-        divergence=divergence,
-        jsd_weight=float(jsd_weight),
-        pointwise_clip=None if pointwise_clip is None else float(pointwise_clip),
-        top_fraction=float(top_fraction),
-        interpolation_weight=float(interpolation_weight),
-        teacher_top_k=teacher_top_k,
-        entropy_floor=float(entropy_floor),
-        backend=backend,
-    )
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend behind "auto": triton for CUDA tensors where it is installed, else torch.
+    """Resolves "auto": triton for CUDA tensors where it is installed, else torch.
 
     The Triton kernels compute in float32, so float64 goes to torch.
     """
@@ -114,7 +75,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
 
 
 def local_tensor(name: str, tensor: Any) -> Tensor:
-    """The plain tensor behind `tensor`, which may be a replicated DTensor but no sharded one."""
+    """`tensor` as a plain tensor. A DTensor must be replicated."""
     if isinstance(tensor, nn.Module):
         if any("lora_" in child for child, _ in tensor.named_modules()):
             raise ValueError(
@@ -128,17 +89,17 @@ def local_tensor(name: str, tensor: Any) -> Tensor:
         raise ValueError(f"{name} is of type {type(tensor).__name__}: it must be a torch.Tensor.")
     if type(tensor) in (Tensor, nn.Parameter):
         return tensor
-    # Slow to import, and no tensor can be a DTensor before somebody has imported it.
+    # Imported here because it is slow, and plain tensors do not get this far.
     from torch.distributed.tensor import DTensor
 
     if not isinstance(tensor, DTensor):
         return tensor
     if not all(placement.is_replicate() for placement in tensor.placements):
         raise ValueError(
-            f"{name} is a DTensor placed {tensor.placements}: it must be whole on each rank. "
-            "Gather it once per loss with .full_tensor(), or leave the head out of the sharding. A "
-            "head that trains needs .full_tensor(grad_placements=[Partial('avg')] * mesh.ndim), or "
-            "each shard gets the gradient of its own rank alone."
+            f"{name} is a DTensor placed {tensor.placements}: it must be replicated. Call "
+            ".full_tensor() once per loss, or do not shard the head. A trainable head needs "
+            ".full_tensor(grad_placements=[Partial('avg')] * mesh.ndim); otherwise each shard gets "
+            "only the gradient of its own rank."
         )
     return tensor.to_local()
 
@@ -163,14 +124,14 @@ def check_projection(
     device: torch.device,
     weight_name: str = "lm_head_weight",
 ) -> None:
-    """Hidden states (N, H) and the head (V, H) that turns them into logits."""
+    """Checks hidden states (N, H) and the head (V, H) that projects them to logits."""
     check_float(f"{kind}hidden_states", hidden_states, "(N, H), the packed completions", device)
     check_float(weight_name, weight, "(V, H)", device)
     if hidden_states.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{kind}hidden_states is {hidden_states.shape[1]} wide, {weight_name} "
-            f"{weight.shape[1]}: both must share H, and the weight be (V, H). A teacher of another "
-            "width needs its own teacher_lm_head_weight."
+            f"{weight.shape[1]}: both must have the same H, with the weight as (V, H). A teacher "
+            "of another width needs its own teacher_lm_head_weight."
         )
 
 
@@ -183,7 +144,7 @@ def check_same_rows(name: str, student: Tensor, teacher: Tensor) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
-    """On the CPU, where their values can be read at once, or beside the other inputs."""
+    """Checks type and place. On the CPU the bounds can be read without waiting for a GPU."""
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens is of type {type(cu_seqlens).__name__}: it must be a tensor.")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
@@ -201,7 +162,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
 
 
 def check_cu_seqlens_values(cu_seqlens: Tensor, num_tokens: int) -> None:
-    """Starts at 0, never decreases, ends at N. On a GPU the device asserts it, without a sync."""
+    """Checks the bounds: from 0 to N, never decreasing. A GPU asserts this without a host sync."""
     lengths = cu_seqlens.diff()
     good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens) & (lengths >= 0).all()
     if cu_seqlens.device.type == "cpu":
@@ -217,13 +178,13 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, num_tokens: int) -> None:
 
 
 def check_token_ids_values(token_ids: Tensor, vocab_size: int) -> None:
-    """Every id within the head's rows. On a GPU the device asserts it, without a sync."""
+    """Checks that every id is a row of the head. A GPU asserts this without a host sync."""
     good = ((token_ids >= 0) & (token_ids < vocab_size)).all()
     if token_ids.device.type == "cpu":
         if not good:
             raise ValueError(
                 f"token_ids span {token_ids.min().item()}..{token_ids.max().item()}: they must "
-                f"lie in 0..{vocab_size - 1}. Leave masked positions out; no id marks them."
+                f"lie in 0..{vocab_size - 1}. Drop masked positions; no id marks them."
             )
     else:
         torch.ops.aten._assert_async.msg(good, "token_ids must lie within the vocabulary")
@@ -245,8 +206,8 @@ def check_denominator(denominator: float | Tensor | None, reduction: str) -> Non
         return
     if reduction in ("sum", "none"):
         raise ValueError(
-            f"denominator was given with reduction {reduction!r}, which divides by nothing: drop "
-            'it, or use "sequence_mean" or "token_mean".'
+            f"denominator was given, but reduction {reduction!r} does not divide: drop it, or use "
+            '"sequence_mean" or "token_mean".'
         )
     if isinstance(denominator, Tensor):
         if denominator.ndim != 0:

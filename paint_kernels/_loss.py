@@ -1,9 +1,9 @@
 """The loop over token chunks that every backend shares: no (N, V) tensor outlives a chunk.
 
-Which positions are interpolated depends on the entropies of a whole rollout. A chunk that holds
-whole rollouts finds them before it computes its losses. Of a rollout in pieces they are known only
-after its last piece: its rows are computed with the target as it is, and the selected ones (3%)
-once more with the interpolated target.
+Which positions are interpolated depends on the entropies of a whole rollout. In a chunk of whole
+rollouts they are computed before the losses. For a rollout split over chunks they are known only
+after its last piece: its rows are first computed with the teacher's own target, and the selected
+ones (3%) again with the interpolated target.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from paint_kernels._backends import row_functions
 from paint_kernels._plan import Chunk, row_slices
+from paint_kernels._settings import LossSettings
 from paint_kernels._sources import HiddenSource, LogitsSource
-from paint_kernels._types import LossSettings, RowValues
+from paint_kernels._types import RowValues
 from paint_kernels.selection import (
     entropy_ratio,
     select_top_fraction,
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
 
 
 def finds_statistics_first(settings: LossSettings) -> bool:
-    """Whether chunks are of whole rollouts, to select in them before their losses are computed.
+    """Whether a chunk of whole rollouts selects its positions before it computes its losses.
 
-    PyTorch's rows would be exponentiated twice for it, which costs more than 3% of them done again.
+    In PyTorch this would exponentiate every row twice, which costs more than computing 3% again.
     """
     return settings.backend == "triton" and settings.interpolates
 
@@ -50,7 +51,7 @@ class TokenValues:
 
 
 class ChunkRows:
-    """Some rows' logits, and what is computed of them."""
+    """The logits of some rows, and what is computed from them."""
 
     def __init__(self, source: Source, rows: Rows, settings: LossSettings) -> None:
         self.source, self.rows, self.settings = source, rows, settings
@@ -71,7 +72,7 @@ class ChunkRows:
         return self.stats[0].entropy, self.stats[1].entropy
 
     def losses(self, interpolated: Bool[Tensor, " R"] | None) -> RowValues:
-        """Values, and `gradient` filled where one is wanted."""
+        """The values of the rows; fills `gradient` unless it is None."""
         written = self.gradient
         if self.gradient is not None and self.largest is not None:
             written = self.gradient.new_empty(self.student.shape)
@@ -112,7 +113,7 @@ def run_loss(
     cu_seqlens: Int[Tensor, " B+1"],
     settings: LossSettings,
 ) -> TokenValues:
-    """All token values; gradients are left in the source."""
+    """Computes all token values. The gradients stay in the source."""
     table = torch.empty(6, source.num_rows, dtype=source.dtype, device=source.device)
     token_loss, token_kl, student_entropy, teacher_entropy, ratio, clipped_mass = table
     device_bounds = cu_seqlens.to(source.device, non_blocking=True)
@@ -150,11 +151,11 @@ def rows_to_redo(
     selected: Bool[Tensor, " N"],
     settings: LossSettings,
 ) -> Int[Tensor, " S"]:
-    """The selected rows of rollouts that were computed in pieces.
+    """The selected rows of the rollouts that were split over chunks.
 
-    On a GPU their number is not read, since that would wait for the device. With the bounds on the
-    host it follows from them; without, it is bounded, and rows that are not selected fill the list,
-    to be computed again to the same result.
+    On a GPU their number is not read, because the host would wait. It follows from the bounds if
+    those are on the host. Otherwise the list has the largest possible length, and rows that are not
+    selected fill it up: computing them again gives the same result.
     """
     in_pieces = selected
     if finds_statistics_first(settings):
@@ -175,7 +176,7 @@ def selected_first(
     settings: LossSettings,
     host_bounds: bool,
 ) -> Int[Tensor, " S"]:
-    """As many rows as may be selected, the selected ones first, without reading the selection."""
+    """As many rows as can be selected, the selected ones first, without reading `selected`."""
     num_rollouts = len(cu_seqlens) - 1
     count = min(len(selected), math.ceil(settings.top_fraction * len(selected)) + num_rollouts)
     if host_bounds:
@@ -194,7 +195,7 @@ def redo_selected(
     settings: LossSettings,
     values: TokenValues,
 ) -> None:
-    """Replaces what the first pass left in the selected rows by the interpolated target's."""
+    """Computes the selected rows of split rollouts again, with the interpolated target."""
     if finds_statistics_first(settings) and all(chunk.rollouts is not None for chunk in chunks):
         return
     redone = rows_to_redo(chunks, cu_seqlens, values.selected, settings)
@@ -216,7 +217,7 @@ def redo_selected(
 def run_weight_gradient(
     source: HiddenSource, selected: Bool[Tensor, " N"], settings: LossSettings
 ) -> Float[Tensor, "V H"]:
-    """The head's gradient for the token weights in `source`, with the selection known."""
+    """The head's gradient for the token weights of `source`, with a selection made before."""
     for rows in row_slices(source.num_rows, source.rows_per_chunk):
         part = ChunkRows(source, rows, settings)
         part.losses(selected[rows] if settings.interpolates else None)

@@ -1,12 +1,12 @@
-"""The products around the row kernels, none of which rounds logits below float32.
+"""The matrix products around the row kernels. None of them rounds logits below float32.
 
-bfloat16 logits cost 5 to 300% of the gradient at the divergences of self-distillation. On a GPU a
-half-precision product leaves the GEMM in float32; on a CPU half-precision weights are widened tile
-by tile.
+Rounding logits to bfloat16 changes the gradient by 5 to 300% at the divergences of
+self-distillation. On a GPU a half-precision GEMM therefore writes float32. On a CPU half-precision
+weights are converted tile by tile.
 
-What goes back through the head on a GPU is float16, whatever half precision the head has: rounding
-the gradient by the logits to bfloat16 costs 1.3e-3 of the result by norm, to float16 2e-4. A
-bfloat16 head fits into float16 when it is scaled, since float16 has three more digits.
+On a GPU the gradient by the logits goes back through the head in float16, also for a bfloat16 head:
+rounding it to bfloat16 changes the result by 1.3e-3 of its norm, to float16 by 2e-4. Scaled, a
+bfloat16 head fits into float16, which has three more bits of mantissa.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 WEIGHT_TILE = 2048
-"""vocabulary rows of the head in one CPU product: up to 1.4 times faster than all in one"""
+"""rows of the head in one product on a CPU: up to 1.4 times faster than all of them at once"""
 GRADIENT_SCALE = 256.0
-"""of float16 gradients by the logits: rare tokens' entries stay above its smallest number, 6e-8"""
+"""of float16 gradients by the logits: keeps the entries of rare tokens above 6e-8, its smallest"""
 LARGEST_HALF = 2.0**14
-"""that scaled float16 copies reach, a quarter of what float16 holds"""
+"""upper bound of scaled float16 copies, a quarter of the largest float16"""
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -42,7 +42,7 @@ def runs_in_half(hidden_states: Tensor, weight: Tensor) -> bool:
 def half_product(
     a: Float[Tensor, "M K"], b: Float[Tensor, "K N"], out: Float[Tensor, "M N"], *, add: bool
 ) -> None:
-    """out <- a @ b, or out += a @ b: half-precision factors, accumulated and left in float32."""
+    """out <- a @ b, or out += a @ b, of half-precision factors. Accumulates and writes float32."""
     if add:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)  # pyright: ignore
     else:
@@ -66,13 +66,13 @@ def project(
 
 
 def power_of_two_below(x: Tensor) -> Tensor:
-    """The scalar tensor 2^floor(log2(x)), 1 for x = 0; without a wait for the device."""
+    """The scalar tensor 2^floor(log2(x)), or 1 for x = 0, without a host sync."""
     _, exponent = torch.frexp(x.float())
     return torch.where(x > 0, torch.ldexp(torch.ones_like(x.float()), exponent - 1), 1.0)
 
 
 def largest_magnitude(x: Tensor) -> Tensor:
-    """A scalar tensor; 0 for an empty x. No copy of x is made, as abs() would."""
+    """max |x| as a scalar tensor, 0 for an empty x. Unlike abs(), copies nothing."""
     if x.numel() == 0:
         return x.new_zeros(())
     low, high = torch.aminmax(x)
@@ -80,12 +80,12 @@ def largest_magnitude(x: Tensor) -> Tensor:
 
 
 class GradientProduct:
-    """Takes gradients by the logits back through the head, and into the head.
+    """The products of the gradient by the logits: with the head, and with the hidden states.
 
-    `hidden` is gradient @ weight, `head` gradient.T @ weighted hidden states; both leave results
-    scaled, and `unscale_hidden` and `unscale_head` divide once at the end. `dtype` is what
-    gradients by the logits are to be stored in, times `scale`, which includes the temperature:
-    those of the forward KL are within 1 / temperature.
+    `hidden` computes gradient @ weight, `head` gradient.T @ weighted hidden states. Both leave
+    scaled results, which `unscale_hidden` and `unscale_head` divide once, at the end. Gradients by
+    the logits are to be stored as `dtype`, times `scale`. The scale includes the temperature,
+    because the gradient of the forward KL is at most 1 / temperature.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class GradientProduct:
         self.scale = GRADIENT_SCALE * temperature if self.in_half else 1.0
 
     def prepare_hidden(self) -> None:
-        """A float16 copy of a bfloat16 head, times a power of two so that it fits."""
+        """Copies a bfloat16 head to float16, times a power of two so that it fits."""
         self.weight_scale = None
         if self.in_half and self.weight.dtype == torch.bfloat16:
             self.weight_scale = LARGEST_HALF / power_of_two_below(largest_magnitude(self.weight))
@@ -129,13 +129,13 @@ class GradientProduct:
         self.token_weights = token_weights
         if self.in_half:
             largest = largest_magnitude(self.hidden_states) * largest_magnitude(token_weights)
-            # Twice, because a product of two roundings may pass the next power of two.
+            # Twice, because a product of two rounded factors can pass the next power of two.
             self.hidden_scale = LARGEST_HALF / (2 * power_of_two_below(largest))
 
     def head(
         self, gradient: Float[Tensor, "R V"], rows: slice | Tensor, sign: float, out: Tensor
     ) -> None:
-        """out += sign * gradient.T @ (token weights * hidden states) of these rows"""
+        """out += sign * gradient.T @ (token weights * hidden states), over these rows."""
         weights = self.token_weights[rows, None] * sign
         hidden_states = self.hidden_states[rows].to(self.result_dtype) * weights
         if self.in_half:

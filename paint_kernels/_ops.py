@@ -1,10 +1,9 @@
-"""The opaque operators, one per public op: torch.compile sees one node and traces no chunk loop.
+"""The loss as opaque operators: torch.compile sees one node and does not trace the chunk loop.
 
-Gradients by the hidden states (or logits) are computed in the forward pass, one unweighted row a
-token, and scaled out of place in the backward pass: any upstream gradient and any number of
-backward passes work. The head's gradient needs the weight of each token before it is summed. The
-forward pass knows it for a reduced loss; for per-token losses the backward pass computes the head's
-gradient anew.
+The forward pass computes the gradient by the hidden states (or logits), one unweighted row per
+token. The backward pass scales it out of place, so that any upstream gradient and any number of
+backward passes work. The head's gradient sums over tokens, so it needs their weights. The forward
+pass has them for a reduced loss. For per-token losses the backward pass recomputes the logits.
 """
 
 import torch
@@ -14,19 +13,17 @@ from paint_kernels import _loss
 from paint_kernels._checks import check_cu_seqlens_values
 from paint_kernels._matmul import compute_dtype
 from paint_kernels._plan import largest_chunk, most_rows, plan_chunks
+from paint_kernels._settings import LossSettings, takes_settings
 from paint_kernels._sources import HiddenSource, LogitsSource
-from paint_kernels._types import LossSettings
-
-# The settings' names, types and order are those of LossSettings; operators take no dataclasses.
 
 
 def no_autocast(tensor: Tensor) -> torch.autocast:
-    """Autocast would round the logits to half precision."""
+    """Disables autocast, which would round the logits to half precision."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def no_second_derivative() -> None:
-    """The kept gradients are constants to autograd, so create_graph would silently miss terms."""
+    """Refuses create_graph: the kept gradients are constants, so it would miss terms."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "paint_kernels has first derivatives only: call backward without create_graph."
@@ -34,22 +31,23 @@ def no_second_derivative() -> None:
 
 
 def _reduced(token_loss: Tensor, token_weights: Tensor | None) -> Tensor:
-    # A copy, because an operator's outputs may not share memory.
+    # A copy, because the outputs of an operator must not share memory.
     return token_loss.clone() if token_weights is None else (token_loss * token_weights).sum()
 
 
 def _upstream(grad_loss: Tensor, token_weights: Tensor | None) -> Tensor:
-    """(N,) gradient of the final objective by each token's loss."""
+    """(N,) gradient of the final scalar by each token's loss."""
     return grad_loss if token_weights is None else grad_loss * token_weights
 
 
 def scaled_rows(rows: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    # Into the result at once: a product followed by a cast would hold a float32 copy of it.
+    # `out` casts on the fly. A product followed by a cast would hold a float32 copy.
     scaled = rows.new_empty(rows.shape, dtype=dtype)
     return torch.mul(rows, upstream[:, None], out=scaled)
 
 
 @torch.library.custom_op("paint_kernels::paint_loss", mutates_args=())
+@takes_settings
 def paint_loss(
     student_hidden_states: Tensor,
     teacher_hidden_states: Tensor,
@@ -59,33 +57,14 @@ def paint_loss(
     token_weights: Tensor | None,
     with_hidden_gradient: bool,
     with_weight_gradient: bool,
-    temperature: float,
-    divergence: str,
-    jsd_weight: float,
-    pointwise_clip: float | None,
-    top_fraction: float,
-    interpolation_weight: float,
-    teacher_top_k: int | None,
-    entropy_floor: float,
-    backend: str,
+    settings: LossSettings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, (6, N) token values, (N,) selected, grad_hidden, grad_weight (empty if unwanted).
+    """Returns loss, (6, N) token values, (N,) selected, grad_hidden, grad_weight (or empty).
 
-    Rows of grad_hidden are each token's own, unweighted, in float32 or better: the one rounding to
-    the dtype of the hidden states comes after the upstream gradient's.
+    Rows of grad_hidden are unweighted, in float32 or better. They are rounded to the dtype of the
+    hidden states once, after the upstream gradient has scaled them.
     """
     check_cu_seqlens_values(cu_seqlens, student_hidden_states.shape[0])
-    settings = LossSettings(
-        temperature,
-        divergence,
-        jsd_weight,
-        pointwise_clip,
-        top_fraction,
-        interpolation_weight,
-        teacher_top_k,
-        entropy_floor,
-        backend,
-    )
     teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
     vocab_size, hidden_size = lm_head_weight.shape
     most = most_rows(vocab_size, hidden_size, lm_head_weight.device)
@@ -97,10 +76,10 @@ def paint_loss(
             (teacher_hidden_states, teacher_weight),
             token_weights,
             rows_per_chunk=largest_chunk(chunks),
-            temperature=temperature,
+            temperature=settings.temperature,
             with_hidden_gradient=with_hidden_gradient,
             with_weight_gradient=with_weight_gradient and token_weights is not None,
-            backend=backend,
+            backend=settings.backend,
         )
         values = _loss.run_loss(source, chunks, cu_seqlens, settings)
     loss = _reduced(values.table[0], token_weights)
@@ -174,6 +153,7 @@ paint_loss.register_autograd(_paint_loss_backward, setup_context=_paint_loss_set
 
 
 @torch.library.custom_op("paint_kernels::paint_loss_weight_gradient", mutates_args=())
+@takes_settings
 def paint_loss_weight_gradient(
     student_hidden_states: Tensor,
     teacher_hidden_states: Tensor,
@@ -181,28 +161,9 @@ def paint_loss_weight_gradient(
     teacher_lm_head_weight: Tensor | None,
     selected: Tensor,
     token_weights: Tensor,
-    temperature: float,
-    divergence: str,
-    jsd_weight: float,
-    pointwise_clip: float | None,
-    top_fraction: float,
-    interpolation_weight: float,
-    teacher_top_k: int | None,
-    entropy_floor: float,
-    backend: str,
+    settings: LossSettings,
 ) -> Tensor:
-    """The head's gradient of sum(token_weights * token_loss), float32 or better."""
-    settings = LossSettings(
-        temperature,
-        divergence,
-        jsd_weight,
-        pointwise_clip,
-        top_fraction,
-        interpolation_weight,
-        teacher_top_k,
-        entropy_floor,
-        backend,
-    )
+    """Returns the gradient of sum(token_weights * token_loss) by the head, float32 or better."""
     teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
     vocab_size, hidden_size = lm_head_weight.shape
     most = most_rows(vocab_size, hidden_size, lm_head_weight.device)
@@ -212,10 +173,10 @@ def paint_loss_weight_gradient(
             (teacher_hidden_states, teacher_weight),
             token_weights,
             rows_per_chunk=min(most, len(student_hidden_states)),
-            temperature=temperature,
+            temperature=settings.temperature,
             with_hidden_gradient=False,
             with_weight_gradient=True,
-            backend=backend,
+            backend=settings.backend,
         )
         return _loss.run_weight_gradient(source, selected, settings)
 
@@ -229,40 +190,22 @@ def _(student_hidden_states, teacher_hidden_states, lm_head_weight, teacher_lm_h
 
 
 @torch.library.custom_op("paint_kernels::paint_loss_from_logits", mutates_args=())
+@takes_settings
 def paint_loss_from_logits(
     student_logits: Tensor,
     teacher_logits: Tensor,
     cu_seqlens: Tensor,
     token_weights: Tensor | None,
     with_gradient: bool,
-    temperature: float,
-    divergence: str,
-    jsd_weight: float,
-    pointwise_clip: float | None,
-    top_fraction: float,
-    interpolation_weight: float,
-    teacher_top_k: int | None,
-    entropy_floor: float,
-    backend: str,
+    settings: LossSettings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, (6, N) token values, (N,) selected, grad_logits (empty if unwanted)."""
+    """Returns loss, (6, N) token values, (N,) selected, grad_logits (or empty)."""
     check_cu_seqlens_values(cu_seqlens, student_logits.shape[0])
-    settings = LossSettings(
-        temperature,
-        divergence,
-        jsd_weight,
-        pointwise_clip,
-        top_fraction,
-        interpolation_weight,
-        teacher_top_k,
-        entropy_floor,
-        backend,
-    )
     num_rows, vocab_size = student_logits.shape
-    # The logits are there already, and their gradient too: only copies of them need chunks.
+    # Logits and gradient exist whole already. Chunks only bound the copies that are made of them.
     most = max(1, num_rows)
     row_major = student_logits.stride(1) == teacher_logits.stride(1) == 1
-    if backend == "torch" or teacher_top_k is not None or not row_major:
+    if settings.backend == "torch" or settings.teacher_top_k is not None or not row_major:
         most = most_rows(vocab_size, vocab_size, student_logits.device)
     whole = _loss.finds_statistics_first(settings)
     chunks = plan_chunks(cu_seqlens, num_rows, most, whole=whole)

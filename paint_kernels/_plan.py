@@ -1,4 +1,4 @@
-"""Which rows are computed together: a chunk's logits are all the logits there are at one time."""
+"""Which rows form a chunk. The logits of one chunk are all that exist at a time."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import torch
 from torch import Tensor
 
 CPU_CHUNK_ELEMENTS = 2**24
-"""logits in one chunk, 64 MiB of float32 a model: fewer rows read the head too often"""
+"""logits in one chunk, 64 MiB of float32 per model: smaller chunks read the head too often"""
 GPU_MIN_CHUNK_ROWS, GPU_MAX_CHUNK_ROWS = 1024, 2048
 GEMM_TILE = (128, 256)
-"""rows and columns of the result that one multiprocessor works on in a large half-precision GEMM"""
+"""rows and columns of the result that one multiprocessor computes in a large half-precision GEMM"""
 UNKNOWN_MULTIPROCESSORS = 132
-"""an H100's, where no GPU says otherwise (Triton's interpreter)"""
+"""an H100's, assumed where there is no GPU to ask (Triton's interpreter)"""
 
 
 class Chunk(NamedTuple):
     rows: slice
     rollouts: slice | None
-    """of cu_seqlens, where the chunk holds whole rollouts: selection is local to it then"""
+    """the whole rollouts in the chunk, by their place in cu_seqlens; None for pieces of rollouts"""
 
 
 def most_rows(vocab_size: int, hidden_size: int, device: torch.device) -> int:
-    """The most rows of a chunk.
+    """The largest number of rows in a chunk.
 
-    On a GPU, as many as let the product that goes back to (rows, hidden size) fill every
-    multiprocessor once, or more often up to the paper's rollouts of 1024 tokens: on an H100 1024
-    for a hidden size of 4096, 1664 for 2560, 2048 for 2048; 1536 for 4096 on an A100. More rows
-    would only take more memory, 10 bytes a logit.
+    On a GPU, the number with which the product back to (rows, hidden size) fills every
+    multiprocessor once, or as often as it takes to reach the paper's rollouts of 1024 tokens. On an
+    H100 that is 1024 for a hidden size of 4096, 1664 for 2560 and 2048 for 2048; on an A100 1536
+    for 4096. More rows would only take more memory, 10 bytes per logit.
     """
     if device.type == "cpu":
         return max(1, CPU_CHUNK_ELEMENTS // vocab_size)
@@ -46,7 +46,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def row_slices(num_rows: int, most: int) -> list[slice]:
-    """As few slices of at most `most` rows as there can be, all of about one size."""
+    """The fewest slices of at most `most` rows, all of about the same size."""
     if num_rows == 0:
         return []
     size = math.ceil(num_rows / math.ceil(num_rows / most))
@@ -54,11 +54,11 @@ def row_slices(num_rows: int, most: int) -> list[slice]:
 
 
 def plan_chunks(cu_seqlens: Tensor, num_rows: int, most: int, *, whole: bool) -> list[Chunk]:
-    """With `whole`, consecutive rollouts together while they fit into `most` rows, longer ones in
-    pieces; otherwise pieces alone.
+    """Divides the rows into chunks of at most `most`.
 
-    The bounds are read only on the CPU, where that makes nobody wait. Bounds on a GPU are as good
-    where one chunk takes all rows, and otherwise leave pieces of unknown rollouts.
+    With `whole`, a chunk takes as many consecutive rollouts as fit, and only longer ones are split.
+    That needs the values of the bounds, which are read on the CPU alone, where it does not wait.
+    With bounds on a GPU the rows are split anywhere, unless one chunk takes them all.
     """
     num_rollouts = len(cu_seqlens) - 1
     if whole and num_rows <= most:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     Rows = slice | Int[Tensor, " R"]
 
 ROW_ALIGNMENT = 64
-"""elements to which rows of a GPU's buffers are padded: both GEMMs and kernels read 16 bytes"""
+"""elements to which rows of GPU buffers are padded, so that GEMMs and kernels read 16 bytes"""
 
 
 def chunk_buffer(
@@ -32,10 +32,10 @@ def row_major(logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
 
 
 class HiddenSource:
-    """Logits out of hidden states and heads; gradients by the student's of both.
+    """Computes logits from hidden states and heads, and keeps the gradients by the student's.
 
-    Rows of `grad_hidden` are those of each token's own loss, in float32 or better, for any upstream
-    gradient to scale later; `grad_weight` is weighted by `token_weights`.
+    Rows of `grad_hidden` belong to each token's unweighted loss, in float32 or better; the upstream
+    gradient scales them later. `grad_weight` is weighted by `token_weights`.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class HiddenSource:
         size = (rows_per_chunk, self.vocab_size)
         self.logits_buffer = chunk_buffer(2 * size[0], size[1], self.dtype, self.device, backend)
         self.product = GradientProduct(*student, temperature, self.dtype)
-        # PyTorch's rows are done with their logits when they write the gradient, Triton's are not.
+        # PyTorch writes a row's gradient after it has read its logits, Triton while it reads them.
         self.gradient_buffer = self.logits_buffer
         if self.with_gradient and (backend == "triton" or self.product.dtype != self.dtype):
             self.gradient_buffer = chunk_buffer(*size, self.product.dtype, self.device, backend)
@@ -82,7 +82,7 @@ class HiddenSource:
         both_logits = self.logits_buffer[: 2 * len(student)]
         student_logits, teacher_logits = both_logits.chunk(2)
         if self.teacher_weight is self.student_weight and student.dtype == teacher.dtype:
-            # One product of twice the rows, which reads the shared head once.
+            # One product of twice as many rows reads the shared head once.
             project(torch.cat([student, teacher]), self.student_weight, out=both_logits)
         else:
             project(student, self.student_weight, out=student_logits)
@@ -90,7 +90,7 @@ class HiddenSource:
         return student_logits, teacher_logits
 
     def gradient(self, rows: Rows, num_rows: int) -> Float[Tensor, "R V"] | None:
-        """Where the gradient by the logits of these rows is to be written."""
+        """The buffer for the gradient by the logits of these rows."""
         return self.gradient_buffer[:num_rows] if self.with_gradient else None
 
     def keep_gradient(self, rows: Rows, gradient: Float[Tensor, "R V"]) -> None:
@@ -108,7 +108,7 @@ class HiddenSource:
             self.product.head(gradient, rows, sign, out=self.grad_weight)
 
     def finish(self) -> None:
-        """Divides the sums by the scale in which they were kept."""
+        """Divides the gradients by the scale that they were accumulated in."""
         if self.with_hidden_gradient:
             self.product.unscale_hidden(self.grad_hidden)
         if self.with_weight_gradient:
@@ -116,7 +116,7 @@ class HiddenSource:
 
 
 class LogitsSource:
-    """Logits that the caller holds; their gradient has their size and dtype."""
+    """Logits that the caller holds. Their gradient has their shape and dtype."""
 
     with_weight_gradient = False
     gradient_scale = 1.0
@@ -156,7 +156,7 @@ class LogitsSource:
             self.grad_logits[rows] = gradient
 
     def add_weight_gradient(self, rows: Rows, gradient: Float[Tensor, "R V"], sign: float) -> None:
-        raise AssertionError("logits have no head whose gradient could be kept")
+        raise AssertionError("logits have no head")
 
     def finish(self) -> None:
         pass

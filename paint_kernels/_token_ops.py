@@ -1,4 +1,4 @@
-"""The opaque operators of one model's tokens, as those of the loss in `_ops`."""
+"""Opaque operators for the tokens of one model, built like those of the loss in `_ops`."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from paint_kernels._ops import no_autocast, no_second_derivative, scaled_rows
 def token_stats(
     hidden_states: Tensor, lm_head_weight: Tensor, temperature: float, backend: str
 ) -> Tensor:
-    """(2, N): logsumexp and entropy."""
+    """Returns (2, N): logsumexp and entropy."""
     with no_autocast(hidden_states):
         return _tokens.run_stats(hidden_states, lm_head_weight, temperature, backend)
 
@@ -33,7 +33,7 @@ def token_logprobs(
     temperature: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(N,) log-probabilities, (N,) entropies, grad_hidden (empty where unwanted)."""
+    """Returns (N,) log-probabilities, (N,) entropies, and grad_hidden (or empty)."""
     check_token_ids_values(token_ids, lm_head_weight.shape[0])
     with no_autocast(hidden_states):
         values, grad_hidden = _tokens.run_logprobs(
@@ -93,7 +93,7 @@ def token_logprobs_weight_gradient(
     temperature: float,
     backend: str,
 ) -> Tensor:
-    """The head's gradient of sum(token_weights * logprobs), float32 or better."""
+    """Returns the gradient of sum(token_weights * logprobs) by the head, float32 or better."""
     with no_autocast(hidden_states):
         return _tokens.run_logprobs_weight_gradient(
             hidden_states, lm_head_weight, token_ids, token_weights, temperature, backend

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def logits_by_chunk(
     hidden_states: Float[Tensor, "N H"], weight: Float[Tensor, "V H"], backend: str
 ) -> Iterator[tuple[slice, Float[Tensor, "R V"]]]:
-    """The logits of one model, chunk after chunk in one buffer that the caller may overwrite."""
+    """Yields the logits of one model by chunks, in one buffer that the caller may overwrite."""
     vocab_size, hidden_size = weight.shape
     slices = row_slices(len(hidden_states), most_rows(vocab_size, hidden_size, weight.device))
     most = max((rows.stop - rows.start for rows in slices), default=0)
@@ -46,7 +46,7 @@ def run_stats(
 
 
 class LogprobsGradient:
-    """Gradients of log-probabilities by the logits, in the dtype and scale that products want."""
+    """Buffers for gradients by the logits, in the dtype and scale of the gradient products."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class LogprobsGradient:
         self.buffer, self.backend = None, backend
 
     def of(self, logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
-        # Triton's lanes may hold an entry twice, and one copy be read after the other was written.
+        # In place only with PyTorch: a Triton lane may read an entry that another has overwritten.
         if self.product.dtype == self.dtype and self.backend == "torch":
             return logits
         if self.buffer is None:
@@ -80,7 +80,7 @@ def run_logprobs(
     *,
     with_hidden_gradient: bool,
 ) -> tuple[Float[Tensor, "2 N"], Tensor]:
-    """(2, N) log-probabilities and entropies; unweighted gradients by the hidden states, if any."""
+    """(2, N) log-probabilities and entropies, and the unweighted gradient by the hidden states."""
     gradients = LogprobsGradient(hidden_states, weight, temperature, backend)
     values = torch.empty(2, len(hidden_states), dtype=gradients.dtype, device=weight.device)
     size = hidden_states.shape if with_hidden_gradient else (0,)

@@ -1,10 +1,10 @@
-"""Row computations in PyTorch: what lies between the GEMMs, the fast path on a CPU.
+"""The row functions in PyTorch: what lies between the matrix products, and the fast path on a CPU.
 
-Rows are worked off in blocks whose buffers stay in the cache, in place and without boolean masks:
-on a CPU a comparison into a float buffer runs eight times faster than one into booleans, and
-masked_fill fifty times slower than a product. The largest logit of a row is left out of every sum,
-so that entropies and gradients of confident rows keep their digits (log1p instead of log, and
-gradients of a row that add up to 0).
+Rows are processed in blocks whose buffers stay in the cache, in place and without boolean masks. On
+a CPU a comparison into a float buffer runs eight times faster than one into booleans, and
+masked_fill fifty times slower than a product. Every sum leaves the largest logit of a row out, so
+that entropies and gradients of confident rows keep their digits: log1p replaces log, and the
+gradients of a row add up to 0.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 
 from paint_kernels._matmul import compute_dtype
-from paint_kernels._types import LossSettings, RowValues, TokenStats
+from paint_kernels._settings import LossSettings
+from paint_kernels._torch_divergences import DIVERGENCES, Block
+from paint_kernels._types import RowValues, TokenStats
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 BLOCK_ELEMENTS = 2**18
-"""float32 elements of a row block: 1 MiB a buffer, of which five are live"""
+"""float32 elements of a block: five buffers of 1 MiB are live"""
 TILE = 1024
 NEGATIVE_INFINITY = -1e38
-"""stands for -inf in differences, so that 0 * -inf does not arise; its exponential is 0"""
+"""replaces -inf in differences, so that 0 * -inf does not occur; its exponential is 0"""
 INFINITE_DIVERGENCE = 1e9
-"""above any finite divergence, and below any that a NEGATIVE_INFINITY went into with a probability
-of 1e-29 or more"""
-LARGEST_LOG_RATIO = 80.0
-"""of log q - log p in the JSD: beyond it one side has no weight, and its exponential is finite"""
+"""above any finite divergence, and below any with NEGATIVE_INFINITY at a probability of 1e-29 or
+more"""
 
 
 class Shifted(NamedTuple):
@@ -58,7 +58,7 @@ def row_blocks(logits: Float[Tensor, "R V"]) -> Iterator[slice]:
 
 
 def row_argmax(x: Float[Tensor, "R V"]) -> tuple[Float[Tensor, "R 1"], Int[Tensor, "R 1"]]:
-    """Row maxima and a place of each, by tiles: several times faster than max(dim=-1) on a CPU."""
+    """Row maxima and where they are, by tiles: several times faster than max(dim=-1) on a CPU."""
     num_columns = x.shape[1]
     whole = num_columns - num_columns % TILE
     if whole == 0 or x.device.type != "cpu":
@@ -74,10 +74,10 @@ def row_argmax(x: Float[Tensor, "R V"]) -> tuple[Float[Tensor, "R 1"], Int[Tenso
 
 
 def row_sum(x: Float[Tensor, "R V"]) -> Float[Tensor, "R 1"]:
-    """Row sums in float64, of float32 sums over tiles: an error near 1e-10, not 1e-7.
+    """Row sums in float64 of float32 sums over tiles, with an error near 1e-10 instead of 1e-7.
 
-    The normalisers enter log p~ - log p_S of every entry of a row alike, so their error shifts a
-    row's divergence by as much, and 1e-7 is a thousandth of the small ones.
+    The error of a normaliser enters log p~ - log p_S of every entry of its row alike, and so shifts
+    the row's divergence by as much: 1e-7 is a thousandth of a small divergence.
     """
     whole = x.shape[1] - x.shape[1] % TILE
     total = x[:, whole:].sum(dim=-1, keepdim=True, dtype=torch.float64)
@@ -91,8 +91,11 @@ def shift(
     x: Float[Tensor, "R V"],
     exponentials: Float[Tensor, "R V"],
 ) -> Shifted:
-    """Fills the two buffers. H = log1p(s) - t / (1 + s), with s the sum of exp(x) and t that of
-    x exp(x) over all entries but the largest."""
+    """Fills the two buffers.
+
+    The entropy is H = log1p(s) - t / (1 + s), where s is the sum of exp(x) and t the sum of
+    x exp(x), both over all entries but the largest.
+    """
     maximum, largest = row_argmax(logits)
     maximum = maximum.to(x.dtype)
     finite_maximum = torch.where(maximum == -math.inf, 0.0, maximum)
@@ -147,7 +150,7 @@ def interpolate(
     rows: Bool[Tensor, " R"],
     weight: float,
 ) -> Float[Tensor, "R V"]:
-    """(1-k) z_T + k z_S on the rows marked (Eq. 12), z_T elsewhere."""
+    """(1-k) z_T + k z_S in the marked rows (Eq. 12), z_T elsewhere."""
     teacher, student = teacher.to(compute_dtype(teacher)), student.to(compute_dtype(student))
     mixed = student if weight == 1 else (1 - weight) * teacher + weight * student
     return torch.where(rows[:, None], mixed, teacher)
@@ -163,10 +166,10 @@ def row_loss(
     gradient_scale: float = 1.0,
     stats: tuple[TokenStats, TokenStats] | None = None,
 ) -> RowValues:
-    """Clipped divergence of each row; fills `gradient`, that of the row's loss by the raw logits.
+    """Clipped divergence of each row. Fills `gradient` with that of its loss by the raw logits.
 
-    `gradient` (times `gradient_scale`) may be `student_logits` itself: a block of rows is read
-    before it is written. `stats` are of no use here: a block's sums come with its exponentials.
+    `gradient`, which is multiplied by `gradient_scale`, may be `student_logits` itself: a block of
+    rows is read before it is written. `stats` is unused: the sums come with the exponentials.
     """
     scratch = buffers(5, student_logits)
     values = RowValues(*scratch.new_empty(5, student_logits.shape[0]))
@@ -187,92 +190,46 @@ def row_loss(
     return values
 
 
-class SmallDivergence(NamedTuple):
-    sum: Float[Tensor, "R 1"]
-    holds: Bool[Tensor, "R 1"]
-    """where no exponential overflows"""
-
-
-def small_divergence(
-    a: Float[Tensor, "R V"], log_ratio: Float[Tensor, "R V"], spare: Float[Tensor, "R V"]
-) -> SmallDivergence:
-    """sum of a (x + exp(-x) - 1) = a log(a/b) - a + b for x = log(a/b), whose -a + b adds up to 0.
-
-    An error of x, from the rounding of logits, enters this sum times x, and that of a x whole.
-    """
-    torch.neg(log_ratio, out=spare).expm1_().add_(log_ratio)
-    total = torch.linalg.vecdot(a, spare)[:, None]
-    return SmallDivergence(total, log_ratio.amin(dim=-1, keepdim=True) > -LARGEST_LOG_RATIO)
-
-
 def _block_loss(
     s: Shifted, t: Shifted, spare: Tensor, settings: LossSettings, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Token loss, divergence, clipped mass and, in a buffer, the gradient by x_S = z_S / T.
-
-    With d = log p~ - log p_S, u = 1 on unclipped entries and g = df / d log p_S, the gradient is
-    g u - p_S sum(g u):  p_S sum(p~ u) - p~ u  for the forward KL;  p_S C - p_S d u - p_S (1 - u),
-    C = sum(p_S d u + p_S (1 - u)), for the reverse KL, from g = p_S (1 - d) without its
-    cancellation;  and g = (1-b) p_S (log p_S - log m) for the JSD.
-    """
-    # A row without one finite logit on either side has no loss: both its sides are set to 0.
-    usable = (s.maximum != -math.inf) & (t.maximum != -math.inf)
-    q = t.exponentials.scatter_(1, t.largest, 1.0)
-    q.mul_(torch.where(usable, 1 / (1 + t.rest), 0.0).to(q.dtype))
-    p = s.exponentials
-    p_scale = torch.where(usable, 1 / (1 + s.rest), 0.0).to(p.dtype)
-    if settings.divergence != "forward_kl":
-        p.scatter_(1, s.largest, 1.0).mul_(p_scale)
-    d = t.x.sub_(s.x).add_(log_ratio(s.rest, t.rest).to(p.dtype))
-    g, small = s.x, None
-    if settings.divergence == "forward_kl":
-        small = small_divergence(q, d, spare)
-        f = d.mul_(q)
-    elif settings.divergence == "reverse_kl":
-        small = small_divergence(p, d.neg_(), spare)
-        f = d.mul_(p)
-    else:
-        b = settings.jsd_weight
-        d.clamp_(min=-LARGEST_LOG_RATIO, max=LARGEST_LOG_RATIO)
-        torch.expm1(d, out=g).mul_(b).log1p_().neg_()
-        f = d.add_(g).mul_(q).mul_(b)
-        f.add_(g.mul_(p).mul_(1 - b))
-    divergence = f.sum(dim=-1, keepdim=True)
+    """Token loss, divergence, clipped mass and, in a buffer, the gradient by x_S = z_S / T."""
+    block = _block(s, t, spare)
+    divergence = DIVERGENCES[settings.divergence]
+    f, small = divergence.terms(block, settings)
+    token_kl = f.sum(dim=-1, keepdim=True)
     correction = 0.0
     if small is not None:
-        correction = torch.where(small.holds & (divergence < 0.05), small.sum - divergence, 0.0)
-    divergence = torch.where(divergence > INFINITE_DIVERGENCE, math.inf, divergence + correction)
+        correction = torch.where(small.holds & (token_kl < 0.05), small.sum - token_kl, 0.0)
+    token_kl = torch.where(token_kl > INFINITE_DIVERGENCE, math.inf, token_kl + correction)
 
-    token_loss, clipped_mass, unclipped = divergence, torch.zeros_like(divergence), None
-    target_mass = q.sum(dim=-1, keepdim=True)
+    token_loss, clipped_mass, unclipped = token_kl, torch.zeros_like(token_kl), None
+    unclipped_mass = block.q.sum(dim=-1, keepdim=True)
     if settings.pointwise_clip is not None:
         unclipped = torch.le(f, settings.pointwise_clip, out=spare)
         token_loss = f.clamp_(max=settings.pointwise_clip).sum(dim=-1, keepdim=True) + correction
-        unclipped_mass = q.mul_(unclipped).sum(dim=-1, keepdim=True)
-        target_mass, clipped_mass = unclipped_mass, target_mass - unclipped_mass
+        target_mass, unclipped_mass = unclipped_mass, block.q.mul_(unclipped).sum(-1, keepdim=True)
+        clipped_mass = target_mass - unclipped_mass
     if not with_gradient:
-        return token_loss, divergence, clipped_mass, g
+        return token_loss, token_kl, clipped_mass, f
 
-    if settings.divergence == "forward_kl":
-        result = torch.sub(p.mul_(p_scale * target_mass), q, out=g)
-    elif settings.divergence == "reverse_kl":
-        result = _reverse_gradient(f, p, unclipped)
-    else:
-        if unclipped is not None:
-            g.mul_(unclipped)
-        result = g.sub_(p.mul_(g.sum(dim=-1, keepdim=True)))
-    # The row's gradient adds up to 0: its largest entry takes what the others leave.
-    result.scatter_(1, s.largest, 0.0)
-    result.scatter_(1, s.largest, -result.sum(dim=-1, keepdim=True))
-    return token_loss, divergence, clipped_mass, result
+    gradient = divergence.gradient(block, f, unclipped, unclipped_mass)
+    # A row's gradient adds up to 0, so its largest entry is minus the sum of the others.
+    gradient.scatter_(1, s.largest, 0.0)
+    gradient.scatter_(1, s.largest, -gradient.sum(dim=-1, keepdim=True))
+    return token_loss, token_kl, clipped_mass, gradient
 
 
-def _reverse_gradient(f: Tensor, p: Tensor, unclipped: Tensor | None) -> Tensor:
-    """p C + f u - p (1 - u), where f = -p d."""
-    if unclipped is not None:
-        f.mul_(unclipped)
-        f.sub_(unclipped.neg_().add_(1).mul_(p))
-    return f.sub_(p.mul_(f.sum(dim=-1, keepdim=True)))
+def _block(s: Shifted, t: Shifted, spare: Float[Tensor, "R V"]) -> Block:
+    """Makes both distributions, in the buffers of `s` and `t`."""
+    # A row without a finite logit on either side has loss 0: both distributions are set to 0.
+    usable = (s.maximum != -math.inf) & (t.maximum != -math.inf)
+    dtype = s.x.dtype
+    q = t.exponentials.scatter_(1, t.largest, 1.0)
+    q.mul_(torch.where(usable, 1 / (1 + t.rest), 0.0).to(dtype))
+    scale = torch.where(usable, 1 / (1 + s.rest), 0.0).to(dtype)
+    d = t.x.sub_(s.x).add_(log_ratio(s.rest, t.rest).to(dtype))
+    return Block(s.exponentials, scale, s.largest, q, d, g=s.x, spare=spare)
 
 
 def row_logprobs(

@@ -1,7 +1,6 @@
-"""Launches the Triton row kernels: the same row computations as `_torch_backend`, on a GPU.
+"""The row functions of `_torch_backend` as launches of Triton kernels.
 
-Without a GPU they run in Triton's interpreter, for which TRITON_INTERPRET=1 is set before the
-import.
+Without a GPU they run in Triton's interpreter, if TRITON_INTERPRET=1 is set before the import.
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ import triton
 from torch import Tensor
 
 from paint_kernels import _triton_kernels as kernels
-from paint_kernels._types import LossSettings, RowValues, TokenStats
+from paint_kernels._settings import LossSettings
+from paint_kernels._types import RowValues, TokenStats
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 MAX_BLOCK = 2048
-"""columns of a tile: 8 a thread"""
+"""columns of a tile: 8 per thread"""
 LOSS_MAX_BLOCK = 1024
-"""4 a thread: with more, two tiles of logits and five sums make some variants spill registers
+"""4 per thread: with more, two tiles of logits and five sums make some variants spill registers
 (`python -m bench.kernels_report --all`)"""
 NUM_WARPS = 8
-"""of 32 threads; AMD's hold 64"""
-DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
+"""of 32 threads; half as many on AMD, whose warps have 64"""
 
 
 class RowStats(NamedTuple):
@@ -45,7 +44,7 @@ def launch(
     max_block: int,
     **settings: Any,
 ) -> None:
-    """Runs `kernel` with one program a row, on the GPU that holds `logits`."""
+    """Runs `kernel` with one program per row, on the GPU that holds `logits`."""
     if not logits.is_cuda and isinstance(kernel, triton.JITFunction):
         raise ValueError(
             f'backend is "triton" for tensors on {logits.device}: it needs CUDA tensors, or '
@@ -63,7 +62,7 @@ def launch(
 
 
 def row_vectors(number: int, logits: Float[Tensor, "R V"]) -> tuple[Tensor, ...]:
-    """(R,) float32 vectors, each aligned to 16 bytes: kernels are compiled for what is aligned."""
+    """(R,) float32 vectors, each aligned to 16 bytes, for which the kernels are compiled."""
     num_rows = len(logits)
     padded = -(-num_rows // 4) * 4
     table = torch.empty(number, padded, dtype=torch.float32, device=logits.device)
@@ -93,7 +92,7 @@ def row_stats(logits: Float[Tensor, "R V"], temperature: float) -> TokenStats:
 def pair_stats(
     student_logits: Float[Tensor, "R V"], teacher_logits: Float[Tensor, "R V"], temperature: float
 ) -> tuple[RowStats, RowStats]:
-    """Of both models; `row_loss` takes them instead of computing them again."""
+    """The statistics of both models, which `row_loss` takes instead of computing them again."""
     return shifted_stats(student_logits, temperature), shifted_stats(teacher_logits, temperature)
 
 
@@ -107,10 +106,10 @@ def row_loss(
     gradient_scale: float = 1.0,
     stats: tuple[RowStats, RowStats] | None = None,
 ) -> RowValues:
-    """Clipped divergence of each row; fills `gradient`, that of the row's loss by the raw logits.
+    """Clipped divergence of each row. Fills `gradient` with that of its loss by the raw logits.
 
-    `gradient` (times `gradient_scale`) shares no memory with the logits, which may be read again
-    after it has been written.
+    `gradient`, which is multiplied by `gradient_scale`, must not share memory with the logits: they
+    may be read again after it has been written.
     """
     student, teacher = stats or pair_stats(student_logits, teacher_logits, settings.temperature)
     token_loss, divergence, clipped_mass = row_vectors(3, student_logits)
@@ -129,7 +128,7 @@ def row_loss(
         max_block=LOSS_MAX_BLOCK,
         INTERPOLATE=interpolated is not None,
         INTERPOLATION_WEIGHT=settings.interpolation_weight,
-        DIVERGENCE=DIVERGENCES[settings.divergence],
+        DIVERGENCE=settings.divergence,
         JSD_WEIGHT=settings.jsd_weight,
         CLIP=math.inf if settings.pointwise_clip is None else settings.pointwise_clip,
         WITH_GRADIENT=gradient is not None,
@@ -149,7 +148,7 @@ def row_logprobs(
 ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
     """Log-probability of each row's token, and the row's entropy.
 
-    Fills `gradient`, which shares no memory with `logits`, with (one_hot - p) / temperature *
+    Fills `gradient`, which must not share memory with `logits`, with (one_hot - p) / temperature *
     gradient_scale.
     """
     token_ids = token_ids.long()

@@ -1,7 +1,8 @@
-"""What a vocabulary entry adds to a divergence and to its gradient, as Triton functions.
+"""The divergences in Triton: what a vocabulary entry adds to a divergence and to its gradient.
 
-With student p, target q and d = log q - log p, the summand f is q d (forward KL), -p d (reverse KL)
-or b q log(q/m) + (1-b) p log(p/m), m = b q + (1-b) p (JSD).
+For student p, target q and d = log q - log p, the summand f is q d (forward KL), -p d (reverse KL)
+or b q log(q/m) + (1-b) p log(p/m) with m = b q + (1-b) p (JSD). A new divergence is a branch of
+`pointwise` that fills `slope`; the other two functions need a branch only for a better formula.
 """
 
 # pyright: reportOperatorIssue=false
@@ -10,17 +11,14 @@ import triton
 import triton.language as tl
 
 MASKED = tl.constexpr(-5e29)
-"""above what stands for -inf, below any finite logit's distance from its row's largest"""
+"""below any finite logit minus its row's largest, and above what replaces -inf"""
 LARGEST_LOG_RATIO = tl.constexpr(80.0)
-"""of log q - log p in the JSD: beyond it one side has no weight, and its exponential is finite"""
-FORWARD_KL = tl.constexpr(0)
-REVERSE_KL = tl.constexpr(1)
-JSD = tl.constexpr(2)
+"""bound of |log q - log p|, where one side has no weight left and exponentials are still finite"""
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x > -1, to float32 precision also near 0, where the GPU's log is coarse."""
+    """log(1 + x) for x > -1, accurate in float32 even near 0, where the GPU's log is coarse."""
     y = x / (2.0 + x)
     square = y * y
     series = 1.0 / 13.0
@@ -49,16 +47,16 @@ def second_order(x):
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1, to float32 precision also near 0."""
+    """exp(x) - 1, accurate in float32 even near 0."""
     near = tl.abs(x) < 0.5
     return tl.where(near, x + second_order(-tl.where(near, x, 0.0)), tl.exp(x) - 1.0)
 
 
 @triton.jit
 def divergence_gap(a, b, log_ratio):
-    """a log(a/b) - a + b >= 0, given log(a/b), to float32 precision also where a is close to b.
+    """a log(a/b) - a + b >= 0 from log(a/b), accurate in float32 even where a is close to b.
 
-    Over a vocabulary -a + b adds up to 0, so that these add up to sum(a log(a/b)), without the
+    Over a vocabulary -a + b sums to 0, so the sum of these is sum(a log(a/b)), without the
     cancellation of its first-order terms.
     """
     near = tl.abs(log_ratio) < 0.5
@@ -68,7 +66,7 @@ def divergence_gap(a, b, log_ratio):
 
 @triton.jit
 def log_ratio_of(student_rest, teacher_rest):
-    """log of (1 + rest_S) / (1 + rest_T); one logarithm of the ratio where the sums are close."""
+    """log((1 + rest_S) / (1 + rest_T)), as one logarithm of the ratio where the sums are close."""
     change = (student_rest - teacher_rest) / (1.0 + teacher_rest)
     near = tl.abs(change) < 0.5
     apart = log1p(student_rest) - log1p(teacher_rest)
@@ -85,23 +83,26 @@ def pointwise(
     DIVERGENCE: tl.constexpr,
     JSD_WEIGHT: tl.constexpr,
 ):
-    """p, q, d = log q - log p, the summand f, the same without what adds up to 0 over the row,
-    and what was left out (f = gap + left); for the JSD, `slope` = df / d log p."""
+    """p, q, d = log q - log p, the summand f = gap + left, its parts, and slope = df / d log p.
+
+    `left` sums to 0 over a row. The KLs do not use `slope`.
+    """
     p = tl.exp(student) * inverse_student
     q = tl.exp(teacher) * inverse_teacher
     d = teacher - student + log_ratio
     slope = d
-    if DIVERGENCE == FORWARD_KL:
+    if DIVERGENCE == "forward_kl":
         d = tl.where(q == 0.0, 0.0, tl.where(student < MASKED, float("inf"), d))
         f = q * d
         gap = tl.where(q == 0.0, p, divergence_gap(q, p, d))
         left = q - p
-    elif DIVERGENCE == REVERSE_KL:
+    elif DIVERGENCE == "reverse_kl":
         d = tl.where(p == 0.0, 0.0, tl.where(teacher < MASKED, float("-inf"), d))
         f = -p * d
         gap = tl.where(p == 0.0, q, divergence_gap(p, q, -d))
         left = p - q
     else:
+        tl.static_assert(DIVERGENCE == "jsd", "this divergence has no Triton formula")
         d = tl.minimum(tl.maximum(d, -LARGEST_LOG_RATIO), LARGEST_LOG_RATIO)
         mixture = JSD_WEIGHT * q + (1.0 - JSD_WEIGHT) * p
         student_log = -log1p(JSD_WEIGHT * expm1(d))  # log p - log m
@@ -116,22 +117,22 @@ def pointwise(
 
 @triton.jit
 def gradient_of(p, q, d, slope, clipped, constant, DIVERGENCE: tl.constexpr):
-    """By x_S = z_S / T: g on the unclipped entries - p * (the row's sum of those).
+    """Gradient by x_S = z_S / T: g u - p sum(g u), where g is `slope` and u is 1 if unclipped.
 
-    `constant` is the row's sum of q over the unclipped entries (forward KL), of p d over the
-    unclipped and p over the clipped ones (reverse KL, where g = p (1 - d)), or of g (JSD).
+    `constant` is the row's sum of `constant_term`: of q over the unclipped entries (forward KL), of
+    p d over the unclipped and p over the clipped ones (reverse KL, where g = p (1 - d)), or of g u.
     """
-    if DIVERGENCE == FORWARD_KL:
+    if DIVERGENCE == "forward_kl":
         return p * constant - tl.where(clipped, 0.0, q)
-    if DIVERGENCE == REVERSE_KL:
+    if DIVERGENCE == "reverse_kl":
         return p * (constant - tl.where(clipped, 1.0, d))
     return tl.where(clipped, 0.0, slope) - p * constant
 
 
 @triton.jit
 def constant_term(p, q, d, slope, clipped, DIVERGENCE: tl.constexpr):
-    if DIVERGENCE == FORWARD_KL:
+    if DIVERGENCE == "forward_kl":
         return tl.where(clipped, 0.0, q)
-    if DIVERGENCE == REVERSE_KL:
+    if DIVERGENCE == "reverse_kl":
         return p * tl.where(clipped, 1.0, d)
     return tl.where(clipped, 0.0, slope)

@@ -1,10 +1,10 @@
-"""Triton row kernels: one program a row of logits, the vocabulary in tiles, arithmetic in float32.
+"""The Triton row kernels: one program per row, the vocabulary in tiles, arithmetic in float32.
 
-Each lane of a tile keeps its own running maximum, so a row is read once for its statistics and
-lanes meet only at the end. The row's largest entry stays out of every sum, as in `_torch_backend`.
-Logits may be of any float type. Offsets of rows are int64, because N x V passes 2^31 at 14,135 rows
-of 151,936. Settings are constexpr: a Python float that reached a kernel as an argument could turn
-the arithmetic into float64.
+Each lane of a tile keeps its own running maximum, so that statistics read a row once and lanes are
+merged only at the end. Every sum leaves the row's largest entry out, as in `_torch_backend`. Logits
+may have any float dtype. Row offsets are int64, because N x V passes 2^31 at 14,135 rows of
+151,936. Settings are constexpr: a Python float passed as an argument could turn the arithmetic into
+float64.
 """
 
 # pyright: reportOperatorIssue=false, reportArgumentType=false
@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from paint_kernels._triton_divergences import (
-    FORWARD_KL,
     constant_term,
     gradient_of,
     log1p,
@@ -65,9 +64,9 @@ def scaled(logits, INVERSE_TEMPERATURE: tl.constexpr):
 
 @triton.jit
 def scan_tile(x, columns, maximum, largest, rest, energy):
-    """Takes a tile into each lane's maximum m, its column, and the sums of exp(x - m) and of
+    """Adds a tile to each lane's maximum m, the column of m, and the sums of exp(x - m) and
     (x - m) exp(x - m), both without the maximum itself."""
-    # One exponential serves both cases: the old sums shrink by it, or the new entry is it.
+    # One exponential serves both cases: it shrinks the old sums, or it is the new summand.
     above = x > maximum
     distance = tl.where(above, maximum - x, x - maximum)
     ratio = tl.exp(distance)
@@ -101,7 +100,7 @@ def stats_kernel(
     INVERSE_TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Row maximum m of x = z / T, its column, rest = sum exp(x - m) without it, and the entropy."""
+    """Row maximum m of x = z / T, its column, the sum of exp(x - m) without it, and the entropy."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     maximum = tl.full([BLOCK], EMPTY, tl.float32)
@@ -129,7 +128,7 @@ def target_stats(
     INVERSE_TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Maximum and rest of an interpolated target."""
+    """Maximum m of an interpolated target, and its sum of exp(x - m) without it."""
     lanes = tl.arange(0, BLOCK)
     maximum = tl.full([BLOCK], EMPTY, tl.float32)
     largest = tl.zeros([BLOCK], tl.int32)
@@ -216,13 +215,13 @@ def loss_kernel(
 ):
     """Loss, divergence and clipped mass of a row, and its gradient times GRADIENT_SCALE.
 
-    The forward KL's gradient needs one number of the whole row, the unclipped target mass, which is
-    1 where nothing is clipped. So the first loop writes that gradient already, and a second one
-    corrects it only in rows with a clipped entry. The other divergences always take both loops.
+    The gradient of the forward KL needs one number of the whole row, the unclipped target mass. It
+    is 1 where nothing is clipped. So the first loop already writes the gradient for that case, and
+    a second loop runs only for rows with a clipped entry. The other divergences always need both.
     """
     HAS_CLIP: tl.constexpr = float("inf") > CLIP
     GRADIENT_FACTOR: tl.constexpr = INVERSE_TEMPERATURE * GRADIENT_SCALE
-    NEEDS_CONSTANT: tl.constexpr = HAS_CLIP or DIVERGENCE != FORWARD_KL
+    NEEDS_CONSTANT: tl.constexpr = HAS_CLIP or DIVERGENCE != "forward_kl"
     row = tl.program_id(0).to(tl.int64)
     student_row_ptr = student_ptr + row * student_stride
     teacher_row_ptr = teacher_ptr + row * teacher_stride
@@ -243,7 +242,7 @@ def loss_kernel(
                 INVERSE_TEMPERATURE,
                 BLOCK,
             )
-    # A row without one finite logit on either side compares nothing.
+    # A row without a finite logit on either side has loss 0.
     usable = (student_maximum != EMPTY) & (teacher_maximum != EMPTY)
     inverse_student = tl.where(usable, 1.0 / (1.0 + student_rest), 0.0)
     inverse_teacher = tl.where(usable, 1.0 / (1.0 + teacher_rest), 0.0)
@@ -281,7 +280,7 @@ def loss_kernel(
             clipped_mass += tl.where(clipped, q, 0.0)
         if WITH_GRADIENT and NEEDS_CONSTANT:
             constant += constant_term(p, q, d, slope, clipped, DIVERGENCE)
-        if WITH_GRADIENT and DIVERGENCE == FORWARD_KL:
+        if WITH_GRADIENT and DIVERGENCE == "forward_kl":
             gradient = (p - q) * GRADIENT_FACTOR
             inside = columns < num_columns
             total += tl.where(inside & (columns != largest), gradient, 0.0)
@@ -297,7 +296,7 @@ def loss_kernel(
         tl.store(loss_ptr + row, row_divergence)
     if WITH_GRADIENT and NEEDS_CONSTANT:
         row_constant = tl.sum(constant, axis=0)
-        if (DIVERGENCE != FORWARD_KL) | (row_clipped_mass > 0.0):
+        if (DIVERGENCE != "forward_kl") | (row_clipped_mass > 0.0):
             total = tl.zeros([BLOCK], tl.float32)
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
@@ -325,8 +324,8 @@ def loss_kernel(
                 total += tl.where(inside & (columns != largest), gradient, 0.0)
                 tl.store(gradient_row_ptr + columns, gradient, mask=inside)
     if WITH_GRADIENT:
-        # A row's gradient adds up to 0: what the others leave keeps its digits in a confident row.
-        # Written last, over a tile that was stored without an exception, and so 8 bytes at a time.
+        # A row's gradient adds up to 0: minus the sum of the others keeps its digits in a confident
+        # row. It is written last, so that tiles are stored whole, 8 bytes at a time.
         tl.debug_barrier()
         tl.store(gradient_row_ptr + largest, -tl.sum(total, axis=0))
 

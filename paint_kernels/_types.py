@@ -1,9 +1,8 @@
-"""What the public functions return, and the settings that cross into the opaque operators."""
+"""What the public functions and the row kernels return."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -12,25 +11,26 @@ if TYPE_CHECKING:
 
 
 class PaintLossOutput(NamedTuple):
-    """The loss and what to log beside it; all but `loss` are detached.
+    """The loss, and values of every token to log. Everything but `loss` is detached.
 
-    `loss` is a scalar, or (N,) with reduction "none". The (N,) values are float32 (float64 for
-    float64 inputs), entropies and divergences in nats.
+    `loss` is a scalar, or (N,) with reduction "none". The (N,) values are float32, or float64 for
+    float64 inputs; losses, divergences and entropies are in nats.
     """
 
     loss: Float[Tensor, ...]
     token_loss: Float[Tensor, " N"]
-    """sum over v of min(f(v), pointwise_clip): negative at times, by design"""
+    """sum over v of min(f(v), pointwise_clip) (Eq. 3); by design it can be negative"""
     token_kl: Float[Tensor, " N"]
-    """sum over v of f(v), the divergence without the clip"""
+    """sum over v of f(v): the divergence without the clip"""
     student_entropy: Float[Tensor, " N"]
     teacher_entropy: Float[Tensor, " N"]
-    """of the teacher as it is, before any interpolation"""
+    """of the teacher itself, before any interpolation"""
     entropy_ratio: Float[Tensor, " N"]
+    """H_T / max(H_S, entropy_floor) (Eq. 9)"""
     clipped_mass: Float[Tensor, " N"]
-    """target probability on the clipped entries; exactly 0 where nothing is clipped"""
+    """the target's probability of the clipped entries; exactly 0 where none is clipped"""
     selected: Bool[Tensor, " N"]
-    """positions whose target is interpolated"""
+    """True at the positions that get the interpolated target"""
 
 
 class TokenStats(NamedTuple):
@@ -48,43 +48,11 @@ class TokenLogprobs(NamedTuple):
 
 
 class RowValues(NamedTuple):
-    """What a row kernel finds for each of R rows of logits."""
+    """What a row kernel returns for R rows of logits."""
 
     token_loss: Float[Tensor, " R"]
     token_kl: Float[Tensor, " R"]
     clipped_mass: Float[Tensor, " R"]
     student_entropy: Float[Tensor, " R"]
     target_entropy: Float[Tensor, " R"]
-    """of the teacher, after the interpolation where there is one"""
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """The numbers of the objective, checked, in the order in which the operators take them."""
-
-    temperature: float
-    divergence: str
-    jsd_weight: float
-    pointwise_clip: float | None
-    top_fraction: float
-    interpolation_weight: float
-    teacher_top_k: int | None
-    entropy_floor: float
-    backend: str
-
-    def as_arguments(self) -> tuple[Any, ...]:
-        return (
-            self.temperature,
-            self.divergence,
-            self.jsd_weight,
-            self.pointwise_clip,
-            self.top_fraction,
-            self.interpolation_weight,
-            self.teacher_top_k,
-            self.entropy_floor,
-            self.backend,
-        )
-
-    @property
-    def interpolates(self) -> bool:
-        return self.top_fraction > 0 and self.interpolation_weight > 0
+    """of the teacher; unspecified where rows are interpolated"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ from paint_kernels._checks import (
     check_positive,
     check_projection,
     check_same_rows,
-    check_settings,
+    check_top_k,
     local_tensor,
     resolve_backend,
     resolve_vocab_size,
 )
 from paint_kernels._matmul import compute_dtype
+from paint_kernels._settings import LossOptions, LossSettings, lists_options
 from paint_kernels._types import PaintLossOutput, TokenLogprobs, TokenStats
 from paint_kernels.selection import rollout_ids
 
@@ -29,10 +30,9 @@ if TYPE_CHECKING:
 
 
 def _as_autocast_would(tensor: Tensor) -> Tensor:
-    """float32 inputs in the dtype that torch.nn.functional.linear would give them.
+    """Casts a float32 input as autocast does for torch.nn.functional.linear.
 
-    Autocast is for speed: the head's products then run in half precision. What they add up to stays
-    float32.
+    The products with the head then run in half precision, for speed. They accumulate in float32.
     """
     device = tensor.device.type
     if tensor.dtype != torch.float32 or not torch.is_autocast_enabled(device):
@@ -48,7 +48,7 @@ def _token_weights(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor | None:
-    """(N,) weights w with loss = sum(w * token_loss); None where the token losses stay apart."""
+    """(N,) weights w with loss = sum(w * token_loss), or None for the reduction "none"."""
     check_denominator(denominator, reduction)
     if reduction == "none":
         return None
@@ -58,7 +58,7 @@ def _token_weights(
         return weights
     lengths = cu_seqlens.diff()
     if reduction == "sequence_mean":
-        # Bounds that do not cover N get their error from the operator, which reads their values.
+        # Clamped: bounds that do not cover N are refused later, where their values are read.
         ids = rollout_ids(cu_seqlens, num_tokens).clamp(max=max(lengths.shape[0] - 1, 0))
         weights = weights / lengths[ids] if lengths.shape[0] else weights
         count = (lengths > 0).sum().clamp(min=1)
@@ -74,7 +74,7 @@ def _token_weights(
 def _check_logits(
     student: Tensor, teacher: Tensor, cu_seqlens: Tensor, vocab_size: int | None
 ) -> int:
-    """The vocabulary that both share."""
+    """Checks both; returns the size of the vocabulary that they share."""
     check_float("student_logits", student, "(N, V)", student.device)
     check_float("teacher_logits", teacher, "(N, V)", student.device)
     check_same_rows("logits", student, teacher)
@@ -95,7 +95,7 @@ def _check_hidden_states(
     cu_seqlens: Tensor,
     vocab_size: int | None,
 ) -> tuple[int, Tensor | None]:
-    """The vocabulary that both heads share, and the teacher's own head, cut to it."""
+    """Checks all; returns the shared size of the vocabulary, and the teacher's head cut to it."""
     device = student.device
     check_projection("student_", student, weight, device)
     check_same_rows("hidden_states", student, teacher)
@@ -183,8 +183,8 @@ def token_logprobs(
     Args:
         hidden_states: (N, H), any float dtype; row n predicts token_ids[n].
         lm_head_weight: (V, H).
-        token_ids: (N,) int32 or int64, each within the head's rows. Masked tokens are left out by
-            the caller, not marked by an id.
+        token_ids: (N,) int32 or int64, each a row of the head. The caller drops masked tokens; no
+            id marks them.
         temperature: T, above 0.
         vocab_size: rows of the head that are real tokens; the rest are ignored.
         backend: "auto", "torch" or "triton".
@@ -220,62 +220,54 @@ def token_logprobs(
     return TokenLogprobs(logprobs, entropy.detach())
 
 
+@lists_options
 def paint_loss_from_logits(
     student_logits: Float[Tensor, "N V"],
     teacher_logits: Float[Tensor, "N V"],
     cu_seqlens: Int[Tensor, " B+1"],
     *,
-    temperature: float = 1.0,
-    divergence: str = "forward_kl",
-    jsd_weight: float = 0.5,
-    pointwise_clip: float | None = 0.06,
-    top_fraction: float = 0.03,
-    interpolation_weight: float = 0.03,
-    teacher_top_k: int | None = None,
-    entropy_floor: float = 1e-6,
     vocab_size: int | None = None,
     reduction: str = "sequence_mean",
     denominator: float | Tensor | None = None,
     backend: str = "auto",
+    **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
     """`paint_loss` for a trainer that already holds the logits of both models.
 
+    Half-precision logits are already rounded, which outweighs small divergences: prefer
+    `paint_loss` there.
+
     Args:
         student_logits: (N, V), any float dtype; only these get a gradient. -inf marks a token that
-            a model cannot produce; a row that is -inf throughout on either side has loss 0.
+            a model cannot produce. A row that is -inf throughout on either side has loss 0.
         teacher_logits: (N, V), constant.
-        cu_seqlens: (B+1,) int32 or int64.
+        cu_seqlens: (B+1,) int32 or int64, the bounds of the rollouts.
+        vocab_size, reduction, denominator, backend, options: as in `paint_loss`.
 
-    The settings, the result and the errors are those of `paint_loss`. Half-precision logits have
-    lost digits that no loss brings back: where divergences are small, prefer `paint_loss`.
+    Returns:
+        PaintLossOutput, as `paint_loss`.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices, bounds or settings that do not fit.
     """
     student = local_tensor("student_logits", student_logits)
     teacher = local_tensor("teacher_logits", teacher_logits).detach()
     vocab_size = _check_logits(student, teacher, cu_seqlens, vocab_size)
     dtype = compute_dtype(student, teacher)
-    settings = check_settings(
-        temperature=temperature,
-        divergence=divergence,
-        jsd_weight=jsd_weight,
-        pointwise_clip=pointwise_clip,
-        top_fraction=top_fraction,
-        interpolation_weight=interpolation_weight,
-        teacher_top_k=teacher_top_k,
-        entropy_floor=entropy_floor,
-        vocab_size=vocab_size,
-        backend=resolve_backend(backend, student.device, dtype),
-    )
+    settings = LossSettings(backend=resolve_backend(backend, student.device, dtype), **options)
+    check_top_k(settings.teacher_top_k, vocab_size)
     loss, table, selected, _ = _ops.paint_loss_from_logits(
         student[:, :vocab_size],
         teacher[:, :vocab_size],
         cu_seqlens,
         _token_weights(cu_seqlens, student.shape[0], reduction, denominator, dtype, student.device),
         _wants_gradient(student),
-        *settings.as_arguments(),
+        *settings.arguments(),
     )
     return _output(loss, table, selected)
 
 
+@lists_options
 def paint_loss(
     student_hidden_states: Float[Tensor, "N H"],
     teacher_hidden_states: Float[Tensor, "N H_T"],
@@ -283,75 +275,57 @@ def paint_loss(
     cu_seqlens: Int[Tensor, " B+1"],
     *,
     teacher_lm_head_weight: Float[Tensor, "V H_T"] | None = None,
-    temperature: float = 1.0,
-    divergence: str = "forward_kl",
-    jsd_weight: float = 0.5,
-    pointwise_clip: float | None = 0.06,
-    top_fraction: float = 0.03,
-    interpolation_weight: float = 0.03,
-    teacher_top_k: int | None = None,
-    entropy_floor: float = 1e-6,
     vocab_size: int | None = None,
     reduction: str = "sequence_mean",
     denominator: float | Tensor | None = None,
     backend: str = "auto",
+    **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
-    """The output projection and the PAINT loss in one, without a tensor of N x V logits.
+    """The output projection and the PAINT loss in one call, without a tensor of N x V logits.
 
     With log p = log_softmax(z / T) of each model and entropies H, the ceil(top_fraction * n)
-    positions of each rollout with the largest R = H_T / max(H_S, entropy_floor) (Eq. 9) get the
-    target softmax(((1-k) z_T + k z_S) / T), the others p_T (Eq. 12, 13). The target p~ is a
-    constant. A token's loss (Eq. 3), which can be negative since only the upper side is clipped, is
+    positions of a rollout of n tokens with the largest R = H_T / max(H_S, entropy_floor) (Eq. 9)
+    get the target p~ = softmax(((1-k) z_T + k z_S) / T), and the others p~ = p_T (Eq. 12, 13). The
+    target is a constant. The loss of a token (Eq. 3) is
 
         sum over v of min(f(v), tau),  f(v) = p~(v) (log p~(v) - log p_S(v)).
 
-    Its gradient by the student's logits is (p_S * sum of p~ over U - p~ on U) / T, where U holds
-    the entries with f <= tau. The other divergences have summands f of their own, clipped alike:
-    p_S (log p_S - log p~), and b p~ (log p~ - log m) + (1-b) p_S (log p_S - log m) with
-    m = b p~ + (1-b) p_S.
+    Only the upper side is clipped, so it can be negative. Its gradient by the student's logits is
+    (p_S * sum of p~ over U - p~ on U) / T, where U holds the entries with f <= tau. The other
+    divergences clip their own summands f: p_S (log p_S - log p~) for the reverse KL, and
+    b p~ (log p~ - log m) + (1-b) p_S (log p_S - log m) with m = b p~ + (1-b) p_S for the JSD.
 
-    Under autocast, float32 inputs are taken in its dtype, as by torch.nn.functional.linear; logits
-    are float32 or better in any case.
+    Under autocast, float32 inputs are cast as by torch.nn.functional.linear. Logits are float32 or
+    better in any case.
 
     Args:
-        student_hidden_states: (N, H), the hidden states that predict the N packed completion
-            tokens.
+        student_hidden_states: (N, H), any float dtype: the hidden states that predict the N packed
+            completion tokens.
         teacher_hidden_states: (N, H_T), the teacher's for the same tokens; constant.
-        lm_head_weight: (V, H) of the student, and of the teacher unless that has its own.
-        cu_seqlens: (B+1,) int32 or int64, bounds of the rollouts: from 0 to N, empty rollouts
-            allowed. On the CPU or beside the other inputs. A GPU works from bounds on the CPU with
-            three products (four with a trainable head), as long as rollouts fit into a chunk of
-            1024 to 2048 rows. Of longer ones, and where the bounds are on the GPU and so not read,
-            3% of the rows are computed twice.
+        lm_head_weight: (V, H), the student's head, and the teacher's unless that has its own.
+        cu_seqlens: (B+1,) int32 or int64, the bounds of the rollouts, from 0 to N. Rollouts may be
+            empty. The bounds may be on the CPU or on the other inputs' device. On a GPU, pass them
+            on the CPU: rollouts that fit into a chunk of 1024 to 2048 rows then take three matrix
+            products, or four with a trainable head. For longer rollouts, and for bounds on the GPU,
+            which are not read, 3% of the rows are computed twice.
         teacher_lm_head_weight: (V, H_T); constant.
-        temperature: T.
-        divergence: "forward_kl", KL(target, student); "reverse_kl", KL(student, target); "jsd",
-            the generalised Jensen-Shannon divergence of Agarwal et al. (arXiv 2306.13649).
-        jsd_weight: b of the JSD, in (0, 1): the target's weight in m and in the sum.
-        pointwise_clip: tau in nats, or None for no clip. The default is PAINT's, for the forward
-            KL. It bounds each summand from above only: the reverse KL's minimum moves away from the
-            target with it, so pass None there unless that is wanted.
-        top_fraction: share of each rollout's positions that are interpolated.
-        interpolation_weight: k.
-        teacher_top_k: restricts both distributions to the teacher's k largest logits, renormalised
-            (ties to the lower index); entropies are those of the restricted distributions.
-        entropy_floor: in nats.
-        vocab_size: rows of the head that are real tokens; the rest are ignored.
-        reduction: "sequence_mean", the mean over non-empty rollouts of their token means (Alg. 1);
-            "token_mean"; "sum"; or "none", where `loss` is (N,).
-        denominator: a number or 0-d tensor in place of the count of non-empty rollouts
-            ("sequence_mean") or of tokens ("token_mean"): the global count, under micro-batches and
-            data parallelism.
+        vocab_size: number of rows of the heads that are real tokens; the rest are ignored.
+        reduction: "sequence_mean", the mean over non-empty rollouts of their token means (Alg. 1
+            line 17); "token_mean"; "sum"; or "none", where `loss` is (N,).
+        denominator: a number or 0-d tensor that replaces the number of non-empty rollouts
+            ("sequence_mean") or of tokens ("token_mean"). With micro-batches or data parallelism it
+            is the global number.
         backend: "auto" (triton for CUDA tensors, torch elsewhere), "torch" or "triton".
+        options: the settings of the loss, described in `LossSettings`.
 
     Returns:
         PaintLossOutput. Its loss is differentiable by `student_hidden_states`, and by
-        `lm_head_weight` where that requires a gradient. All values are float32, or float64 for
-        float64 inputs.
+        `lm_head_weight` if that requires a gradient. All values are float32, or float64 for float64
+        inputs.
 
     Raises:
         ValueError: for shapes, dtypes, devices, bounds or settings that do not fit. On a GPU the
-            bounds' values are asserted on the device, so that the host need not wait.
+            values of the bounds are asserted on the device, so that the host does not wait.
     """
     student = local_tensor("student_hidden_states", student_hidden_states)
     teacher = local_tensor("teacher_hidden_states", teacher_hidden_states).detach()
@@ -364,18 +338,8 @@ def paint_loss(
         teacher_weight = _as_autocast_would(teacher_weight)
     heads = [weight] if teacher_weight is None else [weight, teacher_weight]
     dtype = compute_dtype(student, teacher, *heads)
-    settings = check_settings(
-        temperature=temperature,
-        divergence=divergence,
-        jsd_weight=jsd_weight,
-        pointwise_clip=pointwise_clip,
-        top_fraction=top_fraction,
-        interpolation_weight=interpolation_weight,
-        teacher_top_k=teacher_top_k,
-        entropy_floor=entropy_floor,
-        vocab_size=vocab_size,
-        backend=resolve_backend(backend, student.device, dtype),
-    )
+    settings = LossSettings(backend=resolve_backend(backend, student.device, dtype), **options)
+    check_top_k(settings.teacher_top_k, vocab_size)
     loss, table, selected, _, _ = _ops.paint_loss(
         student,
         teacher,
@@ -385,6 +349,6 @@ def paint_loss(
         _token_weights(cu_seqlens, student.shape[0], reduction, denominator, dtype, student.device),
         _wants_gradient(student),
         _wants_gradient(weight),
-        *settings.as_arguments(),
+        *settings.arguments(),
     )
     return _output(loss, table, selected)

@@ -1,12 +1,13 @@
-"""`PaintLoss`: the loss with its settings kept, for packed and for padded hidden states."""
+"""`PaintLoss`: the loss as a module, for packed or padded hidden states."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from paint_kernels._settings import LossOptions, LossSettings, lists_options
 from paint_kernels._types import PaintLossOutput
 from paint_kernels.functional import paint_loss
 
@@ -17,36 +18,26 @@ if TYPE_CHECKING:
 class PaintLoss(nn.Module):
     """`paint_loss` as a module without parameters.
 
-    The keyword arguments are those of `paint_loss` that do not change from batch to batch.
+    Args:
+        vocab_size, reduction, backend: as in `paint_loss`.
+        options: the settings of the loss, described in `LossSettings`.
+
+    Raises:
+        ValueError: for a setting out of its range, when the module is built.
     """
 
+    @lists_options
     def __init__(
         self,
         *,
-        temperature: float = 1.0,
-        divergence: str = "forward_kl",
-        jsd_weight: float = 0.5,
-        pointwise_clip: float | None = 0.06,
-        top_fraction: float = 0.03,
-        interpolation_weight: float = 0.03,
-        teacher_top_k: int | None = None,
-        entropy_floor: float = 1e-6,
         vocab_size: int | None = None,
         reduction: str = "sequence_mean",
         backend: str = "auto",
+        **options: Unpack[LossOptions],
     ) -> None:
         super().__init__()
-        self.temperature = temperature
-        self.divergence = divergence
-        self.jsd_weight = jsd_weight
-        self.pointwise_clip = pointwise_clip
-        self.top_fraction = top_fraction
-        self.interpolation_weight = interpolation_weight
-        self.teacher_top_k = teacher_top_k
-        self.entropy_floor = entropy_floor
-        self.vocab_size = vocab_size
-        self.reduction = reduction
-        self.backend = backend
+        self.vocab_size, self.reduction = vocab_size, reduction
+        self.settings = LossSettings(backend=backend, **options)
 
     def forward(
         self,
@@ -59,11 +50,23 @@ class PaintLoss(nn.Module):
         teacher_lm_head_weight: Float[Tensor, "V H_T"] | None = None,
         denominator: float | Tensor | None = None,
     ) -> PaintLossOutput:
-        """The loss of packed hidden states with `cu_seqlens`, or of padded ones with `loss_mask`.
+        """Computes the loss of packed or of padded hidden states.
 
-        Packed are (N, H), padded (B, T, H). `loss_mask` (B, T) is True on the positions to keep,
-        whatever tokens stand there; the N kept ones are the rows of the result, rollout after
-        rollout. On a GPU the host waits for their number.
+        Args:
+            student_hidden_states: (N, H) with `cu_seqlens`, or (B, T, H) with `loss_mask`.
+            teacher_hidden_states: (N, H_T) or (B, T, H_T), likewise; constant.
+            lm_head_weight: (V, H).
+            cu_seqlens: (B+1,), the bounds of packed rollouts.
+            loss_mask: (B, T) bool, True at the positions to keep, whatever their tokens. The kept
+                positions, rollout after rollout, are the N rows of the result. On a GPU the host
+                waits for their number.
+            teacher_lm_head_weight, denominator: as in `paint_loss`.
+
+        Returns:
+            PaintLossOutput.
+
+        Raises:
+            ValueError: as `paint_loss`, and without exactly one of `cu_seqlens` and `loss_mask`.
         """
         if (cu_seqlens is None) == (loss_mask is None):
             raise ValueError(
@@ -84,40 +87,30 @@ class PaintLoss(nn.Module):
             lm_head_weight,
             cu_seqlens,
             teacher_lm_head_weight=teacher_lm_head_weight,
-            temperature=self.temperature,
-            divergence=self.divergence,
-            jsd_weight=self.jsd_weight,
-            pointwise_clip=self.pointwise_clip,
-            top_fraction=self.top_fraction,
-            interpolation_weight=self.interpolation_weight,
-            teacher_top_k=self.teacher_top_k,
-            entropy_floor=self.entropy_floor,
             vocab_size=self.vocab_size,
             reduction=self.reduction,
             denominator=denominator,
-            backend=self.backend,
+            **self.settings.keywords(),
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.divergence}, temperature={self.temperature}, "
-            f"pointwise_clip={self.pointwise_clip}, top_fraction={self.top_fraction}, "
-            f"interpolation_weight={self.interpolation_weight}, reduction={self.reduction!r}"
-        )
+        kept = {"vocab_size": self.vocab_size, "reduction": self.reduction}
+        kept = self.settings.keywords() | kept
+        return ", ".join(f"{name}={value!r}" for name, value in kept.items())
 
 
 def pack(
     name: str, hidden_states: Float[Tensor, "B T H"], loss_mask: Bool[Tensor, "B T"]
 ) -> tuple[Float[Tensor, "N H"], Int[Tensor, " B+1"]]:
-    """The kept positions row after row, and their bounds."""
+    """The kept positions, rollout after rollout, and their bounds."""
     if loss_mask.dtype != torch.bool or hidden_states.shape[:-1] != loss_mask.shape:
         raise ValueError(
             f"loss_mask is {loss_mask.dtype} of shape {tuple(loss_mask.shape)}, {name} has shape "
             f"{tuple(hidden_states.shape)}: they must be bool (B, T) and (B, T, H), True on kept "
             "positions."
         )
-    # Picking rows by a mask waits for their number anyway, and bounds on the host let the loss keep
-    # whole rollouts together.
+    # Indexing by a mask waits for the number of rows anyway, and with bounds on the host the loss
+    # keeps whole rollouts together.
     lengths = loss_mask.sum(dim=1).cpu()
     cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     return hidden_states[loss_mask], cu_seqlens

@@ -1,8 +1,8 @@
-"""Every op in plain PyTorch with the full logits: the specification, and the tests' measure.
+"""The specification: every public function in plain PyTorch, with the full logits.
 
-Any floating dtype; half precision is computed in float32. Gradients come from autograd. The
-arguments are those of the public functions of the same names, without `backend`; nothing is checked
-here.
+The tests compare the fused functions with these in float64. Any floating dtype is accepted; half
+precision is computed in float32. Gradients come from autograd. Arguments are those of the public
+functions of the same names, without `backend`. Tensors are not checked.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
 
+from paint_kernels._settings import LossOptions, LossSettings, lists_options
 from paint_kernels._types import PaintLossOutput, TokenLogprobs, TokenStats
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def project(
     hidden_states: Float[Tensor, "N H"], weight: Float[Tensor, "V H"]
 ) -> Float[Tensor, "N V"]:
+    """Logits in float32 or better, also under autocast."""
     dtype = torch.promote_types(hidden_states.dtype, weight.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     with torch.autocast(hidden_states.device.type, enabled=False):
@@ -35,17 +37,18 @@ def project(
 
 
 def masked_rows(logits: Float[Tensor, "N V"]) -> Bool[Tensor, " N"]:
-    """Rows in which every logit is -inf: they define no distribution."""
+    """True for rows in which every logit is -inf, which define no distribution."""
     return (logits == -math.inf).all(dim=-1)
 
 
 def log_probabilities(logits: Float[Tensor, "N V"], temperature: float) -> Float[Tensor, "N V"]:
-    """log softmax(logits / temperature); uniform on fully masked rows, which no result uses."""
+    """log softmax(logits / temperature); uniform in fully masked rows, which no result uses."""
     usable = torch.where(masked_rows(logits)[:, None], 0.0, logits)
     return torch.log_softmax(usable / temperature, dim=-1)
 
 
 def entropy_of(log_p: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """H in nats (Eq. 8), where 0 log 0 is 0."""
     p = log_p.exp()
     return -torch.where(p > 0, p * log_p, 0.0).sum(dim=-1)
 
@@ -53,6 +56,7 @@ def entropy_of(log_p: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
 def select_top_fraction(
     entropy_ratio: Float[Tensor, " N"], cu_seqlens: Int[Tensor, " B+1"], top_fraction: float
 ) -> Bool[Tensor, " N"]:
+    """True at the ceil(top_fraction * n) positions of a rollout with the largest ratio (Alg. 1)."""
     ratios, bounds = entropy_ratio.tolist(), cu_seqlens.tolist()
     selected = torch.zeros(len(ratios), dtype=torch.bool, device=entropy_ratio.device)
     for start, end in itertools.pairwise(bounds):
@@ -62,13 +66,18 @@ def select_top_fraction(
     return selected
 
 
+def top_k_indices(logits: Float[Tensor, "N V"], k: int) -> Int[Tensor, "N k"]:
+    """The k largest entries of each row, ties to the lower index."""
+    return torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :k]
+
+
 def interpolate(
     teacher_logits: Float[Tensor, "N V"],
     student_logits: Float[Tensor, "N V"],
     selected: Bool[Tensor, " N"],
     weight: float,
 ) -> Float[Tensor, "N V"]:
-    """(1-k) z_T + k z_S on the selected rows (Eq. 12), with 0 times -inf taken as 0."""
+    """(1-k) z_T + k z_S in the selected rows (Eq. 12), where 0 times -inf is 0."""
     if weight == 0:
         return teacher_logits
     mixed = student_logits
@@ -86,8 +95,8 @@ def divergence_terms(
     """f(v), whose sum over v is the divergence of the student p from the target q.
 
     forward_kl: q (log q - log p). reverse_kl: p (log p - log q). jsd, with weight b on the target
-    and m = b q + (1-b) p: b q (log q - log m) + (1-b) p (log p - log m). A factor 0 makes its
-    product 0, whatever the logarithms are: without the guards 0 * inf is NaN.
+    and m = b q + (1-b) p: b q (log q - log m) + (1-b) p (log p - log m). A product with a factor 0
+    is 0, whatever the logarithm: without the guards 0 * inf would be NaN.
     """
     p, q = log_p.exp(), log_q.exp()
     if divergence == "forward_kl":
@@ -113,7 +122,7 @@ def clipped_divergence(
     jsd_weight: float,
     pointwise_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(N,) token losses (Eq. 3), unclipped divergences, and target mass on the clipped entries."""
+    """(N,) token losses (Eq. 3), unclipped divergences, and target mass of the clipped entries."""
     f = divergence_terms(log_p_student, log_p_target, divergence, jsd_weight)
     token_divergence = f.sum(dim=-1)
     if pointwise_clip is None:
@@ -129,6 +138,7 @@ def reduce_tokens(
     reduction: str,
     denominator: float | Tensor | None,
 ) -> Tensor:
+    """The loss of a batch; "sequence_mean" is Alg. 1 line 17."""
     if reduction == "none":
         return token_loss
     if reduction == "sum":
@@ -141,44 +151,47 @@ def reduce_tokens(
     return total / (max(len(means), 1) if denominator is None else denominator)
 
 
+@lists_options
 def paint_loss_from_logits(
     student_logits: Float[Tensor, "N V"],
     teacher_logits: Float[Tensor, "N V"],
     cu_seqlens: Int[Tensor, " B+1"],
     *,
-    temperature: float = 1.0,
-    divergence: str = "forward_kl",
-    jsd_weight: float = 0.5,
-    pointwise_clip: float | None = 0.06,
-    top_fraction: float = 0.03,
-    interpolation_weight: float = 0.03,
-    teacher_top_k: int | None = None,
-    entropy_floor: float = 1e-6,
     vocab_size: int | None = None,
     reduction: str = "sequence_mean",
     denominator: float | Tensor | None = None,
+    **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
+    """The PAINT loss of (N, V) logits (Eq. 3, 8, 9, 12, 13, Alg. 1)."""
+    settings = LossSettings(**options)
     student_logits = at_least_float32(student_logits[:, :vocab_size])
     teacher_logits = at_least_float32(teacher_logits[:, :vocab_size]).detach()
-    if teacher_top_k is not None:
-        order = torch.sort(teacher_logits, dim=-1, descending=True, stable=True).indices
-        largest = order[:, :teacher_top_k]
+    if settings.teacher_top_k is not None:
+        largest = top_k_indices(teacher_logits, settings.teacher_top_k)
         student_logits = student_logits.gather(1, largest)
         teacher_logits = teacher_logits.gather(1, largest)
 
     student_masked, teacher_masked = masked_rows(student_logits), masked_rows(teacher_logits)
-    log_p_student = log_probabilities(student_logits, temperature)
+    log_p_student = log_probabilities(student_logits, settings.temperature)
     with torch.no_grad():
         student_entropy = entropy_of(log_p_student).masked_fill(student_masked, 0.0)
-        teacher_entropy = entropy_of(log_probabilities(teacher_logits, temperature))
+        teacher_entropy = entropy_of(log_probabilities(teacher_logits, settings.temperature))
         teacher_entropy = teacher_entropy.masked_fill(teacher_masked, 0.0)
-        entropy_ratio = teacher_entropy / student_entropy.clamp(min=entropy_floor)
-        selected = select_top_fraction(entropy_ratio, cu_seqlens, top_fraction)
-        target_logits = interpolate(teacher_logits, student_logits, selected, interpolation_weight)
-        log_p_target = log_probabilities(target_logits, temperature)
+        entropy_ratio = teacher_entropy / student_entropy.clamp(min=settings.entropy_floor)
+        selected = select_top_fraction(entropy_ratio, cu_seqlens, settings.top_fraction)
+        target_logits = interpolate(
+            teacher_logits, student_logits, selected, settings.interpolation_weight
+        )
+        log_p_target = log_probabilities(target_logits, settings.temperature)
 
-    values = clipped_divergence(log_p_student, log_p_target, divergence, jsd_weight, pointwise_clip)
-    # A row that is masked on either side compares nothing: it counts as a token with loss 0.
+    values = clipped_divergence(
+        log_p_student,
+        log_p_target,
+        settings.divergence,
+        settings.jsd_weight,
+        settings.pointwise_clip,
+    )
+    # A row that is fully masked on either side counts as a token with loss 0.
     usable = ~(student_masked | masked_rows(target_logits))
     token_loss, token_kl, clipped_mass = (torch.where(usable, value, 0.0) for value in values)
     return PaintLossOutput(
@@ -193,6 +206,7 @@ def paint_loss_from_logits(
     )
 
 
+@lists_options
 def paint_loss(
     student_hidden_states: Float[Tensor, "N H"],
     teacher_hidden_states: Float[Tensor, "N H_T"],
@@ -200,34 +214,21 @@ def paint_loss(
     cu_seqlens: Int[Tensor, " B+1"],
     *,
     teacher_lm_head_weight: Float[Tensor, "V H_T"] | None = None,
-    temperature: float = 1.0,
-    divergence: str = "forward_kl",
-    jsd_weight: float = 0.5,
-    pointwise_clip: float | None = 0.06,
-    top_fraction: float = 0.03,
-    interpolation_weight: float = 0.03,
-    teacher_top_k: int | None = None,
-    entropy_floor: float = 1e-6,
     vocab_size: int | None = None,
     reduction: str = "sequence_mean",
     denominator: float | Tensor | None = None,
+    **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
+    """The PAINT loss of hidden states (N, H) and (N, H_T), with heads (V, H) and (V, H_T)."""
     teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
     return paint_loss_from_logits(
         project(student_hidden_states, lm_head_weight),
         project(teacher_hidden_states, teacher_weight).detach(),
         cu_seqlens,
-        temperature=temperature,
-        divergence=divergence,
-        jsd_weight=jsd_weight,
-        pointwise_clip=pointwise_clip,
-        top_fraction=top_fraction,
-        interpolation_weight=interpolation_weight,
-        teacher_top_k=teacher_top_k,
-        entropy_floor=entropy_floor,
         vocab_size=vocab_size,
         reduction=reduction,
         denominator=denominator,
+        **options,
     )
 
 
@@ -238,6 +239,7 @@ def token_stats(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> TokenStats:
+    """(N,) log-sum-exp and entropy of softmax(hidden_states @ lm_head_weight.T / temperature)."""
     with torch.no_grad():
         logits = project(hidden_states, lm_head_weight)[:, :vocab_size]
         entropy = entropy_of(log_probabilities(logits, temperature))
@@ -252,6 +254,7 @@ def token_logprobs(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> TokenLogprobs:
+    """(N,) log-probabilities of `token_ids`, and the detached entropy."""
     logits = project(hidden_states, lm_head_weight)[:, :vocab_size]
     log_p = log_probabilities(logits, temperature)
     logprobs = log_p.gather(1, token_ids.long()[:, None])[:, 0]

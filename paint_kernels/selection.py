@@ -1,4 +1,4 @@
-"""Which positions get the interpolated target (Eq. 9 and Alg. 1), and which tokens the top-k."""
+"""Selects positions for the interpolated target (Eq. 9, Alg. 1), and tokens for the top-k."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 TOP_K_ROWS = 128
-"""ranked together: their ranks, int32, are small beside a chunk's logits"""
+"""rows ranked at a time: their int32 ranks take little memory beside the logits of a chunk"""
 
 
 def rollout_ids(cu_seqlens: Int[Tensor, " B+1"], num_tokens: int) -> Int[Tensor, " N"]:
-    """The rollout that each of N packed tokens belongs to; empty rollouts own none."""
+    """The rollout of each of N packed tokens; empty rollouts have none."""
     positions = torch.arange(num_tokens, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:].long().contiguous(), positions, right=True)
 
 
 def selected_counts(lengths: Int[Tensor, " B"], top_fraction: float) -> Int[Tensor, " B"]:
-    """S = ceil(top_fraction * length) in integers, for in floats 0.07 * 100 rounds up to 8.
+    """S = ceil(top_fraction * length) in integers: in floats, 0.07 * 100 rounds up to 8.
 
     The fraction is the decimal that the user wrote, exact to nine digits.
     """
@@ -59,9 +59,19 @@ def entropy_ratio(
     *,
     entropy_floor: float = 1e-6,
 ) -> Float[Tensor, " N"]:
-    """R = H_T / max(H_S, entropy_floor) (Eq. 9), entropies in nats.
+    """R = H_T / max(H_S, entropy_floor) (Eq. 9).
 
-    R only ranks positions; the floor keeps a student that is certain from making it infinite.
+    R only ranks positions. The floor keeps it finite where the student is certain.
+
+    Args:
+        teacher_entropy, student_entropy: (N,), in nats.
+        entropy_floor: in nats, above 0.
+
+    Returns:
+        (N,), in the dtype of the entropies.
+
+    Raises:
+        ValueError: if `entropy_floor` is not above 0.
     """
     check_positive("entropy_floor", entropy_floor)
     return teacher_entropy / student_entropy.clamp(min=entropy_floor)
@@ -70,23 +80,31 @@ def entropy_ratio(
 def select_top_fraction(
     entropy_ratio: Float[Tensor, " N"], cu_seqlens: Int[Tensor, " B+1"], top_fraction: float
 ) -> Bool[Tensor, " N"]:
-    """True on the ceil(top_fraction * length) positions of each rollout with the largest ratio.
+    """Marks the ceil(top_fraction * length) positions of each rollout with the largest ratio.
 
-    Ranked within each rollout (Alg. 1 line 13), ties to the lower position. `cu_seqlens` (B+1,) are
-    the rollouts' bounds in the N packed tokens. ValueError where these do not cover N tokens, or
-    `top_fraction` is outside [0, 1].
+    Args:
+        entropy_ratio: (N,), of packed rollouts.
+        cu_seqlens: (B+1,) int32 or int64, the bounds of the rollouts, from 0 to N.
+        top_fraction: in [0, 1].
+
+    Returns:
+        (N,) bool. Positions are ranked within their rollout (Alg. 1 line 13); ties go to the lower
+        position.
+
+    Raises:
+        ValueError: for bounds that do not cover N tokens, or a fraction outside [0, 1].
     """
     check_fraction("top_fraction", top_fraction)
     num_tokens = entropy_ratio.shape[0]
     check_cu_seqlens(cu_seqlens, entropy_ratio.device)
     check_cu_seqlens_values(cu_seqlens, num_tokens)
     ids = rollout_ids(cu_seqlens, num_tokens)
-    # Two stable sorts, by ratio and then by rollout, leave rollouts together, largest ratio first.
+    # Two stable sorts, by ratio and then by rollout, order each rollout by falling ratio.
     by_ratio = torch.sort(entropy_ratio, descending=True, stable=True).indices
     order = by_ratio[torch.sort(ids[by_ratio], stable=True).indices]
     rank = torch.arange(num_tokens, device=ids.device) - cu_seqlens.long()[ids]
     counts = selected_counts(cu_seqlens.diff(), top_fraction)
     selected = torch.zeros(num_tokens, dtype=torch.bool, device=ids.device)
-    # The place p now holds a token of rollout ids[p], because ids was sorted to begin with.
+    # `ids` is sorted already, so place p of `order` is a token of rollout ids[p].
     selected[order] = rank < counts[ids]
     return selected

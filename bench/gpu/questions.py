@@ -26,10 +26,9 @@ from bench.losses import (
     make_inputs,
     our_loss,
 )
-from paint_kernels import _loss, _ops, _triton_backend
+from paint_kernels import LossSettings, _loss, _ops, _triton_backend
 from paint_kernels._plan import Chunk, most_rows
 from paint_kernels._sources import HiddenSource, chunk_buffer
-from paint_kernels._types import LossSettings
 
 HIDDEN, VOCAB_SIZE = QWEN3_HIDDEN["8b"], QWEN3_VOCAB_SIZE
 BLOCKS, WARPS = (1024, 2048, 4096), (4, 8, 16)

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
+from paint_kernels import LossSettings
 from paint_kernels import _triton_backend as backend
 from paint_kernels import _triton_kernels as kernels
-from paint_kernels._types import LossSettings
+from paint_kernels._torch_divergences import DIVERGENCES
 
 KERNELS = tuple(name for name in vars(kernels) if name.endswith("_kernel"))
 COUNTED_SHAPE = (1, 8192)
@@ -105,7 +106,7 @@ def every_variant() -> list[Variant]:
         found += [
             LOSS._replace(**dtypes, divergence=divergence, clip=clip, interpolates=interpolates)
             for divergence, clip, interpolates in itertools.product(
-                backend.DIVERGENCES, (LOSS.clip, None), (True, False)
+                DIVERGENCES, (LOSS.clip, None), (True, False)
             )
         ]
         found += [LOGPROBS._replace(**dtypes)] if gradient else []

@@ -24,7 +24,7 @@ from bench.losses import (
     plain_logprobs_loss,
     plain_loss,
 )
-from paint_kernels._checks import check_settings
+from paint_kernels import LossSettings
 
 FULL_LOGITS = ("memory below the full logits",)
 
@@ -57,7 +57,7 @@ def our_loss_bounds_on_device(inputs: Inputs, objective: Objective) -> Tensor:
 def our_float32_rows(inputs: Inputs, objective: Objective) -> Tensor:
     """(N, H) float32: the gradient of the mean over tokens that `paint_loss` saves for backward."""
     num_tokens = len(inputs.student)
-    settings = check_settings(
+    settings = LossSettings(
         temperature=objective.temperature,
         divergence=objective.divergence,
         jsd_weight=JSD_WEIGHT,
@@ -66,7 +66,6 @@ def our_float32_rows(inputs: Inputs, objective: Objective) -> Tensor:
         interpolation_weight=objective.interpolation_weight,
         teacher_top_k=None,
         entropy_floor=1e-6,
-        vocab_size=inputs.weight.shape[0],
         backend="triton" if inputs.weight.is_cuda else "torch",
     )
     token_weights = torch.full_like(inputs.student[:, 0], 1 / num_tokens, dtype=torch.float32)
@@ -79,7 +78,7 @@ def our_float32_rows(inputs: Inputs, objective: Objective) -> Tensor:
         token_weights,
         True,
         False,
-        *settings.as_arguments(),
+        *settings.arguments(),
     )
     return rows / num_tokens
 

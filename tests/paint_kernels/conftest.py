@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from paint_kernels import PaintLossOutput, _matmul, reference
+from paint_kernels import LossSettings, PaintLossOutput, _matmul, reference
 
 TOLERANCE = 2e-4
 VALUES = (
@@ -181,17 +181,8 @@ def clip_for() -> Callable[..., float]:
 def operator_gradients(batch: Batch, **settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """By the hidden states, unweighted rows before their last rounding, and by the head; then both
     in float64."""
-    arguments = {
-        "temperature": 0.9,
-        "divergence": "forward_kl",
-        "jsd_weight": 0.5,
-        "pointwise_clip": 0.06,
-        "top_fraction": 0.3,
-        "interpolation_weight": 0.3,
-        "teacher_top_k": None,
-        "entropy_floor": 1e-6,
-        "backend": "torch",
-    } | settings
+    own = {"temperature": 0.9, "top_fraction": 0.3, "interpolation_weight": 0.3, "backend": "torch"}
+    arguments = LossSettings(**own | settings).keywords()
     token_weights = torch.linspace(0.1, 1.3, len(batch.student)).to(batch.student.device) / 1000
     _, _, _, rows, head = torch.ops.paint_kernels.paint_loss(
         *(batch.student, batch.teacher, batch.weight, batch.teacher_weight, batch.cu_seqlens),

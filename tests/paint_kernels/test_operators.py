@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from paint_kernels import (
+    LossSettings,
     PaintLoss,
     _ops,
     _token_ops,
@@ -14,7 +15,9 @@ from paint_kernels import (
     token_stats,
 )
 
-OPTIONS = (0.9, "forward_kl", 0.5, 0.06, 0.3, 0.3, None, 1e-6, "torch")
+OPTIONS = LossSettings(
+    temperature=0.9, top_fraction=0.3, interpolation_weight=0.3, backend="torch"
+).arguments()
 REDUCTIONS = ("sequence_mean", "none")
 
 

@@ -5,17 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paint_kernels import _loss, _matmul, _plan, _torch_backend, paint_loss, reference
+from paint_kernels import LossSettings, _loss, _matmul, _plan, _torch_backend, paint_loss, reference
 from paint_kernels._sources import HiddenSource
-from paint_kernels._types import LossSettings
+from paint_kernels._torch_divergences import DIVERGENCES
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-# Low enough to clip something at each of the two distances of the teacher.
-CLIPS = {(name, None): 0.06 for name in DIVERGENCES} | {
-    ("forward_kl", 0.05): 1e-3,
-    ("reverse_kl", 0.05): 1e-3,
-    ("jsd", 0.05): 1e-5,
-}
+LOW_CLIPS = dict.fromkeys(DIVERGENCES, 1e-3) | {"jsd": 1e-5}
+"""low enough to clip something where the teacher is close to the student"""
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=5).map(tuple)
 
 
@@ -38,7 +33,8 @@ def test_every_vocabulary_and_kl(build, check, clip_for, vocab_size, noise, clip
     batch = build((7, 0, 1, 12), vocab_size, noise=noise)
     options = {"top_fraction": 0.3, "interpolation_weight": 0.3, "temperature": 0.8}
     options |= {"divergence": divergence, "jsd_weight": 0.3}
-    tau = clip_for(batch, CLIPS[divergence, noise], **options) if clip else None
+    around = 0.06 if noise is None else LOW_CLIPS[divergence]
+    tau = clip_for(batch, around, **options) if clip else None
     output = check(paint_loss, batch, pointwise_clip=tau, **options)
     assert (output.clipped_mass > 0).any().item() is clip
 
@@ -246,7 +242,7 @@ def test_no_tensor_of_the_size_of_the_logits(build):
 
     batch = build((60, 40), 300).trainable(head=False)
     with LargestTensor() as largest:
-        settings = LossSettings(1.0, "forward_kl", 0.5, 0.06, 0.03, 0.03, None, 1e-6, "torch")
+        settings = LossSettings(backend="torch")
         most = _plan.most_rows(300, 16, torch.device("cpu"))
         chunks = _plan.plan_chunks(batch.cu_seqlens, 100, most, whole=False)
         source = HiddenSource(

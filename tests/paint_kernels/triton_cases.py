@@ -13,6 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from paint_kernels import (
+    LossSettings,
     _loss,
     _ops,
     _plan,
@@ -24,12 +25,12 @@ from paint_kernels import (
     token_logprobs,
     token_stats,
 )
-from paint_kernels._types import LossSettings
+from paint_kernels._torch_divergences import DIVERGENCES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MOST_ROWS = 9
 """of a chunk: the rollout of 12 tokens comes in pieces, those of 7 and 1 share a chunk"""
-CLIPS = {"forward_kl": 1e-3, "reverse_kl": 1e-3, "jsd": 1e-5}
+LOW_CLIPS = dict.fromkeys(DIVERGENCES, 1e-3) | {"jsd": 1e-5}
 """low enough to clip something where the teacher is close to the student"""
 
 
@@ -47,12 +48,12 @@ def small_tiles():
 @pytest.mark.parametrize("noise", [None, 0.05])
 @pytest.mark.parametrize("vocab_size", [2, 301])
 @pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("divergence", CLIPS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_vocabulary_and_kl(build, check, clip_for, vocab_size, noise, clip, divergence):
     batch = build((7, 0, 1, 12), vocab_size, noise=noise, device=DEVICE)
     options = {"top_fraction": 0.3, "interpolation_weight": 0.3, "temperature": 0.8}
     options |= {"divergence": divergence, "jsd_weight": 0.3}
-    around = 0.06 if noise is None else CLIPS[divergence]
+    around = 0.06 if noise is None else LOW_CLIPS[divergence]
     tau = clip_for(batch, around, **options) if clip else None
     output = check(paint_loss, batch, backend="triton", pointwise_clip=tau, **options)
     assert (output.clipped_mass > 0).any().item() is clip
@@ -209,7 +210,9 @@ def test_offsets_past_two_to_the_31(error):
     stats = _triton_backend.row_stats(spread[0], 1.0)
     torch.testing.assert_close(stats.logsumexp.cpu(), student.float().logsumexp(-1))
     marked = torch.tensor([True, False, True], device=DEVICE)
-    settings = LossSettings(1.0, "forward_kl", 0.5, None, 0.5, 0.5, None, 1e-6, "triton")
+    settings = LossSettings(
+        pointwise_clip=None, top_fraction=0.5, interpolation_weight=0.5, backend="triton"
+    )
     _triton_backend.row_loss(*spread[:2], marked, settings, spread[2])
     wide, kept = student.double().requires_grad_(), teacher.double()
     target = torch.where(marked.cpu()[:, None], 0.5 * (kept + wide.detach()), kept)
@@ -227,7 +230,7 @@ def test_offsets_past_two_to_the_31(error):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("divergence", CLIPS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_half_precision_logits(error, dtype, divergence):
     """Values are exact for the logits as they are; the gradient is rounded where it is stored.
     (Triton's interpreter cuts digits off where a GPU rounds.)"""
@@ -245,7 +248,7 @@ def test_half_precision_logits(error, dtype, divergence):
     assert error(actual, expected) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
-@pytest.mark.parametrize("divergence", CLIPS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_half_precision_products(build, error, row_gradients, half_products_anywhere, divergence):
     """What a GPU runs: float32 logits, and scaled float16 gradients back through the head."""
     batch = build((7, 0, 12), 301, noise=0.3, dtype=torch.bfloat16, device=DEVICE)
@@ -316,23 +319,30 @@ def test_an_entry_on_the_clip_is_unclipped():
 
 
 @pytest.mark.parametrize("lengths", [(), (0, 0), (1,)])
-@pytest.mark.parametrize("divergence", CLIPS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_no_tokens_and_one(build, check, lengths, divergence):
     batch = build(lengths, 61, device=DEVICE)
     output = check(paint_loss, batch, backend="triton", divergence=divergence, pointwise_clip=None)
     assert output.selected.tolist() == [True] * sum(lengths)
 
 
-@pytest.mark.parametrize("divergence", CLIPS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_opcheck(build, divergence):
     batch = build((5, 0, 7), 61, device=DEVICE).trainable()
-    options = (0.9, divergence, 0.3, 0.06, 0.3, 0.3, None, 1e-6, "triton")
+    settings = LossSettings(
+        temperature=0.9,
+        divergence=divergence,
+        jsd_weight=0.3,
+        top_fraction=0.3,
+        interpolation_weight=0.3,
+        backend="triton",
+    )
     weights = torch.rand(12, device=DEVICE)
     torch.library.opcheck(
         _ops.paint_loss,
         (
             *(batch.student, batch.teacher, batch.weight, None, batch.cu_seqlens),
-            *(weights, True, True, *options),
+            *(weights, True, True, *settings.arguments()),
         ),
     )
 

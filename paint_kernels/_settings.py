@@ -1,0 +1,136 @@
+"""The settings of the loss: the one place that lists their names, defaults, meanings and checks.
+
+`LossOptions` types the keyword arguments of the public functions. `LossSettings` is what those
+build from them once, and what every function below works with. An operator of torch.library takes
+plain values only: `takes_settings` lets it be written with a `LossSettings` all the same.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from inspect import Parameter
+from typing import Any, TypedDict, TypeVar
+
+from paint_kernels._checks import BACKENDS, check_choice, check_clip, check_fraction, check_positive
+from paint_kernels._torch_divergences import DIVERGENCES
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class LossOptions(TypedDict, total=False):
+    """The keyword arguments that become a `LossSettings`, which documents them."""
+
+    temperature: float
+    divergence: str
+    jsd_weight: float
+    pointwise_clip: float | None
+    top_fraction: float
+    interpolation_weight: float
+    teacher_top_k: int | None
+    entropy_floor: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """The settings of one loss; the defaults are PAINT's (arXiv 2604.26573).
+
+    Args:
+        temperature: T > 0, which divides the logits of both models.
+        divergence: "forward_kl", KL(target, student); "reverse_kl", KL(student, target); or "jsd",
+            the generalised Jensen-Shannon divergence of Agarwal et al. (arXiv 2306.13649).
+        jsd_weight: b of the JSD, in (0, 1): the target's weight in the mixture and in the sum.
+        pointwise_clip: tau in nats (Eq. 3), or None for no clip. The default is meant for the
+            forward KL. It bounds each summand from above only, which moves the minimum of the
+            reverse KL away from the target: pass None there unless that is wanted.
+        top_fraction: share in [0, 1] of each rollout's positions that get the interpolated target.
+        interpolation_weight: k in [0, 1], the student's weight in that target (Eq. 12).
+        teacher_top_k: restricts both distributions to the teacher's k largest logits, renormalised
+            (ties go to the lower index), and entropies to these distributions; None for no limit.
+        entropy_floor: lower bound of H_S in the entropy ratio (Eq. 9), in nats.
+        backend: "auto" (triton for CUDA tensors, torch elsewhere), "torch" or "triton".
+
+    Raises:
+        ValueError: for a value that is out of its range.
+    """
+
+    temperature: float = 1.0
+    divergence: str = "forward_kl"
+    jsd_weight: float = 0.5
+    pointwise_clip: float | None = 0.06
+    top_fraction: float = 0.03
+    interpolation_weight: float = 0.03
+    teacher_top_k: int | None = None
+    entropy_floor: float = 1e-6
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_positive("temperature", self.temperature)
+        check_choice("divergence", self.divergence, tuple(DIVERGENCES))
+        check_fraction("jsd_weight", self.jsd_weight)
+        if self.divergence == "jsd" and self.jsd_weight in (0, 1):
+            limit = "forward_kl" if self.jsd_weight == 0 else "reverse_kl"
+            raise ValueError(
+                f"jsd_weight is {self.jsd_weight}, where the JSD of any two distributions is 0: it "
+                "must lie inside (0, 1). The divergence that it tends to, scaled, is "
+                f'"{limit}".'
+            )
+        check_clip("pointwise_clip", self.pointwise_clip)
+        check_fraction("top_fraction", self.top_fraction)
+        check_fraction("interpolation_weight", self.interpolation_weight)
+        check_positive("entropy_floor", self.entropy_floor)
+        check_choice("backend", self.backend, BACKENDS)
+        # An int, a NumPy number or a 0-d tensor becomes the float that operators declare.
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (float, float | None) and value is not None:
+                object.__setattr__(self, field.name, float(value))
+
+    @property
+    def interpolates(self) -> bool:
+        return self.top_fraction > 0 and self.interpolation_weight > 0
+
+    def keywords(self) -> dict[str, Any]:
+        """As the public functions take them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As operators take them."""
+        return tuple(self.keywords().values())
+
+
+def lists_options(function: Function) -> Function:
+    """Shows `**options` in help() and inspect.signature() as the keyword arguments they are."""
+    signature = inspect.signature(function)
+    *others, _ = signature.parameters.values()
+    options = [
+        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in dataclasses.fields(LossSettings)
+        if field.name in LossOptions.__annotations__
+    ]
+    function.__signature__ = signature.replace(parameters=[*others, *options])  # pyright: ignore
+    return function
+
+
+def takes_settings(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes an operator's function of one whose last parameter is a `LossSettings`.
+
+    The operator takes that parameter's fields as positional arguments, in the order of
+    `LossSettings.arguments`. torch.library reads its schema from the signature.
+    """
+    signature = inspect.signature(function)
+    *others, _ = signature.parameters.values()
+    fields = dataclasses.fields(LossSettings)
+    plain = [
+        Parameter(field.name, Parameter.POSITIONAL_OR_KEYWORD, annotation=field.type)
+        for field in fields
+    ]
+
+    @functools.wraps(function)
+    def operator(*arguments: Any) -> Any:
+        values = zip(fields, arguments[len(others) :], strict=True)
+        settings = LossSettings(**{field.name: value for field, value in values})
+        return function(*arguments[: len(others)], settings)
+
+    operator.__signature__ = signature.replace(parameters=[*others, *plain])  # pyright: ignore
+    return operator
