@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 PROGRAM = Path(__file__).with_name("sharding_ranks.py")
-# In float64; the adapters on a bfloat16 base add up the very same float32 numbers.
+# In float64. The adapters on a bfloat16 base add up the very same numbers, in float32: there it is
+# beyond what that sum may round, in whatever order.
 TOLERANCE, VISIBLE = 1e-12, 1e-2
 
 
