@@ -120,27 +120,22 @@ class Paint(TeacherRecipe):
     def loss(self, inputs: LossInputs) -> LossOutput:
         """The divergence by `paint_kernels.paint_loss`; the logits never exist as a whole."""
         # Here, for the declarations above are read without PyTorch.
-        from paint_kernels import paint_loss
+        from paint_kernels import LossOptions, paint_loss
 
         assert inputs.second_hidden_states is not None
         section = self.config.objective
+        # The section has a key for each option of the loss, under the option's name.
+        options = LossOptions(**{key: getattr(section, key) for key in LossOptions.__annotations__})
         output = paint_loss(
             inputs.student_hidden_states,
             inputs.second_hidden_states,
             inputs.lm_head_weight,
             inputs.cu_seqlens,
             teacher_lm_head_weight=inputs.second_lm_head_weight,
-            temperature=section.temperature,
-            divergence=section.divergence,
-            jsd_weight=section.jsd_weight,
-            pointwise_clip=section.pointwise_clip,
-            top_fraction=section.top_fraction,
-            interpolation_weight=section.interpolation_weight,
-            teacher_top_k=section.teacher_top_k,
-            entropy_floor=section.entropy_floor,
             vocab_size=inputs.vocab_size,
             reduction=section.reduction,
             denominator=inputs.denominator,
+            **options,
         )
         per_token = {
             "token_loss": output.token_loss,
