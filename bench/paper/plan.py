@@ -261,7 +261,7 @@ def preset_of(run: PlannedRun) -> str:
 
 def base_directory(bases: Path, size: str) -> Path:
     if size == BUNDLED:
-        # paint_engine.model has this path too, but importing it imports PyTorch.
+        # paint_engine.model.load has this path too, but importing it imports PyTorch.
         return Path(paint_engine.__file__).parent / "tiny" / "base"
     return bases / size
 

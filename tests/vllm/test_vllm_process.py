@@ -131,10 +131,11 @@ def test_killed_while_it_generates(
 TRAINER = """
 import sys
 import torch
-from paint_engine.config_sections import LoraSection, ModelSection
+from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World
-from paint_engine.model import add_lora, load_base
-from paint_engine.rollout_hf import SamplingParams
+from paint_engine.model.load import load_base
+from paint_engine.model.lora import add_lora
+from paint_engine.rollout.engine import SamplingParams
 from paint_engine.rollout.vllm_engine import VllmEngine
 
 if __name__ == "__main__":

@@ -272,7 +272,7 @@ def test_threads_share_one_checker(checker: AnswerChecker) -> None:
 
 SCRIPT = r"""
 import sys
-from paint_engine.verify import _shared_checker, check_answer
+from paint_engine.rewards.checker import _shared_checker, check_answer
 assert check_answer(r"\frac{1}{2}", r"\boxed{0.5}").correct
 assert not {"math_verify", "sympy", "torch"} & set(sys.modules)
 print(_shared_checker()._worker._process.pid)

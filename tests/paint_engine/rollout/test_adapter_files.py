@@ -70,10 +70,11 @@ def test_adapters_on_a_bfloat16_base_are_handed_over_as_they_are_trained(
 def test_an_exception_that_ends_the_process_leaves_nothing(tmp_path: Path, model_dir: Path) -> None:
     script = f"""
 import torch
-from paint_engine.config_sections import LoraSection, ModelSection
+from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World
-from paint_engine.model import add_lora, load_base
-from paint_engine.rollout_weights import WeightFiles
+from paint_engine.model.load import load_base
+from paint_engine.model.lora import add_lora
+from paint_engine.rollout.adapter_files import WeightFiles
 
 device = torch.device("cpu")
 model = load_base(ModelSection(name_or_path={str(model_dir)!r}), device)
