@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paint_engine.recipes.base import LossInputs, LossOutput
 from paint_engine.recipes.display import (
@@ -22,7 +22,10 @@ from paint_engine.recipes.display import (
 from paint_engine.recipes.with_teacher import TeacherRecipe
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+    from paint_kernels import PaintLossOutput
 
 # By divergence: its name, and the report's label of the curve.
 _NAMES = {"forward_kl": "KL", "reverse_kl": "reverse KL", "jsd": "JSD"}
@@ -119,6 +122,17 @@ class Paint(TeacherRecipe):
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """The divergence by `paint_kernels.paint_loss`; the logits never exist as a whole."""
+        section = self.config.objective
+        output = self.divergence(
+            inputs, reduction=section.reduction, denominator=inputs.denominator
+        )
+        return LossOutput(output.loss, per_token(output))
+
+    def divergence(self, inputs: LossInputs, **reduction: Any) -> PaintLossOutput:
+        """`paint_loss` of the micro-batch with the configuration's options.
+
+        reduction: `reduction`, and `denominator` where it takes one; "none" keeps the tokens apart.
+        """
         # Here, for the declarations above are read without PyTorch.
         from paint_kernels import LossOptions, paint_loss
 
@@ -126,27 +140,29 @@ class Paint(TeacherRecipe):
         section = self.config.objective
         # The section has a key for each option of the loss, under the option's name.
         options = LossOptions(**{key: getattr(section, key) for key in LossOptions.__annotations__})
-        output = paint_loss(
+        return paint_loss(
             inputs.student_hidden_states,
             inputs.second_hidden_states,
             inputs.lm_head_weight,
             inputs.cu_seqlens,
             teacher_lm_head_weight=inputs.second_lm_head_weight,
             vocab_size=inputs.vocab_size,
-            reduction=section.reduction,
-            denominator=inputs.denominator,
+            **reduction,
             **options,
         )
-        per_token = {
-            "token_loss": output.token_loss,
-            "token_kl": output.token_kl,
-            "clipped_mass": output.clipped_mass,
-            "clipped_token_share": output.clipped_mass > 0,
-            "student_entropy": output.student_entropy,
-            "teacher_entropy": output.teacher_entropy,
-            "selected": output.selected,
-        }
-        return LossOutput(output.loss, per_token)
+
+
+def per_token(output: PaintLossOutput) -> dict[str, Tensor]:
+    """What is logged, and kept for the report, of each token."""
+    return {
+        "token_loss": output.token_loss,
+        "token_kl": output.token_kl,
+        "clipped_mass": output.clipped_mass,
+        "clipped_token_share": output.clipped_mass > 0,
+        "student_entropy": output.student_entropy,
+        "teacher_entropy": output.teacher_entropy,
+        "selected": output.selected,
+    }
 
 
 RECIPE = Paint
