@@ -22,7 +22,7 @@ from bench.step.timing import (
 )
 from bench.step.trl_loop import LACKS, reason_against
 from paint_engine.config.command_line import load_config
-from paint_engine.training.loop import my_microbatches
+from paint_engine.training.step import my_microbatches
 
 LOSS_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 """largest relative difference of two first losses that should be equal"""

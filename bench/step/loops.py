@@ -16,7 +16,7 @@ from paint_engine.model.forward import autocast, hidden_states, lm_head_weight
 from paint_engine.model.packing import batch_to, build_batch
 from paint_engine.recipes import LossInputs, LossOutput, Recipe
 from paint_engine.recipes.paint import Paint
-from paint_engine.training import loop as training_loop
+from paint_engine.training import step as training_step
 from paint_engine.training.run import Run
 from paint_engine.types import TrainExample
 from paint_kernels import entropy_ratio, reference, select_top_fraction
@@ -150,8 +150,8 @@ class OwnLoop:
 
     def step(self) -> None:
         """Takes one optimizer step and does not wait for the device."""
-        with mock.patch.object(training_loop, "sample_step", lambda *_: (self.rollouts, 0)):
-            metrics, _ = training_loop.train_step(self.run, self.run.step)
+        with mock.patch.object(training_step, "sample_step", lambda *_: (self.rollouts, 0)):
+            metrics, _ = training_step.train_step(self.run, self.run.step)
         self.run.step += 1
         self.losses.append(metrics["loss"])
 
@@ -173,7 +173,7 @@ class OwnLoop:
         plain = {"pointwise_clip": None, "interpolation_weight": 0.0, "reduction": "sequence_mean"}
         section = run.config.objective.model_copy(update=plain)
         recipe = Paint(run.config.model_copy(update={"objective": section}))
-        for items in training_loop.my_microbatches(run, self.rollouts):
+        for items in training_step.my_microbatches(run, self.rollouts):
             batch = batch_to(build_batch(items), run.world.device)
             assert batch.teacher is not None
             with run.teacher.scoring() as scorer:

@@ -22,7 +22,7 @@ from bench.step.cases import Case, load_case, open_run, read_rollouts, write_rol
 from bench.step.loops import GemmLoop, Loop, OwnLoop, PlainPaint, no_op, part_seconds
 from bench.step.trl_loop import TrlLoop
 from paint_engine.recipes.paint import Paint
-from paint_engine.training import loop as training_loop
+from paint_engine.training import step as training_step
 from paint_engine.types import TrainExample
 
 OURS, PLAIN, TRL = "paint_engine", "plain PyTorch loss", "TRL SDFTTrainer"
@@ -57,7 +57,7 @@ def whole_steps(bench: Bench, number: int) -> dict[str, Any]:
     The rollouts of the warm-up step are kept in `bench` for the training part.
     """
     run = open_run(bench.case, bench.device, bench.folder / "whole")
-    sample, tokens = training_loop.sample_step, []
+    sample, tokens = training_step.sample_step, []
 
     def keep(*arguments: Any) -> Any:
         examples, lag = sample(*arguments)
@@ -65,11 +65,11 @@ def whole_steps(bench: Bench, number: int) -> dict[str, Any]:
         return examples, lag
 
     def step() -> None:
-        metrics, _ = training_loop.train_step(run, run.step)
+        metrics, _ = training_step.train_step(run, run.step)
         run.step += 1
         tokens.append(metrics["num_loss_tokens"])
 
-    with mock.patch.object(training_loop, "sample_step", keep):
+    with mock.patch.object(training_step, "sample_step", keep):
         step()
     parts = part_seconds(run, step, number)
     run.sampler.close()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from paint_engine.checkpoint.run_dir import choose_run_dir
 from paint_engine.checkpoint.save import load_checkpoint
 from paint_engine.config.command_line import CommandLine
 from paint_engine.config.schema import Config
@@ -38,7 +39,6 @@ from paint_engine.rollout.engine import Completion, RolloutEngine, SamplingParam
 from paint_engine.rollout.sampler import Sampled, Sampler
 from paint_engine.training.optim import build_optimizer
 from paint_engine.training.run import Run
-from paint_engine.training.run_dir import choose_run_dir
 from paint_engine.types import Request
 
 

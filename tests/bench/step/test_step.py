@@ -33,7 +33,7 @@ from paint_engine.config.schema import Config
 from paint_engine.config.sections import ObjectiveSection
 from paint_engine.recipes import LossInputs
 from paint_engine.recipes.paint import Paint
-from paint_engine.training.loop import my_microbatches
+from paint_engine.training.step import my_microbatches
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental':UserWarning"),

@@ -16,7 +16,7 @@ from paint_engine.model.forward import hidden_states, lm_head_weight
 from paint_engine.model.packing import build_batch
 from paint_engine.recipes import LossInputs, LossOutput
 from paint_engine.training import evaluations as run_eval
-from paint_engine.training import loop
+from paint_engine.training import step as step_module
 from paint_engine.training.build import build_run
 from paint_engine.training.run import Run
 
@@ -105,7 +105,7 @@ def test_without_evaluation_the_summary_has_none(
 
 
 def test_metrics_hold_what_the_design_logs_within_their_ranges(run: Run) -> None:
-    metrics, _ = loop.train_step(run, 0)
+    metrics, _ = step_module.train_step(run, 0)
     fractions = ("clipped_mass", "clipped_token_share", "overlap", "accuracy", "truncation_rate")
     for name in fractions:
         assert 0 <= metrics[name] <= 1, name
@@ -125,7 +125,7 @@ def test_a_step_does_not_depend_on_the_size_of_its_micro_batches(
     for limit in (1, 16384):
         argv = [*command, "--train.max_tokens_per_microbatch", str(limit)]
         run = build_run(load_config([*argv, "--run.dir", str(tmp_path / f"run-{limit}")]), WORLD)
-        metrics, _ = loop.train_step(run, 0)
+        metrics, _ = step_module.train_step(run, 0)
         results.append((metrics, torch.cat([p.detach().flatten() for p in run.parameters])))
     (one_by_one, _), (whole, _) = results
     for name in ("loss", "token_kl", "grad_norm", "student_entropy", "clipped_mass"):
@@ -135,7 +135,7 @@ def test_a_step_does_not_depend_on_the_size_of_its_micro_batches(
 
 def test_a_step_moves_the_adapters_alone_by_at_most_the_learning_rate(run: Run) -> None:
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    metrics, _ = loop.train_step(run, 0)
+    metrics, _ = step_module.train_step(run, 0)
     moved = {
         name: (p.detach() - before[name]).abs().max().item()
         for name, p in run.model.named_parameters()
@@ -150,7 +150,7 @@ def test_a_step_moves_the_adapters_alone_by_at_most_the_learning_rate(run: Run) 
 
 
 def test_the_teacher_stays_the_base_while_the_student_learns(run: Run) -> None:
-    examples, lag = loop.sample_step(run, 0)
+    examples, lag = step_module.sample_step(run, 0)
     assert lag == 0
     batch = build_batch(examples)
 
@@ -160,7 +160,7 @@ def test_the_teacher_stays_the_base_while_the_student_learns(run: Run) -> None:
 
     before = teacher_states()
     for step in range(2):
-        loop.train_step(run, step)
+        step_module.train_step(run, step)
     assert torch.equal(teacher_states(), before)
 
 
@@ -178,7 +178,7 @@ def test_a_trained_head_is_compared_with_the_teachers_own(
 
     monkeypatch.setattr(run.recipe, "loss", spy)
     for step in range(2):
-        loop.train_step(run, step)
+        step_module.train_step(run, step)
     student_head, teacher_head = heads[-1]
     assert teacher_head is not None and torch.equal(teacher_head, initial)
     assert not torch.equal(student_head, initial)
@@ -188,7 +188,7 @@ def test_one_problem_is_answered_anew_in_every_place_and_step(command: list[str]
     run = build_run(
         load_config([*command, "--data.max_rows", "1", "--train.batch_size", "2"]), WORLD
     )
-    steps = [loop.sample_step(run, step)[0] for step in (0, 1, 0)]
+    steps = [step_module.sample_step(run, step)[0] for step in (0, 1, 0)]
     ids = [[p.rollout.completion_ids for p in step] for step in steps]
     assert ids[0] == ids[2]
     assert len({*ids[0], *ids[1]}) == 4
@@ -197,9 +197,9 @@ def test_one_problem_is_answered_anew_in_every_place_and_step(command: list[str]
 def test_repeated_steps_on_one_batch_lower_the_divergence(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fixed = loop.sample_step(run, 0)
-    monkeypatch.setattr(loop, "sample_step", lambda run, step: fixed)
-    divergences = [loop.train_step(run, 0)[0]["token_kl"] for _ in range(6)]
+    fixed = step_module.sample_step(run, 0)
+    monkeypatch.setattr(step_module, "sample_step", lambda run, step: fixed)
+    divergences = [step_module.train_step(run, 0)[0]["token_kl"] for _ in range(6)]
     assert divergences[-1] < 0.8 * divergences[0]
 
 
@@ -210,7 +210,7 @@ def test_each_thinking_switch_reaches_its_own_prompts(switch: str, command: list
     names = ("prompts.student_thinking", "prompts.teacher_thinking", "eval.thinking")
     settings = [part for n in names for part in (f"--{n}", str(n == switch).lower())]
     run = build_run(load_config([*command, *settings]), WORLD)
-    (first, *_), _ = loop.sample_step(run, 0)
+    (first, *_), _ = step_module.sample_step(run, 0)
     assert run.eval_set is not None
     prompts = (first.rollout.prompt_ids, first.teacher_view.prompt_ids, run.eval_set.prompts[0])
     for name, ids in zip(names, prompts, strict=True):
@@ -226,7 +226,7 @@ def test_a_bfloat16_base_is_never_written_to(command: list[str]) -> None:
     frozen = {n: p for n, p in run.model.named_parameters() if not p.requires_grad}
     before = {name: p.detach().clone() for name, p in frozen.items()}
     for step in range(3):
-        loop.train_step(run, step)
+        step_module.train_step(run, step)
     assert {p.dtype for p in frozen.values()} == {torch.bfloat16}
     assert {p.dtype for p in run.parameters} == {torch.float32}
     assert all(torch.equal(p, before[name]) for name, p in frozen.items())
@@ -242,7 +242,7 @@ def test_adapters_on_disk_are_those_of_the_last_step(
     assert run_main([*command, "--train.num_steps", "1"]) == 0
     saved = load_file(tmp_path / "run/checkpoints/step-1/adapter_model.safetensors")
     run = build_run(load_config([*command, "--run.dir", str(tmp_path / "again")]), WORLD)
-    loop.train_step(run, 0)
+    step_module.train_step(run, 0)
     own = {n.replace(".default", ""): p for n, p in run.model.named_parameters() if "lora_" in n}
     assert saved.keys() == own.keys()
     for name, tensor in saved.items():
@@ -258,8 +258,10 @@ def test_dropout_of_the_adapters_is_applied_in_training_and_not_in_sampling(
         run = build_run(load_config(argv), WORLD)
         sampled, losses = [], []
         for step in range(2):
-            sampled.append([p.rollout.completion_ids for p in loop.sample_step(run, step)[0]])
-            losses.append(loop.train_step(run, step)[0]["loss"])
+            sampled.append(
+                [p.rollout.completion_ids for p in step_module.sample_step(run, step)[0]]
+            )
+            losses.append(step_module.train_step(run, step)[0]["loss"])
         records.append((sampled, losses))
     without, with_dropout = records
     # B is zero in the first step: the same rollouts and the same loss. Then the losses part.

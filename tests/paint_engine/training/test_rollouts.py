@@ -17,12 +17,11 @@ from paint_engine.model.packing import build_batch
 from paint_engine.recipes.teacher_view import add_teacher_view
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import Completion
-from paint_engine.training import loop
+from paint_engine.training import step as step_module
 from paint_engine.training.build import build_run
-from paint_engine.training.loop import train_step
-from paint_engine.training.loss import score
 from paint_engine.training.rollouts import judge, sample_step, step_context
 from paint_engine.training.run import Run
+from paint_engine.training.step import score, train_step
 from paint_engine.types import Problem, Request, Rollout, TeacherView, TrainExample, Verdict
 
 Build = Callable[..., Run]
@@ -223,7 +222,7 @@ def test_leaving_out_groups_of_equal_rewards_changes_no_gradient(
     for skip in ("true", "false"):
         run = build(**GRPO, **{"grpo.skip_zero_variance": skip})
         items = rewarded(run, rewards)
-        monkeypatch.setattr(loop, "sample_step", lambda run, step, items=items: (items, 0))
+        monkeypatch.setattr(step_module, "sample_step", lambda run, step, items=items: (items, 0))
         norms = [train_step(run, step)[0]["grad_norm"] for step in range(2)]
         trained.append((norms, [p.detach().clone() for p in run.parameters]))
     (norms, weights), (other_norms, others) = trained
@@ -240,7 +239,7 @@ def test_updates_after_the_first_have_ratios_that_are_not_one(
     once, twice = (build(**settings, **{"grpo.num_updates": number}) for number in (1, 2))
     # Answers of random weights are never right.
     items = rewarded(once, [1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
-    monkeypatch.setattr(loop, "sample_step", lambda run, step: (items, 0))
+    monkeypatch.setattr(step_module, "sample_step", lambda run, step: (items, 0))
     first, second = (train_step(run, 0)[0] for run in (once, twice))
     assert first["ratio"] == pytest.approx(1.0, abs=1e-6) and first["ratio_clipped_share"] == 0
     # Half of it is the first update's 1.

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.recipes import LossOutput
-from paint_engine.training.samples import sample_records
+from paint_engine.training.record import sample_records
 from paint_engine.types import Problem, TeacherView, TrainExample, Verdict
 
 COLUMNS = ("token_loss", "token_kl", "student_entropy", "teacher_entropy", "clipped_mass")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from paint_engine.checkpoint.run_dir import choose_run_dir
 from paint_engine.config.command_line import load_config
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import to_toml
 from paint_engine.files import CONFIG_FILE, recorded_name, write_versions
-from paint_engine.training.run_dir import choose_run_dir
 
 
 def config_of(run_dir: Path | None, *extra: str) -> Config:

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from paint_engine.config.command_line import load_config
 from paint_engine.distributed import World
 from paint_engine.model.forward import causal_lm
-from paint_engine.training import loop
+from paint_engine.training import step as step_module
 from paint_engine.training.build import build_run
-from paint_engine.training.loop import train_step
 from paint_engine.training.rollouts import sample_step
 from paint_engine.training.run import Run
+from paint_engine.training.step import train_step
 from paint_engine.types import TrainExample, Verdict
 
 Logits = Callable[[PreTrainedModel, Sequence[int]], Tensor]
@@ -66,7 +66,7 @@ def test_the_kl_of_grpo_is_to_the_model_before_training(
         student = sampled_logprobs(run, items, naive_logits)
         with run.model.disable_adapter():
             base = sampled_logprobs(run, items, naive_logits)
-        monkeypatch.setattr(loop, "sample_step", lambda run, step, items=items: (items, 0))
+        monkeypatch.setattr(step_module, "sample_step", lambda run, step, items=items: (items, 0))
         metrics, _ = train_step(run, step)
         # The k3 estimate: r - log r - 1 with r = p_base / p_S, at the tokens that were sampled.
         expected = (torch.exp(base - student) - (base - student) - 1).mean().item()

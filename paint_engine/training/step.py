@@ -1,0 +1,146 @@
+"""One training step, and the loss of one of its micro-batches."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from paint_engine.checkpoint.weights import whole
+from paint_engine.distributed import sum_gradients
+from paint_engine.model.forward import autocast, hidden_states, lm_head_weight
+from paint_engine.model.packing import batch_to, build_batch
+from paint_engine.model.sharding import sync_gradients
+from paint_engine.recipes import LossInputs, LossOutput
+from paint_engine.rollout.mismatch import logprob_differences
+from paint_engine.seeds import request_seed
+from paint_engine.training.microbatches import plan_microbatches
+from paint_engine.training.optim import learning_rate
+from paint_engine.training.record import StepRecord
+from paint_engine.training.rollouts import sample_step
+from paint_engine.training.run import Run
+from paint_engine.types import TrainBatch, TrainExample
+
+
+def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, object]]]:
+    """One step on fresh rollouts: its metrics, and the samples to keep, of all ranks.
+
+    step: from 0.
+    """
+    # ---------------------------------------------------------------------------------------------
+    config, started, span = run.config, time.monotonic(), run.timings.span
+    rollouts, lag = sample_step(run, step)
+    record, sampled = StepRecord(run.recipe, step, rollouts), time.monotonic()
+    rate = grad_norm = 0.0
+
+    microbatches = my_microbatches(run, record.trained)
+    for number in range(run.recipe.num_updates):
+        # Dropout, where there is any, is in the student's pass alone and repeats when resumed.
+        torch.manual_seed(request_seed("dropout", config.train.seed, step, run.world.rank))
+        run.model.train()
+        for place, items in enumerate(microbatches):
+            # A rank without rollouts runs one at weight zero: sharded weights need every rank.
+            shown = items or rollouts[:1]
+            batch = batch_to(build_batch(shown), run.world.device)
+            sync_gradients(run.model, last=place == len(microbatches) - 1)
+            old_logprobs = record.old_logprobs.get(place)
+            output, differences = score(run, batch, shown, record.denominator, old_logprobs)
+            with span("backward"):
+                (output.loss if items else 0.0 * output.loss).backward()
+            if items:
+                record.add(items, output)
+            if items and number == 0:
+                record.add_first(place, items, output, differences, run.tokenizer)
+        with span("optimizer"):
+            rate, grad_norm = update(run, step)
+    # ---------------------------------------------------------------------------------------------
+    metrics, samples, finished = record.metrics(), record.samples(), time.monotonic()
+    return {
+        "step": step + 1,
+        **metrics,
+        "rollout_lag": lag,
+        "grad_norm": grad_norm,
+        "learning_rate": rate,
+        "tokens_per_s": record.num_tokens / (finished - started),
+        "seconds": finished - started,
+        "seconds_rollout": sampled - started,
+        "seconds_update": finished - sampled,
+    }, samples
+
+
+def update(run: Run, step: int) -> tuple[float, float]:
+    """One optimizer step on all ranks' gradients: the learning rate, and the gradients' L2 norm
+    before they were scaled to `optim.max_grad_norm`."""
+    rate = learning_rate(run.config.optim, step, run.config.train.num_steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    sum_gradients(run.parameters)
+    norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.optim.max_grad_norm)
+    run.optimizer.step()
+    run.teacher.update()
+    run.optimizer.zero_grad()
+    run.model.eval()
+    return rate, whole(norm).item()
+
+
+def my_microbatches(run: Run, rollouts: Sequence[TrainExample]) -> list[list[TrainExample]]:
+    """This rank's micro-batches of the step, as many as every rank's; the last may be empty."""
+    if not rollouts:
+        return [[]]
+    limit, padded = run.config.train.max_tokens_per_microbatch, run.attention == "padded"
+    return plan_microbatches(rollouts, limit, run.world.size, padded=padded)[run.world.rank]
+
+
+def score(
+    run: Run,
+    batch: TrainBatch,
+    examples: Sequence[TrainExample],
+    denominator: int,
+    old_logprobs: Float[Tensor, " N"] | None = None,
+) -> tuple[LossOutput, list[Float[Tensor, " n"]]]:
+    """The loss of one micro-batch, made of `examples`, and the differences between the trainer's
+    and the sampler's log-probabilities of some of its tokens.
+
+    denominator: rollouts or tokens of the whole step, of all ranks.
+    old_logprobs: those of the first update on these rollouts; None in it.
+    """
+    span = run.timings.span
+    second_states, second_head = _second_pass(run, batch)
+    with span("student"):
+        student_states = hidden_states(run.model, batch.student, attention=run.attention)
+    with span("loss"), autocast(run.model):
+        inputs = LossInputs(
+            student_hidden_states=student_states,
+            lm_head_weight=lm_head_weight(run.model),
+            second_hidden_states=second_states,
+            second_lm_head_weight=second_head,
+            completion_ids=batch.completion_ids,
+            cu_seqlens=batch.cu_seqlens,
+            examples=examples,
+            old_logprobs=old_logprobs,
+            vocab_size=len(run.tokenizer),
+            denominator=denominator,
+        )
+        output = run.recipe.loss(inputs)
+        # Before the backward pass, which leaves a sharded head in pieces.
+        head, params = lm_head_weight(run.model), run.sampler.params
+        rollouts = [example.rollout for example in examples]
+        differences = logprob_differences(student_states, head, rollouts, params)
+    return output, differences
+
+
+def _second_pass(
+    run: Run, batch: TrainBatch
+) -> tuple[Float[Tensor, "N H"] | None, Float[Tensor, "V H"] | None]:
+    """Hidden states of the recipe's second pass, and its head where that is not the student's."""
+    whose = run.recipe.second_pass
+    if whose is None:
+        return None, None
+    scoring, sequences = (
+        (run.teacher, batch.teacher) if whose == "teacher" else (run.base, batch.student)
+    )
+    assert sequences is not None, "the recipe has a teacher and made no views"
+    with run.timings.span("teacher"), scoring.scoring() as scorer:
+        states = hidden_states(scorer, sequences, attention=run.attention)
+        return states, None if scorer is run.model else lm_head_weight(scorer)
