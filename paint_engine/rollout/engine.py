@@ -1,4 +1,4 @@
-"""What the sampling engines share: the protocol, sampling parameters and completions."""
+"""The protocol of sampling engines, with their parameters and completions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from paint_engine.model.forward import causal_lm
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. top_k = -1 and top_p = 1 switch the truncations off.
+    """How tokens are sampled. top_k = -1 and top_p = 1 disable truncation.
 
-    `stop_token_ids` end a completion and stay in it. `vocab_size` is the tokenizer's: the rows of
-    the head above it (padding) are never drawn.
+    A token of `stop_token_ids` ends a completion and stays in it. `vocab_size` is the tokenizer's:
+    the padding rows of the head above it are never sampled.
     """
 
     temperature: float
@@ -38,8 +38,8 @@ class Completion:
 
 
 def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every token that ends an answer: the generation settings' (often several) and the
-    tokenizer's."""
+    """Returns every token that ends a completion: those of the generation settings, often several,
+    and the tokenizer's."""
     settings = causal_lm(model).generation_config
     declared = settings.eos_token_id if settings is not None else None
     own = [tokenizer.eos_token_id, tokenizer.pad_token_id]
@@ -50,7 +50,7 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tupl
 def sampling_params(
     section: RolloutSection | EvalSection, model: nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> SamplingParams:
-    """Every field of the sampler set, from the rollout's or the evaluation's section."""
+    """Builds complete sampling parameters from the rollout's or the evaluation's section."""
     return SamplingParams(
         temperature=section.temperature,
         top_p=section.top_p,
@@ -62,19 +62,19 @@ def sampling_params(
 
 
 class EngineDied(Exception):
-    """What samples has died; one restart is worth a try."""
+    """The engine has died. One restart may help."""
 
 
 class RolloutEngine(Protocol):
-    """What completions come from. vLLM's two forms are in `rollout_vllm` and `rollout_server`."""
+    """Samples completions. Implemented by `builtin`, `vllm_engine` and `vllm_server`."""
 
     @property
     def can_restart(self) -> bool:
-        """Whether this rank can build the engine anew by itself."""
+        """Whether this rank can rebuild the engine on its own."""
         ...
 
     def sync(self, weights_version: int) -> None:
-        """Makes the student's present weights the ones to sample from. A collective of all ranks.
+        """Makes the engine sample from the student's current weights. A collective call.
 
         weights_version: the number of finished steps.
         """
@@ -89,20 +89,20 @@ class RolloutEngine(Protocol):
         base: bool = False,
         on_batch: Callable[[list[int], list[Completion]], None] | None = None,
     ) -> list[Completion]:
-        """One completion for each of this rank's prompts, in their order.
+        """Returns one completion for each of this rank's prompts, in their order.
 
-        base: from the model as it was before training.
-        on_batch: called with the indices and the completions of those that have finished.
+        base: samples from the model before training.
+        on_batch: is called with the indices and the completions that have finished.
 
         Raises EngineDied.
         """
         ...
 
     def restart(self) -> None:
-        """Builds what has died anew, with the weights of the last `sync`. Raises EngineDied where
-        that cannot be done."""
+        """Rebuilds the engine with the weights of the last `sync`. Raises EngineDied if that
+        fails."""
         ...
 
     def close(self) -> None:
-        """Frees what the engine holds, files in shared memory included."""
+        """Frees the engine's resources, including files in shared memory."""
         ...

@@ -1,5 +1,4 @@
-"""The student's rollouts: one completion a problem, each with a seed of its own; and what samples
-them, the built-in sampler or vLLM."""
+"""Samples the student's rollouts, step by step, with the built-in engine or vLLM."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,7 @@ def to_rollout(
     prompt_ids: tuple[int, ...],
     completion: Completion,
 ) -> Rollout:
-    """The sampler's completion beside its problem, decoded for the anchors and the answer check."""
+    """Returns a completion with its problem, decoded for the anchors and the reward."""
     text = tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
     assert isinstance(text, str)
     return Rollout(
@@ -33,8 +32,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sampled:
-    """This rank's requests and completions of one step, in the same order, and the number of steps
-    that the weights behind them had finished.
+    """This rank's requests and completions of one step, in the same order. `weights_version` is the
+    number of finished steps of the weights that sampled them.
 
     Sampled(step=3, weights_version=3, requests=[request],
             completions=[Completion((17, 30, 2), (-0.1, -2.3, -0.0), False)])
@@ -47,18 +46,19 @@ class Sampled:
 
 
 class Sampler:
-    """A run's rollouts, step by step.
+    """Samples a run's rollouts, step by step.
 
-    engine: what samples.
-    requests: this rank's requests of a step.
-    params: how tokens are drawn.
-    ahead: the next step's are sampled, by weights one step old, while the present one trains.
-    timings: gets the spans "sync" and, where the step waits for them, "rollout".
-    warn: told of a restart.
+    engine: samples the completions.
+    requests: returns this rank's requests of a step.
+    params: the sampling parameters.
+    ahead: samples the next step's rollouts while the current step trains, with weights that are
+        one step old.
+    timings: records the spans "sync" and, if the step waits, "rollout".
+    warn: is called with a message when the engine is restarted.
     pending: completions that a stopped run had sampled ahead.
 
-    An engine that dies is restarted once, where it can be, and its batch is done again. Else
-    EngineDied comes out of `take`, on every rank.
+    An engine that dies is restarted once, if it can be, and samples its batch again. Otherwise
+    `take` raises EngineDied on every rank.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Sampler:
         self._warn = warn
         self.timings = timings
         self._restarts_left = 1
-        # One thread, so that the engine is never asked two things at a time.
+        # A single thread: the engine serves one request at a time.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if ahead else None
         self._pending: Future[Sampled] | None = None
         if pending is not None:
@@ -86,8 +86,8 @@ class Sampler:
             self._pending.set_result(pending)
 
     def take(self, step: int, num_steps: int) -> Sampled:
-        """This rank's completions of `step`, sampled now or ahead. With `ahead`, those of the next
-        step are then begun, unless it is not among `num_steps`. A collective of all ranks."""
+        """Returns this rank's completions of `step`, sampled now or ahead. With `ahead`, it then
+        starts to sample the next step, if there is one. A collective call."""
         future, self._pending = self._pending, None
         with self.timings.span("rollout"):
             sampled = None if future is None else self._together(future.result)
@@ -103,11 +103,11 @@ class Sampler:
         return sampled
 
     def sync(self, weights_version: int) -> None:
-        """Gives the engine the student's present weights, once it rests. A collective."""
+        """Gives the engine the student's current weights once it is idle. A collective call."""
         self.pending()
 
-        # An engine that died while it took the new weights has them after its restart; asking again
-        # would be a collective that the other ranks know nothing of.
+        # A restart loads the new weights too. Another sync would be a collective call that the
+        # other ranks do not make.
         def sync() -> None:
             self._engine.sync(weights_version)
 
@@ -115,8 +115,8 @@ class Sampler:
             self._together(lambda: self._or_restart(sync, lambda: None))
 
     def guarded(self, attempt: Callable[[], T]) -> T:
-        """The attempt's value, which asks the engine for this rank's part of something, once it
-        rests; again after a restart. A collective. Raises EngineDied on every rank."""
+        """Calls `attempt`, which uses the engine, once the engine is idle, and again after a
+        restart. A collective call. Raises EngineDied on every rank."""
         self.pending()
         return self._together(lambda: self._or_restart(attempt, attempt))
 
@@ -128,15 +128,15 @@ class Sampler:
         *,
         base: bool,
     ) -> list[Completion]:
-        """One completion for each of this rank's prompts, beside the step's rollouts: a teacher's.
-        A collective of all ranks; see `RolloutEngine.generate`."""
+        """Samples one completion for each of this rank's prompts, apart from the step's rollouts,
+        such as a teacher's rationales. A collective call; see `RolloutEngine.generate`."""
         with self.timings.span("rationale"):
             return self.guarded(lambda: self._engine.generate(prompts, seeds, params, base=base))
 
     def pending(self) -> Sampled | None:
-        """What has been sampled ahead, waited for: a checkpoint keeps it. A collective.
+        """Waits for the rollouts sampled ahead and returns them, for a checkpoint. A collective call.
 
-        None where the engine died of it for good: the next step will find that out for itself.
+        Returns None if the engine died for good; the next step then raises.
         """
         if self._pending is None:
             return None
@@ -147,7 +147,7 @@ class Sampler:
             return None
 
     def close(self) -> None:
-        """Frees the engine; what is under way is lost."""
+        """Closes the engine. Unfinished rollouts are lost."""
         self._restarts_left = 0
         self._engine.close()
         if self._thread is not None:
@@ -174,7 +174,7 @@ class Sampler:
             return again()
 
     def _together(self, attempt: Callable[[], T]) -> T:
-        """The attempt's value, or EngineDied on every rank where any rank's attempt raised it."""
+        """Returns the attempt's value; raises EngineDied on every rank if any rank's attempt did."""
         value, death = None, None
         try:
             value = attempt()

@@ -1,5 +1,4 @@
-"""Everything a run is built from, in order: data, prompts, base, adapters, teacher, optimizer,
-directory, sampler."""
+"""Builds a run, in order: data, prompts, base, adapters, teacher, optimizer, directory, sampler."""
 
 import sys
 from collections.abc import Callable
@@ -54,10 +53,10 @@ def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase, base: 
 
 
 def find_run_dir(command: CommandLine, world: World) -> tuple[Path, bool]:
-    """The run's directory, the same on every rank, and whether training goes on there.
+    """Returns the run's directory, the same on every rank, and whether training resumes there.
 
-    It does with `--resume`, and, where there is a checkpoint, with `run.auto_resume` or after
-    torchrun has started the processes again.
+    Training resumes with `--resume`. If there is a checkpoint, it also resumes with
+    `run.auto_resume` and after torchrun has restarted the processes.
     """
     if command.resume is not None:
         return command.resume, True
@@ -76,7 +75,7 @@ def find_run_dir(command: CommandLine, world: World) -> tuple[Path, bool]:
 def _sampled_ahead(
     state: dict[str, Any], requests: Callable[[int], list[Request]], world: World
 ) -> Sampled | None:
-    """This rank's part of the completions that a checkpoint keeps."""
+    """Returns this rank's share of the completions that a checkpoint stores."""
     ahead, step = state["sampled_ahead"], int(state["step"])
     if ahead is None:
         return None
@@ -93,7 +92,7 @@ def _load_progress(
     world: World,
     say: Callable[[str], object],
 ) -> dict[str, Any]:
-    """The state of the newest intact checkpoint, which is loaded."""
+    """Loads the newest intact checkpoint and returns its state."""
     ema = teacher if isinstance(teacher, EmaTeacher) else None
     state = load_checkpoint(run_dir, model, optimizer, world=world, warn=say, ema=ema)
     if state is None:
@@ -124,9 +123,9 @@ def _check_before_loading(config: Config, say: Callable[[str], object]) -> None:
 
 
 def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
-    """What `--dry-run` shows. Everything is checked but the weights, of which none is loaded.
+    """Shows what `--dry-run` reports. Checks everything except the weights, and loads none.
 
-    Raises ValueError as `build_run` does; for a run that does not fit, after all has been shown.
+    Raises ValueError as `build_run` does. For a run that does not fit, it is raised at the end.
     """
     config, device = command.config, pick_device(command.config.train.device)
     _check_before_loading(config, show)
@@ -148,10 +147,10 @@ def _build_model(
     train_set: ProblemSet,
     world: World,
 ) -> tuple[nn.Module, FixedTeacher]:
-    """The student, with its adapters, on its device or split over all, and its teacher."""
+    """Builds the student with its adapters, on its device or sharded, and the fixed teacher."""
     device = world.device
     model = add_lora(base, config.lora, config.train.seed)
-    # Before sharding, which hides the layers that are counted.
+    # Sharding hides the layers that the estimate counts, so the check comes first.
     check_run_fits(config, tokenizer, train_set, model, device=device, num_ranks=world.size)
     teacher = FixedTeacher(model)
     if config.parallel.activation_checkpointing:
@@ -189,18 +188,17 @@ def _build_sampler(
 
 
 def build_run(command: CommandLine, world: World) -> Run:
-    """Loads and builds everything; the run's files come last, so that a mistake leaves none behind.
+    """Loads and builds everything. The run's files come last, so that a mistake leaves none.
 
-    Raises ValueError for whatever the user can mend: data, model, lengths, device, directory,
-    sampler.
+    Raises ValueError for mistakes in data, model, lengths, device, directory and sampler.
     """
     config, device = command.config, world.device
     say = print if world.is_main else lambda text: None
-    # Nothing here draws from the global generators; a library that does is then repeatable.
+    # The engine does not use the global generators. This makes libraries that do repeatable.
     set_seed(config.train.seed)
     _check_before_loading(config, say)
     tokenizer = load_tokenizer(config.model)
-    # Sharding takes each layer's share to the device: none ever holds the whole model.
+    # Sharding moves each layer's shard to the device, which never holds the whole model.
     on_cpu, trains_base = _is_sharded(config, world), not config.lora.enabled
     base = load_base(config.model, device, trains_base=trains_base, on_cpu=on_cpu)
     _check_vocabulary(config, tokenizer, base)
@@ -241,6 +239,6 @@ def build_run(command: CommandLine, world: World) -> Run:
     if world.is_main:
         if not resumes:
             write_versions(run_dir, name, world.size)
-        # After a resume too: the next one is to go on with what this one was told.
+        # Also after a resume, so that the next resume uses this command's settings.
         (run_dir / CONFIG_FILE).write_text(to_toml(config))
     return run

@@ -1,4 +1,4 @@
-"""Evaluations while a run trains, and the checkpoints that it writes: the best among them."""
+"""Evaluations during training, and the checkpoint that evaluated best."""
 
 import json
 import time
@@ -31,11 +31,11 @@ class SaveFailed(Exception):
 
 
 def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> None:
-    """Avg@k of the weights after `step` steps: the current ones, or the base at step 0.
+    """Evaluates the weights after `step` steps: the current ones, or the base at step 0.
 
-    An evaluation that the run has already finished with these settings is kept, and one that was
-    cut short goes on. The weights are saved before, so that it is of the same, and marked where
-    none were better.
+    A finished evaluation with the same settings is kept; an interrupted one resumes. The weights
+    are saved first, so that both parts evaluate the same weights, and are marked as best if no
+    earlier ones were better.
     """
     assert run.eval_set is not None and step in (0, run.step)
     started = time.monotonic()
@@ -61,9 +61,9 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
 
 
 def evaluation_header(run: Run, step: int, checkpoint: Path | None) -> Header:
-    """What the evaluation after `step` steps is of.
+    """Returns the header of the evaluation after `step` steps.
 
-    checkpoint: of the weights; None for the base.
+    checkpoint: holds the evaluated weights; None for the base.
     """
     assert run.eval_set is not None
     section, weights = run.config.eval, "base"
@@ -88,7 +88,7 @@ def answer_all(
     progress: Progress,
     stop: StopRequest,
 ) -> bool:
-    """Answers what is left of this rank's share of an evaluation; False where a signal stopped
+    """Samples the rest of this rank's share of an evaluation. Returns False if a signal stopped
     it."""
     assert run.eval_set is not None
     section = run.config.eval
@@ -121,7 +121,7 @@ def answer_all(
 
 
 def keep_best(run: Run, step: int) -> None:
-    """Marks the checkpoint of the weights that were evaluated last, where none were better."""
+    """Marks the checkpoint that was just evaluated as best if no earlier one was better."""
     best = gather_objects(run.world.is_main and best_step(present_evaluations(run)))[0]
     if run.world.is_main and best == step > 0:
         mark_best(run.run_dir, step)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request: the step that runs is finished, then the run is saved."""
+"""Turns Ctrl-C and SIGTERM into a request: the run finishes its step, saves, and stops."""
 
 import os
 import signal
@@ -21,10 +21,10 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """While entered, the first signal is a request that `check` honours.
+    """A context manager in which the first signal becomes a request that `check` raises.
 
-    A second Ctrl-C interrupts at once, and so does the first before `begin`, when there is nothing
-    to save. A second SIGTERM does not: a scheduler and torchrun may both send one.
+    A second Ctrl-C interrupts at once. So does a Ctrl-C before `begin`, when there is nothing to
+    save. A second SIGTERM does not, because a scheduler and torchrun may both send one.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def begin(self) -> None:
-        """From here on there are steps to finish and to save."""
+        """Marks that training has started: from now on there are steps to finish and save."""
         self._begun = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -57,12 +57,12 @@ class StopRequest:
             os.write(2, _NOTICE)
 
     def check(self) -> None:
-        """Raises Stopped where a signal has come to this process."""
+        """Raises Stopped if this process has received a signal."""
         if self._signal is not None:
             raise Stopped(self._signal)
 
     def check_together(self) -> None:
-        """Raises Stopped on every rank where a signal has come to any. A collective."""
+        """Raises Stopped on every rank if any rank has received a signal. A collective call."""
         for number in gather_objects(self._signal):
             if number is not None:
                 raise Stopped(number)

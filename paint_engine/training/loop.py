@@ -22,8 +22,8 @@ from paint_engine.training.summary import print_summary, summarise
 
 
 def open_writer(run: Run) -> MetricsWriter | None:
-    """The run's metrics and samples, cut back to the last finished step. Only the main rank has
-    one."""
+    """Opens the run's metrics and samples, truncated to the last finished step. Returns None on
+    every rank but the main one."""
     if not run.world.is_main:
         return None
     return MetricsWriter(
@@ -36,7 +36,7 @@ def open_writer(run: Run) -> MetricsWriter | None:
 
 
 def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: StopRequest) -> None:
-    """The loop, from the last finished step to the last one asked for, evaluations included."""
+    """Runs the remaining steps, with the evaluations and checkpoints between them."""
     num_steps, section, checkpoint = (
         run.config.train.num_steps,
         run.config.eval,
@@ -49,8 +49,8 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
     with progress.training(num_steps, run.step) as show:
         while run.step < num_steps:
             stop.check_together()
-            # Before the step whose rollouts come from the same weights, so that a stop in an
-            # evaluation loses no step, and a resumed run begins with it again.
+            # An evaluation runs before the step that samples from the same weights. A stop during
+            # it then loses no step, and a resumed run starts with it.
             if run.eval_set is not None and run.step in evaluated:
                 evaluate_at(run, run.step, progress, stop)
             metrics, samples = train_step(run, run.step)
@@ -70,12 +70,12 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
 
 
 def run_training(run: Run, console: Console, stop: StopRequest) -> None:
-    """Trains to the end, or to a stop; either way nothing that was finished is lost."""
+    """Trains to the end or until a signal. Finished steps are never lost."""
     directory = shlex.quote(str(run.run_dir))
     say = partial(console.print, soft_wrap=True)
     one = run.world.size == 1
     launcher = "python" if one else f"torchrun with {run.world.size} processes,"
-    resume = f"go on with: {launcher} -m paint_engine.train --resume {directory}"
+    resume = f"resume with: {launcher} -m paint_engine.train --resume {directory}"
     try:
         writer = open_writer(run)
         with writer or nullcontext():
@@ -100,9 +100,7 @@ def run_training(run: Run, console: Console, stop: StopRequest) -> None:
             advice = f"newest checkpoint: {checkpoints[-1].name}; --resume {directory}"
         else:
             again = f"--config {directory}/{CONFIG_FILE} --run.dir {directory} --run.overwrite true"
-            advice = (
-                f"nothing was saved yet; start again with: python -m paint_engine.train {again}"
-            )
+            advice = f"nothing is saved yet; start again with: python -m paint_engine.train {again}"
         say(f"interrupted; {advice}")
         sys.exit(130)
     finally:

@@ -1,4 +1,4 @@
-"""The micro-batches of a step: equally many on every rank, of like cost."""
+"""Splits a step into micro-batches: the same number on every rank, at similar cost."""
 
 import math
 from bisect import bisect_left
@@ -8,15 +8,15 @@ from paint_engine.types import TrainExample
 
 
 def _lengths(item: TrainExample) -> tuple[int, int]:
-    """The student's and the teacher's tokens, prompt and completion; without a teacher, twice the
-    student's."""
+    """Returns the student's and the teacher's sequence lengths. Without a teacher view, both are
+    the student's."""
     completion, view = len(item.rollout.completion_ids), item.teacher_view
     student = len(item.rollout.prompt_ids) + completion
     return student, student if view is None else len(view.prompt_ids) + completion
 
 
 def _num_tokens(group: Sequence[TrainExample], *, padded: bool) -> int:
-    """What a group costs: the tokens of its longer role, counted in padded rows or as they are."""
+    """Returns the cost of a group: the tokens of its longer role, with or without padding."""
     if not group:
         return 0
     lengths = [_lengths(item) for item in group]
@@ -26,10 +26,10 @@ def _num_tokens(group: Sequence[TrainExample], *, padded: bool) -> int:
 
 
 def _fill_rows(examples: Sequence[TrainExample], max_tokens: int) -> list[list[TrainExample]]:
-    """Groups of like length: a padded row wastes least beside rows of its own length."""
+    """Groups rollouts of similar length, because rows of equal length need no padding."""
     groups: list[list[TrainExample]] = []
     for item in sorted(examples, key=lambda item: max(_lengths(item))):
-        # By rising length: the newest row is the longest of its group.
+        # Lengths increase, so the newest row is the longest of its group.
         if groups and max(_lengths(item)) * (len(groups[-1]) + 1) <= max_tokens:
             groups[-1].append(item)
         else:
@@ -38,7 +38,7 @@ def _fill_rows(examples: Sequence[TrainExample], max_tokens: int) -> list[list[T
 
 
 def _fill_packed(examples: Sequence[TrainExample], max_tokens: int) -> list[list[TrainExample]]:
-    """First fit, the longest first: the first group with room for both of a rollout's roles."""
+    """First-fit decreasing: each rollout joins the first group with room for both of its roles."""
     groups: list[list[TrainExample]] = []
     sums: list[tuple[int, int]] = []
     for item in sorted(examples, key=lambda item: max(_lengths(item)), reverse=True):
@@ -60,18 +60,18 @@ def _fill_packed(examples: Sequence[TrainExample], max_tokens: int) -> list[list
 def _fill_evenly(
     examples: Sequence[TrainExample], max_tokens: int, num_ranks: int, *, padded: bool
 ) -> list[list[TrainExample]]:
-    """As few groups as filling up needs, rounded up to a multiple of the ranks, of like cost."""
+    """Makes as few groups as fit, rounded up to a multiple of the ranks, at similar cost."""
     fill = _fill_rows if padded else _fill_packed
-    # One rank waits for nobody.
+    # A single rank does not wait for others.
     if num_ranks == 1:
         return fill(examples, max_tokens)
     wanted = math.ceil(len(fill(examples, max_tokens)) / num_ranks) * num_ranks
-    # The smallest limit that needs no more groups makes the dearest group cheapest.
+    # The smallest limit that needs no more groups minimises the cost of the largest group.
     even = bisect_left(
         range(max_tokens), True, lo=1, key=lambda limit: len(fill(examples, limit)) <= wanted
     )
     groups = fill(examples, even)
-    # A rank without a group would run a dummy: halve the dearest group for it instead.
+    # A rank without a group would run a dummy pass; splitting the costliest group avoids that.
     while len(groups) < wanted and (divisible := [group for group in groups if len(group) > 1]):
         dearest = max(divisible, key=lambda group: _num_tokens(group, padded=padded))
         groups.append(dearest[1::2])
@@ -82,12 +82,12 @@ def _fill_evenly(
 def plan_microbatches(
     examples: Sequence[TrainExample], max_tokens: int, num_ranks: int, *, padded: bool
 ) -> list[list[list[TrainExample]]]:
-    """For each rank its micro-batches, equally many on every rank: sharded weights are gathered by
-    all ranks together.
+    """Returns each rank's micro-batches, the same number for every rank, because all ranks gather
+    sharded weights together.
 
-    No micro-batch has more than `max_tokens` tokens, but for a single rollout above the limit: it
-    cannot be cut without changing the loss. With `padded` they are the rows times the longest
-    sequence of either role, otherwise the tokens of that role which has more.
+    No micro-batch exceeds `max_tokens` tokens, except one that holds a single longer rollout, which
+    cannot be cut without changing the loss. With `padded`, the tokens are the number of rows times
+    the longest sequence of either role; otherwise they are the tokens of the longer role.
 
     The i-th micro-batches of all ranks cost about the same, for each waits for the dearest; so do
     the ranks' sums. Every rollout is in one micro-batch, and there are as few of them as the

@@ -9,8 +9,8 @@ from paint_engine.config.sections import OptimSection
 
 
 def learning_rate(section: OptimSection, step: int, num_steps: int) -> float:
-    """The learning rate of step 0, 1, ...: linear warm-up, then the schedule down to zero at the
-    end."""
+    """Returns the learning rate of a step (from 0): linear warm-up, then the schedule, which ends
+    at zero unless it is constant."""
     if step < section.warmup_steps:
         return section.learning_rate * (step + 1) / section.warmup_steps
     done = (step - section.warmup_steps) / max(1, num_steps - section.warmup_steps)
@@ -22,7 +22,7 @@ def learning_rate(section: OptimSection, step: int, num_steps: int) -> float:
 
 
 def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Optimizer:
-    """AdamW on whatever is trainable."""
+    """Builds AdamW over all trainable parameters."""
     return torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=section.learning_rate,

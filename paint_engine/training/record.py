@@ -1,4 +1,4 @@
-"""What the micro-batches of one step leave behind; the step's metrics and samples, made of it."""
+"""Collects what the micro-batches of one step produce into the step's metrics and samples."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,26 +16,26 @@ from paint_engine.types import Rollout, TeacherView, TrainExample
 
 
 def count_tokens(items: Sequence[TrainExample]) -> int:
-    """Completion tokens of the rollouts."""
+    """Returns the number of completion tokens."""
     return sum(len(item.rollout.completion_ids) for item in items)
 
 
-# What each token has and no metric sums up.
+# Per-token values that are not averaged into a metric.
 _NOT_SUMMED = ("token_loss", "logprobs", "selected")
 
 
 def metric_sums(output: LossOutput) -> dict[str, float]:
-    """The micro-batch's share of the step's loss, and sums over its tokens of what is logged beside
-    it: divided by the step's tokens they are means."""
+    """Returns the micro-batch's share of the step's loss, and the sums over its tokens of the other
+    logged values. Divided by the step's number of tokens, the sums are means."""
     sums = {n: float(v.sum().item()) for n, v in output.per_token.items() if n not in _NOT_SUMMED}
     return {"loss": output.loss.item(), **sums}
 
 
 class StepRecord:
-    """One rank's notes on a step, from 0, on the rollouts of all ranks.
+    """One rank's record of one step. `step` counts from 0; `rollouts` are those of all ranks.
 
-    trained: the rollouts that go through the models.
-    old_logprobs: by micro-batch, those of the first update where others follow.
+    trained: the rollouts that the models process.
+    old_logprobs: by micro-batch, the log-probabilities of the first update if others follow.
     """
 
     def __init__(self, recipe: Recipe, step: int, rollouts: Sequence[TrainExample]) -> None:
@@ -52,12 +52,12 @@ class StepRecord:
 
     @property
     def denominator(self) -> int:
-        """What the losses of the step's micro-batches are divided by."""
+        """The divisor of the micro-batches' losses: rollouts or tokens of the whole step."""
         per_rollout = self._config.objective.reduction == "sequence_mean"
         return len(self._rollouts) if per_rollout else self.num_tokens
 
     def add(self, items: Sequence[TrainExample], output: LossOutput) -> None:
-        """Counts a micro-batch, whose rollouts are `items`, in the metrics."""
+        """Adds a micro-batch with the rollouts `items` to the metrics."""
         assert items, "a micro-batch without rollouts has nothing to count"
         self._sums.update(metric_sums(output))
 
@@ -69,8 +69,8 @@ class StepRecord:
         differences: Sequence[Tensor],
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        """Keeps what only the first update on the rollouts says: samples for the report, how far
-        the sampler is off, and log-probabilities."""
+        """Records what only the first update on the rollouts provides: samples for the report,
+        differences to the sampler's log-probabilities, and old log-probabilities."""
         kept = self.trained[: self._config.run.samples_per_step]
         self._samples += sample_records(self._step + 1, items, kept, output, tokenizer)
         self._differences += differences
@@ -78,8 +78,8 @@ class StepRecord:
             self.old_logprobs[place] = output.per_token["logprobs"]
 
     def metrics(self) -> dict[str, float]:
-        """Of all ranks: the loss, means over the trained tokens and updates, means over the
-        rollouts, the sampler's mismatch. A collective."""
+        """Returns the metrics of all ranks: the loss, means over trained tokens and updates, means
+        over rollouts, and the mismatch with the sampler. A collective call."""
         totals, num_updates = sum_over_ranks(self._sums), self._recipe.num_updates
         scored = count_tokens(self.trained) * num_updates
         differences = [value for part in self._differences for value in part.tolist()]
@@ -92,7 +92,7 @@ class StepRecord:
         }
 
     def samples(self) -> list[dict[str, object]]:
-        """All ranks' samples, in the batch's order. A collective."""
+        """Returns all ranks' samples in the order of the batch. A collective call."""
         return sorted(chain.from_iterable(gather_objects(self._samples)), key=itemgetter("place"))
 
 
@@ -145,11 +145,11 @@ def sample_records(
     output: LossOutput,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, object]]:
-    """One JSON-ready record for each of the micro-batch's `items` that is among `kept`, the first
-    of the batch; `place` is where it is in it.
+    """Returns a JSON-ready record of each of the micro-batch's `items` that is in `kept`, the first
+    rollouts of the batch. `place` is its position in `kept`.
 
-    output: the micro-batch's losses, the items' tokens in their order. Its `per_token` becomes a
-    list each; what the teacher saw, a verdict and a reward are there where the objective has them.
+    output: the loss of the micro-batch; each entry of its `per_token` becomes a list. The teacher
+    view, the verdict and the reward are included if the recipe has them.
     """
     records, start = [], 0
     for item in items:

@@ -1,5 +1,6 @@
-"""The rollouts of one step, judged and prepared by the recipe; or the reference solutions in their
-place."""
+"""Samples the rollouts of one step, judges them and lets the recipe prepare them.
+
+A recipe that does not sample gets the reference solutions instead."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,10 +17,10 @@ from paint_engine.types import Request, Rollout, TrainExample, Verdict
 
 
 def sample_step(run: Run, step: int) -> tuple[list[TrainExample], int]:
-    """The step's examples, all ranks', in the batch's order; and how many steps old the student's
-    weights were.
+    """Returns the examples of all ranks in the order of the batch, and the lag: how many steps old
+    the weights were that sampled them.
 
-    step: from 0.
+    step: counts from 0.
     """
     config = run.config
     if not run.recipe.samples:
@@ -36,7 +37,7 @@ def sample_step(run: Run, step: int) -> tuple[list[TrainExample], int]:
 
 
 def step_context(run: Run, step: int, requests: Sequence[Request]) -> StepContext:
-    """What the recipe may use while it prepares this rank's rollouts."""
+    """Builds what the recipe may use to prepare this rank's rollouts."""
 
     def complete(
         prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, max_new_tokens: int, base: bool
@@ -49,8 +50,8 @@ def step_context(run: Run, step: int, requests: Sequence[Request]) -> StepContex
 
 
 def reference_example(run: Run, request: Request) -> TrainExample:
-    """The verified solution in a rollout's place, as the student would have written it: its tokens
-    and the stop token, cut where a rollout would be."""
+    """Returns the reference solution as an example: its tokens and the stop token, truncated at the
+    limit for rollouts."""
     problem, limit = request.problem, run.config.rollout.max_new_tokens
     stop = run.tokenizer.eos_token_id
     assert isinstance(stop, int), "a tokenizer without one is refused before training"
@@ -61,7 +62,7 @@ def reference_example(run: Run, request: Request) -> TrainExample:
 
 
 def judge(run: Run, rollout: Rollout) -> TrainExample:
-    """The rollout with its verdict and its overlap with the reference solution."""
+    """Adds the verdict and the overlap with the reference solution to a rollout."""
     answer = rollout.problem.answer
     checked = check_answer(answer, rollout.text)
     rewarded = checked.correct

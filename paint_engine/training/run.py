@@ -20,11 +20,12 @@ from paint_engine.rollout.sampler import Sampler
 
 @dataclass
 class Run:
-    """What the loop works with. `step` counts finished steps; `seconds_train` adds up over resumes.
+    """The state of a training run. `step` counts finished steps; `seconds_train` adds up over
+    resumes.
 
-    `base` is the model as it was before training, `teacher` what scores the rollouts: often the
-    same. `name` is the preset's, or "run" for a configuration of the user's. `saved` is the step of
-    the newest checkpoint that this process has written, and where it is.
+    `base` is the model before training. `teacher` scores the rollouts and is often the base. `name`
+    is the preset's name, or "run" for a configuration file. `saved` is the step and the path of the
+    newest checkpoint that this process has written.
     """
 
     config: Config
@@ -48,25 +49,25 @@ class Run:
 
     @property
     def parameters(self) -> list[torch.Tensor]:
-        """What the optimizer trains."""
+        """The tensors that the optimizer trains."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @property
     def timings(self) -> Timings:
-        """Where the steps' time goes."""
+        """Seconds of each part of the steps."""
         return self.sampler.timings
 
     @property
     def ema(self) -> EmaTeacher | None:
-        """The teacher where it has weights of its own that change, which a checkpoint keeps."""
+        """The teacher if it is a running mean, whose weights a checkpoint stores; else None."""
         return self.teacher if isinstance(self.teacher, EmaTeacher) else None
 
     @property
     def max_context(self) -> int:
-        """Tokens that a prompt and its completion may take."""
+        """Maximum number of tokens of a prompt and its completion."""
         return max_context(self.model)
 
     @property
     def eval_params(self) -> SamplingParams:
-        """How the evaluations' answers are drawn."""
+        """Sampling parameters of the evaluations."""
         return sampling_params(self.config.eval, self.model, self.tokenizer)

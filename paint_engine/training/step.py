@@ -24,9 +24,9 @@ from paint_engine.types import TrainBatch, TrainExample
 
 
 def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, object]]]:
-    """One step on fresh rollouts: its metrics, and the samples to keep, of all ranks.
+    """Takes one step on new rollouts. Returns the metrics and the samples to keep, of all ranks.
 
-    step: from 0.
+    step: counts from 0.
     """
     # ---------------------------------------------------------------------------------------------
     config, started, span = run.config, time.monotonic(), run.timings.span
@@ -36,11 +36,11 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
 
     microbatches = my_microbatches(run, record.trained)
     for number in range(run.recipe.num_updates):
-        # Dropout, where there is any, is in the student's pass alone and repeats when resumed.
+        # Only the student's pass has dropout; the seed makes a resumed run repeat it.
         torch.manual_seed(request_seed("dropout", config.train.seed, step, run.world.rank))
         run.model.train()
         for place, items in enumerate(microbatches):
-            # A rank without rollouts runs one at weight zero: sharded weights need every rank.
+            # A rank without rollouts runs one at weight 0, since all ranks gather sharded weights.
             shown = items or rollouts[:1]
             batch = batch_to(build_batch(shown), run.world.device)
             sync_gradients(run.model, last=place == len(microbatches) - 1)
@@ -70,8 +70,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
 
 
 def update(run: Run, step: int) -> tuple[float, float]:
-    """One optimizer step on all ranks' gradients: the learning rate, and the gradients' L2 norm
-    before they were scaled to `optim.max_grad_norm`."""
+    """Takes one optimizer step with the gradients of all ranks. Returns the learning rate and the
+    L2 norm of the gradients before clipping to `optim.max_grad_norm`."""
     rate = learning_rate(run.config.optim, step, run.config.train.num_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -85,7 +85,7 @@ def update(run: Run, step: int) -> tuple[float, float]:
 
 
 def my_microbatches(run: Run, rollouts: Sequence[TrainExample]) -> list[list[TrainExample]]:
-    """This rank's micro-batches of the step, as many as every rank's; the last may be empty."""
+    """Returns this rank's micro-batches. All ranks have the same number; the last may be empty."""
     if not rollouts:
         return [[]]
     limit, padded = run.config.train.max_tokens_per_microbatch, run.attention == "padded"
@@ -99,11 +99,11 @@ def score(
     denominator: int,
     old_logprobs: Float[Tensor, " N"] | None = None,
 ) -> tuple[LossOutput, list[Float[Tensor, " n"]]]:
-    """The loss of one micro-batch, made of `examples`, and the differences between the trainer's
-    and the sampler's log-probabilities of some of its tokens.
+    """Computes the loss of one micro-batch, and the differences between the trainer's and the
+    sampler's log-probabilities of some of its tokens.
 
-    denominator: rollouts or tokens of the whole step, of all ranks.
-    old_logprobs: those of the first update on these rollouts; None in it.
+    denominator: number of rollouts or tokens of the whole step, on all ranks.
+    old_logprobs: (N,) log-probabilities of the first update on these rollouts; None in that update.
     """
     span = run.timings.span
     second_states, second_head = _second_pass(run, batch)
@@ -133,7 +133,7 @@ def score(
 def _second_pass(
     run: Run, batch: TrainBatch
 ) -> tuple[Float[Tensor, "N H"] | None, Float[Tensor, "V H"] | None]:
-    """Hidden states of the recipe's second pass, and its head where that is not the student's."""
+    """Returns the hidden states of the recipe's second pass, and its head if it is another one."""
     whose = run.recipe.second_pass
     if whose is None:
         return None, None

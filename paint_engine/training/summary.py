@@ -1,4 +1,4 @@
-"""What a run came to: `summary.json` and the lines printed at its end."""
+"""The summary of a run: `summary.json` and the lines printed at the end."""
 
 import json
 from collections.abc import Mapping
@@ -28,10 +28,9 @@ from paint_engine.training.run import Run
 def present_evaluations(
     run: Run, complete: Mapping[int, Evaluation] | None = None
 ) -> dict[int, Evaluation]:
-    """The run's complete evaluations by step, those with other settings or problems than the
-    present ones left out.
+    """Returns the run's complete evaluations by step that have the current settings and problems.
 
-    complete: all of them; None = read from the disk.
+    complete: all complete evaluations; None reads them from the disk.
     """
     section, seed = run.config.eval, run.config.train.seed
     if complete is None:
@@ -46,11 +45,11 @@ def present_evaluations(
 
 
 def summarise(run: Run) -> dict[str, Any]:
-    """Writes and returns `summary.json`: Avg@k before and after on the same problems, the best
-    evaluation in between, and what it took. Evaluations with other settings are left out.
+    """Writes and returns `summary.json`: Avg@k before and after training on the same problems, the
+    best evaluation in between, and the time taken. Evaluations with other settings are left out.
 
-    `best` is chosen on the problems that it is measured on, and so looks better than it is; `last`
-    is not."""
+    `best` is selected on the problems that it is measured on, so it is biased upwards; `last` is
+    not."""
     complete = read_evaluations(run.run_dir)
     present = present_evaluations(run, complete)
     correct = {step: correct_matrix(found.samples) for step, found in present.items()}
@@ -99,7 +98,7 @@ def summarise(run: Run) -> dict[str, Any]:
 
 
 def print_summary(console: Console, summary: dict[str, Any], report: Path) -> None:
-    """The summary in a few lines."""
+    """Prints the summary in a few lines."""
     for moment in ("before", "after"):
         if (value := summary[f"avg_at_k_{moment}"]) is not None:
             label = f"Avg@{summary['num_samples']} {moment}:"

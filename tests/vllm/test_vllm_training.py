@@ -114,7 +114,7 @@ def test_an_engine_killed_once_costs_a_batch_and_twice_stops_with_a_checkpoint(
     assert last >= 5
     # The batch that was lost came again, from the weights that it was first asked of.
     assert [m["rollout_lag"] for m in metrics] == [0] + [1] * (last - 1)
-    found = re.search(r"go on with: python -m paint_engine\.train (--resume \S+)", printed)
+    found = re.search(r"resume with: python -m paint_engine\.train (--resume \S+)", printed)
     assert found is not None
     again = start(*found[1].split(), "--train.num_steps", str(last + 2))
     printed = finish(again)
