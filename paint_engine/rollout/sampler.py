@@ -134,7 +134,7 @@ class Sampler:
             return self.guarded(lambda: self._engine.generate(prompts, seeds, params, base=base))
 
     def pending(self) -> Sampled | None:
-        """Waits for the rollouts sampled ahead and returns them, for a checkpoint. A collective call.
+        """Waits for the rollouts sampled ahead and returns them. A collective call.
 
         Returns None if the engine died for good; the next step then raises.
         """
@@ -174,7 +174,7 @@ class Sampler:
             return again()
 
     def _together(self, attempt: Callable[[], T]) -> T:
-        """Returns the attempt's value; raises EngineDied on every rank if any rank's attempt did."""
+        """Returns the value; raises EngineDied on every rank if any rank's attempt did."""
         value, death = None, None
         try:
             value = attempt()
