@@ -4,6 +4,7 @@ Started by torchrun there is one process a device; started plainly there is no p
 every exchange below is the identity. So nothing else asks which of the two it is.
 """
 
+import atexit
 import os
 import secrets
 import time
@@ -62,7 +63,7 @@ def launched_ranks() -> int:
 
 
 def init_world(device: torch.device) -> World:
-    """Joins the ranks that torchrun started, one device each.
+    """Joins the ranks that torchrun started, one device each; the end of the process leaves them.
 
     device: the type that every rank trains on; on GPUs each takes the one of its local rank.
 
@@ -92,6 +93,7 @@ def init_world(device: torch.device) -> World:
         group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         assert isinstance(group, dist.ProcessGroup), group
         _Group.patient = group
+        atexit.register(close_world)
     return World(rank, launched_ranks(), local_rank, device)
 
 

@@ -9,16 +9,10 @@ one weight in float32; merging goes matrix by matrix.
 """
 
 import argparse
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from transformers.utils import logging as transformers_logging
-
-from paint_engine.checkpoint.choose import choose_checkpoint, find_base
-from paint_engine.checkpoint.merge import _DTYPES, export
-from paint_engine.config.command_line import user_errors
+from paint_engine import require_engine
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,9 +23,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", metavar="CHECKPOINT_OR_RUN_DIR", type=Path)
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", type=Path, help="new or empty")
-    parser.add_argument("--model", metavar="BASE", help="the base, if it is not where it was")
     parser.add_argument(
-        "--dtype", choices=tuple(_DTYPES), default="auto", help="auto (default): the base's own"
+        "--model", metavar="BASE", help="the base, if it has moved since it was trained"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto (default): the base's own",
     )
     parser.add_argument(
         "--checkpoint", metavar="last|best|step-N", help="of a run directory (default: last)"
@@ -40,17 +39,32 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """A mistake of the user's ends with one message and exit code 2."""
-    console = Console(highlight=False, markup=False)
-    transformers_logging.disable_progress_bar()
-    # peft asks models of transformers for an attribute that has been renamed there.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    """Parses the command line, finds the checkpoint and its base, and exports.
+
+    A user's mistake ends the program with one message and exit code 2. PyTorch is imported last,
+    since that takes seconds.
+    """
+    require_engine()
     arguments = _parser().parse_args(argv)
+    from rich.console import Console
+
+    from paint_engine.checkpoint import choose_checkpoint, find_base
+    from paint_engine.config import user_errors
+
+    console = Console(highlight=False, markup=False)
     with user_errors(console):
         checkpoint = choose_checkpoint(arguments.source, arguments.checkpoint)
         section = find_base(checkpoint, arguments.model)
-        export(checkpoint, arguments.output_dir, section, _DTYPES[arguments.dtype])
-    console.print(f"{checkpoint} is exported to {arguments.output_dir}", soft_wrap=True)
+
+        import torch
+
+        from paint_engine.checkpoint.merge import export
+        from paint_engine.model.load import quiet_libraries
+
+        quiet_libraries()
+        dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+        export(checkpoint, arguments.output_dir, section, dtype)
+    console.print(f"exported {checkpoint} to {arguments.output_dir}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 REPORT_FILE = "report.html"
 SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.toml"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+RESULTS_FILE = "results.json"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -98,6 +97,9 @@ _PACKAGES = (
 
 def present_versions(name: str, world_size: int) -> dict[str, object]:
     """Packages, the preset's name, the command, threads and processes."""
+    # Here, because the command line reads this module before PyTorch is loaded.
+    import torch
+
     versions: dict[str, object] = {"preset": name, "command": sys.argv}
     versions |= {"python": platform.python_version(), "num_threads": torch.get_num_threads()}
     versions["world_size"] = world_size

@@ -15,8 +15,6 @@ from paint_engine.config.sections import ModelSection
 from paint_engine.files import flush
 from paint_engine.model.load import load_tokenizer, resolve_model
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": None}
-
 
 def _load_model(path: str, section: ModelSection) -> PreTrainedModel:
     try:

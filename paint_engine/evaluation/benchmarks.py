@@ -1,21 +1,11 @@
-"""Held-out problems by name, by Hugging Face id or by file, with the prompts of an evaluation."""
+"""Benchmarks by name, by Hugging Face id or by file, as `--benchmarks` lists them."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
 
-from transformers import PreTrainedTokenizerBase
-
-from paint_engine.config.sections import ColumnsSection, EvalSection, PromptsSection
-from paint_engine.data.problem_sets import ProblemSet
-from paint_engine.data.rows import load_problems
-from paint_engine.evaluation.results import RESULTS_FILE
-from paint_engine.evaluation.store import benchmark_name
-from paint_engine.files import VERSIONS_FILE
-from paint_engine.prompts.chat import encode_student_prompt
+from paint_engine.files import RESULTS_FILE, VERSIONS_FILE
 
 
 @dataclass(frozen=True)
@@ -39,6 +29,11 @@ KNOWN = (
 _DEFAULT_SPLIT = "test"
 # Files that stand beside NAME.json.
 _TAKEN = {Path(file).stem for file in (RESULTS_FILE, VERSIONS_FILE)}
+
+
+def benchmark_name(path: str) -> str:
+    """The name of a source of problems: "aime_2024" for data/aime_2024.jsonl."""
+    return Path(path.partition(":")[0]).stem
 
 
 def parse_benchmarks(text: str) -> list[Benchmark]:
@@ -92,51 +87,3 @@ def _parse(entry: str, text: str) -> Benchmark:
             "without a slash: --benchmarks NAME=PATH"
         )
     return Benchmark(name, path, split)
-
-
-def load_benchmark(
-    benchmark: Benchmark,
-    tokenizer: PreTrainedTokenizerBase,
-    section: EvalSection,
-    prompts: PromptsSection,
-    context: int,
-    *,
-    on_bad_row: Literal["stop", "skip"] = "stop",
-    say: Callable[[str], object] = print,
-) -> ProblemSet:
-    """The problems and the student's prompts of an evaluation; solutions are not needed.
-
-    section: its columns, number of problems, thinking and longest completion count.
-    context: of the model, in tokens, in which a prompt and a completion must fit.
-    say: told of rows that were skipped.
-    """
-    columns = ColumnsSection() if benchmark.path == "tiny" else section.columns
-    loaded = load_problems(
-        benchmark.path,
-        split=benchmark.split,
-        columns=columns,
-        on_bad_row=on_bad_row,
-        max_rows=section.num_problems,
-        section="eval",
-    )
-    if loaded.num_skipped:
-        say(f"{benchmark.path}: skipped {loaded.num_skipped} bad rows")
-    ids = tuple(
-        encode_student_prompt(tokenizer, problem, prompts, thinking=section.thinking)
-        for problem in loaded.problems
-    )
-    _check_context(benchmark.name, max(map(len, ids)), section.max_new_tokens, context)
-    return ProblemSet(loaded.problems, ids, loaded.num_skipped)
-
-
-def _check_context(name: str, longest: int, max_new_tokens: int, context: int) -> None:
-    if longest + max_new_tokens > context:
-        raise ValueError(
-            f"--max-new-tokens is {max_new_tokens}, and the longest prompt of {name} has {longest} "
-            f"tokens; the model's context holds {context} together; "
-            + (
-                f"give --max-new-tokens {context - longest} or less"
-                if longest < context
-                else "evaluate a model with a longer context"
-            )
-        )

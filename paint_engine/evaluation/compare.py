@@ -237,29 +237,13 @@ def _table(first: str, other: str, differences: Mapping[str, Difference], macro:
     return table
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m paint_engine.evaluate compare",
-        description="The difference of each run to the first one, on the same problems.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("first", metavar="RUN_A", help="the directory of an evaluation or a run")
-    parser.add_argument(
-        "others",
-        metavar="RUN_B",
-        nargs="+",
-        help="another; of a training run with :STEP, :best or :last (default) after it",
-    )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there too")
-    return parser
-
-
-def main(argv: Sequence[str], console: Console) -> None:
+def run_comparison(arguments: argparse.Namespace, console: Console) -> None:
     """Prints one table for each run after the first, and the problems that it gained and lost.
+
+    arguments: `parse_comparison`'s.
 
     Raises ValueError where two runs cannot be compared.
     """
-    arguments = _parser().parse_args(argv)
     before, records = read_run(arguments.first), []
     for other in arguments.others:
         after = read_run(other)

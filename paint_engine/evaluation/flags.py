@@ -1,9 +1,10 @@
-"""The flags of `python -m paint_engine.evaluate`, and messages of the engine's parts in their
-terms."""
+"""The command lines of `python -m paint_engine.evaluate` and of its `compare`, and messages of
+the engine's parts in terms of these flags."""
 
 import argparse
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,24 @@ from paint_engine.config import templates
 from paint_engine.config.command_line import parse_value
 from paint_engine.config.sections import INSTRUCTION, EvalSection, PromptsSection
 from paint_engine.config.toml import LEAVES
-from paint_engine.evaluation.benchmarks import KNOWN
+from paint_engine.evaluation.benchmarks import KNOWN, Benchmark, parse_benchmarks
 
 # Of the configuration's keys that messages of its parts name: the flag that stands for each here.
 _FLAGS = {"name_or_path": "model", "path": "benchmarks", "split": "benchmarks SOURCE:SPLIT"}
 _KEY = re.compile(r"(?:--)?\b(?:rollout|eval|model|data|train)\.((?:columns\.)?[a-z_]+)")
+
+
+@dataclass(frozen=True)
+class EvaluationCommand:
+    """What the user asked for, every flag checked as far as that needs no model and no data.
+
+    arguments: all flags by name; section, prompts and benchmarks are made of some of them.
+    """
+
+    arguments: argparse.Namespace
+    section: EvalSection
+    prompts: PromptsSection
+    benchmarks: tuple[Benchmark, ...]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,8 +59,7 @@ def _template(text: str) -> str:
         raise argparse.ArgumentTypeError(f"got {text!r}; needs {error}") from error
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Of the flags as they are; `parse_arguments` also says which one was meant."""
+def _parser() -> argparse.ArgumentParser:
     paper = EvalSection()
     parser = _Parser(
         prog="python -m paint_engine.evaluate",
@@ -104,9 +117,48 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_command(argv: Sequence[str]) -> EvaluationCommand:
+    """The command line, checked; `-h` prints all flags and exits.
+
+    argv: without the program's name, such as ["--model", "tiny", "--benchmarks", "tiny"].
+
+    Raises ValueError: what came, what is needed, what to do.
+    """
+    arguments = parse_arguments(argv)
+    benchmarks = parse_benchmarks(arguments.benchmarks)
+    if arguments.model is None and arguments.adapter is None:
+        raise ValueError("got neither --model nor --adapter; needs at least one of them")
+    share, size = arguments.gpu_memory_utilization, arguments.tensor_parallel_size
+    if not (share is None or 0 < share < 1) or size < 1:
+        raise ValueError(
+            f"got --gpu-memory-utilization {share} and --tensor-parallel-size {size}; needs a "
+            "share between 0 and 1, and at least 1 GPU"
+        )
+    section, prompts = section_of(arguments), prompts_of(arguments)
+    return EvaluationCommand(arguments, section, prompts, tuple(benchmarks))
+
+
+def parse_comparison(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of `compare`: first, others, json."""
+    parser = argparse.ArgumentParser(
+        prog="python -m paint_engine.evaluate compare",
+        description="The difference of each run to the first one, on the same problems.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("first", metavar="RUN_A", help="the directory of an evaluation or a run")
+    parser.add_argument(
+        "others",
+        metavar="RUN_B",
+        nargs="+",
+        help="another; of a training run with :STEP, :best or :last (default) after it",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there too")
+    return parser.parse_args(argv)
+
+
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags by name. Raises ValueError for what is none, with the one that it is most like."""
-    arguments, unknown = make_parser().parse_known_args(argv)
+    """The flags by name. Raises ValueError for an unknown one, with the flags most like it."""
+    arguments, unknown = _parser().parse_known_args(argv)
     if not unknown:
         return arguments
     flags = ["--" + name.replace("_", "-") for name in vars(arguments)]

@@ -18,10 +18,9 @@ from paint_engine.evaluation.accuracy import (
     pass_ks,
 )
 from paint_engine.evaluation.store import EvalSample, Evaluation
-from paint_engine.files import VERSIONS_FILE, present_versions
+from paint_engine.files import RESULTS_FILE, VERSIONS_FILE, present_versions
 from paint_engine.rewards.checker import equal_answers
 
-RESULTS_FILE = "results.json"
 LENGTH = "mean_length"
 _LABELS = {
     "format_rate": "answer in a box",

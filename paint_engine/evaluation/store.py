@@ -102,11 +102,6 @@ def fingerprints(problems: Sequence[Problem]) -> dict[str, str]:
     return found
 
 
-def benchmark_name(path: str) -> str:
-    """What a source of problems is called: "aime_2024" for data/aime_2024.jsonl."""
-    return Path(path.partition(":")[0]).stem
-
-
 def evaluation_settings(section: EvalSection, seed: int, prompts: PromptsSection) -> dict[str, Any]:
     """How the answers of an evaluation are drawn: what its outcome depends on, beside the weights
     and the problems."""
@@ -159,7 +154,7 @@ class SampleFiles:
         if world.is_main:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
-                earlier = unfinished_rows(directory, name, header, replace=replace)
+                earlier = read_unfinished(directory, name, header, replace=replace)
             except (OSError, ValueError) as problem:
                 error = str(problem)
         raise_together(error)
@@ -249,7 +244,7 @@ def _rank_files(directory: Path, name: str) -> list[Path]:
     return sorted(directory.glob(f"{glob.escape(name)}.rank-*.jsonl"))
 
 
-def unfinished_rows(
+def read_unfinished(
     directory: Path, name: str, header: Header, *, replace: bool = False
 ) -> list[dict[str, Any]]:
     """The samples that ranks before have left, as JSON has them.
@@ -270,7 +265,7 @@ def unfinished_rows(
 
 
 @contextmanager
-def hold(directory: Path) -> Iterator[None]:
+def lock_directory(directory: Path) -> Iterator[None]:
     """While entered, no other process enters it for this directory, which is made where it is not
     there. A killed process holds it no longer.
 
@@ -298,7 +293,7 @@ def refuse_other(place: Path, there: dict[str, Any], header: Header) -> None:
     )
 
 
-def check_ranks(headers: Mapping[str, Header]) -> None:
+def check_same_headers(headers: Mapping[str, Header]) -> None:
     """Raises ValueError on every rank where one is about to evaluate what rank 0 is not, as nodes
     may that have a cache each. A collective.
 
@@ -333,7 +328,7 @@ def _differing(there: dict[str, Any], header: Header) -> list[str]:
     return differing
 
 
-def finished_evaluation(directory: Path, name: str, header: Header) -> Evaluation | None:
+def read_finished(directory: Path, name: str, header: Header) -> Evaluation | None:
     """The complete evaluation there; None where there is none yet.
 
     Raises ValueError where it is another one.

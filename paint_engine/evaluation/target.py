@@ -56,8 +56,8 @@ _LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True)
-class Subject:
-    """Subject(ModelSection(name_or_path="tiny"), adapter=Path("runs/a/checkpoints/step-40"),
+class Target:
+    """Target(ModelSection(name_or_path="tiny"), adapter=Path("runs/a/checkpoints/step-40"),
             checkpoint=None)
 
     base: the model, or what an adapter or a checkpoint was trained from; its tokenizer is used.
@@ -102,9 +102,9 @@ class Subject:
         }
 
 
-def find_subject(
+def find_target(
     model: str | None, adapter: str | None, dtype: str, *, trust_remote_code: bool
-) -> Subject:
+) -> Target:
     """The model and the adapter that two flags name.
 
     model: "tiny", a directory or an id; None = what the adapter was trained from.
@@ -113,8 +113,7 @@ def find_subject(
 
     Raises ValueError where there is none such.
     """
-    if model is None and adapter is None:
-        raise ValueError("got neither --model nor --adapter; needs at least one of them")
+    assert model is not None or adapter is not None
     found = None if adapter is None else find_adapter(adapter)
     if found is None:
         section = ModelSection(name_or_path=model or "tiny")
@@ -125,15 +124,15 @@ def find_subject(
         update["dtype"] = dtype
     section = section.model_copy(update=update)
     if found is None:
-        return Subject(section)
+        return Target(section)
     if not (found / _ADAPTER_CONFIG).is_file():
-        return Subject(section, checkpoint=found)
+        return Target(section, checkpoint=found)
     if not (found / ADAPTER_FILE).is_file():
         raise ValueError(
             f"--adapter {adapter}: {found} has no {ADAPTER_FILE}; needs peft's files with the "
             "weights in safetensors; save the adapter again with save_pretrained"
         )
-    return Subject(section, adapter=found)
+    return Target(section, adapter=found)
 
 
 def find_adapter(text: str) -> Path:
@@ -162,21 +161,21 @@ def _no_adapter(path: Path) -> str:
     )
 
 
-def other_base(subject: Subject) -> str | None:
+def mismatched_base(target: Target) -> str | None:
     """The model that the adapter was trained on, by its run's word or its own, where that is
     another than the one that it is put on; None also where nothing says it."""
-    if subject.adapter is None:
+    if target.adapter is None:
         return None
-    recorded = recorded_base(subject.adapter)
-    if recorded is None or _place(recorded.name_or_path) == _place(subject.base.name_or_path):
+    recorded = recorded_base(target.adapter)
+    if recorded is None or _place(recorded.name_or_path) == _place(target.base.name_or_path):
         return None
     return recorded.name_or_path
 
 
-def other_prompts(subject: Subject, asked: PromptsSection) -> PromptsSection | None:
-    """The prompts of the run that trained the subject, where its student's message is another than
+def mismatched_prompts(target: Target, asked: PromptsSection) -> PromptsSection | None:
+    """The prompts of the run that trained the target, where its student's message is another than
     the one that is asked with; None also where no run's configuration says it."""
-    trained = subject.adapter or subject.checkpoint
+    trained = target.adapter or target.checkpoint
     section = trained and recorded_section(trained.resolve(), "prompts")
     if section is None:
         return None
@@ -190,16 +189,16 @@ def _place(name_or_path: str) -> str:
     return str(path.resolve()) if path.is_dir() else name_or_path
 
 
-def default_directory(subject: Subject, deciding: Mapping[str, Any]) -> Path:
+def default_directory(target: Target, deciding: Mapping[str, Any]) -> Path:
     """A directory that the same command finds again, and another one does not; more benchmarks go
     to the same. Named after the model, the adapter, or the run and its checkpoint.
 
-    deciding: the subject's identity and the settings; what JSON holds.
+    deciding: the target's identity and the settings; what JSON holds.
     """
-    trained = subject.adapter or subject.checkpoint
+    trained = target.adapter or target.checkpoint
     if trained is None:
         # The directory's own name where "." is given.
-        name = Path(os.path.abspath(subject.base.name_or_path)).name
+        name = Path(os.path.abspath(target.base.name_or_path)).name
     else:
         trained = trained.resolve()
         run_dir = trained.parent.parent
@@ -210,27 +209,27 @@ def default_directory(subject: Subject, deciding: Mapping[str, Any]) -> Path:
     return Path("evaluations") / f"{name}-{digest[:8]}"
 
 
-def check_adapter(subject: Subject) -> None:
+def check_adapter(target: Target) -> None:
     """Raises ValueError where the adapter's matrices are not those that its configuration asks for
     in this base: peft would leave out what it finds no place for, and evaluate the rest."""
-    if subject.adapter is None:
+    if target.adapter is None:
         return
     try:
-        with safe_open(subject.adapter / ADAPTER_FILE, framework="pt") as file:
+        with safe_open(target.adapter / ADAPTER_FILE, framework="pt") as file:
             there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"--adapter: {subject.adapter / ADAPTER_FILE} cannot be read ({error}); save or copy "
+            f"--adapter: {target.adapter / ADAPTER_FILE} cannot be read ({error}); save or copy "
             "the adapter again"
         ) from error
     there = {name: shape for name, shape in there.items() if any(m in name for m in _LORA_MATRICES)}
     try:
-        config = PeftConfig.from_pretrained(str(subject.adapter))
-        # Else peft warns that the skeleton has another name; `other_base` tells of another base.
+        config = PeftConfig.from_pretrained(str(target.adapter))
+        # Else peft warns about the skeleton's name; `mismatched_base` reports another base.
         config.base_model_name_or_path = None
-        fitted = get_peft_model(skeleton(subject), config, low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
+        fitted = get_peft_model(skeleton(target), config, low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
-        raise ValueError(_no_fit(subject, str(error))) from error
+        raise ValueError(_no_fit(target, str(error))) from error
     needed = {
         name.replace(".default.", "."): tuple(parameter.shape)
         for name, parameter in fitted.named_parameters()
@@ -240,17 +239,17 @@ def check_adapter(subject: Subject) -> None:
         name = min(name for name in there | needed if there.get(name) != needed.get(name))
         raise ValueError(
             _no_fit(
-                subject,
+                target,
                 f"{name} has the shape {there.get(name, 'none')}, and the base has room for "
                 f"{needed.get(name, 'none')}",
             )
         )
 
 
-def _no_fit(subject: Subject, reason: str) -> str:
-    recorded = json.loads((subject.adapter / _ADAPTER_CONFIG).read_text())  # pyright: ignore[reportOptionalOperand]
+def _no_fit(target: Target, reason: str) -> str:
+    recorded = json.loads((target.adapter / _ADAPTER_CONFIG).read_text())  # pyright: ignore[reportOptionalOperand]
     return (
-        f"--adapter: {subject.adapter} does not fit the model {subject.base.name_or_path} "
+        f"--adapter: {target.adapter} does not fit the model {target.base.name_or_path} "
         f"({reason}); needs the model that it was trained on, by its own word "
         f"{recorded.get('base_model_name_or_path')!r}; give that with --model"
     )
@@ -302,25 +301,25 @@ def _pieces(file: Path) -> Iterator[bytes]:
                 yield opened.read(min(_PIECE_BYTES, end - begin))
 
 
-def skeleton(subject: Subject) -> nn.Module:
+def skeleton(target: Target) -> nn.Module:
     """The model without its weights: its context, its head's size and its stop tokens."""
-    section = subject.base.model_copy(update={"name_or_path": subject.weights})
+    section = target.base.model_copy(update={"name_or_path": target.weights})
     model = meta_model(Config(model=section, lora=LoraSection(enabled=False)))
     try:
-        causal_lm(model).generation_config = GenerationConfig.from_pretrained(subject.weights)
+        causal_lm(model).generation_config = GenerationConfig.from_pretrained(target.weights)
     except OSError:
         # A model may come without; transformers then fills it in from the model's configuration.
         return model
     return model
 
 
-def compute_dtype_of(subject: Subject, device: torch.device) -> torch.dtype:
+def compute_dtype_of(target: Target, device: torch.device) -> torch.dtype:
     """What the evaluation computes in."""
-    return pick_dtype(subject.base.dtype, device)
+    return pick_dtype(target.base.dtype, device)
 
 
 def build_engine(
-    subject: Subject,
+    target: Target,
     shape: nn.Module,
     world: World,
     *,
@@ -330,33 +329,33 @@ def build_engine(
     gpu_memory_utilization: float,
     tensor_parallel_size: int,
 ) -> RolloutEngine:
-    """What samples from the subject. A collective of all ranks.
+    """What samples from the target. A collective of all ranks.
 
     shape: `skeleton`'s.
     max_model_len: the longest prompt and completion together, in tokens.
     """
-    dtype = compute_dtype_of(subject, world.device)
+    dtype = compute_dtype_of(target, world.device)
     if kind == "builtin":
-        model = _load(subject, dtype, world.device)
+        model = _load(target, dtype, world.device)
         return BuiltinEngine(model, lambda: nullcontext(model), max_sequences)
     stored = StoredModel(
         head_size=lm_head_weight(shape).shape[0],
         dtype=dtype,
-        tokenizer=resolve_model(subject.base.name_or_path, with_weights=False),
-        adapter=subject.adapter,
-        lora_rank=_adapter_rank(subject.adapter) if subject.adapter else 0,
+        tokenizer=resolve_model(target.base.name_or_path, with_weights=False),
+        adapter=target.adapter,
+        lora_rank=_adapter_rank(target.adapter) if target.adapter else 0,
     )
     engine = VllmEngine(
         stored,
-        subject.weights,
+        target.weights,
         world,
         max_model_len=max_model_len,
         max_sequences=max_sequences,
         gpu_memory_utilization=gpu_memory_utilization,
         tensor_parallel_size=tensor_parallel_size,
-        trust_remote_code=subject.base.trust_remote_code,
+        trust_remote_code=target.base.trust_remote_code,
     )
-    if subject.adapter is not None:
+    if target.adapter is not None:
         engine.sync(0)
     return engine
 
@@ -366,11 +365,11 @@ def _adapter_rank(adapter: Path) -> int:
     return max([config["r"], *(config.get("rank_pattern") or {}).values()])
 
 
-def _load(subject: Subject, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    if subject.checkpoint is not None:
-        model = build_model(subject.checkpoint, subject.base, dtype)
+def _load(target: Target, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    if target.checkpoint is not None:
+        model = build_model(target.checkpoint, target.base, dtype)
         return nn.Module.to(model, device).eval()
-    base = load_base(subject.base, device)
-    if subject.adapter is None:
+    base = load_base(target.base, device)
+    if target.adapter is None:
         return base.eval()
-    return PeftModel.from_pretrained(base, str(subject.adapter), torch_device=str(device)).eval()
+    return PeftModel.from_pretrained(base, str(target.adapter), torch_device=str(device)).eval()

@@ -1,6 +1,7 @@
 """Loading the base and its tokenizer, putting LoRA on it, sharding it, and its hidden states at
 completion positions."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import ModelSection
@@ -20,6 +22,14 @@ from paint_engine.model.forward import _COMPUTE_DTYPE
 from paint_engine.model.lora import add_lora
 
 TINY_BASE = Path(__file__).parents[1] / "tiny" / "base"
+
+
+def quiet_libraries() -> None:
+    """For a command: no progress bars of transformers, and no warning that its user cannot act
+    on."""
+    transformers_logging.disable_progress_bar()
+    # peft asks models of transformers for an attribute that has been renamed there.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
 def pick_device(name: str) -> torch.device:

@@ -82,8 +82,8 @@ def uses_vllm(section: RolloutSection) -> bool:
     if section.engine == "vllm" and section.url is None and not vllm_is_installed():
         raise ValueError(
             "rollout.engine is 'vllm', but vLLM is not installed: install it (pip install "
-            "'.[vllm]' in the clone), name a server with --rollout.url, or use --rollout.engine "
-            "builtin"
+            "'.[engine,vllm]' in the clone), name a server with --rollout.url, or use "
+            "--rollout.engine builtin"
         )
     if section.engine == "auto":
         return section.url is not None or vllm_is_installed()

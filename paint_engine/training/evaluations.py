@@ -11,11 +11,11 @@ from paint_engine.checkpoint.weights import ADAPTER_FILE, MODEL_FILE
 from paint_engine.distributed import any_rank, gather_objects, merge_shares
 from paint_engine.evaluation.accuracy import best_step
 from paint_engine.evaluation.answers import all_requests, evaluate
+from paint_engine.evaluation.benchmarks import benchmark_name
 from paint_engine.evaluation.store import (
     EvalSample,
     Header,
     SampleFiles,
-    benchmark_name,
     evaluation_directory,
     evaluation_settings,
     fingerprints,

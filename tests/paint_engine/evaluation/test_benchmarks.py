@@ -8,7 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.config.sections import ColumnsSection, EvalSection, PromptsSection
-from paint_engine.evaluation.benchmarks import KNOWN, Benchmark, load_benchmark, parse_benchmarks
+from paint_engine.evaluation.benchmarks import KNOWN, Benchmark, parse_benchmarks
+from paint_engine.evaluation.plan import load_benchmark
 
 SECTION = EvalSection(max_new_tokens=20, num_problems=None)
 PROMPTS = PromptsSection(instruction="Go.")

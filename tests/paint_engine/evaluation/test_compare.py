@@ -17,6 +17,7 @@ from paint_engine.distributed import World
 from paint_engine.evaluation import compare
 from paint_engine.evaluation.accuracy import paired_bootstrap
 from paint_engine.evaluation.compare import check_pairs, read_run
+from paint_engine.evaluation.flags import parse_comparison
 from paint_engine.evaluation.store import (
     EvalSample,
     Header,
@@ -63,7 +64,7 @@ def run(tmp_path: Path) -> Run:
         printed = io.StringIO()
         file = tmp_path / "new" / "directory" / "o.json"
         arguments = [*(str(tmp_path / name) for name in names), "--json", str(file)]
-        compare.main(arguments, Console(width=120, file=printed))
+        compare.run_comparison(parse_comparison(arguments), Console(width=120, file=printed))
         return json.loads(file.read_text()), printed.getvalue()
 
     return main

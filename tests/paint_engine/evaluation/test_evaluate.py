@@ -114,7 +114,10 @@ def test_a_finished_one_is_shown_again_and_another_setting_refused(
     assert main(*arguments, "--output", out) == 0
     before = numbers(out)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "build_engine", lambda *_, **__: pytest.fail("built an engine"))
+        patch.setattr(
+            "paint_engine.evaluation.run.build_engine",
+            lambda *_, **__: pytest.fail("built an engine"),
+        )
         assert "complete already" not in capsys.readouterr().out
         assert main(*arguments, "--output", out) == 0
         assert "rows: complete already, nothing was sampled\n" in capsys.readouterr().out
@@ -292,7 +295,10 @@ def test_what_cannot_go_on_is_refused_before_the_weights_are_loaded(
     partial = tmp_path / "partial" / "again.rank-3.jsonl"
     partial.parent.mkdir()
     partial.write_text(json.dumps({"header": header | {"benchmark": "again"}}) + "\n")
-    monkeypatch.setattr(evaluate, "build_engine", lambda *_, **__: pytest.fail("built an engine"))
+    monkeypatch.setattr(
+        "paint_engine.evaluation.run.build_engine",
+        lambda *_, **__: pytest.fail("built an engine"),
+    )
     rows = tmp_path / "rows.jsonl"
     both = ("--benchmarks", f"{rows},again={rows}", "--temperature", 0.5)
     capsys.readouterr()
@@ -314,7 +320,8 @@ def test_one_command_at_a_time_in_a_directory(
     out = tmp_path / "out"
     code = (
         "import pathlib, sys, paint_engine.evaluation.store as e\n"
-        "with e.hold(pathlib.Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+        "with e.lock_directory(pathlib.Path(sys.argv[1])):\n"
+        "    print('in', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(out)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

@@ -14,7 +14,7 @@ from paint_engine.distributed import World
 from paint_engine.evaluation import compare
 from paint_engine.evaluation.accuracy import NUM_RESAMPLES
 from paint_engine.evaluation.benchmarks import KNOWN, parse_benchmarks
-from paint_engine.evaluation.flags import parse_arguments, section_of
+from paint_engine.evaluation.flags import parse_arguments, parse_comparison, section_of
 from paint_engine.evaluation.results import measures, results_table
 from paint_engine.evaluation.store import EvalSample
 
@@ -46,7 +46,7 @@ def test_every_evaluation_of_the_page_parses(command: str) -> None:
 
 @pytest.mark.parametrize("command", spans(r"paint_engine\.evaluate compare (.*)$"))
 def test_every_comparison_of_the_page_parses(command: str) -> None:
-    assert compare._parser().parse_args(shlex.split(command)).others
+    assert parse_comparison(shlex.split(command)).others
 
 
 @pytest.mark.parametrize("command", spans(r"^python -m paint_engine\.train (.*)$"))

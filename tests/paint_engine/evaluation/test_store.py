@@ -21,16 +21,16 @@ from paint_engine.config.sections import EvalSection, PromptsSection
 from paint_engine.distributed import World
 from paint_engine.evaluation.accuracy import correct_matrix
 from paint_engine.evaluation.answers import all_requests, evaluate
+from paint_engine.evaluation.benchmarks import benchmark_name
 from paint_engine.evaluation.store import (
     EvalSample,
     Header,
     SampleFiles,
     _write_whole,
-    benchmark_name,
     evaluation_settings,
     fingerprints,
-    finished_evaluation,
-    unfinished_rows,
+    read_finished,
+    read_unfinished,
 )
 from paint_engine.files import read_jsonl
 from paint_engine.rollout.builtin import BuiltinEngine
@@ -175,7 +175,7 @@ def test_each_group_is_on_the_disk_at_once_and_a_cut_evaluation_goes_on(tmp_path
         # A kill in the middle of a line.
         with partial.open("ab") as file:
             file.write(b'{"problem_id": "p:0", "sam')
-        assert finished_evaluation(directory, "bench", HEADER) is None
+        assert read_finished(directory, "bench", HEADER) is None
         assert not (directory / "bench.jsonl").exists()
         files.close()
     files = _open(directory)
@@ -187,7 +187,7 @@ def test_each_group_is_on_the_disk_at_once_and_a_cut_evaluation_goes_on(tmp_path
     assert [(s.problem_id, s.sample_index) for s in evaluation.samples] == [
         (f"p:{i}", j) for i, j in REQUESTS
     ]
-    assert finished_evaluation(directory, "bench", HEADER) == evaluation
+    assert read_finished(directory, "bench", HEADER) == evaluation
     assert not list(directory.glob("*.rank-*"))
 
 
@@ -241,7 +241,7 @@ def test_samples_of_another_evaluation(tmp_path: Path, other: Header, message: s
     again.append([_answer(request) for request in REQUESTS])
     again.finish(1.0)
     with pytest.raises(ValueError, match=message):
-        finished_evaluation(tmp_path, "bench", other)
+        read_finished(tmp_path, "bench", other)
 
 
 def test_a_file_whose_first_line_was_cut_counts_for_nothing(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_a_name_with_the_characters_of_a_pattern_goes_on_too(tmp_path: Path) -> 
         files.append([_answer(request) for request in requests[:5]])
         files.close()
     with pytest.raises(ValueError, match="model 'm' and not 'n'"):
-        unfinished_rows(tmp_path, "aime[24]", replace(HEADER, subject={"model": "n"}))
+        read_unfinished(tmp_path, "aime[24]", replace(HEADER, subject={"model": "n"}))
     # Of another evaluation, which the pattern would mean.
     other = tmp_path / "aime2.rank-0.jsonl"
     other.write_text("kept")

@@ -20,14 +20,15 @@ from safetensors.torch import load_file, save_file
 from paint_engine import evaluate
 from paint_engine.checkpoint.directory import list_checkpoints
 from paint_engine.config.sections import INSTRUCTION, ModelSection, PromptsSection
+from paint_engine.evaluation.plan import mismatches
 from paint_engine.evaluation.target import (
     _PIECE_BYTES,
-    Subject,
+    Target,
     check_adapter,
     default_directory,
     find_adapter,
-    find_subject,
-    other_base,
+    find_target,
+    mismatched_base,
 )
 
 
@@ -53,8 +54,8 @@ def run_dir(adapter: Path, model_dir: Path, tmp_path: Path) -> Path:
     return directory
 
 
-def named(subject: Subject) -> str:
-    directory = default_directory(subject, {"seed": 0})
+def named(target: Target) -> str:
+    directory = default_directory(target, {"seed": 0})
     assert directory.parent == Path("evaluations")
     return directory.name.rpartition("-")[0]
 
@@ -63,25 +64,25 @@ def test_a_directory_is_named_after_what_is_evaluated(
     adapter: Path, run_dir: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, step = ModelSection(name_or_path="tiny"), run_dir / "checkpoints" / "step-6"
-    assert named(Subject(base)) == "tiny"
-    assert named(Subject(ModelSection(name_or_path="Qwen/Qwen3-8B"))) == "Qwen3-8B"
-    assert named(Subject(ModelSection(name_or_path=f"{model_dir}/"))) == model_dir.name
-    assert named(Subject(base, adapter=adapter)) == "mine"
-    assert named(Subject(base, adapter=step)) == "paint-step-6"
-    assert named(Subject(base, checkpoint=step)) == "paint-step-6"
+    assert named(Target(base)) == "tiny"
+    assert named(Target(ModelSection(name_or_path="Qwen/Qwen3-8B"))) == "Qwen3-8B"
+    assert named(Target(ModelSection(name_or_path=f"{model_dir}/"))) == model_dir.name
+    assert named(Target(base, adapter=adapter)) == "mine"
+    assert named(Target(base, adapter=step)) == "paint-step-6"
+    assert named(Target(base, checkpoint=step)) == "paint-step-6"
     (run_dir / "checkpoints" / "best").symlink_to("step-4", target_is_directory=True)
-    assert named(Subject(base, adapter=run_dir / "checkpoints" / "best")) == "paint-step-4"
+    assert named(Target(base, adapter=run_dir / "checkpoints" / "best")) == "paint-step-4"
     monkeypatch.chdir(run_dir)
-    assert named(Subject(base, adapter=Path("checkpoints/step-6"))) == "paint-step-6"
-    assert named(Subject(ModelSection(name_or_path="."))) == "paint"
+    assert named(Target(base, adapter=Path("checkpoints/step-6"))) == "paint-step-6"
+    assert named(Target(ModelSection(name_or_path="."))) == "paint"
 
 
 def identity(
     model: object, adapter: Path | None = None, *, trusted: bool = False
 ) -> dict[str, Any]:
     given = None if adapter is None else str(adapter)
-    subject = find_subject(str(model), given, "auto", trust_remote_code=trusted)
-    return subject.identity("builtin", torch.float32)
+    target = find_target(str(model), given, "auto", trust_remote_code=trusted)
+    return target.identity("builtin", torch.float32)
 
 
 def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
@@ -237,10 +238,10 @@ def test_ranks_with_other_commits_in_their_caches_are_refused(
 
 
 def test_the_digest_is_of_what_decides() -> None:
-    subject = Subject(ModelSection(name_or_path="tiny"))
-    first = default_directory(subject, {"seed": 0, "top_p": 1.0})
-    assert default_directory(subject, {"top_p": 1.0, "seed": 0}) == first
-    assert default_directory(subject, {"seed": 1, "top_p": 1.0}) != first
+    target = Target(ModelSection(name_or_path="tiny"))
+    first = default_directory(target, {"seed": 0, "top_p": 1.0})
+    assert default_directory(target, {"top_p": 1.0, "seed": 0}) == first
+    assert default_directory(target, {"seed": 1, "top_p": 1.0}) != first
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,7 @@ def test_the_base_that_an_adapter_was_trained_on(
     adapter: Path, run_dir: Path, model_dir: Path, tmp_path: Path
 ) -> None:
     def other(path: Path, model: str | None) -> str | None:
-        return other_base(find_subject(model, str(path), "auto", trust_remote_code=False))
+        return mismatched_base(find_target(model, str(path), "auto", trust_remote_code=False))
 
     step = run_dir / "checkpoints" / "step-6"
     config = json.loads((step / "adapter_config.json").read_text())
@@ -310,8 +311,8 @@ def test_a_run_that_was_trained_on_another_message_gets_a_note(
     run_dir: Path, adapter: Path, model_dir: Path
 ) -> None:
     def notes(prompts: dict[str, str], *, path: Path = run_dir / "checkpoints/step-6") -> list[str]:
-        subject = find_subject(str(model_dir), str(path), "auto", trust_remote_code=False)
-        return evaluate._notes(subject, PromptsSection.model_validate(prompts))
+        target = find_target(str(model_dir), str(path), "auto", trust_remote_code=False)
+        return mismatches(target, PromptsSection.model_validate(prompts))
 
     asked = {"student_template": "Q {problem} {instruction}", "instruction": "It's."}
     template = "--student-template 'Q {problem} {instruction}'"
@@ -320,7 +321,9 @@ def test_a_run_that_was_trained_on_another_message_gets_a_note(
     plain = config.read_text() + "[prompts]\n"
     # A run of the defaults, asked otherwise.
     (note,) = notes({"instruction": "Go."})
-    assert note.startswith(f"{run_dir}/checkpoints/step-6 was trained on another message than")
+    assert note.startswith(
+        f"{run_dir}/checkpoints/step-6 was trained with another student prompt than"
+    )
     assert f"give --instruction {shlex.quote(INSTRUCTION)}" in note
     assert notes({}) == notes(asked, path=adapter) == []
     config.write_text(plain + f"student_template = '{asked['student_template']}'\n")
@@ -335,7 +338,7 @@ def test_a_run_that_was_trained_on_another_message_gets_a_note(
     assert notes({"student_template": "Q {problem}"}) == []
 
 
-def test_an_adapter_on_another_base_gets_a_note_and_no_warning_of_peft(
+def test_an_adapter_on_anmismatched_base_gets_a_note_and_no_warning_of_peft(
     adapter: Path,
     model_dir: Path,
     tmp_path: Path,
@@ -344,7 +347,7 @@ def test_an_adapter_on_another_base_gets_a_note_and_no_warning_of_peft(
 ) -> None:
     moved = shutil.copytree(model_dir, tmp_path / "moved")
     # Warnings are errors here.
-    check_adapter(find_subject(str(moved), str(adapter), "auto", trust_remote_code=False))
+    check_adapter(find_target(str(moved), str(adapter), "auto", trust_remote_code=False))
     rows = write_rows(tmp_path / "rows.jsonl", 2)
     for model, notes in ((moved, 1), (model_dir, 0)):
         evaluate.main(

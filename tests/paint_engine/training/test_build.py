@@ -284,7 +284,7 @@ def test_printing_the_configuration_loads_no_model(
     def never(line) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("paint_engine.train.build_run", never)
+    monkeypatch.setattr("paint_engine.training.build.build_run", never)
     assert run_main([*command, "--print-config"]) == 0
     assert capsys.readouterr().out == to_toml(load_config(command).config)
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from paint_engine import train
 from paint_engine.evaluation.store import read_evaluations
 from paint_engine.files import read_jsonl
 from paint_engine.training import loop
@@ -216,7 +215,7 @@ def test_a_stop_during_an_evaluation_loses_no_step(
 ) -> None:
     extra = ("--eval.every", "2", "--eval.max_sequences", "2")
     assert run_main(variants("whole", *extra)) == 0
-    original = train.evaluate_at
+    original = loop.evaluate_at
 
     def evaluate_under_fire(run, step: int, *arguments):
         if step == at_step:

@@ -15,8 +15,9 @@ from paint_engine.config.command_line import load_config
 from paint_engine.config.sections import EvalSection, PromptsSection
 from paint_engine.distributed import World
 from paint_engine.estimate.dry_run import describe
-from paint_engine.evaluation.benchmarks import Benchmark, load_benchmark
+from paint_engine.evaluation.benchmarks import Benchmark
 from paint_engine.evaluation.flags import parse_arguments, prompts_of
+from paint_engine.evaluation.plan import load_benchmark
 from paint_engine.evaluation.store import evaluation_settings
 from paint_engine.monitor.progress import Progress
 from paint_engine.rollout.builtin import BuiltinEngine

@@ -1,0 +1,170 @@
+"""What one command evaluates: target, tokenizer, problems, prompts and headers, without weights."""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from paint_engine.config.sections import ColumnsSection, EvalSection, PromptsSection
+from paint_engine.data.problem_sets import ProblemSet
+from paint_engine.data.rows import load_problems
+from paint_engine.distributed import World
+from paint_engine.evaluation.benchmarks import Benchmark
+from paint_engine.evaluation.flags import EvaluationCommand
+from paint_engine.evaluation.store import Header, evaluation_settings, fingerprints
+from paint_engine.evaluation.target import (
+    Target,
+    check_adapter,
+    compute_dtype_of,
+    default_directory,
+    find_target,
+    mismatched_base,
+    mismatched_prompts,
+    skeleton,
+)
+from paint_engine.model.forward import max_context
+from paint_engine.model.load import load_tokenizer
+from paint_engine.prompts.chat import encode_student_prompt
+from paint_engine.rollout.choose import vllm_is_installed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A command with everything that it needs but the weights, loaded and checked.
+
+    shape: the model on the meta device.
+    sets, headers: by benchmark.
+    """
+
+    command: EvaluationCommand
+    target: Target
+    tokenizer: PreTrainedTokenizerBase
+    shape: nn.Module
+    engine: Literal["vllm", "builtin"]
+    directory: Path
+    sets: dict[str, ProblemSet]
+    headers: dict[str, Header]
+
+
+def make_plan(command: EvaluationCommand, world: World) -> Plan:
+    """Loads and checks everything but the weights. The main rank prints notes.
+
+    Raises ValueError for a user's mistake in a flag, the model, the adapter or the data.
+    """
+    arguments, section, prompts = command.arguments, command.section, command.prompts
+    engine = _choose_engine(command)
+    target = find_target(
+        arguments.model,
+        arguments.adapter,
+        arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    tokenizer, shape = load_tokenizer(target.base), skeleton(target)
+    check_adapter(target)
+    say = print if world.is_main else lambda text: None
+    for note in mismatches(target, prompts):
+        say(f"note: {note}")
+    settings = evaluation_settings(section, arguments.seed, prompts)
+    identity = target.identity(engine, compute_dtype_of(target, world.device))
+    load = partial(load_benchmark, on_bad_row=arguments.on_bad_row, say=say)
+    sets = {
+        benchmark.name: load(benchmark, tokenizer, section, prompts, max_context(shape))
+        for benchmark in command.benchmarks
+    }
+    headers = {
+        name: Header(name, settings, identity, fingerprints(problem_set.problems))
+        for name, problem_set in sets.items()
+    }
+    directory = arguments.output or default_directory(
+        target, identity | settings | {"num_problems": section.num_problems}
+    )
+    return Plan(command, target, tokenizer, shape, engine, directory, sets, headers)
+
+
+def _choose_engine(command: EvaluationCommand) -> Literal["vllm", "builtin"]:
+    arguments = command.arguments
+    if arguments.engine == "vllm" and not vllm_is_installed():
+        raise ValueError(
+            "--engine vllm: vLLM is not installed; install it (pip install '.[engine,vllm]' in "
+            "the clone), or use --engine builtin"
+        )
+    if arguments.engine == "auto":
+        return "vllm" if vllm_is_installed() else "builtin"
+    return arguments.engine
+
+
+def mismatches(target: Target, prompts: PromptsSection) -> list[str]:
+    """Notes on how the evaluation uses the target otherwise than its training did."""
+    found = []
+    if (trained_on := mismatched_base(target)) is not None:
+        found.append(
+            f"the adapter {target.adapter} was trained on {trained_on}, and --model puts it on "
+            f"{target.base.name_or_path}; unless both are the same weights, this evaluates a model "
+            "that was never trained"
+        )
+    if (trained_with := mismatched_prompts(target, prompts)) is not None:
+        words = []
+        if trained_with.student_template != prompts.student_template:
+            words += ["--student-template", trained_with.student_template]
+        if "{instruction}" in trained_with.student_template and (
+            trained_with.instruction != prompts.instruction
+        ):
+            words += ["--instruction", trained_with.instruction]
+        found.append(
+            f"{target.adapter or target.checkpoint} was trained with another student prompt than "
+            f"this evaluation's; for the prompt of its training give {shlex.join(words)}"
+        )
+    return found
+
+
+def load_benchmark(
+    benchmark: Benchmark,
+    tokenizer: PreTrainedTokenizerBase,
+    section: EvalSection,
+    prompts: PromptsSection,
+    context: int,
+    *,
+    on_bad_row: Literal["stop", "skip"] = "stop",
+    say: Callable[[str], object] = print,
+) -> ProblemSet:
+    """The problems and the student's prompts of an evaluation; rows need no solution.
+
+    section: its columns, number of problems, thinking and longest completion are used.
+    context: the model's, in tokens; a prompt and a completion must fit in it together.
+    say: called with a line about rows that were skipped.
+    """
+    columns = ColumnsSection() if benchmark.path == "tiny" else section.columns
+    loaded = load_problems(
+        benchmark.path,
+        split=benchmark.split,
+        columns=columns,
+        on_bad_row=on_bad_row,
+        max_rows=section.num_problems,
+        section="eval",
+    )
+    if loaded.num_skipped:
+        say(f"{benchmark.path}: skipped {loaded.num_skipped} bad rows")
+    ids = tuple(
+        encode_student_prompt(tokenizer, problem, prompts, thinking=section.thinking)
+        for problem in loaded.problems
+    )
+    _check_context(benchmark.name, max(map(len, ids)), section.max_new_tokens, context)
+    return ProblemSet(loaded.problems, ids, loaded.num_skipped)
+
+
+def _check_context(name: str, longest: int, max_new_tokens: int, context: int) -> None:
+    if longest + max_new_tokens > context:
+        raise ValueError(
+            f"--max-new-tokens is {max_new_tokens}, and the longest prompt of {name} has {longest} "
+            f"tokens; the model's context holds {context} together; "
+            + (
+                f"give --max-new-tokens {context - longest} or less"
+                if longest < context
+                else "evaluate a model with a longer context"
+            )
+        )

@@ -1,0 +1,169 @@
+"""One evaluation from its command to its results."""
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+from functools import partial
+
+from rich.console import Console
+
+from paint_engine.distributed import World, barrier, gather_objects, init_world, raise_together
+from paint_engine.evaluation.answers import all_requests, evaluate
+from paint_engine.evaluation.compare import is_training_run
+from paint_engine.evaluation.flags import EvaluationCommand, own_flags
+from paint_engine.evaluation.plan import Plan, make_plan
+from paint_engine.evaluation.results import (
+    add_versions,
+    read_versions,
+    results_table,
+    summarise_benchmarks,
+    write_results,
+)
+from paint_engine.evaluation.store import (
+    Evaluation,
+    SampleFiles,
+    check_same_headers,
+    lock_directory,
+    read_finished,
+    read_unfinished,
+)
+from paint_engine.evaluation.target import build_engine
+from paint_engine.model.load import pick_device
+from paint_engine.monitor.progress import Progress
+from paint_engine.rollout.engine import EngineDied, RolloutEngine, sampling_params
+
+# vLLM's share of the memory: a GPU has no other user, a CPU's memory has.
+_MEMORY_SHARES = {"cuda": 0.9, "cpu": 0.35}
+
+
+def run_evaluation(command: EvaluationCommand, console: Console) -> None:
+    """Answers what is missing of every benchmark, prints the table and writes `results.json`.
+
+    A dead engine and Ctrl-C end the program (exit codes 1 and 130); the samples so far are kept,
+    and the same command resumes.
+
+    Raises ValueError, in terms of this command's flags, for a user's mistake.
+    """
+    say = partial(console.print, soft_wrap=True)
+    try:
+        world = init_world(pick_device(command.arguments.device))
+        plan = make_plan(command, world)
+        with ExitStack() as stack:
+            found = find_complete(plan, world, stack)
+            if complete := [name for name, evaluation in found.items() if evaluation is not None]:
+                say(f"{', '.join(complete)}: complete already, nothing was sampled")
+            evaluations = answer_benchmarks(plan, found, world, Progress(console))
+            if world.is_main:
+                report_results(plan, evaluations, console)
+    except ValueError as error:
+        raise ValueError(own_flags(str(error))) from error
+    except EngineDied as death:
+        say(f"the engine died ({death}); the same command resumes the evaluation", style="red")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("interrupted; the same command resumes the evaluation")
+        sys.exit(130)
+    barrier()
+
+
+def find_complete(plan: Plan, world: World, stack: ExitStack) -> dict[str, Evaluation | None]:
+    """By benchmark, its complete evaluation in the plan's directory, or None. A collective.
+
+    stack: keeps the directory locked until it is closed.
+
+    Raises ValueError, before the weights are loaded, for samples of another evaluation, another
+    process at work in the directory, a directory that cannot be written or is a training run's, and
+    ranks that would not evaluate the same.
+    """
+    check_same_headers(plan.headers)
+    found, error = {}, None
+    try:
+        if world.is_main:
+            if is_training_run(plan.directory):
+                raise ValueError(
+                    f"--output {plan.directory}: is the directory of a training run, whose records "
+                    "would be mixed with this evaluation's; needs a directory of its own; give "
+                    "another one, or leave out --output for one under evaluations"
+                )
+            stack.enter_context(lock_directory(plan.directory))
+            for name, header in plan.headers.items():
+                found[name] = read_finished(plan.directory, name, header)
+                read_unfinished(plan.directory, name, header)
+    except ValueError as refused:
+        error = str(refused)
+    except OSError as failure:
+        error = f"--output {plan.directory}: cannot be written ({failure}); give another directory"
+    raise_together(error)
+    return gather_objects(found)[0]
+
+
+def answer_benchmarks(
+    plan: Plan, found: dict[str, Evaluation | None], world: World, progress: Progress
+) -> list[Evaluation]:
+    """Every benchmark's evaluation; the weights are loaded only where one is not complete.
+
+    found: `find_complete`'s.
+    """
+    pending = [name for name, evaluation in found.items() if evaluation is None]
+    if pending:
+        arguments, section = plan.command.arguments, plan.command.section
+        share = arguments.gpu_memory_utilization or _MEMORY_SHARES[world.device.type]
+        prompts = [prompt for name in pending for prompt in plan.sets[name].prompts]
+        engine = build_engine(
+            plan.target,
+            plan.shape,
+            world,
+            kind=plan.engine,
+            max_model_len=max(map(len, prompts)) + section.max_new_tokens,
+            max_sequences=section.max_sequences,
+            gpu_memory_utilization=share,
+            tensor_parallel_size=arguments.tensor_parallel_size,
+        )
+        with closing(engine):
+            for name in pending:
+                found[name] = answer_benchmark(plan, name, engine, world, progress)
+    return [evaluation for evaluation in found.values() if evaluation is not None]
+
+
+def answer_benchmark(
+    plan: Plan, name: str, engine: RolloutEngine, world: World, progress: Progress
+) -> Evaluation:
+    """Answers what is missing of one benchmark; writes each sample as it finishes. A collective."""
+    started, problem_set, section = time.monotonic(), plan.sets[name], plan.command.section
+    with closing(
+        SampleFiles(plan.directory, name, plan.headers[name], world, replace=False)
+    ) as files:
+        requests = all_requests(problem_set.problems, section.num_samples)
+        mine = files.share(requests)
+        if world.is_main and files.missing(requests):
+            add_versions(plan.directory, world.size)
+        left = "" if len(mine) == len(requests) else f" ({len(mine)} left for this process)"
+        with progress.evaluation(f"{name}{left}", len(mine)) as advance:
+            evaluate(
+                engine,
+                plan.tokenizer,
+                problem_set.problems,
+                problem_set.prompts,
+                mine,
+                sampling_params(section, plan.shape, plan.tokenizer),
+                seed=plan.command.arguments.seed,
+                base=plan.target.adapter is None,
+                on_samples=files.recorder(advance),
+            )
+        return files.finish(time.monotonic() - started)
+
+
+def report_results(plan: Plan, evaluations: Sequence[Evaluation], console: Console) -> None:
+    """Prints the table, and writes `results.json`. For the main rank."""
+    results = {
+        "model": plan.target.base.name_or_path,
+        "adapter": plan.command.arguments.adapter,
+        **{key: asdict(evaluations[0].header)[key] for key in ("settings", "subject")},
+        "versions": read_versions(plan.directory),
+        **summarise_benchmarks(evaluations),
+    }
+    write_results(plan.directory, results)
+    console.print(results_table(results))
+    console.print(f"results: {plan.directory}", soft_wrap=True)
