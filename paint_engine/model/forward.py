@@ -1,4 +1,4 @@
-"""The causal language model behind its wrappers, and its hidden states at completion positions."""
+"""Forward passes: final hidden states at the positions that predict completion tokens."""
 
 from typing import Any
 
@@ -13,38 +13,38 @@ from paint_engine.model.attention import packed_arguments
 from paint_engine.model.packing import pad_sequences
 from paint_engine.types import PackedSequences
 
-# Set on a causal language model: the dtype that its products run in, and the bound form of
+# Attributes set on a causal language model: the dtype of its matrix products, and the bound
 # `_backbone_states` that FSDP wraps.
 _COMPUTE_DTYPE = "paint_compute_dtype"
 _BACKBONE = "paint_backbone_states"
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The causal language model inside, with its adapters in place."""
+    """Returns the causal language model inside the PEFT wrapper, with its adapters in place."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel)
     return inner
 
 
 def lm_head_weight(model: nn.Module) -> Float[Tensor, "V H"]:
-    """The output projection; the input embeddings where the two are tied."""
+    """Returns the (V, H) output projection, which is the input embeddings if they are tied."""
     head = causal_lm(model).get_output_embeddings()
     assert isinstance(head, nn.Linear), type(head)
     return head.weight
 
 
 def max_context(model: nn.Module) -> int:
-    """The number of positions that the model was built for, in tokens."""
+    """Returns the model's maximum number of positions, in tokens."""
     return causal_lm(model).config.max_position_embeddings
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that matrix products run in; trained weights are float32 whatever it is."""
+    """Returns the dtype of matrix products. Trained weights are float32 in any case."""
     return getattr(causal_lm(model), _COMPUTE_DTYPE, causal_lm(model).dtype)
 
 
 def autocast(model: nn.Module) -> torch.autocast:
-    """Rounds float32 weights to the model's dtype of arithmetic, where that is a narrower one."""
+    """Returns the autocast context that runs float32 weights in the model's compute dtype."""
     inner, dtype = causal_lm(model), compute_dtype(model)
     narrow = dtype in (torch.bfloat16, torch.float16)
     return torch.autocast(inner.device.type, dtype, enabled=narrow)
@@ -56,11 +56,11 @@ def _backbone_states(self: PreTrainedModel, **inputs: Any) -> Float[Tensor, "B T
 
 
 def backbone_states(model: nn.Module, **inputs: Any) -> Float[Tensor, "B T H"]:
-    """The final hidden states (after the last norm) of the model without its head.
+    """Returns the (B, T, H) final hidden states, after the last norm and without the head.
 
-    Every pass goes through here: sharded, it enters at the root, where FSDP gathers the weights
-    that belong to no layer (embeddings, last norm, head) and keeps them until the backward pass, so
-    that the head is gathered once for a loss.
+    Every pass uses this function. A sharded model is entered at its root, where FSDP gathers the
+    weights outside the layers (embeddings, last norm, head) and keeps them until the backward pass.
+    The head is therefore gathered once per loss.
     """
     inner = causal_lm(model)
     if isinstance(inner, FSDPModule):
@@ -71,16 +71,16 @@ def backbone_states(model: nn.Module, **inputs: Any) -> Float[Tensor, "B T H"]:
 def hidden_states(
     model: nn.Module, sequences: PackedSequences, *, attention: str
 ) -> Float[Tensor, "N H"]:
-    """Final hidden states (after the last norm) at the loss positions.
+    """Returns the (N, H) final hidden states, after the last norm, at the loss positions.
 
-    attention: "padded" runs the sequences as rows of a rectangle, any other of pick_attention's
-    answers as one row whose positions restart.
+    attention: "padded" runs the sequences as padded rows. The other results of `choose_attention`
+    run them as one row in which positions restart.
     """
     if attention != "padded":
         states = backbone_states(model, **packed_arguments(sequences, attention))
         return states[0, sequences.loss_positions]
     padded = pad_sequences(sequences)
-    # Causal attention with the padding on the right: no real token sees it, so no mask is needed,
-    # and positions count up through the padding (a restart there would read as packing).
+    # The padding is on the right, so under causal attention no real token attends to it and no mask
+    # is needed. Positions continue through the padding; a restart would be read as packing.
     states = backbone_states(model, input_ids=padded.token_ids, use_cache=False)
     return states.flatten(0, 1)[padded.loss_positions]

@@ -1,5 +1,4 @@
-"""Loading the base and its tokenizer, putting LoRA on it, sharding it, and its hidden states at
-completion positions."""
+"""Loads the base model and its tokenizer."""
 
 import warnings
 from pathlib import Path
@@ -33,7 +32,10 @@ def quiet_libraries() -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the GPU where there is one. ValueError for "cuda" without one."""
+    """Returns the device of a name; "auto" is a GPU if there is one, else the CPU.
+
+    Raises ValueError for "cuda" on a machine without a GPU.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "train.device is 'cuda', but this machine has no usable CUDA device: "
@@ -45,7 +47,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a name; "auto" is bfloat16 on a GPU that has it, else float32."""
+    """Returns the dtype of a name; "auto" is bfloat16 on a GPU that supports it, else float32."""
     if name == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if bf16 else torch.float32
@@ -53,9 +55,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_model(name_or_path: str, *, with_weights: bool = True) -> str:
-    """The bundled base for "tiny"; a directory is checked for what a model needs.
+    """Returns the bundled base's path for "tiny"; otherwise the name itself.
 
-    Raises ValueError for a directory that lacks a part.
+    Raises ValueError for a directory that lacks the configuration, the tokenizer or the weights.
     """
     if name_or_path == "tiny":
         return str(TINY_BASE)
@@ -91,7 +93,10 @@ def _load_failure(what: str, name: str, error: Exception) -> ValueError:
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The base's tokenizer. ValueError where there is none, or where it has no chat template."""
+    """Loads the base's tokenizer.
+
+    Raises ValueError if there is none, or if it has no chat template.
+    """
     path = resolve_model(section.name_or_path, with_weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code)
@@ -107,7 +112,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def _check_head(model: PreTrainedModel, name: str) -> None:
-    """The losses read the head as one plain matrix: logits = hidden states @ weight^T."""
+    """Raises ValueError unless logits are hidden states @ weight^T, which the losses compute."""
     head = model.get_output_embeddings()
     text_config = model.config.get_text_config()
     neutral = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
@@ -132,11 +137,11 @@ def load_base(
     trains_base: bool = False,
     on_cpu: bool = False,
 ) -> PreTrainedModel:
-    """The base on `device`, safetensors only, attention by SDPA.
+    """Loads the base onto `device`, from safetensors only, with SDPA attention.
 
-    section.dtype: of the arithmetic, and of the weights unless they are trained.
-    trains_base: the base's own weights are trained; they are then kept in float32, for at such
-    learning rates bfloat16 rounds most updates away.
+    section.dtype: dtype of the arithmetic, and of the weights unless they are trained.
+    trains_base: the base's own weights are trained. They are then float32, because bfloat16 rounds
+    most updates away at the usual learning rates.
     on_cpu: leave it there, to be sharded onto devices of that kind.
     """
     path = resolve_model(section.name_or_path)
@@ -159,10 +164,10 @@ def load_base(
 
 
 def meta_model(config: Config) -> nn.Module:
-    """The model that a run would train, with its adapters, without one weight: on the meta device,
-    from its config.json alone.
+    """Builds the model that a run would train, with its adapters, on the meta device.
 
-    Raises ValueError where there is no such model, or adapters that it cannot have.
+    It reads config.json alone and loads no weights. Raises ValueError if there is no such model or
+    it cannot have these adapters.
     """
     section = config.model
     path = str(TINY_BASE) if section.name_or_path == "tiny" else section.name_or_path

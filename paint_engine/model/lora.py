@@ -16,10 +16,10 @@ _CASTS_INPUT = "cast_input_dtype_enabled"
 def add_lora(
     model: PreTrainedModel, section: LoraSection, seed: int
 ) -> PreTrainedModel | PeftModel:
-    """The model with float32 adapters to train, or the model itself, all trainable, where LoRA is
-    off.
+    """Adds float32 adapters to the model. With LoRA off, returns the model with all weights
+    trainable.
 
-    seed: of A's initial values (B starts at zero, so the first step's student is the base).
+    seed: seeds A's initial values. B starts at zero, so the first step's student is the base.
 
     Raises ValueError for adapters on the output head.
     """
@@ -27,7 +27,7 @@ def add_lora(
         return model
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear), type(head)
-    # "lm_head", and "embed_tokens" where the two are tied.
+    # "lm_head", and "embed_tokens" if the two are tied.
     holders = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -47,11 +47,11 @@ def add_lora(
         target_modules=list(section.target_modules),
         task_type="CAUSAL_LM",
     )
-    # Evaluation mode is the state of rest; the training step leaves it for the student's pass.
+    # The model stays in evaluation mode except during the student's pass of a training step.
     adapted = get_peft_model(model, config).eval()
     for layer in adapted.modules():
         if isinstance(layer, BaseTunerLayer):
-            # peft would cast each layer's input to the adapter's float32 and keep that copy for the
-            # backward pass; autocast rounds the adapter instead, and the input is kept once.
+            # By default, peft casts each layer's input to float32 and keeps that copy for the
+            # backward pass. With the switch off, autocast rounds the adapter and no copy is kept.
             setattr(layer, _CASTS_INPUT, compute_dtype(model) == torch.float32)
     return adapted

@@ -1,7 +1,7 @@
-"""From rollouts to the packed sequences of student and teacher: pure functions on token ids.
+"""Packs rollouts into sequences of student and teacher: pure functions on token ids.
 
-The seam where training loops go wrong: the student's and the teacher's prompts differ in length,
-and the hidden states of both must be taken where they predict the same completion tokens.
+The student's and the teacher's prompts differ in length, and the hidden states of both must be
+taken at the positions that predict the same completion tokens.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ def _bounds(lengths: Sequence[int]) -> Int[Tensor, " B+1"]:
 def pack_sequences(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
 ) -> PackedSequences:
-    """Prompt and completion of each row, laid end to end; positions restart at 0 in each.
+    """Concatenates the prompts and completions; positions restart at 0 in each sequence.
 
-    The token at position i is predicted by the hidden state at i - 1, so the loss positions of a
-    row run from its prompt's last token to its completion's last but one.
+    The hidden state at position i - 1 predicts the token at i. The loss positions of a sequence
+    therefore run from the last prompt token to the second last completion token.
     """
     token_ids: list[int] = []
     positions: list[int] = []
@@ -46,8 +46,8 @@ def pack_sequences(
 
 
 def build_batch(examples: Sequence[TrainExample]) -> TrainBatch:
-    """Student and teacher sequences over the same completion ids; all of the examples have a
-    teacher's view, or none has."""
+    """Builds student and teacher sequences over the same completion ids. Either all examples have a
+    teacher view or none has."""
     completions = [e.rollout.completion_ids for e in examples]
     views = [e.teacher_view for e in examples if e.teacher_view is not None]
     assert len(views) in (0, len(examples)), (len(views), len(examples))
@@ -62,8 +62,7 @@ def build_batch(examples: Sequence[TrainExample]) -> TrainBatch:
 
 @dataclass(frozen=True)
 class PaddedSequences:
-    """The same sequences as rows of one rectangle, padded on the right, every row's positions from
-    0.
+    """Sequences as right-padded rows; positions start at 0 in every row.
 
     `mask` is True on real tokens; `loss_positions` index the rectangle flattened to (B * T).
     """
@@ -74,12 +73,12 @@ class PaddedSequences:
 
 
 def pad_sequences(packed: PackedSequences) -> PaddedSequences:
-    """Rows for attention that knows no packing. The padding's token id is 0 and is seen by no
-    token."""
+    """Pads packed sequences into rows, for attention without packing. The padding has token id 0;
+    no token attends to it."""
     device, lengths = packed.token_ids.device, packed.cu_seqlens.diff()
     num_rows, longest = len(lengths), int(lengths.max()) if len(lengths) else 0
     mask = torch.arange(longest)[None, :] < lengths[:, None]
-    # Where each packed token goes in the flattened rectangle, found where the bounds are.
+    # The place of each packed token in the flattened rows, computed on the bounds' device.
     places = mask.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
     token_ids = packed.token_ids.new_zeros(num_rows * longest)
     token_ids[places] = packed.token_ids
@@ -97,9 +96,9 @@ def _sequences_to(packed: PackedSequences, device: torch.device) -> PackedSequen
 
 
 def batch_to(batch: TrainBatch, device: torch.device) -> TrainBatch:
-    """The batch with its tensors on `device`, but for the bounds of sequences and completions:
-    padding, the packed kernels' longest sequence and the loss's chunks are planned from them, and
-    would have to wait for the device to read them there."""
+    """Moves the batch to `device`, except the bounds of sequences and completions. Padding, the
+    longest packed sequence and the chunks of the loss are planned from the bounds; reading them
+    from the device would wait for it."""
     return replace(
         batch,
         student=_sequences_to(batch.student, device),

@@ -1,4 +1,4 @@
-"""FSDP2: weights split over the ranks, gathered and put together again."""
+"""Shards a model over the ranks with FSDP2."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from paint_engine.model.forward import _BACKBONE, _backbone_states, causal_lm, c
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Recomputes each decoder layer in the backward pass, in place of keeping what it computed."""
+    """Enables recomputation of each decoder layer in the backward pass, to save memory."""
     inner = causal_lm(model)
     # Renamed in transformers 5.20; both take the settings of torch.utils.checkpoint first.
     enable = getattr(inner, "activation_checkpointing_enable", None)
@@ -28,18 +28,18 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The blocks that sharding treats as units, in order."""
+    """Returns the decoder layers in order. FSDP shards each of them as a unit."""
     inner = causal_lm(model)
     names = set(inner._no_split_modules or ())
     return [module for module in inner.modules() if type(module).__name__ in names]
 
 
 def shard_model(model: nn.Module, world: World) -> None:
-    """Splits the weights over all ranks (FSDP2), decoder layer by decoder layer, the rest as one.
+    """Shards the weights over all ranks: each decoder layer as a unit, then the rest.
 
-    Gradients are added up over the ranks and not averaged, for the losses are divided by the whole
-    step's rollouts or tokens. Where float32 weights are trained in bfloat16 arithmetic, they are
-    gathered in bfloat16 and their gradients summed in float32.
+    Gradients are summed over the ranks and not averaged, because losses are divided by the rollouts
+    or tokens of the whole step. Float32 weights that are trained with bfloat16 arithmetic are
+    gathered in bfloat16, and their gradients are summed in float32.
     """
     inner = causal_lm(model)
     mesh = init_device_mesh(world.device.type, (world.size,))
@@ -53,7 +53,7 @@ def shard_model(model: nn.Module, world: World) -> None:
     register_fsdp_forward_method(inner, _BACKBONE)
     for module in _sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
-        # gloo has no operator that scales while it adds, which the factor would ask for.
+        # The factor would otherwise use an operator that scales and adds, which gloo lacks.
         module.set_force_sum_reduction_for_comms(True)
 
 
@@ -62,10 +62,10 @@ def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def sync_gradients(model: nn.Module, *, last: bool) -> None:
-    """Whether the backward pass that comes adds up the ranks' gradients of a sharded model.
+    """Sets whether the next backward pass reduces a sharded model's gradients over the ranks.
 
-    Adapters' gradients are small: they are added up once, after the step's last micro-batch. Those
-    of a whole model are not, and each micro-batch's are split over the ranks at once.
+    The gradients of adapters are small and are reduced once, after the last micro-batch of a step.
+    The gradients of a whole model are large and are reduced after every micro-batch.
     """
     inner = causal_lm(model)
     if isinstance(inner, FSDPModule) and isinstance(model, PeftModel):
@@ -74,8 +74,8 @@ def sync_gradients(model: nn.Module, *, last: bool) -> None:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Whole weights on every rank. Passes inside need no other rank, so each may run its own
-    number of them."""
+    """A context in which every rank holds the whole weights. Passes inside need no communication,
+    so each rank may run its own number of them."""
     sharded = _sharded_modules(model)
     root = causal_lm(model)
     for module in sharded:

@@ -1,5 +1,4 @@
-"""The privileged teacher's weights, as a context in which hidden states are scored: the base's, a
-running mean of the student's, or the student's own."""
+"""The teacher's weights: the base's, a running mean of the student's, or the student's own."""
 
 import copy
 from collections.abc import Iterator
@@ -17,27 +16,28 @@ from paint_engine.config.sections import TeacherSection
 from paint_engine.model.forward import causal_lm, compute_dtype
 from paint_engine.model.sharding import decoder_layers
 
-# Set on a model while a teacher scores with it.
+# Attribute that is true on a model while a teacher scores with it.
 _SCORING = "paint_scoring"
 
 
 class Teacher(Protocol):
-    """What scores the student's rollouts."""
+    """Scores the student's rollouts."""
 
     def scoring(self) -> AbstractContextManager[nn.Module]:
-        """The module to score with, in evaluation mode and without gradients; requires_grad, and
-        after the context everything else, is as it was."""
+        """A context that yields the scoring module, in evaluation mode and without gradients.
+
+        `requires_grad` never changes; everything else is restored when the context ends."""
         ...
 
     def update(self) -> None:
-        """To be called after every optimizer step."""
+        """Updates the teacher. The training loop calls this after every optimizer step."""
         ...
 
 
 @contextmanager
 def _scoring_with(model: nn.Module) -> Iterator[None]:
-    """The student's module in a teacher's hands: evaluation mode, no gradients, one teacher at a
-    time."""
+    """A context in which a teacher uses the student's module: evaluation mode, no gradients. Such
+    contexts do not nest."""
     assert not getattr(model, _SCORING, False), "a teacher's context inside another"
     was_training = model.training
     setattr(model, _SCORING, True)
@@ -51,8 +51,8 @@ def _scoring_with(model: nn.Module) -> Iterator[None]:
 
 
 class FixedTeacher:
-    """The base as it was before training: adapters off, or a frozen copy where no adapters are
-    used.
+    """The base before training: the model with its adapters off, or a frozen copy of a model
+    without adapters.
 
     >>> teacher = FixedTeacher(model)
     >>> with teacher.scoring() as scorer:
@@ -66,21 +66,21 @@ class FixedTeacher:
         if not isinstance(model, PeftModel):
             self._copy = copy.deepcopy(model).requires_grad_(False).eval()
             if compute_dtype(model) != torch.float32:
-                # Not trained, so it can take the narrower dtype.
+                # The copy is not trained, so the narrower dtype loses nothing.
                 self._copy.to(compute_dtype(model))
 
     @property
     def copy(self) -> nn.Module | None:
-        """The frozen copy, to be sharded like the model; None where the teacher is the model with
+        """The frozen copy, which is sharded like the model; None if the teacher is the model with
         its adapters off."""
         return self._copy
 
     @contextmanager
     def scoring(self) -> Iterator[nn.Module]:
-        """The base, in evaluation mode and without gradients.
+        """A context that yields the base, in evaluation mode and without gradients.
 
-        Only the layers' own flag is flipped: peft's `disable_adapter()` would also clear
-        requires_grad, which sharded training caches at its first forward.
+        It sets the layers' own flag only. peft's `disable_adapter()` also clears `requires_grad`,
+        which sharded training caches at its first forward pass.
         """
         if self._copy is not None:
             with torch.no_grad():
@@ -97,41 +97,41 @@ class FixedTeacher:
                     layer._disable_adapters = False
 
     def update(self) -> None:
-        """Nothing: the base does not move."""
+        """Does nothing: the base does not change."""
 
 
 class LiveTeacher:
-    """The student itself as it is at each step, without dropout."""
+    """The student at each step, without dropout."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
     @contextmanager
     def scoring(self) -> Iterator[nn.Module]:
-        """The student, in evaluation mode and without gradients."""
+        """A context that yields the student, in evaluation mode and without gradients."""
         with _scoring_with(self._model):
             yield self._model
 
     def update(self) -> None:
-        """Nothing: the student's steps are the teacher's."""
+        """Does nothing: the teacher is the student."""
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """The values that this rank holds: the whole tensor, or its shard.
+    """Returns the values that this rank holds: the whole tensor, or its shard.
 
-    Written to by way of `data`, for autograd would take a value that a pending backward pass needs
-    for changed, though it is back by then.
+    Writes go through `data`. Otherwise autograd would report a changed value to a pending backward
+    pass, although the value is restored by then.
     """
     values = tensor.data
     return values.to_local() if isinstance(values, DTensor) else values
 
 
 class EmaTeacher:
-    """The student with a running mean of its adapters in place of them:
+    """The student with a running mean of its adapters:
     mean <- decay * mean + (1 - decay) * adapters, after each optimizer step.
 
-    It starts from the adapters as they are when it is made, with B = 0 from the base. A and B are
-    averaged apart, as OPSD's code does: the mean's update BA is not the mean of the updates BA.
+    The mean starts at the current adapters, with B = 0 at the base. A and B are averaged
+    separately, as in OPSD's code, so the product of the means is not the mean of the products BA.
 
     To be made after the model is sharded. `shadow` is the mean, float32, in the order of the
     model's trainable parameters and sharded like them.
@@ -151,19 +151,19 @@ class EmaTeacher:
         self._root_trains = any(id(p) not in in_layers for p in self._parameters)
 
     def update(self) -> None:
-        """Moves the mean towards the adapters as the optimizer has just left them."""
+        """Moves the mean towards the adapters after an optimizer step."""
         assert not getattr(self._model, _SCORING, False), "an update inside a teacher's context"
         for mean, parameter in zip(self.shadow, self._parameters, strict=True):
-            # mean + (1 - decay) * (parameter - mean): unlike the sum of two products, exact where
-            # the two are equal.
+            # mean + (1 - decay) * (parameter - mean) is exact if the two are equal; the sum of two
+            # products is not.
             _local(mean).lerp_(_local(parameter).float(), 1.0 - self._decay)
 
     @contextmanager
     def scoring(self) -> Iterator[nn.Module]:
-        """The model with the mean in place, in evaluation mode and without gradients.
+        """A context that yields the model with the mean, in evaluation mode and without gradients.
 
-        Values are exchanged inside each parameter's own storage, which sharded weights are gathered
-        from; the student's come back bit for bit.
+        It exchanges values inside each parameter's storage, from which FSDP gathers. The student's
+        values are restored bit for bit.
         """
         with _scoring_with(self._model):
             students = [_local(parameter).clone() for parameter in self._parameters]
@@ -176,16 +176,16 @@ class EmaTeacher:
     def _put(self, values: list[Tensor]) -> None:
         root = causal_lm(self._model)
         if self._root_trains and isinstance(root, FSDPModule):
-            # A pass leaves the root's weights gathered, with the values that they had.
+            # After a pass, the root's weights stay gathered, with their old values.
             root.reshard()
         for parameter, value in zip(self._parameters, values, strict=True):
             _local(parameter).copy_(value)
 
 
 def make_teacher(section: TeacherSection, model: nn.Module, base: FixedTeacher) -> Teacher:
-    """What scores the rollouts of `model`, which is sharded already where it is to be.
+    """Builds the teacher that scores the rollouts of `model`. Sharding comes before this.
 
-    base: what "fixed" stands for.
+    base: the teacher of `weights = "fixed"`.
     """
     match section.weights:
         case "fixed":
