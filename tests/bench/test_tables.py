@@ -131,4 +131,4 @@ def test_documents_hold_the_tables_of_the_committed_results() -> None:
         assert fill(document, plots.result_of, plots.TABLES) == document, (
             f"run `python -m bench.plots`: {path}"
         )
-    assert {"tiny", "kernels-cpu:first"} <= set(markers((plots.ROOT / "README.md").read_text()))
+    assert "tiny" in markers((plots.ROOT / "README.md").read_text())
