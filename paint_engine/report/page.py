@@ -8,7 +8,6 @@ run that is short, still going or interrupted gets one too; the page says what i
 
 import argparse
 import json
-import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from paint_engine.files import (
     SAMPLES_FILE,
     SUMMARY_FILE,
     read_jsonl,
+    write_atomic,
 )
 from paint_engine.report.figures import draw_curves
 from paint_engine.report.samples import (
@@ -71,10 +71,8 @@ def write_report(run_dir: Path) -> Path:
     environment.filters |= {"percent": _percent, "points": _points, "duration": _duration}
     page = environment.from_string(template.read_text("utf-8")).render(_contents(run))
     path = run_dir / REPORT_FILE
-    temporary = path.with_name(REPORT_FILE + ".tmp")
     # A lone surrogate from a data set's escapes has no UTF-8 form; it becomes a question mark.
-    temporary.write_text(page, "utf-8", errors="replace")
-    os.replace(temporary, path)
+    write_atomic(path, page.encode(errors="replace"))
     return path
 
 

@@ -23,7 +23,7 @@ from paint_engine.data.problem_sets import (
 )
 from paint_engine.distributed import World, gather_objects, launched_ranks, my_share, raise_together
 from paint_engine.estimate.dry_run import check_run_fits, describe
-from paint_engine.files import CONFIG_FILE, recorded_name, write_versions
+from paint_engine.files import CONFIG_FILE, recorded_name, write_atomic, write_versions
 from paint_engine.model.attention import choose_attention
 from paint_engine.model.forward import compute_dtype, lm_head_weight, max_context
 from paint_engine.model.load import load_base, load_tokenizer, meta_model, pick_device
@@ -279,5 +279,5 @@ def build_run(command: CommandLine, world: World) -> Run:
         if not resumes:
             write_versions(run_dir, name, world.size)
         # After a resume too: the next one is to go on with what this one was told.
-        (run_dir / CONFIG_FILE).write_text(to_toml(config))
+        write_atomic(run_dir / CONFIG_FILE, to_toml(config))
     return run

@@ -5,9 +5,8 @@ import time
 from contextlib import closing, suppress
 from pathlib import Path
 
-from paint_engine.checkpoint.directory import MANIFEST_FILE, mark_best
+from paint_engine.checkpoint.directory import mark_best
 from paint_engine.checkpoint.save import save_checkpoint
-from paint_engine.checkpoint.weights import ADAPTER_FILE, MODEL_FILE
 from paint_engine.distributed import any_rank, gather_objects, merge_shares
 from paint_engine.evaluation.accuracy import best_step
 from paint_engine.evaluation.answers import all_requests, evaluate
@@ -20,6 +19,7 @@ from paint_engine.evaluation.store import (
     evaluation_settings,
     fingerprints,
 )
+from paint_engine.files import ADAPTER_FILE, MANIFEST_FILE, MODEL_FILE
 from paint_engine.monitor.progress import Progress
 from paint_engine.training.interrupt import Stopped, StopRequest
 from paint_engine.training.run import Run
