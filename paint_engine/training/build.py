@@ -35,6 +35,7 @@ from paint_engine.monitor.timings import Timings
 from paint_engine.rollout.choose import check_engine_has_teacher, make_engines
 from paint_engine.rollout.engine import Completion, RolloutEngine, SamplingParams, sampling_params
 from paint_engine.rollout.sampler import Requests, Sampled, Sampler
+from paint_engine.seeds import adapter_seed, global_seed
 from paint_engine.training.optim import build_optimizer
 from paint_engine.training.run import Run
 from paint_engine.training.run_dir import choose_run_dir
@@ -185,7 +186,7 @@ def _build_model(
 ) -> tuple[nn.Module, FixedTeacher]:
     """The student, with its adapters, on its device or split over all, and its teacher."""
     device = world.device
-    model = add_lora(base, config.lora, config.train.seed)
+    model = add_lora(base, config.lora, adapter_seed(config.train.seed))
     # Before sharding, which hides the layers that are counted.
     check_run_fits(config, tokenizer, train_set, model, device=device, num_ranks=world.size)
     teacher = FixedTeacher(model)
@@ -233,7 +234,7 @@ def build_run(command: CommandLine, world: World) -> Run:
     config, device = command.config, world.device
     say = print if world.is_main else lambda text: None
     # Nothing here draws from the global generators; a library that does is then repeatable.
-    set_seed(config.train.seed)
+    set_seed(global_seed(config.train.seed))
     _check_before_loading(config, say)
     tokenizer = load_tokenizer(config.model)
     # Sharding takes each layer's share to the device: none ever holds the whole model.

@@ -21,7 +21,7 @@ from paint_engine.monitor.metrics import Diverged, MetricsWriter, check_finite
 from paint_engine.monitor.progress import Progress
 from paint_engine.report.page import write_report
 from paint_engine.rollout.engine import EngineDied
-from paint_engine.seeds import request_seed
+from paint_engine.seeds import dropout_seed
 from paint_engine.training.evaluations import SaveFailed, evaluate_at, save
 from paint_engine.training.interrupt import Stopped, StopRequest
 from paint_engine.training.loss import score
@@ -48,7 +48,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
     microbatches = my_microbatches(run, record.trained)
     for number in range(config.num_updates):
         # Dropout, where there is any, is in the student's pass alone and repeats when resumed.
-        torch.manual_seed(request_seed("dropout", config.train.seed, step, run.world.rank))
+        torch.manual_seed(dropout_seed(config.train.seed, step, run.world.rank))
         run.model.train()
         for place, items in enumerate(microbatches):
             # A rank without rollouts runs one at weight zero: sharded weights need every rank.

@@ -1,6 +1,7 @@
 """The rollouts of one step and what the loss needs beside them: the teacher's view of each, or its
 advantage; and the reference solutions in their place."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from paint_engine.rewards.boxes import first_box_equals
 from paint_engine.rewards.checker import check_answer
 from paint_engine.rollout.engine import sampling_params
 from paint_engine.rollout.sampler import to_rollout
-from paint_engine.seeds import request_rng, request_seed
+from paint_engine.seeds import mask_generator, rationale_seed
 from paint_engine.training.run import Run
 from paint_engine.types import PrivilegedRollout, Rollout
 
@@ -39,11 +40,11 @@ def sample_step(run: Run, step: int) -> tuple[list[PrivilegedRollout], int]:
     ]
     if config.uses_teacher:
         mine = [
-            reveal(run, item, ("mask", seed, step, item.rollout.problem.problem_id, request.index))
+            reveal(run, item, mask_generator(seed, step, request.problem.problem_id, request.index))
             for item, request in zip(mine, requests, strict=True)
         ]
         if config.teacher.reason_first:
-            mine = reason(run, mine, [("reason", seed, step, r.index) for r in requests])
+            mine = reason(run, mine, [rationale_seed(seed, step, r.index) for r in requests])
     gathered = merge_shares(gather_objects(mine))
     if config.objective.name == "grpo":
         gathered = with_advantages(config, gathered)
@@ -82,11 +83,11 @@ def judge(run: Run, rollout: Rollout) -> PrivilegedRollout:
     )
 
 
-def reveal(run: Run, item: PrivilegedRollout, seed: Sequence[object]) -> PrivilegedRollout:
+def reveal(run: Run, item: PrivilegedRollout, generator: random.Random) -> PrivilegedRollout:
     """With what the teacher sees: more of the solution is hidden the more the rollout overlaps with
     it (Eq. 4 to 6).
 
-    seed: of a placement that is drawn.
+    generator: of a placement that is drawn.
     """
     masking, problem = run.config.masking, item.rollout.problem
     rho = mask_ratio(item.overlap, masking.rho_wrong, masking.rho_correct)
@@ -94,7 +95,7 @@ def reveal(run: Run, item: PrivilegedRollout, seed: Sequence[object]) -> Privile
         problem.solution,
         rho,
         placement=masking.placement,
-        generator=request_rng(*seed),
+        generator=generator,
         marker=masking.marker,
     )
     return _prompted(run, replace(item, mask_ratio=rho), partial_solution, None)
@@ -122,7 +123,7 @@ def _prompted(
 
 
 def reason(
-    run: Run, items: Sequence[PrivilegedRollout], seeds: Sequence[Sequence[object]]
+    run: Run, items: Sequence[PrivilegedRollout], seeds: Sequence[int]
 ) -> list[PrivilegedRollout]:
     """With a rationale in the teacher's prompts, which the teacher writes from what it is shown of
     the solutions. A collective of all ranks."""
@@ -147,7 +148,7 @@ def reason(
     # A live teacher is the student; the engines know any other as the base.
     completions = run.sampler.complete(
         prompts,
-        [request_seed(*seed) for seed in seeds],
+        seeds,
         params,
         base=config.teacher.weights != "live",
     )

@@ -2,6 +2,7 @@
 solutions, rationales."""
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -55,7 +56,7 @@ def run(build: Build) -> Run:
 
 def revealed(run: Run, problem: Problem, text: str) -> PrivilegedRollout:
     rollout = Rollout(problem, (1,), (2,), (0.0,), False, text)
-    return reveal(run, judge(run, rollout), ("mask", 0))
+    return reveal(run, judge(run, rollout), random.Random(0))
 
 
 def test_more_overlap_hides_more_of_the_solution(run: Run) -> None:
@@ -136,7 +137,7 @@ def test_a_random_placement_depends_on_its_seed_alone(build: Build) -> None:
     run = build(**{"masking.placement": "random", "masking.marker": "<gap>"})
     problem = Problem("p", "How many?", "abcdefghijklmnopqrstuvwxyz" * 4, "3")
     item = judge(run, Rollout(problem, (1,), (2,), (0.0,), False, "no idea"))
-    shown = [reveal(run, item, ("mask", seed)).partial_solution for seed in (0, 1, 2, 0)]
+    shown = [reveal(run, item, random.Random(seed)).partial_solution for seed in (0, 1, 2, 0)]
     assert shown[0] == shown[3] and len(set(shown)) == 3
     # 0.3 of 104 characters are 31, wherever they are.
     assert all(len(text) == 104 - 31 + len("<gap>") for text in shown)
