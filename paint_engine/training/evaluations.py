@@ -1,4 +1,4 @@
-"""Evaluations while a run trains, and the checkpoints that it writes: the best among them."""
+"""Evaluations while a run trains, and which checkpoint was the best."""
 
 import json
 import time
@@ -6,8 +6,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from paint_engine.checkpoint.directory import mark_best
-from paint_engine.checkpoint.save import save_checkpoint
-from paint_engine.distributed import any_rank, gather_objects, merge_shares
+from paint_engine.distributed import any_rank, gather_objects
 from paint_engine.evaluation.accuracy import best_step
 from paint_engine.evaluation.answers import all_requests, evaluate
 from paint_engine.evaluation.benchmarks import benchmark_name
@@ -23,19 +22,16 @@ from paint_engine.files import ADAPTER_FILE, MANIFEST_FILE, MODEL_FILE
 from paint_engine.monitor.progress import Progress
 from paint_engine.training.interrupt import Stopped, StopRequest
 from paint_engine.training.run import Run
+from paint_engine.training.saving import save
 from paint_engine.training.summary import present_evaluations
-
-
-class SaveFailed(Exception):
-    """A checkpoint could not be written, for want of room for one; older ones are intact."""
 
 
 def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> None:
     """Avg@k of the weights after `step` steps: the current ones, or the base at step 0.
 
     An evaluation that the run has already finished with these settings is kept, and one that was
-    cut short goes on. The weights are saved before, so that it is of the same, and marked where
-    none were better.
+    interrupted is resumed. The weights are saved first, so that a resumed evaluation is of the
+    same ones, and marked as best where none were better.
     """
     assert run.eval_set is not None and step in (0, run.step)
     started = time.monotonic()
@@ -125,26 +121,3 @@ def keep_best(run: Run, step: int) -> None:
     best = gather_objects(run.world.is_main and best_step(present_evaluations(run)))[0]
     if run.world.is_main and best == step > 0:
         mark_best(run.run_dir, step)
-
-
-def save(run: Run) -> Path:
-    """A checkpoint of the last finished step, unless there is one. A collective."""
-    if run.saved is not None and run.saved[0] == run.step:
-        return run.saved[1]
-    ahead = run.sampler.pending()
-    completions = [] if ahead is None else merge_shares(gather_objects(ahead.completions))
-    state = {
-        "step": run.step,
-        "seconds_train": run.seconds_train,
-        "sampled_ahead": ahead
-        and [ahead.weights_version, [[c.token_ids, c.logprobs, c.truncated] for c in completions]],
-    }
-    keep = run.config.checkpoint.keep
-    try:
-        path = save_checkpoint(
-            run.run_dir, run.model, run.optimizer, state, keep=keep, world=run.world, ema=run.ema
-        )
-    except ValueError as error:
-        raise SaveFailed(str(error)) from error
-    run.saved = run.step, path
-    return path

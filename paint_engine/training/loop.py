@@ -22,7 +22,7 @@ from paint_engine.monitor.progress import Progress
 from paint_engine.report.page import write_report
 from paint_engine.rollout.engine import EngineDied
 from paint_engine.seeds import dropout_seed
-from paint_engine.training.evaluations import SaveFailed, evaluate_at, save
+from paint_engine.training.evaluations import evaluate_at
 from paint_engine.training.interrupt import Stopped, StopRequest
 from paint_engine.training.loss import score
 from paint_engine.training.microbatches import plan_microbatches
@@ -30,6 +30,7 @@ from paint_engine.training.optim import learning_rate
 from paint_engine.training.record import StepRecord
 from paint_engine.training.rollouts import sample_step
 from paint_engine.training.run import Run
+from paint_engine.training.saving import SaveFailed, save
 from paint_engine.training.summary import print_summary, summarise
 from paint_engine.types import PrivilegedRollout
 
