@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from paint_engine.checkpoint.directory import (
-    MANIFEST_FILE,
     best_checkpoint,
     find_damage,
     list_checkpoints,
 )
 from paint_engine.config.sections import ModelSection
-from paint_engine.files import CONFIG_FILE
-
-_ADAPTER_CONFIG = "adapter_config.json"
+from paint_engine.files import ADAPTER_CONFIG_FILE, CONFIG_FILE, MANIFEST_FILE
 
 
 def choose_checkpoint(path: Path, which: str | None, given: str | None = None) -> Path:
@@ -66,7 +63,7 @@ def recorded_section(checkpoint: Path, name: str) -> dict[str, Any] | None:
 def recorded_base(checkpoint: Path) -> ModelSection | None:
     """What the checkpoint was trained from, by the run's configuration, else by the adapter's; None
     where neither says it."""
-    adapter_config = checkpoint / _ADAPTER_CONFIG
+    adapter_config = checkpoint / ADAPTER_CONFIG_FILE
     if (section := recorded_section(checkpoint, "model")) is not None:
         return ModelSection.model_validate(section)
     if adapter_config.is_file():

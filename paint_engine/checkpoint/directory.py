@@ -10,12 +10,15 @@ import re
 import shutil
 from pathlib import Path
 
-from paint_engine.files import flush
-
-STATE_FILE = "trainer_state.json"
-MANIFEST_FILE = "manifest.json"
-_BEST = "best"
-
+from paint_engine.files import (
+    BEST_LINK,
+    CHECKPOINTS_DIRECTORY,
+    MANIFEST_FILE,
+    STATE_FILE,
+    flush,
+    unfinished_path,
+    write_link,
+)
 
 # Path below the checkpoint to [size in bytes, BLAKE2b checksum].
 Manifest = dict[str, list[int | str]]
@@ -23,7 +26,7 @@ Manifest = dict[str, list[int | str]]
 
 def checkpoint_directory(run_dir: Path) -> Path:
     """Where a run's checkpoints are."""
-    return run_dir / "checkpoints"
+    return run_dir / CHECKPOINTS_DIRECTORY
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -54,16 +57,12 @@ def mark_best(run_dir: Path, step: int) -> None:
     """Points `checkpoints/best` at `step-N`, which is then kept beside the newest ones."""
     directory = checkpoint_directory(run_dir)
     assert (directory / f"step-{step}").is_dir(), f"step-{step} is not saved"
-    link = directory / f".{_BEST}.new"
-    link.unlink(missing_ok=True)
-    link.symlink_to(f"step-{step}", target_is_directory=True)
-    link.replace(directory / _BEST)
-    flush(directory)
+    write_link(directory / BEST_LINK, f"step-{step}")
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint marked as best; None where there is none."""
-    link = checkpoint_directory(run_dir) / _BEST
+    link = checkpoint_directory(run_dir) / BEST_LINK
     return link.parent / link.readlink() if link.is_symlink() and link.is_dir() else None
 
 
@@ -88,7 +87,7 @@ def prune(run_dir: Path, newest: Path, keep: int) -> None:
     for old in so_far[:-keep]:
         if old != best:
             remove_checkpoint(old)
-    for pattern in (".step-*.unfinished", ".step-*.removed"):
+    for pattern in (unfinished_path(Path("step-*")).name, ".step-*.removed"):
         for left_over in newest.parent.glob(pattern):
             shutil.rmtree(left_over, ignore_errors=True)
 

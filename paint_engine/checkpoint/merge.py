@@ -1,6 +1,5 @@
 """The trained model in one piece: adapters merged into the base in float32."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -9,10 +8,8 @@ from peft.tuners.lora import Linear, LoraLayer
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from paint_engine.checkpoint.choose import _ADAPTER_CONFIG
-from paint_engine.checkpoint.directory import file_names
 from paint_engine.config.sections import ModelSection
-from paint_engine.files import flush
+from paint_engine.files import ADAPTER_CONFIG_FILE, new_directory
 from paint_engine.model.load import load_tokenizer, resolve_model
 
 
@@ -61,7 +58,7 @@ def build_model(
     dtype: of all its weights; None = what the base is stored in.
     """
     path = resolve_model(section.name_or_path)
-    if (checkpoint / _ADAPTER_CONFIG).is_file():
+    if (checkpoint / ADAPTER_CONFIG_FILE).is_file():
         model = merge_adapter(_load_model(path, section), checkpoint, dtype)
     else:
         model = _load_model(str(checkpoint), section)
@@ -87,20 +84,12 @@ def export(
         raise ValueError(f"{output_dir} exists already: give a directory that is new or empty")
     tokenizer = load_tokenizer(section)
     model = build_model(checkpoint, section, dtype)
-    unfinished = output_dir.with_name(f".{output_dir.name}.unfinished")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
     try:
-        unfinished.mkdir(parents=True)
-        model.save_pretrained(str(unfinished))
-        tokenizer.save_pretrained(str(unfinished))
-        for name in (*file_names(unfinished), "."):
-            flush(unfinished / name)
-        unfinished.rename(output_dir)
+        with new_directory(output_dir) as unfinished:
+            model.save_pretrained(str(unfinished))
+            tokenizer.save_pretrained(str(unfinished))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
         raise ValueError(
             f"{output_dir} could not be written ({error}); nothing of it is left; make room, or "
             "give a directory elsewhere"
         ) from error
-    flush(output_dir.parent)

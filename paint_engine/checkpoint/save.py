@@ -42,8 +42,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from paint_engine.checkpoint.directory import (
-    MANIFEST_FILE,
-    STATE_FILE,
     Manifest,
     checkpoint_directory,
     file_names,
@@ -55,7 +53,15 @@ from paint_engine.checkpoint.directory import (
 )
 from paint_engine.checkpoint.weights import gather_weights, write_weights
 from paint_engine.distributed import World, gather_objects, raise_together
-from paint_engine.files import flush
+from paint_engine.files import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    STATE_FILE,
+    make_unfinished,
+    publish_directory,
+    unfinished_path,
+    write_json,
+)
 from paint_engine.model.teacher import EmaTeacher
 
 _SHARDS = "trainer"
@@ -140,7 +146,7 @@ class _Saving:
 
     @property
     def unfinished(self) -> Path:
-        return self.target.with_name(f".{self.target.name}.unfinished")
+        return unfinished_path(self.target)
 
     def attempt(self, write: Callable[[], object]) -> None:
         """This rank's part. A collective; ValueError on every rank where any could not write."""
@@ -158,9 +164,7 @@ class _Saving:
         raise_together(error)
 
     def make_directory(self) -> None:
-        if self.unfinished.exists():
-            shutil.rmtree(self.unfinished)
-        (self.unfinished / _SHARDS).mkdir(parents=True)
+        (make_unfinished(self.target) / _SHARDS).mkdir()
 
     def write_shards(self, tensors: dict[str, Tensor], world: World) -> None:
         """This rank's share of the tensors; what all ranks hold is written by one."""
@@ -173,13 +177,10 @@ class _Saving:
             )
 
     def finish(self, manifest: Manifest) -> None:
-        (self.unfinished / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
-        for path in (MANIFEST_FILE, _SHARDS, "."):
-            flush(self.unfinished / path)
+        write_json(self.unfinished / MANIFEST_FILE, manifest)
         if self.target.exists():
             remove_checkpoint(self.target)
-        self.unfinished.rename(self.target)
-        flush(self.target.parent)
+        publish_directory(self.target)
 
 
 def save_checkpoint(
@@ -219,7 +220,7 @@ def save_checkpoint(
         if world.is_main:
             write_weights(model, weights, unfinished)
             record = {"state": state, "world_size": world.size}
-            (unfinished / STATE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+            write_json(unfinished / STATE_FILE, record)
 
     try:
         saving.attempt(lambda: world.is_main and saving.make_directory())
@@ -273,7 +274,7 @@ def load_checkpoint(
         names = ", ".join(path.name for path in checkpoints)
         raise ValueError(
             f"{run_dir} has no intact checkpoint: {names} are all damaged; put a copy of one in "
-            f"its place, or start again with --config {run_dir}/config.toml --run.dir {run_dir} "
+            f"its place, or start again with --config {run_dir}/{CONFIG_FILE} --run.dir {run_dir} "
             "--run.overwrite true"
         )
     return None

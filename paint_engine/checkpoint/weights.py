@@ -7,10 +7,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from paint_engine.files import ADAPTER_FILE, MODEL_FILE
 from paint_engine.model.forward import causal_lm
-
-ADAPTER_FILE = "adapter_model.safetensors"
-MODEL_FILE = "model.safetensors"
 
 
 def whole(tensor: Tensor) -> Tensor:

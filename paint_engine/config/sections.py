@@ -217,9 +217,8 @@ class TeacherSection(Section):
 class ObjectiveSection(Section):
     name: Text = Field(
         default="paint",
-        description="the recipe: paint = divergence to the teacher over the vocabulary (OPSD too); "
-        "sampled_token = policy gradient by log p_T - log p_S; grpo; sft = on the solutions; or "
-        "module:Class of your own",
+        description="the recipe: paint (and OPSD), sampled_token = policy gradient by "
+        "log p_T - log p_S, grpo, sft = on the solutions; or module:Class of your own",
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
         default="forward_kl",

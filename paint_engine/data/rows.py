@@ -12,13 +12,11 @@ Column names that are known, as they stand (the first set that a row has wins):
 Where no column holds the final answer it is taken from the solution: after "####", or the last box.
 """
 
-import hashlib
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -305,17 +303,3 @@ def _kind(value: object) -> str:
         return json.dumps(value)
     names = {dict: "an object", list: "a list", str: "text"}
     return names.get(type(value), f"a value of type {type(value).__name__}")
-
-
-@lru_cache(maxsize=4)
-def problem_order(num_problems: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """A permutation of range(num_problems), a pure function of its arguments.
-
-    Sorted by a hash of (seed, epoch, index) and not drawn from a library's generator, whose stream
-    may change between versions: a resumed run sees the same order wherever it goes on.
-    """
-
-    def rank(index: int) -> bytes:
-        return hashlib.blake2b(f"{seed}:{epoch}:{index}".encode(), digest_size=8).digest()
-
-    return tuple(sorted(range(num_problems), key=rank))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from paint_engine.evaluation.store import EvalSample, Evaluation
+from paint_engine.seeds import BOOTSTRAP_SEED
 
 NUM_RESAMPLES = 10_000
 MAX_FAILURES = 10
@@ -118,7 +119,7 @@ def majority(samples: Sequence[EvalSample], equal: Callable[[str, str], bool | N
 
 
 def bootstrap(
-    groups: Sequence[np.ndarray], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    groups: Sequence[np.ndarray], *, num_resamples: int = NUM_RESAMPLES, seed: int = BOOTSTRAP_SEED
 ) -> Estimate:
     """The mean over benchmarks of each one's mean over problems, problems being resampled within
     each benchmark.
@@ -136,7 +137,11 @@ def bootstrap(
 
 
 def paired_bootstrap(
-    before: np.ndarray, after: np.ndarray, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    before: np.ndarray,
+    after: np.ndarray,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = BOOTSTRAP_SEED,
 ) -> Estimate:
     """after - before, resampling problems: both evaluations of a problem are drawn together.
 

@@ -8,7 +8,7 @@ from paint_engine.evaluation.store import EvalSample
 from paint_engine.rewards.checker import check_answer
 from paint_engine.rollout.engine import Completion, RolloutEngine, SamplingParams
 from paint_engine.rollout.sampler import to_rollout
-from paint_engine.seeds import request_seed
+from paint_engine.seeds import evaluation_seed
 from paint_engine.types import Problem
 
 
@@ -48,7 +48,7 @@ def evaluate(
 
     engine.generate(
         [prompts[i] for i, _ in requests],
-        [request_seed("eval", seed, problems[i].problem_id, j) for i, j in requests],
+        [evaluation_seed(seed, problems[i].problem_id, j) for i, j in requests],
         params,
         base=base,
         on_batch=check,

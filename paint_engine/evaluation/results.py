@@ -18,7 +18,7 @@ from paint_engine.evaluation.accuracy import (
     pass_ks,
 )
 from paint_engine.evaluation.store import EvalSample, Evaluation
-from paint_engine.files import RESULTS_FILE, VERSIONS_FILE, present_versions
+from paint_engine.files import VERSIONS_FILE, present_versions, write_json
 from paint_engine.rewards.checker import equal_answers
 
 LENGTH = "mean_length"
@@ -75,17 +75,6 @@ def _entry(estimate: Estimate) -> dict[str, Any]:
     return {"value": estimate.value, "ci95": [estimate.low, estimate.high]}
 
 
-def write_results(directory: Path, results: Mapping[str, Any]) -> None:
-    """`results.json`, all of it or nothing."""
-    _write_json(directory / RESULTS_FILE, results)
-
-
-def _write_json(file: Path, content: Any) -> None:
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.rename(file)
-
-
 def read_versions(directory: Path) -> list[dict[str, Any]]:
     """What has sampled the answers of a directory: its `versions.json`, oldest first."""
     file = directory / VERSIONS_FILE
@@ -98,7 +87,7 @@ def add_versions(directory: Path, num_processes: int) -> None:
     earlier = read_versions(directory)
     now = present_versions("evaluate", num_processes)
     if now not in earlier:
-        _write_json(directory / VERSIONS_FILE, [*earlier, now])
+        write_json(directory / VERSIONS_FILE, [*earlier, now])
 
 
 def results_table(results: Mapping[str, Any]) -> Table:

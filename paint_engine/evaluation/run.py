@@ -19,7 +19,6 @@ from paint_engine.evaluation.results import (
     read_versions,
     results_table,
     summarise_benchmarks,
-    write_results,
 )
 from paint_engine.evaluation.store import (
     Evaluation,
@@ -30,6 +29,7 @@ from paint_engine.evaluation.store import (
     read_unfinished,
 )
 from paint_engine.evaluation.target import build_engine
+from paint_engine.files import RESULTS_FILE, write_json
 from paint_engine.model.load import pick_device
 from paint_engine.monitor.progress import Progress
 from paint_engine.rollout.engine import EngineDied, RolloutEngine, sampling_params
@@ -164,6 +164,6 @@ def report_results(plan: Plan, evaluations: Sequence[Evaluation], console: Conso
         "versions": read_versions(plan.directory),
         **summarise_benchmarks(evaluations),
     }
-    write_results(plan.directory, results)
+    write_json(plan.directory / RESULTS_FILE, results)
     console.print(results_table(results))
     console.print(f"results: {plan.directory}", soft_wrap=True)

@@ -11,7 +11,6 @@ import fcntl
 import glob
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,11 +21,19 @@ from typing import Any
 from paint_engine.config import templates
 from paint_engine.config.sections import EvalSection, PromptsSection
 from paint_engine.distributed import World, gather_objects, my_share, raise_together
-from paint_engine.files import flush, read_jsonl
+from paint_engine.files import (
+    EVALUATIONS_DIRECTORY,
+    LOCK_FILE,
+    append_lines,
+    json_line,
+    open_jsonl,
+    read_jsonl,
+    write_atomic,
+    write_json,
+)
 from paint_engine.types import Problem
 
 _HEADER = "header"
-_LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True)
@@ -116,22 +123,6 @@ def evaluation_settings(section: EvalSection, seed: int, prompts: PromptsSection
     return settings | ({} if template == templates.STUDENT else {"student_template": template})
 
 
-def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record).encode() + b"\n"
-
-
-def _write_whole(file: FileIO, lines: bytes) -> None:
-    """All of the lines at the end of an unbuffered file, whose single writes may be short; or none,
-    and OSError: later lines would otherwise follow a cut one."""
-    end = file.seek(0, os.SEEK_END)
-    try:
-        while lines:
-            lines = lines[file.write(lines) :]
-    except OSError:
-        file.truncate(end)
-        raise
-
-
 class SampleFiles:
     """The files of one evaluation, which is begun, or gone on with.
 
@@ -164,13 +155,9 @@ class SampleFiles:
 
     def _open(self) -> FileIO:
         path = self._directory / f"{self._name}.rank-{self._world.rank}.jsonl"
-        lines = path.read_bytes() if path.exists() else b""
-        # Unbuffered: a line is on its way to the disk, whole, as soon as it is written.
-        file = path.open("ab", buffering=0)
-        # A line that a kill cut short.
-        file.truncate(lines.rfind(b"\n") + 1)
-        if b"\n" not in lines:
-            _write_whole(file, _line({_HEADER: asdict(self._header)}))
+        file = open_jsonl(path)
+        if path.stat().st_size == 0:
+            append_lines(file, json_line({_HEADER: asdict(self._header)}))
         return file
 
     @property
@@ -194,7 +181,7 @@ class SampleFiles:
 
         Raises OSError where they find no room; none of them is in the file then.
         """
-        _write_whole(self._file, b"".join(_line(asdict(sample)) for sample in group))
+        append_lines(self._file, b"".join(json_line(asdict(sample)) for sample in group))
         self._finished |= {(s.problem_id, s.sample_index): s for s in group}
 
     def recorder(self, advance: Callable[[int, float], None]) -> Callable[[list[EvalSample]], None]:
@@ -228,13 +215,8 @@ class SampleFiles:
         head = self._directory / f"{self._name}.json"
         head.unlink(missing_ok=True)
         samples = self._directory / f"{self._name}.jsonl"
-        samples.write_bytes(b"".join(_line(asdict(sample)) for sample in evaluation.samples))
-        unfinished = self._directory / f"{self._name}.unfinished"
-        fields = asdict(evaluation.header) | {"seconds": evaluation.seconds}
-        unfinished.write_text(json.dumps(fields, indent=2) + "\n")
-        for path in (samples, unfinished):
-            flush(path)
-        unfinished.rename(head)
+        write_atomic(samples, b"".join(json_line(asdict(s)) for s in evaluation.samples))
+        write_json(head, asdict(evaluation.header) | {"seconds": evaluation.seconds})
         for path in _rank_files(self._directory, self._name):
             path.unlink()
 
@@ -272,7 +254,7 @@ def lock_directory(directory: Path) -> Iterator[None]:
     Raises ValueError where another one does, OSError where the directory cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / _LOCK_FILE).open("w") as file:
+    with (directory / LOCK_FILE).open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -361,4 +343,4 @@ def read_evaluations(run_dir: Path) -> dict[int, Evaluation]:
 
 def evaluation_directory(run_dir: Path) -> Path:
     """Where a training run's evaluations are."""
-    return run_dir / "evaluations"
+    return run_dir / EVALUATIONS_DIRECTORY

@@ -23,12 +23,18 @@ from paint_engine.checkpoint.choose import (
     recorded_base,
     recorded_section,
 )
-from paint_engine.checkpoint.directory import MANIFEST_FILE, list_checkpoints, split_place
+from paint_engine.checkpoint.directory import list_checkpoints, split_place
 from paint_engine.checkpoint.merge import build_model
-from paint_engine.checkpoint.weights import ADAPTER_FILE
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import LoraSection, ModelSection, PromptsSection
 from paint_engine.distributed import World
+from paint_engine.files import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    EVALUATIONS_DIRECTORY,
+    MANIFEST_FILE,
+    MODEL_CONFIG_FILE,
+)
 from paint_engine.model.forward import causal_lm, lm_head_weight
 from paint_engine.model.load import TINY_BASE, load_base, meta_model, pick_dtype, resolve_model
 from paint_engine.prompts.chat import student_text
@@ -36,12 +42,10 @@ from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import RolloutEngine
 from paint_engine.rollout.vllm_engine import StoredModel, VllmEngine
 
-_ADAPTER_CONFIG = "adapter_config.json"
-_MODEL_CONFIG = "config.json"
 _LORA_MATRICES = (".lora_A.", ".lora_B.")
 # Beside the weights, what decides how they are used; and of the tokenizer's directory, which is the
 # base's where a checkpoint has none.
-_MODEL_FILES = (_MODEL_CONFIG, "generation_config.json")
+_MODEL_FILES = (MODEL_CONFIG_FILE, "generation_config.json")
 _TOKENIZER_FILES = (
     *("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
     "chat_template.*",
@@ -91,7 +95,7 @@ class Target:
         for pattern in (*_TOKENIZER_FILES, *code):
             small += Path(base).glob(pattern)
         if self.adapter is not None:
-            small += [self.adapter / _ADAPTER_CONFIG, self.adapter / ADAPTER_FILE]
+            small += [self.adapter / ADAPTER_CONFIG_FILE, self.adapter / ADAPTER_FILE]
         return {
             "model": str(path.resolve()) if path.is_dir() else self.weights,
             "commit": None if Path(base).is_dir() else _commit(base),
@@ -125,7 +129,7 @@ def find_target(
     section = section.model_copy(update=update)
     if found is None:
         return Target(section)
-    if not (found / _ADAPTER_CONFIG).is_file():
+    if not (found / ADAPTER_CONFIG_FILE).is_file():
         return Target(section, checkpoint=found)
     if not (found / ADAPTER_FILE).is_file():
         raise ValueError(
@@ -141,7 +145,7 @@ def find_adapter(text: str) -> Path:
     if which is not None and which.isdecimal():
         which = f"step-{which}"
     checkpoints = list_checkpoints(path) if path.is_dir() else []
-    if which is None and (path / _ADAPTER_CONFIG).is_file() and not checkpoints:
+    if which is None and (path / ADAPTER_CONFIG_FILE).is_file() and not checkpoints:
         return path
     if not checkpoints and (which is not None or not (path / MANIFEST_FILE).is_file()):
         raise ValueError(f"--adapter {text}: {_no_adapter(path)}")
@@ -150,9 +154,9 @@ def find_adapter(text: str) -> Path:
 
 def _no_adapter(path: Path) -> str:
     """Why there is none, and what to give."""
-    if (path / _ADAPTER_CONFIG).is_file() or (path / MANIFEST_FILE).is_file():
+    if (path / ADAPTER_CONFIG_FILE).is_file() or (path / MANIFEST_FILE).is_file():
         return f"{path} is one adapter, and no run directory with several; give it without a colon"
-    if (path / _MODEL_CONFIG).is_file():
+    if (path / MODEL_CONFIG_FILE).is_file():
         return f"{path} is a whole model, and no adapter; give it as --model {path}"
     return (
         f"{path} {'holds none' if path.is_dir() else 'is no directory'}; needs an adapter in "
@@ -206,7 +210,7 @@ def default_directory(target: Target, deciding: Mapping[str, Any]) -> Path:
         if trained in list_checkpoints(run_dir):
             name = f"{run_dir.name}-{name}"
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
-    return Path("evaluations") / f"{name}-{digest[:8]}"
+    return Path(EVALUATIONS_DIRECTORY) / f"{name}-{digest[:8]}"
 
 
 def check_adapter(target: Target) -> None:
@@ -247,7 +251,7 @@ def check_adapter(target: Target) -> None:
 
 
 def _no_fit(target: Target, reason: str) -> str:
-    recorded = json.loads((target.adapter / _ADAPTER_CONFIG).read_text())  # pyright: ignore[reportOptionalOperand]
+    recorded = json.loads((target.adapter / ADAPTER_CONFIG_FILE).read_text())  # pyright: ignore[reportOptionalOperand]
     return (
         f"--adapter: {target.adapter} does not fit the model {target.base.name_or_path} "
         f"({reason}); needs the model that it was trained on, by its own word "
@@ -262,7 +266,7 @@ def _digest(content: bytes) -> str:
 def _commit(model_id: str) -> str | None:
     """The commit that a model's files in the hub's cache are of, as loading its configuration or
     its tokenizer has left them; None where there are none."""
-    for name in (_MODEL_CONFIG, "tokenizer_config.json", "tokenizer.json"):
+    for name in (MODEL_CONFIG_FILE, "tokenizer_config.json", "tokenizer.json"):
         found = try_to_load_from_cache(model_id, name)
         if isinstance(found, str):
             return Path(found).parent.name
@@ -361,7 +365,7 @@ def build_engine(
 
 
 def _adapter_rank(adapter: Path) -> int:
-    config = json.loads((adapter / _ADAPTER_CONFIG).read_text())
+    config = json.loads((adapter / ADAPTER_CONFIG_FILE).read_text())
     return max([config["r"], *(config.get("rank_pattern") or {}).values()])
 
 

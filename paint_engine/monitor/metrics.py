@@ -8,10 +8,18 @@ display. KL and entropies are in nats; overlap, accuracy, masks, masses and rate
 import math
 from collections.abc import Mapping
 from importlib.util import find_spec
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
-from paint_engine.files import METRICS_FILE, SAMPLES_FILE, _json_line, truncate_jsonl
+from paint_engine.files import (
+    METRICS_FILE,
+    SAMPLES_FILE,
+    append_lines,
+    json_line,
+    open_jsonl,
+    truncate_jsonl,
+)
 
 
 class Diverged(Exception):
@@ -62,7 +70,7 @@ class MetricsWriter:
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Append one step's metrics, `step` (1-based) among them, all finite (`check_finite`)."""
-        self._metrics.write(_json_line(metrics))
+        append_lines(self._metrics, json_line(metrics))
         step = int(metrics["step"])
         numbers = {name: value for name, value in metrics.items() if name != "step"}
         if self._tensorboard is not None:
@@ -77,7 +85,7 @@ class MetricsWriter:
         Raises:
             ValueError: a value has no JSON form; names the key and the step.
         """
-        self._samples.write(_json_line(sample))
+        append_lines(self._samples, json_line(sample))
 
     def close(self) -> None:
         """Close every file and finish the W&B run. Writing afterwards is an error."""
@@ -95,11 +103,10 @@ class MetricsWriter:
         self.close()
 
 
-def _open_lines(path: Path, resume_step: int) -> BinaryIO:
+def _open_lines(path: Path, resume_step: int) -> FileIO:
     if path.exists():
         truncate_jsonl(path, resume_step)
-    # Unbuffered: a line is on its way to the disk, whole, as soon as it is written.
-    return path.open("ab", buffering=0)
+    return open_jsonl(path)
 
 
 def check_loggers(*, tensorboard: bool, wandb_project: str | None) -> None:

@@ -23,7 +23,7 @@ from paint_engine.data.problem_sets import (
 )
 from paint_engine.distributed import World, gather_objects, launched_ranks, my_share, raise_together
 from paint_engine.estimate.dry_run import check_run_fits, describe
-from paint_engine.files import CONFIG_FILE, recorded_name, write_versions
+from paint_engine.files import CONFIG_FILE, recorded_name, write_atomic, write_versions
 from paint_engine.model.attention import choose_attention
 from paint_engine.model.forward import compute_dtype, lm_head_weight, max_context
 from paint_engine.model.load import load_base, load_tokenizer, meta_model, pick_device
@@ -36,6 +36,7 @@ from paint_engine.recipes import recipe_of
 from paint_engine.rollout.choose import check_engine_has_teacher, make_engines
 from paint_engine.rollout.engine import Completion, RolloutEngine, SamplingParams, sampling_params
 from paint_engine.rollout.sampler import Sampled, Sampler
+from paint_engine.seeds import adapter_seed, global_seed
 from paint_engine.training.optim import build_optimizer
 from paint_engine.training.run import Run
 from paint_engine.types import Request
@@ -149,7 +150,7 @@ def _build_model(
 ) -> tuple[nn.Module, FixedTeacher]:
     """Builds the student with its adapters, on its device or sharded, and the fixed teacher."""
     device = world.device
-    model = add_lora(base, config.lora, config.train.seed)
+    model = add_lora(base, config.lora, adapter_seed(config.train.seed))
     # Sharding hides the layers that the estimate counts, so the check comes first.
     check_run_fits(config, tokenizer, train_set, model, device=device, num_ranks=world.size)
     teacher = FixedTeacher(model)
@@ -195,7 +196,7 @@ def build_run(command: CommandLine, world: World) -> Run:
     config, device = command.config, world.device
     say = print if world.is_main else lambda text: None
     # The engine does not use the global generators. This makes libraries that do repeatable.
-    set_seed(config.train.seed)
+    set_seed(global_seed(config.train.seed))
     _check_before_loading(config, say)
     tokenizer = load_tokenizer(config.model)
     # Sharding moves each layer's shard to the device, which never holds the whole model.
@@ -240,5 +241,5 @@ def build_run(command: CommandLine, world: World) -> Run:
         if not resumes:
             write_versions(run_dir, name, world.size)
         # Also after a resume, so that the next resume uses this command's settings.
-        (run_dir / CONFIG_FILE).write_text(to_toml(config))
+        write_atomic(run_dir / CONFIG_FILE, to_toml(config))
     return run

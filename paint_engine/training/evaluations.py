@@ -5,10 +5,8 @@ import time
 from contextlib import closing, suppress
 from pathlib import Path
 
-from paint_engine.checkpoint.directory import MANIFEST_FILE, mark_best
-from paint_engine.checkpoint.save import save_checkpoint
-from paint_engine.checkpoint.weights import ADAPTER_FILE, MODEL_FILE
-from paint_engine.distributed import any_rank, gather_objects, merge_shares
+from paint_engine.checkpoint.directory import mark_best
+from paint_engine.distributed import any_rank, gather_objects
 from paint_engine.evaluation.accuracy import best_step
 from paint_engine.evaluation.answers import all_requests, evaluate
 from paint_engine.evaluation.benchmarks import benchmark_name
@@ -20,14 +18,11 @@ from paint_engine.evaluation.store import (
     evaluation_settings,
     fingerprints,
 )
+from paint_engine.files import ADAPTER_FILE, MANIFEST_FILE, MODEL_FILE
 from paint_engine.monitor.progress import Progress
 from paint_engine.training.interrupt import Stopped, StopRequest
-from paint_engine.training.run import Run
+from paint_engine.training.run import Run, save
 from paint_engine.training.summary import present_evaluations
-
-
-class SaveFailed(Exception):
-    """A checkpoint could not be written, for want of room for one; older ones are intact."""
 
 
 def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> None:
@@ -125,26 +120,3 @@ def keep_best(run: Run, step: int) -> None:
     best = gather_objects(run.world.is_main and best_step(present_evaluations(run)))[0]
     if run.world.is_main and best == step > 0:
         mark_best(run.run_dir, step)
-
-
-def save(run: Run) -> Path:
-    """A checkpoint of the last finished step, unless there is one. A collective."""
-    if run.saved is not None and run.saved[0] == run.step:
-        return run.saved[1]
-    ahead = run.sampler.pending()
-    completions = [] if ahead is None else merge_shares(gather_objects(ahead.completions))
-    state = {
-        "step": run.step,
-        "seconds_train": run.seconds_train,
-        "sampled_ahead": ahead
-        and [ahead.weights_version, [[c.token_ids, c.logprobs, c.truncated] for c in completions]],
-    }
-    keep = run.config.checkpoint.keep
-    try:
-        path = save_checkpoint(
-            run.run_dir, run.model, run.optimizer, state, keep=keep, world=run.world, ema=run.ema
-        )
-    except ValueError as error:
-        raise SaveFailed(str(error)) from error
-    run.saved = run.step, path
-    return path

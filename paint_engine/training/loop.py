@@ -14,9 +14,9 @@ from paint_engine.monitor.metrics import Diverged, MetricsWriter, check_finite
 from paint_engine.monitor.progress import Progress
 from paint_engine.report.page import write_report
 from paint_engine.rollout.engine import EngineDied
-from paint_engine.training.evaluations import SaveFailed, evaluate_at, save
+from paint_engine.training.evaluations import evaluate_at
 from paint_engine.training.interrupt import Stopped, StopRequest
-from paint_engine.training.run import Run
+from paint_engine.training.run import Run, SaveFailed, save
 from paint_engine.training.step import train_step
 from paint_engine.training.summary import print_summary, summarise
 

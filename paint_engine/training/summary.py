@@ -1,6 +1,5 @@
 """The summary of a run: `summary.json` and the lines printed at the end."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from paint_engine.evaluation.store import (
     fingerprints,
     read_evaluations,
 )
-from paint_engine.files import SUMMARY_FILE
+from paint_engine.files import SUMMARY_FILE, write_json
 from paint_engine.training.run import Run
 
 
@@ -93,7 +92,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "preset": run.name,
         "run_dir": str(run.run_dir),
     }
-    (run.run_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(run.run_dir / SUMMARY_FILE, summary)
     return summary
 
 

@@ -26,13 +26,12 @@ from paint_engine.evaluation.store import (
     EvalSample,
     Header,
     SampleFiles,
-    _write_whole,
     evaluation_settings,
     fingerprints,
     read_finished,
     read_unfinished,
 )
-from paint_engine.files import read_jsonl
+from paint_engine.files import append_lines, read_jsonl
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import Completion, sampling_params
 from paint_engine.types import Problem
@@ -311,7 +310,7 @@ def test_short_writes_are_gone_on_with(tmp_path: Path) -> None:
     file = tmp_path / "lines"
     file.write_bytes(b"first\n")
     with Short(file, "a") as opened:
-        _write_whole(opened, b"second, and longer\n")
+        append_lines(opened, b"second, and longer\n")
     assert file.read_bytes() == b"first\nsecond, and longer\n"
 
 
