@@ -1,7 +1,7 @@
 """The process group of a run, and the few exchanges between its ranks.
 
-Started by torchrun there is one process a device; started plainly there is no process group, and
-every exchange below is the identity. So nothing else asks which of the two it is.
+torchrun starts one process per device. A run without torchrun has no process group, and every
+exchange below is the identity, so no other module distinguishes the two.
 """
 
 import atexit
@@ -23,15 +23,16 @@ from torch.distributed.tensor import DTensor
 T = TypeVar("T")
 
 _POLL_S = 0.01
-# How long ranks wait for each other where one may have far more to do: an evaluation, a server.
-_PATIENCE = timedelta(hours=12)
+# Python objects use a separate gloo group with this timeout, since one rank may have far more to do
+# than another: its share of an evaluation, the start of a server. Tensors keep the default timeout.
+_OBJECT_TIMEOUT = timedelta(hours=12)
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
-class _Group:
-    """The process group in which ranks wait for each other; None before there is one."""
+class _Groups:
+    """The group for Python objects and barriers; None without torchrun."""
 
-    patient: dist.ProcessGroup | None = None
+    objects: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -48,24 +49,24 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes the run's files and talks to the user."""
+        """Whether this rank writes the run's files and prints."""
         return self.rank == 0
 
     @property
     def writes_for_node(self) -> bool:
-        """Whether this rank writes what every rank of its node reads."""
+        """Whether this rank writes the files that every rank of its node reads."""
         return self.local_rank == 0
 
 
 def launched_ranks() -> int:
-    """The number of processes that torchrun has started for this run; 1 without torchrun."""
+    """The number of processes that torchrun started for this run; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def init_world(device: torch.device) -> World:
-    """Joins the ranks that torchrun started, one device each; the end of the process leaves them.
+    """Joins the process group of the ranks that torchrun started, until this process ends.
 
-    device: the type that every rank trains on; on GPUs each takes the one of its local rank.
+    device: its type is used; on GPUs each rank takes the one of its local rank.
 
     Raises ValueError where a node has fewer GPUs than processes.
     """
@@ -76,7 +77,7 @@ def init_world(device: torch.device) -> World:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"this node has {torch.cuda.device_count()} GPUs, but torchrun started a process "
-                f"with local rank {local_rank}; needs one GPU a process: lower --nproc-per-node"
+                f"with local rank {local_rank}; needs one GPU per process: lower --nproc-per-node"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -89,10 +90,10 @@ def init_world(device: torch.device) -> World:
             rank=rank,
             world_size=size,
         )
-        # Tensors' exchanges keep the usual limit, by which a dead peer is noticed.
-        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        # Not for tensors: their shorter timeout is what detects a dead peer.
+        group = dist.new_group(backend="gloo", timeout=_OBJECT_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup), group
-        _Group.patient = group
+        _Groups.objects = group
         atexit.register(close_world)
     return World(rank, launched_ranks(), local_rank, device)
 
@@ -100,10 +101,10 @@ def init_world(device: torch.device) -> World:
 def _agree_on_session(store: Store, rank: int, size: int) -> str:
     """A prefix for the store's keys that no earlier start of these processes has used.
 
-    Processes that torchrun has started again get the store of those before, and would dial the
-    addresses that they left there. Its count of restarts cannot tell the two apart: nodes whose own
-    processes did not fail do not count. So each rank asks under a word of its own, which rank 0
-    answers until all have come.
+    Processes that torchrun restarts get the store of their predecessors, and would connect to the
+    addresses left there. torchrun's restart count does not tell the two apart, since a node whose
+    own processes did not fail does not increase it. So each rank asks with a random word, and rank
+    0 answers until all ranks have the prefix.
     """
     if rank > 0:
         word = secrets.token_hex(8)
@@ -114,7 +115,7 @@ def _agree_on_session(store: Store, rank: int, size: int) -> str:
     session, missing = secrets.token_hex(8), set(range(1, size))
     while missing:
         for other in tuple(missing):
-            # The word may be of an earlier start still; the answer then goes unread.
+            # The word may still be an earlier start's; nobody reads the answer then.
             store.set(f"answer/{store.get(f'ask/{other}').decode()}", session)
             if store.check([f"here/{session}/{other}"]):
                 missing.remove(other)
@@ -123,39 +124,39 @@ def _agree_on_session(store: Store, rank: int, size: int) -> str:
 
 
 def close_world() -> None:
-    """Leaves the process group, where there is one."""
-    _Group.patient = None
+    """Leaves the process group, if there is one."""
+    _Groups.objects = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _is_alone() -> bool:
-    # vLLM in this process makes a group of its own, of one rank.
+    # vLLM in this process creates a group of one rank.
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
 def barrier() -> None:
     """Waits for every rank."""
     if not _is_alone():
-        dist.barrier(_Group.patient)
+        dist.barrier(_Groups.objects)
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's value, in the order of ranks, on every rank. Values must be picklable."""
+    """Every rank's value, in rank order, on every rank. Values must be picklable."""
     if _is_alone():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value, _Group.patient)
+    dist.all_gather_object(gathered, value, _Groups.objects)
     return gathered
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank: a decision that all must take alike."""
+    """Whether the flag is set on any rank, so that all ranks take the same decision."""
     return any(gather_objects(flag))
 
 
 def sum_over_ranks(sums: Mapping[str, float]) -> dict[str, float]:
-    """Sums of the ranks' numbers by name, added in the order of ranks so that all get the same."""
+    """Sums of the ranks' numbers by name, added in rank order so that every rank gets the same."""
     total: dict[str, float] = {}
     for rank_sums in gather_objects(dict(sums)):
         for name, value in rank_sums.items():
@@ -164,9 +165,9 @@ def sum_over_ranks(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def raise_together(error: str | None) -> None:
-    """Raises ValueError on every rank where any has an error, with the first such rank's text.
+    """Raises ValueError on every rank if any rank has an error, with the lowest such rank's text.
 
-    A rank that failed alone would leave the others waiting for it for ever.
+    A rank that raised alone would leave the others waiting.
     """
     for message in gather_objects(error):
         if message is not None:
@@ -174,26 +175,26 @@ def raise_together(error: str | None) -> None:
 
 
 def my_share(items: Sequence[T], world: World) -> list[T]:
-    """This rank's part of what all ranks divide among themselves: every size-th, from its rank."""
+    """This rank's share of the items: every `world.size`-th, from its own rank on."""
     return list(items[world.rank :: world.size])
 
 
 def merge_shares(shares: Sequence[Sequence[T]]) -> list[T]:
-    """What `my_share` divided, in the order before: the shares of ranks 0, 1, ..."""
+    """Undoes `my_share`: the items in their original order, from the shares of ranks 0, 1, ..."""
     total = sum(map(len, shares))
     return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
 
 
 def sum_gradients(parameters: list[Tensor]) -> None:
-    """Adds up the ranks' gradients of whole parameters, in one reduction a dtype; those of sharded
-    ones have been.
+    """Sums the ranks' gradients of unsharded parameters, with one reduction per dtype. FSDP has
+    already reduced those of sharded ones.
 
-    A sum and not a mean: the losses are divided by the whole step's rollouts or tokens already.
+    A sum and not a mean, because the losses are divided by global counts of rollouts or tokens.
     """
     parameters = [p for p in parameters if not isinstance(p, DTensor)]
     if not parameters or _is_alone():
         return
-    # A rank without a rollout has no gradient, and still takes part.
+    # A rank without a rollout has no gradient and still takes part.
     gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in parameters]
     for dtype in sorted({g.dtype for g in gradients}, key=str):
         group = [g for g in gradients if g.dtype == dtype]

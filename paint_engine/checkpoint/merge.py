@@ -1,4 +1,4 @@
-"""The trained model in one piece: adapters merged into the base in float32."""
+"""The trained model as one checkpoint: adapters merged into the base in float32."""
 
 from pathlib import Path
 
@@ -24,14 +24,14 @@ def _load_model(path: str, section: ModelSection) -> PreTrainedModel:
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"model {path} could not be loaded ({type(error).__name__}: {error}): name the model "
-            "that the run began with by --model"
+            "that the run was trained from with --model"
         ) from error
 
 
 def merge_adapter(
     base: PreTrainedModel, checkpoint: Path, dtype: torch.dtype | None
 ) -> PreTrainedModel:
-    """The base with the adapter's update in its weights; `base` itself is changed.
+    """The base with the adapter's update added to its weights, in place.
 
     dtype: of the merged weights; None = each weight's own.
     """
@@ -53,9 +53,9 @@ def merge_adapter(
 def build_model(
     checkpoint: Path, section: ModelSection, dtype: torch.dtype | None
 ) -> PreTrainedModel:
-    """The trained model, in one piece.
+    """The trained model: adapters merged, or the checkpoint's own weights.
 
-    dtype: of all its weights; None = what the base is stored in.
+    dtype: of all weights; None = that of the stored base.
     """
     path = resolve_model(section.name_or_path)
     if (checkpoint / ADAPTER_CONFIG_FILE).is_file():
@@ -77,7 +77,7 @@ def export(
 ) -> None:
     """Writes the trained model with the base's tokenizer into `output_dir`, all of it or nothing.
 
-    Raises ValueError where that holds something already, where the base cannot be loaded, and where
+    Raises ValueError where `output_dir` is not empty, where the base cannot be loaded, and where
     the disk is full.
     """
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):

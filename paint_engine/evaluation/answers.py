@@ -1,4 +1,4 @@
-"""Answers to held-out problems, sampled and checked."""
+"""Samples and checks answers to held-out problems."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,7 +13,7 @@ from paint_engine.types import Problem
 
 
 def all_requests(problems: Sequence[Problem], num_samples: int) -> list[tuple[int, int]]:
-    """(problem, sample) indices of a whole evaluation, in order."""
+    """The (problem, sample) indices of a whole evaluation, in order."""
     return [(i, j) for i in range(len(problems)) for j in range(num_samples)]
 
 
@@ -29,14 +29,14 @@ def evaluate(
     base: bool,
     on_samples: Callable[[list[EvalSample]], None],
 ) -> list[EvalSample]:
-    """The answers to `requests`, pairs of a problem's index and the sample's, checked.
+    """Samples and checks an answer for each request.
 
-    base: from the model as it was before training.
-    on_samples: sees each group of samples as it finishes.
+    requests: pairs of a problem's index and a sample's index.
+    base: sample from the model as it was before training.
+    on_samples: called with each group of samples as it finishes.
 
-    The seed of a sample depends on (seed, problem, index) alone: two evaluations draw the same
-    random numbers, which makes their difference less noisy, and one that was cut short goes on as
-    if it had not been.
+    The seed of a sample depends on (seed, problem, sample index) alone (`evaluation_seed`), so a
+    resumed evaluation draws the same samples as an uninterrupted one.
     """
     finished: dict[int, EvalSample] = {}
 

@@ -108,16 +108,16 @@ def mismatches(target: Target, prompts: PromptsSection) -> list[str]:
             "that was never trained"
         )
     if (trained_with := mismatched_prompts(target, prompts)) is not None:
-        words = []
+        flags = []
         if trained_with.student_template != prompts.student_template:
-            words += ["--student-template", trained_with.student_template]
+            flags += ["--student-template", trained_with.student_template]
         if "{instruction}" in trained_with.student_template and (
             trained_with.instruction != prompts.instruction
         ):
-            words += ["--instruction", trained_with.instruction]
+            flags += ["--instruction", trained_with.instruction]
         found.append(
             f"{target.adapter or target.checkpoint} was trained with another student prompt than "
-            f"this evaluation's; for the prompt of its training give {shlex.join(words)}"
+            f"this evaluation's; for the prompt of its training give {shlex.join(flags)}"
         )
     return found
 

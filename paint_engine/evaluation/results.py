@@ -1,4 +1,4 @@
-"""An evaluation's numbers as they are printed and written: the table, and `results.json`."""
+"""The results of an evaluation: the printed table, `results.json` and `versions.json`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,10 +30,10 @@ _LABELS = {
 
 
 def measures(samples: Sequence[EvalSample]) -> dict[str, np.ndarray]:
-    """(P,) numbers of each name, one a problem: fractions, but for `mean_length` (tokens).
+    """(P,) values of each metric, one per problem: fractions, except `mean_length` in tokens.
 
-    avg@n, pass@1, pass@2, pass@4, ... pass@n, maj@n, format_rate (an answer was boxed),
-    truncation_rate (the length limit ended it), mean_length; n the number of samples a problem.
+    With n samples per problem: avg@n, pass@1, pass@2, pass@4, ... pass@n, maj@n, format_rate (share
+    of samples with a boxed answer), truncation_rate (share cut at the length limit), mean_length.
     """
     rows, correct = list(by_problem(samples).values()), correct_matrix(samples)
     num_samples = correct.shape[1]
@@ -51,9 +51,9 @@ def measures(samples: Sequence[EvalSample]) -> dict[str, np.ndarray]:
 
 
 def summarise_benchmarks(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """`benchmarks` by name, and `macro`, their plain mean, as `results.json` holds them.
+    """The keys `benchmarks` and `macro`, the unweighted mean over benchmarks, of `results.json`.
 
-    evaluations: one or more, with equal settings.
+    evaluations: at least one, all with the same settings.
     """
     found = {e.header.benchmark: measures(e.samples) for e in evaluations}
     benchmarks = {}
@@ -76,14 +76,14 @@ def _entry(estimate: Estimate) -> dict[str, Any]:
 
 
 def read_versions(directory: Path) -> list[dict[str, Any]]:
-    """What has sampled the answers of a directory: its `versions.json`, oldest first."""
+    """The entries of a directory's `versions.json`, oldest first; empty if there is none."""
     file = directory / VERSIONS_FILE
     return json.loads(file.read_text()) if file.is_file() else []
 
 
 def add_versions(directory: Path, num_processes: int) -> None:
-    """Notes in `versions.json` what samples now, where it has not done so there before. For the
-    main rank, once there is something to sample."""
+    """Adds the present versions to `versions.json`, unless an equal entry is there. For the main
+    rank, before it samples."""
     earlier = read_versions(directory)
     now = present_versions("evaluate", num_processes)
     if now not in earlier:
@@ -91,7 +91,7 @@ def add_versions(directory: Path, num_processes: int) -> None:
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """One column a benchmark, and their mean where there are several; 95% intervals in brackets."""
+    """One column per benchmark, and one for the mean of several; 95% intervals in brackets."""
     benchmarks = results["benchmarks"]
     columns = dict(benchmarks)
     if len(benchmarks) > 1:

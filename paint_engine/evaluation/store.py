@@ -1,9 +1,9 @@
-"""Evaluations as they are kept on the disk: sample by sample, so that a kill loses none.
+"""The files of an evaluation, written sample by sample, so that a kill loses no finished sample.
 
-While one runs, each rank appends to a file of its own, NAME.rank-R.jsonl, whose first line says
-what is evaluated. In the end NAME.jsonl holds all samples in order, and NAME.json, written last,
-says that they are complete. Any number of ranks goes on with what any other number has left; ranks
-on several nodes need a directory that all of them see.
+While an evaluation runs, each rank appends to its own file, NAME.rank-R.jsonl, whose first line is
+the header. At the end NAME.jsonl holds all samples in order, and NAME.json, written last, marks
+them as complete. Any number of ranks can resume what another number began; ranks on several nodes
+need a directory on a shared file system.
 """
 
 import errno
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from paint_engine.config import templates
 from paint_engine.config.sections import EvalSection, PromptsSection
@@ -42,7 +42,7 @@ class EvalSample:
 
     EvalSample("tiny-test:3", 0, "The length is ...", 104, "312", True, False, None)
 
-    error: why the checker failed, apart from wrong answers; None where it did not.
+    error: why the checker failed; None if it did not. A wrong answer is no failure.
     """
 
     problem_id: str
@@ -57,15 +57,15 @@ class EvalSample:
 
 @dataclass(frozen=True)
 class Header:
-    """What decides the outcome of an evaluation: samples under equal headers are of one.
+    """What determines the samples of an evaluation: samples with equal headers belong together.
 
     Header("aime24", settings={"temperature": 1.0, ...}, subject={"model": "Qwen/Qwen3-8B", ...},
            problems={"aime_2024.jsonl:1": "9f3c05a1b2d47e60", ...})
 
-    settings: how answers are drawn. Two evaluations are paired only where these are equal.
-    subject: which weights are evaluated, and what samples from them.
-    problems: of each problem's id, in order, the fingerprint of its question and answer.
-    step: the number of training steps behind the weights, in an evaluation during training.
+    settings: how answers are sampled. `compare` pairs evaluations only if these are equal.
+    subject: the identity of the weights and of what samples from them.
+    problems: the fingerprint of question and answer by problem id, in order.
+    step: in an evaluation during training, the number of steps that the weights were trained for.
     """
 
     benchmark: str
@@ -77,9 +77,9 @@ class Header:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation, its samples in the order of problems.
+    """A complete evaluation, its samples in the order of problems.
 
-    seconds: that the process which finished it took; those of a killed one before are not known.
+    seconds: taken by the process that completed it, without those of interrupted ones before.
     """
 
     header: Header
@@ -88,12 +88,12 @@ class Evaluation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How the answers were drawn."""
+        """How the answers were sampled."""
         return self.header.settings
 
 
 def fingerprints(problems: Sequence[Problem]) -> dict[str, str]:
-    """Of each problem's id, 16 digits that tell whether two problems and their answers are one.
+    """By problem id, 16 hexadecimal digits of a hash of its question and answer.
 
     Raises ValueError where two problems share an id.
     """
@@ -101,8 +101,8 @@ def fingerprints(problems: Sequence[Problem]) -> dict[str, str]:
     for problem in problems:
         if problem.problem_id in found:
             raise ValueError(
-                f"two problems are called {problem.problem_id}; samples are filed by that name, so "
-                "needs one for each; give the second data set another file name"
+                f"two problems have the id {problem.problem_id}; samples are stored by id, so each "
+                "problem needs its own; give the second data set another file name"
             )
         text = repr((problem.problem, problem.answer))
         found[problem.problem_id] = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -110,28 +110,28 @@ def fingerprints(problems: Sequence[Problem]) -> dict[str, str]:
 
 
 def evaluation_settings(section: EvalSection, seed: int, prompts: PromptsSection) -> dict[str, Any]:
-    """How the answers of an evaluation are drawn: what its outcome depends on, beside the weights
-    and the problems."""
+    """How the answers of an evaluation are sampled: what they depend on beside the weights and the
+    problems."""
     names = {"num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "thinking"}
     settings = section.model_dump(mode="json", include=names)
     settings["seed"] = seed
     template = prompts.student_template
-    # A training run's may be for the teacher alone.
+    # In training the instruction may be for the teacher alone.
     if "{instruction}" in template:
         settings["instruction"] = prompts.instruction
-    # Left out where it is the default: evaluations from before there was another one lack it.
+    # Left out if it is the default, as in evaluations older than this setting.
     return settings | ({} if template == templates.STUDENT else {"student_template": template})
 
 
 class SampleFiles:
-    """The files of one evaluation, which is begun, or gone on with.
+    """Opens or resumes one evaluation's sample files. A collective, as `finish` is.
 
-    directory, name: NAME.json, NAME.jsonl and NAME.rank-R.jsonl are made in the directory.
-    header: of all ranks alike; compared with what is there.
-    replace: samples with another header are deleted; else they are refused.
+    directory, name: the files are NAME.json, NAME.jsonl and NAME.rank-R.jsonl in the directory.
+    header: the same on all ranks; compared with that of existing files.
+    replace: delete samples with another header, instead of refusing them.
 
-    A collective of all ranks, as `finish` is. Raises ValueError where there are samples of another
-    evaluation, or the directory cannot be written.
+    Raises ValueError where there are samples of another evaluation, or where the directory cannot
+    be written.
     """
 
     def __init__(
@@ -162,31 +162,31 @@ class SampleFiles:
 
     @property
     def finished(self) -> Sequence[EvalSample]:
-        """The samples of all ranks before, and of this one now."""
+        """The samples of all ranks when the files were opened, and this rank's since."""
         return list(self._finished.values())
 
     def missing(self, requests: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Those of the requests (problem's index, sample's) that have no sample yet, as far as this
-        rank knows."""
+        """The requests (problem index, sample index) without a sample that this rank knows of."""
         names = list(self._header.problems)
         return [(i, j) for i, j in requests if (names[i], j) not in self._finished]
 
     def share(self, requests: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """This rank's part of those requests (problem's index, sample's) that have no sample yet.
-        To be asked once, before the first `append`."""
+        """This rank's share of the requests (problem index, sample index) without a sample. To be
+        called before the first `append`, which changes what is missing."""
         return my_share(self.missing(requests), self._world)
 
     def append(self, group: Sequence[EvalSample]) -> None:
-        """Samples of this rank, on the disk when this returns, whatever becomes of the process.
+        """Appends samples of this rank, which are in the file when this returns, even if the
+        process is killed next.
 
-        Raises OSError where they find no room; none of them is in the file then.
+        Raises OSError where the disk is full; none of them is in the file then.
         """
         append_lines(self._file, b"".join(json_line(asdict(sample)) for sample in group))
         self._finished |= {(s.problem_id, s.sample_index): s for s in group}
 
     def recorder(self, advance: Callable[[int, float], None]) -> Callable[[list[EvalSample]], None]:
-        """What takes each group of samples as it finishes: appends it, and tells `advance` how many
-        there are and what share of all so far, those of before a kill too, are correct."""
+        """A callback for each group of samples as it finishes. It appends the group and calls
+        `advance` with its size and the share of correct samples so far, resumed ones included."""
         done = [sample.correct for sample in self._finished.values()]
 
         def on_samples(group: list[EvalSample]) -> None:
@@ -197,11 +197,12 @@ class SampleFiles:
         return on_samples
 
     def close(self) -> None:
-        """What is there can be gone on with."""
+        """Closes this rank's file. The evaluation can be resumed."""
         self._file.close()
 
     def finish(self, seconds: float) -> Evaluation:
-        """The whole evaluation, written, once every rank has appended its share. A collective."""
+        """Writes and returns the whole evaluation, after every rank has appended its share. A
+        collective."""
         self.close()
         everything = {key: s for part in gather_objects(self._finished) for key, s in part.items()}
         places = {name: place for place, name in enumerate(self._header.problems)}
@@ -222,83 +223,86 @@ class SampleFiles:
 
 
 def _rank_files(directory: Path, name: str) -> list[Path]:
-    # The name is a user's, and may hold what a pattern is made of.
+    # The name is the user's and may contain characters of a pattern.
     return sorted(directory.glob(f"{glob.escape(name)}.rank-*.jsonl"))
 
 
 def read_unfinished(
     directory: Path, name: str, header: Header, *, replace: bool = False
 ) -> list[dict[str, Any]]:
-    """The samples that ranks before have left, as JSON has them.
+    """The samples of an incomplete evaluation, as read from JSON.
 
-    replace: files with another header are deleted; else ValueError tells of them.
+    replace: delete files with another header, instead of raising ValueError.
     """
     rows: list[dict[str, Any]] = []
     for path in _rank_files(directory, name):
         first, *samples = read_jsonl(path) or [{}]
-        there = first.get(_HEADER)
-        if there == asdict(header):
+        existing = first.get(_HEADER)
+        if existing == asdict(header):
             rows += samples
-        elif replace or there is None:
+        elif replace or existing is None:
             path.unlink()
         else:
-            refuse_other(path, there, header)
+            refuse_other(path, existing, header)
     return rows
 
 
 @contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
-    """While entered, no other process enters it for this directory, which is made where it is not
-    there. A killed process holds it no longer.
+    """Holds an exclusive lock on the directory, which is created if needed. The operating system
+    releases the lock of a killed process.
 
-    Raises ValueError where another one does, OSError where the directory cannot be written.
+    Raises ValueError where another process holds it, OSError where the directory cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK_FILE).open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            # Any other: a file system without locks, on which two would do the same work twice.
+            # Any other error: the file system has no locks. Two processes would only repeat work.
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise ValueError(
-                    f"{directory}: another evaluation is running there; needs a directory to "
-                    "itself; wait for that one, or give another directory with --output"
+                    f"{directory}: another evaluation is running there; wait until it ends, or "
+                    "give another directory with --output"
                 ) from error
         yield
 
 
-def refuse_other(place: Path, there: dict[str, Any], header: Header) -> None:
-    """Raises ValueError: the evaluation that is `there` is another, and in what."""
+def refuse_other(file: Path, existing: dict[str, Any], header: Header) -> NoReturn:
+    """Raises ValueError with the differences between a file's header and this evaluation's."""
     raise ValueError(
-        f"{place} is of another evaluation, with {', '.join(_differing(there, header))}; needs the "
-        "same settings to go on with; give another directory with --output, or remove that one"
+        f"{file} is of another evaluation, with {', '.join(_differences(existing, header))}; an "
+        "evaluation is resumed with the same settings only; give another directory with --output, "
+        "or remove that one"
     )
 
 
 def check_same_headers(headers: Mapping[str, Header]) -> None:
-    """Raises ValueError on every rank where one is about to evaluate what rank 0 is not, as nodes
-    may that have a cache each. A collective.
+    """Raises ValueError on every rank if a rank's headers differ from rank 0's, as on nodes whose
+    caches hold different versions. A collective.
 
-    headers: of this rank, by benchmark.
+    headers: this rank's, by benchmark.
     """
     error, first = None, gather_objects(dict(headers))[0]
     if headers != first:
         names = headers.keys() & first.keys()
-        found = {part for name in names for part in _differing(asdict(first[name]), headers[name])}
+        found = {
+            part for name in names for part in _differences(asdict(first[name]), headers[name])
+        }
         error = (
             "a process would evaluate something else than the first one, which has "
-            f"{', '.join(sorted(found)) or 'other benchmarks'}; needs the same on every node; give "
-            "one command everywhere, and bring the nodes' copies of the model and the data to one "
-            "version, or keep them where all nodes see them"
+            f"{', '.join(sorted(found)) or 'other benchmarks'}; needs the same on every node; run "
+            "the same command on all nodes, with the same version of the model and the data, for "
+            "example on a shared file system"
         )
     raise_together(error)
 
 
-def _differing(there: dict[str, Any], header: Header) -> list[str]:
-    """What the header that is `there`, as JSON has it, has otherwise."""
+def _differences(existing: dict[str, Any], header: Header) -> list[str]:
+    """Where a header read from JSON differs, in words, with its values first."""
     differing = []
     for part, value in asdict(header).items():
-        old = there[part]
+        old = existing[part]
         if part in ("settings", "subject"):
             differing += [
                 f"{key} {old.get(key)!r} and not {value.get(key)!r}"
@@ -311,9 +315,9 @@ def _differing(there: dict[str, Any], header: Header) -> list[str]:
 
 
 def read_finished(directory: Path, name: str, header: Header) -> Evaluation | None:
-    """The complete evaluation there; None where there is none yet.
+    """The complete evaluation in the directory; None if there is none.
 
-    Raises ValueError where it is another one.
+    Raises ValueError where it has another header.
     """
     head = directory / f"{name}.json"
     if not head.is_file():
@@ -332,7 +336,7 @@ def read_evaluation(head: Path) -> Evaluation:
 
 
 def read_evaluations(run_dir: Path) -> dict[int, Evaluation]:
-    """A training run's complete evaluations by step, in the order of steps."""
+    """A training run's complete evaluations by step, in increasing order."""
     found = {}
     for head in evaluation_directory(run_dir).glob("step-*.json"):
         evaluation = read_evaluation(head)
@@ -342,5 +346,5 @@ def read_evaluations(run_dir: Path) -> dict[int, Evaluation]:
 
 
 def evaluation_directory(run_dir: Path) -> Path:
-    """Where a training run's evaluations are."""
+    """The directory of a training run's evaluations."""
     return run_dir / EVALUATIONS_DIRECTORY

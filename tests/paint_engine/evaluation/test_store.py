@@ -325,7 +325,7 @@ def test_what_tells_problems_apart() -> None:
     assert marks["a"] == marks["b"]
     other = fingerprints([Problem("a", "q", "", "4"), Problem("b", "r", "", "3")])
     assert len({marks["a"], *other.values()}) == 3
-    with pytest.raises(ValueError, match="two problems are called a"):
+    with pytest.raises(ValueError, match="two problems have the id a"):
         fingerprints([Problem("a", "q", "", "3"), Problem("a", "r", "", "4")])
 
 
