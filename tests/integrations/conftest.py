@@ -50,7 +50,7 @@ def run_two_ranks(script: str, *arguments: object) -> None:
         for rank in range(2)
     ]
     try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=600) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

@@ -230,7 +230,7 @@ def test_ranks_with_other_commits_in_their_caches_are_refused(
     ]
     shell = f"export HF_HUB_CACHE={shlex.quote(str(tmp_path))}/$RANK; exec {shlex.join(command)}"
     process = torchrun(2, "--no-python", "bash", "-c", shell)
-    printed = printed_by(process, 120)
+    printed = printed_by(process, 600)
     assert process.returncode != 0
     message = f"the first one, which has commit '{'a' * 40}' and not '{'b' * 40}'; needs the same"
     assert message in printed, printed[-3000:]
