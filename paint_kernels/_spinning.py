@@ -22,7 +22,8 @@ import torch
 
 INTERVAL_S = 0.5
 BUSY, FREE = 0.4, 0.2
-"""processors that others use: above the first threads are to sleep, below the second to spin"""
+"""processors that others use beyond those that PyTorch's threads leave them: above the first,
+threads are to sleep, below the second to spin"""
 USER_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 PARALLEL_ELEMENTS = 2**16
 """of a sum that PyTorch divides among threads: above its grain of 2**15 elements"""
@@ -107,11 +108,11 @@ class LoadFollower:
 
     def adapt(self, others: float) -> None:
         """others: processors that other processes use, on average."""
-        num_threads = torch.get_num_threads()
-        if self.parked is None and others > BUSY and num_threads > 1:
-            num_processors = len(os.sched_getaffinity(0))
+        num_threads, num_processors = torch.get_num_threads(), len(os.sched_getaffinity(0))
+        lacking = others - max(0, num_processors - num_threads)
+        if self.parked is None and lacking > BUSY and num_threads > 1:
             self.parked = ParkedTeams(num_teams_above_limit(num_threads, num_processors))
-        elif self.parked is not None and others < FREE:
+        elif self.parked is not None and lacking < FREE:
             self.parked.release()
             self.parked = None
 
