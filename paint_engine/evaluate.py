@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from paint_engine.config.command_line import user_errors
-from paint_engine.config.sections import EvalSection, PromptsSection
+from paint_engine.config.sections import EvalSection, PromptsSection, RewardSection
 from paint_engine.data.problem_sets import ProblemSet
 from paint_engine.distributed import (
     World,
@@ -33,9 +33,15 @@ from paint_engine.distributed import (
     raise_together,
 )
 from paint_engine.evaluation import compare
-from paint_engine.evaluation.answers import all_requests, evaluate
+from paint_engine.evaluation.answers import all_requests, check_reward, evaluate
 from paint_engine.evaluation.benchmarks import load_benchmark, parse_benchmarks
-from paint_engine.evaluation.flags import own_flags, parse_arguments, prompts_of, section_of
+from paint_engine.evaluation.flags import (
+    own_flags,
+    parse_arguments,
+    prompts_of,
+    reward_of,
+    section_of,
+)
 from paint_engine.evaluation.results import (
     add_versions,
     read_versions,
@@ -68,6 +74,7 @@ from paint_engine.evaluation.target import (
 from paint_engine.model.forward import max_context
 from paint_engine.model.load import load_tokenizer, pick_device
 from paint_engine.monitor.progress import Progress
+from paint_engine.rewards import Reward, RewardFailed, open_reward
 from paint_engine.rollout.choose import vllm_is_installed
 from paint_engine.rollout.engine import EngineDied, RolloutEngine, sampling_params
 
@@ -81,6 +88,7 @@ class Plan:
 
     arguments: argparse.Namespace
     section: EvalSection
+    reward: RewardSection
     subject: Subject
     tokenizer: PreTrainedTokenizerBase
     shape: nn.Module
@@ -137,6 +145,7 @@ def make_plan(arguments: argparse.Namespace, world: World) -> Plan:
     """Everything but the weights is loaded, and checked. Raises ValueError for what the user can
     mend."""
     section, prompts = section_of(arguments), prompts_of(arguments)
+    reward = reward_of(arguments)
     engine = _check_engine(arguments)
     benchmarks = parse_benchmarks(arguments.benchmarks)
     subject = find_subject(
@@ -150,7 +159,7 @@ def make_plan(arguments: argparse.Namespace, world: World) -> Plan:
     say = print if world.is_main else lambda text: None
     for note in _notes(subject, prompts):
         say(f"note: {note}")
-    settings = evaluation_settings(section, arguments.seed, prompts)
+    settings = evaluation_settings(section, arguments.seed, prompts, reward.function)
     identity = subject.identity(engine, compute_dtype_of(subject, world.device))
     load = partial(load_benchmark, on_bad_row=arguments.on_bad_row, say=say)
     sets = {
@@ -164,13 +173,24 @@ def make_plan(arguments: argparse.Namespace, world: World) -> Plan:
     directory = arguments.output or default_directory(
         subject, identity | settings | {"num_problems": section.num_problems}
     )
-    return Plan(arguments, section, subject, tokenizer, shape, engine, directory, sets, headers)
+    return Plan(
+        arguments, section, reward, subject, tokenizer, shape, engine, directory, sets, headers
+    )
 
 
 def answer_benchmark(
-    plan: Plan, name: str, engine: RolloutEngine, world: World, progress: Progress
+    plan: Plan,
+    name: str,
+    engine: RolloutEngine,
+    reward: Reward,
+    world: World,
+    progress: Progress,
 ) -> Evaluation:
-    """What is left of one benchmark, each sample being written as it finishes. A collective."""
+    """What is left of one benchmark, each sample being written as it finishes. A collective.
+
+    Raises RewardFailed where the reward function fails on every answer.
+    """
+    failure: str | None = None
     started, problem_set = time.monotonic(), plan.sets[name]
     with closing(
         SampleFiles(plan.directory, name, plan.headers[name], world, replace=False)
@@ -181,17 +201,22 @@ def answer_benchmark(
             add_versions(plan.directory, world.size)
         left = "" if len(mine) == len(requests) else f" ({len(mine)} left for this process)"
         with progress.evaluation(f"{name}{left}", len(mine)) as advance:
-            evaluate(
-                engine,
-                plan.tokenizer,
-                problem_set.problems,
-                problem_set.prompts,
-                mine,
-                sampling_params(plan.section, plan.shape, plan.tokenizer),
-                seed=plan.arguments.seed,
-                base=plan.subject.adapter is None,
-                on_samples=files.recorder(advance),
-            )
+            try:
+                evaluate(
+                    engine,
+                    plan.tokenizer,
+                    problem_set.problems,
+                    problem_set.prompts,
+                    mine,
+                    sampling_params(plan.section, plan.shape, plan.tokenizer),
+                    reward,
+                    seed=plan.arguments.seed,
+                    base=plan.subject.adapter is None,
+                    on_samples=files.recorder(advance),
+                )
+            except RewardFailed as failed:
+                failure = str(failed)
+        check_reward(reward, files, failure)
         return files.finish(time.monotonic() - started)
 
 
@@ -229,7 +254,8 @@ def look(plan: Plan, world: World, stack: ExitStack) -> dict[str, Evaluation | N
 def answer_all(
     plan: Plan, here: dict[str, Evaluation | None], world: World, progress: Progress
 ) -> list[Evaluation]:
-    """Every benchmark; the weights are loaded only where something is left to do.
+    """Every benchmark; the weights, and a reward function of the user's, are loaded only where
+    something is left to do.
 
     here: of `look`.
     """
@@ -237,6 +263,11 @@ def answer_all(
     if pending:
         arguments, share = plan.arguments, plan.arguments.gpu_memory_utilization
         prompts = [prompt for name in pending for prompt in plan.sets[name].prompts]
+        reward = open_reward(
+            plan.reward.function,
+            plan.reward.timeout_s,
+            lambda text: print(f"rank {world.rank}: {text}", file=sys.stderr),
+        )
         engine = build_engine(
             plan.subject,
             plan.shape,
@@ -247,9 +278,9 @@ def answer_all(
             gpu_memory_utilization=share or _MEMORY_SHARES[world.device.type],
             tensor_parallel_size=arguments.tensor_parallel_size,
         )
-        with closing(engine):
+        with closing(engine), closing(reward):
             for name in pending:
-                here[name] = answer_benchmark(plan, name, engine, world, progress)
+                here[name] = answer_benchmark(plan, name, engine, reward, world, progress)
     return [evaluation for evaluation in here.values() if evaluation is not None]
 
 
@@ -304,6 +335,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run(given, console)
     except EngineDied as death:
         say(f"the engine died ({death}); the same command goes on where it was", style="red")
+        sys.exit(1)
+    except RewardFailed as failure:
+        say(f"error: {own_flags(str(failure))}", style="red")
         sys.exit(1)
     except KeyboardInterrupt:
         say("interrupted; the same command goes on where it was")

@@ -3,7 +3,8 @@ terms."""
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,16 @@ from pydantic import ValidationError
 
 from paint_engine.config import templates
 from paint_engine.config.command_line import parse_value
-from paint_engine.config.sections import INSTRUCTION, EvalSection, PromptsSection
+from paint_engine.config.sections import INSTRUCTION, EvalSection, PromptsSection, RewardSection
 from paint_engine.config.toml import LEAVES
 from paint_engine.evaluation.benchmarks import KNOWN
 
 # Of the configuration's keys that messages of its parts name: the flag that stands for each here.
-_FLAGS = {"name_or_path": "model", "path": "benchmarks", "split": "benchmarks SOURCE:SPLIT"}
-_KEY = re.compile(r"(?:--)?\b(?:rollout|eval|model|data|train)\.((?:columns\.)?[a-z_]+)")
+_FLAGS = {
+    **{"name_or_path": "model", "path": "benchmarks", "split": "benchmarks SOURCE:SPLIT"},
+    **{"function": "reward-function", "timeout_s": "reward-timeout-s"},
+}
+_KEY = re.compile(r"(?:--)?\b(?:rollout|eval|model|data|train|reward)\.((?:columns\.)?[a-z_]+)")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,7 +51,7 @@ def _template(text: str) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """Of the flags as they are; `parse_arguments` also says which one was meant."""
-    paper = EvalSection()
+    paper, reward = EvalSection(), RewardSection()
     parser = _Parser(
         prog="python -m paint_engine.evaluate",
         description="Avg@k, pass@k and maj@k of a model on benchmarks, sampled as in the paper "
@@ -86,6 +90,19 @@ def make_parser() -> argparse.ArgumentParser:
         default=templates.STUDENT,
         help="the prompt, as prompts.student_template of a training run",
     )
+    add(
+        "--reward-function",
+        default=reward.function,
+        metavar="NAME",
+        help="what judges an answer: math, first_box or module:function, as reward.function of a "
+        "training run",
+    )
+    add(
+        "--reward-timeout-s",
+        type=float,
+        default=reward.timeout_s,
+        help="longest judgement of one answer",
+    )
     add("--seed", type=int, default=0, help="of sampling")
     add("--engine", choices=("auto", "vllm", "builtin"), default="auto", help="auto: vLLM if there")
     add("--max-sequences", type=int, default=paper.max_sequences, help="decoded at once")
@@ -120,19 +137,34 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
 
 
-def section_of(arguments: argparse.Namespace) -> EvalSection:
-    """The flags as the section of a training run's configuration, with its checks."""
-    names = EvalSection.model_fields.keys() & vars(arguments).keys()
-    columns = {"problem": arguments.problem_column, "answer": arguments.answer_column}
+@contextmanager
+def _named_as_flags(prefix: str = "") -> Iterator[None]:
+    """Turns pydantic's errors into a ValueError that names the flags: --PREFIX-KEY."""
     try:
-        return EvalSection(columns=columns, **{name: getattr(arguments, name) for name in names})  # pyright: ignore[reportArgumentType]
+        yield
     except ValidationError as error:
         lines = [
-            f"--{str(item['loc'][0]).replace('_', '-')}: got {item['input']!r}; "
+            f"--{prefix}{str(item['loc'][0]).replace('_', '-')}: got {item['input']!r}; "
             f"{item['msg'].removeprefix('Value error, ').removeprefix('Input ')}"
             for item in error.errors()
         ]
         raise ValueError("\n".join(lines)) from error
+
+
+def section_of(arguments: argparse.Namespace) -> EvalSection:
+    """The flags as the section of a training run's configuration, with its checks."""
+    names = EvalSection.model_fields.keys() & vars(arguments).keys()
+    columns = {"problem": arguments.problem_column, "answer": arguments.answer_column}
+    with _named_as_flags():
+        return EvalSection(columns=columns, **{name: getattr(arguments, name) for name in names})  # pyright: ignore[reportArgumentType]
+
+
+def reward_of(arguments: argparse.Namespace) -> RewardSection:
+    """What judges the answers, as the section of a training run's configuration."""
+    with _named_as_flags("reward-"):
+        return RewardSection(
+            function=arguments.reward_function, timeout_s=arguments.reward_timeout_s
+        )
 
 
 def prompts_of(arguments: argparse.Namespace) -> PromptsSection:

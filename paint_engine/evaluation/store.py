@@ -21,12 +21,15 @@ from typing import Any
 
 from paint_engine.config import templates
 from paint_engine.config.sections import EvalSection, PromptsSection
-from paint_engine.distributed import World, gather_objects, my_share, raise_together
+from paint_engine.distributed import World, barrier, gather_objects, my_share, raise_together
 from paint_engine.files import flush, read_jsonl
+from paint_engine.rewards import DEFAULT_REWARD
 from paint_engine.types import Problem
 
 _HEADER = "header"
 _LOCK_FILE = ".lock"
+_NO_REWARD = ("reward", None)
+_REWARD_FUNCTION = "reward_function"
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class EvalSample:
 
     EvalSample("tiny-test:3", 0, "The length is ...", 104, "312", True, False, None)
 
-    error: why the checker failed, apart from wrong answers; None where it did not.
+    extracted: the final answer, None where there is none or the reward function finds none. error:
+    why the answer could not be judged; None where it could. reward: None where it is 1 for a
+    correct answer and 0 for a wrong one.
     """
 
     problem_id: str
@@ -46,6 +51,11 @@ class EvalSample:
     correct: bool
     truncated: bool
     error: str | None
+    reward: float | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As a line of the samples' files holds it, without a reward that is None."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != _NO_REWARD}
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,8 @@ class Header:
     Header("aime24", settings={"temperature": 1.0, ...}, subject={"model": "Qwen/Qwen3-8B", ...},
            problems={"aime_2024.jsonl:1": "9f3c05a1b2d47e60", ...})
 
-    settings: how answers are drawn. Two evaluations are paired only where these are equal.
+    settings: how answers are drawn and judged. Two evaluations are paired only where these are
+        equal.
     subject: which weights are evaluated, and what samples from them.
     problems: of each problem's id, in order, the fingerprint of its question and answer.
     step: the number of training steps behind the weights, in an evaluation during training.
@@ -81,8 +92,13 @@ class Evaluation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How the answers were drawn."""
+        """How the answers were drawn and judged."""
         return self.header.settings
+
+    @property
+    def reward_function(self) -> str:
+        """What judged the answers."""
+        return self.settings.get(_REWARD_FUNCTION, DEFAULT_REWARD)
 
 
 def fingerprints(problems: Sequence[Problem]) -> dict[str, str]:
@@ -107,9 +123,14 @@ def benchmark_name(path: str) -> str:
     return Path(path.partition(":")[0]).stem
 
 
-def evaluation_settings(section: EvalSection, seed: int, prompts: PromptsSection) -> dict[str, Any]:
-    """How the answers of an evaluation are drawn: what its outcome depends on, beside the weights
-    and the problems."""
+def evaluation_settings(
+    section: EvalSection,
+    seed: int,
+    prompts: PromptsSection,
+    reward_function: str = DEFAULT_REWARD,
+) -> dict[str, Any]:
+    """How the answers of an evaluation are drawn and judged: what its outcome depends on, beside
+    the weights and the problems."""
     names = {"num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "thinking"}
     settings = section.model_dump(mode="json", include=names)
     settings["seed"] = seed
@@ -117,8 +138,12 @@ def evaluation_settings(section: EvalSection, seed: int, prompts: PromptsSection
     # A training run's may be for the teacher alone.
     if "{instruction}" in template:
         settings["instruction"] = prompts.instruction
-    # Left out where it is the default: evaluations from before there was another one lack it.
-    return settings | ({} if template == templates.STUDENT else {"student_template": template})
+    # Defaults are left out: evaluations from before there was another value lack these keys.
+    if template != templates.STUDENT:
+        settings["student_template"] = template
+    if reward_function != DEFAULT_REWARD:
+        settings[_REWARD_FUNCTION] = reward_function
+    return settings
 
 
 def _line(record: dict[str, Any]) -> bytes:
@@ -199,7 +224,7 @@ class SampleFiles:
 
         Raises OSError where they find no room; none of them is in the file then.
         """
-        _write_whole(self._file, b"".join(_line(asdict(sample)) for sample in group))
+        _write_whole(self._file, b"".join(_line(sample.record()) for sample in group))
         self._finished |= {(s.problem_id, s.sample_index): s for s in group}
 
     def recorder(self, advance: Callable[[int, float], None]) -> Callable[[list[EvalSample]], None]:
@@ -218,6 +243,14 @@ class SampleFiles:
         """What is there can be gone on with."""
         self._file.close()
 
+    def discard(self) -> None:
+        """Deletes the samples of all ranks. A collective."""
+        self.close()
+        barrier()
+        if self._world.is_main:
+            for path in _rank_files(self._directory, self._name):
+                path.unlink()
+
     def finish(self, seconds: float) -> Evaluation:
         """The whole evaluation, written, once every rank has appended its share. A collective."""
         self.close()
@@ -233,7 +266,7 @@ class SampleFiles:
         head = self._directory / f"{self._name}.json"
         head.unlink(missing_ok=True)
         samples = self._directory / f"{self._name}.jsonl"
-        samples.write_bytes(b"".join(_line(asdict(sample)) for sample in evaluation.samples))
+        samples.write_bytes(b"".join(_line(sample.record()) for sample in evaluation.samples))
         unfinished = self._directory / f"{self._name}.unfinished"
         fields = asdict(evaluation.header) | {"seconds": evaluation.seconds}
         unfinished.write_text(json.dumps(fields, indent=2) + "\n")

@@ -32,6 +32,7 @@ from paint_engine.model.sharding import checkpoint_activations, shard_model
 from paint_engine.model.teacher import EmaTeacher, FixedTeacher, Teacher, make_teacher
 from paint_engine.monitor.metrics import check_loggers
 from paint_engine.monitor.timings import Timings
+from paint_engine.rewards import Reward, open_reward
 from paint_engine.rollout.choose import check_engine_has_teacher, make_engines
 from paint_engine.rollout.engine import Completion, RolloutEngine, SamplingParams, sampling_params
 from paint_engine.rollout.sampler import Requests, Sampled, Sampler
@@ -157,6 +158,14 @@ def _check_before_loading(config: Config, say: Callable[[str], object]) -> None:
         )
 
 
+def _open_reward(config: Config, warn: Callable[[str], object]) -> Reward:
+    return open_reward(config.reward.function, config.reward.timeout_s, warn)
+
+
+def _warner(world: World) -> Callable[[str], None]:
+    return lambda text: print(f"rank {world.rank}: {text}", file=sys.stderr)
+
+
 def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     """What `--dry-run` shows. Everything is checked but the weights, of which none is loaded.
 
@@ -164,6 +173,7 @@ def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     """
     config, device = command.config, pick_device(command.config.train.device)
     _check_before_loading(config, show)
+    _open_reward(config, show).close()
     tokenizer, model = load_tokenizer(config.model), meta_model(config)
     _check_stop_token(config, tokenizer)
     _check_vocabulary(config, tokenizer, model)
@@ -219,7 +229,7 @@ def _build_sampler(
         params,
         ahead=config.rollout.ahead == 1,
         timings=Timings(),
-        warn=lambda text: print(f"rank {world.rank}: {text}", file=sys.stderr),
+        warn=_warner(world),
         pending=pending,
     )
 
@@ -235,6 +245,7 @@ def build_run(command: CommandLine, world: World) -> Run:
     # Nothing here draws from the global generators; a library that does is then repeatable.
     set_seed(config.train.seed)
     _check_before_loading(config, say)
+    reward = _open_reward(config, _warner(world))
     tokenizer = load_tokenizer(config.model)
     # Sharding takes each layer's share to the device: none ever holds the whole model.
     on_cpu, trains_base = _is_sharded(config, world), not config.lora.enabled
@@ -272,6 +283,7 @@ def build_run(command: CommandLine, world: World) -> Run:
         attention=attention,
         sampler=_build_sampler(config, engine, params, train_set, world, pending),
         eval_engine=eval_engine,
+        reward=reward,
         step=int(state["step"]),
         seconds_train=state["seconds_train"],
     )

@@ -10,7 +10,7 @@ from paint_engine.checkpoint.save import save_checkpoint
 from paint_engine.checkpoint.weights import ADAPTER_FILE, MODEL_FILE
 from paint_engine.distributed import any_rank, gather_objects, merge_shares
 from paint_engine.evaluation.accuracy import best_step
-from paint_engine.evaluation.answers import all_requests, evaluate
+from paint_engine.evaluation.answers import all_requests, check_reward, evaluate
 from paint_engine.evaluation.store import (
     EvalSample,
     Header,
@@ -21,6 +21,7 @@ from paint_engine.evaluation.store import (
     fingerprints,
 )
 from paint_engine.monitor.progress import Progress
+from paint_engine.rewards import RewardFailed
 from paint_engine.training.interrupt import Stopped, StopRequest
 from paint_engine.training.run import Run
 from paint_engine.training.summary import present_evaluations
@@ -50,9 +51,18 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
     directory = evaluation_directory(run.run_dir)
     with closing(SampleFiles(directory, f"step-{step}", header, run.world, replace=True)) as files:
         mine = files.share(all_requests(run.eval_set.problems, run.config.eval.num_samples))
-        finished = run.sampler.guarded(
-            lambda: answer_all(run, step, base, files, files.missing(mine), progress, stop)
-        )
+        failure: str | None = None
+
+        def answer() -> bool:
+            nonlocal failure
+            try:
+                return answer_all(run, step, base, files, files.missing(mine), progress, stop)
+            except RewardFailed as failed:
+                failure = str(failed)
+                return True
+
+        finished = run.sampler.guarded(answer)
+        check_reward(run.reward, files, failure)
         if any_rank(not finished):
             stop.check_together()
         assert finished
@@ -72,7 +82,9 @@ def evaluation_header(run: Run, step: int, checkpoint: Path | None) -> Header:
         weights = manifest[ADAPTER_FILE if ADAPTER_FILE in manifest else MODEL_FILE][1]
     return Header(
         benchmark_name(section.path),
-        evaluation_settings(section, run.config.train.seed, run.config.prompts),
+        evaluation_settings(
+            section, run.config.train.seed, run.config.prompts, run.config.reward.function
+        ),
         {"weights": weights},
         fingerprints(run.eval_set.problems),
         step,
@@ -112,6 +124,7 @@ def answer_all(
                 run.eval_set.prompts,
                 requests,
                 run.eval_params,
+                run.reward,
                 seed=run.config.train.seed,
                 base=base,
                 on_samples=on_samples,

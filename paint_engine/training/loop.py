@@ -20,6 +20,7 @@ from paint_engine.model.sharding import sync_gradients
 from paint_engine.monitor.metrics import Diverged, MetricsWriter, check_finite
 from paint_engine.monitor.progress import Progress
 from paint_engine.report.page import write_report
+from paint_engine.rewards import RewardFailed
 from paint_engine.rollout.engine import EngineDied
 from paint_engine.seeds import request_seed
 from paint_engine.training.evaluations import SaveFailed, evaluate_at, save
@@ -175,7 +176,7 @@ def run_training(run: Run, console: Console, stop: StopRequest) -> None:
             if run.world.is_main:
                 summary = summarise(run)
                 print_summary(console, summary, write_report(run.run_dir))
-    except (Diverged, SaveFailed) as failure:
+    except (Diverged, SaveFailed, RewardFailed) as failure:
         say(f"error: {failure}", style="red")
         sys.exit(1)
     except KeyboardInterrupt:
@@ -191,3 +192,4 @@ def run_training(run: Run, console: Console, stop: StopRequest) -> None:
         sys.exit(130)
     finally:
         run.sampler.close()
+        run.reward.close()

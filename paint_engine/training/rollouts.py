@@ -12,8 +12,6 @@ from paint_engine.prompts.chat import encode_teacher_prompt
 from paint_engine.prompts.masking import mask_ratio, mask_solution
 from paint_engine.prompts.rationale import encode_reason_prompt, read_rationale
 from paint_engine.recipes.losses import group_advantages
-from paint_engine.rewards.boxes import first_box_equals
-from paint_engine.rewards.checker import check_answer
 from paint_engine.rollout.engine import sampling_params
 from paint_engine.rollout.sampler import to_rollout
 from paint_engine.seeds import request_rng, request_seed
@@ -45,6 +43,7 @@ def sample_step(run: Run, step: int) -> tuple[list[PrivilegedRollout], int]:
         if config.teacher.reason_first:
             mine = reason(run, mine, [("reason", seed, step, r.index) for r in requests])
     gathered = merge_shares(gather_objects(mine))
+    run.reward.check_some_judged([item.check_error for item in gathered], f"step {step + 1}")
     if config.objective.name == "grpo":
         gathered = with_advantages(config, gathered)
     return gathered, step - sampled.weights_version
@@ -65,11 +64,7 @@ def reference_rollout(run: Run, request: Request) -> PrivilegedRollout:
 def judge(run: Run, rollout: Rollout) -> PrivilegedRollout:
     """The rollout with its verdict, its reward and its overlap with the reference; a teacher would
     see what the student saw."""
-    answer = rollout.problem.answer
-    verdict = check_answer(answer, rollout.text)
-    rewarded = verdict.correct
-    if run.config.grpo.reward == "first_box":
-        rewarded = first_box_equals(rollout.text, answer)
+    verdict = run.reward.judge(rollout.problem, rollout.text)
     return PrivilegedRollout(
         rollout,
         verdict.correct,
@@ -78,7 +73,7 @@ def judge(run: Run, rollout: Rollout) -> PrivilegedRollout:
         0.0,
         "",
         rollout.prompt_ids,
-        reward=float(rewarded),
+        reward=verdict.reward,
     )
 
 

@@ -13,6 +13,7 @@ from paint_engine.distributed import World
 from paint_engine.model.forward import max_context
 from paint_engine.model.teacher import EmaTeacher, FixedTeacher, Teacher
 from paint_engine.monitor.timings import Timings
+from paint_engine.rewards import Reward
 from paint_engine.rollout.engine import RolloutEngine, SamplingParams, sampling_params
 from paint_engine.rollout.sampler import Sampler
 
@@ -40,6 +41,7 @@ class Run:
     attention: str
     sampler: Sampler
     eval_engine: RolloutEngine
+    reward: Reward
     step: int = 0
     seconds_train: float = 0.0
     saved: tuple[int, Path] | None = None

@@ -295,7 +295,6 @@ IDLE = [
     ("grpo", "grpo.scale_by_std", "false"),
     ("grpo", "grpo.skip_zero_variance", "true"),
     ("grpo", "grpo.num_updates", "2"),
-    ("grpo", "grpo.reward", "first_box"),
 ]
 
 
