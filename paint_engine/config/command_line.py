@@ -42,6 +42,7 @@ _MAY_DIFFER_ON_RESUME = (
     "rollout.gpu_memory_utilization",
     "rollout.tensor_parallel_size",
     "rollout.adapter_dir",
+    "reward.timeout_s",
     "run.samples_per_step",
     "run.tensorboard",
     "run.auto_resume",

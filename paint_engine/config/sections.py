@@ -285,10 +285,17 @@ class GrpoSection(Section):
     num_updates: PositiveInt = Field(
         default=1, description="optimizer steps on each batch of rollouts"
     )
-    reward: Literal["verified", "first_box"] = Field(
-        default="verified",
-        description="verified = the answer check; first_box = the first box equals the answer as "
-        "lower-case text, as in OPSD's code",
+
+
+class RewardSection(Section):
+    function: Text = Field(
+        default="math",
+        description="what judges a completion: math = the answer check; first_box = the first box "
+        "equals the answer as lower-case text, as in OPSD's code; or module:function of your own, "
+        "called with (problem, completion text), which returns a number, a bool or a Verdict",
+    )
+    timeout_s: PositiveFloat = Field(
+        default=5.0, description="longest judgement of one completion, in seconds"
     )
 
 

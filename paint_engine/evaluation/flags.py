@@ -3,7 +3,8 @@ of other modules' messages into these flags."""
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -14,25 +15,29 @@ from pydantic import ValidationError
 
 from paint_engine.config import templates
 from paint_engine.config.command_line import parse_value
-from paint_engine.config.sections import INSTRUCTION, EvalSection, PromptsSection
+from paint_engine.config.sections import INSTRUCTION, EvalSection, PromptsSection, RewardSection
 from paint_engine.config.toml import LEAVES
 from paint_engine.evaluation.benchmarks import KNOWN, Benchmark, parse_benchmarks
 
 # The flag for each configuration key in other modules' messages, where the names differ.
-_FLAGS = {"name_or_path": "model", "path": "benchmarks", "split": "benchmarks SOURCE:SPLIT"}
-_KEY = re.compile(r"(?:--)?\b(?:rollout|eval|model|data|train)\.((?:columns\.)?[a-z_]+)")
+_FLAGS = {
+    **{"name_or_path": "model", "path": "benchmarks", "split": "benchmarks SOURCE:SPLIT"},
+    **{"function": "reward-function", "timeout_s": "reward-timeout-s"},
+}
+_KEY = re.compile(r"(?:--)?\b(?:rollout|eval|model|data|train|reward)\.((?:columns\.)?[a-z_]+)")
 
 
 @dataclass(frozen=True)
 class EvaluationCommand:
     """What the user asked for, every flag checked as far as that needs no model and no data.
 
-    arguments: all flags by name; section, prompts and benchmarks are made of some of them.
+    arguments: all flags by name; the other fields are built from some of them.
     """
 
     arguments: argparse.Namespace
     section: EvalSection
     prompts: PromptsSection
+    reward: RewardSection
     benchmarks: tuple[Benchmark, ...]
 
 
@@ -60,7 +65,7 @@ def _template(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    paper = EvalSection()
+    paper, reward = EvalSection(), RewardSection()
     parser = _Parser(
         prog="python -m paint_engine.evaluate",
         description="Avg@k, pass@k and maj@k of a model on benchmarks, by default sampled as in "
@@ -98,6 +103,19 @@ def _parser() -> argparse.ArgumentParser:
         type=_template,
         default=templates.STUDENT,
         help="prompt template, as prompts.student_template in training",
+    )
+    add(
+        "--reward-function",
+        default=reward.function,
+        metavar="NAME",
+        help="judges an answer: math, first_box or module:function, as reward.function of a "
+        "training run",
+    )
+    add(
+        "--reward-timeout-s",
+        type=float,
+        default=reward.timeout_s,
+        help="time limit for judging one answer, in seconds",
     )
     add("--seed", type=int, default=0, help="sampling seed")
     add(
@@ -154,7 +172,8 @@ def parse_command(argv: Sequence[str]) -> EvaluationCommand:
             "share between 0 and 1, and at least 1 GPU"
         )
     section, prompts = section_of(arguments), prompts_of(arguments)
-    return EvaluationCommand(arguments, section, prompts, tuple(benchmarks))
+    reward = reward_of(arguments)
+    return EvaluationCommand(arguments, section, prompts, reward, tuple(benchmarks))
 
 
 def parse_comparison(argv: Sequence[str]) -> argparse.Namespace:
@@ -195,19 +214,34 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
 
 
-def section_of(arguments: argparse.Namespace) -> EvalSection:
-    """The flags as an `EvalSection`, checked as in a training configuration."""
-    names = EvalSection.model_fields.keys() & vars(arguments).keys()
-    columns = {"problem": arguments.problem_column, "answer": arguments.answer_column}
+@contextmanager
+def _named_as_flags(prefix: str = "") -> Iterator[None]:
+    """Turns pydantic's errors into a ValueError that names the flags: --PREFIX-KEY."""
     try:
-        return EvalSection(columns=columns, **{name: getattr(arguments, name) for name in names})  # pyright: ignore[reportArgumentType]
+        yield
     except ValidationError as error:
         lines = [
-            f"--{str(item['loc'][0]).replace('_', '-')}: got {item['input']!r}; "
+            f"--{prefix}{str(item['loc'][0]).replace('_', '-')}: got {item['input']!r}; "
             f"{item['msg'].removeprefix('Value error, ').removeprefix('Input ')}"
             for item in error.errors()
         ]
         raise ValueError("\n".join(lines)) from error
+
+
+def section_of(arguments: argparse.Namespace) -> EvalSection:
+    """The flags as the section of a training run's configuration, with its checks."""
+    names = EvalSection.model_fields.keys() & vars(arguments).keys()
+    columns = {"problem": arguments.problem_column, "answer": arguments.answer_column}
+    with _named_as_flags():
+        return EvalSection(columns=columns, **{name: getattr(arguments, name) for name in names})  # pyright: ignore[reportArgumentType]
+
+
+def reward_of(arguments: argparse.Namespace) -> RewardSection:
+    """What judges the answers, as the section of a training run's configuration."""
+    with _named_as_flags("reward-"):
+        return RewardSection(
+            function=arguments.reward_function, timeout_s=arguments.reward_timeout_s
+        )
 
 
 def prompts_of(arguments: argparse.Namespace) -> PromptsSection:

@@ -69,7 +69,7 @@ def make_plan(command: EvaluationCommand, world: World) -> Plan:
     say = print if world.is_main else lambda text: None
     for note in mismatches(target, prompts):
         say(f"note: {note}")
-    settings = evaluation_settings(section, arguments.seed, prompts)
+    settings = evaluation_settings(section, arguments.seed, prompts, command.reward.function)
     identity = target.identity(engine, compute_dtype_of(target, world.device))
     load = partial(load_benchmark, on_bad_row=arguments.on_bad_row, say=say)
     sets = {

@@ -19,32 +19,46 @@ from paint_engine.evaluation.accuracy import (
 )
 from paint_engine.evaluation.store import EvalSample, Evaluation
 from paint_engine.files import VERSIONS_FILE, present_versions, write_json
+from paint_engine.rewards import DEFAULT_REWARD, has_answers
 from paint_engine.rewards.checker import equal_answers
 
 LENGTH = "mean_length"
+REWARD = "mean_reward"
 _LABELS = {
     "format_rate": "answer in a box",
     "truncation_rate": "cut at the limit",
     LENGTH: "tokens, mean",
+    REWARD: "reward, mean",
 }
 
 
-def measures(samples: Sequence[EvalSample]) -> dict[str, np.ndarray]:
-    """(P,) values of each metric, one per problem: fractions, except `mean_length` in tokens.
+def measures(
+    samples: Sequence[EvalSample], reward_function: str = DEFAULT_REWARD
+) -> dict[str, np.ndarray]:
+    """(P,) values of each metric, one per problem: fractions, except `mean_length` in tokens and
+    `mean_reward`.
 
     With n samples per problem: avg@n, pass@1, pass@2, pass@4, ... pass@n, maj@n, format_rate (share
     of samples with a boxed answer), truncation_rate (share cut at the length limit), mean_length.
+    maj@n and format_rate need a reward function that finds answers. mean_reward is included unless
+    the reward is the answer check, whose mean reward is avg@n.
     """
     rows, correct = list(by_problem(samples).values()), correct_matrix(samples)
     num_samples = correct.shape[1]
-    boxed = [[sample.extracted is not None for sample in row] for row in rows]
     truncated = [[sample.truncated for sample in row] for row in rows]
     lengths = [[sample.num_tokens for sample in row] for row in rows]
-    return {
+    found = {
         f"avg@{num_samples}": correct.mean(axis=1),
         **{f"pass@{k}": pass_at_k_by_problem(correct, k) for k in pass_ks(num_samples)},
-        f"maj@{num_samples}": np.array([majority(row, equal_answers) for row in rows]),
-        "format_rate": np.mean(boxed, axis=1),
+    }
+    if has_answers(reward_function):
+        votes = [majority(row, equal_answers) for row in rows]
+        boxed = [[sample.extracted is not None for sample in row] for row in rows]
+        found |= {f"maj@{num_samples}": np.array(votes), "format_rate": np.mean(boxed, axis=1)}
+    if reward_function != DEFAULT_REWARD:
+        rewards = [[s.correct if s.reward is None else s.reward for s in row] for row in rows]
+        found[REWARD] = np.mean(rewards, axis=1)
+    return found | {
         "truncation_rate": np.mean(truncated, axis=1),
         LENGTH: np.mean(lengths, axis=1),
     }
@@ -55,7 +69,7 @@ def summarise_benchmarks(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
 
     evaluations: at least one, all with the same settings.
     """
-    found = {e.header.benchmark: measures(e.samples) for e in evaluations}
+    found = {e.header.benchmark: measures(e.samples, e.reward_function) for e in evaluations}
     benchmarks = {}
     for evaluation in evaluations:
         name, samples = evaluation.header.benchmark, evaluation.samples
@@ -113,4 +127,6 @@ def _cell(key: str, entry: Mapping[str, Any]) -> str:
     low, high = entry["ci95"]
     if key == LENGTH:
         return f"{entry['value']:,.0f} [{low:,.0f}, {high:,.0f}]"
+    if key == REWARD:
+        return f"{entry['value']:.3f} [{low:.3f}, {high:.3f}]"
     return f"{100 * entry['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from paint_engine.config import templates
 from paint_engine.config.sections import EvalSection, PromptsSection
-from paint_engine.distributed import World, gather_objects, my_share, raise_together
+from paint_engine.distributed import World, barrier, gather_objects, my_share, raise_together
 from paint_engine.files import (
     EVALUATIONS_DIRECTORY,
     LOCK_FILE,
@@ -31,9 +31,12 @@ from paint_engine.files import (
     write_atomic,
     write_json,
 )
+from paint_engine.rewards import DEFAULT_REWARD
 from paint_engine.types import Problem
 
 _HEADER = "header"
+_NO_REWARD = ("reward", None)
+_REWARD_FUNCTION = "reward_function"
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,9 @@ class EvalSample:
 
     EvalSample("tiny-test:3", 0, "The length is ...", 104, "312", True, False, None)
 
-    error: why the checker failed; None if it did not. A wrong answer is no failure.
+    extracted: the final answer; None if there is none or the reward function finds none. error: why
+    the answer could not be judged; None if it was. reward: None if it is 1 for a correct answer and
+    0 for a wrong one.
     """
 
     problem_id: str
@@ -53,6 +58,11 @@ class EvalSample:
     correct: bool
     truncated: bool
     error: str | None
+    reward: float | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As a line of the samples' files holds it, without a reward that is None."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != _NO_REWARD}
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,8 @@ class Header:
     Header("aime24", settings={"temperature": 1.0, ...}, subject={"model": "Qwen/Qwen3-8B", ...},
            problems={"aime_2024.jsonl:1": "9f3c05a1b2d47e60", ...})
 
-    settings: how answers are sampled. `compare` pairs evaluations only if these are equal.
+    settings: how answers are sampled and judged. `compare` pairs evaluations only if these are
+        equal.
     subject: the identity of the weights and of what samples from them.
     problems: the fingerprint of question and answer by problem id, in order.
     step: in an evaluation during training, the number of steps that the weights were trained for.
@@ -88,8 +99,13 @@ class Evaluation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How the answers were sampled."""
+        """How the answers were sampled and judged."""
         return self.header.settings
+
+    @property
+    def reward_function(self) -> str:
+        """What judged the answers."""
+        return self.settings.get(_REWARD_FUNCTION, DEFAULT_REWARD)
 
 
 def fingerprints(problems: Sequence[Problem]) -> dict[str, str]:
@@ -109,9 +125,14 @@ def fingerprints(problems: Sequence[Problem]) -> dict[str, str]:
     return found
 
 
-def evaluation_settings(section: EvalSection, seed: int, prompts: PromptsSection) -> dict[str, Any]:
-    """How the answers of an evaluation are sampled: what they depend on beside the weights and the
-    problems."""
+def evaluation_settings(
+    section: EvalSection,
+    seed: int,
+    prompts: PromptsSection,
+    reward_function: str = DEFAULT_REWARD,
+) -> dict[str, Any]:
+    """How the answers of an evaluation are sampled and judged: what they depend on beside the
+    weights and the problems."""
     names = {"num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "thinking"}
     settings = section.model_dump(mode="json", include=names)
     settings["seed"] = seed
@@ -119,8 +140,12 @@ def evaluation_settings(section: EvalSection, seed: int, prompts: PromptsSection
     # In training the instruction may be for the teacher alone.
     if "{instruction}" in template:
         settings["instruction"] = prompts.instruction
-    # Left out if it is the default, as in evaluations older than this setting.
-    return settings | ({} if template == templates.STUDENT else {"student_template": template})
+    # Defaults are left out: evaluations from before there was another value lack these keys.
+    if template != templates.STUDENT:
+        settings["student_template"] = template
+    if reward_function != DEFAULT_REWARD:
+        settings[_REWARD_FUNCTION] = reward_function
+    return settings
 
 
 class SampleFiles:
@@ -181,7 +206,7 @@ class SampleFiles:
 
         Raises OSError where the disk is full; none of them is in the file then.
         """
-        append_lines(self._file, b"".join(json_line(asdict(sample)) for sample in group))
+        append_lines(self._file, b"".join(json_line(sample.record()) for sample in group))
         self._finished |= {(s.problem_id, s.sample_index): s for s in group}
 
     def recorder(self, advance: Callable[[int, float], None]) -> Callable[[list[EvalSample]], None]:
@@ -200,6 +225,14 @@ class SampleFiles:
         """Closes this rank's file. The evaluation can be resumed."""
         self._file.close()
 
+    def discard(self) -> None:
+        """Deletes the samples of all ranks. A collective."""
+        self.close()
+        barrier()
+        if self._world.is_main:
+            for path in _rank_files(self._directory, self._name):
+                path.unlink()
+
     def finish(self, seconds: float) -> Evaluation:
         """Writes and returns the whole evaluation, after every rank has appended its share. A
         collective."""
@@ -216,7 +249,7 @@ class SampleFiles:
         head = self._directory / f"{self._name}.json"
         head.unlink(missing_ok=True)
         samples = self._directory / f"{self._name}.jsonl"
-        write_atomic(samples, b"".join(json_line(asdict(s)) for s in evaluation.samples))
+        write_atomic(samples, b"".join(json_line(s.record()) for s in evaluation.samples))
         write_json(head, asdict(evaluation.header) | {"seconds": evaluation.seconds})
         for path in _rank_files(self._directory, self._name):
             path.unlink()

@@ -33,6 +33,7 @@ from paint_engine.model.teacher import EmaTeacher, FixedTeacher, Teacher, make_t
 from paint_engine.monitor.metrics import check_loggers
 from paint_engine.monitor.timings import Timings
 from paint_engine.recipes import recipe_of
+from paint_engine.rewards import Reward, open_reward
 from paint_engine.rollout.choose import check_engine_has_teacher, make_engines
 from paint_engine.rollout.engine import Completion, RolloutEngine, SamplingParams, sampling_params
 from paint_engine.rollout.sampler import Sampled, Sampler
@@ -123,6 +124,14 @@ def _check_before_loading(config: Config, say: Callable[[str], object]) -> None:
         )
 
 
+def _open_reward(config: Config, warn: Callable[[str], object]) -> Reward:
+    return open_reward(config.reward.function, config.reward.timeout_s, warn)
+
+
+def _warner(world: World) -> Callable[[str], None]:
+    return lambda text: print(f"rank {world.rank}: {text}", file=sys.stderr)
+
+
 def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     """Shows what `--dry-run` reports. Checks everything except the weights, and loads none.
 
@@ -130,6 +139,7 @@ def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     """
     config, device = command.config, pick_device(command.config.train.device)
     _check_before_loading(config, show)
+    _open_reward(config, show).close()
     tokenizer, model = load_tokenizer(config.model), meta_model(config)
     _check_vocabulary(config, tokenizer, model)
     train_set = load_train_set(config, tokenizer, max_context(model), show)
@@ -183,7 +193,7 @@ def _build_sampler(
         params,
         ahead=config.rollout.ahead == 1,
         timings=Timings(),
-        warn=lambda text: print(f"rank {world.rank}: {text}", file=sys.stderr),
+        warn=_warner(world),
         pending=_sampled_ahead(state, requests, world),
     )
 
@@ -198,6 +208,7 @@ def build_run(command: CommandLine, world: World) -> Run:
     # The engine does not use the global generators. This makes libraries that do repeatable.
     set_seed(global_seed(config.train.seed))
     _check_before_loading(config, say)
+    reward = _open_reward(config, _warner(world))
     tokenizer = load_tokenizer(config.model)
     # Sharding moves each layer's shard to the device, which never holds the whole model.
     on_cpu, trains_base = _is_sharded(config, world), not config.lora.enabled
@@ -234,6 +245,7 @@ def build_run(command: CommandLine, world: World) -> Run:
         attention=attention,
         sampler=_build_sampler(config, engine, params, train_set, world, state),
         eval_engine=eval_engine,
+        reward=reward,
         step=int(state["step"]),
         seconds_train=state["seconds_train"],
     )

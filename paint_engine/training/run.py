@@ -15,6 +15,7 @@ from paint_engine.model.forward import max_context
 from paint_engine.model.teacher import EmaTeacher, FixedTeacher, Teacher
 from paint_engine.monitor.timings import Timings
 from paint_engine.recipes import Recipe
+from paint_engine.rewards import Reward
 from paint_engine.rollout.engine import RolloutEngine, SamplingParams, sampling_params
 from paint_engine.rollout.sampler import Sampler
 
@@ -44,6 +45,7 @@ class Run:
     attention: str
     sampler: Sampler
     eval_engine: RolloutEngine
+    reward: Reward
     step: int = 0
     seconds_train: float = 0.0
     saved: tuple[int, Path] | None = None

@@ -34,7 +34,7 @@ def present_evaluations(
     section, seed = run.config.eval, run.config.train.seed
     if complete is None:
         complete = read_evaluations(run.run_dir)
-    settings = evaluation_settings(section, seed, run.config.prompts)
+    settings = evaluation_settings(section, seed, run.config.prompts, run.config.reward.function)
     problems = None if run.eval_set is None else fingerprints(run.eval_set.problems)
     return {
         step: found

@@ -32,6 +32,7 @@ from paint_engine.evaluation.store import (
     read_unfinished,
 )
 from paint_engine.files import append_lines, read_jsonl
+from paint_engine.rewards.math import MathReward
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import Completion, sampling_params
 from paint_engine.types import Problem
@@ -61,6 +62,7 @@ def _evaluate(
         [prompts[i] for i in indices],
         all_requests(problems, SECTION.num_samples) if requests is None else requests,
         sampling_params(SECTION, model, tokenizer),
+        MathReward(5.0),
         seed=seed,
         base=False,
         on_samples=seen.extend,
@@ -126,6 +128,7 @@ def test_answers_are_checked_against_their_own_problem(
         [(1,) * 3, (1,) * 4, (1,) * 5],
         all_requests(problems, SECTION.num_samples),
         sampling_params(SECTION, base, tokenizer),
+        MathReward(5.0),
         seed=0,
         base=False,
         on_samples=lambda group: None,

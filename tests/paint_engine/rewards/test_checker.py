@@ -216,8 +216,8 @@ def test_a_timeout_is_an_error_and_the_next_check_works() -> None:
 
 def worker_pid(checker: AnswerChecker) -> int:
     assert checker.check(r"\frac12", boxed("0.5")).correct is True
-    assert checker._worker is not None
-    return checker._worker._process.pid
+    assert checker._worker._child is not None
+    return checker._worker._child._process.pid
 
 
 def test_a_child_that_died_between_checks_is_replaced() -> None:
@@ -274,7 +274,7 @@ import sys
 from paint_engine.rewards.checker import _shared_checker, check_answer
 assert check_answer(r"\frac{1}{2}", r"\boxed{0.5}").correct
 assert not {"math_verify", "sympy", "torch"} & set(sys.modules)
-print(_shared_checker()._worker._process.pid)
+print(_shared_checker(5.0)._worker._child._process.pid)
 """
 
 
