@@ -91,7 +91,7 @@ def _read(text: str) -> list[Token]:
 
 
 def _is_value(tokens: Sequence[Token], position: int) -> bool:
-    """Returns whether the token is a number of its own: no index, exponent, subscript or part of a
+    """Returns whether the token is a number and no list index, exponent, subscript or part of a
     name."""
     token = tokens[position]
     if not token.is_number or token.is_index:
