@@ -97,8 +97,8 @@ def test_it_accepts_the_keys_that_it_declares_alone(module: str) -> None:
     with pytest.raises(ValueError) as caught:
         load_config([*argv, "--grpo.kl_weight", "0.04"])
     assert str(caught.value) == (
-        f"grpo.kl_weight: got 0.04 with objective.name '{module}:Calm', which has no use for it; "
-        "go back to --grpo.kl_weight 0.0, or use --objective.name grpo"
+        f"grpo.kl_weight: got 0.04 with objective.name '{module}:Calm', which does not read it; "
+        "set --grpo.kl_weight 0.0, or use --objective.name grpo"
     )
 
 

@@ -106,7 +106,7 @@ def test_sampled_tokens_are_coloured_by_the_log_ratio(tmp_path: Path) -> None:
     assert classes == ("k6", "k3", "k0")
     assert values[0] == ("sampled KL -0.5 · loss 0.5 · H_S 0.5 · H_T 0.25 nats · R 0.5 · weight 1")
     for phrase in (
-        "The teacher scores the sampled tokens alone",
+        "The teacher scores only the sampled tokens",
         "Each token is coloured by its |log p_S - log p_T|",
         "overlap 50% hidden 35% mean sampled KL -0.16 nats",
         "1 of 2 anchors found in the rollout",
@@ -126,7 +126,7 @@ def test_grpo_shows_rewards_and_no_teacher(tmp_path: Path) -> None:
         "loss -0.25 · entropy 0.02 nats · ratio 0.7 · weight 1 · clipped, no gradient"
     )
     for phrase in (
-        "GRPO has no teacher: there is no KL to one",
+        "GRPO has no teacher: there is no KL to a teacher",
         "Each token is coloured by its entropy",
         "✗ wrong",
         "reward 0 advantage -0.53 mean entropy 0.173 nats",
@@ -227,7 +227,7 @@ def test_a_batch_without_a_signal_is_grpos_too(tmp_path: Path) -> None:
     skipped = {"loss": 0.0, "reward": 1.0, "zero_variance_groups": 4, "accuracy": 1.0}
     write_lines(tmp_path / "metrics.jsonl", [{"step": step, **skipped} for step in (1, 2)])
     text = text_of(write_report(tmp_path).read_text())
-    assert "GRPO has no teacher" in text and "Groups without a signal groups a step" in text
+    assert "GRPO has no teacher" in text and "Groups without a signal groups per step" in text
 
 
 OWN = """
