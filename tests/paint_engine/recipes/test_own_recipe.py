@@ -118,7 +118,7 @@ def test_what_is_no_recipe_is_refused(name: str, module: str) -> None:
         ("{}:Clam", ("needs an attribute of {}, which has no 'Clam'", "did you mean Calm?")),
         ("{}:Xyzzy", ("which has no 'Xyzzy'; correct the part after the colon",)),
         ("no_{}:Calm", ("needs a module that Python can import (No module named 'no_{}')",)),
-        ("{}_broken:Calm", ("ZeroDivisionError", "{}_broken.py:1", "; correct it")),
+        ("{}_broken:Calm", ("ZeroDivisionError", "{}_broken.py:1", "; fix the error")),
         ("./{}.py:Calm", ("needs module:attribute", "for the object f in ./my_module.py give")),
         ("{}:", ("needs module:attribute",)),
     ],
