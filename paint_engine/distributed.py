@@ -1,7 +1,7 @@
-"""The process group of a run, and the few exchanges between its ranks.
+"""The process group of a run, and the collective calls of its ranks.
 
-Started by torchrun there is one process a device; started plainly there is no process group, and
-every exchange below is the identity. So nothing else asks which of the two it is.
+Under torchrun there is one process per device. Without torchrun there is no process group, and
+every function below is the identity, so callers need not distinguish the two cases.
 """
 
 import atexit
@@ -23,20 +23,21 @@ from torch.distributed.tensor import DTensor
 T = TypeVar("T")
 
 _POLL_S = 0.01
-# How long ranks wait for each other where one may have far more to do: an evaluation, a server.
+# Timeout of collective calls on Python objects. One rank may have far more to do than the others,
+# such as an evaluation or the start of a server.
 _PATIENCE = timedelta(hours=12)
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 class _Group:
-    """The process group in which ranks wait for each other; None before there is one."""
+    """The gloo group for Python objects, with a 12-hour timeout; None before `init_world`."""
 
     patient: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers.
+    """This process and its place among the ranks.
 
     World(rank=3, size=8, local_rank=3, device=torch.device("cuda", 3))
     """
@@ -48,26 +49,27 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes the run's files and talks to the user."""
+        """Whether this rank writes the run's files and prints to the console."""
         return self.rank == 0
 
     @property
     def writes_for_node(self) -> bool:
-        """Whether this rank writes what every rank of its node reads."""
+        """Whether this rank writes the files that every rank of its node reads."""
         return self.local_rank == 0
 
 
 def launched_ranks() -> int:
-    """The number of processes that torchrun has started for this run; 1 without torchrun."""
+    """Returns the number of processes that torchrun started for this run; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def init_world(device: torch.device) -> World:
-    """Joins the ranks that torchrun started, one device each; the end of the process leaves them.
+    """Joins the ranks that torchrun started, one device each. At exit the process leaves the group.
 
-    device: the type that every rank trains on; on GPUs each takes the one of its local rank.
+    device: the type of device that every rank trains on. On GPUs, each rank uses the one of its
+    local rank.
 
-    Raises ValueError where a node has fewer GPUs than processes.
+    Raises ValueError if a node has fewer GPUs than processes.
     """
     if launched_ranks() == 1:
         return World(0, 1, 0, device)
@@ -76,7 +78,7 @@ def init_world(device: torch.device) -> World:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"this node has {torch.cuda.device_count()} GPUs, but torchrun started a process "
-                f"with local rank {local_rank}; needs one GPU a process: lower --nproc-per-node"
+                f"with local rank {local_rank}; needs one GPU per process; lower --nproc-per-node"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -89,7 +91,8 @@ def init_world(device: torch.device) -> World:
             rank=rank,
             world_size=size,
         )
-        # Tensors' exchanges keep the usual limit, by which a dead peer is noticed.
+        # Python objects use a separate gloo group with a 12-hour timeout. Collective calls on
+        # tensors keep the default timeout, which detects a dead peer.
         group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         assert isinstance(group, dist.ProcessGroup), group
         _Group.patient = group
@@ -98,12 +101,12 @@ def init_world(device: torch.device) -> World:
 
 
 def _agree_on_session(store: Store, rank: int, size: int) -> str:
-    """A prefix for the store's keys that no earlier start of these processes has used.
+    """Returns a prefix for the store's keys that no earlier start of these processes has used.
 
-    Processes that torchrun has started again get the store of those before, and would dial the
-    addresses that they left there. Its count of restarts cannot tell the two apart: nodes whose own
-    processes did not fail do not count. So each rank asks under a word of its own, which rank 0
-    answers until all have come.
+    Processes that torchrun restarts get the store of the earlier ones, and would connect to the
+    addresses in it. torchrun's count of restarts cannot distinguish the two starts, because nodes
+    whose own processes did not fail do not increase it. Each rank therefore writes a random word,
+    and rank 0 answers these words until all ranks have arrived.
     """
     if rank > 0:
         word = secrets.token_hex(8)
@@ -114,7 +117,7 @@ def _agree_on_session(store: Store, rank: int, size: int) -> str:
     session, missing = secrets.token_hex(8), set(range(1, size))
     while missing:
         for other in tuple(missing):
-            # The word may be of an earlier start still; the answer then goes unread.
+            # The word may be from an earlier start; nobody reads the answer to it.
             store.set(f"answer/{store.get(f'ask/{other}').decode()}", session)
             if store.check([f"here/{session}/{other}"]):
                 missing.remove(other)
@@ -123,25 +126,26 @@ def _agree_on_session(store: Store, rank: int, size: int) -> str:
 
 
 def close_world() -> None:
-    """Leaves the process group, where there is one."""
+    """Leaves the process group if there is one."""
     _Group.patient = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _is_alone() -> bool:
-    # vLLM in this process makes a group of its own, of one rank.
+    # vLLM in this process creates its own group of one rank.
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
 def barrier() -> None:
-    """Waits for every rank."""
+    """Waits for every rank. A collective call."""
     if not _is_alone():
         dist.barrier(_Group.patient)
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's value, in the order of ranks, on every rank. Values must be picklable."""
+    """Returns every rank's value, in the order of ranks, on every rank. Values must be picklable. A
+    collective call."""
     if _is_alone():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -150,12 +154,14 @@ def gather_objects(value: T) -> list[T]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank: a decision that all must take alike."""
+    """Returns whether the flag is set on any rank, so that all ranks decide alike. A collective
+    call."""
     return any(gather_objects(flag))
 
 
 def sum_over_ranks(sums: Mapping[str, float]) -> dict[str, float]:
-    """Sums of the ranks' numbers by name, added in the order of ranks so that all get the same."""
+    """Returns the sums of the ranks' numbers by name. They are added in the order of ranks, so all
+    ranks get the same result. A collective call."""
     total: dict[str, float] = {}
     for rank_sums in gather_objects(dict(sums)):
         for name, value in rank_sums.items():
@@ -164,9 +170,9 @@ def sum_over_ranks(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def raise_together(error: str | None) -> None:
-    """Raises ValueError on every rank where any has an error, with the first such rank's text.
+    """Raises ValueError on every rank if any rank has an error, with the first such rank's text.
 
-    A rank that failed alone would leave the others waiting for it for ever.
+    A collective call. If a rank failed alone, the others would wait for it forever.
     """
     for message in gather_objects(error):
         if message is not None:
@@ -174,26 +180,28 @@ def raise_together(error: str | None) -> None:
 
 
 def my_share(items: Sequence[T], world: World) -> list[T]:
-    """This rank's part of what all ranks divide among themselves: every size-th, from its rank."""
+    """Returns this rank's part of items that all ranks share: every size-th, starting at its
+    rank."""
     return list(items[world.rank :: world.size])
 
 
 def merge_shares(shares: Sequence[Sequence[T]]) -> list[T]:
-    """What `my_share` divided, in the order before: the shares of ranks 0, 1, ..."""
+    """Restores the order of items that `my_share` divided, from the shares of ranks 0, 1, ..."""
     total = sum(map(len, shares))
     return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
 
 
 def sum_gradients(parameters: list[Tensor]) -> None:
-    """Adds up the ranks' gradients of whole parameters, in one reduction a dtype; those of sharded
-    ones have been.
+    """Sums the ranks' gradients of unsharded parameters, with one reduction per dtype. FSDP has
+    already summed those of sharded parameters. A collective call.
 
-    A sum and not a mean: the losses are divided by the whole step's rollouts or tokens already.
+    It is a sum and not a mean, because the losses are already divided by the rollouts or tokens of
+    the whole step.
     """
     parameters = [p for p in parameters if not isinstance(p, DTensor)]
     if not parameters or _is_alone():
         return
-    # A rank without a rollout has no gradient, and still takes part.
+    # A rank without rollouts has no gradient, and still takes part.
     gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in parameters]
     for dtype in sorted({g.dtype for g in gradients}, key=str):
         group = [g for g in gradients if g.dtype == dtype]
