@@ -1,4 +1,4 @@
-"""The process group of a run, and the few exchanges between its ranks.
+"""The process group of a run, and the collective calls of its ranks.
 
 torchrun starts one process per device. A run without torchrun has no process group, and every
 exchange below is the identity, so no other module distinguishes the two.
@@ -37,7 +37,7 @@ class _Groups:
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers.
+    """This process and its place among the ranks.
 
     World(rank=3, size=8, local_rank=3, device=torch.device("cuda", 3))
     """
@@ -68,7 +68,7 @@ def init_world(device: torch.device) -> World:
 
     device: its type is used; on GPUs each rank takes the one of its local rank.
 
-    Raises ValueError where a node has fewer GPUs than processes.
+    Raises ValueError if a node has fewer GPUs than processes.
     """
     if launched_ranks() == 1:
         return World(0, 1, 0, device)
@@ -99,7 +99,7 @@ def init_world(device: torch.device) -> World:
 
 
 def _agree_on_session(store: Store, rank: int, size: int) -> str:
-    """A prefix for the store's keys that no earlier start of these processes has used.
+    """Returns a prefix for the store's keys that no earlier start of these processes has used.
 
     Processes that torchrun restarts get the store of their predecessors, and would connect to the
     addresses left there. torchrun's restart count does not tell the two apart, since a node whose
@@ -136,7 +136,7 @@ def _is_alone() -> bool:
 
 
 def barrier() -> None:
-    """Waits for every rank."""
+    """Waits for every rank. A collective call."""
     if not _is_alone():
         dist.barrier(_Groups.objects)
 

@@ -1,4 +1,4 @@
-"""What the stages of one training step hand to each other.
+"""The objects that the stages of one training step pass on.
 
 data -> Problem -> Request -> rollout -> Rollout -> rewards, prompts -> TrainExample -> packing ->
 TrainBatch -> model, teacher -> recipe.
@@ -31,9 +31,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Request:
-    """One rollout to be sampled: Request(index=3, problem=problem, prompt_ids=(1, 9, 4), seed=17)
+    """A request for one rollout: Request(index=3, problem=problem, prompt_ids=(1, 9, 4), seed=17)
 
-    index: its place in the step's batch, of all ranks.
+    index: its place in the step's batch over all ranks.
     """
 
     index: int
@@ -44,15 +44,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion that the student sampled, as the token ids that the sampler produced.
+    """One completion that the student sampled, as the sampler's token ids.
 
-    Rollout(problem, prompt_ids=(1, 9, 4), completion_ids=(17, 30, 2), rollout_logprobs=(-0.1, -2.3,
-    -0.0),
-            truncated=False, text="17 + 13 = 30")
+    Rollout(problem, prompt_ids=(1, 9, 4), completion_ids=(17, 30, 2),
+            rollout_logprobs=(-0.1, -2.3, -0.0), truncated=False, text="17 + 13 = 30")
 
-    `completion_ids` ends with the stop token unless `truncated`. `text` is decoded for anchors and
-    the answer check alone: nothing is ever tokenised again from it. A reference solution that is to
-    be imitated takes a rollout's place, without log-probabilities.
+    `completion_ids` ends with the stop token unless `truncated`. `rollout_logprobs` are in nats.
+    `text` is decoded only for anchors and the answer check; it is never tokenised again. If a
+    recipe trains on reference solutions, a solution replaces the rollout, without
+    log-probabilities.
     """
 
     problem: Problem
@@ -65,13 +65,14 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the reward function says of one completion.
+    """The reward function's verdict on one completion.
 
     Verdict(reward=1.0, correct=True)
     Verdict(reward=0.0, correct=False, error="the comparison took longer than 5 s")
 
-    reward: what GRPO's advantages are computed from. correct: what accuracy counts. error: why the
-    completion could not be judged; it then counts as wrong.
+    reward: the value from which GRPO computes its advantages.
+    correct: the value that accuracy counts.
+    error: the reason if the completion could not be judged; it then counts as wrong.
     """
 
     reward: float
@@ -81,14 +82,15 @@ class Verdict:
 
 @dataclass(frozen=True)
 class TeacherView:
-    """What the teacher sees of the verified solution beside one rollout (Eq. 4 to 6).
+    """What the teacher sees of the verified solution for one rollout (Eq. 4 to 6).
 
     TeacherView(prompt_ids=(1, 9, 4, 7, 7), partial_solution="First ...(omitted)...",
                 mask_ratio=0.35)
 
-    prompt_ids: the teacher's prompt; the completion's ids follow it. mask_ratio: the hidden
-    fraction of the solution. shortened: the prompt had no room for what the mask leaves. rationale:
-    what a teacher wrote that reasons first, else "".
+    prompt_ids: the teacher's prompt; the completion's ids follow it.
+    mask_ratio: the hidden fraction of the solution.
+    shortened: the prompt had no room for all that the mask leaves.
+    rationale: the text that a reasoning teacher wrote, else "".
     """
 
     prompt_ids: tuple[int, ...]
@@ -100,12 +102,13 @@ class TeacherView:
 
 @dataclass(frozen=True)
 class TrainExample:
-    """A rollout and what the recipe adds to it; None for what the recipe has no use for.
+    """A rollout and what the recipe adds to it. Fields that the recipe does not use are None.
 
     TrainExample(rollout, Verdict(1.0, True), overlap=0.5, teacher_view=view)
 
-    verdict: logged, and GRPO's reward; it never steers the teacher. overlap: the fraction of the
-    solution's anchors that the rollout holds. advantage: GRPO's, over the rollout's group.
+    verdict: for the logs, and GRPO's reward; it never influences the teacher.
+    overlap: the fraction of the solution's anchors that the rollout contains.
+    advantage: GRPO's advantage within the rollout's group.
     """
 
     rollout: Rollout
@@ -117,13 +120,13 @@ class TrainExample:
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """B sequences (prompt + completion) laid end to end, M tokens in all.
+    """B concatenated sequences (prompt + completion) of M tokens in total.
 
     Two sequences, prompts (5, 6) and (7,), completions (1, 2) and (3,):
     token_ids       5 6 1 2 7 3
     position_ids    0 1 2 3 0 1
-    cu_seqlens      0 4 6         on the CPU, where lengths are read without waiting for a device
-    loss_positions  1 2 4         the positions whose hidden state predicts 1, 2 and 3
+    cu_seqlens      0 4 6         on the CPU, so reading lengths does not wait for a device
+    loss_positions  1 2 4         the positions whose hidden states predict 1, 2 and 3
     """
 
     token_ids: Int[Tensor, " M"]
@@ -134,12 +137,12 @@ class PackedSequences:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """Student and teacher sequences over the same N completion tokens; `teacher` is None where no
-    rollout has a teacher's view.
+    """Student and teacher sequences over the same N completion tokens. `teacher` is None if no
+    rollout has a teacher view.
 
-    `completion_ids` (N,) are those tokens and `cu_seqlens` (B+1,) the rollouts' bounds in them: row
-    n of the hidden states taken at `student.loss_positions` and at `teacher.loss_positions` both
-    predict `completion_ids[n]`. `cu_seqlens` stays on the CPU.
+    `completion_ids` (N,) are those tokens. `cu_seqlens` (B+1,) are the rollouts' bounds in them, on
+    the CPU. Row n of the hidden states at `student.loss_positions`, and row n at
+    `teacher.loss_positions`, both predict `completion_ids[n]`.
     """
 
     student: PackedSequences

@@ -1,7 +1,7 @@
-"""Recipes and rewards by name: the built-in ones and those of a user's own module.
+"""Loads recipes and rewards by name: built-in ones and those of a user's own module.
 
-"math" is what the package's module `math` offers. "my_module:my_reward" is the object `my_reward`
-of `my_module`, which is found as `import my_module` finds it.
+"math" is the plugin of the package's module `math`. "my_module:my_reward" is the object `my_reward`
+of `my_module`; the module is found as by `import my_module`.
 """
 
 import difflib
@@ -17,9 +17,10 @@ from typing import Any
 
 @cache
 def plugin_names(package: str, attribute: str) -> tuple[str, ...]:
-    """The built-in plugins, sorted: the modules of `package` whose source assigns `attribute`.
+    """Returns the names of the built-in plugins, sorted: the modules of `package` whose source
+    assigns `attribute`.
 
-    No module is imported to find out, since others of the package may need PyTorch.
+    No module is imported, because other modules of the package may need PyTorch.
     """
     assigned = re.compile(rf"^{attribute}\b.*=", re.MULTILINE)
     return tuple(
@@ -30,16 +31,16 @@ def plugin_names(package: str, attribute: str) -> tuple[str, ...]:
 
 
 def load_plugin(name: str, package: str, attribute: str, key: str) -> Any:
-    """The plugin that a configuration key names.
+    """Returns the plugin that a configuration key names.
 
-    name: a built-in one ("math" is `attribute` of the module `{package}.math`), or
+    name: a built-in plugin ("math" is `attribute` of the module `{package}.math`), or
         "module:attribute" of the user's own, where both may be dotted.
-    package: where the built-in ones live, "paint_engine.rewards".
-    attribute: what such a module calls its plugin, "REWARD".
+    package: the package of the built-in plugins, "paint_engine.rewards".
+    attribute: the name of the plugin in such a module, "REWARD".
     key: the configuration key, for messages.
 
-    Raises ValueError where no built-in plugin has the name, or where the user's module cannot be
-    imported or has no such attribute. Importing a module runs its code.
+    Raises ValueError if no built-in plugin has the name, or if the user's module cannot be imported
+    or has no such attribute. Importing a module runs its code.
     """
     if ":" in name:
         return _load_own(name, key)
@@ -68,8 +69,8 @@ def _load_own(name: str, key: str) -> Any:
     is_file = module_name.endswith(".py") or "/" in module_name
     if is_file or not all(part.isidentifier() for part in f"{module_name}.{path}".split(".")):
         raise ValueError(
-            f"{key}: got {name!r}; needs module:attribute, the module as `import` names it; for "
-            "the object f in ./my_module.py give my_module:f"
+            f"{key}: got {name!r}; needs module:attribute, with the module's name as in `import`; "
+            "for the object f in ./my_module.py give my_module:f"
         )
     found: Any = _import_own(module_name, name, key)
     for part in path.split("."):
@@ -85,7 +86,7 @@ def _load_own(name: str, key: str) -> Any:
 
 
 def _import_own(module_name: str, name: str, key: str) -> ModuleType:
-    # A file that was written a moment ago may be missing from Python's listing of its directory.
+    # A file that was just written may be missing from Python's cached listing of its directory.
     importlib.invalidate_caches()
     try:
         return importlib.import_module(module_name)
@@ -93,19 +94,19 @@ def _import_own(module_name: str, name: str, key: str) -> ModuleType:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise ValueError(_import_refusal(name, key, error)) from error
         raise ValueError(
-            f"{key}: got {name!r}; needs a module that Python can import ({error}); start the "
+            f"{key}: got {name!r}; needs a module that Python can import ({error}); run the "
             "command in the directory of the module's file, or add that directory to PYTHONPATH"
         ) from error
-    # A user's module may raise anything when it is imported.
+    # A user's module may raise anything on import.
     except Exception as error:
         raise ValueError(_import_refusal(name, key, error)) from error
 
 
 def _import_refusal(name: str, key: str, error: Exception) -> str:
-    # The last frame is where the module failed; a SyntaxError names its file and line itself.
+    # The module failed in the last frame. A SyntaxError names its own file and line.
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = "" if isinstance(error, SyntaxError) else f", {frame.filename}:{frame.lineno}"
     return (
         f"{key}: got {name!r}, whose import fails ({type(error).__name__}: {error}{where}); needs "
-        "a module that Python can import; correct it"
+        "a module that Python can import; fix the error"
     )

@@ -1,7 +1,7 @@
-"""Prompt templates: texts in which {problem} and other names stand for what differs by problem.
+"""Prompt templates: texts in which {problem} and other names are replaced for each problem.
 
-Names are replaced, and nothing else is read: braces of LaTeX stand for themselves, those of a
-problem too. (str.format would take both for its own.)
+Only these names are replaced. Braces of LaTeX are text, also those in a problem. (str.format would
+interpret both.)
 """
 
 import re
@@ -30,39 +30,42 @@ RATIONALE = (
     "{rationale}\n"
     "=== Explanation End ===\n"
 )
-# The instruction of the answer's format is left out on purpose: what is asked for is no answer.
+# The instruction about the answer's format is left out on purpose: this prompt asks for no answer.
 REASON = (
     _REFERENCE
     + "Go through the reference solution above and explain its key steps: what each of them does "
     "and why it works. Keep to that solution and do not solve the problem in another way."
 )
 PART_OF = "part of "
-"""what {part_of} stands for where any of the solution is hidden; nothing where it is whole"""
+"""the value of {part_of} if part of the solution is hidden; "" if it is whole"""
 
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f]")
-# LaTeX has these after \n; anything else is a line break that was meant to be one.
+# LaTeX commands that start with \n, without the n; any other \n was meant as a line break.
 _COMMANDS_IN_N = (
     "e eq eg ot otin i u abla ewline mid parallel exists leq geq less gtr sim cong prec"
 )
 _COMMANDS_IN_N += " earrow warrow atural orm rightarrow leftarrow Rightarrow Leftarrow"
 _SPELLED_BREAK = re.compile(rf"\\n(?!(?:{'|'.join(_COMMANDS_IN_N.split())})(?![A-Za-z]))")
 _DOUBLED = re.compile(r"\{\{\s*\w*\s*\}\}")
-# Group 1 is set where the braces are LaTeX's: after a command, after } and ], after ^ and _.
+# Group 1 is set if the braces belong to LaTeX: after a command, after } and ], after ^ and _.
 _IN_BRACES = re.compile(r"(\\[A-Za-z]+\*?|(?<=[}\]^_]))?\{\s*(\w+)\s*\}")
 _ARGUMENT = re.compile(r"(?:\\[A-Za-z]+\*?|[\^_])\{(\w+)\}")
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """The template with every {name} of `values` replaced, in one pass: a {name} that a value
-    brings along stays."""
+    """Replaces every {name} of `values` in the template, in one pass. A {name} inside a value
+    stays."""
     names = "|".join(map(re.escape, values))
     return re.sub(rf"\{{({names})\}}", lambda found: values[found[1]], template)
 
 
 def template_check(*required: str, optional: tuple[str, ...] = ()) -> Callable[[str], str]:
-    """A function that gives a template back as it is, and raises ValueError (the part of its
-    message that says what is needed) where one of the required names is missing, where a word in
-    braces is none of the names, and where the text shows that it was quoted wrongly."""
+    """Returns a function that validates a template and returns it unchanged.
+
+    The function raises ValueError with the part of the message that says what is needed. It does so
+    if a required name is missing, if a word in braces is not one of the names, and if the text
+    shows that it was quoted wrongly.
+    """
     names = (*required, *optional)
     listing = ", ".join(f"{{{name}}}" for name in names)
 
@@ -71,11 +74,11 @@ def template_check(*required: str, optional: tuple[str, ...] = ()) -> Callable[[
         for found in _ARGUMENT.finditer(template):
             if found[1] in names:
                 raise ValueError(
-                    f"braces of their own around {{{found[1]}}}, whose braces go with it, "
-                    f"and has {found[0]}; for LaTeX's argument write it as in "
+                    f"a second pair of braces around {{{found[1]}}}, whose own are replaced, "
+                    f"and has {found[0]}; write an argument of LaTeX as in "
                     rf"\boxed{{ {{{found[1]}}} }}"
                 )
-        # What is left of a template once its names are gone has braces of LaTeX only.
+        # Without its names, a template has only braces of LaTeX.
         rest = fill(template, dict.fromkeys(names, "\0"))
         for found in _IN_BRACES.finditer(rest):
             if found[1] is None:
@@ -87,7 +90,7 @@ def template_check(*required: str, optional: tuple[str, ...] = ()) -> Callable[[
                 )
         for name in required:
             if f"{{{name}}}" not in template:
-                raise ValueError(f"{{{name}}} in it, where the {name} is to stand, and has none")
+                raise ValueError(f"{{{name}}} in it, at the place of the {name}, and has none")
         return template
 
     return check
@@ -96,16 +99,16 @@ def template_check(*required: str, optional: tuple[str, ...] = ()) -> Callable[[
 def _check_quoting(template: str) -> None:
     if found := _CONTROL.search(template):
         raise ValueError(
-            f"text, and has the control character {found[0]!r}; TOML takes \\b, \\f, \\r and \\t "
-            r"between double quotes for one, so put LaTeX between ''' and '''; line ends of "
-            r"Windows have \r, so save the file with those of Unix"
+            f"text, and has the control character {found[0]!r}; in double quotes TOML reads \\b, "
+            r"\f, \r and \t as control characters, so put LaTeX between ''' and '''; line ends "
+            r"of Windows contain \r, so save the file with those of Unix"
         )
     if _SPELLED_BREAK.search(template):
         raise ValueError(
-            r"line breaks, and has \n as two letters; in a shell break the line between the quotes"
+            r"line breaks, and has \n as two letters; in a shell, break the line inside the quotes"
         )
     if found := _DOUBLED.search(template):
-        raise ValueError(f"every brace once, and has {found[0]}; \\boxed{{}} is text as it stands")
+        raise ValueError(f"single braces, and has {found[0]}; \\boxed{{}} needs no escaping")
 
 
 check_student = template_check("problem", optional=("instruction",))

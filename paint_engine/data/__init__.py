@@ -1,1 +1,2 @@
-"""data"""
+"""Training data: rows of files and data sets become problems, and problems become the requests of
+each step."""

@@ -1,4 +1,4 @@
-"""The problems of a run with their prompts, checked against the model's context, and the problems
+"""The problems of a run with their prompts, checked against the model's context, and the requests
 of each step."""
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from paint_engine.types import Problem, Request
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """Problems and the student's prompt ids for each, in one order.
+    """Problems and the student's prompt ids for each, in the same order.
 
-    `num_skipped` rows of the source were bad or too long, and were skipped as asked.
+    `num_skipped` is the number of rows that were skipped because they were bad or too long.
     """
 
     problems: tuple[Problem, ...]
@@ -35,12 +35,12 @@ def _check_length(
     if room < 1:
         raise ValueError(
             f"--{limit_key}: got {completion}; needs less than the model's context of {context} "
-            "tokens, in which a prompt must fit too; lower it"
+            "tokens, which must also hold a prompt; lower it"
         )
     if num_tokens > room:
         raise ValueError(
             f"{problem.problem_id}: the {role}'s prompt takes {num_tokens} tokens, but the model's "
-            f"context leaves {room} beside a completion: lower --{limit_key}, or leave out this "
+            f"context leaves {room} beside a completion; lower --{limit_key}, or leave out this "
             "problem" + ("" if role == "evaluation" else " with --data.max_prompt_tokens")
         )
 
@@ -48,7 +48,8 @@ def _check_length(
 def _check_teacher_prompts(
     config: Config, tokenizer: PreTrainedTokenizerBase, problem: Problem, context: int
 ) -> None:
-    """Of one problem, with the whole solution hidden: what does not fit so never will."""
+    """Checks one problem's teacher prompts with the whole solution hidden. A prompt that does not
+    fit then never fits."""
     prompts, marker = config.prompts, config.masking.marker
     teacher, _ = encode_teacher_prompt(tokenizer, problem, marker, prompts, marker=marker)
     completion = config.rollout.max_new_tokens
@@ -64,8 +65,11 @@ def _check_teacher_prompts(
 def load_train_set(
     config: Config, tokenizer: PreTrainedTokenizerBase, context: int, say: Callable[[str], object]
 ) -> ProblemSet:
-    """Training problems with prompts that fit: the student's, and the teacher's without the
-    solution. `say` is told what was left out."""
+    """Loads the training problems and the student's prompts.
+
+    `say` gets a line on what was left out. Raises ValueError if a prompt leaves no room for a
+    completion in the model's context; the teacher's prompt is checked without the solution.
+    """
     data, prompts, recipe = config.data, config.prompts, recipe_of(config)
     loaded = load_problems(
         data.path,
@@ -92,7 +96,7 @@ def load_train_set(
     if not kept:
         raise ValueError(
             f"{data.path}: all {len(loaded.problems)} problems have prompts longer than "
-            f"data.max_prompt_tokens = {data.max_prompt_tokens}: raise it"
+            f"data.max_prompt_tokens = {data.max_prompt_tokens}; raise it"
         )
     num_long = len(loaded.problems) - len(kept)
     if loaded.num_skipped or num_long:
@@ -107,8 +111,11 @@ def load_train_set(
 def load_eval_set(
     config: Config, tokenizer: PreTrainedTokenizerBase, context: int, say: Callable[[str], object]
 ) -> ProblemSet | None:
-    """Held-out problems with the prompts that the student is evaluated on; None where that is
-    off. `say` is told what was left out."""
+    """Loads the held-out problems and their evaluation prompts. Returns None if evaluation is off.
+
+    `say` gets a line on what was left out. Raises ValueError if a prompt leaves no room for an
+    answer in the model's context.
+    """
     section = config.eval
     if not section.enabled:
         return None
@@ -137,11 +144,12 @@ def longest_sequence(
     train_set: ProblemSet,
     eval_set: ProblemSet | None,
 ) -> int:
-    """Tokens of the longest prompt with the longest completion of all that is sampled: rollouts,
-    a teacher's rationales, evaluations."""
+    """Returns the length in tokens of the longest prompt plus completion over all sampled
+    sequences: rollouts, the teacher's rationales, and evaluations."""
     sizes = [max(map(len, train_set.prompts)) + config.rollout.max_new_tokens]
     if config.teacher.reason_first:
-        # The longest text need not be the longest in tokens, but it is close: some room is left.
+        # The text with the most characters may not have the most tokens, so a margin of a quarter
+        # is added.
         longest = max(train_set.problems, key=lambda p: len(p.problem) + len(p.solution))
         prompt, _ = encode_reason_prompt(
             tokenizer,
@@ -159,7 +167,8 @@ def longest_sequence(
 
 
 def batch_requests(config: Config, train_set: ProblemSet, step: int) -> list[Request]:
-    """A step's requests, of all ranks. The rollouts of one problem are consecutive."""
+    """Returns the requests of one step, for all ranks. The rollouts of one problem are
+    consecutive."""
     seed = config.train.seed
     repeats = recipe_of(config).group_size
     count = config.train.batch_size // repeats
@@ -174,15 +183,15 @@ def batch_requests(config: Config, train_set: ProblemSet, step: int) -> list[Req
 
 
 def step_requests(config: Config, train_set: ProblemSet, step: int, world: World) -> list[Request]:
-    """This rank's requests of a step."""
+    """Returns this rank's requests of one step."""
     return my_share(batch_requests(config, train_set, step), world)
 
 
 def batch_indices(num_problems: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Indices of the problems of one step, counted from 0, over all devices.
+    """Returns the indices of the problems of one step on all ranks. Steps count from 0.
 
-    Steps walk through one epoch after another and within an epoch repeat nothing; the batch in
-    which an epoch ends goes on with the next one, so it may hold a problem twice.
+    Steps run through one epoch after another, and no problem repeats within an epoch. The batch in
+    which an epoch ends continues with the next one, so it may contain a problem twice.
     """
     assert num_problems > 0, "an epoch without problems never ends"
     positions = range(step * batch_size, (step + 1) * batch_size)

@@ -1,6 +1,6 @@
-"""Rows of a file or data set to Problems, and the order in which training sees them.
+"""Converts rows of a file or data set to Problems, and sets the order in which training uses them.
 
-Column names that are known, as they stand (the first set that a row has wins):
+Known column names, case-sensitive (the first set that a row has is used):
 
     problem, solution, answer or Answer if there is one      AIME, MATH, OPSD's OpenThoughts subset
     question, solution, answer if there is one
@@ -9,7 +9,7 @@ Column names that are known, as they stand (the first set that a row has wins):
     Question, Answer                                         the answer is the worked solution
     problem, answer                                          no solution: for evaluation alone
 
-Where no column holds the final answer it is taken from the solution: after "####", or the last box.
+If no column holds the final answer, it is taken from the solution: after "####", or the last box.
 """
 
 import json
@@ -53,7 +53,7 @@ class LoadedProblems:
 
 
 class _BadRow(Exception):
-    """Why one row cannot be used: what came and what is needed."""
+    """The reason why one row cannot be used: what the row has and what is needed."""
 
 
 def load_problems(
@@ -66,16 +66,16 @@ def load_problems(
     section: Literal["data", "eval"] = "data",
     needs_solution: bool = True,
 ) -> LoadedProblems:
-    """Problems of "tiny", a .jsonl/.json/.parquet file, a directory or a `datasets` id[:config].
+    """Loads the problems of "tiny", a .jsonl/.json/.parquet file, a directory or a `datasets`
+    id[:config].
 
-    split: the part of "tiny" or of a `datasets` id; files have none.
-    max_rows: the first so many usable rows; None = all.
-    section: the section of the configuration that asks, which the messages then name. "eval" needs
-        no solution.
-    needs_solution: training does; where none is needed and a row has none, it is "".
+    split: the split of "tiny" or of a `datasets` id; files have none.
+    max_rows: uses only this many usable rows, from the start; None = all.
+    section: the configuration section whose keys the messages name. "eval" needs no solution.
+    needs_solution: rows must have a solution. If none is needed and a row has none, it is "".
 
-    Raises ValueError where a row cannot be used (on_bad_row "stop"), the source cannot be read, or
-    no problem is left.
+    Raises ValueError if a row cannot be used (with on_bad_row "stop"), if the source cannot be
+    read, or if no problem is left.
     """
     if path == "tiny":
         from paint_engine.tiny.problems import load_split
@@ -108,16 +108,17 @@ def load_problems(
 
 
 def _read_rows(path: str, split: str, section: str) -> Iterator[tuple[str, object]]:
-    """(place, row) pairs; a JSONL row is its line's bytes, so that a bad one can be skipped."""
+    """Yields (place, row) pairs. A JSONL row is the bytes of its line, so a malformed one can be
+    skipped."""
     file = Path(path).expanduser()
     ending = file.suffix.lower()
     if not file.is_file():
-        # An id has one slash at most, between owner and name.
+        # An id has at most one slash, between owner and name.
         is_path = ending in _FILE_ENDINGS or path.startswith(("/", ".", "~")) or path.count("/") > 1
         if is_path and not file.is_dir():
             raise ValueError(
                 f"--{section}.path {path}: there is no such file; needs a .jsonl, .json or "
-                f".parquet file, or a datasets id; check the path (taken from {Path.cwd()})"
+                f".parquet file, or a datasets id; check the path (relative to {Path.cwd()})"
             )
         return _dataset_rows(str(file) if file.is_dir() else path, split, section)
     if ending not in _FILE_ENDINGS:
@@ -143,19 +144,20 @@ def _json_rows(file: Path) -> Iterator[tuple[str, object]]:
         rows = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{file}: malformed JSON: {error}; needs a list of objects; correct it, or let the "
-            "name end in .jsonl if each line is one object"
+            f"{file}: malformed JSON: {error}; needs a list of objects; correct it, or rename the "
+            "file to .jsonl if each line is one object"
         ) from error
     if not isinstance(rows, list):
         raise ValueError(
-            f"{file}: got {_kind(rows)}; needs a list of objects; store the list alone, or one "
-            "object a line in a .jsonl file"
+            f"{file}: got {_kind(rows)}; needs a list of objects; store only the list, or one "
+            "object per line in a .jsonl file"
         )
     return ((f"{file.name}[{index}]", row) for index, row in enumerate(rows))
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, object]]:
-    # Here, like datasets below, because the import takes longer than a small run's set-up.
+    # Imported here, like datasets below, because the import takes longer than the set-up of a small
+    # run.
     import pyarrow
     import pyarrow.parquet
 
@@ -164,7 +166,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, object]]:
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
             f"{file}: not readable as Parquet: {error}; needs a whole .parquet file; "
-            "write or fetch it again"
+            "write or download it again"
         ) from error
     rows = (row for batch in table.to_batches(max_chunksize=1024) for row in batch.to_pylist())
     return ((f"{file.name}[{index}]", row) for index, row in enumerate(rows))
@@ -177,8 +179,8 @@ def _dataset_rows(path: str, split: str, section: str) -> Iterator[tuple[str, ob
     try:
         rows = datasets.load_dataset(name, config_name or None, split=split)
     except Exception as error:
-        # No network, unknown id, unknown split, missing config: the library has a type for each,
-        # and a file that it cannot read is told only by the cause.
+        # The library has a separate exception type for no network, an unknown id, an unknown split
+        # and a missing config. For a file that it cannot read, only the cause says so.
         cause = f" ({error.__cause__})".splitlines()[0] if error.__cause__ else ""
         raise ValueError(
             f"--{section}.path {path}: not a file, and datasets.load_dataset({name!r}, "
@@ -206,7 +208,7 @@ def _to_problem(
         return Problem(place, problem, "", _text(fields, answer_column or "answer", "answer"))
     solution = _text(fields, solution_column, "solution")
     if answer_column is None:
-        # A column of answers may hold nothing else; one of solutions without an answer is bad.
+        # A column of answers may contain answers alone; a solution without an answer is a bad row.
         is_answer = solution_column.lower() == "answer" and len(solution) <= _MAX_ANSWER_CHARS
         solution, answer = _split_answer(solution)
         if answer is None and is_answer and not needs_solution:
@@ -227,19 +229,20 @@ def _to_problem(
 
 def _parse_line(line: bytes) -> object:
     if not line.strip():
-        raise _BadRow("the line is empty; needs one JSON object a line")
+        raise _BadRow("the line is empty; needs one JSON object per line")
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        # json counts lines within the row, where the only line is the first: that would mislead.
+        # json counts lines within the row, which has only one. Its line number would mislead.
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise _BadRow(f"malformed JSON ({reason}); needs one object a line") from error
+        raise _BadRow(f"malformed JSON ({reason}); needs one object per line") from error
 
 
 def _find_columns(
     fields: Mapping[str, Any], columns: ColumnsSection
 ) -> tuple[str, str | None, str | None]:
-    """Columns of problem, solution and answer; None: no solution, or the answer is inside it."""
+    """Returns the columns of problem, solution and answer. None means no solution, or that the
+    answer is inside the solution."""
     for problem, solution, answers in _KNOWN_COLUMNS:
         needed = (problem, solution) if solution else (problem, *answers)
         if all(name in fields for name in needed):
@@ -249,14 +252,14 @@ def _find_columns(
         if columns.problem is None and columns.solution is None:
             raise _BadRow(
                 f"none of the known sets of columns; {_found(fields)}; needs problem and solution "
-                "(to be evaluated on, problem and answer), question and answer, Question and "
+                "(for evaluation, problem and answer), question and answer, Question and "
                 "COT_Reason, or Question and Answer"
             )
         problem, solution = "problem", "solution"
         answer = "answer" if "answer" in fields else None
     problem, solution = columns.problem or problem, columns.solution or solution
     if columns.answer is None and answer in (solution, None):
-        # A solution named by the user may leave a column of plain answers free.
+        # A solution column named by the user may leave a column of plain answers free.
         free = (name for name in ("answer", "Answer") if name in fields and name != solution)
         answer = next(free, None) if columns.solution else None
     return problem, solution, columns.answer or answer
@@ -282,15 +285,16 @@ def _text(fields: Mapping[str, Any], column: str, role: str) -> str:
 
 
 def _split_answer(solution: str) -> tuple[str, str | None]:
-    """Solution and answer of a text that holds both; GSM8K's form gets a boxed answer."""
+    """Returns solution and answer of a text that contains both. GSM8K's form gets a boxed
+    answer."""
     reasoning, mark, last = solution.rpartition("####")
     answer = _THOUSANDS_SEPARATOR.sub("", last.strip())
     if not mark or not answer or "\n" in answer:
         return solution, extract_boxed(solution)
     reasoning = _CALCULATOR_MARK.sub("", reasoning).strip()
     if not reasoning:
-        raise _BadRow("no solution: nothing stands before '####'; needs the reasoning there")
-    # So that the reference ends as the instruction asks and as the verifier reads.
+        raise _BadRow("no solution: there is no text before '####'; needs the reasoning there")
+    # The reference then ends as the instruction asks and as the answer checker reads it.
     return f"{reasoning}\nThe answer is \\boxed{{{answer}}}.", answer
 
 

@@ -1,4 +1,4 @@
-"""Whether a run fits into a GPU, and the setting to change where it does not."""
+"""Checks whether a run fits into a GPU, and finds the setting to change if it does not."""
 
 from collections.abc import Iterator
 
@@ -11,11 +11,12 @@ from paint_engine.estimate.model_shape import ModelShape
 
 _TOKEN_STEP = 256
 _LEAST_UTILIZATION = 0.1
-"""of a GPU for vLLM: less holds no useful cache"""
+"""the smallest share of a GPU for vLLM; less holds no useful cache"""
 
 
 def device_memory_bytes(section: ParallelSection, device: torch.device) -> int | None:
-    """What one GPU has: as the configuration says, else this machine's; None on a CPU."""
+    """Returns the memory of one GPU: the configured value, else this machine's. Returns None on a
+    CPU."""
     if section.device_memory_gb is not None:
         return round(section.device_memory_gb * GIB)
     if device.type == "cuda":
@@ -32,7 +33,7 @@ def _changed(config: Config, settings: dict[str, object]) -> Config:
 
 
 def _alternatives(config: Config, lengths: Lengths) -> Iterator[list[tuple[str, object]]]:
-    """For each setting that saves memory its values, from the mildest to the strongest."""
+    """Yields, for each setting that saves memory, its values from the mildest to the strongest."""
     longest, tokens = lengths.student_prompt + lengths.completion, "train.max_tokens_per_microbatch"
     most = config.train.max_tokens_per_microbatch
     least = -(-longest // _TOKEN_STEP) * _TOKEN_STEP
@@ -52,7 +53,8 @@ def _alternatives(config: Config, lengths: Lengths) -> Iterator[list[tuple[str, 
 
 
 def _candidates(config: Config, lengths: Lengths) -> Iterator[dict[str, object]]:
-    """One setting alone, then the strongest values of the first two, three and so on."""
+    """Yields changes to try: each setting alone, then the strongest values of the first two, three
+    and so on."""
     alternatives = [values for values in _alternatives(config, lengths) if values]
     for values in alternatives:
         yield from ({key: value} for key, value in values)
@@ -71,12 +73,12 @@ def check_fits(
     num_ranks: int,
     device_memory_bytes: int | None,
 ) -> MemoryEstimate:
-    """The estimate for rollouts up to `lengths`.
+    """Returns the memory estimate for rollouts up to `lengths`.
 
-    device_memory_bytes: of one GPU; None on a CPU, where nothing is refused.
+    device_memory_bytes: memory of one GPU; None on a CPU, where nothing is refused.
 
-    Raises ValueError where the run needs more than the GPU has: how much, when, and the first
-    setting that makes it fit by the same estimate.
+    Raises ValueError if the run needs more than the GPU has. The message gives the amount, the
+    phase, and the first setting that makes the run fit by the same estimate.
     """
 
     def estimate(changed: Config) -> MemoryEstimate:
@@ -91,7 +93,7 @@ def check_fits(
     needed = estimate(config)
     if device_memory_bytes is None or needed.total_bytes <= device_memory_bytes:
         return needed
-    remedy = "no setting alone or with others makes it fit: use more GPUs, larger ones, or a "
+    remedy = "no setting or combination of settings makes it fit; use more GPUs, larger GPUs, or a "
     remedy += "smaller model"
     for settings in _candidates(config, lengths):
         changed = estimate(_changed(config, settings))
@@ -100,6 +102,6 @@ def check_fits(
             remedy = f"set {options} (then {changed.total_bytes / GIB:.1f} GiB)"
             break
     raise ValueError(
-        f"this run takes {needed.total_bytes / GIB:.1f} GiB of each GPU at its peak "
-        f"({needed.peak_phase}), but a GPU has {device_memory_bytes / GIB:.1f} GiB: {remedy}"
+        f"this run needs {needed.total_bytes / GIB:.1f} GiB of each GPU at its peak "
+        f"({needed.peak_phase}), but a GPU has {device_memory_bytes / GIB:.1f} GiB; {remedy}"
     )

@@ -1,4 +1,5 @@
-"""What `--dry-run` prints: the configuration, the first batch, and what a step will take."""
+"""The report of `--dry-run`: the configuration, the first batch, and the memory and arithmetic of a
+step."""
 
 import random
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from paint_engine.recipes import recipe_of
 from paint_engine.types import Problem
 
 _MEASURED_PROMPTS = 256
-"""problems whose teacher's prompts are measured; each takes the tokenizer a millisecond or so"""
+"""number of problems whose teacher prompts are measured; each takes the tokenizer about 1 ms"""
 
 
 _RATIONALE = "(what the teacher writes of the solution before it scores)"
@@ -31,22 +32,23 @@ _RATIONALE = "(what the teacher writes of the solution before it scores)"
 
 @dataclass(frozen=True)
 class PromptLengths:
-    """Tokens of the students' prompts, of all problems, and of some of the teachers'."""
+    """Prompt lengths in tokens: the student's of all problems, and the teacher's of some
+    problems."""
 
     student: Sequence[int]
     teacher: Sequence[int]
 
     def longest(self, completion: int) -> Lengths:
-        """The longest of each role."""
+        """Returns the longest prompt of each role, with a completion."""
         return Lengths(max(self.student), max(self.teacher), completion)
 
     def typical(self, completion: int) -> Lengths:
-        """The mean of each role."""
+        """Returns the mean prompt of each role, with a completion."""
         return Lengths(round(mean(self.student)), round(mean(self.teacher)), completion)
 
 
 def _least_masked(config: Config, problem: Problem) -> str:
-    """With as little of the solution hidden as ever is."""
+    """Returns the solution with the smallest part hidden that the settings allow."""
     masking = config.masking
     return mask_solution(
         problem.solution,
@@ -60,8 +62,8 @@ def _least_masked(config: Config, problem: Problem) -> str:
 def _teacher_prompt(
     config: Config, tokenizer: PreTrainedTokenizerBase, problem: Problem, context: int
 ) -> tuple[int, ...]:
-    """With as little of the solution hidden as ever is, and a stand-in for the rationale; the
-    student's where there is no teacher."""
+    """Returns the teacher's prompt with the smallest part hidden and a placeholder for the
+    rationale. Without a teacher, returns the student's prompt."""
     prompts = config.prompts
     if not recipe_of(config).uses_teacher:
         return encode_student_prompt(tokenizer, problem, prompts, thinking=prompts.student_thinking)
@@ -80,7 +82,7 @@ def _teacher_prompt(
 def _request(
     config: Config, tokenizer: PreTrainedTokenizerBase, problem: Problem, context: int
 ) -> tuple[int, ...]:
-    """The prompt that asks for the rationale of the teacher's prompt above."""
+    """Returns the prompt that asks for the rationale, with the same part of the solution."""
     request, _ = encode_reason_prompt(
         tokenizer,
         problem,
@@ -96,10 +98,10 @@ def _request(
 def prompt_lengths(
     config: Config, tokenizer: PreTrainedTokenizerBase, train_set: ProblemSet, context: int
 ) -> PromptLengths:
-    """Measured over the data set, the teacher's over problems spread evenly through it, each with
-    the longest rationale that it may write.
+    """Measures prompt lengths over the data set: the student's of all problems, the teacher's of
+    problems spread evenly over it, each with the longest possible rationale.
 
-    context: the model's, in tokens.
+    context: the model's context, in tokens.
     """
     every = -(-len(train_set.problems) // _MEASURED_PROMPTS)
     measured = train_set.problems[::every]
@@ -115,7 +117,7 @@ def prompt_lengths(
 def _first_batch(
     config: Config, tokenizer: PreTrainedTokenizerBase, train_set: ProblemSet, context: int
 ) -> list[str]:
-    """The first problem's prompts in full, and the lengths of the others'."""
+    """Returns lines with the first problem's prompts in full and the lengths of the others."""
     requests = batch_requests(config, train_set, 0)
     problem, student = requests[0].problem, requests[0].prompt_ids
     lines = [
@@ -126,7 +128,7 @@ def _first_batch(
         teacher = _teacher_prompt(config, tokenizer, problem, context)
         lines += [
             "",
-            f"# teacher's prompt of the same at mask ratio {config.masking.rho_wrong} "
+            f"# teacher's prompt of the same problem at mask ratio {config.masking.rho_wrong} "
             f"({len(teacher)} tokens)",
             str(tokenizer.decode(list(teacher))),
         ]
@@ -134,7 +136,7 @@ def _first_batch(
         request = _request(config, tokenizer, problem, context)
         lines += [
             "",
-            f"# what the teacher is asked before ({len(request)} tokens)",
+            f"# request for the teacher's rationale ({len(request)} tokens)",
             str(tokenizer.decode(list(request))),
         ]
     others = [len(request.prompt_ids) for request in requests[1:]]
@@ -143,14 +145,14 @@ def _first_batch(
         each = f", {size} of each problem" if size > 1 else ""
         lines += [
             "",
-            f"# and {len(others)} more in the first step{each}, with student's prompts of "
+            f"# {len(others)} more rollouts in the first step{each}, with student's prompts of "
             f"{min(others)} to {max(others)} tokens",
         ]
     return lines
 
 
 def rollout_flops(config: Config, shape: ModelShape, typical: Lengths) -> dict[str, float]:
-    """Floating-point operations of one rollout by part, over all updates on it."""
+    """Returns the floating-point operations of one rollout by part, over all updates on it."""
     checkpointing = config.parallel.activation_checkpointing
     flops = step_flops(
         shape,
@@ -166,7 +168,7 @@ def rollout_flops(config: Config, shape: ModelShape, typical: Lengths) -> dict[s
     if recipe_of(config).samples:
         flops = {"rollout": sampled} | flops
     if config.teacher.reason_first:
-        # The teacher's prompt holds the request's parts and the rationale.
+        # The teacher's prompt contains the request's parts and the rationale.
         rationale = config.teacher.reason_max_new_tokens
         reasoned = step_flops(
             shape,
@@ -198,7 +200,7 @@ def _sizes(config: Config, shape: ModelShape, lengths: PromptLengths) -> list[st
     )
     return [
         f"# {total:,} parameters, {trained:,} trainable ({trained / total:.1%})",
-        f"# prompts of {typical.student_prompt} tokens in the mean for the student (at most "
+        f"# prompts of {typical.student_prompt} tokens on average for the student (at most "
         f"{max(lengths.student)}){prompts}",
         f"# a step: at most {batch_size * completion:,} completion tokens, {student:,} tokens "
         f"through the student{second}",
@@ -215,9 +217,11 @@ def check_run_fits(
     device: torch.device,
     num_ranks: int,
 ) -> None:
-    """Raises ValueError for a run that its GPU has no room for, with the setting to change.
+    """Raises ValueError if the run does not fit into its GPU. The message names the setting to
+    change.
 
-    model: the one to train, with its adapters, not sharded; the meta device will do (`meta_model`).
+    model: the model to train, with its adapters, not sharded; it may be on the meta device
+        (`meta_model`).
     """
     lengths = prompt_lengths(config, tokenizer, train_set, max_context(model))
     check_fits(
@@ -239,9 +243,10 @@ def describe(
     device: torch.device,
     num_ranks: int,
 ) -> str:
-    """The whole report, whether the run fits or not (`check_run_fits`).
+    """Returns the whole report. It does not check whether the run fits (see `check_run_fits`).
 
-    model: the one to train, with its adapters, not sharded; the meta device will do (`meta_model`).
+    model: the model to train, with its adapters, not sharded; it may be on the meta device
+        (`meta_model`).
     """
     shape, context = shape_of(model), max_context(model)
     lengths = prompt_lengths(config, tokenizer, train_set, context)
@@ -275,7 +280,7 @@ def describe(
             *_first_batch(config, tokenizer, train_set, context),
             "",
             f"# memory that {each} takes on {processors}, in GiB, with the longest prompts (with "
-            f"typical ones {typical.total_bytes / GIB:.3f})",
+            f"average ones {typical.total_bytes / GIB:.3f})",
             longest.table(),
             f"{otherwise.total_bytes / GIB:9.3f}  {'with' if checkpointing else 'without'} "
             "activation checkpointing",

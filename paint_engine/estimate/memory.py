@@ -1,9 +1,9 @@
-"""What a training step takes of one device's memory, from the model's shape alone.
+"""Estimates the memory of a training step on one device, from the model's shape alone.
 
-Counted is what PyTorch's allocator holds, tensor by tensor, and what lies outside of it as named
+It counts each tensor that PyTorch's allocator holds. Memory outside the allocator is a set of named
 constants. Decoder layers are those of Qwen3 and Llama: two norms, attention, a gated MLP. H is the
-hidden size, I the MLP's, Q and K the widths of all queries and of all keys, a the bytes of one
-number in the arithmetic's dtype.
+hidden size, I the MLP's, Q and K the total widths of queries and of keys, and a the bytes of one
+number in the compute dtype.
 """
 
 import math
@@ -19,24 +19,25 @@ from paint_engine.rollout.choose import vllm_is_installed
 from paint_kernels._plan import most_rows
 
 GIB = 2**30
-"""what memory is sold and shown in"""
+"""bytes of a GiB, the unit in which memory is sold and shown"""
 CUDA_CONTEXT_BYTES = 500_000_000
-"""the driver and the kernels that have been loaded: 300 MB and more (pytorch issue 107667)"""
+"""the driver and the loaded kernels: 300 MB and more (pytorch issue 107667)"""
 NCCL_BYTES = 700_000_000
 """a process group's buffers: 544 MB with 2 A100s, 688 MB with 4 (nccl issue 964)"""
 ALLOCATOR_SLACK = 0.05
-"""share of what tensors take that the caching allocator may hold beside them; an allowance"""
+"""memory that the caching allocator may hold beyond its tensors, as a share of them; an
+allowance"""
 
 _FLOAT32 = 4
 _GATHERED_LAYERS = 2
-"""FSDP gathers the next layer while one is at work"""
+"""FSDP gathers the next layer while one layer computes"""
 _CPU_SCRATCH_BYTES = 5 * 2**18 * _FLOAT32
-"""the loss's row blocks on a CPU"""
+"""the row blocks of the loss on a CPU"""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of one rollout: both prompts and the completion."""
+    """Token counts of one rollout: both prompts and the completion."""
 
     student_prompt: int
     teacher_prompt: int
@@ -45,7 +46,8 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Tokens of one forward pass; `completion_tokens` of the student's are in the loss."""
+    """Token counts of one forward pass. `completion_tokens` of the student's tokens are in the
+    loss."""
 
     student_tokens: int
     teacher_tokens: int
@@ -53,7 +55,7 @@ class Microbatch:
 
 
 def largest_microbatch(config: Config, lengths: Lengths, num_ranks: int) -> Microbatch:
-    """The most that one pass may take with rollouts up to `lengths`.
+    """Returns the largest micro-batch with rollouts up to `lengths`.
 
     A rollout above `train.max_tokens_per_microbatch` is a micro-batch of its own.
     """
@@ -71,8 +73,11 @@ def largest_microbatch(config: Config, lengths: Lengths, num_ranks: int) -> Micr
 
 @dataclass(frozen=True)
 class Setting:
-    """What of the configuration changes the estimate. `compute_bytes` and `residual_bytes`: of one
-    number in matrix products, and in the stream that layers add to."""
+    """The parts of a configuration that the estimate depends on.
+
+    compute_bytes: bytes of one number in matrix products.
+    residual_bytes: bytes of one number in the residual stream.
+    """
 
     trains_all: bool
     second_pass: bool
@@ -89,18 +94,18 @@ class Setting:
 
     @property
     def shards(self) -> int:
-        """How many ranks share one copy of the weights."""
+        """Number of ranks that share one copy of the weights."""
         return self.num_ranks if self.sharded else 1
 
     @property
     def casts_weights(self) -> bool:
-        """Whether autocast keeps narrow copies of float32 weights for the backward pass; FSDP
-        gathers whole weights in the narrow dtype instead, adapters it does not."""
+        """Whether autocast keeps low-precision copies of float32 weights for the backward pass.
+        FSDP gathers whole weights in the low-precision dtype instead, but not adapters."""
         return self.compute_bytes < _FLOAT32 and not (self.trains_all and self.sharded)
 
 
 def setting_of(config: Config, num_ranks: int, *, on_gpu: bool) -> Setting:
-    """The setting of a configuration on `num_ranks` devices. "auto" stands for bfloat16 on a
+    """Returns the setting of a configuration on `num_ranks` devices. "auto" is bfloat16 on a
     GPU."""
     dtype, parallel, rollout = config.model.dtype, config.parallel, config.rollout
     compute = 2 if dtype == "bfloat16" or (dtype == "auto" and on_gpu) else _FLOAT32
@@ -112,7 +117,7 @@ def setting_of(config: Config, num_ranks: int, *, on_gpu: bool) -> Setting:
         second_pass=recipe_of(config).second_pass is not None,
         running_mean=config.teacher.weights == "ema",
         compute_bytes=compute,
-        # Float32 embeddings begin a float32 stream, which autocast leaves as it is.
+        # Float32 embeddings start a float32 stream, which autocast does not change.
         residual_bytes=_FLOAT32 if trains_all and not sharded else compute,
         dropout=config.lora.enabled and config.lora.dropout > 0,
         dense_mask=config.model.attention == "packed",
@@ -125,17 +130,18 @@ def setting_of(config: Config, num_ranks: int, *, on_gpu: bool) -> Setting:
 
 
 def layer_activation_bytes(shape: ModelShape, setting: Setting) -> int:
-    """What one decoder layer keeps of one token for its backward pass.
+    """Returns the bytes that one decoder layer keeps per token for its backward pass.
 
-    With adapters on all seven matrices in bfloat16, small terms aside: 12 H + 8 Q + 8 K + 8 I. A
-    norm keeps its input in float32, and its output before the weight where that is trained.
+    With adapters on all seven matrices in bfloat16, this is 12 H + 8 Q + 8 K + 8 I plus small
+    terms. A norm keeps its input in float32. If its weight is trained, it also keeps its output
+    before the weight.
     """
     a, trained = setting.compute_bytes, setting.trains_all
     hidden, queries, keys = shape.hidden, shape.queries, shape.keys
 
     def linear_inputs(width: int, *names: str) -> int:
         if trained:
-            # Where the stream is wider than the products, each product has its own narrow copy.
+            # If the stream is wider than the products, each product has its own low-precision copy.
             copies = len(names) if setting.residual_bytes > a else 1
             return copies * a * width
         adapted = shape.adapted.intersection(names)
@@ -147,19 +153,20 @@ def layer_activation_bytes(shape: ModelShape, setting: Setting) -> int:
     size += linear_inputs(hidden, "gate_proj", "up_proj")
     if shape.norms_heads:
         size += (queries + keys) * (_FLOAT32 + (a if trained else 0))
-    # Queries, keys, values, the result, and a log-sum-exp a head.
+    # Queries, keys, values, the result, and one log-sum-exp per head.
     size += 2 * a * (queries + keys) + _FLOAT32 * shape.num_heads
-    # Gate, up, the activation, and their product where the next matrix is trained.
+    # Gate, up, the activation, and their product if the next matrix is trained.
     size += 3 * a * shape.intermediate + linear_inputs(shape.intermediate, "down_proj")
     size += a * shape.adapter_rank * len(shape.adapted)
     if setting.dropout:
-        # Each adapter's own input, and which of its entries were kept: as numbers on a CPU.
+        # The input of each adapter, and its dropout mask; on a CPU the mask is stored as numbers.
         size += (a + (1 if setting.on_gpu else a)) * shape.adapter_inputs
     return size
 
 
 def _activations(shape: ModelShape, setting: Setting, batch: Microbatch) -> dict[str, int]:
-    """What is kept at the end of the student's pass, and what the pass of one layer adds to it."""
+    """Returns the bytes kept at the end of the student's pass, and the bytes that one layer's pass
+    adds."""
     tokens, a, hidden = batch.student_tokens, setting.compute_bytes, shape.hidden
     layer = tokens * layer_activation_bytes(shape, setting)
     if setting.dense_mask:
@@ -167,20 +174,21 @@ def _activations(shape: ModelShape, setting: Setting, batch: Microbatch) -> dict
     casts = 2 * (shape.adapter_parameters or shape.layer_parameters) * setting.casts_weights
     last_norm = tokens * hidden * (_FLOAT32 + setting.residual_bytes * setting.trains_all)
     inputs = tokens * hidden * setting.residual_bytes
-    # The gradients of two of the MLP's inner activations; with adapters, of the stream beside.
+    # The gradients of two inner activations of the MLP; with adapters, also the stream's gradient.
     backward = 2 * a * shape.intermediate + (0 if setting.trains_all else _FLOAT32 * hidden)
     one_layer = layer + casts // shape.num_layers
     return {
         "kept": last_norm + shape.num_layers * (inputs if setting.checkpointing else one_layer),
         "recomputed": one_layer if setting.checkpointing else 0,
-        # Autocast holds every narrow copy until its pass ends.
+        # Autocast holds every low-precision copy until its pass ends.
         "casts": casts if setting.checkpointing else 0,
         "backward": tokens * backward,
     }
 
 
 def _loss(shape: ModelShape, setting: Setting, batch: Microbatch) -> dict[str, int]:
-    """The fused loss: what its chunks take while it runs, and the gradients that it leaves."""
+    """Returns the bytes of the fused loss: its chunks while it runs, and the gradients that
+    remain."""
     num_rows, num_columns = batch.completion_tokens, shape.num_head_rows
     device = torch.device("cuda" if setting.on_gpu and torch.cuda.is_available() else "meta")
     most = most_rows(num_columns, shape.hidden, device if setting.on_gpu else torch.device("cpu"))
@@ -192,7 +200,7 @@ def _loss(shape: ModelShape, setting: Setting, batch: Microbatch) -> dict[str, i
     if not setting.on_gpu:
         chunks += _CPU_SCRATCH_BYTES
     elif head_is_narrow:
-        # The gradient by the logits, and the head, in float16.
+        # The gradient with respect to the logits, and the head, in float16.
         chunks += 2 * rows * num_columns + 2 * shape.head_parameters
     else:
         chunks += rows * num_columns * _FLOAT32
@@ -207,11 +215,12 @@ def _loss(shape: ModelShape, setting: Setting, batch: Microbatch) -> dict[str, i
 
 
 def _weights(shape: ModelShape, setting: Setting) -> dict[str, int]:
-    """Weights and the optimizer's two moments, as far as one rank holds them."""
+    """Returns the bytes of the weights and of the optimizer's two moments that one rank holds."""
     a, shards, frozen = setting.compute_bytes, setting.shards, not setting.trains_all
     trained = _FLOAT32 * shape.trained_parameters
     own_head = 0 if shape.tied else a * shape.head_parameters
-    # Of a sharded copy the root stays gathered: nothing goes back through it, to free it.
+    # The root of a sharded copy stays gathered, because no backward pass runs through it to free
+    # it.
     copy = shape.base_parameters // shards + shape.root_parameters * setting.sharded
     return {
         "frozen base": (a * shape.base_parameters - own_head) // shards * frozen,
@@ -224,15 +233,16 @@ def _weights(shape: ModelShape, setting: Setting) -> dict[str, int]:
 
 
 def _gradients(shape: ModelShape, setting: Setting, *, several: bool) -> int:
-    """Of the trained weights, float32. Sharded adapters' are whole until the last of several
-    micro-batches has been added."""
+    """Returns the bytes of the trained weights' float32 gradients. Gradients of sharded adapters
+    stay whole until the last of several micro-batches is added."""
     trained = _FLOAT32 * shape.trained_parameters
     whole = several and setting.sharded and not setting.trains_all
     return trained // setting.shards + trained * whole
 
 
 def _gathered(shape: ModelShape, setting: Setting) -> tuple[int, int]:
-    """What FSDP gathers for one layer, and for what belongs to none, which stays for the loss."""
+    """Returns the bytes that FSDP gathers for one layer, and for the weights outside the layers,
+    which stay gathered for the loss."""
     a = setting.compute_bytes
     layer = (a * shape.layer_parameters + _FLOAT32 * shape.adapter_parameters) // shape.num_layers
     return layer * setting.sharded, a * shape.root_parameters * setting.sharded
@@ -241,8 +251,8 @@ def _gathered(shape: ModelShape, setting: Setting) -> tuple[int, int]:
 def _sampling(
     shape: ModelShape, setting: Setting, config: Config, lengths: Lengths
 ) -> dict[str, int]:
-    """The built-in sampler's cache at its longest, the logits and their sorting; sharded, whole
-    weights on each rank."""
+    """Returns the bytes of the built-in sampler: its cache at its longest, the logits and their
+    sort. With sharding, each rank also holds whole weights."""
     if not draws(config) or setting.colocated_vllm or config.rollout.url is not None:
         return {}
     a = setting.compute_bytes
@@ -253,13 +263,13 @@ def _sampling(
     if recipe_of(config).samples:
         runs.append((lengths.student_prompt + config.rollout.max_new_tokens, rows))
     if config.teacher.reason_first:
-        # The teacher's prompt with the rationale is hardly shorter than request and rationale.
+        # The teacher's prompt with the rationale is about as long as the request and the rationale.
         runs.append((lengths.teacher_prompt, rows))
     if config.eval.enabled:
         longest = lengths.student_prompt + config.eval.max_new_tokens
         runs.append((longest, config.eval.max_sequences))
     cache = max(rows * length * per_token for length, rows in runs)
-    # Float32 logits, sorted, with the order as int64.
+    # Float32 logits, the sorted logits, and their order as int64.
     logits = max(rows for _, rows in runs) * shape.num_head_rows * (2 * _FLOAT32 + 8)
     whole = (a * shape.base_parameters + _FLOAT32 * shape.adapter_parameters) * setting.sharded
     return {"sampler: cache": cache, "sampler: logits": logits, "sampler: whole weights": whole}
@@ -267,31 +277,33 @@ def _sampling(
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by part: `held` all the time, and what each phase of a step adds while it lasts."""
+    """Bytes by part. `held` is held throughout; `phases` has what each phase of a step adds."""
 
     held: Mapping[str, int]
     phases: Mapping[str, Mapping[str, int]]
     outside: Mapping[str, int]
-    """of PyTorch's allocator, and its slack"""
+    """outside PyTorch's allocator, and its slack"""
     device_memory_bytes: int | None
 
     @property
     def peak_phase(self) -> str:
-        """The phase that takes most."""
+        """The phase that takes the most memory."""
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
     def allocated_bytes(self) -> int:
-        """Of all tensors at the peak: what `torch.cuda.max_memory_allocated` is to report."""
+        """Bytes of all tensors at the peak, which `torch.cuda.max_memory_allocated` should
+        report."""
         return sum(self.held.values()) + sum(self.phases[self.peak_phase].values())
 
     @property
     def total_bytes(self) -> int:
-        """Everything, the other processes' and libraries' shares included."""
+        """Bytes of everything, including the shares of other processes and libraries."""
         return self.allocated_bytes + sum(self.outside.values())
 
     def table(self) -> str:
-        """One line a part, in GiB; phases follow each other, so that only the largest counts."""
+        """Returns one line per part, in GiB. Phases follow each other, so only the largest
+        counts."""
         lines = _rows(self.held)
         for name, parts in self.phases.items():
             mark = "  <- peak" if name == self.peak_phase else ""
@@ -316,9 +328,9 @@ def estimate_memory(
     num_ranks: int,
     device_memory_bytes: int | None,
 ) -> MemoryEstimate:
-    """What a run takes of each device, at most, with rollouts up to `lengths`.
+    """Estimates the largest memory that a run takes of each device, with rollouts up to `lengths`.
 
-    device_memory_bytes: of one GPU; None where the run is on a CPU.
+    device_memory_bytes: memory of one GPU; None if the run is on a CPU.
     """
     on_gpu = device_memory_bytes is not None
     setting = setting_of(config, num_ranks, on_gpu=on_gpu)
@@ -356,11 +368,12 @@ def _phases(
     earlier = gradients if several else {}
     kept = {"activations: kept": activations["kept"]}
     left = {name: size for name, size in loss.items() if name != "loss: chunks of logits"}
-    # At once, without gradients: three of the MLP's activations, five numbers a hidden entry.
+    # Live at the same time without gradients: three activations of the MLP, five numbers per hidden
+    # entry.
     one_layer = 3 * a * shape.intermediate + 5 * a * shape.hidden
     in_reduction = (a + _FLOAT32) * shape.layer_parameters // shape.num_layers
-    # PyTorch's choice on a GPU is one operation for all weights, with one temporary as large; for
-    # split weights and on a CPU one by one, with two.
+    # On a GPU, PyTorch updates all weights in one operation, with one temporary of the same size.
+    # For sharded weights and on a CPU, it updates them one by one, with two temporaries.
     trained = temporaries = _FLOAT32 * shape.trained_parameters
     if setting.sharded or not setting.on_gpu:
         temporaries = 2 * _FLOAT32 * shape.largest_trained // setting.shards
@@ -391,8 +404,9 @@ def _phases(
         "the optimizer": gradients | {"temporaries": temporaries},
     }
     if trains_all:
-        # The head's and the embeddings' arrive apart: tied, they wait for each other. FSDP has them
-        # as they arise, and in float32 to be summed.
+        # The gradients of the head and of the embeddings are computed separately. If the two are
+        # tied, one waits for the other. FSDP holds them in their own dtype, and in float32 for the
+        # sum.
         apart = _FLOAT32 * (2 if several or shape.tied else 1)
         waiting = shape.root_parameters * (a + _FLOAT32 if setting.sharded else apart)
         phases["the embeddings' gradient"] = gradients | gathered | {"its parts": waiting}

@@ -1,4 +1,4 @@
-"""The sizes of a model that memory and arithmetic follow from; no weights are needed."""
+"""The sizes of a model that determine memory and arithmetic. They need no weights."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,10 @@ from paint_engine.model.sharding import decoder_layers
 class ModelShape:
     """Widths and counts of a model, in elements.
 
-    `adapted`: names of a layer's modules that have adapters, none where all weights are trained.
-    `layer_parameters` and `adapter_parameters` are of all layers; `root_parameters` belong to no
-    layer (embeddings, last norm, and the head where it is not tied to the embeddings).
+    `adapted`: names of a layer's modules that have adapters; empty if all weights are trained.
+    `layer_parameters` and `adapter_parameters` count all layers. `root_parameters` counts the
+    parameters outside the layers: embeddings, last norm, and the head unless it is tied to the
+    embeddings.
     """
 
     num_layers: int
@@ -37,23 +38,24 @@ class ModelShape:
 
     @property
     def base_parameters(self) -> int:
-        """Of the model without adapters."""
+        """Number of parameters without adapters."""
         return self.layer_parameters + self.root_parameters
 
     @property
     def trained_parameters(self) -> int:
-        """Adapters, or everything where there are none."""
+        """Number of trained parameters: the adapters, or all parameters if there are no
+        adapters."""
         return self.adapter_parameters if self.adapted else self.base_parameters
 
     @property
     def head_parameters(self) -> int:
-        """Of the output head, be it tied or not."""
+        """Number of parameters of the output head, tied or not."""
         return self.num_head_rows * self.hidden
 
 
 def shape_of(model: nn.Module) -> ModelShape:
-    """The sizes of a causal language model, with or without adapters, before it is sharded; the
-    meta device will do."""
+    """Returns the sizes of a causal language model, with or without adapters, before it is sharded.
+    The model may be on the meta device."""
     inner, layers = causal_lm(model), decoder_layers(model)
     config = inner.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -92,10 +94,11 @@ def step_flops(
     completion: float,
     checkpointing: bool,
 ) -> dict[str, float]:
-    """Floating-point operations of one rollout by part, for these lengths in tokens.
+    """Returns the floating-point operations of one rollout by part, for these lengths in tokens.
 
-    A product of (M, K) and (K, N) is 2 M K N; causal attention is half of its square. Frozen
-    weights have no gradient: backward they cost as much as forward, trained ones twice that.
+    A product of (M, K) and (K, N) counts 2 M K N; causal attention counts half of its square.
+    Frozen weights have no gradient: their backward pass costs as much as the forward pass. The
+    backward pass of trained weights costs twice that.
     """
 
     def attention(length: float) -> float:
@@ -108,7 +111,7 @@ def step_flops(
     length = student_prompt + completion
     student = forward(length, adapters=True)
     trained = shape.adapter_parameters or shape.layer_parameters
-    # FlashAttention's backward pass is five products for the forward pass's two.
+    # FlashAttention's backward pass has five products; the forward pass has two.
     backward = student + 1.5 * attention(length) + 2 * trained * length
     head = 2 * shape.head_parameters * completion
     return {

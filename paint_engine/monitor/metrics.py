@@ -1,8 +1,8 @@
-"""What a run leaves on disk and shows on the console while it trains.
+"""Writes a run's metrics and samples, and checks that metrics are finite.
 
-`MetricsWriter` appends one JSON object a step to `metrics.jsonl` and one a kept rollout to
-`samples.jsonl`, and mirrors the numbers to TensorBoard and W&B on request. `Progress` is the live
-display. KL and entropies are in nats; overlap, accuracy, masks, masses and rates are fractions.
+`MetricsWriter` appends one JSON object per step to `metrics.jsonl` and one per kept rollout to
+`samples.jsonl`. It also logs the metrics to TensorBoard and W&B on request. KL and entropies are in
+nats; overlap, accuracy, mask ratios, masses and rates are fractions.
 """
 
 import math
@@ -23,35 +23,37 @@ from paint_engine.files import (
 
 
 class Diverged(Exception):
-    """A step's metrics are not finite: the training cannot go on from here."""
+    """A step's metrics are not finite. Training cannot continue from here."""
 
 
 def check_finite(metrics: Mapping[str, float]) -> None:
-    """Raises Diverged where a metric is no finite number; names it and the step."""
+    """Raises Diverged if a metric is not a finite number. The message names the metric and the
+    step."""
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise Diverged(
-                f"metric '{name}' of step {metrics['step']} is {value!r}; a finite number is "
-                "needed: the training has diverged. Start a new run with a lower "
-                "optim.learning_rate or optim.max_grad_norm; the checkpoints of the steps before "
-                "are kept."
+                f"metric '{name}' of step {metrics['step']} is {value!r}; needs a finite number; "
+                "the training has diverged. Start a new run with a lower optim.learning_rate or "
+                "optim.max_grad_norm. The checkpoints of earlier steps are kept."
             )
 
 
 class MetricsWriter:
-    """Writes a run's `metrics.jsonl` and `samples.jsonl`, and TensorBoard and W&B where asked.
+    """Writes a run's `metrics.jsonl` and `samples.jsonl`, and logs to TensorBoard and W&B if
+    requested.
 
-    Both files keep the lines of steps up to `resume_step` and lose the rest, so that a resumed run
-    leaves the files of an uninterrupted one; 0 starts them empty. Use it as a context manager.
+    Both files keep the lines of steps up to `resume_step` and lose the rest, so a resumed run
+    leaves the same files as an uninterrupted one. With 0 both start empty. Use it as a context
+    manager.
 
     Args:
         run_dir: an existing directory.
         tensorboard: also write event files to `run_dir/tensorboard`.
         wandb_project: also log to this W&B project, under the run directory's name.
-        config: the resolved configuration, handed to W&B.
+        config: the resolved configuration, which is sent to W&B.
         resume_step: the last step whose lines are kept.
 
-    Where TensorBoard or W&B is asked for, it is installed (`check_loggers`).
+    TensorBoard and W&B must be installed if they are requested (see `check_loggers`).
     """
 
     def __init__(
@@ -80,15 +82,15 @@ class MetricsWriter:
             self._wandb.log(numbers, step=step)
 
     def write_sample(self, sample: Mapping[str, Any]) -> None:
-        """Append one kept rollout, `step` among its keys.
+        """Appends one kept rollout, with `step` among its keys.
 
         Raises:
-            ValueError: a value has no JSON form; names the key and the step.
+            ValueError: a value has no JSON form. The message names the key and the step.
         """
         append_lines(self._samples, json_line(sample))
 
     def close(self) -> None:
-        """Close every file and finish the W&B run. Writing afterwards is an error."""
+        """Closes every file and finishes the W&B run. Writing afterwards is an error."""
         self._metrics.close()
         self._samples.close()
         if self._tensorboard is not None:
@@ -110,7 +112,7 @@ def _open_lines(path: Path, resume_step: int) -> FileIO:
 
 
 def check_loggers(*, tensorboard: bool, wandb_project: str | None) -> None:
-    """Raises ValueError where TensorBoard or W&B is asked for and not installed."""
+    """Raises ValueError if TensorBoard or W&B is requested and not installed."""
     if tensorboard and find_spec("tensorboard") is None:
         raise ValueError(_missing_package("run.tensorboard", "tensorboard"))
     if wandb_project is not None and find_spec("wandb") is None:
@@ -126,7 +128,7 @@ def _open_tensorboard(run_dir: Path, resume_step: int) -> Any:
 def _open_wandb(run_dir: Path, project: str, config: dict[str, Any]) -> Any:
     import wandb  # pyright: ignore[reportMissingImports]
 
-    # The id makes a resumed run continue its own curves; W&B drops the few steps it already has.
+    # The id makes a resumed run continue its own curves. W&B ignores the few steps it already has.
     name = run_dir.resolve().name
     return wandb.init(
         project=project, name=name, id=name, resume="allow", dir=str(run_dir), config=config

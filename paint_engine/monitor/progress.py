@@ -19,13 +19,13 @@ from paint_engine.recipes.display import Display
 PLAIN_INTERVAL_S = 5.0
 LIVE_REFRESHES_PER_S = 4.0
 LIVE_COLUMNS = 90
-# Enough updates to even out one slow step, few enough to follow completions that grow longer.
+# Enough updates to average out one slow step, few enough to follow completions that grow longer.
 TIME_LEFT_WINDOW = 16
 
 
 @dataclass
 class _Meter:
-    """How far a counted job is and how long the rest will take, from its latest updates."""
+    """The progress of a counted job. It estimates the remaining time from the latest updates."""
 
     total: int
     done: int
@@ -45,7 +45,8 @@ class _Meter:
         return self.clock() - self.started
 
     def left_s(self) -> float | None:
-        """Seconds to go at the rate of the latest updates; None before the first one."""
+        """Returns the remaining seconds at the rate of the latest updates, or None before the first
+        update."""
         (first_time, first_done), (last_time, last_done) = self.history[0], self.history[-1]
         if last_done == first_done:
             return None
@@ -55,7 +56,7 @@ class _Meter:
 
 
 class Progress:
-    """The display of a run: a live line on a terminal, a plain line now and then elsewhere.
+    """The console display of a run: a live line on a terminal, occasional plain lines elsewhere.
 
     with progress.evaluation("evaluating before", 1536) as advance:
         advance(64, 0.48)             # 64 more samples are done, 48% of all so far are correct
@@ -63,9 +64,9 @@ class Progress:
         update(metrics)               # the same mapping that MetricsWriter.write takes
 
     Args:
-        console: where to draw. Only a console whose file is a terminal gets the live display.
-        display: the recipe's, whose numbers a training shows; None for evaluations alone.
-        clock: seconds on a clock that never runs back.
+        console: where to draw. The live display needs a console whose file is a terminal.
+        display: the recipe's, with the numbers that training shows; None for evaluations alone.
+        clock: seconds of a monotonic clock.
     """
 
     def __init__(
@@ -99,8 +100,8 @@ class Progress:
 
     @contextmanager
     def evaluation(self, title: str, total: int) -> Iterator[Callable[[int, float], None]]:
-        """Yields `advance(num_finished, correct_fraction)`: samples newly finished, and the share
-        of all samples finished so far that are correct."""
+        """Yields `advance(num_finished, correct_fraction)`. Its arguments are the number of newly
+        finished samples, and the fraction of all finished samples that are correct."""
         meter = _Meter(total, 0, self._clock)
         with _display(self._console, meter, f"{title}:", " samples") as show:
 
@@ -118,7 +119,8 @@ _Fields = list[tuple[str, str]]
 def _display(
     console: Console, meter: _Meter, title: str, unit: str
 ) -> Iterator[Callable[[_Fields], None]]:
-    # FORCE_COLOR makes rich take a log file for a terminal; cursor movements do not belong there.
+    # FORCE_COLOR makes rich treat a log file as a terminal, but cursor movements do not belong in a
+    # file.
     if console.is_interactive and console.file.isatty():
         with _live_display(console, meter, title, unit) as show:
             yield show
@@ -185,11 +187,11 @@ def _plain_display(
     try:
         yield show
     finally:
-        # An interrupted job still says how far it came.
+        # An interrupted job still prints its progress.
         if unprinted:
             flush()
 
 
 def _duration(seconds: float | None) -> str:
-    """ "0:01:23", or "-:--:--" where it is not known yet."""
+    """Returns "0:01:23", or "-:--:--" if it is not known yet."""
     return "-:--:--" if seconds is None else str(timedelta(seconds=round(seconds)))

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes."""
+"""Measures the time of each part of a training step."""
 
 import time
 from collections import defaultdict
@@ -9,13 +9,13 @@ import torch
 
 
 class Timings:
-    """Where the time of steps goes: seconds by the name of a part, added up.
+    """Seconds by the name of a part, added up over steps.
 
     with timings.span("student"):
         ...
 
-    The spans are also ranges in a trace of torch.profiler. A device that works on after the call
-    returns is waited for only with `synchronize`, which benchmarks set: it costs time.
+    The spans are also ranges in a trace of torch.profiler. A call may return before the device has
+    finished. `synchronize` waits for the device; only benchmarks set it, because it costs time.
     """
 
     def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
@@ -24,7 +24,7 @@ class Timings:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Adds the time inside to the part's."""
+        """Adds the time inside the context to the part `name`."""
         self.synchronize()
         started = time.perf_counter()
         with torch.profiler.record_function(name):

@@ -1,6 +1,6 @@
-"""What a rollout shares with the verified solution: anchors and their recall (Sec. 3.2, Eq. 4).
+"""Anchors: what a rollout shares with the verified solution, and their recall (Sec. 3.2, Eq. 4).
 
-An anchor is a run of canonical tokens of the solution, and it is found where the same run of whole
+An anchor is a run of canonical tokens of the solution. It is found where the same run of whole
 tokens occurs: 12 is one token, so neither 3124 nor 12.5 contains it.
 """
 
@@ -17,34 +17,36 @@ _CLOSING = frozenset(")]}") | {"\\}"}
 # A leading minus and a trailing factorial belong to the anchor.
 _LEADING = frozenset(".,;:!?+*/^_%") | _RELATIONS
 _TRAILING = frozenset(".,;:?+-*/^_") | _RELATIONS
-# A longer formula is a derivation that no rollout repeats sign by sign.
+# A longer formula is a derivation, which no rollout repeats sign by sign.
 _MAX_FORMULA_TOKENS = 100
 _NOT_IN_FORMULAS = frozenset(".,;:!?|#\"'")
-# Source code of drawings, which solutions from the AoPS wiki carry.
+# Source code of drawings, which occurs in solutions from the AoPS wiki.
 _DRAWING = re.compile(r"\[asy\][^\[]*(?:\[(?!/?asy\])[^\[]*)*\[/asy\]")
 
 
 def normalize_math(text: str) -> str:
-    """`text` in one canonical mathematical notation (Norm in Eq. 4); idempotent.
+    """Returns `text` in one canonical mathematical notation (Norm in Eq. 4). Idempotent.
 
-    Delimiters ($, \\(, \\[, environments), sizes (\\left, \\big), boxes, text commands, degrees,
-    GSM8K's <<...>> and Markdown's ** go. Fractions are \\frac{a}{b}, and a/b between numbers;
-    products are *; minus signs are -; numbers lose thousands separators and needless zeros. White
-    space stays between words, and after a comma or point before a digit, where it tells a list from
-    a number.
+    Delimiters ($, \\(, \\[, environments), sizes (\\left, \\big), boxes, text commands, degree
+    signs, GSM8K's <<...>> and Markdown's ** are removed. Fractions become \\frac{a}{b}, and a/b
+    between numbers. Products become *, and minus signs become -. Numbers lose thousands separators
+    and redundant zeros. White space remains between words. It also remains after a comma or point
+    before a digit, where it distinguishes a list from a number.
     """
     return join(tokenize(text))
 
 
 def extract_anchors(solution: str) -> tuple[str, ...]:
-    """The anchors A(y*) of a verified solution: normalised, unique, in order of appearance.
+    """Returns the anchors A(y*) of a verified solution: normalised, unique, in order of appearance.
 
-    - Boxed answers, whatever they hold.
+    - Boxed answers, with any content.
     - Formula-like spans: each delimited formula or line of one, and each run such as 48/2 = 24 in
-      prose, that relates two operands or more (in 100 tokens or less). Listed formulas are split at
-      their commas; a chain a = b = c gives a = b and b = c, as a rollout seldom repeats it whole.
-    - Informative numbers: integers of two digits or more and decimals, also inside formulas. One
-      digit says nothing (every numbered list has it), nor do list indices, exponents, subscripts.
+      prose, that relates at least two operands (in at most 100 tokens). Listed formulas are split
+      at their commas. A chain a = b = c gives a = b and b = c, because a rollout seldom repeats it
+      whole.
+    - Informative numbers: integers of at least two digits and decimals, also inside formulas. A
+      single digit is not informative because every numbered list has it. List indices, exponents
+      and subscripts are not informative either.
     """
     tokens = _read(solution)
     found: list[tuple[int, str]] = []
@@ -63,19 +65,20 @@ def extract_anchors(solution: str) -> tuple[str, ...]:
     ]
     found.sort(key=lambda item: item[0])
     unique = tuple(dict.fromkeys(text for _, text in found if text))
-    # Only what its own solution contains can be recalled.
+    # An anchor that its own solution does not contain cannot be recalled.
     return tuple(anchor for anchor, kept in zip(unique, _find(tokens, unique), strict=True) if kept)
 
 
 def find_anchors(completion: str, anchors: Sequence[str]) -> tuple[bool, ...]:
-    """Which of the `anchors` occur in `completion`, as whole numbers, words and signs."""
+    """Returns, for each of `anchors`, whether it occurs in `completion` as whole numbers, words and
+    signs."""
     return _find(_read(completion), anchors)
 
 
 def overlap(completion: str, solution: str) -> float:
-    """alpha in Eq. 4: the fraction of the solution's anchors that are in the completion.
+    """Returns alpha of Eq. 4: the fraction of the solution's anchors that occur in the completion.
 
-    0.0 for a solution without anchors.
+    The result is 0.0 for a solution without anchors.
     """
     anchors = extract_anchors(solution)
     if not anchors:
@@ -88,7 +91,8 @@ def _read(text: str) -> list[Token]:
 
 
 def _is_value(tokens: Sequence[Token], position: int) -> bool:
-    """A number that stands for itself: no list index, exponent, subscript or part of a name."""
+    """Returns whether the token is a number and no list index, exponent, subscript or part of a
+    name."""
     token = tokens[position]
     if not token.is_number or token.is_index:
         return False
@@ -99,9 +103,10 @@ def _is_value(tokens: Sequence[Token], position: int) -> bool:
 
 
 def _symbols(tokens: Sequence[Token]) -> list[tuple[str, bool, bool]]:
-    """Each token with whether it touches a letter or digit on its left and on its right.
+    """Returns each token with two flags: whether it touches a letter or digit on its left, and on
+    its right.
 
-    The x of 2x is another symbol than x alone, so that x=1 is not found in 2x=1, nor in x=1y.
+    The x of 2x is a different symbol from x alone. So x=1 is found neither in 2x=1 nor in x=1y.
     """
     glued = [False, *(are_glued(left, right) for left, right in pairwise(tokens)), False]
     return [(token.text, glued[i], glued[i + 1]) for i, token in enumerate(tokens)]
@@ -109,7 +114,7 @@ def _symbols(tokens: Sequence[Token]) -> list[tuple[str, bool, bool]]:
 
 def _find(tokens: Sequence[Token], anchors: Sequence[str]) -> tuple[bool, ...]:
     numbers = {token.text for i, token in enumerate(tokens) if _is_value(tokens, i)}
-    # One character a symbol: searching for a run of whole tokens is then a search in strings.
+    # Each symbol becomes one character, so a run of whole tokens is found by string search.
     symbols = _symbols(tokens)
     codes = {symbol: chr(code) for code, symbol in enumerate(dict.fromkeys(symbols), start=1)}
     haystack = "".join(codes[symbol] for symbol in symbols)
@@ -125,7 +130,7 @@ def _find(tokens: Sequence[Token], anchors: Sequence[str]) -> tuple[bool, ...]:
 
 
 def _strip(run: Sequence[Token]) -> list[Token]:
-    """`run` without the punctuation, relations and unmatched or enclosing brackets at its ends."""
+    """Removes punctuation, relations and unmatched or enclosing brackets from the ends of `run`."""
     partner: dict[int, int] = {}
     unclosed: list[int] = []
     for position, token in enumerate(run):
@@ -152,7 +157,7 @@ def _strip(run: Sequence[Token]) -> list[Token]:
 
 
 def _split(run: Sequence[Token], separators: frozenset[str]) -> list[tuple[int, int]]:
-    """(start, end) of the parts of `run` between separators that stand outside brackets."""
+    """Returns (start, end) of the parts of `run` between separators that are outside brackets."""
     parts: list[tuple[int, int]] = []
     depth, start = 0, 0
     for position, token in enumerate(run):
@@ -167,7 +172,7 @@ def _split(run: Sequence[Token], separators: frozenset[str]) -> list[tuple[int, 
 
 
 def _formula_parts(run: Sequence[Token]) -> Iterator[tuple[int, list[Token]]]:
-    """(offset, tokens) of the listed formulas in `run`, and of the links of a chain a = b = c."""
+    """Yields (offset, tokens) of the listed formulas in `run`, and of the links of a = b = c."""
     for start, end in _split(run, frozenset(",;")):
         part = _strip(run[start:end])
         sides = _split(part, frozenset("="))
@@ -178,14 +183,15 @@ def _formula_parts(run: Sequence[Token]) -> Iterator[tuple[int, list[Token]]]:
 
 
 def _formula_runs(run: Sequence[Token]) -> Iterator[tuple[int, list[Token]]]:
-    """The formulas that stand in prose without delimiters."""
+    """Yields (offset, tokens) of the formulas in prose that have no delimiters."""
     start = 0
     for position in range(len(run) + 1):
         if position < len(run) and _may_continue(run, start, position):
             continue
         formula = run[start:position]
         if formula and formula[0].text in ("*", "/", "+"):
-            # Its left side began with words (5 cups * 3 = 15): only what follows the = is whole.
+            # The left side began with words (5 cups * 3 = 15), so only the part after the = is
+            # whole.
             formula = formula[_split(formula, frozenset("="))[0][1] :]
         for offset, part in _formula_parts(formula):
             yield start + offset, part
@@ -207,10 +213,10 @@ def _is_formula_token(token: Token, before: Token | None) -> bool:
 
 
 def _is_formula(part: Sequence[Token]) -> bool:
-    """Two operands or more, and what relates them.
+    """Returns whether `part` has at least two operands and something that relates them.
 
-    Between delimiters a digit is enough, as in (0, 1). Prose needs an operator, and a digit or a
-    relation with it: w/o is no formula.
+    Between delimiters a digit is enough, as in (0, 1). In prose an operator is needed, together
+    with a digit or a relation: w/o is no formula.
     """
     texts = {token.text for token in part}
     num_operands = sum(token.text[-1].isalnum() and token.text not in _OPERATORS for token in part)

@@ -1,9 +1,9 @@
-"""Chat prompts of student and teacher (Fig. 2), as token ids, by the configuration's templates.
+"""Chat prompts of student and teacher (Fig. 2) as token ids, from the configured templates.
 
-As they come, both roles ask the same question and close with the same instruction; the teacher's
-prompt also shows the verified solution, or the part of it that the mask leaves (nothing between the
-fences where nothing is left and the marker is empty), and a rationale of it where the teacher has
-written one.
+With the default templates, both roles get the same question and the same final instruction. The
+teacher's prompt also shows the verified solution, or the part of it that the mask leaves. If the
+mask leaves nothing and the marker is empty, nothing is between the fences. With a reasoning
+teacher, the prompt also shows the teacher's rationale of the solution.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from paint_engine.types import Problem
 
 
 def student_text(problem: str, prompts: PromptsSection) -> str:
-    """The user's message as the student sees it, at training and at evaluation."""
+    """Returns the user message of the student, for training and for evaluation."""
     values = {"problem": problem, "instruction": prompts.instruction}
     return fill(prompts.student_template, values)
 
@@ -25,7 +25,7 @@ def student_text(problem: str, prompts: PromptsSection) -> str:
 def reference_values(
     problem: str, partial_solution: str, prompts: PromptsSection, *, whole: bool
 ) -> dict[str, str]:
-    """What the names in the teacher's templates stand for, but for the rationale.
+    """Returns the values of the names in the teacher's templates, except the rationale.
 
     whole: the solution is shown unmasked, and the text does not call it a part.
     """
@@ -45,7 +45,7 @@ def teacher_text(
     whole: bool,
     rationale: str = "",
 ) -> str:
-    """The user's message as the teacher sees it.
+    """Returns the user message of the teacher.
 
     whole: the solution is shown unmasked, and the text does not call it a part.
     rationale: the teacher's own explanation of the solution, shown below it; "" for none.
@@ -58,7 +58,7 @@ def teacher_text(
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, user_text: str, *, thinking: bool, suffix: str = ""
 ) -> tuple[int, ...]:
-    """Token ids of one user message with the generation prompt, and `suffix` after it.
+    """Returns the token ids of one user message, the generation prompt and `suffix`.
 
     thinking: the chat template's `enable_thinking`; templates without the switch ignore it.
     """
@@ -75,15 +75,16 @@ def encode_chat(
 def encode_student_prompt(
     tokenizer: PreTrainedTokenizerBase, problem: Problem, prompts: PromptsSection, *, thinking: bool
 ) -> tuple[int, ...]:
-    """The student's prompt for one problem.
+    """Returns the token ids of the student's prompt for one problem.
 
-    thinking: in training the section's switch, in evaluation its own.
+    thinking: whether the student thinks; `prompts.student_thinking` in training, `eval.thinking` in
+        evaluation.
     """
     return encode_chat(tokenizer, student_text(problem.problem, prompts), thinking=thinking)
 
 
 def hide_end(text: str, num_hidden: int, marker: str) -> str:
-    """The text with so many characters of its end replaced by the marker."""
+    """Replaces the last `num_hidden` characters of the text with the marker."""
     return mask_solution(text, num_hidden / len(text) if text else 0.0, marker=marker)
 
 
@@ -92,11 +93,13 @@ def shorten_to_fit(
     num_characters: int,
     max_tokens: int | None,
 ) -> tuple[tuple[int, ...], str] | None:
-    """The prompt that hides the fewest characters and takes at most `max_tokens` (None = any
-    number); None where it is too long with all of them hidden.
+    """Returns the prompt that hides the fewest characters and has at most `max_tokens` tokens.
 
-    encode: from the number of hidden characters, up to `num_characters`, to token ids and the text
-    that is shown.
+    encode: maps the number of hidden characters, up to `num_characters`, to the token ids and the
+        shown text.
+    max_tokens: None means no limit.
+
+    Returns None if the prompt is too long with all characters hidden.
     """
     uncut = encode(0)
     if max_tokens is None or len(uncut[0]) <= max_tokens:
@@ -123,16 +126,17 @@ def encode_teacher_prompt(
     marker: str,
     rationale: str | None = None,
 ) -> tuple[tuple[int, ...], str]:
-    """The teacher's prompt for one problem and what the mask left of its solution, and the solution
-    as it stands there.
+    """Returns the token ids of the teacher's prompt for one problem, and the solution as the prompt
+    shows it.
 
+    partial_solution: what the mask leaves of the solution.
     rationale: the teacher's explanation of what it was shown; None or "" for none.
 
-    A prompt above `max_tokens` shortens the rationale from its end (the marker takes the place of
-    what goes), and leaves its section out where nothing would be left of it; then the solution,
-    likewise from its end, but never the question or the template's tail.
+    A prompt above `max_tokens` is shortened. The rationale is cut first, from its end, and the
+    marker replaces the cut text; if nothing of it remains, its section is left out. Then the
+    solution is cut, also from its end. The question and the end of the template are never cut.
 
-    Raises ValueError where the prompt does not fit even without both.
+    Raises ValueError if the prompt does not fit without both.
     """
     whole, explained = partial_solution == problem.solution, rationale or ""
 
@@ -158,7 +162,7 @@ def encode_teacher_prompt(
         shortest, _ = encode(len(partial_solution), len(explained))
         raise ValueError(
             f"{problem.problem_id}: the teacher's prompt takes {len(shortest)} tokens with the "
-            f"whole solution hidden, but only {max_tokens} are left beside the completion: drop "
+            f"whole solution hidden, but the completion leaves room for only {max_tokens}; drop "
             "the problem with --data.max_prompt_tokens or lower --rollout.max_new_tokens"
         )
     return found

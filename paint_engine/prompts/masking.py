@@ -1,4 +1,4 @@
-"""How much of the verified solution the teacher does not see, and which part (Eq. 5 and 6)."""
+"""Masking: how much of the solution is hidden from the teacher, and which part (Eq. 5 and 6)."""
 
 import random
 import re
@@ -10,15 +10,16 @@ Placement = Literal["suffix", "prefix", "middle", "random", "sentence_suffix"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 OMISSION_MARKER = "...(omitted)..."
 
-# White space must follow the mark, so that the point of 2.5 ends no sentence.
+# White space must follow the mark, so the point of 2.5 does not end a sentence.
 _SENTENCE_END = re.compile(r"[.!?]\s|\n")
 
 
 def mask_ratio(overlap: float, rho_wrong: float, rho_correct: float) -> float:
-    """The fraction of the solution to hide: rho_wrong + (rho_correct - rho_wrong) overlap (Eq. 5).
+    """Returns the fraction to hide: rho_wrong + (rho_correct - rho_wrong) overlap (Eq. 5).
 
-    All three are fractions in [0, 1]. A rollout that shares nothing with the reference hides
-    `rho_wrong` of it, one that shares all of it `rho_correct`; equal ends fix the ratio.
+    All three arguments are fractions in [0, 1]. A rollout that shares nothing with the reference
+    hides `rho_wrong` of it; one that shares all of it hides `rho_correct`. Equal ends make the
+    ratio constant.
 
     Raises ValueError for a value outside [0, 1] and for rho_correct < rho_wrong.
     """
@@ -27,9 +28,9 @@ def mask_ratio(overlap: float, rho_wrong: float, rho_correct: float) -> float:
     _check_fraction("rho_correct", rho_correct)
     if rho_correct < rho_wrong:
         raise ValueError(
-            f"rho_correct is {rho_correct} and rho_wrong is {rho_wrong}: an aligned rollout must "
-            "hide at least as much as a misaligned one. Raise rho_correct, lower rho_wrong, or "
-            "make them equal."
+            f"rho_correct is {rho_correct} and rho_wrong is {rho_wrong}; an aligned rollout must "
+            "hide at least as much as a misaligned one; raise rho_correct, lower rho_wrong, or "
+            "make them equal"
         )
     return rho_wrong + (rho_correct - rho_wrong) * overlap
 
@@ -42,22 +43,22 @@ def mask_solution(
     generator: random.Random | None = None,
     marker: str = OMISSION_MARKER,
 ) -> str:
-    """The solution with one contiguous block of characters replaced by `marker` (Eq. 6).
+    """Replaces one contiguous block of the solution's characters with `marker` (Eq. 6).
 
-    The block holds round(mask_ratio * len(solution)) characters; an empty block leaves the solution
-    as it is, without a marker. `placement` says where the block lies:
+    The block has round(mask_ratio * len(solution)) characters. An empty block leaves the solution
+    unchanged, without a marker. `placement` sets the position of the block:
 
     - "suffix": the end (the paper's default); "prefix": the beginning; "middle": centred;
-    - "random": every start position equally likely, drawn from `generator`, which it needs;
-    - "sentence_suffix": the end, its cut moved back to the nearest sentence end (so it hides at
-      least as much), where there is one. Neither 2.5 nor a mark in a formula ends a sentence.
+    - "random": every start position is equally likely, drawn from `generator`, which is required;
+    - "sentence_suffix": the end, with the cut moved back to the nearest sentence end if there is
+      one, so that at least as much is hidden. Neither 2.5 nor a mark in a formula ends a sentence.
 
     Raises ValueError for a mask_ratio outside [0, 1], an unknown placement, and "random" without a
     generator.
     """
     _check_fraction("mask_ratio", mask_ratio)
     if placement not in PLACEMENTS:
-        raise ValueError(f"placement is {placement!r}: choose one of {', '.join(PLACEMENTS)}.")
+        raise ValueError(f"placement is {placement!r}; needs one of {', '.join(PLACEMENTS)}")
     num_hidden = round(mask_ratio * len(solution))
     if num_hidden == 0:
         return solution
@@ -72,7 +73,7 @@ def mask_solution(
         case "random":
             if generator is None:
                 raise ValueError(
-                    'placement "random" needs a generator: pass generator=random.Random(seed).'
+                    'placement "random" needs a generator; pass generator=random.Random(seed)'
                 )
             start = generator.randint(0, num_visible)
         case "sentence_suffix":
@@ -82,7 +83,7 @@ def mask_solution(
 
 
 def _last_sentence_end(text: str, limit: int) -> int | None:
-    """The largest sentence end at or before `limit` that lies outside every formula, or None."""
+    """Returns the last sentence end at or before `limit` that is outside every formula, or None."""
     spans = iter(formula_spans(text))
     span = next(spans, None)
     last = None
@@ -96,4 +97,4 @@ def _last_sentence_end(text: str, limit: int) -> int | None:
 
 def _check_fraction(name: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} is {value}: it must be a fraction between 0 and 1.")
+        raise ValueError(f"{name} is {value}; needs a fraction between 0 and 1")

@@ -1,7 +1,8 @@
-"""One canonical notation for the mathematics that solutions and rollouts contain (Norm in Eq. 4).
+"""One canonical notation for the mathematics in solutions and rollouts (Norm in Eq. 4).
 
-Text becomes tokens (a number, a word, a TeX command, any other sign), and the tokens are rewritten
-so that two ways of writing one thing become the same tokens, in time linear in the text's length.
+Text is split into tokens (a number, a word, a TeX command or any other sign). The tokens are then
+rewritten so that two spellings of one expression become the same tokens. Both steps take time
+linear in the length of the text.
 """
 
 import re
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from unicodedata import normalize
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)")
-# Commands that only dress their argument, or that are taken away together with it.
+# Commands that only format their argument, and commands that are removed together with it.
 _UNWRAPPED = re.compile(
     rf"{_BOX.pattern}|\\(?:text[a-z]{{0,6}}|math[a-z]{{2,4}}|mbox|emph|operatorname|boldsymbol|bm)"
 )
@@ -32,7 +33,7 @@ _RENAMED = {
     **{"\\div": "/", "\\neq": "\\ne", "\\%": "%", "\\#": "#", "\\_": "_"},
     **{"\\lbrace": "\\{", "\\rbrace": "\\}", "\\lbrack": "[", "\\rbrack": "]"},
 }
-# Arguments that TeX takes: \frac12 is \frac{1}{2}.
+# Number of arguments in TeX: \frac12 is \frac{1}{2}.
 _NUM_ARGUMENTS = {"\\frac": 2, "\\binom": 2, "\\sqrt": 1, "\\overline": 1, "\\pmod": 1}
 _REWRITTEN = frozenset(_NUM_ARGUMENTS) | {"{", "}", "\\circ"}
 
@@ -42,11 +43,11 @@ _SIGNS = (
 )
 _CHARACTERS = str.maketrans(
     {
-        # Minus sign, hyphens and dashes; the signs of multiplication; those of division.
+        # Minus sign, hyphens and dashes; multiplication signs; division signs.
         **dict.fromkeys("\u2212\u2010\u2011\u2012\u2013", "-"),
         **dict.fromkeys("\u00d7\u00b7\u22c5\u2219\u2217\u2715", "*"),
         **dict.fromkeys("\u00f7\u2215\u2044", "/"),
-        # Degree sign, code quotes, and signs without width.
+        # Degree sign, code quotes, and zero-width characters.
         **dict.fromkeys("\u00b0`\u200b\u2061\u2062\ufeff", " "),
         **{sign: f"\\{name} " for sign, name in re.findall(r"(\S) (\w+)", _SIGNS)},
         **{"½": "\\frac{1}{2}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}"},
@@ -85,19 +86,20 @@ _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 
 
 class Token(NamedTuple):
-    """One canonical token and where it stood.
+    """One canonical token and its place in the text.
 
     In "so $2x = \\boxed{12}$" the last token is Token("12", spaced=True, formula=1, box=1).
     """
 
     text: str
-    # Set apart from the token before: by white space in prose, a delimiter, a dropped command.
+    # True if white space in prose, a delimiter or a dropped command separates it from the token
+    # before.
     spaced: bool
-    # Number of the delimited formula, or line of one, that it stands in; 0 in prose.
+    # Number of the delimited formula, or line of one, that contains it; 0 in prose.
     formula: int
-    # Number of the box that it stands in; 0 outside.
+    # Number of the box that contains it; 0 outside boxes.
     box: int = 0
-    # It numbers an item of a list.
+    # True if it numbers an item of a list.
     is_index: bool = False
 
     @property
@@ -110,7 +112,7 @@ class Token(NamedTuple):
 
 
 def formula_spans(text: str) -> list[tuple[int, int]]:
-    """(start, end) of the content of each delimited formula, in order and disjoint.
+    """Returns (start, end) of the content of each delimited formula, in order and disjoint.
 
     A dollar sign that opens no plausible formula ("costs $5 and") is a currency sign.
     """
@@ -141,7 +143,7 @@ def _closes(text: str, opener: re.Match[str], closer: re.Match[str]) -> bool:
 
 
 def _segments(text: str) -> Iterator[tuple[int, int, bool]]:
-    """(start, end, is_formula) over the whole text; \\text{} inside a formula is prose."""
+    """Yields (start, end, is_formula) over the whole text; \\text{} inside a formula is prose."""
     position = 0
     for start, end in formula_spans(text):
         yield position, start, False
@@ -156,7 +158,7 @@ def _segments(text: str) -> Iterator[tuple[int, int, bool]]:
 
 
 def tokenize(text: str) -> list[Token]:
-    """The canonical tokens of `text`."""
+    """Returns the canonical tokens of `text`."""
     text = _ROOT.sub(r"\\sqrt{\1}", text)
     text = _RAISED.sub(lambda match: f"^{{{normalize('NFKC', match.group())}}}", text)
     text = _LOWERED.sub(lambda match: f"_{{{normalize('NFKC', match.group())}}}", text)
@@ -173,7 +175,7 @@ def tokenize(text: str) -> list[Token]:
             is_plain = kind == "other" or kind == "word"
             canonical = raw if is_plain else _canonical(kind, raw, in_formula)
             if canonical is None:
-                # White space means nothing inside a formula: 2 x is 2x.
+                # White space has no meaning inside a formula: 2 x is 2x.
                 spaced = spaced or splits or not in_formula
             else:
                 formula = num_formulas if in_formula else 0
@@ -183,7 +185,8 @@ def tokenize(text: str) -> list[Token]:
 
 
 def _canonical(kind: str | None, raw: str, in_formula: bool) -> str | None:
-    """The token that stands for `raw`, which is no word or sign; None if it only separates."""
+    """Returns the canonical token of `raw`, which is neither a word nor a plain sign, or None if
+    `raw` only separates tokens."""
     match kind:
         case "number" | "index":
             return _canonical_number(raw)
@@ -219,7 +222,8 @@ def _closing_braces(tokens: Sequence[Token]) -> dict[int, int]:
 
 
 def _unwrap(tokens: Sequence[Token]) -> list[Token]:
-    """Drop _UNWRAPPED commands with their braces, numbering the boxes; _REMOVED with all inside."""
+    """Drops _UNWRAPPED commands with their braces, numbers the boxes, and drops _REMOVED commands
+    with their content."""
     closing = _closing_braces(tokens)
     result: list[Token] = []
     dropped: set[int] = set()
@@ -252,15 +256,17 @@ def _unwrap(tokens: Sequence[Token]) -> list[Token]:
 
 
 class _Rewriter:
-    """Braces around TeX's bare arguments (\\frac12), and short forms for common groups.
+    """Adds braces around TeX's bare arguments (\\frac12) and shortens common groups.
 
-    {,} -> comma; ^{\\circ} -> nothing; ^{2} -> ^2; \\frac{1}{2} -> 1/2. One pass: each rule looks
-    only at the end of what has been written, so that what one rule leaves is seen by the next.
+    {,} -> comma; ^{\\circ} -> nothing; ^{2} -> ^2; \\frac{1}{2} -> 1/2. It takes one pass. Each
+    rule reads only the end of the written tokens, so the next rule sees the result of the one
+    before.
     """
 
     def __init__(self) -> None:
         self.tokens: list[Token] = []
-        # Arguments TeX still expects: now, before each written token, after each open group.
+        # Number of arguments that TeX still expects: now, before each written token, after each
+        # open group.
         self.num_due = 0
         self.num_due_before: list[int] = []
         self.num_due_after_group: list[int] = []
@@ -278,7 +284,7 @@ class _Rewriter:
         return self.tokens
 
     def _step(self, token: Token) -> bool:
-        """Write one token; true where a rule removed something before the next one."""
+        """Writes one token. Returns whether a rule removed something before the next token."""
         text = token.text
         if text == "{":
             self.num_due_after_group.append(max(self.num_due - 1, 0))
@@ -301,7 +307,7 @@ class _Rewriter:
         self.num_due = num_due
 
     def _write_arguments(self, token: Token) -> None:
-        """\\frac followed by 123 is \\frac{1}{2}3."""
+        """Splits a bare argument: \\frac followed by 123 is \\frac{1}{2}3."""
         arguments, rest = token.text[: self.num_due], token.text[self.num_due :]
         for argument in arguments:
             for text in ("{", argument, "}"):
@@ -345,7 +351,7 @@ class _Rewriter:
             return
         self._cut(7)
         num_due = self.num_due
-        # x^\frac12 and \sqrt\frac12 take the fraction as one argument, which bare 1/2 would not be.
+        # x^\frac12 and \sqrt\frac12 take the fraction as one argument; a bare 1/2 would not be one.
         is_argument = num_due > 0 or self._ends_with("^") or self._ends_with("_")
         slash = fraction._replace(text="/", spaced=False)
         quotient = [numerator._replace(spaced=fraction.spaced), slash, denominator]
@@ -357,7 +363,8 @@ class _Rewriter:
 
 
 def _merge(tokens: Sequence[Token]) -> list[Token]:
-    """2 x 3 -> 2*3; letters that touch become one word; ** and << become one sign."""
+    """Merges tokens: 2 x 3 becomes 2*3, letters that touch become one word, ** and << become one
+    sign."""
     result: list[Token] = []
     for token in tokens:
         before = result[-1] if result else None
@@ -374,7 +381,7 @@ def _merge(tokens: Sequence[Token]) -> list[Token]:
 
 
 def joint(left: Token, right: Token) -> str:
-    """A space where two tokens would not be read again as these two without it, else nothing."""
+    """Returns a space if the two tokens would otherwise be read as other tokens, else ""."""
     if not right.text[0].isalnum():
         return ""
     last = left.text[-1]
@@ -386,12 +393,12 @@ def joint(left: Token, right: Token) -> str:
 
 
 def join(tokens: Sequence[Token]) -> str:
-    """The text of a run of tokens."""
+    """Returns the text of a run of tokens."""
     joints = ["", *(joint(left, right) for left, right in pairwise(tokens))]
     return "".join(between + token.text for between, token in zip(joints, tokens, strict=False))
 
 
 def are_glued(left: Token, right: Token) -> bool:
-    """Whether a number or word touches the next one, as in 2x."""
+    """Returns whether a number or word touches the next one, as in 2x."""
     is_pair = left.text[0].isalnum() and right.text[0].isalnum()
     return is_pair and not joint(left, right)

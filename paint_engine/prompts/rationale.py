@@ -1,5 +1,5 @@
-"""Reason-first: the teacher explains what it is shown of the solution, before it scores with that
-explanation in its prompt."""
+"""Prompts of a reasoning teacher, which explains what it sees of the solution and then scores with
+that explanation in its prompt."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ _THINK_BEGIN, _THINK_END = "<think>", "</think>"
 def reason_text(
     problem: str, partial_solution: str, prompts: PromptsSection, *, whole: bool
 ) -> str:
-    """The user's message that asks the teacher for a rationale.
+    """Returns the user message that asks the teacher for a rationale.
 
     whole: the solution is shown unmasked, and the text does not call it a part.
     """
@@ -34,13 +34,15 @@ def encode_reason_prompt(
     max_tokens: int | None,
     marker: str,
 ) -> tuple[tuple[int, ...], str]:
-    """The prompt that asks the teacher for a rationale of one problem's solution, or of what the
-    mask left of it, and the solution as it stands there.
+    """Returns the token ids of the prompt that asks for a rationale of one problem's solution, and
+    the solution as the prompt shows it.
 
-    A prompt above `max_tokens` shortens the solution from its end (the marker takes the place of
-    what goes), never the question or the request.
+    partial_solution: the solution, or what the mask leaves of it.
 
-    Raises ValueError where the prompt does not fit even without the solution.
+    A prompt above `max_tokens` is shortened: the solution is cut from its end, and the marker
+    replaces the cut text. The question and the request are never cut.
+
+    Raises ValueError if the prompt does not fit without the solution.
     """
     whole = partial_solution == problem.solution
 
@@ -54,22 +56,24 @@ def encode_reason_prompt(
         shortest, _ = encode(len(partial_solution))
         raise ValueError(
             f"{problem.problem_id}: the request for a rationale takes {len(shortest)} tokens with "
-            f"the whole solution hidden, but only {max_tokens} are left beside the rationale: drop "
+            f"the whole solution hidden, but the rationale leaves room for only {max_tokens}; drop "
             "the problem with --data.max_prompt_tokens or lower --teacher.reason_max_new_tokens"
         )
     return found
 
 
 def read_rationale(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The rationale in a completion, as the teacher's prompt is to show it; "" where there is none.
+    """Returns the rationale in a completion as the teacher's prompt shows it, or "" if there is
+    none.
 
-    Cut are thoughts (what stands before "</think>", and what follows a "<think>" that nothing
-    closes), white space at both ends, and special tokens: the one that ends the completion, and
-    any that is spelled out, with which the teacher's prompt would have turns of the model's making.
+    It removes thoughts (the text before "</think>", and the text after a "<think>" that is not
+    closed), white space at both ends, and special tokens. The special tokens are the one that ends
+    the completion and any that the text spells out, which would put turns written by the model into
+    the teacher's prompt.
     """
     text = tokenizer.decode(list(token_ids), skip_special_tokens=False)
     assert isinstance(text, str)
-    # A template may open the thoughts in the prompt: then only their end is in the completion.
+    # A template may open the thoughts in the prompt. The completion then has only their end.
     text = text.rpartition(_THINK_END)[2].partition(_THINK_BEGIN)[0]
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     for token in sorted(special, key=len, reverse=True):

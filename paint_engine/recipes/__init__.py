@@ -1,6 +1,6 @@
-"""Recipes, one file each: what a step prepares, its loss, its metrics, what is shown of it.
+"""Recipes, one file each: what a step prepares, its loss, its metrics, and what the displays show.
 
-Declarations are read without PyTorch; a recipe imports it when its loss is computed.
+Declarations are read without PyTorch; a recipe imports PyTorch when it computes its loss.
 """
 
 from paint_engine.recipes.base import (

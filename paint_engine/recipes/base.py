@@ -1,4 +1,4 @@
-"""What a recipe declares and does. Declarations are read without PyTorch."""
+"""The base class of recipes, with their declarations. Declarations are read without PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from paint_engine.types import Request, TrainExample
 
 PACKAGE, ATTRIBUTE = "paint_engine.recipes", "RECIPE"
-# Values that switch a part off. They say nothing wrong of a recipe that lacks the part.
+# Values that switch a part off. They are valid for a recipe that lacks the part.
 _SWITCHED_OFF = {
     "objective.pointwise_clip": None,
     "objective.top_fraction": 0.0,
@@ -31,10 +31,11 @@ _SWITCHED_OFF = {
 class StepContext:
     """What a recipe may use while it prepares this rank's rollouts of one step.
 
-    step: from 0. requests: of the rollouts, in their order. max_context: tokens of a prompt and its
-    completion together.
-    complete: samples one completion for each prompt, as token ids; a collective of all ranks:
-        complete(prompts, seeds, max_new_tokens=512, base=True), `base` for the base's weights.
+    step: counts from 0.
+    requests: the requests of the rollouts, in their order.
+    max_context: maximum number of tokens of a prompt and its completion together.
+    complete: samples one completion for each prompt, as token ids. A collective call:
+        complete(prompts, seeds, max_new_tokens=512, base=True); `base` selects the base's weights.
     """
 
     step: int
@@ -46,17 +47,21 @@ class StepContext:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the loss of one micro-batch is computed from: N completion tokens of B rollouts.
+    """The inputs of one micro-batch's loss: N completion tokens of B rollouts.
 
     student_hidden_states: (N, H) final hidden states (after the last norm) that predict
-        `completion_ids`, with gradients. lm_head_weight: (V, H).
-    second_hidden_states: (N, H) those of the recipe's second pass, detached; None without one.
-    second_lm_head_weight: (V, H) of the second pass; None where it has the student's head.
-    cu_seqlens: (B + 1,) the rollouts' bounds, on the CPU.
-    old_logprobs: (N,) `per_token["logprobs"]` of the first update on these rollouts; None in it.
-    vocab_size: rows of the head that are tokens. denominator: rollouts ("sequence_mean", where a
-        rollout without tokens counts as 0) or tokens ("token_mean") of the whole step, of all
-        ranks: the losses of the micro-batches add up to the step's.
+        `completion_ids`, with gradients.
+    lm_head_weight: (V, H) weight of the student's head.
+    second_hidden_states: (N, H) hidden states of the recipe's second pass, detached; None without
+        one.
+    second_lm_head_weight: (V, H) head of the second pass; None if it uses the student's head.
+    cu_seqlens: (B + 1,) bounds of the rollouts, on the CPU.
+    old_logprobs: (N,) `per_token["logprobs"]` of the first update on these rollouts; None in that
+        update.
+    vocab_size: number of rows of the head that are tokens.
+    denominator: number of rollouts ("sequence_mean", where a rollout without tokens counts as 0) or
+        tokens ("token_mean") of the whole step, on all ranks. The losses of the micro-batches add
+        up to the loss of the step.
     """
 
     student_hidden_states: Float[Tensor, "N H"]
@@ -75,9 +80,10 @@ class LossInputs:
 class LossOutput:
     """The loss of one micro-batch.
 
-    loss: 0-d, with the gradient. per_token: detached (N,) tensors by name, bool or float32 (float64
-    for float64 inputs); log-probabilities, KL and entropies in nats. Their means over the step's
-    tokens are logged under these names.
+    loss: 0-d, with the gradient.
+    per_token: detached (N,) tensors by name, bool or float32 (float64 for float64 inputs).
+        Log-probabilities, KL and entropies are in nats. Their means over the step's tokens are
+        logged under these names.
     """
 
     loss: Float[Tensor, ""]
@@ -85,19 +91,19 @@ class LossOutput:
 
 
 class Recipe:
-    """One way to train: what it needs, what it prepares, its loss, and what is shown of it.
+    """One way to train: what it needs, what it prepares, its loss, and what the displays show.
 
-    A recipe is bound to a configuration. A built-in one is `RECIPE` of its own file in
-    `paint_engine/recipes/`; `objective.name = "my_module:MyRecipe"` names one of your own. A
-    subclass changes what differs from the defaults below and implements `loss` and `display`.
+    A recipe is bound to a configuration. A built-in recipe is `RECIPE` of its own file in
+    `paint_engine/recipes/`; `objective.name = "my_module:MyRecipe"` names a user's own. A subclass
+    overrides what differs from the defaults below and implements `loss` and `display`.
 
     keys: configuration keys that this recipe reads and others may not ("objective.divergence",
-        "grpo.*"); a key that only other recipes read is refused.
-    samples: the student samples rollouts; without, the reference solutions are trained on.
+        "grpo.*"). A key that only other recipes read is refused.
+    samples: the student samples rollouts. If false, training uses the reference solutions.
     uses_teacher: a teacher that sees a part of the solution scores the same tokens.
     needs_solution: rows of the data must have a reference solution.
-    recorded_as: a metric that tells the recipe's runs from others where a run directory has no
-        configuration; "" for none.
+    recorded_as: a metric that identifies the recipe's runs if a run directory has no configuration;
+        "" for none.
     """
 
     keys: ClassVar[tuple[str, ...]] = ()
@@ -113,28 +119,28 @@ class Recipe:
 
     @property
     def second_pass(self) -> Literal["teacher", "base"] | None:
-        """Whose hidden states the loss needs beside the student's: the teacher's over its own
-        prompt, the base's over the student's prompt, or nobody's."""
+        """The pass whose hidden states the loss needs besides the student's: the teacher over its
+        own prompt, the base over the student's prompt, or None."""
         return "teacher" if self.uses_teacher else None
 
     @property
     def group_size(self) -> int:
-        """Rollouts of one problem, consecutive in the batch."""
+        """Number of rollouts of one problem, consecutive in the batch."""
         return 1
 
     @property
     def num_updates(self) -> int:
-        """Optimizer steps on each batch of rollouts."""
+        """Number of optimizer steps on each batch of rollouts."""
         return 1
 
     def check(self) -> None:
-        """Raises ValueError for settings that do not fit together or that nothing reads."""
+        """Raises ValueError for settings that contradict each other or that nothing reads."""
         _check_idle_keys(self)
         _check_instruction(self)
         if not self.samples and self.config.rollout.ahead:
             raise ValueError(
-                f"rollout.ahead: got 1 with objective.name {self.config.objective.name!r}; the "
-                "reference solutions are trained on and nothing is sampled; leave it out"
+                f"rollout.ahead: got 1 with objective.name {self.config.objective.name!r}, which "
+                "trains on the reference solutions, so nothing is sampled; leave it out"
             )
         if self.config.objective.importance_cap is not None:
             _check_comparable(self.config)
@@ -143,7 +149,7 @@ class Recipe:
         """Raises ValueError for a tokenizer that the recipe cannot train with."""
 
     def notes(self) -> list[str]:
-        """Notes on settings that are allowed and surprise, in the console's words."""
+        """Returns notes on settings that are allowed but may surprise, for the console."""
         return []
 
     @property
@@ -156,24 +162,25 @@ class Recipe:
     def prepare(
         self, context: StepContext, examples: Sequence[TrainExample]
     ) -> Sequence[TrainExample]:
-        """This rank's examples with what the loss needs beside the rollouts, such as the teacher's
-        view. Every rank calls it."""
+        """Adds to this rank's examples what the loss needs besides the rollouts, such as the
+        teacher view. Every rank calls it."""
         return examples
 
     def prepare_batch(self, examples: Sequence[TrainExample]) -> Sequence[TrainExample]:
-        """All ranks' examples with what needs all of them, such as a group's advantages."""
+        """Adds to all ranks' examples what depends on all of them, such as the advantages of a
+        group."""
         return examples
 
     def trained(self, examples: Sequence[TrainExample]) -> Sequence[TrainExample]:
-        """Those of all ranks' examples that go through the models."""
+        """Returns the examples, of all ranks, that the models process."""
         return examples
 
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """The loss of one micro-batch."""
+        """Computes the loss of one micro-batch."""
         raise NotImplementedError
 
     def metrics(self, examples: Sequence[TrainExample]) -> dict[str, float]:
-        """Means over all ranks' examples of what the loss does not see."""
+        """Returns means over all ranks' examples of values that the loss does not compute."""
         metrics = {
             "truncation_rate": mean(e.rollout.truncated for e in examples),
             "completion_length": mean(len(e.rollout.completion_ids) for e in examples),
@@ -189,24 +196,25 @@ class Recipe:
 
 
 def mean(values: Any) -> float:
-    """The mean of numbers; 0 of none."""
+    """Returns the mean of numbers, or 0 for none."""
     numbers = list(values)
     return sum(numbers) / len(numbers) if numbers else 0.0
 
 
 def stale_rollouts_note(config: Config) -> list[str]:
-    """A note for policy gradients whose rollouts are one step old and not reweighted."""
+    """Returns a note for policy gradients whose rollouts are one step old and not reweighted."""
     if not config.rollout.ahead or config.objective.importance_cap is not None:
         return []
     return [
-        "with rollout.ahead 1 the rollouts are one step older than the weights that train on them, "
-        "and nothing corrects that without importance weights; --objective.importance_cap 2.0 adds "
-        "them, and needs --rollout.top_p 1.0 --rollout.top_k -1"
+        "with rollout.ahead 1 the rollouts are one step older than the weights that train on them; "
+        "only importance weights correct this; --objective.importance_cap 2.0 adds them and needs "
+        "--rollout.top_p 1.0 --rollout.top_k -1"
     ]
 
 
 def recipe_class(name: str) -> type[Recipe]:
-    """The recipe of a name, built in or "module:Class". Raises ValueError where there is none."""
+    """Returns the recipe of a name, built in or "module:Class". Raises ValueError if there is
+    none."""
     found = load_plugin(name, PACKAGE, ATTRIBUTE, "objective.name")
     if not (isinstance(found, type) and issubclass(found, Recipe)):
         raise ValueError(
@@ -222,31 +230,31 @@ def recipe_class(name: str) -> type[Recipe]:
 
 
 def recipe_of(config: Config) -> Recipe:
-    """The recipe that the configuration names, bound to it."""
+    """Returns the recipe that the configuration names, bound to it."""
     return recipe_class(config.objective.name)(config)
 
 
 def draws(config: Config) -> bool:
-    """Whether the run samples from the model at all: rollouts, or answers in evaluations."""
+    """Returns whether the run samples from the model: rollouts, or answers in evaluations."""
     return recipe_of(config).samples or config.eval.enabled
 
 
 def recipe_that_recorded(keys: Collection[str]) -> Recipe:
-    """The built-in recipe whose runs record these keys, with the default settings."""
+    """Returns the built-in recipe whose runs record these keys, with the default settings."""
     names = plugin_names(PACKAGE, ATTRIBUTE)
     marks = {name: recipe_class(name).recorded_as for name in names}
-    # The recipe without a mark comes last: it is what remains.
+    # The recipe without a mark comes last: it is used if no mark is recorded.
     name = min(names, key=lambda name: (marks[name] not in keys, marks[name] != ""))
     return recipe_of(Config.model_validate({"objective": {"name": name}}))
 
 
 def reads(recipe: type[Recipe], key: str) -> bool:
-    """Whether `key` is among the recipe's `keys`, by name or by its section ("grpo.*")."""
+    """Returns whether `key` is in the recipe's `keys`, by name or by its section ("grpo.*")."""
     return key in recipe.keys or f"{key.partition('.')[0]}.*" in recipe.keys
 
 
 def _check_idle_keys(recipe: Recipe) -> None:
-    """Refuses values that only other recipes would read."""
+    """Raises ValueError for values that only other recipes read."""
     config = recipe.config
     builtin = {name: recipe_class(name) for name in plugin_names(PACKAGE, ATTRIBUTE)}
     idle: dict[tuple[str, ...], list[str]] = {}
@@ -263,15 +271,15 @@ def _check_idle_keys(recipe: Recipe) -> None:
         got = ", ".join(f"{key}: got {value_of(config, key)!r}" for key in keys)
         back = " ".join(f"--{key} {str(LEAVES[key].default).lower()}" for key in keys)
         lines.append(
-            f"{got} with objective.name {config.objective.name!r}, which has no use for "
-            f"{'it' if len(keys) == 1 else 'them'}; go back to {back}, or use --objective.name "
+            f"{got} with objective.name {config.objective.name!r}, which does not read "
+            f"{'it' if len(keys) == 1 else 'them'}; set {back}, or use --objective.name "
             f"{' or '.join(users)}"
         )
     raise ValueError("\n".join(lines))
 
 
 def _check_instruction(recipe: Recipe) -> None:
-    """Refuses an instruction that no prompt of the run shows."""
+    """Raises ValueError for an instruction that no prompt of the run shows."""
     prompts, teacher = recipe.config.prompts, recipe.config.teacher
     shown = prompts.student_template + (prompts.teacher_template if recipe.uses_teacher else "")
     shown += prompts.reason_template if teacher.reason_first else ""
@@ -284,7 +292,8 @@ def _check_instruction(recipe: Recipe) -> None:
 
 
 def _check_comparable(config: Config) -> None:
-    """Importance weights need probabilities of sampler and trainer that can be compared."""
+    """Raises ValueError if importance weights are used and the sampler's and the trainer's
+    probabilities are not comparable."""
     objective, rollout = config.objective, config.rollout
     truncated = rollout.top_p < 1 or rollout.top_k != -1
     if truncated or rollout.temperature != objective.temperature:

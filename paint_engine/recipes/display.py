@@ -8,7 +8,8 @@ from dataclasses import dataclass
 class ConsoleField:
     """One number on the console: ConsoleField("loss", "loss", "{:.4f}")
 
-    key: of the metrics; a step that lacks it shows nothing. form: a format string for the value.
+    key: a key of the metrics; a step that lacks it shows nothing.
+    form: a format string for the value.
     """
 
     key: str
@@ -22,8 +23,9 @@ class Quantity:
 
     Quantity("Entropy", "nats per token", (("student_entropy", "student"),))
 
-    optional: settings decide whether a run has it; otherwise the report says that it is missing.
-    percent: fractions, shown as percentages. smooth: a running mean is drawn over the values.
+    optional: settings decide whether a run has it. Otherwise the report lists a missing one.
+    percent: the values are fractions, shown as percentages.
+    smooth: a running mean is drawn over the values.
     """
 
     title: str
@@ -36,9 +38,9 @@ class Quantity:
 
 @dataclass(frozen=True)
 class TokenColor:
-    """What tokens are coloured by: the magnitude of a sample's list `key`, in nats.
+    """The quantity that colours tokens: the magnitude of a sample's list `key`, in nats.
 
-    `title` names it in the legend, `label` beside a mean.
+    `title` is its name in the legend, `label` its name beside a mean.
     """
 
     key: str
@@ -47,7 +49,7 @@ class TokenColor:
 
 
 def never(metrics: Mapping[str, float]) -> bool:
-    """The loss of every step is worth looking at."""
+    """Returns false: the loss of every step is meaningful."""
     return False
 
 
@@ -55,11 +57,13 @@ def never(metrics: Mapping[str, float]) -> bool:
 class Display:
     """How the console and the report show a recipe's runs.
 
-    curves: in the page's order. columns: what stands left and right of a sample. absent: what a
-    reader of a PAINT report would look for in vain. thing, things: what a step trains on.
+    curves: the drawings, in the order of the page.
+    columns: describes the left and the right column of a sample.
+    absent: names what the report lacks compared with a PAINT report.
+    thing, things: what a step trains on, singular and plural.
     clips, interpolates: whether the report shows clipped masses and selected tokens.
-    loss_is_flat: whether a step's loss stays near zero whatever is learned; it is then left off the
-    console, and `flat_loss_note` explains the curve.
+    loss_is_flat: whether a step's loss stays near zero regardless of learning. The console then
+        omits it, and `flat_loss_note` explains the curve.
     """
 
     console: tuple[ConsoleField, ...]
@@ -88,7 +92,7 @@ CONTEXT_EXPOSURE = Quantity(
     percent=True,
 )
 TOKEN_WEIGHTS = Quantity(
-    "Weights of tokens",
+    "Token weights",
     "mean",
     (
         ("ratio", "student to old student"),
@@ -110,13 +114,13 @@ ROLLOUTS = Quantity(
 GRADIENT_NORM = Quantity("Gradient norm", "before clipping", (("grad_norm", "L2 norm"),))
 COMPLETION_LENGTH = Quantity("Completion length", "tokens", (("completion_length", "mean"),))
 STEP_TIME = Quantity(
-    "Time of a step",
+    "Step time",
     "seconds",
     (("seconds_rollout", "rollout"), ("seconds_update", "update")),
 )
-# The curves that close the page of every recipe with rollouts.
+# The last curves on the page of every recipe with rollouts.
 SAMPLING_CURVES = (ENTROPY, ROLLOUTS, GRADIENT_NORM, COMPLETION_LENGTH, STEP_TIME)
 
 TEACHER_COLUMNS = (
-    "Left, what the teacher was shown beside the problem. Right, what the student wrote"
+    "The left column shows what the teacher saw; the right column shows the student's completion"
 )

@@ -1,4 +1,4 @@
-"""GRPO: groups of rollouts of one problem, and a reward for each."""
+"""GRPO: groups of rollouts of one problem, with a reward for each rollout."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ if TYPE_CHECKING:
 
     from paint_engine.types import TrainExample
 
-# Keeps the division finite where the rewards of a group hardly differ, as TRL's GRPO does.
+# Keeps the division finite if the rewards of a group are almost equal, as in TRL's GRPO.
 _STD_FLOOR = 1e-4
 
 
 class Grpo(Recipe):
-    """GRPO with ratio r_t = p_S / p_old and advantage A of the token's rollout; a token's loss is
+    """GRPO with ratio r_t = p_S / p_old and advantage A of the token's rollout. A token's loss is
 
         -w_t min(r_t A, clip(r_t, 1 - low, 1 + high) A) + kl_weight (exp(d_t) - d_t - 1),
 
-    d_t = log p_base - log p_S, w_t = min(p_old / p_sampler, importance_cap), or 1 without a cap.
+    with d_t = log p_base - log p_S and w_t = min(p_old / p_sampler, importance_cap), or 1 without a
+    cap.
     """
 
     keys = ("grpo.*", "objective.importance_cap")
@@ -46,47 +47,48 @@ class Grpo(Recipe):
 
     @property
     def second_pass(self) -> Literal["teacher", "base"] | None:
-        """The base's, for the KL to it."""
+        """The base, for the KL to it; None if the KL has no weight."""
         return "base" if self.config.grpo.kl_weight > 0 else None
 
     @property
     def group_size(self) -> int:
-        """Rollouts of one problem, whose rewards are compared."""
+        """Number of rollouts of one problem, whose rewards are compared."""
         return self.config.grpo.group_size
 
     @property
     def num_updates(self) -> int:
-        """Optimizer steps on each batch of rollouts."""
+        """Number of optimizer steps on each batch of rollouts."""
         return self.config.grpo.num_updates
 
     def check(self) -> None:
-        """Raises ValueError for a batch that is not made of whole groups."""
+        """Raises ValueError for a batch that does not consist of whole groups."""
         super().check()
         batch_size, size = self.config.train.batch_size, self.config.grpo.group_size
         if batch_size % size:
             raise ValueError(
                 f"train.batch_size: got {batch_size} with grpo.group_size {size}; needs a multiple "
-                "of it, since the batch is made of whole groups; change one of them"
+                "of it, because a batch consists of whole groups; change one of them"
             )
 
     def notes(self) -> list[str]:
-        """Notes on groups that are left out and on rollouts that are one step old."""
+        """Returns notes on skipped groups and on rollouts that are one step old."""
         grpo, found = self.config.grpo, []
         if grpo.skip_zero_variance and grpo.kl_weight > 0:
             found.append(
-                "groups of equal rewards are left out with their KL to the base and still counted "
-                f"in the mean: of grpo.kl_weight {grpo.kl_weight} as much is left as the share of "
-                "groups whose rewards differ; --grpo.skip_zero_variance false keeps it whole"
+                "groups of equal rewards are skipped, including their KL to the base, but still "
+                f"count in the mean: grpo.kl_weight {grpo.kl_weight} is in effect multiplied by "
+                "the share of groups whose rewards differ; --grpo.skip_zero_variance false keeps "
+                "its full effect"
             )
         return found + stale_rollouts_note(self.config)
 
     @property
     def display(self) -> Display:
-        """The reward first; the loss where it says something; tokens coloured by entropy."""
+        """The reward first, the loss if it is meaningful, and tokens coloured by entropy."""
         reward = Quantity("Reward", "mean over rollouts", (("reward", "reward"),), smooth=True)
         silent = Quantity(
             "Groups without a signal",
-            "groups a step",
+            "groups per step",
             (("zero_variance_groups", "all rewards equal"),),
             smooth=True,
         )
@@ -99,7 +101,7 @@ class Grpo(Recipe):
         clip = Quantity(
             "Ratio clip",
             "share",
-            (("ratio_clipped_share", "tokens stopped by the clip"),),
+            (("ratio_clipped_share", "clipped tokens, no gradient"),),
             percent=True,
         )
         return Display(
@@ -122,16 +124,17 @@ class Grpo(Recipe):
                 *SAMPLING_CURVES,
             ),
             token_color=TokenColor("student_entropy", "entropy", "entropy"),
-            columns="Left, the problem and its verified solution. Right, what the student wrote",
-            absent="GRPO has no teacher: there is no KL to one, and no solution is shown or "
+            columns="The left column shows the problem and its verified solution; the right column "
+            "shows the student's completion",
+            absent="GRPO has no teacher: there is no KL to a teacher, and no solution is shown or "
             "masked.",
             loss_is_flat=loss_is_flat,
-            flat_loss_note="one update a batch: each ratio is 1 and a group's advantages cancel "
-            "out, so that the value stays near zero whatever is learned; look at the reward",
+            flat_loss_note="with one update per batch each ratio is 1 and a group's advantages "
+            "cancel out, so the value stays near zero regardless of learning; see the reward",
         )
 
     def prepare_batch(self, examples: Sequence[TrainExample]) -> Sequence[TrainExample]:
-        """The examples with each rollout's advantage over its group."""
+        """Adds to each example the advantage of its rollout within its group."""
         section = self.config.grpo
         advantages = group_advantages(
             [_reward(e) for e in examples], section.group_size, scale_by_std=section.scale_by_std
@@ -139,14 +142,16 @@ class Grpo(Recipe):
         return [replace(e, advantage=a) for e, a in zip(examples, advantages, strict=True)]
 
     def trained(self, examples: Sequence[TrainExample]) -> Sequence[TrainExample]:
-        """All, or, with `skip_zero_variance`, those of groups whose rewards differ."""
+        """Returns all examples, or with `skip_zero_variance` those of groups whose rewards
+        differ."""
         if not self.config.grpo.skip_zero_variance:
             return examples
         kept = [group for group in self._groups(examples) if not has_equal_rewards(group)]
         return [example for group in kept for example in group]
 
     def metrics(self, examples: Sequence[TrainExample]) -> dict[str, float]:
-        """The rollouts' means, the mean reward and the groups without a signal."""
+        """Returns the rollouts' means, the mean reward and the number of groups without a
+        signal."""
         return super().metrics(examples) | {
             "reward": mean(map(_reward, examples)),
             "zero_variance_groups": sum(map(has_equal_rewards, self._groups(examples))),
@@ -157,7 +162,7 @@ class Grpo(Recipe):
         return [examples[start : start + size] for start in range(0, len(examples), size)]
 
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """The clipped policy gradient, and the KL to the base by the k3 estimate."""
+        """Computes the clipped policy gradient, and the KL to the base by the k3 estimate."""
         import torch
 
         from paint_engine.recipes import tokens
@@ -193,8 +198,9 @@ class Grpo(Recipe):
 def group_advantages(
     rewards: Sequence[float], group_size: int, *, scale_by_std: bool
 ) -> list[float]:
-    """Each reward minus its group's mean, divided by the group's sample standard deviation (n - 1)
-    plus 1e-4 where asked. Groups are consecutive; one whose rewards are equal has exact zeros."""
+    """Returns each reward minus its group's mean, divided by the group's sample standard deviation
+    (n - 1) plus 1e-4 if requested. Groups are consecutive. A group of equal rewards has exact
+    zeros."""
     assert group_size >= 2 and len(rewards) % group_size == 0, (len(rewards), group_size)
     advantages: list[float] = []
     for start in range(0, len(rewards), group_size):
@@ -208,20 +214,20 @@ def group_advantages(
 
 
 def has_equal_rewards(group: Sequence[TrainExample]) -> bool:
-    """Whether a group says nothing about which of its rollouts are better."""
+    """Returns whether a group has no signal about which of its rollouts are better."""
     return len({_reward(example) for example in group}) == 1
 
 
 def loss_is_flat(metrics: Mapping[str, float]) -> bool:
-    """Whether the step had one update without a KL: the ratios are then 1, and a group's advantages
-    cancel out whatever is learned. Without a ratio nothing was trained on."""
+    """Returns whether the step had one update without a KL. The ratios are then 1, and a group's
+    advantages cancel out regardless of learning. A step without a ratio did not train."""
     return "reward" in metrics and "base_kl" not in metrics and metrics.get("ratio", 1.0) == 1.0
 
 
 def clipped_gain(
     ratio: Float[Tensor, " N"], advantage: Float[Tensor, " N"], section: GrpoSection
 ) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """min(r A, clip(r) A), and where the clip decides: there the gain has no gradient."""
+    """Returns min(r A, clip(r) A), and where the clip decides; there the gain has no gradient."""
     import torch
 
     low, high = 1 - section.ratio_clip_low, 1 + section.ratio_clip_high

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from paint_kernels import PaintLossOutput
 
-# By divergence: its name, and the report's label of the curve.
+# The name of each divergence, and the label of its curve in the report.
 _NAMES = {"forward_kl": "KL", "reverse_kl": "reverse KL", "jsd": "JSD"}
 _CURVES = {
     "forward_kl": ("Unclipped KL", "KL(teacher, student)"),
@@ -39,7 +39,7 @@ _CURVES = {
 class Paint(TeacherRecipe):
     """Clipped divergence over the vocabulary to the sparsely interpolated teacher (Eq. 3, 12, 14).
 
-    Full solutions and no interpolation make it OPSD.
+    With full solutions and no interpolation it is OPSD.
     """
 
     keys = (
@@ -55,7 +55,7 @@ class Paint(TeacherRecipe):
     recorded_as = "token_kl"
 
     def check(self) -> None:
-        """Raises ValueError for a weight of the JSD with another divergence."""
+        """Raises ValueError for a JSD weight with another divergence."""
         super().check()
         objective = self.config.objective
         if objective.divergence != "jsd" and objective.jsd_weight != 0.5:
@@ -66,28 +66,29 @@ class Paint(TeacherRecipe):
             )
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises ValueError where `teacher_top_k` exceeds the vocabulary."""
+        """Raises ValueError if `teacher_top_k` exceeds the vocabulary."""
         top_k = self.config.objective.teacher_top_k
         if top_k is not None and top_k > len(tokenizer):
             raise ValueError(
                 f"objective.teacher_top_k is {top_k}, but the vocabulary has {len(tokenizer)} "
-                "tokens: lower it, or turn it off with --objective.teacher_top_k none"
+                "tokens; lower it, or turn it off with --objective.teacher_top_k none"
             )
 
     def notes(self) -> list[str]:
-        """A note on the clip of the reverse KL."""
+        """Returns a note on the clip of the reverse KL."""
         objective = self.config.objective
         if objective.divergence != "reverse_kl" or objective.pointwise_clip is None:
             return []
         return [
             "the clip is made for the forward KL; with the reverse KL it removes the penalty on "
-            "tokens that the student overrates, and training then drifts away from the teacher; "
+            "tokens that the student overrates, and the student drifts away from the teacher; "
             "--objective.pointwise_clip none switches it off"
         ]
 
     @property
     def display(self) -> Display:
-        """Curves of the divergence and its clip; tokens coloured by the unclipped divergence."""
+        """Curves of the divergence and its clip, and tokens coloured by the unclipped
+        divergence."""
         objective = self.config.objective
         name, (title, series) = _NAMES[objective.divergence], _CURVES[objective.divergence]
         clips = objective.pointwise_clip is not None
@@ -121,7 +122,8 @@ class Paint(TeacherRecipe):
         )
 
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """The divergence by `paint_kernels.paint_loss`; the logits never exist as a whole."""
+        """Computes the divergence by `paint_kernels.paint_loss`, which never holds all logits at
+        once."""
         section = self.config.objective
         output = self.divergence(
             inputs, reduction=section.reduction, denominator=inputs.denominator
@@ -129,16 +131,17 @@ class Paint(TeacherRecipe):
         return LossOutput(output.loss, per_token(output))
 
     def divergence(self, inputs: LossInputs, **reduction: Any) -> PaintLossOutput:
-        """`paint_loss` of the micro-batch with the configuration's options.
+        """Computes `paint_loss` of the micro-batch with the configuration's options.
 
-        reduction: `reduction`, and `denominator` where it takes one; "none" keeps the tokens apart.
+        reduction: `reduction`, and `denominator` if the reduction takes one; "none" returns a loss
+            per token.
         """
-        # Here, for the declarations above are read without PyTorch.
+        # Imported here because declarations are read without PyTorch.
         from paint_kernels import LossOptions, paint_loss
 
         assert inputs.second_hidden_states is not None
         section = self.config.objective
-        # The section has a key for each option of the loss, under the option's name.
+        # The section has a key for each option of the loss, with the same name.
         options = LossOptions(**{key: getattr(section, key) for key in LossOptions.__annotations__})
         return paint_loss(
             inputs.student_hidden_states,
@@ -153,7 +156,7 @@ class Paint(TeacherRecipe):
 
 
 def per_token(output: PaintLossOutput) -> dict[str, Tensor]:
-    """What is logged, and kept for the report, of each token."""
+    """Returns the (N,) values that are logged, and kept for the report, of each token."""
     return {
         "token_loss": output.token_loss,
         "token_kl": output.token_kl,

@@ -1,4 +1,4 @@
-"""Sampled-token distillation: a policy gradient by the teacher's log-ratio of each token."""
+"""Sampled-token distillation: a policy gradient with the teacher's log-ratio of each token."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from paint_engine.recipes.with_teacher import TeacherRecipe
 
 
 class SampledToken(TeacherRecipe):
-    """Policy gradient by the log-ratio of the sampled tokens, A_t = log p_T(y_t) - log p_S(y_t).
+    """Policy gradient with the log-ratio of the sampled tokens, A_t = log p_T(y_t) - log p_S(y_t).
 
-    The token loss is w_t (log p_S - log p_T), a sample of the reverse KL; its gradient is
-    -w_t A_t grad log p_S(y_t), whose mean over samples from p_S is the gradient of each token's
-    reverse KL. Samples that top-p or top-k has cut, or of another temperature, are not from p_S,
-    and their mean is another: it takes a sampler that cuts nothing off.
-    w_t = min(p_S / p_sampler, importance_cap), or 1 where the cap is None.
+    The token loss is w_t (log p_S - log p_T), a sample of the reverse KL. Its gradient is -w_t A_t
+    grad log p_S(y_t), whose mean over samples from p_S is the gradient of each token's reverse KL.
+    The identity needs a sampler without truncation: samples with top-p or top-k, or of another
+    temperature, are not from p_S and have another mean. w_t = min(p_S / p_sampler, importance_cap),
+    or 1 if the cap is None.
     """
 
     keys = (*TeacherRecipe.keys, "objective.importance_cap")
     recorded_as = "sampled_kl"
 
     def notes(self) -> list[str]:
-        """A note on rollouts that are one step old."""
+        """Returns a note on rollouts that are one step old."""
         return stale_rollouts_note(self.config)
 
     @property
     def display(self) -> Display:
-        """Curves of the sampled KL; tokens coloured by its magnitude."""
+        """Curves of the sampled KL, and tokens coloured by its magnitude."""
         sampled = ConsoleField("sampled_kl", "sampled KL", "{:.4f} nats")
         return Display(
             console=(LOSS, sampled, OVERLAP, ACCURACY, TOKENS_PER_S),
@@ -57,12 +57,12 @@ class SampledToken(TeacherRecipe):
             ),
             token_color=TokenColor("sampled_kl", "|log p_S - log p_T|", "sampled KL"),
             columns=TEACHER_COLUMNS,
-            absent="The teacher scores the sampled tokens alone: no entry of the vocabulary is "
+            absent="The teacher scores only the sampled tokens: no entry of the vocabulary is "
             "clipped and no target is interpolated.",
         )
 
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """The weighted log-ratio of the sampled tokens."""
+        """Computes the weighted log-ratio of the sampled tokens."""
         import torch
 
         from paint_engine.recipes import tokens

@@ -1,4 +1,4 @@
-"""SFT: cross-entropy of the reference solutions, which take the rollouts' place."""
+"""SFT: cross-entropy of the reference solutions, which replace the rollouts."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class Sft(Recipe):
     samples = False
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises ValueError for a tokenizer that names no token to end a solution with."""
+        """Raises ValueError for a tokenizer without an EOS token, which ends a solution."""
         if tokenizer.eos_token_id is None:
             raise ValueError(
-                f"the tokenizer of {self.config.model.name_or_path} names no eos_token, which ends "
-                "the solutions that sft trains on: set it in tokenizer_config.json"
+                f"the tokenizer of {self.config.model.name_or_path} has no eos_token, which ends "
+                "the solutions that sft trains on; set it in tokenizer_config.json"
             )
 
     @property
     def display(self) -> Display:
-        """The loss; tokens coloured by theirs."""
+        """The loss, and tokens coloured by their loss."""
         cut = Quantity(
             "Reference solutions",
             "share",
-            (("truncation_rate", "cut at the token limit"),),
+            (("truncation_rate", "truncated at the token limit"),),
             percent=True,
         )
         return Display(
@@ -51,13 +51,14 @@ class Sft(Recipe):
                 GRADIENT_NORM,
                 Quantity("Solution length", "tokens", (("completion_length", "mean"),)),
                 Quantity(
-                    "Time of a step",
+                    "Step time",
                     "seconds",
                     (("seconds_rollout", "reading the solutions"), ("seconds_update", "update")),
                 ),
             ),
             token_color=TokenColor("token_loss", "loss", "loss"),
-            columns="Left, the problem. Right, the reference solution that was trained on",
+            columns="The left column shows the problem; the right column shows the reference "
+            "solution that was trained on",
             absent="SFT trains on the reference solutions: nothing is sampled, and there is no "
             "teacher.",
             thing="solution",
@@ -65,7 +66,7 @@ class Sft(Recipe):
         )
 
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """Minus the student's log-probability of each token."""
+        """Computes minus the student's log-probability of each token."""
         from paint_engine.recipes import tokens
 
         section = self.config.objective

@@ -1,5 +1,5 @@
-"""What the teacher sees beside a rollout: the partial solution, and a rationale of it where the
-teacher reasons first."""
+"""The teacher view of a rollout: the partial solution, and the rationale of a teacher that reasons
+first."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,8 +16,8 @@ from paint_engine.types import Problem, Request, TeacherView, TrainExample
 def add_teacher_view(
     config: Config, context: StepContext, example: TrainExample, request: Request
 ) -> TrainExample:
-    """The example with the teacher's view: more of the solution is hidden the more the rollout
-    overlaps with it (Eq. 4 to 6)."""
+    """Adds the teacher view to an example. The more the rollout overlaps with the solution, the
+    more of the solution is hidden (Eq. 4 to 6)."""
     masking, problem = config.masking, example.rollout.problem
     assert example.overlap is not None
     rho = mask_ratio(example.overlap, masking.rho_wrong, masking.rho_correct)
@@ -37,8 +37,8 @@ def add_teacher_view(
 def add_rationales(
     config: Config, context: StepContext, examples: Sequence[TrainExample]
 ) -> list[TrainExample]:
-    """The examples with a rationale in the teacher's prompts, which the teacher writes from what it
-    is shown of the solutions. A collective of all ranks."""
+    """Adds a rationale to the teacher's prompts. The teacher writes it from what it sees of the
+    solution. A collective call."""
     limit, prompts = config.teacher.reason_max_new_tokens, []
     for example in examples:
         assert example.teacher_view is not None
@@ -47,7 +47,7 @@ def add_rationales(
             example.rollout.problem,
             example.teacher_view.partial_solution,
             config.prompts,
-            # A thought that the limit cuts short would be taken for the rationale.
+            # A thought that the limit truncates would be taken for the rationale.
             thinking=False,
             max_tokens=context.max_context - limit,
             marker=config.masking.marker,
@@ -83,7 +83,8 @@ def _view(
     partial_solution: str,
     rationale: str = "",
 ) -> TeacherView:
-    """The teacher's prompt, shortened where it does not fit beside the longest completion."""
+    """Builds the teacher view. The prompt is shortened if it does not fit beside the longest
+    completion."""
     prompt_ids, shown = encode_teacher_prompt(
         context.tokenizer,
         problem,

@@ -1,6 +1,6 @@
-"""What the recipes share whose loss is made of the sampled tokens' log-probabilities.
+"""Functions shared by recipes whose loss uses the sampled tokens' log-probabilities.
 
-Rows are the N packed completion tokens of B rollouts; `cu_seqlens` (B+1,) holds the rollouts'
+Rows are the N packed completion tokens of B rollouts. `cu_seqlens` (B+1,) holds the rollouts'
 bounds on the CPU.
 """
 
@@ -13,7 +13,8 @@ from paint_kernels import TokenLogprobs, token_logprobs
 
 
 def student_logprobs(inputs: LossInputs, temperature: float) -> TokenLogprobs:
-    """The student's log-probabilities of the completion tokens, (N,) nats, with gradients."""
+    """Returns the student's log-probabilities of the completion tokens, (N,) nats, with
+    gradients."""
     return token_logprobs(
         inputs.student_hidden_states,
         inputs.lm_head_weight,
@@ -25,7 +26,7 @@ def student_logprobs(inputs: LossInputs, temperature: float) -> TokenLogprobs:
 
 @torch.no_grad()
 def second_logprobs(inputs: LossInputs, temperature: float) -> TokenLogprobs:
-    """The second pass's log-probabilities of the completion tokens, (N,) nats."""
+    """Returns the second pass's log-probabilities of the completion tokens, (N,) nats."""
     assert inputs.second_hidden_states is not None
     head = inputs.second_lm_head_weight
     return token_logprobs(
@@ -40,8 +41,9 @@ def second_logprobs(inputs: LossInputs, temperature: float) -> TokenLogprobs:
 def importance_weight(
     logprobs: Float[Tensor, " N"], inputs: LossInputs, cap: float | None
 ) -> Float[Tensor, " N"]:
-    """Truncated importance weights min(p_trainer / p_sampler, cap) of tokens that a sampler of
-    slightly other numbers has drawn; 1 without a cap."""
+    """Returns truncated importance weights min(p_trainer / p_sampler, cap) of the sampled tokens,
+    (N,). They correct for a sampler with slightly different probabilities. Without a cap they are
+    1."""
     if cap is None:
         return torch.ones_like(logprobs)
     sampled = [p for example in inputs.examples for p in example.rollout.rollout_logprobs]
@@ -50,7 +52,7 @@ def importance_weight(
 
 
 def rollout_of_token(cu_seqlens: Int[Tensor, " B+1"]) -> Int[Tensor, " N"]:
-    """For each row the place of its rollout."""
+    """Returns the index of the rollout of each row, (N,)."""
     lengths = cu_seqlens.diff()
     return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
@@ -61,8 +63,8 @@ def reduced(
     reduction: str,
     denominator: int,
 ) -> Float[Tensor, ""]:
-    """The micro-batch's share of the step's loss: "token_mean" sums the tokens, "sequence_mean" the
-    rollouts' means, both divided by `denominator`."""
+    """Returns the micro-batch's share of the step's loss. "token_mean" sums over the tokens and
+    "sequence_mean" over the rollouts' means; both divide by `denominator`."""
     if reduction == "token_mean":
         return token_loss.sum() / denominator
     lengths = cu_seqlens.diff()[rollout_of_token(cu_seqlens)]

@@ -1,1 +1,2 @@
-"""report"""
+"""The HTML report of a run: training curves, sampled rollouts with coloured tokens, and the
+configuration."""

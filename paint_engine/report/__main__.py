@@ -1,4 +1,4 @@
-"""Builds a run's report again: `python -m paint_engine.report RUN_DIR`."""
+"""Rebuilds a run's report: `python -m paint_engine.report RUN_DIR`."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ from paint_engine.report.page import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """A user's mistake ends with one message and exit code 2."""
+    """Runs the command. A user's mistake prints one message and exits with code 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m paint_engine.report", description="Build a run's report.html again."
+        prog="python -m paint_engine.report", description="Rebuild a run's report.html."
     )
-    parser.add_argument("run_dir", type=Path, help="the directory that the training printed")
+    parser.add_argument("run_dir", type=Path, help="the directory that training printed")
     parser.add_argument(
-        "--recipe", metavar="MODULE:CLASS", help="a run's recipe of your own, whose code you trust"
+        "--recipe", metavar="MODULE:CLASS", help="your own recipe of the run; its code is run"
     )
     arguments = parser.parse_args(argv)
     if not arguments.run_dir.is_dir():
-        parser.error(f"{arguments.run_dir} is not a directory; give a run directory")
+        parser.error(f"{arguments.run_dir} is not a directory; needs a run directory")
     with user_errors(Console(highlight=False, markup=False)):
         print(write_report(arguments.run_dir, trusted=arguments.recipe))
 

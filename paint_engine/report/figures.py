@@ -1,7 +1,7 @@
-"""The report's training curves: one small SVG a quantity, drawn by matplotlib.
+"""The report's training curves: one small SVG per quantity, drawn by matplotlib.
 
-Captions, legends and units are the page's business; a drawing holds axes and lines alone. Its
-colours are CSS variables of the page, so that one drawing serves the light and the dark scheme.
+The page adds captions, legends and units; a drawing contains only axes and lines. Its colours are
+CSS variables of the page, so one drawing serves the light and the dark scheme.
 """
 
 import io
@@ -21,7 +21,7 @@ from paint_engine.recipes.display import Display, Quantity
 MAX_POINTS = 400
 WIDTH_IN, HEIGHT_IN = 3.7, 1.85
 
-# matplotlib knows no CSS variables: it draws in these colours, which nothing else uses, and the SVG
+# matplotlib has no CSS variables. It draws in these colours, which nothing else uses, and the SVG
 # text is rewritten afterwards.
 _CSS_COLORS = {
     "#010203": "var(--series-1)",
@@ -32,13 +32,13 @@ _CSS_COLORS = {
 }
 _SERIES_1, _SERIES_2, _SERIES_3, _AXIS, _GRID = _CSS_COLORS
 _SERIES_COLORS = (_SERIES_1, _SERIES_2, _SERIES_3)
-# Lines differ by dash as well, for print and for readers who do not tell the colours apart.
+# Lines also differ by dash, for print and for readers who cannot distinguish the colours.
 _SERIES_DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)))
 
 
 @dataclass(frozen=True)
 class Legend:
-    """One line of a drawing and the values it starts and ends at, written for reading."""
+    """One line of a drawing with its first and last values, formatted for display."""
 
     label: str
     first: str
@@ -47,7 +47,7 @@ class Legend:
 
 @dataclass(frozen=True)
 class Curve:
-    """A quantity drawn: `svg` is markup, everything else plain text."""
+    """A drawn quantity. `svg` is markup; the other fields are plain text."""
 
     title: str
     unit: str
@@ -59,11 +59,11 @@ class Curve:
 def draw_curves(
     metrics: Sequence[Mapping[str, Any]], display: Display
 ) -> tuple[list[Curve], list[str]]:
-    """The curves of a run and the titles of those that its metrics should hold and do not.
+    """Draws the curves of a run. Also returns the titles of the curves whose metrics are missing.
 
     Args:
         metrics: the objects of `metrics.jsonl`, in the order of their steps.
-        display: the recipe's.
+        display: the recipe's display.
     """
     curves, missing = [], []
     for quantity in display.curves:
@@ -84,7 +84,7 @@ class _Line:
     label: str
     steps: np.ndarray
     values: np.ndarray
-    mean_of: int  # steps behind one point
+    mean_of: int  # number of steps per point
 
 
 def _lines(quantity: Quantity, metrics: Sequence[Mapping[str, Any]]) -> list[_Line]:
@@ -99,13 +99,14 @@ def _lines(quantity: Quantity, metrics: Sequence[Mapping[str, Any]]) -> list[_Li
 
 
 def _means(values: np.ndarray, width: int) -> np.ndarray:
-    """Means of consecutive groups of `width`; the last group may be smaller."""
+    """Returns the means of consecutive groups of `width`; the last group may be smaller."""
     starts = np.arange(0, len(values), width)
     return np.add.reduceat(values, starts) / np.diff(np.append(starts, len(values)))
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean over `width` (odd) neighbours; near an end over those that exist."""
+    """Returns the mean over `width` (odd) neighbours. Near an end, it uses the neighbours that
+    exist."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     low = np.maximum(index - width // 2, 0)
@@ -145,7 +146,8 @@ def _draw(quantity: Quantity, lines: list[_Line]) -> Curve:
 
 
 def _smoothing_width(num_points: int) -> int:
-    """An odd width of about an eighth of the curve; 1, which is none, for a short one."""
+    """Returns an odd width of about an eighth of the curve, or 1 (no smoothing) for a short
+    curve."""
     return 1 if num_points < 10 else num_points // 8 | 1
 
 
@@ -166,7 +168,7 @@ def _style(axes: Axes, quantity: Quantity, lines: list[_Line]) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(axis="both", colors=_AXIS, labelsize=8, length=0, pad=4)
     axes.tick_params(axis="x", length=2.5, width=0.6)
-    # A quantity that was never negative is drawn from zero: a ripple then looks like one.
+    # A quantity that is never negative is drawn from zero, so a small ripple looks small.
     ticks = MaxNLocator(4, min_n_ticks=3).tick_values(min(lowest, 0.0), highest or 1.0)
     axes.set_yticks(ticks)
     axes.set_ylim(ticks[0], ticks[-1])
@@ -181,9 +183,10 @@ def _percent_tick(value: float, _position: object) -> str:
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """The figure as SVG to stand inside a page: no metadata, styles, fonts or ids that clash."""
+    """Returns the figure as SVG for embedding: no metadata, styles or fonts, and no clashing
+    ids."""
     buffer = io.StringIO()
-    # A salt of its own gives each drawing ids of its own, the same at every rebuild.
+    # Its own salt gives each drawing its own ids, which are the same at every rebuild.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(
             buffer,

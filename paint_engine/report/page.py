@@ -1,9 +1,9 @@
-"""The report of a run: one HTML file, built from what the run left in its directory.
+"""The report of a run: one HTML file, built from the files in the run directory.
 
-python -m paint_engine.report RUN_DIR    builds RUN_DIR/report.html again
+python -m paint_engine.report RUN_DIR    rebuilds RUN_DIR/report.html
 
-The page loads nothing and runs no script, so it can be mailed, archived and opened from a disk. A
-run that is short, still going or interrupted gets one too; the page says what is missing.
+The page loads nothing and runs no script, so it can be mailed, archived and opened from a disk.
+Short, unfinished and interrupted runs get a report too; the page says what is missing.
 """
 
 import json
@@ -42,15 +42,15 @@ from paint_engine.report.samples import (
 def write_report(
     run_dir: Path, recipe: Recipe | None = None, *, trusted: str | None = None
 ) -> Path:
-    """Build `report.html` from a run directory's files, and return its path.
+    """Builds `report.html` from a run directory's files, and returns its path.
 
-    recipe: the run's; None = the one that the directory's configuration names.
+    recipe: the run's recipe; None = the one that the directory's configuration names.
     trusted: a recipe of a user's module, "module:Class", whose code may run if the configuration
         names it.
 
     Raises:
-        ValueError: `run_dir` holds none of those files, or names a recipe of a user's module, whose
-            code a directory may not have run.
+        ValueError: `run_dir` has none of those files, or names a recipe of a user's module that is
+            not `trusted`.
     """
     run = _load(run_dir, recipe, trusted)
     template = resources.files("paint_engine.report").joinpath("template.html")
@@ -83,8 +83,8 @@ def _load(run_dir: Path, recipe: Recipe | None, trusted: str | None) -> _Run:
     metrics, samples, summary, config = paths = [run_dir / name for name in names]
     if not any(path.exists() for path in paths):
         raise ValueError(
-            f"{run_dir} holds none of {', '.join(names)}; a run directory is needed. Give the "
-            "directory that the training printed at its end."
+            f"{run_dir} contains none of {', '.join(names)}; needs a run directory; give the "
+            "directory that training printed at its end"
         )
     recorded = read_jsonl(metrics) if metrics.exists() else []
     kept = read_jsonl(samples) if samples.exists() else []
@@ -105,8 +105,8 @@ def _load(run_dir: Path, recipe: Recipe | None, trusted: str | None) -> _Run:
 def _recorded_recipe(
     run_dir: Path, settings: Mapping[str, Any] | None, recorded: set[str], trusted: str | None
 ) -> Recipe:
-    """The recipe that a run directory's configuration names, if it is built in or `trusted`;
-    without a configuration, the built-in recipe that records these keys."""
+    """Returns the recipe that the run directory's configuration names, if it is built in or
+    `trusted`. Without a configuration, returns the built-in recipe that records these keys."""
     if settings is None:
         return recipe_that_recorded(recorded)
     # A run of another version may have other keys.
@@ -114,14 +114,14 @@ def _recorded_recipe(
     name = str(known.get("objective.name", LEAVES["objective.name"].default))
     if ":" in name and name != trusted:
         raise ValueError(
-            f"{run_dir} was trained with the recipe {name}, whose code a directory alone does not "
-            f"get to run; if you trust it, name it: --recipe {name}"
+            f"{run_dir} was trained with the recipe {name}; its code runs only if you name the "
+            f"recipe; if you trust it, use --recipe {name}"
         )
     return recipe_of(recorded_config(known))
 
 
 def _contents(run: _Run) -> dict[str, Any]:
-    """Everything that the template names."""
+    """Returns the value of every name in the template."""
     display, config = run.recipe.display, run.recipe.config
     curves, missing_curves = draw_curves(run.metrics, display)
     settings = ViewSettings(
@@ -167,7 +167,7 @@ def _subtitle(run: _Run) -> list[tuple[str, str]]:
 
 
 def _facts(run: _Run) -> list[tuple[str, str]]:
-    """Name and value of the small print under the headline."""
+    """Returns name and value of each fact under the headline."""
     facts = []
     if run.metrics:
         planned = run.setting("train", "num_steps", None)
@@ -175,7 +175,7 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
         facts.append(("steps", f"{run.metrics[-1]['step']:,}{of_planned}"))
     batch_size = run.setting("train", "batch_size", None)
     if batch_size is not None:
-        facts.append((f"{run.recipe.display.thing}s a step", f"{batch_size:,}"))
+        facts.append((f"{run.recipe.display.thing}s per step", f"{batch_size:,}"))
     seed = (run.summary or {}).get("seed", run.setting("train", "seed", None))
     if seed is not None:
         facts.append(("seed", str(seed)))
@@ -197,23 +197,23 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
 
 
 def _missing(run: _Run, missing_curves: list[str]) -> list[str]:
-    """What this run lacks, a sentence each."""
+    """Returns one sentence for each part that this run lacks."""
     missing = []
     if run.summary is None:
         missing.append(
-            f"The run has not finished: there is no {SUMMARY_FILE}. It is still going, or was "
-            "interrupted and can be taken up again with python -m paint_engine.train --resume and "
-            "this directory."
+            f"The run has not finished: there is no {SUMMARY_FILE}. It is still running, or it was "
+            "interrupted and can be resumed with python -m paint_engine.train --resume and this "
+            "directory."
         )
     elif run.summary["avg_at_k_before"] is None or run.summary["avg_at_k_after"] is None:
         missing.append(
-            "Accuracy was not measured both before and after the training (eval.enabled, "
+            "Accuracy was not measured both before and after training (eval.enabled, "
             "eval.at_start, eval.at_end), so there is no difference to report."
         )
     if not run.metrics:
         missing.append("No training step is recorded, so there are no curves.")
     elif missing_curves:
-        missing.append(f"The metrics of this run do not hold: {', '.join(missing_curves)}.")
+        missing.append(f"The metrics of this run lack: {', '.join(missing_curves)}.")
     if not run.samples:
         missing.append(
             f"No {run.recipe.display.thing} was kept (run.samples_per_step), so none is shown."
@@ -225,7 +225,7 @@ def _missing(run: _Run, missing_curves: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Interval:
-    """The paired difference: fractions, and where they lie on an axis, percent of its width."""
+    """The paired difference in fractions, and the places on an axis in percent of its width."""
 
     difference: float
     low: float
@@ -250,7 +250,7 @@ def _interval(summary: Mapping[str, Any] | None) -> _Interval | None:
 
 
 def _flatten(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Sections with their settings, tables inside a section as dotted keys."""
+    """Returns sections with their settings; tables inside a section become dotted keys."""
 
     def rows(table: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
         found = []
@@ -273,7 +273,7 @@ def _percent(fraction: float) -> str:
 
 
 def _points(fraction: float) -> str:
-    """A difference of two fractions in percentage points, with its sign."""
+    """Formats a difference of two fractions in percentage points, with its sign."""
     return f"{100 * fraction:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 

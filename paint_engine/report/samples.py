@@ -1,4 +1,4 @@
-"""The report's rollouts: what the teacher was shown, and each token with its share of the loss."""
+"""The report's rollouts: what the teacher saw, and each token with its share of the loss."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,11 @@ MAX_SAMPLES = 6
 MAX_TOKENS = 800
 MAX_ANCHORS = 60
 
-# Bounds of the colours, nats, two a decade: KL and entropies of tokens spread over several orders
-# of magnitude.
+# Bounds of the colours in nats, two per decade: KL and entropies of tokens span several orders of
+# magnitude.
 COLOR_BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
-# Lists of a sample with a value a token, and how they are called beside it. First those in nats.
+# Lists with one value per token, and their labels. Those in nats come first.
 _NATS = (
     ("token_kl", "KL"),
     ("sampled_kl", "log p_S - log p_T"),
@@ -30,11 +30,13 @@ _FLAGS = ("selected", "ratio_clipped_share")
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """What the configuration says of every sample.
+    """The settings that all samples share.
 
-    color: what the tokens are coloured by. clips: whether there is a pointwise clip. interpolates:
-    whether the selected tokens' targets mix in the student. marker: what stands for the hidden part
-    in a partial solution. entropy_floor: least student entropy in the entropy ratio, nats (Eq. 9).
+    color: the quantity that colours the tokens.
+    clips: whether there is a pointwise clip.
+    interpolates: whether the targets of selected tokens mix in the student.
+    marker: replaces the hidden part in a partial solution.
+    entropy_floor: minimum student entropy in the entropy ratio, nats (Eq. 9).
     """
 
     color: TokenColor
@@ -46,7 +48,7 @@ class ViewSettings:
 
 @dataclass(frozen=True)
 class TokenView:
-    """A token as shown: `css_class` holds its colour and whether it is selected."""
+    """A token on the page. `css_class` holds its colour and whether it is selected."""
 
     text: str
     css_class: str
@@ -57,8 +59,8 @@ class TokenView:
 class TeacherView:
     """What the teacher saw. `shown` + `hidden` + `shown_tail` is the verified solution.
 
-    `hidden` is None where the partial solution is not the solution with one span replaced: then
-    `shown` is the partial solution itself. `rationale` is what the teacher wrote first, if it did.
+    `hidden` is None if the partial solution is not the solution with one span replaced; `shown` is
+    then the partial solution itself. `rationale` is what a reasoning teacher wrote first, else "".
     """
 
     shown: str
@@ -72,8 +74,8 @@ class TeacherView:
 
 @dataclass(frozen=True)
 class SampleView:
-    """One rollout as shown. `teacher` is None where there was none, `correct` where nothing was
-    judged: `tokens` are the reference solution's then."""
+    """One rollout on the page. `teacher` is None without a teacher view. `correct` is None without
+    a verdict; `tokens` are then the reference solution's."""
 
     step: int
     problem_id: str
@@ -89,7 +91,7 @@ class SampleView:
 
 
 def choose_samples(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """At most `MAX_SAMPLES`, spread evenly from the first to the last."""
+    """Returns at most `MAX_SAMPLES` samples, spread evenly from the first to the last."""
     count = min(len(samples), MAX_SAMPLES)
     if count <= 1:
         return list(samples[:count])
@@ -97,7 +99,7 @@ def choose_samples(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, An
 
 
 def view_sample(sample: Mapping[str, Any], settings: ViewSettings) -> SampleView:
-    """An object of `samples.jsonl`, made ready for the page."""
+    """Converts an object of `samples.jsonl` for the page."""
     return SampleView(
         step=sample["step"],
         problem_id=sample["problem_id"],
@@ -130,7 +132,7 @@ def _view_teacher(sample: Mapping[str, Any], marker: str) -> TeacherView:
 
 
 def _measures(sample: Mapping[str, Any], settings: ViewSettings) -> tuple[str, ...]:
-    """The sample in a few words, of what its objective has."""
+    """Returns short texts on the sample, for the values that its recipe records."""
     measures = []
     if "overlap" in sample:
         measures.append(f"overlap {100 * sample['overlap']:.0f}%")
@@ -146,13 +148,14 @@ def _measures(sample: Mapping[str, Any], settings: ViewSettings) -> tuple[str, .
 
 
 def hidden_span(solution: str, partial_solution: str, marker: str) -> tuple[int, int] | None:
-    """Bounds of the one span of `solution` that `marker` replaces in `partial_solution`.
+    """Returns the bounds of the one span of `solution` that `marker` replaces in
+    `partial_solution`.
 
-    An empty span where nothing is hidden; None where the two do not fit together.
+    The span is empty if nothing is hidden. Returns None if the two texts do not match.
     """
     if partial_solution == solution:
         return len(solution), len(solution)
-    # A solution may quote the marker, so every occurrence is tried.
+    # A solution may contain the marker itself, so every occurrence is tried.
     at = partial_solution.find(marker)
     while at >= 0:
         end = len(solution) - (len(partial_solution) - at - len(marker))
@@ -187,7 +190,7 @@ def _view_tokens(sample: Mapping[str, Any], settings: ViewSettings) -> tuple[Tok
 
 
 def _values(token: Mapping[str, Any], settings: ViewSettings) -> str:
-    """The numbers of one token, those in nats first."""
+    """Returns the numbers of one token as text, those in nats first."""
     names = dict(_NATS) | {settings.color.key: settings.color.label}
     parts = [f"{names[key]} {token[key]:.3g}" for key in names if key in token]
     parts[-1] += " nats"
@@ -198,5 +201,5 @@ def _values(token: Mapping[str, Any], settings: ViewSettings) -> str:
     numbers = [(key, label) for key, label in _NUMBERS if key in token and key not in hidden]
     parts += [f"{label} {token[key]:.3g}" for key, label in numbers]
     if token.get("ratio_clipped_share", False):
-        parts.append("stopped by the clip")
+        parts.append("clipped, no gradient")
     return " · ".join(parts)

@@ -1,1 +1,2 @@
-"""The laptop's problem domain: word problems, their tokenizer and a small pretrained base."""
+"""The laptop's problem domain: generated word problems, their tokenizer, and the pretraining of a
+small base model."""

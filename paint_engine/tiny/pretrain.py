@@ -1,9 +1,9 @@
 """Pretrains the tiny base: `python -m paint_engine.tiny.pretrain [--size S] [--output DIR]`.
 
-The base gets what PAINT needs of a real one. Alone it is fallible: in the unaided solutions that it
-reads, a share of the intermediate results is wrong and carried on. With a verified solution in its
-prompt, whole or with a part hidden, it is much better: those solutions are clean, in words of their
-own.
+The base gets the two properties that PAINT needs of a real one. Alone it is fallible: in the
+unaided solutions of its training data, a share of the intermediate results is wrong, and later
+steps use the wrong results. With a verified solution in its prompt, whole or partly hidden, it is
+much better: those training solutions are correct, in other words than the shown one.
 """
 
 import argparse
@@ -34,7 +34,8 @@ from paint_engine.tiny.problems import (
 )
 from paint_engine.tiny.tokenizer import train_tokenizer
 
-# The paper's prompt, pinned: the base knows these words, whatever the configuration says.
+# The paper's prompt, fixed here: the base is trained on these words, whatever the configuration
+# says.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 _PROMPTS = PromptsSection(instruction=INSTRUCTION)
 
@@ -50,14 +51,14 @@ WARMUP_STEPS = 50
 SLIP_RATE = 0.08
 DRILL_SHARE = 0.2
 UNAIDED_SHARE = 0.35
-# Of the privileged documents: the whole solution, a hidden suffix, a span hidden anywhere.
+# Shares of the privileged documents: the whole solution, a hidden suffix, a span hidden anywhere.
 PLACEMENT_WEIGHTS = {"whole": 0.1, "suffix": 0.65, "random": 0.25}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What differs between the sizes of the base; heads have 32 dimensions up to 2 million
-    parameters, then 64."""
+    """The settings that differ between the sizes of the base. Heads have 32 dimensions up to 2
+    million parameters, then 64."""
 
     hidden_size: int
     num_heads: int
@@ -66,12 +67,12 @@ class Shape:
     head_dim: int = 32
 
 
-# Small is the one that is bundled. A width of 96 does not do: see docs/decisions.md.
+# "small" is the bundled base. A width of 96 is too small: see docs/decisions.md.
 SIZES = {
     "small": Shape(128, 4, 2),
     "medium": Shape(160, 5, 1),
     "large": Shape(192, 6, 2),
-    # For GPUs; nobody has trained them yet.
+    # For GPUs; not trained yet.
     "10m": Shape(320, 5, 1, num_layers=8, head_dim=64),
     "30m": Shape(512, 8, 4, num_layers=10, head_dim=64),
     "100m": Shape(768, 12, 6, num_layers=14, head_dim=64),
@@ -80,14 +81,14 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids of a prompt and its completion; both are learned."""
+    """Token ids of a prompt and its completion. Both are trained on."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
 
 
 def draw_pretraining_problem(rng: random.Random) -> WordProblem:
-    """A problem whose arithmetic is in none of the splits."""
+    """Draws a problem whose arithmetic is in none of the splits."""
     while True:
         problem = draw_problem(rng)
         if problem.bucket in PRETRAIN_BUCKETS:
@@ -109,7 +110,7 @@ def _user_text(problem: WordProblem, rng: random.Random, *, unaided: bool) -> st
 
 
 def draw_document(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Document:
-    """An unaided solution with slips, a clean one after a verified solution, or a drill."""
+    """Draws an unaided solution with slips, a correct one after a verified solution, or a drill."""
     kind = rng.random()
     if kind < DRILL_SHARE:
         return Document((), tuple(tokenizer.encode(draw_drill(rng) + "<|endoftext|>")))
@@ -134,7 +135,8 @@ def _train_tiny_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def model_config(tokenizer: PreTrainedTokenizerBase, size: str = "small") -> Qwen3Config:
-    """Qwen3's architecture at 0.9, 1.3 or 1.9 million parameters, or at 10, 30 or 100 million."""
+    """Returns Qwen3's architecture with 0.9, 1.3 or 1.9 million parameters, or 10, 30 or 100
+    million."""
     shape = SIZES[size]
     stop, padding = tokenizer.encode("<|im_end|><|endoftext|>")
     return Qwen3Config(
@@ -156,7 +158,8 @@ def model_config(tokenizer: PreTrainedTokenizerBase, size: str = "small") -> Qwe
 
 
 def _batch_loss(model: Qwen3ForCausalLM, documents: list[Document]) -> Tensor:
-    """Summed cross-entropy over every token but the first; rows are padded on the right."""
+    """Returns the summed cross-entropy over every token but the first. Rows are padded on the
+    right."""
     length = max(len(d.prompt_ids) + len(d.completion_ids) for d in documents)
     ids = torch.zeros(len(documents), length, dtype=torch.long)
     labels = torch.full((len(documents), length), -100)
@@ -165,14 +168,14 @@ def _batch_loss(model: Qwen3ForCausalLM, documents: list[Document]) -> Tensor:
         ids[row, :end] = torch.tensor(document.prompt_ids + document.completion_ids)
         labels[row, : end - 1] = ids[row, 1:end]
     ids, labels = ids.to(model.device), labels.to(model.device)
-    # Causal attention alone keeps padding on the right from being seen: no mask is needed.
+    # Under causal attention no token attends to padding on its right, so no mask is needed.
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     learned = labels != -100
     return F.cross_entropy(model.lm_head(hidden[learned]), labels[learned], reduction="sum")
 
 
 def _optimizers(model: Qwen3ForCausalLM) -> tuple[torch.optim.Optimizer, ...]:
-    """Muon for the layers' matrices, AdamW for embeddings and norms."""
+    """Builds Muon for the layers' matrices, and AdamW for embeddings and norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return (
@@ -184,7 +187,8 @@ def _optimizers(model: Qwen3ForCausalLM) -> tuple[torch.optim.Optimizer, ...]:
 def pretrain(
     num_steps: int, *, size: str = "small", device: torch.device, log_every: int = 50
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
-    """Trains tokenizer and model from nothing; the same result on every run of one machine."""
+    """Trains tokenizer and model from scratch. The result is the same on every run on one
+    machine."""
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)
     tokenizer = _train_tiny_tokenizer()
@@ -195,11 +199,11 @@ def pretrain(
     rng = random.Random(f"paint-tiny-pretrain-{SEED}")
     started = time.monotonic()
     for step in range(num_steps):
-        # Linear warm-up, then a cosine to zero.
+        # Linear warm-up, then a cosine schedule to zero.
         warmup = min(1.0, (step + 1) / WARMUP_STEPS)
         scale = warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps))
         documents = [draw_document(tokenizer, rng) for _ in range(BATCH_SIZE)]
-        # Rows of like length share a micro-batch, so that little is spent on padding.
+        # Rows of similar length share a micro-batch, so little is padding.
         documents.sort(key=lambda d: len(d.prompt_ids) + len(d.completion_ids))
         num_tokens = sum(len(d.prompt_ids) + len(d.completion_ids) - 1 for d in documents)
         loss_sum = 0.0
@@ -224,15 +228,15 @@ def pretrain(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the tiny base of the laptop domain.")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--output", type=Path, help="default: the bundled base's, small only")
+    parser.add_argument("--output", type=Path, help="default for small: the bundled base's folder")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--num-steps", type=int, default=NUM_STEPS)
     arguments = parser.parse_args()
     output: Path | None = arguments.output
     if output is None and arguments.size != "small":
-        parser.error(f"--size {arguments.size} needs --output DIR: the bundled base is small")
+        parser.error(f"--size {arguments.size} needs --output DIR; the bundled base is small")
     output = output or TINY_BASE
-    # Deterministic algorithms ask for it on a GPU.
+    # Deterministic algorithms need this setting on a GPU.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     started = time.monotonic()
     device = pick_device(arguments.device)

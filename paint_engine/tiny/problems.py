@@ -1,11 +1,11 @@
-"""Multi-step word problems whose solutions look like real ones: prose, LaTeX, intermediate results,
+"""Multi-step word problems whose solutions resemble real ones: prose, LaTeX, intermediate results,
 a box.
 
-A problem is a story (what the reader is told) and a plan (the steps that solve it). A plan can be
-rendered many times in different words, cleanly or with slips that are carried on, as a fallible
-writer would. Which split a problem belongs to is a hash of its arithmetic alone, so a held-out
-problem never returns under other names: no split shares a family, structure and set of numbers with
-another.
+A problem is a story (the text of the problem) and a plan (the steps that solve it). A plan can be
+rendered many times in different words. It is rendered correctly, or with slips that later steps
+use, like the solutions of a fallible writer. The split of a problem is a hash of its arithmetic
+alone, so a held-out problem never reappears under other names: no two splits share a family,
+structure and set of numbers.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from functools import lru_cache
 from paint_engine.tiny.stories import FAMILIES, Operator, Plan, Step
 from paint_engine.types import Problem
 
-# Share of the 64 hash buckets that each split takes; the rest is what the base is pretrained on.
+# The hash buckets, of 64, of each split; the base is pretrained on the rest.
 SPLIT_BUCKETS = {"test": range(0, 4), "validation": range(4, 6), "train": range(6, 22)}
 SPLIT_SIZES = {"test": 512, "validation": 256, "train": 4096}
 PRETRAIN_BUCKETS = range(22, 64)
@@ -39,7 +39,7 @@ _CLOSING_PATTERNS = (
 
 @dataclass(frozen=True)
 class WordProblem:
-    """A story, the plan that solves it and its true answer."""
+    """A story, the plan that solves it, and its correct answer."""
 
     text: str
     plan: Plan
@@ -47,14 +47,14 @@ class WordProblem:
 
     @property
     def bucket(self) -> int:
-        """One of 64, from the family, the structure and the numbers alone (no names, no
-        wording)."""
+        """The hash bucket, one of 64, from family, structure and numbers (no names, no wording)."""
         digest = hashlib.sha256(repr(self.plan.key).encode()).digest()
         return digest[0] % 64
 
 
 def _apply(step: Step, left: int, right: int) -> int:
-    """A step's result. Slips can make a division inexact: the quotient is then rounded down."""
+    """Returns a step's result. After a slip a division can be inexact; the quotient is rounded
+    down."""
     if step.op == "+":
         return left + right
     if step.op == "-":
@@ -80,9 +80,9 @@ def _formula(step: Step, left: int, right: int, result: int) -> str:
 
 
 def _slip(result: int, rng: random.Random) -> int:
-    """A plausible wrong result: one digit, at any place, off by one or two.
+    """Returns a plausible wrong result: one digit, at any place, is off by one or two.
 
-    Slips before it can have made the result negative; its sign stays.
+    An earlier slip can have made the result negative; its sign stays.
     """
     digits = [int(digit) for digit in str(abs(result))]
     place = rng.randrange(len(digits))
@@ -93,7 +93,8 @@ def _slip(result: int, rng: random.Random) -> int:
 
 
 def _values(plan: Plan, slip_rate: float, rng: random.Random) -> list[tuple[int, int, int]]:
-    """(left, right, result) of every step; a slip is carried on by the steps that use it."""
+    """Returns (left, right, result) of every step. Steps that use a slipped result use it as
+    written."""
     results: list[int] = []
     values = []
     for step in plan.steps:
@@ -108,9 +109,10 @@ def _values(plan: Plan, slip_rate: float, rng: random.Random) -> list[tuple[int,
 
 
 def render_solution(problem: WordProblem, rng: random.Random, *, slip_rate: float = 0.0) -> str:
-    """A solution in words chosen by `rng`.
+    """Writes a solution in words chosen by `rng`.
 
-    slip_rate: probability, per step, that the written result is wrong and carried on.
+    slip_rate: probability, per step, that the written result is wrong. Later steps use the wrong
+        result.
     """
     values = _values(problem.plan, slip_rate, rng)
     lines = []
@@ -126,8 +128,8 @@ def render_solution(problem: WordProblem, rng: random.Random, *, slip_rate: floa
 
 
 def _is_within_reach(op: str, left: int, right: int, result: int) -> bool:
-    """Exact, positive and small: up to 200, or up to 600 in tens, which a million parameters can
-    learn in minutes."""
+    """Returns whether a result is exact, positive and small: up to 200, or up to 600 if a multiple
+    of ten. A model of a million parameters can learn such results in minutes."""
     if op == "/" and (left % right or result > 40):
         return False
     if op == "%" and left * right % 100:
@@ -136,8 +138,8 @@ def _is_within_reach(op: str, left: int, right: int, result: int) -> bool:
 
 
 def draw_problem(rng: random.Random) -> WordProblem:
-    """One problem, each family as likely as the others, with whole positive intermediate
-    results."""
+    """Draws one problem. Families are equally likely, and intermediate results are positive
+    integers."""
     family: Callable[[random.Random], Plan] = rng.choice(FAMILIES)
     while True:
         plan = family(rng)
@@ -148,7 +150,7 @@ def draw_problem(rng: random.Random) -> WordProblem:
 
 
 def draw_drill(rng: random.Random, num_lines: int = 16) -> str:
-    """Formulas of the kind that solutions hold, all of them right: practice without a story."""
+    """Draws correct formulas like those in solutions: practice without a story."""
     lines: list[str] = []
     while len(lines) < num_lines:
         op = rng.choice(_DRILL_OPERATORS)
@@ -183,13 +185,14 @@ def _draw_split(split: str) -> tuple[Problem, ...]:
 
 
 def load_split(split: str, max_rows: int | None = None) -> list[Problem]:
-    """The first `max_rows` problems of "train", "validation" or "test": the same on every machine.
+    """Returns the first `max_rows` problems of "train", "validation" or "test", equal on every
+    machine.
 
     Raises ValueError for another split name.
     """
     if split not in SPLIT_BUCKETS:
         raise ValueError(
-            f"the tiny domain has no split {split!r}; it has {sorted(SPLIT_BUCKETS)}: "
+            f"the tiny domain has no split {split!r}; it has {sorted(SPLIT_BUCKETS)}; "
             "set --data.split or --eval.split to one of them"
         )
     return list(_draw_split(split)[:max_rows])

@@ -1,5 +1,5 @@
-"""The families of stories behind the tiny domain: each draws numbers and words, and says how to
-solve them."""
+"""The families of stories of the tiny domain. Each draws numbers and words, and returns the text
+and the solving steps."""
 
 import random
 from collections.abc import Callable
@@ -16,10 +16,10 @@ Operator = Literal["+", "-", "*", "/", "%"]
 
 @dataclass(frozen=True)
 class Step:
-    """`left op right`, where a negative operand -k - 1 means the result of step k.
+    """`left op right`. A negative operand -k - 1 is the result of step k.
 
     Step("*", 4, 12, ("the number of apples in the baskets",)) is 48; a next Step("-", -1, 15, ...)
-    is 33. "%" is right per cent of left. `labels` name the result, in different words.
+    is 33. "%" is right percent of left. `labels` are different names of the result.
     """
 
     op: Operator
@@ -30,7 +30,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the reader is told, sentence by sentence, and the steps that answer it.
+    """The sentences of the problem and the steps that solve it.
 
     `family` names the kind of story and its variant.
     """
@@ -41,7 +41,7 @@ class Plan:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """The arithmetic of the problem, without its words: what the splits are disjoint in."""
+        """The arithmetic of the problem without its words. No two splits share a key."""
         return (self.family, *((step.op, step.left, step.right) for step in self.steps))
 
 

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer for the tiny domain, with Qwen3's special tokens, digits and chat
+"""A byte-level BPE tokenizer for the tiny domain, with Qwen3's special tokens, digit split and chat
 template."""
 
 from collections.abc import Iterable
@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 THINK_TOKENS = ("<think>", "</think>")
 
-# Renders a conversation without tools exactly as Qwen3's template does: reasoning is kept only in
-# turns after the last user message, and enable_thinking=False opens the answer with an empty think
+# Renders a conversation without tools exactly as Qwen3's template does. Reasoning is kept only in
+# turns after the last user message. enable_thinking=False starts the answer with an empty think
 # block.
 CHAT_TEMPLATE = """\
 {%- set ns = namespace(last_user=messages | length - 1) -%}
@@ -49,9 +49,10 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of `vocab_size` entries, special tokens included, that can encode any text.
+    """Trains a tokenizer of `vocab_size` entries, including special tokens, that can encode any
+    text.
 
-    Every digit is a token of its own, as in Qwen3, so that numbers are compared place by place.
+    Every digit is a token of its own, as in Qwen3, so the model compares numbers digit by digit.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -270,26 +270,26 @@ def test_equal_mask_ratios_and_the_ends_of_ranges_are_allowed() -> None:
         ({"teacher.ema_decay": 0.9}, "--teacher.weights ema"),
         (
             {"objective.importance_cap": 2.0},
-            "^objective.importance_cap: got 2.0 with objective.name 'paint', which has no use for "
-            "it; go back to --objective.importance_cap none, or use --objective.name grpo or "
+            "^objective.importance_cap: got 2.0 with objective.name 'paint', which does not read "
+            "it; set --objective.importance_cap none, or use --objective.name grpo or "
             "sampled_token$",
         ),
         ({"objective.name": "sft", "rollout.ahead": 1}, "nothing is sampled"),
         (
             {"objective.name": "grpo", "teacher.weights": "ema"},
-            "^teacher.weights: got 'ema' with objective.name 'grpo', which has no use for it; go "
-            "back to --teacher.weights fixed, or use --objective.name paint or sampled_token$",
+            "^teacher.weights: got 'ema' with objective.name 'grpo', which does not read it; set "
+            "--teacher.weights fixed, or use --objective.name paint or sampled_token$",
         ),
         (
             {"objective.name": "sft", "teacher.reason_first": True},
-            "^teacher.reason_first: got True with objective.name 'sft', which has no use for it; "
-            "go back to --teacher.reason_first false, or use --objective.name paint or "
+            "^teacher.reason_first: got True with objective.name 'sft', which does not read it; "
+            "set --teacher.reason_first false, or use --objective.name paint or "
             "sampled_token$",
         ),
-        ({"teacher.weights": "ema", "lora.enabled": False}, "train adapters"),
+        ({"teacher.weights": "ema", "lora.enabled": False}, "set --lora.enabled true"),
         (
             {"teacher.reason_first": True, "rollout.ahead": 1, "rollout.engine": "vllm"},
-            "leave out one of them",
+            "use only one of them",
         ),
     ],
 )
@@ -375,9 +375,9 @@ def test_idle_keys_are_named_by_who_reads_them() -> None:
         build_config([("my.toml", {"objective.name": "sft", **idle})])
     assert str(caught.value).splitlines() == [
         "masking.rho_correct: got 0.5, teacher.weights: got 'ema' with objective.name 'sft', which "
-        "has no use for them; go back to --masking.rho_correct 0.4 --teacher.weights fixed, or use "
+        "does not read them; set --masking.rho_correct 0.4 --teacher.weights fixed, or use "
         "--objective.name paint or sampled_token",
-        "grpo.num_updates: got 2 with objective.name 'sft', which has no use for it; go back to "
+        "grpo.num_updates: got 2 with objective.name 'sft', which does not read it; set "
         "--grpo.num_updates 1, or use --objective.name grpo",
     ]
 

@@ -277,7 +277,7 @@ def test_a_short_solution_is_no_answer(tmp_path: Path) -> None:
     [
         ('{"problem": "p", ', "malformed JSON (Expecting property name"),
         ("[" * 100_000, "malformed JSON"),
-        ("", "the line is empty; needs one JSON object a line"),
+        ("", "the line is empty; needs one JSON object per line"),
         ("[1, 2]", "got a list; needs an object"),
         ("3", "got a value of type int; needs an object"),
         ("null", "got null; needs an object"),
@@ -295,7 +295,7 @@ def test_a_short_solution_is_no_answer(tmp_path: Path) -> None:
         ({"problem": "p", "solution": "\\boxed{ }"}, "no answer to verify against"),
         ({"question": "q", "answer": "70"}, "ends in '#### 72' or has a \\boxed{} answer"),
         ({"question": "q", "answer": "x ####"}, "no answer to verify against"),
-        ({"question": "q", "answer": "#### 70"}, "nothing stands before '####'"),
+        ({"question": "q", "answer": "#### 70"}, "there is no text before '####'"),
     ],
 )
 def test_bad_row_stops_or_is_skipped(tmp_path: Path, bad: object, said: str) -> None:
@@ -342,7 +342,7 @@ def test_no_problem_left(tmp_path: Path) -> None:
         ("a.json", b'{"data": []}', "got an object; needs a list of objects", "store the list"),
         ("a.json", b'{"a": 1}\n{"a": 2}\n', "malformed JSON: Extra data: line 2", ".jsonl"),
         ("a.json", b"[" * 100_000, "malformed JSON", "correct it"),
-        ("a.parquet", b"x" * 99, "not readable as Parquet", "write or fetch it again"),
+        ("a.parquet", b"x" * 99, "not readable as Parquet", "write or download it again"),
         ("absent.jsonl", None, "there is no such file; needs a .jsonl", "check the path"),
     ],
 )

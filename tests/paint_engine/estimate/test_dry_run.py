@@ -88,7 +88,7 @@ def test_the_report_shows_the_settings_the_first_batch_and_the_memory(
     assert str(tokenizer.decode(list(train_set.prompts[first]))) in report
     assert report.count("<|im_start|>assistant") == 2
     assert "...(omitted)..." in report
-    assert "# and 31 more in the first step" in report
+    assert "# 31 more rollouts in the first step" in report
     assert "TFLOP" in report
     assert "each of 8 processes takes on a GPU" in report
     for part in ("frozen base", "optimizer", "vLLM", "CUDA context", "NCCL", "<- peak"):
@@ -175,7 +175,7 @@ def test_updates_on_one_batch_and_what_is_not_sampled_are_counted(
         assert flops[1][name] == size * (1 if name == "rollout" else 3)
     assert flops[2] == {name: flops[0][name] for name in ("student", "loss", "backward")}
     report = describe(once, tokenizer, train_set, None, model, device=CPU, num_ranks=1)
-    assert "# and 31 more in the first step, 8 of each problem, with" in report
+    assert "# 31 more rollouts in the first step, 8 of each problem, with" in report
     # Nothing is sampled, by vLLM or otherwise, where nothing is evaluated.
     on_gpu = [c.parallel.model_copy(update={"device_memory_gb": 80.0}) for c in (once, sft)]
     reports = [

@@ -140,7 +140,7 @@ def test_sentence_suffix_cuts_at_a_sentence_end(solution: str, visible: str) -> 
 def test_bad_arguments_say_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"mask_ratio is 1\.2"):
         mask_solution("abc", 1.2)
-    with pytest.raises(ValueError, match=r"'tail': choose one of suffix, prefix"):
+    with pytest.raises(ValueError, match=r"'tail'; needs one of suffix, prefix"):
         mask_solution("abc", 0.5, placement="tail")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"generator=random\.Random"):
         mask_solution("abc", 0.5, placement="random")

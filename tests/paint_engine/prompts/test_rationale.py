@@ -103,7 +103,7 @@ def test_a_request_that_cannot_fit_is_refused_with_both_lengths(
     limit = len(encode_student_prompt(tokenizer, PROBLEM, PROMPTS, thinking=True))
     with pytest.raises(ValueError, match=r"^p:0: the request for a rationale takes \d+") as caught:
         _reason(tokenizer, PARTIAL, max_tokens=limit)
-    assert f"only {limit} are left beside the rationale" in str(caught.value)
+    assert f"the rationale leaves room for only {limit}" in str(caught.value)
     assert "--teacher.reason_max_new_tokens" in str(caught.value)
 
 

@@ -97,8 +97,8 @@ def test_it_accepts_the_keys_that_it_declares_alone(module: str) -> None:
     with pytest.raises(ValueError) as caught:
         load_config([*argv, "--grpo.kl_weight", "0.04"])
     assert str(caught.value) == (
-        f"grpo.kl_weight: got 0.04 with objective.name '{module}:Calm', which has no use for it; "
-        "go back to --grpo.kl_weight 0.0, or use --objective.name grpo"
+        f"grpo.kl_weight: got 0.04 with objective.name '{module}:Calm', which does not read it; "
+        "set --grpo.kl_weight 0.0, or use --objective.name grpo"
     )
 
 
@@ -118,7 +118,7 @@ def test_what_is_no_recipe_is_refused(name: str, module: str) -> None:
         ("{}:Clam", ("needs an attribute of {}, which has no 'Clam'", "did you mean Calm?")),
         ("{}:Xyzzy", ("which has no 'Xyzzy'; correct the part after the colon",)),
         ("no_{}:Calm", ("needs a module that Python can import (No module named 'no_{}')",)),
-        ("{}_broken:Calm", ("ZeroDivisionError", "{}_broken.py:1", "; correct it")),
+        ("{}_broken:Calm", ("ZeroDivisionError", "{}_broken.py:1", "; fix the error")),
         ("./{}.py:Calm", ("needs module:attribute", "for the object f in ./my_module.py give")),
         ("{}:", ("needs module:attribute",)),
     ],

@@ -159,8 +159,8 @@ SKIP, KL = "--grpo.skip_zero_variance true", "--grpo.kl_weight 0.04"
 UNWEIGHED = f"{SERVER} --rollout.ahead 1 --objective.importance_cap none"
 NOTES = {
     "the clip is made for the forward KL": [("paint-tiny", "--objective.divergence reverse_kl")],
-    "left out with their KL to the base": [("grpo-tiny", f"{SKIP} {KL}")],
-    "nothing corrects that without importance weights": [
+    "skipped, including their KL to the base": [("grpo-tiny", f"{SKIP} {KL}")],
+    "only importance weights correct this": [
         ("grpo-tiny", UNWEIGHED),
         ("paint-tiny", f"{UNWEIGHED} --objective.name sampled_token"),
     ],

@@ -24,7 +24,7 @@ PAINT_TITLES = [
     "Rollouts",
     "Gradient norm",
     "Completion length",
-    "Time of a step",
+    "Step time",
 ]
 SAMPLING_TITLES = PAINT_TITLES[PAINT_TITLES.index("Entropy") :]
 # A recipe, keys of the objective's section, and the titles of its drawings in the page's order.
@@ -37,20 +37,20 @@ TITLES: dict[str, tuple[Display, list[str]]] = {
     ),
     "sampled_token": (
         display_of("sampled_token"),
-        ["Loss", "Sampled KL", "Context exposure", "Weights of tokens", *SAMPLING_TITLES],
+        ["Loss", "Sampled KL", "Context exposure", "Token weights", *SAMPLING_TITLES],
     ),
     "grpo": (
         GRPO,
         [
             *("Reward", "Groups without a signal", "Loss", "KL to the base", "Ratio clip"),
-            *("Weights of tokens", *SAMPLING_TITLES),
+            *("Token weights", *SAMPLING_TITLES),
         ],
     ),
     "sft": (
         SFT,
         [
             *("Loss", "Entropy", "Reference solutions", "Gradient norm", "Solution length"),
-            "Time of a step",
+            "Step time",
         ],
     ),
 }
@@ -88,7 +88,7 @@ def test_grpo_begins_with_the_reward_and_says_why_its_loss_is_flat() -> None:
     once = [{"step": step, **grpo, "ratio": 1.0} for step in range(1, 4)]
     curves, _ = draw_curves(once, GRPO)
     assert [curve.title for curve in curves[:3]] == ["Reward", "Groups without a signal", "Loss"]
-    assert curves[2].note.startswith("one update a batch: each ratio is 1")
+    assert curves[2].note.startswith("with one update per batch each ratio is 1")
     assert not any("one update" in curve.note for curve in (*curves[:2], *curves[3:]))
     curves, _ = draw_curves([*once[:2], once[2] | {"ratio": 1.001}], GRPO)
     assert curves[2].note == ""
@@ -101,7 +101,7 @@ def test_sft_speaks_of_solutions() -> None:
     curves, _ = draw_curves([{"step": 1, **dict.fromkeys(keys, 1.0)}], SFT)
     words = " ".join(f"{c.title} {' '.join(line.label for line in c.legend)}" for c in curves)
     assert "Solution length mean" in words and "reading the solutions update" in words
-    assert "cut at the token limit" in words
+    assert "truncated at the token limit" in words
     assert "rollout" not in words.lower() and "completion" not in words.lower()
 
 

@@ -260,12 +260,12 @@ def test_headline_and_sections(run_dir: Path) -> None:
     for phrase in (
         "Avg@12 on 128 problems, before and after 48.2% → 66.9%",
         "+18.7 points",
-        "95% interval +14.1 to +23.2 points",
+        "95% interval: +14.1 to +23.2 points",
         "40 of 40",
         "1 min 23 s",
         "57.8 s",
         "84.4% → 90.6%",
-        "6 of 80 kept rollouts",
+        "6 of 80 recorded rollouts",
     ):
         assert phrase in text
     for setting, value in (("pointwise_clip", "0.06"), ("columns.problem", "none")):
@@ -339,7 +339,7 @@ def test_hostile_text_stays_text(run_dir: Path) -> None:
     page = write_report(run_dir).read_text()
     assert not {tag for tag, _ in parse(page).elements} & {"script", "img"}
     assert page.count("{{ 7 * 7 }}") == 8
-    assert "Verified solution, seen whole by the teacher" in page
+    assert "Verified solution; the teacher saw all of it" in page
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_run_without_evaluation(run_dir: Path) -> None:
 
 
 def test_not_a_run_directory(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds none of .*; a run directory is needed\. Give"):
+    with pytest.raises(ValueError, match=r"contains none of .*; needs a run directory; give"):
         write_report(tmp_path)
 
 

@@ -106,15 +106,15 @@ def test_sampled_tokens_are_coloured_by_the_log_ratio(tmp_path: Path) -> None:
     assert classes == ("k6", "k3", "k0")
     assert values[0] == ("sampled KL -0.5 · loss 0.5 · H_S 0.5 · H_T 0.25 nats · R 0.5 · weight 1")
     for phrase in (
-        "The teacher scores the sampled tokens alone",
-        "each token coloured by its |log p_S - log p_T|",
+        "The teacher scores only the sampled tokens",
+        "Each token is coloured by its |log p_S - log p_T|",
         "overlap 50% hidden 35% mean sampled KL -0.16 nats",
         "1 of 2 anchors found in the rollout",
         "Sampled KL nats per token",
-        "the teacher did not see the struck part",
+        "the part struck out was hidden from the teacher",
     ):
         assert phrase in text, phrase
-    for absent in ("Unclipped", "tokens selected", "selected by entropy ratio", "do not hold"):
+    for absent in ("Unclipped", "tokens selected", "selected by entropy ratio", "of this run lack"):
         assert absent not in text, absent
 
 
@@ -123,20 +123,20 @@ def test_grpo_shows_rewards_and_no_teacher(tmp_path: Path) -> None:
     classes, values = zip(*tokens_of(page), strict=True)
     assert classes == ("k6", "k3", "k0")
     assert values[1] == (
-        "loss -0.25 · entropy 0.02 nats · ratio 0.7 · weight 1 · stopped by the clip"
+        "loss -0.25 · entropy 0.02 nats · ratio 0.7 · weight 1 · clipped, no gradient"
     )
     for phrase in (
-        "GRPO has no teacher: there is no KL to one",
-        "each token coloured by its entropy",
+        "GRPO has no teacher: there is no KL to a teacher",
+        "Each token is coloured by its entropy",
         "✗ wrong",
         "reward 0 advantage -0.53 mean entropy 0.173 nats",
         "Verified solution It is",
-        "rollouts a step 32",
+        "rollouts per step 32",
         "Ratio clip share",
         "Loss per token",
     ):
         assert phrase in text, phrase
-    for absent in ("anchors found", "the teacher did not see", "Unclipped", "do not hold"):
+    for absent in ("anchors found", "hidden from the teacher", "Unclipped", "of this run lack"):
         assert absent not in text, absent
 
 
@@ -146,11 +146,11 @@ def test_sft_shows_the_reference_and_no_verdict(tmp_path: Path) -> None:
     assert tokens_of(page)[0][1] == "loss 0.5 · H_S 0.5 nats"
     for phrase in (
         "SFT trains on the reference solutions: nothing is sampled",
-        "the reference solution that was trained on, each token coloured by its loss",
+        "the reference solution that was trained on. Each token is coloured by its loss",
         "mean loss 0.09 nats",
-        "Reference solutions 2 of 2 kept reference solutions",
+        "Reference solutions 2 of 2 recorded reference solutions",
         "Reference solution It is 5",
-        "solutions a step 32",
+        "solutions per step 32",
     ):
         assert phrase in text, phrase
     for absent in (
@@ -160,7 +160,7 @@ def test_sft_shows_the_reference_and_no_verdict(tmp_path: Path) -> None:
         "✗ wrong",
         "anchors found",
         "Unclipped",
-        "do not hold",
+        "of this run lack",
     ):
         assert absent not in text, absent
 
@@ -208,7 +208,7 @@ def test_the_divergence_is_called_by_its_name(
 
 def test_a_teacher_that_reasoned_first_is_quoted(tmp_path: Path) -> None:
     _, text = report(tmp_path, "paint", changes={"rationale": "First <b>add</b> both."})
-    assert "What the teacher wrote from it before scoring First <b>add</b> both." in text
+    assert "Rationale that the teacher wrote before scoring First <b>add</b> both." in text
     _, text = report(tmp_path, "paint")
     assert "What the teacher wrote" not in text
 
@@ -219,7 +219,7 @@ def test_without_a_configuration_the_records_tell_the_objective(name: str, tmp_p
     (tmp_path / "config.toml").unlink()
     without, text = report(tmp_path, name, config=None)
     assert tokens_of(without) == tokens_of(page)
-    assert text.count("Missing from this run") == 1 and "do not hold" not in text
+    assert text.count("Missing from this run") == 1 and "of this run lack" not in text
 
 
 def test_a_batch_without_a_signal_is_grpos_too(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_batch_without_a_signal_is_grpos_too(tmp_path: Path) -> None:
     skipped = {"loss": 0.0, "reward": 1.0, "zero_variance_groups": 4, "accuracy": 1.0}
     write_lines(tmp_path / "metrics.jsonl", [{"step": step, **skipped} for step in (1, 2)])
     text = text_of(write_report(tmp_path).read_text())
-    assert "GRPO has no teacher" in text and "Groups without a signal groups a step" in text
+    assert "GRPO has no teacher" in text and "Groups without a signal groups per step" in text
 
 
 OWN = """
@@ -266,15 +266,15 @@ def test_a_users_recipe_is_run_only_where_it_is_named(
     config = f'[objective]\nname = "{module}:Mine"\n[train]\nbatch_size = 32\n'
     (run / "config.toml").write_text(config)
     refused = re.escape(
-        f"error: {run} was trained with the recipe {module}:Mine, whose code a directory alone "
-        f"does not get to run; if you trust it, name it: --recipe {module}:Mine"
+        f"error: {run} was trained with the recipe {module}:Mine; its code runs only if you name "
+        f"the recipe; if you trust it, use --recipe {module}:Mine"
     )
     for options in ([], ["--recipe", f"{module}:Other"], ["--recipe", "paint"]):
         with pytest.raises(SystemExit) as stop:
             main([str(run), *options])
         assert stop.value.code == 2
         assert re.fullmatch(refused, capsys.readouterr().out.strip())
-        with pytest.raises(ValueError, match="whose code a directory alone does not get to run"):
+        with pytest.raises(ValueError, match="its code runs only if you name the recipe"):
             write_report(run)
     assert module not in sys.modules and not (run / "report.html").exists()
 
@@ -289,12 +289,12 @@ def test_a_users_recipe_is_run_only_where_it_is_named(
     for phrase in (
         "Surprise nats per answer of the student 0.25 → 0.25",
         "Nobody teaches here.",
-        "Left, what was asked. Right, what came, each token coloured by its surprise",
-        "1 of 1 kept answers",
-        "answers a step 32",
+        "Left, what was asked. Right, what came. Each token is coloured by its surprise",
+        "1 of 1 recorded answers",
+        "answers per step 32",
         "mean surprise 0.16 nats",
         f"objective {module}:Mine",
     ):
         assert phrase in text, phrase
-    for absent in ("Unclipped", "teacher did not see", "tokens selected", "do not hold"):
+    for absent in ("Unclipped", "hidden from the teacher", "tokens selected", "of this run lack"):
         assert absent not in text, absent
