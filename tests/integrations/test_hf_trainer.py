@@ -251,7 +251,7 @@ def test_what_the_loss_would_get_wrong_is_refused(make_model, tmp_path):
     ("settings", "message"),
     [
         ({"denominator": 4}, "'denominator'.*computes the denominator itself"),
-        ({"clip": 0.06}, "has 'clip': it takes temperature, divergence"),
+        ({"clip": 0.06}, "has 'clip': it takes .*, temperature, divergence, jsd_weight"),
         ({"reduction": "sum"}, "Choose one of sequence_mean, token_mean"),
     ],
 )

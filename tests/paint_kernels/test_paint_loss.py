@@ -44,7 +44,7 @@ def test_every_vocabulary_and_kl(build, check, clip_for, vocab_size, noise, clip
     lengths=LENGTHS,
     vocab_size=st.integers(2, 300),
     temperature=st.floats(0.7, 1.3),
-    divergence=st.sampled_from(DIVERGENCES),
+    divergence=st.sampled_from(list(DIVERGENCES)),
     jsd_weight=st.sampled_from([0.01, 0.5, 0.9]),
     top_fraction=st.sampled_from([0.0, 0.03, 0.07, 0.5, 1.0]),
     interpolation_weight=st.sampled_from([0.0, 0.03, 0.5]),
