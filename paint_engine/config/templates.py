@@ -1,7 +1,7 @@
-"""Prompt templates: texts in which {problem} and other names stand for what differs by problem.
+"""Prompt templates: texts with placeholders such as {problem}.
 
-Names are replaced, and nothing else is read: braces of LaTeX stand for themselves, those of a
-problem too. (str.format would take both for its own.)
+Known names in braces are replaced and all other text is kept, so LaTeX's braces need no escaping,
+in templates and in the values. (str.format would interpret them.)
 """
 
 import re
@@ -30,39 +30,39 @@ RATIONALE = (
     "{rationale}\n"
     "=== Explanation End ===\n"
 )
-# The instruction of the answer's format is left out on purpose: what is asked for is no answer.
+# Without {instruction}, which asks for an answer in a box: a rationale is no answer.
 REASON = (
     _REFERENCE
     + "Go through the reference solution above and explain its key steps: what each of them does "
     "and why it works. Keep to that solution and do not solve the problem in another way."
 )
 PART_OF = "part of "
-"""what {part_of} stands for where any of the solution is hidden; nothing where it is whole"""
+"""value of {part_of} if a part of the solution is hidden; it is empty for a whole solution"""
 
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f]")
-# LaTeX has these after \n; anything else is a line break that was meant to be one.
+# LaTeX commands that begin with \n; after other letters, \n was meant as a line break.
 _COMMANDS_IN_N = (
     "e eq eg ot otin i u abla ewline mid parallel exists leq geq less gtr sim cong prec"
 )
 _COMMANDS_IN_N += " earrow warrow atural orm rightarrow leftarrow Rightarrow Leftarrow"
 _SPELLED_BREAK = re.compile(rf"\\n(?!(?:{'|'.join(_COMMANDS_IN_N.split())})(?![A-Za-z]))")
 _DOUBLED = re.compile(r"\{\{\s*\w*\s*\}\}")
-# Group 1 is set where the braces are LaTeX's: after a command, after } and ], after ^ and _.
+# Group 1 matches before braces of LaTeX: a command, } or ], ^ or _.
 _IN_BRACES = re.compile(r"(\\[A-Za-z]+\*?|(?<=[}\]^_]))?\{\s*(\w+)\s*\}")
 _ARGUMENT = re.compile(r"(?:\\[A-Za-z]+\*?|[\^_])\{(\w+)\}")
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """The template with every {name} of `values` replaced, in one pass: a {name} that a value
-    brings along stays."""
+    """The template with every {name} in `values` replaced in one pass, so a {name} inside a value
+    is kept."""
     names = "|".join(map(re.escape, values))
     return re.sub(rf"\{{({names})\}}", lambda found: values[found[1]], template)
 
 
 def template_check(*required: str, optional: tuple[str, ...] = ()) -> Callable[[str], str]:
-    """A function that gives a template back as it is, and raises ValueError (the part of its
-    message that says what is needed) where one of the required names is missing, where a word in
-    braces is none of the names, and where the text shows that it was quoted wrongly."""
+    """A check that returns a template unchanged. It raises ValueError, with the part of the message
+    after "needs", where a required name is missing, where a word in braces is no known name, and
+    where the text was quoted wrongly."""
     names = (*required, *optional)
     listing = ", ".join(f"{{{name}}}" for name in names)
 
@@ -75,7 +75,7 @@ def template_check(*required: str, optional: tuple[str, ...] = ()) -> Callable[[
                     f"and has {found[0]}; for LaTeX's argument write it as in "
                     rf"\boxed{{ {{{found[1]}}} }}"
                 )
-        # What is left of a template once its names are gone has braces of LaTeX only.
+        # Without its names, a valid template has only braces of LaTeX.
         rest = fill(template, dict.fromkeys(names, "\0"))
         for found in _IN_BRACES.finditer(rest):
             if found[1] is None:
