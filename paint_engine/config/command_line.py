@@ -3,8 +3,8 @@
 [--preset NAME | --config FILE.toml | --resume RUN_DIR] [--section.key value ...]
 [--dry-run] [--print-config]
 
-A preset or a file lies over the defaults, or over the preset that its first line `extends`;
-`--section.key value` lies over all. With nothing given it is the preset tiny.
+A preset or a file overrides the defaults, or the preset that its first line `extends`;
+`--section.key value` overrides both. Without arguments the preset is tiny.
 """
 
 import argparse
@@ -27,10 +27,10 @@ DEFAULT_PRESET = "tiny"
 _PRESETS = Path(__file__).with_name("presets")
 _EXTENDS = "extends"
 _LEAST_LIKENESS = 0.7
-"""of a guess, from 0 to 1: below it two names share letters by chance"""
+"""similarity from which on a name is suggested, from 0 to 1: below it shared letters are chance"""
 _OPTIONS = ("preset", "config", "resume", "dry-run", "print-config", "help")
 _SECTIONS = tuple(dict.fromkeys(key.rsplit(".", 1)[0] for key in LEAVES))
-# What decides how a step is computed and not what it computes may change, as the machines may.
+# Keys that change how a step is computed but not what it computes.
 _MAY_DIFFER_ON_RESUME = (
     "train.num_steps",
     "train.max_tokens_per_microbatch",
@@ -57,7 +57,7 @@ class CommandLine:
     CommandLine(config, preset="tiny", dry_run=False, print_config=False, resume=None)
 
     preset: None where `--config` or `--resume` was given.
-    resume: the run directory to go on with; `config.run.dir` is then that directory.
+    resume: the run directory to resume; `config.run.dir` is then that directory.
     """
 
     config: Config
@@ -69,11 +69,11 @@ class CommandLine:
 
 @contextmanager
 def user_errors(console: Console, rank: int = 0) -> Iterator[None]:
-    """Ends the program with one message and exit code 2 at a ValueError."""
+    """Ends the program with one message and exit code 2 on a ValueError."""
     try:
         yield
     except ValueError as error:
-        # A mistake may show on one rank alone, and be known to no other.
+        # The mistake may have been found on this rank alone, whose console is quiet.
         where = Console(stderr=True, highlight=False, markup=False) if rank else console
         prefix = f"rank {rank}: " if rank else ""
         where.print(f"{prefix}error: {error}", style="red", soft_wrap=True)
@@ -99,23 +99,23 @@ def _parser(prog: str) -> _Parser:
         prog=prog,
         usage="%(prog)s [--preset NAME | --config FILE.toml | --resume RUN_DIR] "
         "[--section.key value ...] [--dry-run] [--print-config]",
-        description=f"With nothing given, runs the preset {DEFAULT_PRESET!r}. The defaults below "
-        "are the paper's; a\npreset or a file lies over them, and --section.key value over both.",
+        description=f"Without arguments, runs the preset {DEFAULT_PRESET!r}. The defaults below "
+        "are the paper's; a\npreset or a file overrides them; --section.key value overrides both.",
         epilog=f"presets:\n{_preset_listing()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--preset", metavar="NAME", help="a published recipe for a model: the list is at the end"
+        "--preset", metavar="NAME", help="a published recipe for a model, from the list at the end"
     )
     parser.add_argument(
         "--config",
         metavar="FILE.toml",
         type=Path,
-        help=f'sections as TOML tables; {_EXTENDS} = "NAME" above them adds what a preset sets',
+        help=f'sections as TOML tables; {_EXTENDS} = "NAME" above them starts from a preset',
     )
     parser.add_argument(
-        "--resume", metavar="RUN_DIR", type=Path, help="go on with a run from its last checkpoint"
+        "--resume", metavar="RUN_DIR", type=Path, help="resume a run from its last checkpoint"
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
     parser.add_argument(
@@ -131,12 +131,12 @@ def _parser(prog: str) -> _Parser:
 
 
 def preset_names() -> tuple[str, ...]:
-    """Names that `--preset` takes, sorted."""
+    """The names that `--preset` accepts, sorted."""
     return tuple(sorted(path.stem for path in _PRESETS.glob("*.toml")))
 
 
 def _preset_listing() -> str:
-    """A line a preset: its name, and what the first line of its file says of it."""
+    """One line per preset: its name, and the first line of its file."""
     width = max(map(len, preset_names()))
     firsts = ((_PRESETS / f"{name}.toml").read_text().splitlines()[0] for name in preset_names())
     lines = zip(preset_names(), firsts, strict=True)
@@ -144,8 +144,9 @@ def _preset_listing() -> str:
 
 
 def _guess(name: str, candidates: Iterable[str]) -> str:
-    """A question for the candidate that most resembles `name`, as a whole and in its last dotted
-    part, which may be one word of it or its initials: lr, learning_rate. Empty where none does."""
+    """ "; did you mean X?" for the candidate most similar to `name`, as a whole and in its last
+    dotted part, which may be one word of it or its initials (lr for learning_rate). Empty if none
+    is similar."""
     last = name.split(".")[-1]
 
     def likeness(candidate: str) -> tuple[float, float]:
@@ -171,7 +172,7 @@ def _refuse_unknown(key: str, source: str, candidates: Iterable[str]) -> NoRetur
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as dotted keys. An empty table stays, as a key of its own."""
+    """Returns nested tables as dotted keys. An empty table is kept as a key."""
     flat: dict[str, Any] = {}
     for name, value in table.items():
         key = prefix + name
@@ -180,9 +181,9 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read_file(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """What a configuration file extends, and its own dotted keys and values, all of them known.
+    """The preset that a configuration file extends, and its own dotted keys and values.
 
-    Raises ValueError naming the file, and the line or the nearest valid key.
+    Raises ValueError with the file and the line, or with an unknown key and the most similar one.
     """
     if not path.is_file():
         raise ValueError(
@@ -208,7 +209,7 @@ def _read_file(path: Path) -> tuple[str | None, dict[str, Any]]:
         if section and last == _EXTENDS:
             raise ValueError(
                 f"{path}: got {_EXTENDS} in the section [{section}]; needs it above the first "
-                "section, since it is for the whole file; move the line to the top"
+                "section, since it applies to the whole file; move the line to the top"
             )
         if key not in LEAVES and not (flat[key] == {} and key in _SECTIONS):
             _refuse_unknown(key, str(path), (*LEAVES, _EXTENDS))
@@ -216,9 +217,9 @@ def _read_file(path: Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Dotted keys and values of a run's configuration, which was written whole.
+    """Dotted keys and values of a run's recorded configuration, which extends no preset.
 
-    Raises ValueError naming the file, and the line or the nearest valid key.
+    Raises ValueError with the file and the line, or with an unknown key and the most similar one.
     """
     parent, flat = _read_file(path)
     if parent is not None:
@@ -232,10 +233,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 def _layers(
     source: str, path: Path, followed: tuple[str, ...] = ()
 ) -> list[tuple[str, dict[str, Any]]]:
-    """A file's values over those of the presets that it extends, as (source, dotted keys and
-    values) pairs, the lowest first.
+    """The layers of a file and of the presets that it extends, as (source, dotted keys and values)
+    pairs, overridden ones first.
 
-    followed: the presets that led here.
+    followed: the presets on the way to this file.
     """
     parent, flat = _read_file(path)
     if parent is None:
@@ -256,15 +257,15 @@ def _takes_text(annotation: Any) -> bool:
 
 
 def parse_value(text: str, key: str) -> Any:
-    """TOML where `text` is TOML, else `text` itself; a text field keeps 2024 and true as text."""
+    """The value of `text` if it is TOML, else `text`; in a text field, 2024 and true stay text."""
     takes_text = _takes_text(LEAVES[key].annotation)
-    # Lowered for True and False, as Python writes them.
+    # Lower case accepts Python's True and False.
     for attempt in (text,) if takes_text else (text, text.lower()):
         with suppress(tomllib.TOMLDecodeError):
             value = tomllib.loads(f"value = {attempt}")["value"]
             return text if takes_text and not isinstance(value, str) else value
     if not takes_text:
-        # TOML has no .5 and no 1.
+        # Python accepts .5 and 1. as numbers, TOML does not.
         with suppress(ValueError):
             return float(text)
     return text
@@ -277,14 +278,14 @@ def _check_resumed(run_dir: Path, config: Config, recorded: Config, keys: Iterab
         if scheduled and before != now:
             raise ValueError(
                 f"--{key} with --resume: got {now!r}, but the run was started with {before!r} and "
-                f"a {recorded.optim.schedule} schedule, which is made for that many steps; needs "
-                "the same value; start a new run instead"
+                f"a {recorded.optim.schedule} schedule, which depends on the number of steps; "
+                "needs the same value; start a new run instead"
             )
         free = key in _MAY_DIFFER_ON_RESUME or key.startswith(_SECTIONS_MAY_DIFFER_ON_RESUME)
         if not free and before != now:
             raise ValueError(
                 f"--{key} with --resume: got {now!r}, but the run was started with {before!r}; "
-                "needs the same value, because a resumed run goes on with the same training: only "
+                "needs the same value, because a resumed run continues the same training: only "
                 f"{', '.join(_MAY_DIFFER_ON_RESUME)}, checkpoint.*, eval.* and parallel.* may "
                 f"change; start a new run instead: --config {run_dir / CONFIG_FILE} "
                 f"--run.dir none --{key} VALUE"
@@ -292,8 +293,8 @@ def _check_resumed(run_dir: Path, config: Config, recorded: Config, keys: Iterab
 
 
 def check_same_run(run_dir: Path, config: Config) -> None:
-    """Raises ValueError where the run in the directory was started with other settings that decide
-    what it computes."""
+    """Raises ValueError where the run in the directory was started with another value of a setting
+    that changes what it computes."""
     recorded = build_config([(str(run_dir), read_toml(run_dir / CONFIG_FILE))])
     keys = (key for key in LEAVES if key not in ("run.dir", "run.overwrite"))
     _check_resumed(run_dir, config, recorded, keys)
@@ -303,10 +304,10 @@ def _resume(run_dir: Path, overrides: Mapping[str, Any]) -> Config:
     path = run_dir / CONFIG_FILE
     if not path.is_file():
         raise ValueError(
-            f"--resume {run_dir}: no config.toml there; needs the directory of an earlier run; "
+            f"--resume {run_dir}: no {CONFIG_FILE} there; needs the directory of an earlier run; "
             "check the path, or start a new run without --resume"
         )
-    # A run directory that was moved goes on where it is now.
+    # The run directory may have been moved since.
     layers = [(str(path), read_toml(path)), ("--resume", {"run.dir": str(run_dir)})]
     recorded = build_config(layers)
     config = build_config([*layers, ("command line", overrides)])
@@ -324,12 +325,12 @@ def _preset_path(name: str, asked_by: str) -> Path:
 
 
 def load_config(argv: Sequence[str], *, prog: str = "python -m paint_engine.train") -> CommandLine:
-    """The command line's configuration, every value checked; `-h` prints all keys and exits.
+    """Parses a command line and checks every value; `-h` prints all keys and exits.
 
     argv: without the program's name, such as ["--preset", "tiny", "--train.num_steps", "10"].
-    prog: the command as `--help` names it.
+    prog: the command's name in `--help`.
 
-    Raises ValueError: what came, what is needed, what to do; one line for each value refused.
+    Raises ValueError: what came, what is needed, what to do; one line for each refused value.
     """
     parser = _parser(prog)
     flags, unknown = parser.parse_known_args(argv)

@@ -1,7 +1,7 @@
-"""The sections of a run's configuration: every key, its default (the paper's) and the values that
-it takes.
+"""The sections of a run's configuration: every key with its default (the paper's), its valid values
+and its help text.
 
-Modules that receive a section can trust it. What depends on two sections at once: `config.py`.
+Modules that receive a section need not check it. Checks across sections: `schema.py`.
 """
 
 from typing import Annotated, Literal, TypeVar
@@ -48,7 +48,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 class Section(BaseModel):
-    """Strict, so that 40.5 steps, `true` steps and "40" steps are refused, not converted."""
+    """Strict: 40.5, `true` and "40" are refused as a number of steps, not converted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -59,13 +59,13 @@ class ModelSection(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="of frozen weights and of the arithmetic: auto = bfloat16 on a GPU that has "
-        "it, else float32; trained weights are float32 always",
+        description="dtype of frozen weights and of the arithmetic: auto = bfloat16 on a GPU that "
+        "supports it, else float32; trained weights are always float32",
     )
     attention: Literal["auto", "padded", "packed", "varlen", "flash_attention_2"] = Field(
         default="auto",
-        description="in the loss: padded rows, or packed sequences by a dense mask (packed), "
-        "PyTorch's varlen or flash-attn; auto: varlen on a GPU in bfloat16, else padded",
+        description="attention in the loss: padded rows, or packed sequences with a dense mask "
+        "(packed), PyTorch's varlen or flash-attn; auto: varlen on a GPU in bfloat16, else padded",
     )
     trust_remote_code: bool = Field(
         default=False, description="run Python code that comes with the model"
@@ -78,19 +78,17 @@ class LoraSection(Section):
     alpha: PositiveInt = Field(default=128, description="adapters are scaled by alpha / rank")
     dropout: Decay = Field(default=0.0, description="dropout probability on the adapters' input")
     target_modules: TextTuple = Field(
-        default=LORA_TARGETS, description="linear layers that get adapters"
+        default=LORA_TARGETS, description="names of the linear layers that get adapters"
     )
 
 
 class ColumnsSection(Section):
-    problem: OrNone[Text] = Field(
-        default=None, description="column of the question (none = detect)"
-    )
+    problem: OrNone[Text] = Field(default=None, description="column of the question; none = detect")
     solution: OrNone[Text] = Field(
-        default=None, description="column of the solution (none = detect)"
+        default=None, description="column of the solution; none = detect"
     )
     answer: OrNone[Text] = Field(
-        default=None, description="column of the final answer (none = detect)"
+        default=None, description="column of the final answer; none = detect"
     )
 
 
@@ -101,50 +99,52 @@ class DataSection(Section):
     )
     split: Text = Field(default="train", description="split of 'tiny' or of a datasets id")
     columns: ColumnsSection = Field(
-        default=ColumnsSection(), description="column names that are not detected"
+        default=ColumnsSection(), description="names of columns that are not detected"
     )
     on_bad_row: Literal["stop", "skip"] = Field(
         default="stop",
-        description="stop at a row that cannot be used, or skip and count it (eval's rows too)",
+        description="at an unusable row, stop, or skip and count it; in evaluation data too",
     )
     max_rows: OrNone[PositiveInt] = Field(
-        default=None, description="use the first so many problems"
+        default=None, description="number of problems used, from the first; none = all"
     )
     max_prompt_tokens: OrNone[PositiveInt] = Field(
-        default=None, description="drop problems whose student prompt is longer, in tokens"
+        default=None,
+        description="drop problems with a longer student prompt, in tokens; none = drop none",
     )
 
 
 class PromptsSection(Section):
     student_thinking: bool = Field(
-        default=False, description="chat template's thinking switch, student"
+        default=False, description="chat template's thinking switch for the student"
     )
     teacher_thinking: bool = Field(
-        default=False, description="chat template's thinking switch, teacher"
+        default=False, description="chat template's thinking switch for the teacher"
     )
     instruction: str = Field(
-        default=INSTRUCTION, description="{instruction} in templates: closing line of both prompts"
+        default=INSTRUCTION,
+        description="value of {instruction} in templates: closing line of both prompts",
     )
     student_template: templates.Student = Field(
         default=templates.STUDENT,
-        description="the student's message, in evaluations too: {problem}, {instruction}",
+        description="the student's message, also in evaluation: {problem}, {instruction}",
     )
     teacher_template: templates.Teacher = Field(
         default=templates.TEACHER,
-        description="the teacher's message: {problem}, {solution}, {part_of} (nothing where it is "
-        "whole), {rationale} (its section, if any), {instruction}",
+        description="the teacher's message: {problem}, {solution}, {part_of} (empty if the "
+        "solution is whole), {rationale} (its section, if there is one), {instruction}",
     )
     rationale_template: templates.Rationale = Field(
         default=templates.RATIONALE,
-        description="section that {rationale} in teacher_template stands for, with reason_first",
+        description="section put in place of teacher_template's {rationale}, with reason_first",
     )
     reason_template: templates.Reason = Field(
         default=templates.REASON,
-        description="what asks the teacher for a rationale, with reason_first: {problem}, "
+        description="message that asks the teacher for a rationale, with reason_first: {problem}, "
         "{solution}, {part_of}, {instruction}",
     )
     teacher_suffix: str = Field(
-        default="", description="text right after the teacher's generation prompt"
+        default="", description="text appended to the teacher's generation prompt"
     )
 
 
@@ -158,59 +158,60 @@ class MaskingSection(Section):
     placement: Literal["suffix", "prefix", "middle", "random", "sentence_suffix"] = Field(
         default="suffix", description="which part of the solution is hidden"
     )
-    marker: str = Field(default="...(omitted)...", description="text in the hidden part's place")
+    marker: str = Field(default="...(omitted)...", description="text in place of the hidden part")
 
 
 class RolloutSection(Section):
     temperature: PositiveFloat = Field(default=1.1, description="sampling temperature")
     top_p: TopP = Field(default=0.95, description="nucleus mass")
-    top_k: TopK = Field(default=20, description="likeliest tokens kept; -1 = all")
-    max_new_tokens: PositiveInt = Field(default=1024, description="longest completion, in tokens")
+    top_k: TopK = Field(default=20, description="most likely tokens kept; -1 = all")
+    max_new_tokens: PositiveInt = Field(
+        default=1024, description="maximum length of a completion, in tokens"
+    )
     max_sequences: PositiveInt = Field(default=64, description="sequences decoded at once")
     engine: Literal["auto", "vllm", "builtin"] = Field(
         default="auto",
-        description="what samples, in training and evaluation: auto = vLLM where it is installed "
-        "or rollout.url is given, else the built-in sampler",
+        description="sampler in training and evaluation: auto = vLLM if it is installed or "
+        "rollout.url is given, else the built-in one",
     )
     url: OrNone[Text] = Field(
         default=None,
-        description="vLLM's OpenAI-compatible server, such as http://node7:8000 (none = in this "
-        "process)",
+        description="a vLLM server with the OpenAI API, such as http://node7:8000; none = vLLM in "
+        "this process",
     )
     ahead: Annotated[int, Field(ge=0, le=1)] = Field(
         default=0,
-        description="1 = sample the next batch while this one trains, from weights that are one "
-        "step old",
+        description="1 = sample the next batch while this one trains, from weights one step old",
     )
     gpu_memory_utilization: Fraction = Field(
-        default=0.35, description="share of the GPU's memory for vLLM in this process"
+        default=0.35, description="share of GPU memory for vLLM in this process"
     )
     tensor_parallel_size: PositiveInt = Field(
-        default=1, description="GPUs that one vLLM engine in these processes is spread over"
+        default=1, description="GPUs per vLLM engine in these processes"
     )
     adapter_dir: OrNone[Text] = Field(
         default=None,
-        description="where adapters are handed to vLLM (none = shared memory); a server elsewhere "
-        "must see it too",
+        description="directory in which vLLM gets the adapters; none = shared memory; a server on "
+        "another node must see it too",
     )
 
 
 class TeacherSection(Section):
     weights: Literal["fixed", "ema", "live"] = Field(
         default="fixed",
-        description="whose they are: the base's (adapters off), a running mean of the student's "
-        "(ema), or the student's own at each step (live)",
+        description="the teacher's weights: fixed = the base (adapters off), ema = a running mean "
+        "of the student's, live = the student's own at each step",
     )
     ema_decay: Decay = Field(
-        default=0.999, description="share of the old mean that each step keeps (ema)"
+        default=0.999, description="with ema, share of the old mean that each step keeps"
     )
     reason_first: bool = Field(
         default=False,
-        description="the teacher first writes a rationale from the shown solution, and scores with "
-        "it in its prompt",
+        description="the teacher first writes a rationale from the shown solution, which is then "
+        "part of its prompt",
     )
     reason_max_new_tokens: PositiveInt = Field(
-        default=512, description="longest rationale, in tokens"
+        default=512, description="maximum length of a rationale, in tokens"
     )
 
 
@@ -308,7 +309,7 @@ class OptimSection(Section):
     beta2: Decay = Field(default=0.999, description="AdamW's decay of the second moment")
     eps: PositiveFloat = Field(default=1e-8, description="AdamW's epsilon")
     max_grad_norm: PositiveFloat = Field(
-        default=0.1, description="gradients are scaled to this L2 norm"
+        default=0.1, description="gradients are scaled down to at most this L2 norm"
     )
     warmup_steps: NonNegativeInt = Field(default=0, description="steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -319,55 +320,58 @@ class OptimSection(Section):
 
 class TrainSection(Section):
     num_steps: PositiveInt = Field(default=100, description="optimizer steps")
-    batch_size: PositiveInt = Field(default=32, description="rollouts a step")
+    batch_size: PositiveInt = Field(default=32, description="rollouts per step")
     max_tokens_per_microbatch: PositiveInt = Field(
-        default=16384, description="tokens of one forward pass, prompts included"
+        default=16384, description="maximum tokens per forward pass, prompts included"
     )
-    seed: NonNegativeInt = Field(default=0, description="seeds data order, adapters and sampling")
+    seed: NonNegativeInt = Field(default=0, description="seed of data order, adapters and sampling")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto = a GPU if there is one"
+        default="auto", description="auto = a GPU if one is available"
     )
 
 
 class ParallelSection(Section):
     shard: Literal["full", "replicate"] = Field(
         default="full",
-        description="under torchrun: weights split over all ranks (FSDP2), or whole on each",
+        description="under torchrun: weights sharded over all ranks (FSDP2), or whole on each",
     )
     activation_checkpointing: bool = Field(
         default=False, description="recompute each layer in the backward pass: slower, less memory"
     )
     device_memory_gb: OrNone[PositiveFloat] = Field(
         default=None,
-        description="memory of one GPU, in GiB (an 80 GB one has 80), that the estimate must fit; "
-        "none = this machine's",
+        description="memory of one GPU that the estimate must fit, in GiB (80 for an 80 GB GPU); "
+        "none = that of this machine",
     )
 
 
 class EvalSection(Section):
-    enabled: bool = Field(default=True, description="evaluate at all")
-    path: Text = Field(default="tiny", description="like data.path")
-    split: Text = Field(default="test", description="like data.split")
-    columns: ColumnsSection = Field(default=ColumnsSection(), description="like data.columns")
+    enabled: bool = Field(default=True, description="evaluate before, during and after training")
+    path: Text = Field(default="tiny", description="as data.path")
+    split: Text = Field(default="test", description="as data.split")
+    columns: ColumnsSection = Field(default=ColumnsSection(), description="as data.columns")
     num_problems: OrNone[PositiveInt] = Field(
-        default=128, description="the first so many (none = all)"
+        default=128, description="number of problems, from the first; none = all"
     )
     num_samples: PositiveInt = Field(
-        default=12, description="completions a problem: the k of Avg@k"
+        default=12, description="completions per problem: the k of Avg@k"
     )
     temperature: PositiveFloat = Field(default=1.0, description="sampling temperature")
     top_p: TopP = Field(default=0.95, description="nucleus mass")
-    top_k: TopK = Field(default=-1, description="likeliest tokens kept; -1 = all")
-    max_new_tokens: PositiveInt = Field(default=38912, description="longest completion, in tokens")
+    top_k: TopK = Field(default=-1, description="most likely tokens kept; -1 = all")
+    max_new_tokens: PositiveInt = Field(
+        default=38912, description="maximum length of a completion, in tokens"
+    )
     max_sequences: PositiveInt = Field(
         default=64,
-        description="sequences that the built-in sampler decodes at once (vLLM: rollout's)",
+        description="sequences that the built-in sampler decodes at once; vLLM has "
+        "rollout.max_sequences",
     )
     thinking: bool = Field(
         default=True, description="chat template's thinking switch in evaluation"
     )
     every: NonNegativeInt = Field(
-        default=0, description="steps between evaluations (0 = none in between)"
+        default=0, description="steps between evaluations; 0 = none during training"
     )
     at_start: bool = Field(default=True, description="evaluate before the first step")
     at_end: bool = Field(default=True, description="evaluate after the last step")
@@ -375,27 +379,26 @@ class EvalSection(Section):
 
 class CheckpointSection(Section):
     every: NonNegativeInt = Field(
-        default=20, description="steps between checkpoints (0 = only the last)"
+        default=20, description="steps between checkpoints; 0 = only after the last step"
     )
     keep: PositiveInt = Field(
-        default=2, description="newest checkpoints kept, beside the best evaluated one"
+        default=2, description="newest checkpoints kept, in addition to the best evaluated one"
     )
 
 
 class RunSection(Section):
     dir: OrNone[Text] = Field(
-        default=None, description="run directory (none = runs/<preset or name>-<UTC time>)"
+        default=None, description="run directory; none = runs/<preset or name>-<UTC time>"
     )
     overwrite: bool = Field(default=False, description="replace an existing run directory")
     auto_resume: bool = Field(
         default=False,
-        description="go on with the run in run.dir where there is one, else start it: for jobs "
-        "that are queued again",
+        description="resume the run in run.dir if there is one, else start it: for requeued jobs",
     )
     samples_per_step: NonNegativeInt = Field(
-        default=2, description="rollouts of a step kept for the report"
+        default=2, description="rollouts per step kept for the report"
     )
-    tensorboard: bool = Field(default=False, description="also write TensorBoard events")
+    tensorboard: bool = Field(default=False, description="also write TensorBoard event files")
     wandb_project: OrNone[Text] = Field(
         default=None, description="also log to this Weights & Biases project"
     )

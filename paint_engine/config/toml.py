@@ -1,4 +1,4 @@
-"""Dotted keys and TOML text to the configuration of a run, and back."""
+"""Converts dotted keys and TOML text to a run's configuration, and back."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from paint_engine.config.schema import Config
 
 
 def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:
-    """Every key that can be set, dotted ("data.columns.problem"), with its pydantic field."""
+    """Every dotted key that can be set ("data.columns.problem"), with its pydantic field."""
     leaves: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -33,9 +33,10 @@ def value_of(config: Config, key: str) -> Any:
 
 
 def build_config(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Config:
-    """Config from (source, dotted keys) layers, later ones over earlier ones.
+    """Builds a Config from (source, dotted keys and values) layers; later layers override.
 
-    Raises ValueError with one line for each value refused: source, key, what came, what is needed.
+    Raises ValueError with a line for each refused value: its source, its key, what came and what is
+    needed.
     """
     merged = {key: (value, source) for source, flat in layers for key, value in flat.items()}
     sources = {key: source for key, (_, source) in merged.items()}
@@ -80,7 +81,7 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
         needed = re.sub(r"^\w+ should (be|have) | after validation.*", "", message)
         needed = needed.replace("valid tuple", "list of texts")
         example = toml_value(field.default)
-        # What TOML has escaped, a shell would read too.
+        # A shell would interpret TOML's backslashes.
         example = shlex.quote(example) if "\\" in example else example
         lines.append(
             f"{sources[key]}: {key}: got {item['input']!r}; needs {needed} ({field.description}); "
@@ -90,7 +91,7 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
 
 
 def toml_value(value: object) -> str:
-    """One TOML value; None is written as "none"."""
+    """A value as TOML; None becomes "none"."""
     if value is None:
         return '"none"'
     if isinstance(value, bool):
@@ -105,8 +106,8 @@ def toml_value(value: object) -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The resolved configuration as TOML; reading it back gives an equal `Config`."""
-    # TOML allows a table's header once, and data has keys on both sides of data.columns.
+    """The resolved configuration as TOML, which reads back as an equal `Config`."""
+    # TOML allows each table header once, and [data] has keys before and after [data.columns].
     tables: dict[str, list[str]] = {}
     for key in LEAVES:
         section, name = key.rsplit(".", 1)

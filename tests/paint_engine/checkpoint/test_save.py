@@ -361,7 +361,8 @@ def test_a_run_without_a_checkpoint_has_nothing_to_restore(model_dir: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("lora", "rank", "what"), [(True, 2, r"\(4, 48\) there, \(2, 48\)"), (False, 4, "absent")]
+    ("lora", "rank", "what"),
+    [(True, 2, r"\(4, 48\) in the checkpoint, \(2, 48\) in this"), (False, 4, "absent")],
 )
 def test_a_checkpoint_of_another_model_is_refused_and_not_passed_over(
     lora: bool, rank: int, what: str, model_dir: Path, tmp_path: Path, trained: Trained

@@ -351,7 +351,7 @@ def test_resume_lets_what_does_not_change_the_training_differ(run_dir: Path) -> 
 def test_resume_refuses_another_training(run_dir: Path, key: str, value: str) -> None:
     message = message_of("--resume", str(run_dir), f"--{key}", value)
     assert message.startswith(f"--{key} with --resume: got ")
-    assert "because a resumed run goes on with the same training" in message
+    assert "because a resumed run continues the same training" in message
     assert f"--config {run_dir / 'config.toml'} --run.dir none --{key}" in message
 
 
