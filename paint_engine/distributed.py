@@ -1,7 +1,7 @@
-"""The process group of a run, and the collective calls of its ranks.
+"""The process group of a run, and the few exchanges between its ranks.
 
-Under torchrun there is one process per device. Without torchrun there is no process group, and
-every function below is the identity, so callers need not distinguish the two cases.
+torchrun starts one process per device. A run without torchrun has no process group, and every
+exchange below is the identity, so no other module distinguishes the two.
 """
 
 import atexit
@@ -23,21 +23,21 @@ from torch.distributed.tensor import DTensor
 T = TypeVar("T")
 
 _POLL_S = 0.01
-# Timeout of collective calls on Python objects. One rank may have far more to do than the others,
-# such as an evaluation or the start of a server.
-_PATIENCE = timedelta(hours=12)
+# Python objects use a separate gloo group with this timeout, since one rank may have far more to do
+# than another: its share of an evaluation, the start of a server. Tensors keep the default timeout.
+_OBJECT_TIMEOUT = timedelta(hours=12)
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
-class _Group:
-    """The gloo group for Python objects, with a 12-hour timeout; None before `init_world`."""
+class _Groups:
+    """The group for Python objects and barriers; None without torchrun."""
 
-    patient: dist.ProcessGroup | None = None
+    objects: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
 class World:
-    """This process and its place among the ranks.
+    """This process among its peers.
 
     World(rank=3, size=8, local_rank=3, device=torch.device("cuda", 3))
     """
@@ -49,7 +49,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes the run's files and prints to the console."""
+        """Whether this rank writes the run's files and prints."""
         return self.rank == 0
 
     @property
@@ -59,17 +59,16 @@ class World:
 
 
 def launched_ranks() -> int:
-    """Returns the number of processes that torchrun started for this run; 1 without torchrun."""
+    """The number of processes that torchrun started for this run; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def init_world(device: torch.device) -> World:
-    """Joins the ranks that torchrun started, one device each. At exit the process leaves the group.
+    """Joins the process group of the ranks that torchrun started, until this process ends.
 
-    device: the type of device that every rank trains on. On GPUs, each rank uses the one of its
-    local rank.
+    device: its type is used; on GPUs each rank takes the one of its local rank.
 
-    Raises ValueError if a node has fewer GPUs than processes.
+    Raises ValueError where a node has fewer GPUs than processes.
     """
     if launched_ranks() == 1:
         return World(0, 1, 0, device)
@@ -78,7 +77,7 @@ def init_world(device: torch.device) -> World:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"this node has {torch.cuda.device_count()} GPUs, but torchrun started a process "
-                f"with local rank {local_rank}; needs one GPU per process; lower --nproc-per-node"
+                f"with local rank {local_rank}; needs one GPU per process: lower --nproc-per-node"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -91,22 +90,21 @@ def init_world(device: torch.device) -> World:
             rank=rank,
             world_size=size,
         )
-        # Python objects use a separate gloo group with a 12-hour timeout. Collective calls on
-        # tensors keep the default timeout, which detects a dead peer.
-        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        # Not for tensors: their shorter timeout is what detects a dead peer.
+        group = dist.new_group(backend="gloo", timeout=_OBJECT_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup), group
-        _Group.patient = group
+        _Groups.objects = group
         atexit.register(close_world)
     return World(rank, launched_ranks(), local_rank, device)
 
 
 def _agree_on_session(store: Store, rank: int, size: int) -> str:
-    """Returns a prefix for the store's keys that no earlier start of these processes has used.
+    """A prefix for the store's keys that no earlier start of these processes has used.
 
-    Processes that torchrun restarts get the store of the earlier ones, and would connect to the
-    addresses in it. torchrun's count of restarts cannot distinguish the two starts, because nodes
-    whose own processes did not fail do not increase it. Each rank therefore writes a random word,
-    and rank 0 answers these words until all ranks have arrived.
+    Processes that torchrun restarts get the store of their predecessors, and would connect to the
+    addresses left there. torchrun's restart count does not tell the two apart, since a node whose
+    own processes did not fail does not increase it. So each rank asks with a random word, and rank
+    0 answers until all ranks have the prefix.
     """
     if rank > 0:
         word = secrets.token_hex(8)
@@ -117,7 +115,7 @@ def _agree_on_session(store: Store, rank: int, size: int) -> str:
     session, missing = secrets.token_hex(8), set(range(1, size))
     while missing:
         for other in tuple(missing):
-            # The word may be from an earlier start; nobody reads the answer to it.
+            # The word may still be an earlier start's; nobody reads the answer then.
             store.set(f"answer/{store.get(f'ask/{other}').decode()}", session)
             if store.check([f"here/{session}/{other}"]):
                 missing.remove(other)
@@ -126,42 +124,39 @@ def _agree_on_session(store: Store, rank: int, size: int) -> str:
 
 
 def close_world() -> None:
-    """Leaves the process group if there is one."""
-    _Group.patient = None
+    """Leaves the process group, if there is one."""
+    _Groups.objects = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _is_alone() -> bool:
-    # vLLM in this process creates its own group of one rank.
+    # vLLM in this process creates a group of one rank.
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
 def barrier() -> None:
-    """Waits for every rank. A collective call."""
+    """Waits for every rank."""
     if not _is_alone():
-        dist.barrier(_Group.patient)
+        dist.barrier(_Groups.objects)
 
 
 def gather_objects(value: T) -> list[T]:
-    """Returns every rank's value, in the order of ranks, on every rank. Values must be picklable. A
-    collective call."""
+    """Every rank's value, in rank order, on every rank. Values must be picklable."""
     if _is_alone():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value, _Group.patient)
+    dist.all_gather_object(gathered, value, _Groups.objects)
     return gathered
 
 
 def any_rank(flag: bool) -> bool:
-    """Returns whether the flag is set on any rank, so that all ranks decide alike. A collective
-    call."""
+    """Whether the flag is set on any rank, so that all ranks take the same decision."""
     return any(gather_objects(flag))
 
 
 def sum_over_ranks(sums: Mapping[str, float]) -> dict[str, float]:
-    """Returns the sums of the ranks' numbers by name. They are added in the order of ranks, so all
-    ranks get the same result. A collective call."""
+    """Sums of the ranks' numbers by name, added in rank order so that every rank gets the same."""
     total: dict[str, float] = {}
     for rank_sums in gather_objects(dict(sums)):
         for name, value in rank_sums.items():
@@ -170,9 +165,9 @@ def sum_over_ranks(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def raise_together(error: str | None) -> None:
-    """Raises ValueError on every rank if any rank has an error, with the first such rank's text.
+    """Raises ValueError on every rank if any rank has an error, with the lowest such rank's text.
 
-    A collective call. If a rank failed alone, the others would wait for it forever.
+    A rank that raised alone would leave the others waiting.
     """
     for message in gather_objects(error):
         if message is not None:
@@ -180,28 +175,26 @@ def raise_together(error: str | None) -> None:
 
 
 def my_share(items: Sequence[T], world: World) -> list[T]:
-    """Returns this rank's part of items that all ranks share: every size-th, starting at its
-    rank."""
+    """This rank's share of the items: every `world.size`-th, from its own rank on."""
     return list(items[world.rank :: world.size])
 
 
 def merge_shares(shares: Sequence[Sequence[T]]) -> list[T]:
-    """Restores the order of items that `my_share` divided, from the shares of ranks 0, 1, ..."""
+    """Undoes `my_share`: the items in their original order, from the shares of ranks 0, 1, ..."""
     total = sum(map(len, shares))
     return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
 
 
 def sum_gradients(parameters: list[Tensor]) -> None:
     """Sums the ranks' gradients of unsharded parameters, with one reduction per dtype. FSDP has
-    already summed those of sharded parameters. A collective call.
+    already reduced those of sharded ones.
 
-    It is a sum and not a mean, because the losses are already divided by the rollouts or tokens of
-    the whole step.
+    A sum and not a mean, because the losses are divided by global counts of rollouts or tokens.
     """
     parameters = [p for p in parameters if not isinstance(p, DTensor)]
     if not parameters or _is_alone():
         return
-    # A rank without rollouts has no gradient, and still takes part.
+    # A rank without a rollout has no gradient and still takes part.
     gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in parameters]
     for dtype in sorted({g.dtype for g in gradients}, key=str):
         group = [g for g in gradients if g.dtype == dtype]

@@ -1,21 +1,144 @@
-"""Names of the files in a run directory, JSON Lines, and writes that are whole or absent."""
+"""A run's file names, writes that are whole or absent, JSON Lines, and the record of versions."""
 
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-REPORT_FILE = "report.html"
-SUMMARY_FILE = "summary.json"
+# ---- names ---------------------------------------------------------------------------------------
+
+# In a run directory.
 CONFIG_FILE = "config.toml"
+VERSIONS_FILE = "versions.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report.html"
+LAUNCH_FILE = ".launch"
+"""names the launch by torchrun that has made the directory, for its restarts to find it by"""
+CHECKPOINTS_DIRECTORY = "checkpoints"
+EVALUATIONS_DIRECTORY = "evaluations"
+
+# In `checkpoints`: step-N, and a link to the one with the best evaluation.
+BEST_LINK = "best"
+# In a checkpoint.
+MANIFEST_FILE = "manifest.json"
+STATE_FILE = "trainer_state.json"
+# In peft's and transformers' formats.
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+MODEL_FILE = "model.safetensors"
+MODEL_CONFIG_FILE = "config.json"
+
+# In the directory of an evaluation by `paint_engine.evaluate`.
 RESULTS_FILE = "results.json"
+LOCK_FILE = ".lock"
+
+
+# ---- writes that are whole or absent -------------------------------------------------------------
+
+
+def flush(path: Path) -> None:
+    """Puts a file's content, or the names in a directory, on the disk.
+
+    A rename may reach the disk before the data of the renamed file, so the data goes first.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def unfinished_path(path: Path) -> Path:
+    """Where a file or a directory is written before it is renamed to `path`."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file beside its place and renames it there: a kill or a full disk leaves the earlier
+    file, or none, and never a part.
+
+    content: text is written as UTF-8.
+
+    Raises OSError where the disk does not take it; nothing is left beside the place then.
+    """
+    beside = unfinished_path(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_atomic` of indented JSON."""
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_link(path: Path, target: str) -> None:
+    """Makes `path` a link to a directory beside it, replacing an earlier link at once."""
+    beside = unfinished_path(path)
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target, target_is_directory=True)
+    beside.replace(path)
+    flush(path.parent)
+
+
+def make_unfinished(path: Path) -> Path:
+    """An empty directory to be filled and then renamed by `publish_directory`; what a killed
+    process has left there is removed."""
+    beside = unfinished_path(path)
+    if beside.exists():
+        shutil.rmtree(beside)
+    beside.mkdir(parents=True)
+    return beside
+
+
+def publish_directory(path: Path) -> None:
+    """Renames the unfinished directory of `path`, whose files are on the disk, to `path`.
+
+    `path` does not exist, or is an empty directory.
+    """
+    beside = unfinished_path(path)
+    for directory in (*(p for p in beside.rglob("*") if p.is_dir()), beside):
+        flush(directory)
+    beside.rename(path)
+    flush(path.parent)
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """An empty directory to be filled, which becomes `path` with all its files, or, where the body
+    raises, is removed.
+
+    `path` does not exist, or is an empty directory.
+    """
+    beside = make_unfinished(path)
+    try:
+        yield beside
+        for file in beside.rglob("*"):
+            if file.is_file():
+                flush(file)
+        publish_directory(path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+# ---- JSON Lines ----------------------------------------------------------------------------------
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -47,40 +170,51 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def truncate_jsonl(path: Path, last_step: int) -> None:
-    """Drop the objects of steps after `last_step` from `path`, by replacing the file at once."""
-    kept = [record for record in read_jsonl(path) if record["step"] <= last_step]
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.writelines(_json_line(record) for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _json_line(record: Mapping[str, Any]) -> bytes:
+def json_line(record: Mapping[str, Any]) -> bytes:
     """One line of JSON. NaN and infinity have no JSON form and are refused by name."""
     parts = []
     for key, value in record.items():
         try:
             parts.append(f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}")
         except (TypeError, ValueError) as error:
+            of_step = f" of step {record['step']}" if "step" in record else ""
             raise ValueError(
-                f"'{key}' of step {record['step']} cannot be written as JSON ({error}); numbers, "
+                f"'{key}'{of_step} cannot be written as JSON ({error}); numbers, "
                 "strings, booleans, lists and objects of these are needed, all numbers finite. "
                 "Convert tensors with .item() or .tolist(); see what made a number NaN or infinite."
             ) from error
     return ("{" + ", ".join(parts) + "}\n").encode()
 
 
-def flush(path: Path) -> None:
-    """A file's content, or a directory's names, to the disk: no rename may come before the data."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def open_jsonl(path: Path) -> FileIO:
+    """The file, new or not, opened for `append_lines`; a last line that a kill cut short is
+    removed. Unbuffered, so that a line survives the process as soon as it is written."""
+    lines = path.read_bytes() if path.exists() else b""
+    file = path.open("ab", buffering=0)
+    file.truncate(lines.rfind(b"\n") + 1)
+    return file
 
 
-VERSIONS_FILE = "versions.json"
+def append_lines(file: FileIO, lines: bytes) -> None:
+    """Appends all of the lines, or none and raises OSError: a later line would otherwise follow a
+    cut one. A single write of an unbuffered file may be short."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        while lines:
+            lines = lines[file.write(lines) :]
+    except OSError:
+        file.truncate(end)
+        raise
+
+
+def truncate_jsonl(path: Path, last_step: int) -> None:
+    """Removes the objects of steps after `last_step`."""
+    kept = [record for record in read_jsonl(path) if record["step"] <= last_step]
+    write_atomic(path, b"".join(json_line(record) for record in kept))
+
+
+# ---- what a run was started with -----------------------------------------------------------------
+
 _PACKAGES = (
     "torch",
     "triton",
@@ -96,8 +230,8 @@ _PACKAGES = (
 
 
 def present_versions(name: str, world_size: int) -> dict[str, object]:
-    """Packages, the preset's name, the command, threads and processes."""
-    # Here, because the command line reads this module before PyTorch is loaded.
+    """The preset's name, the command, threads and processes, and the versions of packages."""
+    # Imported here, for the command line uses this module before PyTorch is loaded.
     import torch
 
     versions: dict[str, object] = {"preset": name, "command": sys.argv}
@@ -111,10 +245,9 @@ def present_versions(name: str, world_size: int) -> dict[str, object]:
 
 def write_versions(run_dir: Path, name: str, world_size: int) -> None:
     """`versions.json`, of a training run."""
-    text = json.dumps(present_versions(name, world_size), indent=2)
-    (run_dir / VERSIONS_FILE).write_text(text + "\n")
+    write_json(run_dir / VERSIONS_FILE, present_versions(name, world_size))
 
 
 def recorded_name(run_dir: Path) -> str:
-    """The preset's name that an earlier start of the run has written down."""
+    """The preset's name that the run's `versions.json` records."""
     return json.loads((run_dir / VERSIONS_FILE).read_text())["preset"]

@@ -4,10 +4,15 @@ data -> Problem -> Request -> rollout -> Rollout -> rewards, prompts -> TrainExa
 TrainBatch -> model, teacher -> recipe.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from jaxtyping import Int
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+# Not imported at run time: a reward function's process starts without torch.
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

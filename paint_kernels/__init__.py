@@ -12,6 +12,7 @@ a model library or a process group.
 
 from paint_kernels import reference
 from paint_kernels._settings import LossOptions, LossSettings
+from paint_kernels._spinning import follow_load
 from paint_kernels._types import PaintLossOutput, TokenLogprobs, TokenStats
 from paint_kernels.functional import (
     paint_loss,
@@ -30,6 +31,7 @@ __all__ = [
     "TokenLogprobs",
     "TokenStats",
     "entropy_ratio",
+    "follow_load",
     "paint_loss",
     "paint_loss_from_logits",
     "reference",

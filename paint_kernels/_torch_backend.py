@@ -18,6 +18,7 @@ from torch import Tensor
 
 from paint_kernels._matmul import compute_dtype
 from paint_kernels._settings import LossSettings
+from paint_kernels._spinning import follow_load
 from paint_kernels._torch_divergences import DIVERGENCES, Block
 from paint_kernels._types import RowValues, TokenStats
 
@@ -54,6 +55,8 @@ def row_blocks(logits: Float[Tensor, "R V"]) -> Iterator[slice]:
     if logits.device.type == "cpu":
         block = max(1, BLOCK_ELEMENTS // num_columns)
     for start in range(0, num_rows, block):
+        if logits.device.type == "cpu":
+            follow_load()
         yield slice(start, min(start + block, num_rows))
 
 

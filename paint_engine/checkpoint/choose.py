@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is meant, and the base that it was trained from."""
+"""Finds the checkpoint that a user names, and the base model that it was trained from."""
 
 import json
 import tomllib
@@ -6,24 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from paint_engine.checkpoint.directory import (
-    MANIFEST_FILE,
     best_checkpoint,
     find_damage,
     list_checkpoints,
 )
 from paint_engine.config.sections import ModelSection
-from paint_engine.files import CONFIG_FILE
-
-_ADAPTER_CONFIG = "adapter_config.json"
+from paint_engine.files import ADAPTER_CONFIG_FILE, CONFIG_FILE, MANIFEST_FILE
 
 
 def choose_checkpoint(path: Path, which: str | None, given: str | None = None) -> Path:
-    """The checkpoint that `path` is, or the one of that run directory that `which` names.
+    """The checkpoint at `path`, or the one that `which` names in a run directory.
 
-    which: "last" (also where it is None), "best" or "step-N"; only with a run directory.
-    given: the user's words for both, for messages; None = those of this module's command.
+    which: "last" (the default), "best" or "step-N"; only with a run directory.
+    given: the flag as the user gave it, for messages; None = `--checkpoint`.
 
-    Raises ValueError where there is none such, or where its files are not what was written.
+    Raises ValueError where there is no such checkpoint, or where it is damaged.
     """
     checkpoints = list_checkpoints(path)
     if (path / MANIFEST_FILE).is_file() and which is None:
@@ -31,12 +28,12 @@ def choose_checkpoint(path: Path, which: str | None, given: str | None = None) -
     elif not path.is_dir():
         raise ValueError(
             f"{path}: no such directory; give a run directory that holds checkpoints/step-N, or "
-            "one of these"
+            "one of these checkpoints"
         )
     elif not checkpoints:
         raise ValueError(
             f"{path} has no checkpoint to choose from: give a run directory that holds "
-            "checkpoints/step-N, or one of these without --checkpoint"
+            "checkpoints/step-N, or one of these checkpoints without --checkpoint"
         )
     elif which == "best":
         chosen = best_checkpoint(path)
@@ -57,16 +54,16 @@ def choose_checkpoint(path: Path, which: str | None, given: str | None = None) -
 
 
 def recorded_section(checkpoint: Path, name: str) -> dict[str, Any] | None:
-    """A section of the configuration of the run that a checkpoint lies in, as TOML has it; None
-    where it lies in none."""
+    """A section of the configuration of the checkpoint's run, as read from TOML; None where the
+    checkpoint is in no run directory."""
     config = checkpoint.parent.parent / CONFIG_FILE
     return tomllib.loads(config.read_text()).get(name, {}) if config.is_file() else None
 
 
 def recorded_base(checkpoint: Path) -> ModelSection | None:
-    """What the checkpoint was trained from, by the run's configuration, else by the adapter's; None
-    where neither says it."""
-    adapter_config = checkpoint / _ADAPTER_CONFIG
+    """The model that the checkpoint was trained from, by its run's configuration, else by the
+    adapter's; None where neither names one."""
+    adapter_config = checkpoint / ADAPTER_CONFIG_FILE
     if (section := recorded_section(checkpoint, "model")) is not None:
         return ModelSection.model_validate(section)
     if adapter_config.is_file():
@@ -76,16 +73,17 @@ def recorded_base(checkpoint: Path) -> ModelSection | None:
 
 
 def find_base(checkpoint: Path, name_or_path: str | None) -> ModelSection:
-    """What the checkpoint was trained from: `name_or_path` where given, else `recorded_base`.
+    """The model that the checkpoint was trained from: `name_or_path` if given, else
+    `recorded_base`.
 
-    Raises ValueError where nothing says it.
+    Raises ValueError where neither names one.
     """
     if name_or_path is not None:
         return ModelSection(name_or_path=name_or_path)
     recorded = recorded_base(checkpoint)
     if recorded is None:
         raise ValueError(
-            f"{checkpoint} lies in no run directory, and so does not say which model it was "
+            f"{checkpoint} is in no run directory, so it does not say which model it was "
             "trained from, whose tokenizer is needed: give that with --model"
         )
     return recorded

@@ -1,5 +1,4 @@
-"""The directories `checkpoints/step-N` of a run: which there are, which is the best, whether one is
-whole, and which may go.
+"""The directories `checkpoints/step-N` of a run: listing, marking the best, checking, pruning.
 
 A checkpoint's `manifest.json` lists every other file's size and checksum, and is written last.
 """
@@ -10,20 +9,23 @@ import re
 import shutil
 from pathlib import Path
 
-from paint_engine.files import flush
+from paint_engine.files import (
+    BEST_LINK,
+    CHECKPOINTS_DIRECTORY,
+    MANIFEST_FILE,
+    STATE_FILE,
+    flush,
+    unfinished_path,
+    write_link,
+)
 
-STATE_FILE = "trainer_state.json"
-MANIFEST_FILE = "manifest.json"
-_BEST = "best"
-
-
-# Path below the checkpoint to [size in bytes, BLAKE2b checksum].
+# Of each path below the checkpoint, [size in bytes, BLAKE2b checksum].
 Manifest = dict[str, list[int | str]]
 
 
 def checkpoint_directory(run_dir: Path) -> Path:
     """Where a run's checkpoints are."""
-    return run_dir / "checkpoints"
+    return run_dir / CHECKPOINTS_DIRECTORY
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -32,8 +34,8 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Finished checkpoints, oldest first; whether they are still intact, only their files tell."""
-    # A copy that someone named step-40-old is theirs.
+    """Finished checkpoints, oldest first; `find_damage` tells whether one is still intact."""
+    # A user's copy, such as step-40-old, is not one of them.
     found = [
         p for p in checkpoint_directory(run_dir).glob("step-*") if re.fullmatch(r"step-\d+", p.name)
     ]
@@ -41,8 +43,8 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def split_place(text: str) -> tuple[Path, str | None]:
-    """A directory, and what is chosen in it: "runs/a:best" is (runs/a, "best"), "runs/a" without a
-    choice (runs/a, None). A directory with a colon in its name is one."""
+    """A directory and the part after a colon: ("runs/a", "best") for "runs/a:best", ("runs/a",
+    None) for "runs/a". An existing directory is never split at a colon in its name."""
     path = Path(text)
     if path.is_dir() or ":" not in text:
         return path, None
@@ -51,44 +53,42 @@ def split_place(text: str) -> tuple[Path, str | None]:
 
 
 def mark_best(run_dir: Path, step: int) -> None:
-    """Points `checkpoints/best` at `step-N`, which is then kept beside the newest ones."""
+    """Points `checkpoints/best` at `step-N`, which is then kept in addition to the newest ones."""
     directory = checkpoint_directory(run_dir)
     assert (directory / f"step-{step}").is_dir(), f"step-{step} is not saved"
-    link = directory / f".{_BEST}.new"
-    link.unlink(missing_ok=True)
-    link.symlink_to(f"step-{step}", target_is_directory=True)
-    link.replace(directory / _BEST)
-    flush(directory)
+    write_link(directory / BEST_LINK, f"step-{step}")
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint marked as best; None where there is none."""
-    link = checkpoint_directory(run_dir) / _BEST
+    """The checkpoint marked as best; None if there is none."""
+    link = checkpoint_directory(run_dir) / BEST_LINK
     return link.parent / link.readlink() if link.is_symlink() and link.is_dir() else None
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Under another name first: a kill half way leaves nothing that looks like a checkpoint."""
+    """Renames the checkpoint, then deletes it, so that a kill in between leaves nothing that looks
+    like a checkpoint."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
     if doomed.exists():
         shutil.rmtree(doomed)
     checkpoint.rename(doomed)
-    # On network storage a file that someone still reads cannot go; the next pruning takes it.
+    # On network storage a file that another process reads cannot be deleted yet; the next pruning
+    # deletes it.
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def prune(run_dir: Path, newest: Path, keep: int) -> None:
-    """Leaves the best checkpoint and the newest `keep`.
+    """Deletes all but the best checkpoint and the newest `keep`, and unfinished directories.
 
-    A checkpoint later than the one just written was damaged and passed over when the run was
-    resumed: it counts for nothing, and goes when the run writes that step again.
+    newest: the checkpoint just written. A later one was damaged and skipped when the run was
+    resumed: it is not counted, and is replaced when the run reaches that step again.
     """
     best, last = best_checkpoint(run_dir), checkpoint_step(newest)
     so_far = [path for path in list_checkpoints(run_dir) if checkpoint_step(path) <= last]
     for old in so_far[:-keep]:
         if old != best:
             remove_checkpoint(old)
-    for pattern in (".step-*.unfinished", ".step-*.removed"):
+    for pattern in (unfinished_path(Path("step-*")).name, ".step-*.removed"):
         for left_over in newest.parent.glob(pattern):
             shutil.rmtree(left_over, ignore_errors=True)
 
@@ -100,21 +100,21 @@ def _fingerprint(file: Path) -> list[int | str]:
 
 
 def file_names(directory: Path) -> list[str]:
-    """All files below, as paths from there, in order."""
+    """All files below the directory, as sorted paths relative to it."""
     return sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
 
 
 def seal(unfinished: Path, names: list[str]) -> Manifest:
-    """The manifest's entries for these files, which are on the disk when this returns."""
+    """The manifest's entries for these files, after flushing them to the disk."""
     for name in names:
         flush(unfinished / name)
     return {name: _fingerprint(unfinished / name) for name in names}
 
 
 def find_damage(checkpoint: Path, rank: int = 0, num_ranks: int = 1) -> str | None:
-    """What is wrong with a checkpoint's files; None where they are what was written.
+    """What is wrong with a checkpoint's files; None if they are what was written.
 
-    rank: of `num_ranks` that read a part of the files each.
+    rank: this one of `num_ranks`, each of which checks its share of the files.
     """
     if not (checkpoint / MANIFEST_FILE).is_file():
         return f"{MANIFEST_FILE} is missing"

@@ -1,6 +1,5 @@
-"""The trained model in one piece: adapters merged into the base in float32."""
+"""The trained model as one checkpoint: adapters merged into the base in float32."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -9,10 +8,8 @@ from peft.tuners.lora import Linear, LoraLayer
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from paint_engine.checkpoint.choose import _ADAPTER_CONFIG
-from paint_engine.checkpoint.directory import file_names
 from paint_engine.config.sections import ModelSection
-from paint_engine.files import flush
+from paint_engine.files import ADAPTER_CONFIG_FILE, new_directory
 from paint_engine.model.load import load_tokenizer, resolve_model
 
 
@@ -27,14 +24,14 @@ def _load_model(path: str, section: ModelSection) -> PreTrainedModel:
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"model {path} could not be loaded ({type(error).__name__}: {error}): name the model "
-            "that the run began with by --model"
+            "that the run was trained from with --model"
         ) from error
 
 
 def merge_adapter(
     base: PreTrainedModel, checkpoint: Path, dtype: torch.dtype | None
 ) -> PreTrainedModel:
-    """The base with the adapter's update in its weights; `base` itself is changed.
+    """The base with the adapter's update added to its weights, in place.
 
     dtype: of the merged weights; None = each weight's own.
     """
@@ -56,12 +53,12 @@ def merge_adapter(
 def build_model(
     checkpoint: Path, section: ModelSection, dtype: torch.dtype | None
 ) -> PreTrainedModel:
-    """The trained model, in one piece.
+    """The trained model: adapters merged, or the checkpoint's own weights.
 
-    dtype: of all its weights; None = what the base is stored in.
+    dtype: of all weights; None = that of the stored base.
     """
     path = resolve_model(section.name_or_path)
-    if (checkpoint / _ADAPTER_CONFIG).is_file():
+    if (checkpoint / ADAPTER_CONFIG_FILE).is_file():
         model = merge_adapter(_load_model(path, section), checkpoint, dtype)
     else:
         model = _load_model(str(checkpoint), section)
@@ -80,27 +77,19 @@ def export(
 ) -> None:
     """Writes the trained model with the base's tokenizer into `output_dir`, all of it or nothing.
 
-    Raises ValueError where that holds something already, where the base cannot be loaded, and where
+    Raises ValueError where `output_dir` is not empty, where the base cannot be loaded, and where
     the disk is full.
     """
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"{output_dir} exists already: give a directory that is new or empty")
     tokenizer = load_tokenizer(section)
     model = build_model(checkpoint, section, dtype)
-    unfinished = output_dir.with_name(f".{output_dir.name}.unfinished")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
     try:
-        unfinished.mkdir(parents=True)
-        model.save_pretrained(str(unfinished))
-        tokenizer.save_pretrained(str(unfinished))
-        for name in (*file_names(unfinished), "."):
-            flush(unfinished / name)
-        unfinished.rename(output_dir)
+        with new_directory(output_dir) as unfinished:
+            model.save_pretrained(str(unfinished))
+            tokenizer.save_pretrained(str(unfinished))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
         raise ValueError(
             f"{output_dir} could not be written ({error}); nothing of it is left; make room, or "
             "give a directory elsewhere"
         ) from error
-    flush(output_dir.parent)

@@ -9,10 +9,8 @@ from pathlib import Path
 from paint_engine.checkpoint.save import list_checkpoints
 from paint_engine.config.command_line import check_same_run
 from paint_engine.config.schema import Config
-from paint_engine.files import CONFIG_FILE, VERSIONS_FILE
+from paint_engine.files import CONFIG_FILE, LAUNCH_FILE, VERSIONS_FILE, write_atomic
 
-# Which launch by torchrun has made the directory, for its restarts to know it by.
-_LAUNCH_FILE = ".launch"
 _UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
@@ -29,7 +27,7 @@ def _launch_mark() -> str:
 def _is_ours(run_dir: Path) -> bool:
     """Whether this launch has made the directory, before torchrun started the processes again."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    mark = run_dir / _LAUNCH_FILE
+    mark = run_dir / LAUNCH_FILE
     return restarted and mark.is_file() and mark.read_text() == _launch_mark()
 
 
@@ -52,7 +50,7 @@ def choose_run_dir(config: Config, name: str) -> tuple[Path, bool]:
     elif (run_dir / CONFIG_FILE).is_file():
         check_same_run(run_dir, config)
     if _UNDER_TORCHRUN in os.environ:
-        (run_dir / _LAUNCH_FILE).write_text(_launch_mark())
+        write_atomic(run_dir / LAUNCH_FILE, _launch_mark())
     # A run that stopped before its first checkpoint starts again; its evaluation of the base stays.
     return run_dir, goes_on and bool(list_checkpoints(run_dir))
 
@@ -62,7 +60,7 @@ def _is_run(run_dir: Path) -> bool:
 
 
 def _is_empty(run_dir: Path) -> bool:
-    return run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {_LAUNCH_FILE}
+    return run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {LAUNCH_FILE}
 
 
 def _make_run_dir(run_dir: Path, *, replace: bool) -> None:

@@ -1,20 +1,19 @@
-"""Atomic checkpoints of a run, sharded over its ranks, and the exact state that training goes on
-from.
+"""Atomic, sharded checkpoints of a run, from which training resumes bit for bit.
 
 `checkpoints/step-N/` holds
 
-    adapter_model.safetensors, adapter_config.json    for peft and vLLM as they are; where LoRA is
-                                                      off, the model in transformers' format
-    trainer/                                          weights in training, the optimizer's moments
-                                                      and the mean that an EMA teacher scores with,
-                                                      float32, every rank its own shards
+    adapter_model.safetensors, adapter_config.json    read by peft and vLLM; with LoRA off, the
+                                                      model in transformers' format
+    trainer/                                          trained weights, the optimizer's moments and
+                                                      the running mean of an EMA teacher, float32,
+                                                      each rank its own shards
     rng-RANK.safetensors                              the random generators of each rank
     trainer_state.json                                the step, the number of ranks
     manifest.json                                     every other file's size and checksum
 
-Shards are read back at any number of ranks, sharded or not. Data order, rollout seeds and the
-learning rate are pure functions of the step, so nothing else is needed to go on bit for bit. Ranks
-on several nodes need a run directory that all of them see.
+Any number of ranks can load the shards, sharded or not. Data order, rollout seeds and the learning
+rate are pure functions of the step, so nothing else is needed. Ranks on several nodes need a run
+directory on a shared file system.
 """
 
 import json
@@ -42,8 +41,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from paint_engine.checkpoint.directory import (
-    MANIFEST_FILE,
-    STATE_FILE,
     Manifest,
     checkpoint_directory,
     file_names,
@@ -55,7 +52,15 @@ from paint_engine.checkpoint.directory import (
 )
 from paint_engine.checkpoint.weights import gather_weights, write_weights
 from paint_engine.distributed import World, gather_objects, raise_together
-from paint_engine.files import flush
+from paint_engine.files import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    STATE_FILE,
+    make_unfinished,
+    publish_directory,
+    unfinished_path,
+    write_json,
+)
 from paint_engine.model.teacher import EmaTeacher
 
 _SHARDS = "trainer"
@@ -63,7 +68,7 @@ _SHARDS = "trainer"
 _WEIGHT, _EMA = "weight", "ema"
 
 
-# ---- what a rank has in its memory ---------------------------------------------------------------
+# ---- the state of one rank -----------------------------------------------------------------------
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -71,14 +76,14 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _means(model: nn.Module, ema: EmaTeacher | None) -> dict[str, Tensor]:
-    """The running means, by the names of the weights that they are of."""
+    """The EMA teacher's running means, by the names of their weights."""
     return {} if ema is None else dict(zip(_trained(model), ema.shadow, strict=True))
 
 
 def _state_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, ema: EmaTeacher | None
 ) -> dict[str, Tensor]:
-    """Weights, moments and means as they are: whole, or this rank's shards (a DTensor's)."""
+    """Weights, moments and running means: unsharded, or this rank's shards as DTensors."""
     tensors = {f"{_EMA}/{name}": mean for name, mean in _means(model, ema).items()}
     for name, parameter in _trained(model).items():
         tensors[f"{_WEIGHT}/{name}"] = parameter.detach()
@@ -110,8 +115,8 @@ def _read_random_state(file: Path, device: torch.device) -> None:
 
 @contextmanager
 def _shard_files() -> Iterator[None]:
-    """For torch.distributed.checkpoint, which remarks on it where there is no process group, and
-    wraps what went wrong on whichever rank."""
+    """Around torch.distributed.checkpoint: without its warning that there is no process group, and
+    with the first rank's exception in place of CheckpointException."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
@@ -125,14 +130,14 @@ def _shard_files() -> Iterator[None]:
 
 
 def _damage(checkpoint: Path, world: World) -> str | None:
-    """The first damage that any rank has found. A collective."""
+    """The damage that the lowest rank found; None if no rank found any. A collective."""
     found = gather_objects(find_damage(checkpoint, world.rank, world.size))
     return next((damage for damage in found if damage is not None), None)
 
 
 @dataclass(frozen=True)
 class _Saving:
-    """One checkpoint on its way to the disk. Each rank writes; if one fails, all give up."""
+    """One checkpoint while it is written. If one rank fails, all ranks give it up."""
 
     target: Path
     num_bytes: int
@@ -140,10 +145,10 @@ class _Saving:
 
     @property
     def unfinished(self) -> Path:
-        return self.target.with_name(f".{self.target.name}.unfinished")
+        return unfinished_path(self.target)
 
     def attempt(self, write: Callable[[], object]) -> None:
-        """This rank's part. A collective; ValueError on every rank where any could not write."""
+        """Runs this rank's part. A collective; ValueError on every rank if any could not write."""
         error = None
         try:
             write()
@@ -151,19 +156,17 @@ class _Saving:
             error = (
                 f"{self.target.name} could not be saved in {self.target.parent} ({failure}): it "
                 f"takes about {self.num_bytes / 1e6:.1f} MB, and {self.free_bytes / 1e6:.1f} MB "
-                "were free; what was written of it is removed, and the checkpoints before it are "
-                "intact; make room (--checkpoint.keep is how many stay) and go on with --resume "
+                "were free; its files were removed, and earlier checkpoints are intact; free some "
+                "space (--checkpoint.keep limits how many are kept) and resume with --resume "
                 f"{self.target.parent.parent}"
             )
         raise_together(error)
 
     def make_directory(self) -> None:
-        if self.unfinished.exists():
-            shutil.rmtree(self.unfinished)
-        (self.unfinished / _SHARDS).mkdir(parents=True)
+        (make_unfinished(self.target) / _SHARDS).mkdir()
 
     def write_shards(self, tensors: dict[str, Tensor], world: World) -> None:
-        """This rank's share of the tensors; what all ranks hold is written by one."""
+        """Writes this rank's shards; one rank writes a tensor that all ranks hold."""
         path = str(self.unfinished / _SHARDS)
         with _shard_files():
             save(
@@ -173,13 +176,10 @@ class _Saving:
             )
 
     def finish(self, manifest: Manifest) -> None:
-        (self.unfinished / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
-        for path in (MANIFEST_FILE, _SHARDS, "."):
-            flush(self.unfinished / path)
+        write_json(self.unfinished / MANIFEST_FILE, manifest)
         if self.target.exists():
             remove_checkpoint(self.target)
-        self.unfinished.rename(self.target)
-        flush(self.target.parent)
+        publish_directory(self.target)
 
 
 def save_checkpoint(
@@ -192,40 +192,43 @@ def save_checkpoint(
     world: World,
     ema: EmaTeacher | None = None,
 ) -> Path:
-    """Writes `checkpoints/step-N` (N = state["step"]) beside its place, then renames it there.
+    """Writes `checkpoints/step-N` (N = state["step"]) under another name, then renames it.
 
-    A collective: every rank calls it, with the same `state`. A step that is already saved, and
-    intact, stays as it is.
-    state: what JSON can hold, `step` among it.
-    keep: how many of the newest checkpoints stay; the one marked as best stays too.
+    A collective: every rank calls it, with the same `state`. An intact checkpoint of that step is
+    left as it is.
+    state: JSON-serialisable, with the key `step`.
+    keep: how many of the newest checkpoints are kept, in addition to the one marked as best.
     ema: the teacher whose running mean is saved with the weights.
 
-    Raises ValueError, on every rank, where the disk does not take it.
+    Raises ValueError, on every rank, where any rank cannot write.
     """
     target = checkpoint_directory(run_dir) / f"step-{int(state['step'])}"
     if gather_objects(target.is_dir())[0] and _damage(target, world) is None:
         return target
     weights = gather_weights(model, keep=world.is_main)
     tensors = _state_tensors(model, optimizer, ema)
-    # A DTensor counts all its shards, so this is what the ranks write together.
+    # A DTensor counts all its shards, so this is the total over the ranks.
     num_bytes = sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values()))
     saving = _Saving(target, num_bytes, shutil.disk_usage(run_dir).free)
     unfinished, share = saving.unfinished, {}
 
     def write_small_files() -> None:
         if not unfinished.is_dir():
-            raise OSError(f"rank {world.rank} does not see it: use a --run.dir that all nodes see")
+            raise OSError(
+                f"rank {world.rank} does not see the directory: use a --run.dir on a file system "
+                "that all nodes share"
+            )
         _write_random_state(unfinished / f"rng-{world.rank}.safetensors", world.device)
         if world.is_main:
             write_weights(model, weights, unfinished)
             record = {"state": state, "world_size": world.size}
-            (unfinished / STATE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+            write_json(unfinished / STATE_FILE, record)
 
     try:
         saving.attempt(lambda: world.is_main and saving.make_directory())
         saving.attempt(write_small_files)
         saving.attempt(lambda: saving.write_shards(tensors, world))
-        # All ranks' lists, for one's view of a shared directory may be older than another's.
+        # All ranks' lists, since one rank's view of a shared directory may be outdated.
         listed = set().union(*gather_objects(set(file_names(unfinished))))
         names = sorted(listed)[world.rank :: world.size]
         saving.attempt(lambda: share.update(seal(unfinished, names)))
@@ -252,15 +255,16 @@ def load_checkpoint(
     warn: Callable[[str], object],
     ema: EmaTeacher | None = None,
 ) -> dict[str, Any] | None:
-    """Restores the newest intact checkpoint, and returns the state that was saved with it.
+    """Restores the newest intact checkpoint and returns the state saved with it; None if there is
+    no checkpoint.
 
-    A collective. Weights and moments are restored at any number of ranks, the random generators
-    where it is the number of ranks that saved them. None where nothing was saved yet.
-    warn: told, on the main rank, of each damaged checkpoint that is passed over.
-    ema: the teacher whose running mean is restored; without one, a mean in the checkpoint is left.
+    A collective. Weights and moments are restored on any number of ranks, the random generators
+    only on as many as saved them.
+    warn: called on the main rank with a line about each damaged checkpoint that is skipped.
+    ema: the teacher whose running mean is restored; without one, a saved mean is ignored.
 
-    Raises ValueError where every checkpoint is damaged, or the checkpoint is of another model or
-    lacks the mean.
+    Raises ValueError where every checkpoint is damaged, or where the newest intact one is of
+    another model or lacks the running mean.
     """
     checkpoints = gather_objects(list_checkpoints(run_dir))[0]
     for checkpoint in reversed(checkpoints):
@@ -268,12 +272,12 @@ def load_checkpoint(
         if damage is None:
             return _restore(checkpoint, model, optimizer, world, ema)
         if world.is_main:
-            warn(f"{checkpoint} is damaged ({damage}): going back to the one before it")
+            warn(f"{checkpoint} is damaged ({damage}): trying the one before it")
     if checkpoints:
         names = ", ".join(path.name for path in checkpoints)
         raise ValueError(
-            f"{run_dir} has no intact checkpoint: {names} are all damaged; put a copy of one in "
-            f"its place, or start again with --config {run_dir}/config.toml --run.dir {run_dir} "
+            f"{run_dir} has no intact checkpoint: {names} are all damaged; restore one from a "
+            f"copy, or start again with --config {run_dir}/{CONFIG_FILE} --run.dir {run_dir} "
             "--run.overwrite true"
         )
     return None
@@ -304,7 +308,7 @@ def _restore(
                 continue
             tensors[entry] = means[name]
         else:
-            # Adam's count of steps has no dimension, and lives on the CPU.
+            # Adam's step count has no dimension and is on the CPU.
             moment = torch.zeros_like(parameter.detach()) if meta.size else torch.zeros(())
             tensors[entry] = optimizer.state[parameter][kind] = moment
         assert tensors[entry].dtype == meta.properties.dtype, (entry, meta.properties)
@@ -319,7 +323,7 @@ def _restore(
 def _check_same_model(
     checkpoint: Path, stored: dict[str, Any], parameters: dict[str, nn.Parameter]
 ) -> None:
-    """The shapes of whole tensors, so that every rank comes to the same conclusion."""
+    """Compares the shapes of unsharded tensors, so that every rank decides alike."""
     saved = {e.partition("/")[2]: m.size for e, m in stored.items() if e.startswith(_WEIGHT + "/")}
     present = {name: parameter.shape for name, parameter in parameters.items()}
     differing = sorted(n for n in saved | present if saved.get(n) != present.get(n))
@@ -327,9 +331,9 @@ def _check_same_model(
         first = differing[0]
         sizes = [tuple(at[first]) if first in at else "absent" for at in (saved, present)]
         raise ValueError(
-            f"{checkpoint} is of another model: {len(differing)} weights differ, {first} for one "
-            f"({sizes[0]} there, {sizes[1]} here); go on with the model and the lora settings that "
-            "the run began with, or start a new run"
+            f"{checkpoint} is of another model: {len(differing)} weights differ, among them "
+            f"{first} ({sizes[0]} in the checkpoint, {sizes[1]} in this model); resume with the "
+            "model and the lora settings that the run was started with, or start a new run"
         )
 
 
@@ -337,7 +341,7 @@ def _check_has_means(checkpoint: Path, stored: dict[str, Any], means: dict[str, 
     missing = [name for name in means if f"{_EMA}/{name}" not in stored]
     if missing:
         raise ValueError(
-            f"{checkpoint} holds no running mean of the adapters, which the teacher is to score "
-            "with: it was saved under another teacher; go on with the --teacher.weights that the "
-            "run began with, or start a new run"
+            f"{checkpoint} holds no running mean of the adapters, which teacher.weights 'ema' "
+            "needs: it was saved with another teacher; resume with the --teacher.weights that the "
+            "run was started with, or start a new run"
         )

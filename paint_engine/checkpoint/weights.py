@@ -1,4 +1,4 @@
-"""The trained weights as whole tensors and as files that others read: peft, transformers, vLLM."""
+"""The trained weights as unsharded tensors, and as files for peft, transformers and vLLM."""
 
 from pathlib import Path
 
@@ -7,28 +7,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from paint_engine.files import ADAPTER_FILE, MODEL_FILE
 from paint_engine.model.forward import causal_lm
-
-ADAPTER_FILE = "adapter_model.safetensors"
-MODEL_FILE = "model.safetensors"
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all of a sharded one's shards put together (a collective)."""
+    """The unsharded tensor. A collective for a DTensor."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
-    """The trained weights, unsharded, as copies on the CPU. A collective: every rank calls it.
+    """Copies of the trained weights, unsharded, on the CPU. A collective: every rank calls it.
 
-    keep: whether this rank wants them; without, the result is empty.
+    keep: False = this rank takes part, and the result is empty.
 
     With adapters: theirs, float32, under peft's names ("base_model.model.model.layers.0.self_attn.
     q_proj.lora_A.weight"). Without: all of the causal language model's, under its own names; a tied
     head is left out, as transformers does.
     """
     if isinstance(model, PeftModel):
-        # "auto" would ask the hub whether the vocabulary has grown; it never does here.
+        # "auto" would ask the hub whether the vocabulary was resized; it never is here.
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
     else:
         tied = set(causal_lm(model)._tied_weights_keys or ())
@@ -36,7 +34,7 @@ def gather_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
         state = {n: t for n, t in causal_lm(model).state_dict().items() if n not in tied}
     gathered = {}
     for name, tensor in state.items():
-        # A tensor that is whole, and on the CPU, would go on changing with the training.
+        # An unsharded tensor on the CPU is cloned, since training changes it in place.
         full = whole(tensor.detach())
         if keep:
             gathered[name] = full.cpu() if full.is_cuda else full.clone()
@@ -44,10 +42,10 @@ def gather_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
 
 
 def write_weights(model: nn.Module, weights: dict[str, Tensor], directory: Path) -> None:
-    """Writes gathered weights (one rank does): an adapter in peft's format, or a whole model in
+    """Writes gathered weights, on one rank: an adapter in peft's format, or a whole model in
     transformers'.
 
-    directory: exists, and holds nothing of that name.
+    directory: exists, without files of these names.
     """
     weights = {name: tensor.contiguous() for name, tensor in weights.items()}
     if isinstance(model, PeftModel):
@@ -62,5 +60,5 @@ def write_weights(model: nn.Module, weights: dict[str, Tensor], directory: Path)
     save_file(weights, directory / MODEL_FILE, metadata={"format": "pt"})
     inner.config.save_pretrained(str(directory))
     if inner.generation_config is not None:
-        # Not save_pretrained, which refuses settings that published models come with.
+        # Not save_pretrained, which refuses some settings of published models.
         inner.generation_config.to_json_file(directory / "generation_config.json")

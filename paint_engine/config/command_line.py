@@ -21,6 +21,7 @@ from rich.console import Console
 
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import LEAVES, build_config, toml_value, value_of
+from paint_engine.files import CONFIG_FILE
 
 DEFAULT_PRESET = "tiny"
 _PRESETS = Path(__file__).with_name("presets")
@@ -41,6 +42,7 @@ _MAY_DIFFER_ON_RESUME = (
     "rollout.gpu_memory_utilization",
     "rollout.tensor_parallel_size",
     "rollout.adapter_dir",
+    "reward.timeout_s",
     "run.samples_per_step",
     "run.tensorboard",
     "run.auto_resume",
@@ -284,7 +286,7 @@ def _check_resumed(run_dir: Path, config: Config, recorded: Config, keys: Iterab
                 f"--{key} with --resume: got {now!r}, but the run was started with {before!r}; "
                 "needs the same value, because a resumed run goes on with the same training: only "
                 f"{', '.join(_MAY_DIFFER_ON_RESUME)}, checkpoint.*, eval.* and parallel.* may "
-                f"change; start a new run instead: --config {run_dir / 'config.toml'} "
+                f"change; start a new run instead: --config {run_dir / CONFIG_FILE} "
                 f"--run.dir none --{key} VALUE"
             )
 
@@ -292,13 +294,13 @@ def _check_resumed(run_dir: Path, config: Config, recorded: Config, keys: Iterab
 def check_same_run(run_dir: Path, config: Config) -> None:
     """Raises ValueError where the run in the directory was started with other settings that decide
     what it computes."""
-    recorded = build_config([(str(run_dir), read_toml(run_dir / "config.toml"))])
+    recorded = build_config([(str(run_dir), read_toml(run_dir / CONFIG_FILE))])
     keys = (key for key in LEAVES if key not in ("run.dir", "run.overwrite"))
     _check_resumed(run_dir, config, recorded, keys)
 
 
 def _resume(run_dir: Path, overrides: Mapping[str, Any]) -> Config:
-    path = run_dir / "config.toml"
+    path = run_dir / CONFIG_FILE
     if not path.is_file():
         raise ValueError(
             f"--resume {run_dir}: no config.toml there; needs the directory of an earlier run; "

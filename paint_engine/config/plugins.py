@@ -9,11 +9,13 @@ import importlib
 import importlib.util
 import re
 import traceback
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 
+@cache
 def plugin_names(package: str, attribute: str) -> tuple[str, ...]:
     """Returns the names of the built-in plugins, sorted: the modules of `package` whose source
     assigns `attribute`.

@@ -20,6 +20,7 @@ from paint_engine.config.sections import (
     OptimSection,
     ParallelSection,
     PromptsSection,
+    RewardSection,
     RolloutSection,
     RunSection,
     Section,
@@ -40,6 +41,7 @@ class Config(Section):
     teacher: TeacherSection = TeacherSection()
     objective: ObjectiveSection = ObjectiveSection()
     grpo: GrpoSection = GrpoSection()
+    reward: RewardSection = RewardSection()
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     parallel: ParallelSection = ParallelSection()

@@ -217,9 +217,8 @@ class TeacherSection(Section):
 class ObjectiveSection(Section):
     name: Text = Field(
         default="paint",
-        description="the recipe: paint = divergence to the teacher over the vocabulary (OPSD too); "
-        "sampled_token = policy gradient by log p_T - log p_S; grpo; sft = on the solutions; or "
-        "module:Class of your own",
+        description="the recipe: paint (and OPSD), sampled_token = policy gradient by "
+        "log p_T - log p_S, grpo, sft = on the solutions; or module:Class of your own",
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
         default="forward_kl",
@@ -286,10 +285,17 @@ class GrpoSection(Section):
     num_updates: PositiveInt = Field(
         default=1, description="optimizer steps on each batch of rollouts"
     )
-    reward: Literal["verified", "first_box"] = Field(
-        default="verified",
-        description="verified = the answer check; first_box = the first box equals the answer as "
-        "lower-case text, as in OPSD's code",
+
+
+class RewardSection(Section):
+    function: Text = Field(
+        default="math",
+        description="what judges a completion: math = the answer check; first_box = the first box "
+        "equals the answer as lower-case text, as in OPSD's code; or module:function of your own, "
+        "called with (problem, completion text), which returns a number, a bool or a Verdict",
+    )
+    timeout_s: PositiveFloat = Field(
+        default=5.0, description="longest judgement of one completion, in seconds"
     )
 
 

@@ -37,20 +37,34 @@ def build_config(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Config:
 
     Raises ValueError with one line for each value refused: source, key, what came, what is needed.
     """
-    nested: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for source, flat in layers:
-        for key, value in flat.items():
-            *sections, name = key.split(".")
-            table = nested
-            for section in sections:
-                table = table.setdefault(section, {})
-            table[name] = value
-            sources[key] = source
+    merged = {key: (value, source) for source, flat in layers for key, value in flat.items()}
+    sources = {key: source for key, (_, source) in merged.items()}
     try:
-        return Config.model_validate(nested)
+        return Config.model_validate(_nested({key: value for key, (value, _) in merged.items()}))
     except ValidationError as error:
         raise ValueError(_explain(error, sources)) from error
+
+
+def recorded_config(flat: Mapping[str, Any]) -> Config:
+    """Config from the dotted keys that a run recorded, for showing it.
+
+    Each value is checked, but not how they fit together: an older version may have allowed that.
+
+    Raises ValueError for a value that its section refuses.
+    """
+    sections = {}
+    for name, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        sections[name] = field.annotation.model_validate(_nested(flat).get(name, {}))
+    return Config.model_construct(**sections)
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tables: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        reduce(lambda table, section: table.setdefault(section, {}), sections, tables)[name] = value
+    return tables
 
 
 def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.config.schema import Config
-from paint_engine.data.rows import load_problems, problem_order
+from paint_engine.data.rows import load_problems
 from paint_engine.distributed import World, my_share
 from paint_engine.prompts.chat import encode_student_prompt, encode_teacher_prompt
 from paint_engine.prompts.rationale import encode_reason_prompt
 from paint_engine.recipes import recipe_of
-from paint_engine.seeds import request_seed
+from paint_engine.seeds import problem_order, rollout_seed
 from paint_engine.types import Problem, Request
 
 
@@ -177,7 +177,7 @@ def batch_requests(config: Config, train_set: ProblemSet, step: int) -> list[Req
     for index in range(config.train.batch_size):
         place = places[index // repeats]
         problem = train_set.problems[place]
-        request = request_seed("rollout", seed, step, problem.problem_id, index)
+        request = rollout_seed(seed, step, problem.problem_id, index)
         requests.append(Request(index, problem, train_set.prompts[place], request))
     return requests
 

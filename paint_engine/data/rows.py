@@ -12,13 +12,11 @@ Known column names, case-sensitive (the first set that a row has is used):
 If no column holds the final answer, it is taken from the solution: after "####", or the last box.
 """
 
-import hashlib
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -309,17 +307,3 @@ def _kind(value: object) -> str:
         return json.dumps(value)
     names = {dict: "an object", list: "a list", str: "text"}
     return names.get(type(value), f"a value of type {type(value).__name__}")
-
-
-@lru_cache(maxsize=4)
-def problem_order(num_problems: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """Returns a permutation of range(num_problems), which is a pure function of the arguments.
-
-    It sorts by a hash of (seed, epoch, index). The stream of a library's generator may change
-    between versions; with the hash, a run has the same order wherever it is resumed.
-    """
-
-    def rank(index: int) -> bytes:
-        return hashlib.blake2b(f"{seed}:{epoch}:{index}".encode(), digest_size=8).digest()
-
-    return tuple(sorted(range(num_problems), key=rank))

@@ -1,8 +1,8 @@
-"""The numbers of an evaluation and their intervals.
+"""The metrics of an evaluation and their intervals.
 
-Every number is a mean over problems, and its 95% interval a bootstrap over problems: these are what
-a benchmark has few of. With the 30 problems of an AIME such an interval is 25 to 35 points wide
-where half of the answers are correct, and of two models it is the paired difference that tells.
+Every metric is a mean over problems, and its 95% interval a bootstrap over problems, since a
+benchmark has few of these. With the 30 problems of an AIME and half of the answers correct, such an
+interval is 25 to 35 points wide, so two models are compared by their paired difference.
 """
 
 import math
@@ -12,15 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from paint_engine.evaluation.store import EvalSample, Evaluation
+from paint_engine.seeds import BOOTSTRAP_SEED
 
 NUM_RESAMPLES = 10_000
 MAX_FAILURES = 10
-"""comparisons of a problem's answers that may fail, seconds each, before the rest is left"""
+"""comparisons of one problem's answers that may fail, each after seconds, before the rest are
+skipped"""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems with its 95% interval, fractions: Estimate(0.5, 0.38, 0.63)"""
+    """A mean over problems with its 95% interval, as fractions: Estimate(0.5, 0.38, 0.63)"""
 
     value: float
     low: float
@@ -28,7 +30,7 @@ class Estimate:
 
 
 def by_problem(samples: Sequence[EvalSample]) -> dict[str, list[EvalSample]]:
-    """Problems in their order of first appearance, the samples of each by index."""
+    """The samples of each problem, sorted by index; problems in order of first appearance."""
     rows: dict[str, list[EvalSample]] = {}
     for sample in samples:
         rows.setdefault(sample.problem_id, []).append(sample)
@@ -36,7 +38,7 @@ def by_problem(samples: Sequence[EvalSample]) -> dict[str, list[EvalSample]]:
 
 
 def correct_matrix(samples: Sequence[EvalSample]) -> np.ndarray:
-    """(P, k) booleans: problems in their order of first appearance, samples by index."""
+    """(P, k) booleans: problems in order of first appearance, samples sorted by index."""
     return np.array([[s.correct for s in row] for row in by_problem(samples).values()], dtype=bool)
 
 
@@ -46,8 +48,8 @@ def avg_at_k(correct: np.ndarray) -> float:
 
 
 def pass_at_k_by_problem(correct: np.ndarray, k: int) -> np.ndarray:
-    """(P,) chances that k of a problem's n samples, drawn without putting back, hold a correct one:
-    1 - C(n - c, k) / C(n, k) with c correct ones. Unbiased for k fresh samples.
+    """(P,) probabilities that k of a problem's n samples, drawn without replacement, contain a
+    correct one: 1 - C(n - c, k) / C(n, k) with c correct ones. Unbiased for k fresh samples.
 
     correct: (P, n) booleans, 1 <= k <= n.
     """
@@ -66,7 +68,7 @@ def pass_at_k(correct: np.ndarray, k: int) -> float:
 
 
 def pass_ks(num_samples: int) -> list[int]:
-    """1, 2, 4, ... and the number of samples itself."""
+    """The powers of two up to the number of samples, and that number itself."""
     powers = [1 << i for i in range(num_samples.bit_length())]
     return sorted({*(k for k in powers if k <= num_samples), num_samples})
 
@@ -74,10 +76,10 @@ def pass_ks(num_samples: int) -> list[int]:
 def answer_classes(
     answers: Sequence[str], equal: Callable[[str, str], bool | None]
 ) -> list[list[int]]:
-    """Places of equal answers together, each class in the order of first appearance.
+    """Indices of equal answers, grouped; groups in order of first appearance.
 
-    equal: of two different texts; None where it could not be found out, which counts as unequal.
-        After MAX_FAILURES of these nothing more is asked, for each may have taken seconds.
+    equal: compares two different texts; None = the comparison failed, which counts as unequal.
+        It is not called again after MAX_FAILURES failures, since each may take seconds.
     """
     first: dict[str, list[int]] = {}
     for place, answer in enumerate(answers):
@@ -97,11 +99,12 @@ def answer_classes(
 
 
 def majority(samples: Sequence[EvalSample], equal: Callable[[str, str], bool | None]) -> float:
-    """The chance that the commonest answer of a problem's samples is correct, ties broken at
-    random.
+    """The probability that the most common answer of a problem's samples is correct, with ties
+    broken at random.
 
-    Correct answers are one class, for all equal the reference; wrong ones are compared with
-    `equal`. A sample without an answer votes for none, and one whose check failed for its own text.
+    Correct answers form one class, since all equal the reference; wrong ones are compared with
+    `equal`. A sample without an answer has no vote, and one whose check failed votes for its own
+    text.
     """
     num_correct = sum(s.correct for s in samples)
     wrong = [s.extracted for s in samples if s.extracted is not None and not s.correct]
@@ -118,12 +121,12 @@ def majority(samples: Sequence[EvalSample], equal: Callable[[str, str], bool | N
 
 
 def bootstrap(
-    groups: Sequence[np.ndarray], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    groups: Sequence[np.ndarray], *, num_resamples: int = NUM_RESAMPLES, seed: int = BOOTSTRAP_SEED
 ) -> Estimate:
-    """The mean over benchmarks of each one's mean over problems, problems being resampled within
-    each benchmark.
+    """The mean over benchmarks of their means over problems; problems are resampled within each
+    benchmark.
 
-    groups: for each benchmark (P,) numbers, one a problem.
+    groups: for each benchmark (P,) numbers, one per problem.
     """
     rng = np.random.default_rng(seed)
     resampled = np.zeros(num_resamples)
@@ -136,9 +139,13 @@ def bootstrap(
 
 
 def paired_bootstrap(
-    before: np.ndarray, after: np.ndarray, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    before: np.ndarray,
+    after: np.ndarray,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = BOOTSTRAP_SEED,
 ) -> Estimate:
-    """after - before, resampling problems: both evaluations of a problem are drawn together.
+    """The mean of after - before; both evaluations of a problem are resampled together.
 
     before, after: (P, k) booleans over the same problems in the same order.
     """
@@ -148,8 +155,8 @@ def paired_bootstrap(
 
 
 def best_step(evaluations: Mapping[int, Evaluation]) -> int | None:
-    """The training step with the highest Avg@k, of equals the later one; None where there is
-    none."""
+    """The training step with the highest Avg@k, the later one of a tie; None without evaluations
+    after training steps."""
     averages = {
         step: avg_at_k(correct_matrix(evaluation.samples))
         for step, evaluation in evaluations.items()

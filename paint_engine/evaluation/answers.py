@@ -1,19 +1,23 @@
-"""Answers to held-out problems, sampled and checked."""
+"""Samples and judges answers to held-out problems."""
 
 from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from paint_engine.evaluation.store import EvalSample
-from paint_engine.rewards.checker import check_answer
+from paint_engine.distributed import gather_objects
+from paint_engine.evaluation.store import EvalSample, SampleFiles
+from paint_engine.rewards import Reward, RewardFailed
 from paint_engine.rollout.engine import Completion, RolloutEngine, SamplingParams
 from paint_engine.rollout.sampler import to_rollout
-from paint_engine.seeds import request_seed
-from paint_engine.types import Problem
+from paint_engine.seeds import evaluation_seed
+from paint_engine.types import Problem, Rollout
+
+MAX_FIRST_FAILURES = 32
+"""failed calls of a user's reward function, before the first that works, that end an evaluation"""
 
 
 def all_requests(problems: Sequence[Problem], num_samples: int) -> list[tuple[int, int]]:
-    """(problem, sample) indices of a whole evaluation, in order."""
+    """The (problem, sample) indices of a whole evaluation, in order."""
     return [(i, j) for i in range(len(problems)) for j in range(num_samples)]
 
 
@@ -24,54 +28,84 @@ def evaluate(
     prompts: Sequence[tuple[int, ...]],
     requests: Sequence[tuple[int, int]],
     params: SamplingParams,
+    reward: Reward,
     *,
     seed: int,
     base: bool,
     on_samples: Callable[[list[EvalSample]], None],
 ) -> list[EvalSample]:
-    """The answers to `requests`, pairs of a problem's index and the sample's, checked.
+    """Samples and judges an answer for each request.
 
-    base: from the model as it was before training.
-    on_samples: sees each group of samples as it finishes.
+    requests: pairs of a problem's index and a sample's index.
+    base: sample from the model as it was before training.
+    on_samples: called with each group of samples as it finishes. Samples that could not be judged
+        wait until one is judged.
 
-    The seed of a sample depends on (seed, problem, index) alone: two evaluations draw the same
-    random numbers, which makes their difference less noisy, and one that was cut short goes on as
-    if it had not been.
+    The seed of a sample depends on (seed, problem, sample index) alone (`evaluation_seed`), so a
+    resumed evaluation draws the same samples as an uninterrupted one.
+
+    Raises RewardFailed if the first MAX_FIRST_FAILURES calls of a user's reward function fail,
+    before `on_samples` is called.
     """
     finished: dict[int, EvalSample] = {}
+    waiting: list[EvalSample] = []
+    works = not reward.is_own
 
-    def check(indices: list[int], completions: list[Completion]) -> None:
+    def judge(indices: list[int], completions: list[Completion]) -> None:
+        nonlocal works
         for index, completion in zip(indices, completions, strict=True):
             i, j = requests[index]
-            finished[index] = _checked(tokenizer, problems[i], prompts[i], j, completion)
-        on_samples([finished[index] for index in indices])
+            rollout = to_rollout(tokenizer, problems[i], prompts[i], completion)
+            finished[index] = _judged(reward, rollout, j)
+            waiting.append(finished[index])
+            works = works or finished[index].error is None
+        if works:
+            on_samples(list(waiting))
+            waiting.clear()
+        elif len(waiting) >= MAX_FIRST_FAILURES:
+            reward.check_some_judged([sample.error for sample in waiting], "the evaluation")
 
     engine.generate(
         [prompts[i] for i, _ in requests],
-        [request_seed("eval", seed, problems[i].problem_id, j) for i, j in requests],
+        [evaluation_seed(seed, problems[i].problem_id, j) for i, j in requests],
         params,
         base=base,
-        on_batch=check,
+        on_batch=judge,
     )
+    if waiting:
+        on_samples(waiting)
     return [finished[index] for index in range(len(requests))]
 
 
-def _checked(
-    tokenizer: PreTrainedTokenizerBase,
-    problem: Problem,
-    prompt: tuple[int, ...],
-    sample_index: int,
-    completion: Completion,
-) -> EvalSample:
-    rollout = to_rollout(tokenizer, problem, prompt, completion)
-    verdict = check_answer(problem.answer, rollout.text)
+def _judged(reward: Reward, rollout: Rollout, sample_index: int) -> EvalSample:
+    verdict = reward.judge(rollout.problem, rollout.text)
     return EvalSample(
-        problem.problem_id,
+        rollout.problem.problem_id,
         sample_index,
         rollout.text,
         len(rollout.completion_ids),
-        verdict.extracted,
+        reward.final_answer(rollout.text),
         verdict.correct,
         rollout.truncated,
         verdict.error,
+        None if verdict.reward == verdict.correct else verdict.reward,
     )
+
+
+def check_reward(reward: Reward, files: SampleFiles, failure: str | None) -> None:
+    """Raises RewardFailed on every rank where a rank's `evaluate` did, or where all samples failed,
+    which are deleted then. A collective.
+
+    failure: the text of this rank's RewardFailed.
+    """
+    ours = {(s.problem_id, s.sample_index): s.error for s in files.finished}
+    ranks = gather_objects((failure, ours))
+    for text, _ in ranks:
+        if text is not None:
+            raise RewardFailed(text)
+    errors = {key: error for _, part in ranks for key, error in part.items()}
+    try:
+        reward.check_some_judged(list(errors.values()), "the evaluation")
+    except RewardFailed:
+        files.discard()
+        raise

@@ -12,7 +12,7 @@ from paint_engine.files import RESULTS_FILE, VERSIONS_FILE
 class Benchmark:
     """Benchmark("aime24", "HuggingFaceH4/aime_2024", "train")
 
-    split: of "tiny" and of data sets by id; files have none.
+    split: of "tiny" and of a data set by id; ignored for files.
     """
 
     name: str
@@ -27,7 +27,7 @@ KNOWN = (
     Benchmark("tiny", "tiny", "test"),
 )
 _DEFAULT_SPLIT = "test"
-# Files that stand beside NAME.json.
+# Names of the evaluation's own files, which NAME.json must not overwrite.
 _TAKEN = {Path(file).stem for file in (RESULTS_FILE, VERSIONS_FILE)}
 
 
@@ -37,24 +37,24 @@ def benchmark_name(path: str) -> str:
 
 
 def parse_benchmarks(text: str) -> list[Benchmark]:
-    """Benchmarks of a list with commas, each a known name or [NAME=]SOURCE, where SOURCE is a file
-    or a `datasets` id, id:SPLIT or id:CONFIG:SPLIT.
+    """The benchmarks of a comma-separated list. Each entry is a known name or [NAME=]SOURCE, where
+    SOURCE is a file or a `datasets` id: ID, ID:SPLIT or ID:CONFIG:SPLIT.
 
-    Raises ValueError for an empty entry, where two have one name, and for a name whose file is
-    another.
+    Raises ValueError for an empty entry, for two with the same name, and for a name that cannot
+    name result files.
     """
     found = [_parse(entry.strip(), text) for entry in text.split(",")]
     names = [benchmark.name for benchmark in found]
     for name in names:
         if name.lower() in _TAKEN:
             raise ValueError(
-                f"--benchmarks {text}: {name!r} is no name for results to be filed by, because the "
-                f"evaluation has a {name}.json of its own; name it as in --benchmarks other=PATH"
+                f"--benchmarks {text}: {name!r} cannot name a benchmark, because the evaluation "
+                f"writes a {name}.json of its own; give another name: --benchmarks other=PATH"
             )
         if names.count(name) > 1:
             raise ValueError(
-                f"--benchmarks {text}: two are called {name!r}, by which results are filed; name "
-                "one of them as in --benchmarks other=PATH"
+                f"--benchmarks {text}: two are called {name!r}, which names the files of their "
+                "results; give one another name: --benchmarks other=PATH"
             )
     return found
 
@@ -68,14 +68,14 @@ def _parse(entry: str, text: str) -> Benchmark:
         name, source = "", entry
     if not source:
         raise ValueError(
-            f"--benchmarks {text}: got an empty entry; needs names with commas between them, of "
+            f"--benchmarks {text}: got an empty entry; needs a comma-separated list of "
             f"{', '.join(b.name for b in KNOWN)}, files or data set ids: aime24,data/mine.jsonl"
         )
     near = get_close_matches(source.lower(), [benchmark.name for benchmark in KNOWN], cutoff=0.7)
     if near and not re.search("[:/]", source) and not Path(source).exists():
         raise ValueError(
             f"--benchmarks {text}: no benchmark and no file is called {source!r}; did you mean "
-            f"{near[0]}? A data set of that id goes as {source}:SPLIT"
+            f"{near[0]}? For a data set of that id give {source}:SPLIT"
         )
     path, split = source, _DEFAULT_SPLIT
     if ":" in source and not Path(source).is_file():
@@ -83,7 +83,7 @@ def _parse(entry: str, text: str) -> Benchmark:
     name = name or benchmark_name(path)
     if not name or "/" in name:
         raise ValueError(
-            f"--benchmarks {text}: {name!r} is no name for results to be filed by; needs one "
-            "without a slash: --benchmarks NAME=PATH"
+            f"--benchmarks {text}: {name!r} cannot name a benchmark, because it names the files of "
+            "its results; give a name without a slash: --benchmarks NAME=PATH"
         )
     return Benchmark(name, path, split)

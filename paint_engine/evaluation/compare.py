@@ -1,4 +1,4 @@
-"""Evaluations side by side: `python -m paint_engine.evaluate compare RUN_A RUN_B ...`."""
+"""Compares evaluations: `python -m paint_engine.evaluate compare RUN_A RUN_B ...`."""
 
 import argparse
 import json
@@ -28,11 +28,11 @@ _SEED = "seed"
 
 @dataclass(frozen=True)
 class Difference:
-    """One benchmark of two runs; fractions.
+    """One benchmark of two runs, in fractions.
 
     before, after: Avg@k of the first run and of the other.
-    gained: problems of which more than half of the samples are correct in the other and not in the
-        first; lost: the other way round.
+    gained: problems for which more than half of the samples are correct in the other run, but not
+        in the first one; lost: the reverse.
     """
 
     before: float
@@ -43,15 +43,17 @@ class Difference:
 
 
 def read_run(text: str) -> dict[str, Evaluation]:
-    """The complete evaluations, by benchmark, of an evaluation's directory, or of a training run's
-    with :last (also where nothing is said), :best or :STEP after it.
+    """The complete evaluations by benchmark.
+
+    text: the directory of an evaluation, or of a training run, which :last (the default), :best or
+        :STEP may follow.
 
     Raises ValueError where there is none.
     """
     path, which = split_place(text)
     if not path.is_dir():
         raise ValueError(
-            f"{text}: no such directory; needs what an evaluation has written (--output), or a "
+            f"{text}: no such directory; needs the directory of an evaluation (its --output), or a "
             "training run's, with :STEP, :best or :last after it"
         )
     if evaluation_directory(path).is_dir():
@@ -65,27 +67,27 @@ def read_run(text: str) -> dict[str, Evaluation]:
         raise ValueError(_no_evaluation(text, path))
     if not heads:
         raise ValueError(
-            f"{text}: holds no complete evaluation; needs one that has come to its end; give its "
-            "command again to go on with it"
+            f"{text}: holds no complete evaluation; to resume an interrupted one, run its command "
+            "again"
         )
     if which:
         raise ValueError(
-            f"{text}: {path} is an evaluation, and no training run with several; leave out :{which}"
+            f"{text}: {path} is one evaluation, not a training run with several; leave out :{which}"
         )
     found = [read_evaluation(head) for head in heads]
     return {evaluation.header.benchmark: evaluation for evaluation in found}
 
 
 def is_training_run(path: Path) -> bool:
-    """Whether a training has written into the directory."""
+    """Whether the directory is a training run's."""
     return (path / CONFIG_FILE).is_file() or bool(list_checkpoints(path))
 
 
 def _no_evaluation(text: str, run_dir: Path) -> str:
     return (
         f"{text}: this training run has no complete evaluation (its eval.enabled was false, or it "
-        f"stopped before); make one with python -m paint_engine.evaluate --adapter {run_dir} "
-        "--benchmarks ... --output DIR, asked as the other side was, and compare DIR"
+        f"stopped before one); make one with python -m paint_engine.evaluate --adapter {run_dir} "
+        "--benchmarks ... --output DIR, with the settings of the other side, and compare DIR"
     )
 
 
@@ -107,12 +109,12 @@ def _choose_step(text: str, evaluations: Mapping[int, Evaluation], which: str) -
 
 
 def check_pairs(first: str, other: str, before: Evaluations, after: Evaluations) -> None:
-    """Raises ValueError where the two were not evaluated alike: on the same problems, with the same
-    settings, but for the seed."""
+    """Raises ValueError where the two evaluations differ in their problems, or in a setting other
+    than the seed."""
     if before.keys() != after.keys():
         raise ValueError(
             f"{first} has {', '.join(sorted(before))}, and {other} has {', '.join(sorted(after))}; "
-            "needs the same benchmarks in both; evaluate the missing ones into its directory"
+            "needs the same benchmarks in both; evaluate the missing ones with the same --output"
         )
     for name in before:
         a, b = before[name], after[name]
@@ -124,24 +126,25 @@ def check_pairs(first: str, other: str, before: Evaluations, after: Evaluations)
         ]
         if differing:
             raise ValueError(
-                f"{name}: {first} and {other} differ in {', '.join(differing)}, and so would their "
-                "answers with the same weights; evaluate one of them again as the other was"
+                f"{name}: {first} and {other} differ in {', '.join(differing)}, which changes the "
+                "answers even of equal weights; evaluate one of them again with the settings of "
+                "the other"
             )
         if sorted(a.header.problems.values()) != sorted(b.header.problems.values()):
             raise ValueError(
-                f"{name}: {first} and {other} are of other problems "
-                f"({len(a.header.problems)} and {len(b.header.problems)}); needs the same, with "
-                "the same answers; evaluate both on one data set"
+                f"{name}: {first} and {other} are of different problems "
+                f"({len(a.header.problems)} and {len(b.header.problems)}); needs the same problems "
+                "with the same answers; evaluate both on one data set"
             )
 
 
 def notes(before: Evaluations, after: Evaluations) -> list[str]:
-    """What two that pass `check_pairs` differ in beside the weights, on which benchmarks, and what
-    follows."""
+    """Notes on differences beside the weights that `check_pairs` accepts: which, on which
+    benchmarks, and what they mean."""
     effects = {
         _SEED: "the problems are paired, the random numbers are not",
-        "dtype": "some answers change by that alone",
-        "engine": "some answers change by that alone",
+        "dtype": "this alone changes some answers",
+        "engine": "this alone changes some answers",
     }
     found: dict[tuple[str, str], list[str]] = {}
     for name in before:
@@ -160,11 +163,11 @@ def notes(before: Evaluations, after: Evaluations) -> list[str]:
 
 
 def _rates(evaluation: Evaluation, order: Evaluation) -> np.ndarray:
-    """(P,) shares of samples that are correct, in the order of the problems of `order`, which may
-    have other names for them and another order of its own."""
+    """(P,) shares of correct samples, in the order of `order`'s problems, which may have other
+    names and another order."""
     rows, marks = by_problem(evaluation.samples), evaluation.header.problems
     wanted = list(order.header.problems.values())
-    # Both by fingerprint; problems that are asked twice are paired in their order.
+    # Both sorted by fingerprint; copies of a problem are paired in their order.
     places = sorted(range(len(wanted)), key=wanted.__getitem__)
     rates = np.empty(len(wanted))
     for place, name in zip(places, sorted(marks, key=marks.__getitem__), strict=True):
@@ -173,10 +176,10 @@ def _rates(evaluation: Evaluation, order: Evaluation) -> np.ndarray:
 
 
 def compare(before: Evaluations, after: Evaluations) -> tuple[dict[str, Difference], Estimate]:
-    """By benchmark, and their plain mean; the intervals by a paired bootstrap over problems, within
-    each benchmark.
+    """The difference on each benchmark, and the unweighted mean over benchmarks, with intervals by
+    a paired bootstrap over the problems of each benchmark.
 
-    The two pass `check_pairs`.
+    before, after: a pair that passes `check_pairs`.
     """
     found, groups = {}, []
     for benchmark, evaluation in before.items():
@@ -238,7 +241,7 @@ def _table(first: str, other: str, differences: Mapping[str, Difference], macro:
 
 
 def run_comparison(arguments: argparse.Namespace, console: Console) -> None:
-    """Prints one table for each run after the first, and the problems that it gained and lost.
+    """Prints a table for each run after the first, and the problems that it gained and lost.
 
     arguments: `parse_comparison`'s.
 

@@ -1,9 +1,10 @@
-"""The command lines of `python -m paint_engine.evaluate` and of its `compare`, and messages of
-the engine's parts in terms of these flags."""
+"""The command lines of `python -m paint_engine.evaluate` and of its `compare`, and the translation
+of other modules' messages into these flags."""
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -14,25 +15,29 @@ from pydantic import ValidationError
 
 from paint_engine.config import templates
 from paint_engine.config.command_line import parse_value
-from paint_engine.config.sections import INSTRUCTION, EvalSection, PromptsSection
+from paint_engine.config.sections import INSTRUCTION, EvalSection, PromptsSection, RewardSection
 from paint_engine.config.toml import LEAVES
 from paint_engine.evaluation.benchmarks import KNOWN, Benchmark, parse_benchmarks
 
-# Of the configuration's keys that messages of its parts name: the flag that stands for each here.
-_FLAGS = {"name_or_path": "model", "path": "benchmarks", "split": "benchmarks SOURCE:SPLIT"}
-_KEY = re.compile(r"(?:--)?\b(?:rollout|eval|model|data|train)\.((?:columns\.)?[a-z_]+)")
+# The flag for each configuration key in other modules' messages, where the names differ.
+_FLAGS = {
+    **{"name_or_path": "model", "path": "benchmarks", "split": "benchmarks SOURCE:SPLIT"},
+    **{"function": "reward-function", "timeout_s": "reward-timeout-s"},
+}
+_KEY = re.compile(r"(?:--)?\b(?:rollout|eval|model|data|train|reward)\.((?:columns\.)?[a-z_]+)")
 
 
 @dataclass(frozen=True)
 class EvaluationCommand:
     """What the user asked for, every flag checked as far as that needs no model and no data.
 
-    arguments: all flags by name; section, prompts and benchmarks are made of some of them.
+    arguments: all flags by name; the other fields are built from some of them.
     """
 
     arguments: argparse.Namespace
     section: EvalSection
     prompts: PromptsSection
+    reward: RewardSection
     benchmarks: tuple[Benchmark, ...]
 
 
@@ -60,35 +65,35 @@ def _template(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    paper = EvalSection()
+    paper, reward = EvalSection(), RewardSection()
     parser = _Parser(
         prog="python -m paint_engine.evaluate",
-        description="Avg@k, pass@k and maj@k of a model on benchmarks, sampled as in the paper "
-        "where nothing else is said. Or: compare RUN_A RUN_B ... (see compare --help). The same "
-        "command goes on where a killed one was. More in docs/evaluation.md.",
+        description="Avg@k, pass@k and maj@k of a model on benchmarks, by default sampled as in "
+        "the paper. Or: compare RUN_A RUN_B ... (see compare --help). The same command resumes an "
+        "interrupted evaluation. More in docs/evaluation.md.",
         allow_abbrev=False,
         formatter_class=_Help,
     )
     add = parser.add_argument
     add("--model", metavar="M", help="'tiny', a model directory or a Hugging Face id")
-    add("--adapter", metavar="A", help="peft's directory, or a run's: RUN_DIR[:last|:best|:STEP]")
+    add("--adapter", metavar="A", help="directory in peft's format, or RUN_DIR[:last|:best|:STEP]")
     names = ", ".join(benchmark.name for benchmark in KNOWN)
     add(
         "--benchmarks",
         required=True,
-        help=f"with commas between: {names}, [NAME=]FILE, [NAME=]ID:SPLIT or ID:CONFIG:SPLIT",
+        help=f"comma-separated: {names}, [NAME=]FILE, [NAME=]ID:SPLIT or ID:CONFIG:SPLIT",
     )
-    add("--output", metavar="DIR", type=Path, help="else evaluations/NAME-DIGEST")
-    add("--num-samples", type=int, default=paper.num_samples, help="answers a problem")
-    add("--num-problems", type=int, help="the first so many of each; else all")
-    add("--temperature", type=float, default=paper.temperature, help="of sampling")
+    add("--output", metavar="DIR", type=Path, help="default: evaluations/NAME-DIGEST")
+    add("--num-samples", type=int, default=paper.num_samples, help="answers per problem")
+    add("--num-problems", type=int, help="use only the first so many of each")
+    add("--temperature", type=float, default=paper.temperature, help="sampling temperature")
     add("--top-p", type=float, default=paper.top_p, help="nucleus mass")
-    add("--top-k", type=int, default=paper.top_k, help="likeliest tokens kept; -1 = all")
-    add("--max-new-tokens", type=int, default=paper.max_new_tokens, help="longest answer")
-    add("--thinking", type=_flag, default=paper.thinking, help="chat template's switch")
+    add("--top-k", type=int, default=paper.top_k, help="most likely tokens kept; -1 = all")
+    add("--max-new-tokens", type=int, default=paper.max_new_tokens, help="tokens of an answer")
+    add("--thinking", type=_flag, default=paper.thinking, help="chat template's thinking switch")
     add(
         "--instruction",
-        # As the training's command line reads it: TOML's quotes are no part of a text.
+        # As in training: TOML's quotes are not part of the text.
         type=partial(parse_value, key="prompts.instruction"),
         default=INSTRUCTION,
         help="closing line of the prompt",
@@ -97,23 +102,55 @@ def _parser() -> argparse.ArgumentParser:
         "--student-template",
         type=_template,
         default=templates.STUDENT,
-        help="the prompt, as prompts.student_template of a training run",
+        help="prompt template, as prompts.student_template in training",
     )
-    add("--seed", type=int, default=0, help="of sampling")
-    add("--engine", choices=("auto", "vllm", "builtin"), default="auto", help="auto: vLLM if there")
-    add("--max-sequences", type=int, default=paper.max_sequences, help="decoded at once")
+    add(
+        "--reward-function",
+        default=reward.function,
+        metavar="NAME",
+        help="judges an answer: math, first_box or module:function, as reward.function of a "
+        "training run",
+    )
+    add(
+        "--reward-timeout-s",
+        type=float,
+        default=reward.timeout_s,
+        help="time limit for judging one answer, in seconds",
+    )
+    add("--seed", type=int, default=0, help="sampling seed")
+    add(
+        "--engine",
+        choices=("auto", "vllm", "builtin"),
+        default="auto",
+        help="auto: vLLM if installed",
+    )
+    add("--max-sequences", type=int, default=paper.max_sequences, help="sequences decoded at once")
     add(
         "--gpu-memory-utilization",
         type=float,
-        help="vLLM's; else 0.9 on a GPU, 0.35 on a CPU",
+        help="vLLM's share; default: 0.9 on a GPU, 0.35 on a CPU",
     )
-    add("--tensor-parallel-size", type=int, default=1, help="GPUs of one vLLM engine")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of weights")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    add("--problem-column", metavar="NAME", help="column of the question, where not detected")
-    add("--answer-column", metavar="NAME", help="column of the answer, where not detected")
-    add("--on-bad-row", choices=("stop", "skip"), default="stop", help="at rows without an answer")
+    add("--tensor-parallel-size", type=int, default=1, help="GPUs per vLLM engine")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="dtype of the weights",
+    )
+    add(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if available"
+    )
+    add(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
+    add("--problem-column", metavar="NAME", help="column of the question, if not detected")
+    add("--answer-column", metavar="NAME", help="column of the answer, if not detected")
+    add(
+        "--on-bad-row",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do at a row without an answer",
+    )
     return parser
 
 
@@ -135,7 +172,8 @@ def parse_command(argv: Sequence[str]) -> EvaluationCommand:
             "share between 0 and 1, and at least 1 GPU"
         )
     section, prompts = section_of(arguments), prompts_of(arguments)
-    return EvaluationCommand(arguments, section, prompts, tuple(benchmarks))
+    reward = reward_of(arguments)
+    return EvaluationCommand(arguments, section, prompts, reward, tuple(benchmarks))
 
 
 def parse_comparison(argv: Sequence[str]) -> argparse.Namespace:
@@ -145,14 +183,18 @@ def parse_comparison(argv: Sequence[str]) -> argparse.Namespace:
         description="The difference of each run to the first one, on the same problems.",
         allow_abbrev=False,
     )
-    parser.add_argument("first", metavar="RUN_A", help="the directory of an evaluation or a run")
+    parser.add_argument(
+        "first", metavar="RUN_A", help="directory of an evaluation or of a training run"
+    )
     parser.add_argument(
         "others",
         metavar="RUN_B",
         nargs="+",
-        help="another; of a training run with :STEP, :best or :last (default) after it",
+        help="another; a training run may have :STEP, :best or :last (default) after it",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there too")
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="also write the numbers to this file"
+    )
     return parser.parse_args(argv)
 
 
@@ -172,24 +214,39 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
 
 
-def section_of(arguments: argparse.Namespace) -> EvalSection:
-    """The flags as the section of a training run's configuration, with its checks."""
-    names = EvalSection.model_fields.keys() & vars(arguments).keys()
-    columns = {"problem": arguments.problem_column, "answer": arguments.answer_column}
+@contextmanager
+def _named_as_flags(prefix: str = "") -> Iterator[None]:
+    """Turns pydantic's errors into a ValueError that names the flags: --PREFIX-KEY."""
     try:
-        return EvalSection(columns=columns, **{name: getattr(arguments, name) for name in names})  # pyright: ignore[reportArgumentType]
+        yield
     except ValidationError as error:
         lines = [
-            f"--{str(item['loc'][0]).replace('_', '-')}: got {item['input']!r}; "
+            f"--{prefix}{str(item['loc'][0]).replace('_', '-')}: got {item['input']!r}; "
             f"{item['msg'].removeprefix('Value error, ').removeprefix('Input ')}"
             for item in error.errors()
         ]
         raise ValueError("\n".join(lines)) from error
 
 
+def section_of(arguments: argparse.Namespace) -> EvalSection:
+    """The flags as the section of a training run's configuration, with its checks."""
+    names = EvalSection.model_fields.keys() & vars(arguments).keys()
+    columns = {"problem": arguments.problem_column, "answer": arguments.answer_column}
+    with _named_as_flags():
+        return EvalSection(columns=columns, **{name: getattr(arguments, name) for name in names})  # pyright: ignore[reportArgumentType]
+
+
+def reward_of(arguments: argparse.Namespace) -> RewardSection:
+    """What judges the answers, as the section of a training run's configuration."""
+    with _named_as_flags("reward-"):
+        return RewardSection(
+            function=arguments.reward_function, timeout_s=arguments.reward_timeout_s
+        )
+
+
 def prompts_of(arguments: argparse.Namespace) -> PromptsSection:
-    """What the flags say of the student's message. Raises ValueError for an instruction that it has
-    no place for."""
+    """The student's prompt as a `PromptsSection`. Raises ValueError for an instruction that the
+    template does not use."""
     instruction, template = arguments.instruction, arguments.student_template
     if instruction != INSTRUCTION and "{instruction}" not in template:
         raise ValueError(
@@ -200,12 +257,12 @@ def prompts_of(arguments: argparse.Namespace) -> PromptsSection:
 
 
 def own_flags(message: str) -> str:
-    """A message of the engine's parts, with this command's flags for the configuration's keys."""
+    """Another module's message, with this command's flags in place of configuration keys."""
 
     def flag(match: re.Match[str]) -> str:
         key = match[1]
         if match[0].removeprefix("--") not in LEAVES:
-            # A file's name, as data.jsonl, or a weight's.
+            # Not a key, but a name such as data.jsonl or model.layers.
             return match[0]
         if key.startswith("columns."):
             return f"--{key.removeprefix('columns.')}-column"

@@ -69,7 +69,7 @@ def make_plan(command: EvaluationCommand, world: World) -> Plan:
     say = print if world.is_main else lambda text: None
     for note in mismatches(target, prompts):
         say(f"note: {note}")
-    settings = evaluation_settings(section, arguments.seed, prompts)
+    settings = evaluation_settings(section, arguments.seed, prompts, command.reward.function)
     identity = target.identity(engine, compute_dtype_of(target, world.device))
     load = partial(load_benchmark, on_bad_row=arguments.on_bad_row, say=say)
     sets = {
@@ -108,16 +108,16 @@ def mismatches(target: Target, prompts: PromptsSection) -> list[str]:
             "that was never trained"
         )
     if (trained_with := mismatched_prompts(target, prompts)) is not None:
-        words = []
+        flags = []
         if trained_with.student_template != prompts.student_template:
-            words += ["--student-template", trained_with.student_template]
+            flags += ["--student-template", trained_with.student_template]
         if "{instruction}" in trained_with.student_template and (
             trained_with.instruction != prompts.instruction
         ):
-            words += ["--instruction", trained_with.instruction]
+            flags += ["--instruction", trained_with.instruction]
         found.append(
             f"{target.adapter or target.checkpoint} was trained with another student prompt than "
-            f"this evaluation's; for the prompt of its training give {shlex.join(words)}"
+            f"this evaluation's; for the prompt of its training give {shlex.join(flags)}"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""An evaluation's numbers as they are printed and written: the table, and `results.json`."""
+"""The results of an evaluation: the printed table, `results.json` and `versions.json`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,44 +18,58 @@ from paint_engine.evaluation.accuracy import (
     pass_ks,
 )
 from paint_engine.evaluation.store import EvalSample, Evaluation
-from paint_engine.files import RESULTS_FILE, VERSIONS_FILE, present_versions
+from paint_engine.files import VERSIONS_FILE, present_versions, write_json
+from paint_engine.rewards import DEFAULT_REWARD, has_answers
 from paint_engine.rewards.checker import equal_answers
 
 LENGTH = "mean_length"
+REWARD = "mean_reward"
 _LABELS = {
     "format_rate": "answer in a box",
     "truncation_rate": "cut at the limit",
     LENGTH: "tokens, mean",
+    REWARD: "reward, mean",
 }
 
 
-def measures(samples: Sequence[EvalSample]) -> dict[str, np.ndarray]:
-    """(P,) numbers of each name, one a problem: fractions, but for `mean_length` (tokens).
+def measures(
+    samples: Sequence[EvalSample], reward_function: str = DEFAULT_REWARD
+) -> dict[str, np.ndarray]:
+    """(P,) values of each metric, one per problem: fractions, except `mean_length` in tokens and
+    `mean_reward`.
 
-    avg@n, pass@1, pass@2, pass@4, ... pass@n, maj@n, format_rate (an answer was boxed),
-    truncation_rate (the length limit ended it), mean_length; n the number of samples a problem.
+    With n samples per problem: avg@n, pass@1, pass@2, pass@4, ... pass@n, maj@n, format_rate (share
+    of samples with a boxed answer), truncation_rate (share cut at the length limit), mean_length.
+    maj@n and format_rate need a reward function that finds answers. mean_reward is included unless
+    the reward is the answer check, whose mean reward is avg@n.
     """
     rows, correct = list(by_problem(samples).values()), correct_matrix(samples)
     num_samples = correct.shape[1]
-    boxed = [[sample.extracted is not None for sample in row] for row in rows]
     truncated = [[sample.truncated for sample in row] for row in rows]
     lengths = [[sample.num_tokens for sample in row] for row in rows]
-    return {
+    found = {
         f"avg@{num_samples}": correct.mean(axis=1),
         **{f"pass@{k}": pass_at_k_by_problem(correct, k) for k in pass_ks(num_samples)},
-        f"maj@{num_samples}": np.array([majority(row, equal_answers) for row in rows]),
-        "format_rate": np.mean(boxed, axis=1),
+    }
+    if has_answers(reward_function):
+        votes = [majority(row, equal_answers) for row in rows]
+        boxed = [[sample.extracted is not None for sample in row] for row in rows]
+        found |= {f"maj@{num_samples}": np.array(votes), "format_rate": np.mean(boxed, axis=1)}
+    if reward_function != DEFAULT_REWARD:
+        rewards = [[s.correct if s.reward is None else s.reward for s in row] for row in rows]
+        found[REWARD] = np.mean(rewards, axis=1)
+    return found | {
         "truncation_rate": np.mean(truncated, axis=1),
         LENGTH: np.mean(lengths, axis=1),
     }
 
 
 def summarise_benchmarks(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """`benchmarks` by name, and `macro`, their plain mean, as `results.json` holds them.
+    """The keys `benchmarks` and `macro`, the unweighted mean over benchmarks, of `results.json`.
 
-    evaluations: one or more, with equal settings.
+    evaluations: at least one, all with the same settings.
     """
-    found = {e.header.benchmark: measures(e.samples) for e in evaluations}
+    found = {e.header.benchmark: measures(e.samples, e.reward_function) for e in evaluations}
     benchmarks = {}
     for evaluation in evaluations:
         name, samples = evaluation.header.benchmark, evaluation.samples
@@ -75,34 +89,23 @@ def _entry(estimate: Estimate) -> dict[str, Any]:
     return {"value": estimate.value, "ci95": [estimate.low, estimate.high]}
 
 
-def write_results(directory: Path, results: Mapping[str, Any]) -> None:
-    """`results.json`, all of it or nothing."""
-    _write_json(directory / RESULTS_FILE, results)
-
-
-def _write_json(file: Path, content: Any) -> None:
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.rename(file)
-
-
 def read_versions(directory: Path) -> list[dict[str, Any]]:
-    """What has sampled the answers of a directory: its `versions.json`, oldest first."""
+    """The entries of a directory's `versions.json`, oldest first; empty if there is none."""
     file = directory / VERSIONS_FILE
     return json.loads(file.read_text()) if file.is_file() else []
 
 
 def add_versions(directory: Path, num_processes: int) -> None:
-    """Notes in `versions.json` what samples now, where it has not done so there before. For the
-    main rank, once there is something to sample."""
+    """Adds the present versions to `versions.json`, unless an equal entry is there. For the main
+    rank, before it samples."""
     earlier = read_versions(directory)
     now = present_versions("evaluate", num_processes)
     if now not in earlier:
-        _write_json(directory / VERSIONS_FILE, [*earlier, now])
+        write_json(directory / VERSIONS_FILE, [*earlier, now])
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """One column a benchmark, and their mean where there are several; 95% intervals in brackets."""
+    """One column per benchmark, and one for the mean of several; 95% intervals in brackets."""
     benchmarks = results["benchmarks"]
     columns = dict(benchmarks)
     if len(benchmarks) > 1:
@@ -124,4 +127,6 @@ def _cell(key: str, entry: Mapping[str, Any]) -> str:
     low, high = entry["ci95"]
     if key == LENGTH:
         return f"{entry['value']:,.0f} [{low:,.0f}, {high:,.0f}]"
+    if key == REWARD:
+        return f"{entry['value']:.3f} [{low:.3f}, {high:.3f}]"
     return f"{100 * entry['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -10,7 +10,7 @@ from functools import partial
 from rich.console import Console
 
 from paint_engine.distributed import World, barrier, gather_objects, init_world, raise_together
-from paint_engine.evaluation.answers import all_requests, evaluate
+from paint_engine.evaluation.answers import all_requests, check_reward, evaluate
 from paint_engine.evaluation.compare import is_training_run
 from paint_engine.evaluation.flags import EvaluationCommand, own_flags
 from paint_engine.evaluation.plan import Plan, make_plan
@@ -19,7 +19,6 @@ from paint_engine.evaluation.results import (
     read_versions,
     results_table,
     summarise_benchmarks,
-    write_results,
 )
 from paint_engine.evaluation.store import (
     Evaluation,
@@ -30,8 +29,10 @@ from paint_engine.evaluation.store import (
     read_unfinished,
 )
 from paint_engine.evaluation.target import build_engine
+from paint_engine.files import RESULTS_FILE, write_json
 from paint_engine.model.load import pick_device
 from paint_engine.monitor.progress import Progress
+from paint_engine.rewards import Reward, RewardFailed, open_reward
 from paint_engine.rollout.engine import EngineDied, RolloutEngine, sampling_params
 
 # vLLM's share of the memory: a GPU has no other user, a CPU's memory has.
@@ -42,7 +43,7 @@ def run_evaluation(command: EvaluationCommand, console: Console) -> None:
     """Answers what is missing of every benchmark, prints the table and writes `results.json`.
 
     A dead engine and Ctrl-C end the program (exit codes 1 and 130); the samples so far are kept,
-    and the same command resumes.
+    and the same command resumes. A reward function that fails on every answer ends it too (1).
 
     Raises ValueError, in terms of this command's flags, for a user's mistake.
     """
@@ -61,6 +62,9 @@ def run_evaluation(command: EvaluationCommand, console: Console) -> None:
         raise ValueError(own_flags(str(error))) from error
     except EngineDied as death:
         say(f"the engine died ({death}); the same command resumes the evaluation", style="red")
+        sys.exit(1)
+    except RewardFailed as failure:
+        say(f"error: {own_flags(str(failure))}", style="red")
         sys.exit(1)
     except KeyboardInterrupt:
         say("interrupted; the same command resumes the evaluation")
@@ -102,7 +106,8 @@ def find_complete(plan: Plan, world: World, stack: ExitStack) -> dict[str, Evalu
 def answer_benchmarks(
     plan: Plan, found: dict[str, Evaluation | None], world: World, progress: Progress
 ) -> list[Evaluation]:
-    """Every benchmark's evaluation; the weights are loaded only where one is not complete.
+    """Returns every benchmark's evaluation. The weights, and a user's reward function, are loaded
+    only if one is not complete.
 
     found: `find_complete`'s.
     """
@@ -111,6 +116,11 @@ def answer_benchmarks(
         arguments, section = plan.command.arguments, plan.command.section
         share = arguments.gpu_memory_utilization or _MEMORY_SHARES[world.device.type]
         prompts = [prompt for name in pending for prompt in plan.sets[name].prompts]
+        reward = open_reward(
+            plan.command.reward.function,
+            plan.command.reward.timeout_s,
+            lambda text: print(f"rank {world.rank}: {text}", file=sys.stderr),
+        )
         engine = build_engine(
             plan.target,
             plan.shape,
@@ -121,16 +131,25 @@ def answer_benchmarks(
             gpu_memory_utilization=share,
             tensor_parallel_size=arguments.tensor_parallel_size,
         )
-        with closing(engine):
+        with closing(engine), closing(reward):
             for name in pending:
-                found[name] = answer_benchmark(plan, name, engine, world, progress)
+                found[name] = answer_benchmark(plan, name, engine, reward, world, progress)
     return [evaluation for evaluation in found.values() if evaluation is not None]
 
 
 def answer_benchmark(
-    plan: Plan, name: str, engine: RolloutEngine, world: World, progress: Progress
+    plan: Plan,
+    name: str,
+    engine: RolloutEngine,
+    reward: Reward,
+    world: World,
+    progress: Progress,
 ) -> Evaluation:
-    """Answers what is missing of one benchmark; writes each sample as it finishes. A collective."""
+    """Answers what is missing of one benchmark; writes each sample as it finishes. A collective.
+
+    Raises RewardFailed if the reward function fails on every answer.
+    """
+    failure: str | None = None
     started, problem_set, section = time.monotonic(), plan.sets[name], plan.command.section
     with closing(
         SampleFiles(plan.directory, name, plan.headers[name], world, replace=False)
@@ -141,17 +160,22 @@ def answer_benchmark(
             add_versions(plan.directory, world.size)
         left = "" if len(mine) == len(requests) else f" ({len(mine)} left for this process)"
         with progress.evaluation(f"{name}{left}", len(mine)) as advance:
-            evaluate(
-                engine,
-                plan.tokenizer,
-                problem_set.problems,
-                problem_set.prompts,
-                mine,
-                sampling_params(section, plan.shape, plan.tokenizer),
-                seed=plan.command.arguments.seed,
-                base=plan.target.adapter is None,
-                on_samples=files.recorder(advance),
-            )
+            try:
+                evaluate(
+                    engine,
+                    plan.tokenizer,
+                    problem_set.problems,
+                    problem_set.prompts,
+                    mine,
+                    sampling_params(section, plan.shape, plan.tokenizer),
+                    reward,
+                    seed=plan.command.arguments.seed,
+                    base=plan.target.adapter is None,
+                    on_samples=files.recorder(advance),
+                )
+            except RewardFailed as failed:
+                failure = str(failed)
+        check_reward(reward, files, failure)
         return files.finish(time.monotonic() - started)
 
 
@@ -164,6 +188,6 @@ def report_results(plan: Plan, evaluations: Sequence[Evaluation], console: Conso
         "versions": read_versions(plan.directory),
         **summarise_benchmarks(evaluations),
     }
-    write_results(plan.directory, results)
+    write_json(plan.directory / RESULTS_FILE, results)
     console.print(results_table(results))
     console.print(f"results: {plan.directory}", soft_wrap=True)

@@ -1,9 +1,9 @@
-"""Evaluations as they are kept on the disk: sample by sample, so that a kill loses none.
+"""The files of an evaluation, written sample by sample, so that a kill loses no finished sample.
 
-While one runs, each rank appends to a file of its own, NAME.rank-R.jsonl, whose first line says
-what is evaluated. In the end NAME.jsonl holds all samples in order, and NAME.json, written last,
-says that they are complete. Any number of ranks goes on with what any other number has left; ranks
-on several nodes need a directory that all of them see.
+While an evaluation runs, each rank appends to its own file, NAME.rank-R.jsonl, whose first line is
+the header. At the end NAME.jsonl holds all samples in order, and NAME.json, written last, marks
+them as complete. Any number of ranks can resume what another number began; ranks on several nodes
+need a directory on a shared file system.
 """
 
 import errno
@@ -11,22 +11,32 @@ import fcntl
 import glob
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from paint_engine.config import templates
 from paint_engine.config.sections import EvalSection, PromptsSection
-from paint_engine.distributed import World, gather_objects, my_share, raise_together
-from paint_engine.files import flush, read_jsonl
+from paint_engine.distributed import World, barrier, gather_objects, my_share, raise_together
+from paint_engine.files import (
+    EVALUATIONS_DIRECTORY,
+    LOCK_FILE,
+    append_lines,
+    json_line,
+    open_jsonl,
+    read_jsonl,
+    write_atomic,
+    write_json,
+)
+from paint_engine.rewards import DEFAULT_REWARD
 from paint_engine.types import Problem
 
 _HEADER = "header"
-_LOCK_FILE = ".lock"
+_NO_REWARD = ("reward", None)
+_REWARD_FUNCTION = "reward_function"
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,9 @@ class EvalSample:
 
     EvalSample("tiny-test:3", 0, "The length is ...", 104, "312", True, False, None)
 
-    error: why the checker failed, apart from wrong answers; None where it did not.
+    extracted: the final answer; None if there is none or the reward function finds none. error: why
+    the answer could not be judged; None if it was. reward: None if it is 1 for a correct answer and
+    0 for a wrong one.
     """
 
     problem_id: str
@@ -46,19 +58,25 @@ class EvalSample:
     correct: bool
     truncated: bool
     error: str | None
+    reward: float | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As a line of the samples' files holds it, without a reward that is None."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != _NO_REWARD}
 
 
 @dataclass(frozen=True)
 class Header:
-    """What decides the outcome of an evaluation: samples under equal headers are of one.
+    """What determines the samples of an evaluation: samples with equal headers belong together.
 
     Header("aime24", settings={"temperature": 1.0, ...}, subject={"model": "Qwen/Qwen3-8B", ...},
            problems={"aime_2024.jsonl:1": "9f3c05a1b2d47e60", ...})
 
-    settings: how answers are drawn. Two evaluations are paired only where these are equal.
-    subject: which weights are evaluated, and what samples from them.
-    problems: of each problem's id, in order, the fingerprint of its question and answer.
-    step: the number of training steps behind the weights, in an evaluation during training.
+    settings: how answers are sampled and judged. `compare` pairs evaluations only if these are
+        equal.
+    subject: the identity of the weights and of what samples from them.
+    problems: the fingerprint of question and answer by problem id, in order.
+    step: in an evaluation during training, the number of steps that the weights were trained for.
     """
 
     benchmark: str
@@ -70,9 +88,9 @@ class Header:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation, its samples in the order of problems.
+    """A complete evaluation, its samples in the order of problems.
 
-    seconds: that the process which finished it took; those of a killed one before are not known.
+    seconds: taken by the process that completed it, without those of interrupted ones before.
     """
 
     header: Header
@@ -81,12 +99,17 @@ class Evaluation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How the answers were drawn."""
+        """How the answers were sampled and judged."""
         return self.header.settings
+
+    @property
+    def reward_function(self) -> str:
+        """What judged the answers."""
+        return self.settings.get(_REWARD_FUNCTION, DEFAULT_REWARD)
 
 
 def fingerprints(problems: Sequence[Problem]) -> dict[str, str]:
-    """Of each problem's id, 16 digits that tell whether two problems and their answers are one.
+    """By problem id, 16 hexadecimal digits of a hash of its question and answer.
 
     Raises ValueError where two problems share an id.
     """
@@ -94,53 +117,46 @@ def fingerprints(problems: Sequence[Problem]) -> dict[str, str]:
     for problem in problems:
         if problem.problem_id in found:
             raise ValueError(
-                f"two problems are called {problem.problem_id}; samples are filed by that name, so "
-                "needs one for each; give the second data set another file name"
+                f"two problems have the id {problem.problem_id}; samples are stored by id, so each "
+                "problem needs its own; give the second data set another file name"
             )
         text = repr((problem.problem, problem.answer))
         found[problem.problem_id] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return found
 
 
-def evaluation_settings(section: EvalSection, seed: int, prompts: PromptsSection) -> dict[str, Any]:
-    """How the answers of an evaluation are drawn: what its outcome depends on, beside the weights
-    and the problems."""
+def evaluation_settings(
+    section: EvalSection,
+    seed: int,
+    prompts: PromptsSection,
+    reward_function: str = DEFAULT_REWARD,
+) -> dict[str, Any]:
+    """How the answers of an evaluation are sampled and judged: what they depend on beside the
+    weights and the problems."""
     names = {"num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "thinking"}
     settings = section.model_dump(mode="json", include=names)
     settings["seed"] = seed
     template = prompts.student_template
-    # A training run's may be for the teacher alone.
+    # In training the instruction may be for the teacher alone.
     if "{instruction}" in template:
         settings["instruction"] = prompts.instruction
-    # Left out where it is the default: evaluations from before there was another one lack it.
-    return settings | ({} if template == templates.STUDENT else {"student_template": template})
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record).encode() + b"\n"
-
-
-def _write_whole(file: FileIO, lines: bytes) -> None:
-    """All of the lines at the end of an unbuffered file, whose single writes may be short; or none,
-    and OSError: later lines would otherwise follow a cut one."""
-    end = file.seek(0, os.SEEK_END)
-    try:
-        while lines:
-            lines = lines[file.write(lines) :]
-    except OSError:
-        file.truncate(end)
-        raise
+    # Defaults are left out: evaluations from before there was another value lack these keys.
+    if template != templates.STUDENT:
+        settings["student_template"] = template
+    if reward_function != DEFAULT_REWARD:
+        settings[_REWARD_FUNCTION] = reward_function
+    return settings
 
 
 class SampleFiles:
-    """The files of one evaluation, which is begun, or gone on with.
+    """Opens or resumes one evaluation's sample files. A collective, as `finish` is.
 
-    directory, name: NAME.json, NAME.jsonl and NAME.rank-R.jsonl are made in the directory.
-    header: of all ranks alike; compared with what is there.
-    replace: samples with another header are deleted; else they are refused.
+    directory, name: the files are NAME.json, NAME.jsonl and NAME.rank-R.jsonl in the directory.
+    header: the same on all ranks; compared with that of existing files.
+    replace: delete samples with another header, instead of refusing them.
 
-    A collective of all ranks, as `finish` is. Raises ValueError where there are samples of another
-    evaluation, or the directory cannot be written.
+    Raises ValueError where there are samples of another evaluation, or where the directory cannot
+    be written.
     """
 
     def __init__(
@@ -164,42 +180,38 @@ class SampleFiles:
 
     def _open(self) -> FileIO:
         path = self._directory / f"{self._name}.rank-{self._world.rank}.jsonl"
-        lines = path.read_bytes() if path.exists() else b""
-        # Unbuffered: a line is on its way to the disk, whole, as soon as it is written.
-        file = path.open("ab", buffering=0)
-        # A line that a kill cut short.
-        file.truncate(lines.rfind(b"\n") + 1)
-        if b"\n" not in lines:
-            _write_whole(file, _line({_HEADER: asdict(self._header)}))
+        file = open_jsonl(path)
+        if path.stat().st_size == 0:
+            append_lines(file, json_line({_HEADER: asdict(self._header)}))
         return file
 
     @property
     def finished(self) -> Sequence[EvalSample]:
-        """The samples of all ranks before, and of this one now."""
+        """The samples of all ranks when the files were opened, and this rank's since."""
         return list(self._finished.values())
 
     def missing(self, requests: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Those of the requests (problem's index, sample's) that have no sample yet, as far as this
-        rank knows."""
+        """The requests (problem index, sample index) without a sample that this rank knows of."""
         names = list(self._header.problems)
         return [(i, j) for i, j in requests if (names[i], j) not in self._finished]
 
     def share(self, requests: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """This rank's part of those requests (problem's index, sample's) that have no sample yet.
-        To be asked once, before the first `append`."""
+        """This rank's share of the requests (problem index, sample index) without a sample. To be
+        called before the first `append`, which changes what is missing."""
         return my_share(self.missing(requests), self._world)
 
     def append(self, group: Sequence[EvalSample]) -> None:
-        """Samples of this rank, on the disk when this returns, whatever becomes of the process.
+        """Appends samples of this rank, which are in the file when this returns, even if the
+        process is killed next.
 
-        Raises OSError where they find no room; none of them is in the file then.
+        Raises OSError where the disk is full; none of them is in the file then.
         """
-        _write_whole(self._file, b"".join(_line(asdict(sample)) for sample in group))
+        append_lines(self._file, b"".join(json_line(sample.record()) for sample in group))
         self._finished |= {(s.problem_id, s.sample_index): s for s in group}
 
     def recorder(self, advance: Callable[[int, float], None]) -> Callable[[list[EvalSample]], None]:
-        """What takes each group of samples as it finishes: appends it, and tells `advance` how many
-        there are and what share of all so far, those of before a kill too, are correct."""
+        """A callback for each group of samples as it finishes. It appends the group and calls
+        `advance` with its size and the share of correct samples so far, resumed ones included."""
         done = [sample.correct for sample in self._finished.values()]
 
         def on_samples(group: list[EvalSample]) -> None:
@@ -210,11 +222,20 @@ class SampleFiles:
         return on_samples
 
     def close(self) -> None:
-        """What is there can be gone on with."""
+        """Closes this rank's file. The evaluation can be resumed."""
         self._file.close()
 
+    def discard(self) -> None:
+        """Deletes the samples of all ranks. A collective."""
+        self.close()
+        barrier()
+        if self._world.is_main:
+            for path in _rank_files(self._directory, self._name):
+                path.unlink()
+
     def finish(self, seconds: float) -> Evaluation:
-        """The whole evaluation, written, once every rank has appended its share. A collective."""
+        """Writes and returns the whole evaluation, after every rank has appended its share. A
+        collective."""
         self.close()
         everything = {key: s for part in gather_objects(self._finished) for key, s in part.items()}
         places = {name: place for place, name in enumerate(self._header.problems)}
@@ -228,95 +249,93 @@ class SampleFiles:
         head = self._directory / f"{self._name}.json"
         head.unlink(missing_ok=True)
         samples = self._directory / f"{self._name}.jsonl"
-        samples.write_bytes(b"".join(_line(asdict(sample)) for sample in evaluation.samples))
-        unfinished = self._directory / f"{self._name}.unfinished"
-        fields = asdict(evaluation.header) | {"seconds": evaluation.seconds}
-        unfinished.write_text(json.dumps(fields, indent=2) + "\n")
-        for path in (samples, unfinished):
-            flush(path)
-        unfinished.rename(head)
+        write_atomic(samples, b"".join(json_line(s.record()) for s in evaluation.samples))
+        write_json(head, asdict(evaluation.header) | {"seconds": evaluation.seconds})
         for path in _rank_files(self._directory, self._name):
             path.unlink()
 
 
 def _rank_files(directory: Path, name: str) -> list[Path]:
-    # The name is a user's, and may hold what a pattern is made of.
+    # The name is the user's and may contain characters of a pattern.
     return sorted(directory.glob(f"{glob.escape(name)}.rank-*.jsonl"))
 
 
 def read_unfinished(
     directory: Path, name: str, header: Header, *, replace: bool = False
 ) -> list[dict[str, Any]]:
-    """The samples that ranks before have left, as JSON has them.
+    """The samples of an incomplete evaluation, as read from JSON.
 
-    replace: files with another header are deleted; else ValueError tells of them.
+    replace: delete files with another header, instead of raising ValueError.
     """
     rows: list[dict[str, Any]] = []
     for path in _rank_files(directory, name):
         first, *samples = read_jsonl(path) or [{}]
-        there = first.get(_HEADER)
-        if there == asdict(header):
+        existing = first.get(_HEADER)
+        if existing == asdict(header):
             rows += samples
-        elif replace or there is None:
+        elif replace or existing is None:
             path.unlink()
         else:
-            refuse_other(path, there, header)
+            refuse_other(path, existing, header)
     return rows
 
 
 @contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
-    """While entered, no other process enters it for this directory, which is made where it is not
-    there. A killed process holds it no longer.
+    """Holds an exclusive lock on the directory, which is created if needed. The operating system
+    releases the lock of a killed process.
 
-    Raises ValueError where another one does, OSError where the directory cannot be written.
+    Raises ValueError where another process holds it, OSError where the directory cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / _LOCK_FILE).open("w") as file:
+    with (directory / LOCK_FILE).open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            # Any other: a file system without locks, on which two would do the same work twice.
+            # Any other error: the file system has no locks. Two processes would only repeat work.
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise ValueError(
-                    f"{directory}: another evaluation is running there; needs a directory to "
-                    "itself; wait for that one, or give another directory with --output"
+                    f"{directory}: another evaluation is running there; wait until it ends, or "
+                    "give another directory with --output"
                 ) from error
         yield
 
 
-def refuse_other(place: Path, there: dict[str, Any], header: Header) -> None:
-    """Raises ValueError: the evaluation that is `there` is another, and in what."""
+def refuse_other(file: Path, existing: dict[str, Any], header: Header) -> NoReturn:
+    """Raises ValueError with the differences between a file's header and this evaluation's."""
     raise ValueError(
-        f"{place} is of another evaluation, with {', '.join(_differing(there, header))}; needs the "
-        "same settings to go on with; give another directory with --output, or remove that one"
+        f"{file} is of another evaluation, with {', '.join(_differences(existing, header))}; an "
+        "evaluation is resumed with the same settings only; give another directory with --output, "
+        "or remove that one"
     )
 
 
 def check_same_headers(headers: Mapping[str, Header]) -> None:
-    """Raises ValueError on every rank where one is about to evaluate what rank 0 is not, as nodes
-    may that have a cache each. A collective.
+    """Raises ValueError on every rank if a rank's headers differ from rank 0's, as on nodes whose
+    caches hold different versions. A collective.
 
-    headers: of this rank, by benchmark.
+    headers: this rank's, by benchmark.
     """
     error, first = None, gather_objects(dict(headers))[0]
     if headers != first:
         names = headers.keys() & first.keys()
-        found = {part for name in names for part in _differing(asdict(first[name]), headers[name])}
+        found = {
+            part for name in names for part in _differences(asdict(first[name]), headers[name])
+        }
         error = (
             "a process would evaluate something else than the first one, which has "
-            f"{', '.join(sorted(found)) or 'other benchmarks'}; needs the same on every node; give "
-            "one command everywhere, and bring the nodes' copies of the model and the data to one "
-            "version, or keep them where all nodes see them"
+            f"{', '.join(sorted(found)) or 'other benchmarks'}; needs the same on every node; run "
+            "the same command on all nodes, with the same version of the model and the data, for "
+            "example on a shared file system"
         )
     raise_together(error)
 
 
-def _differing(there: dict[str, Any], header: Header) -> list[str]:
-    """What the header that is `there`, as JSON has it, has otherwise."""
+def _differences(existing: dict[str, Any], header: Header) -> list[str]:
+    """Where a header read from JSON differs, in words, with its values first."""
     differing = []
     for part, value in asdict(header).items():
-        old = there[part]
+        old = existing[part]
         if part in ("settings", "subject"):
             differing += [
                 f"{key} {old.get(key)!r} and not {value.get(key)!r}"
@@ -329,9 +348,9 @@ def _differing(there: dict[str, Any], header: Header) -> list[str]:
 
 
 def read_finished(directory: Path, name: str, header: Header) -> Evaluation | None:
-    """The complete evaluation there; None where there is none yet.
+    """The complete evaluation in the directory; None if there is none.
 
-    Raises ValueError where it is another one.
+    Raises ValueError where it has another header.
     """
     head = directory / f"{name}.json"
     if not head.is_file():
@@ -350,7 +369,7 @@ def read_evaluation(head: Path) -> Evaluation:
 
 
 def read_evaluations(run_dir: Path) -> dict[int, Evaluation]:
-    """A training run's complete evaluations by step, in the order of steps."""
+    """A training run's complete evaluations by step, in increasing order."""
     found = {}
     for head in evaluation_directory(run_dir).glob("step-*.json"):
         evaluation = read_evaluation(head)
@@ -360,5 +379,5 @@ def read_evaluations(run_dir: Path) -> dict[int, Evaluation]:
 
 
 def evaluation_directory(run_dir: Path) -> Path:
-    """Where a training run's evaluations are."""
-    return run_dir / "evaluations"
+    """The directory of a training run's evaluations."""
+    return run_dir / EVALUATIONS_DIRECTORY

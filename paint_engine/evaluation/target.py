@@ -1,5 +1,5 @@
-"""What an evaluation is of: a model, or a model with an adapter or a run's checkpoint; and the
-engine that samples from it, without a trainer."""
+"""The target of an evaluation: a model, a model with an adapter, or a run's checkpoint; and the
+engine that samples from it."""
 
 import hashlib
 import json
@@ -23,12 +23,18 @@ from paint_engine.checkpoint.choose import (
     recorded_base,
     recorded_section,
 )
-from paint_engine.checkpoint.directory import MANIFEST_FILE, list_checkpoints, split_place
+from paint_engine.checkpoint.directory import list_checkpoints, split_place
 from paint_engine.checkpoint.merge import build_model
-from paint_engine.checkpoint.weights import ADAPTER_FILE
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import LoraSection, ModelSection, PromptsSection
 from paint_engine.distributed import World
+from paint_engine.files import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    EVALUATIONS_DIRECTORY,
+    MANIFEST_FILE,
+    MODEL_CONFIG_FILE,
+)
 from paint_engine.model.forward import causal_lm, lm_head_weight
 from paint_engine.model.load import TINY_BASE, load_base, meta_model, pick_dtype, resolve_model
 from paint_engine.prompts.chat import student_text
@@ -36,22 +42,20 @@ from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import RolloutEngine
 from paint_engine.rollout.vllm_engine import StoredModel, VllmEngine
 
-_ADAPTER_CONFIG = "adapter_config.json"
-_MODEL_CONFIG = "config.json"
 _LORA_MATRICES = (".lora_A.", ".lora_B.")
-# Beside the weights, what decides how they are used; and of the tokenizer's directory, which is the
-# base's where a checkpoint has none.
-_MODEL_FILES = (_MODEL_CONFIG, "generation_config.json")
+# Files beside the weights that change the outcome, and those of the tokenizer, which is the base's
+# since checkpoints have none.
+_MODEL_FILES = (MODEL_CONFIG_FILE, "generation_config.json")
 _TOKENIZER_FILES = (
     *("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
     "chat_template.*",
 )
-# Run only where the model's own code is trusted.
+# Counted only if --trust-remote-code runs them.
 _CODE_FILES = ("*.py",)
 _NUM_DIGITS = 16
-# Of each tensor, so many bytes at its start, its middle and its end tell it from another.
+# Bytes hashed at the start, the middle and the end of each tensor.
 _PIECE_BYTES = 4096
-# Before a safetensors file's header: its length, little-endian.
+# A safetensors file begins with the length of its header, little-endian.
 _LENGTH_BYTES = 8
 
 
@@ -60,9 +64,9 @@ class Target:
     """Target(ModelSection(name_or_path="tiny"), adapter=Path("runs/a/checkpoints/step-40"),
             checkpoint=None)
 
-    base: the model, or what an adapter or a checkpoint was trained from; its tokenizer is used.
-    adapter: peft's files.
-    checkpoint: the whole model in transformers' format, of a run that trained all weights.
+    base: the model, or what the adapter or checkpoint was trained from; its tokenizer is used.
+    adapter: a directory in peft's format.
+    checkpoint: a whole model in transformers' format, from a run that trained all weights.
     """
 
     base: ModelSection
@@ -71,18 +75,17 @@ class Target:
 
     @property
     def weights(self) -> str:
-        """Where the model's own weights are: a directory, or an id."""
+        """The directory or the id of the model's weights, adapters apart."""
         if self.checkpoint is not None:
             return str(self.checkpoint)
         return resolve_model(self.base.name_or_path)
 
     def identity(self, engine: str, dtype: torch.dtype) -> dict[str, Any]:
-        """What tells these weights, and what samples from them, from others: the commit of what
-        comes from the hub, once it is in the cache, and digests of local files; small ones stand
-        under their names.
+        """Identifies these weights and what samples from them: the commit of a model from the hub,
+        once it is in the cache, digests of local files by name, the dtype and the engine.
 
-        Every rank asks, and reads a small part of the weights. Raises ValueError where a file of
-        them cannot be read.
+        Reads a small part of the weights, on every rank. Raises ValueError where a weights file
+        cannot be read.
         """
         path = Path(self.weights)
         base = resolve_model(self.base.name_or_path, with_weights=False)
@@ -91,7 +94,7 @@ class Target:
         for pattern in (*_TOKENIZER_FILES, *code):
             small += Path(base).glob(pattern)
         if self.adapter is not None:
-            small += [self.adapter / _ADAPTER_CONFIG, self.adapter / ADAPTER_FILE]
+            small += [self.adapter / ADAPTER_CONFIG_FILE, self.adapter / ADAPTER_FILE]
         return {
             "model": str(path.resolve()) if path.is_dir() else self.weights,
             "commit": None if Path(base).is_dir() else _commit(base),
@@ -105,13 +108,13 @@ class Target:
 def find_target(
     model: str | None, adapter: str | None, dtype: str, *, trust_remote_code: bool
 ) -> Target:
-    """The model and the adapter that two flags name.
+    """The target that --model and --adapter name, at least one of which is given.
 
-    model: "tiny", a directory or an id; None = what the adapter was trained from.
-    adapter: a directory in peft's format, a checkpoint, or a run directory, then with :last (also
-        where nothing is said), :best or :STEP after it.
+    model: "tiny", a directory or an id; None = the model that the adapter was trained from.
+    adapter: a directory in peft's format, a checkpoint, or a run directory, which :last (the
+        default), :best or :STEP may follow.
 
-    Raises ValueError where there is none such.
+    Raises ValueError where there is no such model or adapter.
     """
     assert model is not None or adapter is not None
     found = None if adapter is None else find_adapter(adapter)
@@ -125,7 +128,7 @@ def find_target(
     section = section.model_copy(update=update)
     if found is None:
         return Target(section)
-    if not (found / _ADAPTER_CONFIG).is_file():
+    if not (found / ADAPTER_CONFIG_FILE).is_file():
         return Target(section, checkpoint=found)
     if not (found / ADAPTER_FILE).is_file():
         raise ValueError(
@@ -136,12 +139,12 @@ def find_target(
 
 
 def find_adapter(text: str) -> Path:
-    """The directory with the adapter, or with the checkpoint of a run that trained all weights."""
+    """The directory of the adapter, or of a checkpoint with all weights, that --adapter names."""
     path, which = split_place(text)
     if which is not None and which.isdecimal():
         which = f"step-{which}"
     checkpoints = list_checkpoints(path) if path.is_dir() else []
-    if which is None and (path / _ADAPTER_CONFIG).is_file() and not checkpoints:
+    if which is None and (path / ADAPTER_CONFIG_FILE).is_file() and not checkpoints:
         return path
     if not checkpoints and (which is not None or not (path / MANIFEST_FILE).is_file()):
         raise ValueError(f"--adapter {text}: {_no_adapter(path)}")
@@ -149,21 +152,21 @@ def find_adapter(text: str) -> Path:
 
 
 def _no_adapter(path: Path) -> str:
-    """Why there is none, and what to give."""
-    if (path / _ADAPTER_CONFIG).is_file() or (path / MANIFEST_FILE).is_file():
-        return f"{path} is one adapter, and no run directory with several; give it without a colon"
-    if (path / _MODEL_CONFIG).is_file():
-        return f"{path} is a whole model, and no adapter; give it as --model {path}"
+    """Why there is no adapter at the path, and what to give instead."""
+    if (path / ADAPTER_CONFIG_FILE).is_file() or (path / MANIFEST_FILE).is_file():
+        return f"{path} is one adapter, not a run directory with several; give it without a colon"
+    if (path / MODEL_CONFIG_FILE).is_file():
+        return f"{path} is a whole model, not an adapter; give it as --model {path}"
     return (
-        f"{path} {'holds none' if path.is_dir() else 'is no directory'}; needs an adapter in "
-        "peft's format, a checkpoint, or a run directory that has some, with :last, :best or :STEP "
-        "after it"
+        f"{path} {'holds no adapter' if path.is_dir() else 'is no directory'}; needs an adapter in "
+        "peft's format, a checkpoint, or a run directory with checkpoints, which :last, :best or "
+        ":STEP may follow"
     )
 
 
 def mismatched_base(target: Target) -> str | None:
-    """The model that the adapter was trained on, by its run's word or its own, where that is
-    another than the one that it is put on; None also where nothing says it."""
+    """The model that the adapter was trained on, by its run's configuration or its own, if that is
+    not the target's base; else, or if neither names one, None."""
     if target.adapter is None:
         return None
     recorded = recorded_base(target.adapter)
@@ -173,8 +176,8 @@ def mismatched_base(target: Target) -> str | None:
 
 
 def mismatched_prompts(target: Target, asked: PromptsSection) -> PromptsSection | None:
-    """The prompts of the run that trained the target, where its student's message is another than
-    the one that is asked with; None also where no run's configuration says it."""
+    """The prompts that the target was trained with, if its student prompt differs from the
+    evaluation's; else, or without the run's configuration, None."""
     trained = target.adapter or target.checkpoint
     section = trained and recorded_section(trained.resolve(), "prompts")
     if section is None:
@@ -190,14 +193,14 @@ def _place(name_or_path: str) -> str:
 
 
 def default_directory(target: Target, deciding: Mapping[str, Any]) -> Path:
-    """A directory that the same command finds again, and another one does not; more benchmarks go
-    to the same. Named after the model, the adapter, or the run and its checkpoint.
+    """A directory that depends on all that determines the samples, but not on the benchmarks. Its
+    name begins with the model's, the adapter's, or the run's and its checkpoint's.
 
-    deciding: the target's identity and the settings; what JSON holds.
+    deciding: the target's identity and the settings, JSON-serialisable.
     """
     trained = target.adapter or target.checkpoint
     if trained is None:
-        # The directory's own name where "." is given.
+        # So that "." gets the directory's own name.
         name = Path(os.path.abspath(target.base.name_or_path)).name
     else:
         trained = trained.resolve()
@@ -206,12 +209,12 @@ def default_directory(target: Target, deciding: Mapping[str, Any]) -> Path:
         if trained in list_checkpoints(run_dir):
             name = f"{run_dir.name}-{name}"
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
-    return Path("evaluations") / f"{name}-{digest[:8]}"
+    return Path(EVALUATIONS_DIRECTORY) / f"{name}-{digest[:8]}"
 
 
 def check_adapter(target: Target) -> None:
-    """Raises ValueError where the adapter's matrices are not those that its configuration asks for
-    in this base: peft would leave out what it finds no place for, and evaluate the rest."""
+    """Raises ValueError where the adapter's matrices are not those of its configuration in this
+    base. peft itself would ignore the matrices that fit nowhere."""
     if target.adapter is None:
         return
     try:
@@ -240,17 +243,17 @@ def check_adapter(target: Target) -> None:
         raise ValueError(
             _no_fit(
                 target,
-                f"{name} has the shape {there.get(name, 'none')}, and the base has room for "
+                f"{name} has the shape {there.get(name, 'none')}, and the base needs "
                 f"{needed.get(name, 'none')}",
             )
         )
 
 
 def _no_fit(target: Target, reason: str) -> str:
-    recorded = json.loads((target.adapter / _ADAPTER_CONFIG).read_text())  # pyright: ignore[reportOptionalOperand]
+    recorded = json.loads((target.adapter / ADAPTER_CONFIG_FILE).read_text())  # pyright: ignore[reportOptionalOperand]
     return (
         f"--adapter: {target.adapter} does not fit the model {target.base.name_or_path} "
-        f"({reason}); needs the model that it was trained on, by its own word "
+        f"({reason}); needs the model that it was trained on, according to its configuration "
         f"{recorded.get('base_model_name_or_path')!r}; give that with --model"
     )
 
@@ -260,9 +263,9 @@ def _digest(content: bytes) -> str:
 
 
 def _commit(model_id: str) -> str | None:
-    """The commit that a model's files in the hub's cache are of, as loading its configuration or
-    its tokenizer has left them; None where there are none."""
-    for name in (_MODEL_CONFIG, "tokenizer_config.json", "tokenizer.json"):
+    """The commit of a model's files in the hub's cache, once its configuration or its tokenizer
+    was loaded; None if none are there."""
+    for name in (MODEL_CONFIG_FILE, "tokenizer_config.json", "tokenizer.json"):
         found = try_to_load_from_cache(model_id, name)
         if isinstance(found, str):
             return Path(found).parent.name
@@ -270,8 +273,8 @@ def _commit(model_id: str) -> str | None:
 
 
 def _weights_digest(directory: Path) -> str:
-    """16 digits of each file's header and of pieces of every tensor: other weights have others,
-    without 16 GB being read for it."""
+    """A digest of each file's header and of pieces of every tensor. It differs for other weights,
+    without reading all of them."""
     found = hashlib.sha256()
     for file in sorted(directory.glob("*.safetensors")):
         found.update(file.name.encode())
@@ -284,7 +287,7 @@ def _weights_digest(directory: Path) -> str:
 
 
 def _pieces(file: Path) -> Iterator[bytes]:
-    # Which checks the header, and that the tensors fill the rest of the file.
+    # safe_open checks the header, and that the tensors fill the rest of the file.
     with safe_open(file, framework="pt"):
         pass
     with file.open("rb") as opened:
@@ -302,19 +305,19 @@ def _pieces(file: Path) -> Iterator[bytes]:
 
 
 def skeleton(target: Target) -> nn.Module:
-    """The model without its weights: its context, its head's size and its stop tokens."""
+    """The model on the meta device, without weights, for its context, head and stop tokens."""
     section = target.base.model_copy(update={"name_or_path": target.weights})
     model = meta_model(Config(model=section, lora=LoraSection(enabled=False)))
     try:
         causal_lm(model).generation_config = GenerationConfig.from_pretrained(target.weights)
     except OSError:
-        # A model may come without; transformers then fills it in from the model's configuration.
+        # A model may lack this file; transformers then derives it from the model's configuration.
         return model
     return model
 
 
 def compute_dtype_of(target: Target, device: torch.device) -> torch.dtype:
-    """What the evaluation computes in."""
+    """The dtype of the evaluation's arithmetic."""
     return pick_dtype(target.base.dtype, device)
 
 
@@ -329,7 +332,7 @@ def build_engine(
     gpu_memory_utilization: float,
     tensor_parallel_size: int,
 ) -> RolloutEngine:
-    """What samples from the target. A collective of all ranks.
+    """Loads the target into the engine that samples from it. A collective.
 
     shape: `skeleton`'s.
     max_model_len: the longest prompt and completion together, in tokens.
@@ -361,7 +364,7 @@ def build_engine(
 
 
 def _adapter_rank(adapter: Path) -> int:
-    config = json.loads((adapter / _ADAPTER_CONFIG).read_text())
+    config = json.loads((adapter / ADAPTER_CONFIG_FILE).read_text())
     return max([config["r"], *(config.get("rank_pattern") or {}).values()])
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from paint_engine.model.attention import packed_arguments
 from paint_engine.model.packing import pad_sequences
 from paint_engine.types import PackedSequences
+from paint_kernels import follow_load
 
 # Attributes set on a causal language model: the dtype of its matrix products, and the bound
 # `_backbone_states` that FSDP wraps.
@@ -63,6 +64,8 @@ def backbone_states(model: nn.Module, **inputs: Any) -> Float[Tensor, "B T H"]:
     The head is therefore gathered once per loss.
     """
     inner = causal_lm(model)
+    if inner.device.type == "cpu":
+        follow_load()
     if isinstance(inner, FSDPModule):
         return getattr(inner, _BACKBONE)(**inputs)
     return _backbone_states(inner, **inputs)

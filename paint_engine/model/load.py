@@ -19,6 +19,7 @@ from paint_engine.config.schema import Config
 from paint_engine.config.sections import ModelSection
 from paint_engine.model.forward import _COMPUTE_DTYPE
 from paint_engine.model.lora import add_lora
+from paint_engine.seeds import adapter_seed
 
 TINY_BASE = Path(__file__).parents[1] / "tiny" / "base"
 
@@ -186,4 +187,4 @@ def meta_model(config: Config) -> nn.Module:
             trust_remote_code=section.trust_remote_code,
             attn_implementation="sdpa",
         )
-        return add_lora(base, config.lora, config.train.seed)
+        return add_lora(base, config.lora, adapter_seed(config.train.seed))

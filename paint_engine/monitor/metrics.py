@@ -8,10 +8,18 @@ nats; overlap, accuracy, mask ratios, masses and rates are fractions.
 import math
 from collections.abc import Mapping
 from importlib.util import find_spec
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
-from paint_engine.files import METRICS_FILE, SAMPLES_FILE, _json_line, truncate_jsonl
+from paint_engine.files import (
+    METRICS_FILE,
+    SAMPLES_FILE,
+    append_lines,
+    json_line,
+    open_jsonl,
+    truncate_jsonl,
+)
 
 
 class Diverged(Exception):
@@ -63,9 +71,8 @@ class MetricsWriter:
         self._samples = _open_lines(run_dir / SAMPLES_FILE, resume_step)
 
     def write(self, metrics: Mapping[str, float]) -> None:
-        """Appends one step's metrics, including `step` (1-based). All are finite
-        (`check_finite`)."""
-        self._metrics.write(_json_line(metrics))
+        """Append one step's metrics, `step` (1-based) among them, all finite (`check_finite`)."""
+        append_lines(self._metrics, json_line(metrics))
         step = int(metrics["step"])
         numbers = {name: value for name, value in metrics.items() if name != "step"}
         if self._tensorboard is not None:
@@ -80,7 +87,7 @@ class MetricsWriter:
         Raises:
             ValueError: a value has no JSON form. The message names the key and the step.
         """
-        self._samples.write(_json_line(sample))
+        append_lines(self._samples, json_line(sample))
 
     def close(self) -> None:
         """Closes every file and finishes the W&B run. Writing afterwards is an error."""
@@ -98,11 +105,10 @@ class MetricsWriter:
         self.close()
 
 
-def _open_lines(path: Path, resume_step: int) -> BinaryIO:
+def _open_lines(path: Path, resume_step: int) -> FileIO:
     if path.exists():
         truncate_jsonl(path, resume_step)
-    # Unbuffered: each line is passed to the system whole, as soon as it is written.
-    return path.open("ab", buffering=0)
+    return open_jsonl(path)
 
 
 def check_loggers(*, tensorboard: bool, wandb_project: str | None) -> None:

@@ -221,6 +221,11 @@ def recipe_class(name: str) -> type[Recipe]:
             f"objective.name: got {name!r}, which is {found!r}; needs a subclass of "
             "paint_engine.recipes.Recipe; name the class itself, as in my_module:MyRecipe"
         )
+    if found.display is Recipe.display or found.loss is Recipe.loss:
+        raise ValueError(
+            f"objective.name: got {name!r}, which lacks `display` or `loss`; needs both; implement "
+            "them, or derive the class from a recipe that has them"
+        )
     return found
 
 

@@ -43,7 +43,7 @@ class Grpo(Recipe):
 
     keys = ("grpo.*", "objective.importance_cap")
     needs_solution = False
-    recorded_as = "ratio"
+    recorded_as = "reward"
 
     @property
     def second_pass(self) -> Literal["teacher", "base"] | None:

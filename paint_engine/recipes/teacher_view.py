@@ -9,7 +9,7 @@ from paint_engine.prompts.chat import encode_teacher_prompt
 from paint_engine.prompts.masking import mask_ratio, mask_solution
 from paint_engine.prompts.rationale import encode_reason_prompt, read_rationale
 from paint_engine.recipes.base import StepContext
-from paint_engine.seeds import request_rng, request_seed
+from paint_engine.seeds import mask_generator, rationale_seed
 from paint_engine.types import Problem, Request, TeacherView, TrainExample
 
 
@@ -21,12 +21,13 @@ def add_teacher_view(
     masking, problem = config.masking, example.rollout.problem
     assert example.overlap is not None
     rho = mask_ratio(example.overlap, masking.rho_wrong, masking.rho_correct)
-    seed = ("mask", config.train.seed, context.step, problem.problem_id, request.index)
     partial_solution = mask_solution(
         problem.solution,
         rho,
         placement=masking.placement,
-        generator=request_rng(*seed),
+        generator=mask_generator(
+            config.train.seed, context.step, problem.problem_id, request.index
+        ),
         marker=masking.marker,
     )
     view = _view(config, context, problem, partial_solution)
@@ -52,10 +53,8 @@ def add_rationales(
             marker=config.masking.marker,
         )
         prompts.append(prompt)
-    seeds = [
-        request_seed("reason", config.train.seed, context.step, r.index) for r in context.requests
-    ]
-    # A live teacher is the student. The engines treat any other teacher as the base.
+    seeds = [rationale_seed(config.train.seed, context.step, r.index) for r in context.requests]
+    # A live teacher is the student; the engines know any other as the base.
     base = config.teacher.weights != "live"
     completions = context.complete(prompts, seeds, max_new_tokens=limit, base=base)
     return [

@@ -47,9 +47,8 @@ def importance_weight(
     if cap is None:
         return torch.ones_like(logprobs)
     sampled = [p for example in inputs.examples for p in example.rollout.rollout_logprobs]
-    return torch.exp(logprobs - torch.tensor(sampled, dtype=torch.float64).to(logprobs)).clamp(
-        max=cap
-    )
+    sampler = torch.tensor(sampled, dtype=torch.float64).to(logprobs, non_blocking=True)
+    return torch.exp(logprobs - sampler).clamp(max=cap)
 
 
 def rollout_of_token(cu_seqlens: Int[Tensor, " B+1"]) -> Int[Tensor, " N"]:

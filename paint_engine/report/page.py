@@ -7,7 +7,6 @@ Short, unfinished and interrupted runs get a report too; the page says what is m
 """
 
 import json
-import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from paint_engine.config.command_line import flatten
-from paint_engine.config.toml import LEAVES, build_config
+from paint_engine.config.toml import LEAVES, recorded_config
 from paint_engine.files import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -26,6 +25,7 @@ from paint_engine.files import (
     SAMPLES_FILE,
     SUMMARY_FILE,
     read_jsonl,
+    write_atomic,
 )
 from paint_engine.recipes import Recipe, recipe_of, recipe_that_recorded
 from paint_engine.report.figures import draw_curves
@@ -60,10 +60,8 @@ def write_report(
     environment.filters |= {"percent": _percent, "points": _points, "duration": _duration}
     page = environment.from_string(template.read_text("utf-8")).render(_contents(run))
     path = run_dir / REPORT_FILE
-    temporary = path.with_name(REPORT_FILE + ".tmp")
-    # A lone surrogate from a data set's escapes has no UTF-8 form, so it becomes a question mark.
-    temporary.write_text(page, "utf-8", errors="replace")
-    os.replace(temporary, path)
+    # A lone surrogate from a data set's escapes has no UTF-8 form; it becomes a question mark.
+    write_atomic(path, page.encode(errors="replace"))
     return path
 
 
@@ -113,13 +111,13 @@ def _recorded_recipe(
         return recipe_that_recorded(recorded)
     # A run of another version may have other keys.
     known = {key: value for key, value in flatten(settings).items() if key in LEAVES}
-    name = known.get("objective.name", "paint")
+    name = str(known.get("objective.name", LEAVES["objective.name"].default))
     if ":" in name and name != trusted:
         raise ValueError(
             f"{run_dir} was trained with the recipe {name}; its code runs only if you name the "
             f"recipe; if you trust it, use --recipe {name}"
         )
-    return recipe_of(build_config([(str(run_dir / CONFIG_FILE), known)]))
+    return recipe_of(recorded_config(known))
 
 
 def _contents(run: _Run) -> dict[str, Any]:

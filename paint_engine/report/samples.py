@@ -170,7 +170,8 @@ def hidden_span(solution: str, partial_solution: str, marker: str) -> tuple[int,
 
 
 def _view_tokens(sample: Mapping[str, Any], settings: ViewSettings) -> tuple[TokenView, ...]:
-    named = [name for name, _ in (*_NATS, *_NUMBERS)]
+    # A user's recipe may colour tokens by a list of its own.
+    named = dict.fromkeys((settings.color.key, *(name for name, _ in (*_NATS, *_NUMBERS))))
     columns = [name for name in ("tokens", *named, *_FLAGS) if name in sample]
     rows = zip(*(sample[column][:MAX_TOKENS] for column in columns), strict=True)
     views = []

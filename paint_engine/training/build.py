@@ -23,7 +23,7 @@ from paint_engine.data.problem_sets import (
 )
 from paint_engine.distributed import World, gather_objects, launched_ranks, my_share, raise_together
 from paint_engine.estimate.dry_run import check_run_fits, describe
-from paint_engine.files import CONFIG_FILE, recorded_name, write_versions
+from paint_engine.files import CONFIG_FILE, recorded_name, write_atomic, write_versions
 from paint_engine.model.attention import choose_attention
 from paint_engine.model.forward import compute_dtype, lm_head_weight, max_context
 from paint_engine.model.load import load_base, load_tokenizer, meta_model, pick_device
@@ -33,9 +33,11 @@ from paint_engine.model.teacher import EmaTeacher, FixedTeacher, Teacher, make_t
 from paint_engine.monitor.metrics import check_loggers
 from paint_engine.monitor.timings import Timings
 from paint_engine.recipes import recipe_of
+from paint_engine.rewards import Reward, open_reward
 from paint_engine.rollout.choose import check_engine_has_teacher, make_engines
 from paint_engine.rollout.engine import Completion, RolloutEngine, SamplingParams, sampling_params
 from paint_engine.rollout.sampler import Sampled, Sampler
+from paint_engine.seeds import adapter_seed, global_seed
 from paint_engine.training.optim import build_optimizer
 from paint_engine.training.run import Run
 from paint_engine.types import Request
@@ -122,6 +124,14 @@ def _check_before_loading(config: Config, say: Callable[[str], object]) -> None:
         )
 
 
+def _open_reward(config: Config, warn: Callable[[str], object]) -> Reward:
+    return open_reward(config.reward.function, config.reward.timeout_s, warn)
+
+
+def _warner(world: World) -> Callable[[str], None]:
+    return lambda text: print(f"rank {world.rank}: {text}", file=sys.stderr)
+
+
 def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     """Shows what `--dry-run` reports. Checks everything except the weights, and loads none.
 
@@ -129,6 +139,7 @@ def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     """
     config, device = command.config, pick_device(command.config.train.device)
     _check_before_loading(config, show)
+    _open_reward(config, show).close()
     tokenizer, model = load_tokenizer(config.model), meta_model(config)
     _check_vocabulary(config, tokenizer, model)
     train_set = load_train_set(config, tokenizer, max_context(model), show)
@@ -149,7 +160,7 @@ def _build_model(
 ) -> tuple[nn.Module, FixedTeacher]:
     """Builds the student with its adapters, on its device or sharded, and the fixed teacher."""
     device = world.device
-    model = add_lora(base, config.lora, config.train.seed)
+    model = add_lora(base, config.lora, adapter_seed(config.train.seed))
     # Sharding hides the layers that the estimate counts, so the check comes first.
     check_run_fits(config, tokenizer, train_set, model, device=device, num_ranks=world.size)
     teacher = FixedTeacher(model)
@@ -182,7 +193,7 @@ def _build_sampler(
         params,
         ahead=config.rollout.ahead == 1,
         timings=Timings(),
-        warn=lambda text: print(f"rank {world.rank}: {text}", file=sys.stderr),
+        warn=_warner(world),
         pending=_sampled_ahead(state, requests, world),
     )
 
@@ -195,8 +206,9 @@ def build_run(command: CommandLine, world: World) -> Run:
     config, device = command.config, world.device
     say = print if world.is_main else lambda text: None
     # The engine does not use the global generators. This makes libraries that do repeatable.
-    set_seed(config.train.seed)
+    set_seed(global_seed(config.train.seed))
     _check_before_loading(config, say)
+    reward = _open_reward(config, _warner(world))
     tokenizer = load_tokenizer(config.model)
     # Sharding moves each layer's shard to the device, which never holds the whole model.
     on_cpu, trains_base = _is_sharded(config, world), not config.lora.enabled
@@ -233,6 +245,7 @@ def build_run(command: CommandLine, world: World) -> Run:
         attention=attention,
         sampler=_build_sampler(config, engine, params, train_set, world, state),
         eval_engine=eval_engine,
+        reward=reward,
         step=int(state["step"]),
         seconds_train=state["seconds_train"],
     )
@@ -240,5 +253,5 @@ def build_run(command: CommandLine, world: World) -> Run:
         if not resumes:
             write_versions(run_dir, name, world.size)
         # Also after a resume, so that the next resume uses this command's settings.
-        (run_dir / CONFIG_FILE).write_text(to_toml(config))
+        write_atomic(run_dir / CONFIG_FILE, to_toml(config))
     return run

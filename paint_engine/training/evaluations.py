@@ -5,12 +5,10 @@ import time
 from contextlib import closing, suppress
 from pathlib import Path
 
-from paint_engine.checkpoint.directory import MANIFEST_FILE, mark_best
-from paint_engine.checkpoint.save import save_checkpoint
-from paint_engine.checkpoint.weights import ADAPTER_FILE, MODEL_FILE
-from paint_engine.distributed import any_rank, gather_objects, merge_shares
+from paint_engine.checkpoint.directory import mark_best
+from paint_engine.distributed import any_rank, gather_objects
 from paint_engine.evaluation.accuracy import best_step
-from paint_engine.evaluation.answers import all_requests, evaluate
+from paint_engine.evaluation.answers import all_requests, check_reward, evaluate
 from paint_engine.evaluation.benchmarks import benchmark_name
 from paint_engine.evaluation.store import (
     EvalSample,
@@ -20,14 +18,12 @@ from paint_engine.evaluation.store import (
     evaluation_settings,
     fingerprints,
 )
+from paint_engine.files import ADAPTER_FILE, MANIFEST_FILE, MODEL_FILE
 from paint_engine.monitor.progress import Progress
+from paint_engine.rewards import RewardFailed
 from paint_engine.training.interrupt import Stopped, StopRequest
-from paint_engine.training.run import Run
+from paint_engine.training.run import Run, save
 from paint_engine.training.summary import present_evaluations
-
-
-class SaveFailed(Exception):
-    """A checkpoint could not be written, for want of room for one; older ones are intact."""
 
 
 def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> None:
@@ -50,9 +46,18 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
     directory = evaluation_directory(run.run_dir)
     with closing(SampleFiles(directory, f"step-{step}", header, run.world, replace=True)) as files:
         mine = files.share(all_requests(run.eval_set.problems, run.config.eval.num_samples))
-        finished = run.sampler.guarded(
-            lambda: answer_all(run, step, base, files, files.missing(mine), progress, stop)
-        )
+        failure: str | None = None
+
+        def answer() -> bool:
+            nonlocal failure
+            try:
+                return answer_all(run, step, base, files, files.missing(mine), progress, stop)
+            except RewardFailed as failed:
+                failure = str(failed)
+                return True
+
+        finished = run.sampler.guarded(answer)
+        check_reward(run.reward, files, failure)
         if any_rank(not finished):
             stop.check_together()
         assert finished
@@ -72,7 +77,9 @@ def evaluation_header(run: Run, step: int, checkpoint: Path | None) -> Header:
         weights = manifest[ADAPTER_FILE if ADAPTER_FILE in manifest else MODEL_FILE][1]
     return Header(
         benchmark_name(section.path),
-        evaluation_settings(section, run.config.train.seed, run.config.prompts),
+        evaluation_settings(
+            section, run.config.train.seed, run.config.prompts, run.config.reward.function
+        ),
         {"weights": weights},
         fingerprints(run.eval_set.problems),
         step,
@@ -112,6 +119,7 @@ def answer_all(
                 run.eval_set.prompts,
                 requests,
                 run.eval_params,
+                run.reward,
                 seed=run.config.train.seed,
                 base=base,
                 on_samples=on_samples,
@@ -125,26 +133,3 @@ def keep_best(run: Run, step: int) -> None:
     best = gather_objects(run.world.is_main and best_step(present_evaluations(run)))[0]
     if run.world.is_main and best == step > 0:
         mark_best(run.run_dir, step)
-
-
-def save(run: Run) -> Path:
-    """A checkpoint of the last finished step, unless there is one. A collective."""
-    if run.saved is not None and run.saved[0] == run.step:
-        return run.saved[1]
-    ahead = run.sampler.pending()
-    completions = [] if ahead is None else merge_shares(gather_objects(ahead.completions))
-    state = {
-        "step": run.step,
-        "seconds_train": run.seconds_train,
-        "sampled_ahead": ahead
-        and [ahead.weights_version, [[c.token_ids, c.logprobs, c.truncated] for c in completions]],
-    }
-    keep = run.config.checkpoint.keep
-    try:
-        path = save_checkpoint(
-            run.run_dir, run.model, run.optimizer, state, keep=keep, world=run.world, ema=run.ema
-        )
-    except ValueError as error:
-        raise SaveFailed(str(error)) from error
-    run.saved = run.step, path
-    return path

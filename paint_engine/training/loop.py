@@ -13,10 +13,11 @@ from paint_engine.files import CONFIG_FILE
 from paint_engine.monitor.metrics import Diverged, MetricsWriter, check_finite
 from paint_engine.monitor.progress import Progress
 from paint_engine.report.page import write_report
+from paint_engine.rewards import RewardFailed
 from paint_engine.rollout.engine import EngineDied
-from paint_engine.training.evaluations import SaveFailed, evaluate_at, save
+from paint_engine.training.evaluations import evaluate_at
 from paint_engine.training.interrupt import Stopped, StopRequest
-from paint_engine.training.run import Run
+from paint_engine.training.run import Run, SaveFailed, save
 from paint_engine.training.step import train_step
 from paint_engine.training.summary import print_summary, summarise
 
@@ -91,7 +92,7 @@ def run_training(run: Run, console: Console, stop: StopRequest) -> None:
             if run.world.is_main:
                 summary = summarise(run)
                 print_summary(console, summary, write_report(run.run_dir, run.recipe))
-    except (Diverged, SaveFailed) as failure:
+    except (Diverged, SaveFailed, RewardFailed) as failure:
         say(f"error: {failure}", style="red")
         sys.exit(1)
     except KeyboardInterrupt:
@@ -105,3 +106,4 @@ def run_training(run: Run, console: Console, stop: StopRequest) -> None:
         sys.exit(130)
     finally:
         run.sampler.close()
+        run.reward.close()

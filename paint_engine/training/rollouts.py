@@ -9,11 +9,9 @@ from paint_engine.data.problem_sets import batch_requests
 from paint_engine.distributed import gather_objects, merge_shares
 from paint_engine.prompts.anchors import overlap
 from paint_engine.recipes import StepContext
-from paint_engine.rewards.boxes import first_box_equals
-from paint_engine.rewards.checker import check_answer
 from paint_engine.rollout.sampler import to_rollout
 from paint_engine.training.run import Run
-from paint_engine.types import Request, Rollout, TrainExample, Verdict
+from paint_engine.types import Request, Rollout, TrainExample
 
 
 def sample_step(run: Run, step: int) -> tuple[list[TrainExample], int]:
@@ -33,6 +31,8 @@ def sample_step(run: Run, step: int) -> tuple[list[TrainExample], int]:
     ]
     prepared = run.recipe.prepare(step_context(run, step, sampled.requests), mine)
     gathered = merge_shares(gather_objects(list(prepared)))
+    errors = [example.verdict.error for example in gathered if example.verdict is not None]
+    run.reward.check_some_judged(errors, f"step {step + 1}")
     return list(run.recipe.prepare_batch(gathered)), step - sampled.weights_version
 
 
@@ -63,13 +63,5 @@ def reference_example(run: Run, request: Request) -> TrainExample:
 
 def judge(run: Run, rollout: Rollout) -> TrainExample:
     """Adds the verdict and the overlap with the reference solution to a rollout."""
-    answer = rollout.problem.answer
-    checked = check_answer(answer, rollout.text)
-    rewarded = checked.correct
-    if run.config.grpo.reward == "first_box":
-        rewarded = first_box_equals(rollout.text, answer)
-    return TrainExample(
-        rollout,
-        Verdict(float(rewarded), checked.correct, checked.error),
-        overlap(rollout.text, rollout.problem.solution),
-    )
+    verdict = run.reward.judge(rollout.problem, rollout.text)
+    return TrainExample(rollout, verdict, overlap(rollout.text, rollout.problem.solution))

@@ -1,4 +1,4 @@
-"""The state of a training run that the loop works with."""
+"""The state of a training run, and the checkpoint of its last finished step."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +7,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from paint_engine.checkpoint.save import save_checkpoint
 from paint_engine.config.schema import Config
 from paint_engine.data.problem_sets import ProblemSet
-from paint_engine.distributed import World
+from paint_engine.distributed import World, gather_objects, merge_shares
 from paint_engine.model.forward import max_context
 from paint_engine.model.teacher import EmaTeacher, FixedTeacher, Teacher
 from paint_engine.monitor.timings import Timings
 from paint_engine.recipes import Recipe
+from paint_engine.rewards import Reward
 from paint_engine.rollout.engine import RolloutEngine, SamplingParams, sampling_params
 from paint_engine.rollout.sampler import Sampler
 
@@ -43,6 +45,7 @@ class Run:
     attention: str
     sampler: Sampler
     eval_engine: RolloutEngine
+    reward: Reward
     step: int = 0
     seconds_train: float = 0.0
     saved: tuple[int, Path] | None = None
@@ -71,3 +74,30 @@ class Run:
     def eval_params(self) -> SamplingParams:
         """Sampling parameters of the evaluations."""
         return sampling_params(self.config.eval, self.model, self.tokenizer)
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written; older ones are intact."""
+
+
+def save(run: Run) -> Path:
+    """A checkpoint of the last finished step, unless there is one. A collective."""
+    if run.saved is not None and run.saved[0] == run.step:
+        return run.saved[1]
+    ahead = run.sampler.pending()
+    completions = [] if ahead is None else merge_shares(gather_objects(ahead.completions))
+    state = {
+        "step": run.step,
+        "seconds_train": run.seconds_train,
+        "sampled_ahead": ahead
+        and [ahead.weights_version, [[c.token_ids, c.logprobs, c.truncated] for c in completions]],
+    }
+    keep = run.config.checkpoint.keep
+    try:
+        path = save_checkpoint(
+            run.run_dir, run.model, run.optimizer, state, keep=keep, world=run.world, ema=run.ema
+        )
+    except ValueError as error:
+        raise SaveFailed(str(error)) from error
+    run.saved = run.step, path
+    return path

@@ -14,7 +14,7 @@ from paint_engine.model.packing import batch_to, build_batch
 from paint_engine.model.sharding import sync_gradients
 from paint_engine.recipes import LossInputs, LossOutput
 from paint_engine.rollout.mismatch import logprob_differences
-from paint_engine.seeds import request_seed
+from paint_engine.seeds import dropout_seed
 from paint_engine.training.microbatches import plan_microbatches
 from paint_engine.training.optim import learning_rate
 from paint_engine.training.record import StepRecord
@@ -37,7 +37,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
     microbatches = my_microbatches(run, record.trained)
     for number in range(run.recipe.num_updates):
         # Only the student's pass has dropout; the seed makes a resumed run repeat it.
-        torch.manual_seed(request_seed("dropout", config.train.seed, step, run.world.rank))
+        torch.manual_seed(dropout_seed(config.train.seed, step, run.world.rank))
         run.model.train()
         for place, items in enumerate(microbatches):
             # A rank without rollouts runs one at weight 0, since all ranks gather sharded weights.

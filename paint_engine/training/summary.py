@@ -1,6 +1,5 @@
 """The summary of a run: `summary.json` and the lines printed at the end."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from paint_engine.evaluation.store import (
     fingerprints,
     read_evaluations,
 )
-from paint_engine.files import SUMMARY_FILE
+from paint_engine.files import SUMMARY_FILE, write_json
 from paint_engine.training.run import Run
 
 
@@ -35,7 +34,7 @@ def present_evaluations(
     section, seed = run.config.eval, run.config.train.seed
     if complete is None:
         complete = read_evaluations(run.run_dir)
-    settings = evaluation_settings(section, seed, run.config.prompts)
+    settings = evaluation_settings(section, seed, run.config.prompts, run.config.reward.function)
     problems = None if run.eval_set is None else fingerprints(run.eval_set.problems)
     return {
         step: found
@@ -93,7 +92,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "preset": run.name,
         "run_dir": str(run.run_dir),
     }
-    (run.run_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(run.run_dir / SUMMARY_FILE, summary)
     return summary
 
 

@@ -1,14 +1,12 @@
-"""What the integration tests share: the code blocks of docs/integrations.md, small random models
-and the tiny domain's tokenizer. Nothing here asks the network for anything."""
+"""What the integration tests share: small random models and the tiny domain's tokenizer. Nothing
+here asks the network for anything."""
 
 import os
-import re
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
@@ -19,27 +17,9 @@ from transformers.utils import logging as transformers_logging
 
 import paint_engine.tiny
 
-PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 TOKENIZER_DIR = Path(paint_engine.tiny.__file__).parent / "base"
 
 transformers_logging.disable_progress_bar()
-
-
-def code_of(heading: str) -> SimpleNamespace:
-    """What the python blocks under a heading of level 2 define, its subsections included."""
-    page = PAGE.read_text()
-    section = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", page, re.S | re.M)
-    assert section is not None, f"docs/integrations.md has no heading {heading!r}"
-    blocks = re.findall(r"^```python\n(.*?)^```", section[1], re.S | re.M)
-    assert blocks, f"no python block under {heading!r}"
-    names: dict[str, object] = {"__name__": "docs_integrations"}
-    exec(compile("\n\n".join(blocks), f"{PAGE.name}: {heading}", "exec"), names)
-    return SimpleNamespace(**names)
-
-
-@pytest.fixture(scope="session")
-def docs_code() -> Callable[[str], SimpleNamespace]:
-    return code_of
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +50,7 @@ def run_two_ranks(script: str, *arguments: object) -> None:
         for rank in range(2)
     ]
     try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=600) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

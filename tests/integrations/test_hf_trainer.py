@@ -1,10 +1,8 @@
-"""The section on Hugging Face's Trainer in docs/integrations.md, run with the real Trainer."""
+"""`PaintTrainer` beside a loop over full logits, by Hugging Face's own Trainer."""
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainingArguments
 
+from paint_engine.integrations.trainer import PaintTrainer
 from paint_kernels import reference
 
 NUM_STEPS = 3
@@ -21,6 +20,8 @@ NUM_ROLLOUTS = 4
 LEARNING_RATE = 0.5
 TOLERANCE = 1e-5
 """of the distance that the weights have moved; float32 rounding leaves up to 4e-6"""
+RANK_CASES = [("token_mean", True), ("token_mean", False), ("sequence_mean", True)]
+"""(reduction, tied) of what two ranks train"""
 
 
 def make_rows() -> list[dict[str, Tensor]]:
@@ -54,7 +55,14 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def make_trainer(
-    trainer_class: Any, model: nn.Module, output_dir: Path, *, batch_size: int = 2, **options: Any
+    model: nn.Module,
+    output_dir: Path,
+    *,
+    teacher: nn.Module | None = None,
+    reduction: str = "token_mean",
+    loss_settings: dict[str, Any] | None = None,
+    batch_size: int = 2,
+    **options: Any,
 ) -> Any:
     """Every step sees all rollouts, so that the order in which they are drawn does not matter."""
     num_accumulated = NUM_ROLLOUTS // (batch_size * int(os.environ.get("WORLD_SIZE", "1")))
@@ -74,14 +82,14 @@ def make_trainer(
         "dataloader_pin_memory": False,
         "remove_unused_columns": False,
     }
-    teacher = {"teacher": options.pop("teacher")} if "teacher" in options else {}
-    return trainer_class(
+    return PaintTrainer(
         model=model,
+        teacher=teacher,
+        loss_settings={"reduction": reduction, **(loss_settings or {})},
         args=TrainingArguments(output_dir=str(output_dir), **(settings | options)),
         train_dataset=make_rows(),
         eval_dataset=make_rows(),
         data_collator=collate,
-        **teacher,
     )
 
 
@@ -119,41 +127,52 @@ def relative_gap(got: Tensor, expected: Tensor, start: Tensor) -> float:
     return ((got - expected).norm() / moved).item()
 
 
-@pytest.fixture
-def docs(docs_code: Callable[[str], SimpleNamespace]) -> SimpleNamespace:
-    return docs_code("Hugging Face Trainer")
-
-
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 @pytest.mark.parametrize("tied", [True, False])
 def test_training_is_a_loop_over_full_logits(
-    docs, make_model, flat_weights, tmp_path, batch_size, tied
+    make_model, flat_weights, tmp_path, batch_size, tied, reduction
 ):
     student, teacher = make_model(0, tied=tied), make_model(1, hidden_size=48, tied=tied)
     start, teacher_start = flat_weights(student), flat_weights(teacher)
-    trainer = make_trainer(
-        docs.PaintTrainer, student, tmp_path, batch_size=batch_size, teacher=teacher
-    )
-    trainer.train()
+    options = {"batch_size": batch_size, "reduction": reduction}
+    make_trainer(student, tmp_path, teacher=teacher, **options).train()
 
     by_hand = make_model(0, tied=tied)
-    train_by_hand(by_hand, make_model(1, hidden_size=48, tied=tied))
+    train_by_hand(by_hand, make_model(1, hidden_size=48, tied=tied), reduction)
     assert relative_gap(flat_weights(student), flat_weights(by_hand), start) < TOLERANCE
     assert torch.equal(flat_weights(teacher), teacher_start)
 
 
-def test_evaluation_weights_batches_as_the_trainer_does(docs, make_model, tmp_path):
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_an_incomplete_last_step_is_a_mean_over_what_it_holds(
+    make_model, flat_weights, tmp_path, reduction
+):
+    """Micro-batches of 3 and 1 rollouts in one step."""
+    student, by_hand = make_model(0), make_model(0)
+    options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(student, tmp_path, teacher=make_model(1), reduction=reduction, **options)
+    trainer.train()
+    train_by_hand(by_hand, make_model(1), reduction)
+    start = flat_weights(make_model(0))
+    assert relative_gap(flat_weights(student), flat_weights(by_hand), start) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("reduction", "eval_batch_size"), [("token_mean", 4), ("sequence_mean", 3)]
+)
+def test_evaluation_weights_batches_as_the_trainer_does(
+    make_model, tmp_path, reduction, eval_batch_size
+):
+    """By rollouts: a mean over tokens is then exact within a batch."""
     student, teacher = make_model(0), make_model(1)
-    trainer = make_trainer(
-        docs.PaintTrainer, student, tmp_path, teacher=teacher, per_device_eval_batch_size=4
-    )
-    expected = loss_by_hand(student, teacher).item()
+    options = {"reduction": reduction, "per_device_eval_batch_size": eval_batch_size}
+    trainer = make_trainer(student, tmp_path, teacher=teacher, **options)
+    expected = loss_by_hand(student, teacher, reduction).item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_heads_run_on_one_position_of_the_student_and_none_of_the_teacher(
-    docs, make_model, tmp_path
-):
+def test_the_heads_run_on_one_position_of_the_student_and_none_of_the_teacher(make_model, tmp_path):
     student, teacher = make_model(0), make_model(1)
     shapes: dict[str, list[tuple[int, ...]]] = {"student": [], "teacher": []}
     for name, model in [("student", student), ("teacher", teacher)]:
@@ -161,47 +180,31 @@ def test_the_heads_run_on_one_position_of_the_student_and_none_of_the_teacher(
         head.register_forward_hook(
             lambda module, args, out, name=name: shapes[name].append(out.shape)
         )
-    make_trainer(docs.PaintTrainer, student, tmp_path, teacher=teacher).train()
+    make_trainer(student, tmp_path, teacher=teacher).train()
     assert shapes["student"] == [(2, 1, 768)] * (2 * NUM_STEPS)
     assert shapes["teacher"] == []
 
 
-def test_the_mean_over_rollouts_is_two_settings(docs, make_model, flat_weights, tmp_path):
-    student, by_hand = make_model(0), make_model(0)
-    start = flat_weights(student)
-    trainer = make_trainer(docs.PaintTrainer, student, tmp_path, teacher=make_model(1))
-    num_rollouts = (
-        trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-    )
-    trainer.loss_settings = {"reduction": "sequence_mean", "denominator": num_rollouts}
-    trainer.train()
-    train_by_hand(by_hand, make_model(1), "sequence_mean")
-    assert relative_gap(flat_weights(student), flat_weights(by_hand), start) < TOLERANCE
-
-
-def test_settings_reach_the_loss(docs, make_model, flat_weights, tmp_path):
+def test_settings_reach_the_loss(make_model, flat_weights, tmp_path):
     trained = []
     for settings in [{}, {"temperature": 2.0, "pointwise_clip": None}]:
         student = make_model(0)
-        trainer = make_trainer(docs.PaintTrainer, student, tmp_path, teacher=make_model(1))
-        trainer.loss_settings = settings
-        trainer.train()
+        make_trainer(student, tmp_path, teacher=make_model(1), loss_settings=settings).train()
         trained.append(flat_weights(student))
     assert relative_gap(trained[1], trained[0], flat_weights(make_model(0))) > 0.05
 
 
-def test_mixed_precision_stays_near_float32(docs, make_model, flat_weights, tmp_path):
+def test_mixed_precision_stays_near_float32(make_model, flat_weights, tmp_path):
     """bfloat16 keeps three digits; a tenth of the distance leaves room for three steps of them."""
     student = make_model(0)
-    trainer = make_trainer(docs.PaintTrainer, student, tmp_path, teacher=make_model(1), bf16=True)
-    trainer.train()
+    make_trainer(student, tmp_path, teacher=make_model(1), bf16=True).train()
     by_hand = make_model(0)
     train_by_hand(by_hand, make_model(1))
     gap = relative_gap(flat_weights(student), flat_weights(by_hand), flat_weights(make_model(0)))
     assert 1e-4 < gap < 0.1
 
 
-def test_the_base_under_lora_is_its_own_teacher(docs, make_model, flat_weights, tmp_path):
+def test_the_base_under_lora_is_its_own_teacher(make_model, flat_weights, tmp_path):
     def with_adapters() -> Any:
         base = make_model(0)
         torch.manual_seed(5)
@@ -210,7 +213,7 @@ def test_the_base_under_lora_is_its_own_teacher(docs, make_model, flat_weights, 
 
     student, by_hand = with_adapters(), with_adapters()
     start = flat_weights(student)
-    make_trainer(docs.PaintLoraTrainer, student, tmp_path).train()
+    make_trainer(student, tmp_path).train()
     train_by_hand(by_hand, make_model(0))
 
     assert relative_gap(flat_weights(student), flat_weights(by_hand), start) < TOLERANCE
@@ -220,33 +223,71 @@ def test_the_base_under_lora_is_its_own_teacher(docs, make_model, flat_weights, 
             assert torch.equal(weight, original[name.replace(".base_layer", "")]), name
 
 
+def test_completions_of_different_lengths_are_refused(make_model, tmp_path):
+    trainer = make_trainer(make_model(0), tmp_path, teacher=make_model(1))
+    batch = collate(make_rows()[:2])
+    batch["teacher_labels"][0, -1] = -100
+    with pytest.raises(
+        ValueError, match=r"\[12, 1\] tokens in the loss and the teacher's \[11, 1\]"
+    ):
+        trainer.compute_loss(trainer.model, batch)
+
+
+def test_what_the_loss_would_get_wrong_is_refused(make_model, tmp_path):
+    capped = make_model(0)
+    capped.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="student has final_logit_softcapping = 30"):
+        make_trainer(capped, tmp_path, teacher=make_model(1))
+    with pytest.raises(ValueError, match="teacher has final_logit_softcapping = 30"):
+        make_trainer(make_model(0), tmp_path, teacher=capped)
+    adapted_head = get_peft_model(make_model(0, tied=False), LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="a head of type Linear"):
+        make_trainer(adapted_head, tmp_path)
+    with pytest.raises(ValueError, match="Pass a PeftModel or a teacher"):
+        make_trainer(make_model(0), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"denominator": 4}, "'denominator'.*computes the denominator itself"),
+        ({"clip": 0.06}, "has 'clip': it takes temperature, divergence"),
+        ({"reduction": "sum"}, "Choose one of sequence_mean, token_mean"),
+    ],
+)
+def test_settings_that_no_trainer_can_use_are_refused(make_model, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(make_model(0), tmp_path, teacher=make_model(1), loss_settings=settings)
+
+
 def test_two_ranks_train_as_one_process(two_ranks, make_model, flat_weights, tmp_path):
     """This file run as a script by two processes, a rollout a micro-batch, gradients averaged."""
     two_ranks(__file__, tmp_path)
 
-    for tied in (True, False):
+    for reduction, tied in RANK_CASES:
         by_hand = make_model(0, tied=tied)
         start = flat_weights(by_hand)
-        train_by_hand(by_hand, make_model(1))
+        train_by_hand(by_hand, make_model(1), reduction)
         for rank in range(2):
-            got = torch.load(tmp_path / f"rank-{rank}-{tied}.pt")
+            got = torch.load(tmp_path / f"rank-{rank}-{reduction}-{tied}.pt")
             assert relative_gap(got, flat_weights(by_hand), start) < TOLERANCE
 
 
 def train_one_rank(output_dir: Path) -> None:
     from conftest import (  # pyright: ignore[reportMissingImports]
-        code_of,
         end_rank,
         random_model,
         weights_of,
     )
 
-    trainer_class = code_of("Hugging Face Trainer").PaintTrainer
-    for tied in (True, False):
+    for reduction, tied in RANK_CASES:
         student, teacher = random_model(0, tied=tied), random_model(1)
-        options: dict[str, Any] = {"teacher": teacher, "ddp_backend": "gloo"}
-        make_trainer(trainer_class, student, output_dir, batch_size=1, **options).train()
-        torch.save(weights_of(student), output_dir / f"rank-{os.environ['RANK']}-{tied}.pt")
+        options: dict[str, Any] = {"reduction": reduction, "ddp_backend": "gloo"}
+        # Without it the count that Trainer hands over is that of one rank.
+        options["average_tokens_across_devices"] = tied
+        make_trainer(student, output_dir, teacher=teacher, batch_size=1, **options).train()
+        name = f"rank-{os.environ['RANK']}-{reduction}-{tied}.pt"
+        torch.save(weights_of(student), output_dir / name)
     end_rank()
 
 

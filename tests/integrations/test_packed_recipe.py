@@ -1,9 +1,8 @@
-"""The recipe for packed batches in docs/integrations.md, and its section on sharded heads."""
+"""The loss of packed batches, of both sides' prompts, and of heads that FSDP2 shards."""
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from paint_engine.integrations.packed import (
+    PackedStates,
+    completion_rows,
+    packed_paint_loss,
+    packed_response_mask,
+)
 from paint_kernels import PaintLoss, paint_loss
 
 TOLERANCE = 1e-5
@@ -55,7 +60,7 @@ def make_batch(side: str, rollouts: list[int]) -> Batch:
     return Batch(input_ids, attention_mask, response_mask)
 
 
-def pack(batch: Batch, packed_response_mask: Callable[[Tensor, Tensor], Tensor]) -> Packed:
+def pack(batch: Batch) -> Packed:
     kept = batch.attention_mask.bool()
     lengths = kept.sum(1)
     return Packed(
@@ -66,7 +71,7 @@ def pack(batch: Batch, packed_response_mask: Callable[[Tensor, Tensor], Tensor])
     )
 
 
-def packed_states(model: nn.Module, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+def packed_states(model: nn.Module, packed: Packed) -> PackedStates:
     outputs = model(
         packed.input_ids,
         position_ids=packed.position_ids,
@@ -74,25 +79,19 @@ def packed_states(model: nn.Module, packed: Packed) -> tuple[Tensor, Tensor, Ten
         output_hidden_states=True,
         logits_to_keep=1,
     )
-    return outputs.hidden_states[-1][0], packed.cu_seqlens, packed.response_mask
+    return PackedStates(outputs.hidden_states[-1][0], packed.cu_seqlens, packed.response_mask)
 
 
 def packed_loss(
-    docs: Any,
-    models: tuple[Any, Any],
-    rollouts: list[int],
-    denominator: float,
-    *,
-    whole: Callable[[Tensor], Tensor] = lambda weight: weight,
-    **settings: Any,
+    models: tuple[Any, Any], rollouts: list[int], denominator: float, **settings: Any
 ) -> Tensor:
     sides = []
     for side, model in zip(("student", "teacher"), models, strict=True):
-        packed = pack(make_batch(side, rollouts), docs.packed_response_mask)
+        packed = pack(make_batch(side, rollouts))
         with torch.set_grad_enabled(side == "student"):
             sides.append(packed_states(model, packed))
-    heads = [whole(model.get_output_embeddings().weight) for model in models]
-    return docs.packed_paint_loss(*sides, *heads, denominator, **settings)
+    heads = [model.get_output_embeddings().weight for model in models]
+    return packed_paint_loss(*sides, *heads, denominator=denominator, **settings).loss
 
 
 def padded_loss(student: Any, teacher: Any, **settings: Any) -> Tensor:
@@ -132,11 +131,6 @@ def total(reduction: str) -> int:
 
 
 @pytest.fixture
-def docs(docs_code: Callable[[str], SimpleNamespace]) -> SimpleNamespace:
-    return docs_code("Packed batches without padding")
-
-
-@pytest.fixture
 def models(make_model) -> tuple[Any, Any]:
     return make_model(0), make_model(1, hidden_size=48, tied=False)
 
@@ -153,9 +147,9 @@ def expected(make_model) -> Callable[[str], tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
-def test_packed_is_padded(docs, models, expected, reduction):
+def test_packed_is_padded(models, expected, reduction):
     everything = list(range(len(RESPONSE_LENGTHS)))
-    loss = packed_loss(docs, models, everything, total(reduction), reduction=reduction)
+    loss = packed_loss(models, everything, total(reduction), reduction=reduction)
     loss.backward()
     expected_loss, expected_gradients = expected(reduction)
     assert relative_error(loss.detach(), expected_loss) < TOLERANCE
@@ -163,7 +157,7 @@ def test_packed_is_padded(docs, models, expected, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
-def test_micro_batches_add_up_and_ranks_average(docs, models, expected, reduction):
+def test_micro_batches_add_up_and_ranks_average(models, expected, reduction):
     """Two ranks that hold four rollouts and two, in micro-batches of unequal size."""
     ranks = [[[0, 3, 1], [4]], [[5], [2]]]
     losses, rank_gradients = [], []
@@ -171,7 +165,7 @@ def test_micro_batches_add_up_and_ranks_average(docs, models, expected, reductio
         models[0].zero_grad()
         for rollouts in micro_batches:
             per_rank = total(reduction) / len(ranks)
-            loss = packed_loss(docs, models, rollouts, per_rank, reduction=reduction)
+            loss = packed_loss(models, rollouts, per_rank, reduction=reduction)
             loss.backward()
             losses.append(loss.detach() / len(ranks))
         rank_gradients.append(gradients(models[0]))
@@ -180,22 +174,30 @@ def test_micro_batches_add_up_and_ranks_average(docs, models, expected, reductio
     assert relative_error(torch.stack(rank_gradients).mean(0), expected_gradients) < TOLERANCE
 
 
-def test_rows_are_those_before_the_response_tokens(docs):
+def test_rows_are_those_before_the_response_tokens():
     states = torch.arange(9.0)[:, None]
     mask = torch.tensor([0, 0, 1, 1, 0, 1, 1, 0, 1]).bool()
-    rows, bounds = docs.completion_rows(states, torch.tensor([0, 4, 7, 9]), mask)
+    rows, bounds = completion_rows(PackedStates(states, torch.tensor([0, 4, 7, 9]), mask))
     assert rows.squeeze(1).tolist() == [1, 2, 4, 5, 7]
     assert bounds.tolist() == [0, 2, 4, 5]
     assert bounds.dtype == torch.int32
 
 
-def test_different_responses_of_student_and_teacher_are_refused(docs):
+def test_different_responses_of_student_and_teacher_are_refused():
     states, bounds = torch.randn(8, 4), torch.tensor([0, 4, 8])
-    student = (states, bounds, torch.tensor([0, 1, 1, 1, 0, 1, 0, 0]).bool())
-    teacher = (states, bounds, torch.tensor([0, 1, 0, 1, 0, 1, 1, 0]).bool())
-    head = torch.randn(16, 4)
-    with pytest.raises(AssertionError, match="the same responses"):
-        docs.packed_paint_loss(student, teacher, head, head, 2)
+    student = PackedStates(states, bounds, torch.tensor([0, 1, 1, 1, 0, 1, 0, 0]).bool())
+    teacher = PackedStates(states, bounds, torch.tensor([0, 1, 0, 1, 0, 1, 1, 0]).bool())
+    with pytest.raises(ValueError, match=r"\[3, 1\] tokens and the teacher's \[2, 2\]"):
+        packed_paint_loss(student, teacher, torch.randn(16, 4))
+
+
+def test_a_shared_head_need_not_be_passed_twice(models):
+    student = packed_states(models[0], pack(make_batch("student", [0, 2])))
+    teacher = packed_states(models[0], pack(make_batch("teacher", [0, 2])))
+    head = models[0].get_output_embeddings().weight
+    once, twice = (packed_paint_loss(student, teacher, *heads) for heads in [(head,), (head, head)])
+    assert once.loss > 0
+    assert torch.equal(once.loss, twice.loss)
 
 
 def test_a_frozen_head_is_not_kept_for_backward():
@@ -225,7 +227,7 @@ def test_sharded_models_get_the_gradient_of_the_whole_step(two_ranks, make_model
 
 def backward_sharded(output_dir: Path, *, tied: bool, resharded: bool) -> None:
     """A step's backward on this rank; rank 0 writes the gathered gradients."""
-    from conftest import code_of, random_model  # pyright: ignore[reportMissingImports]
+    from conftest import random_model  # pyright: ignore[reportMissingImports]
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
@@ -236,11 +238,9 @@ def backward_sharded(output_dir: Path, *, tied: bool, resharded: bool) -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(student, mesh=mesh, reshard_after_forward=resharded)
     loss = packed_loss(
-        code_of("Packed batches without padding"),
         (student, teacher),
         [[0, 1, 2], [3, 4, 5]][rank],
         total("sequence_mean") / num_ranks,
-        whole=code_of("Sharded heads").whole,
     )
     loss.backward()
     gathered = {}

@@ -1,6 +1,5 @@
-"""The sections on TRL in docs/integrations.md, run with TRL's own trainers beside them."""
+"""TRL's trainers with `paint_loss`, with TRL's own beside them."""
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,9 +49,10 @@ MANY_STOP_TOKENS = list(range(600, 768))
 
 
 def equal_settings(beta: float) -> dict[str, Any]:
-    """The settings of the documentation's first section: TRL's own loss."""
+    """What docs/integrations.md gives for TRL's own loss, a mean over tokens."""
     divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")
     plain = {"divergence": divergence, "pointwise_clip": None, "interpolation_weight": 0.0}
+    plain |= {"reduction": "token_mean"}
     return plain | ({"jsd_weight": beta} if divergence == "jsd" else {})
 
 
@@ -81,13 +81,26 @@ def configuration(name: str, output_dir: Path, options: dict[str, Any]) -> Any:
     return GKDConfig(**(settings | options))
 
 
+def trainer_classes(name: str) -> tuple[Any, Any]:
+    """TRL's class and ours. The import waits for the test, whose filters it needs."""
+    if name == "GKDTrainer":
+        from trl.experimental.gkd import GKDTrainer
+
+        from paint_engine.integrations.gkd import PaintGKDTrainer
+
+        return GKDTrainer, PaintGKDTrainer
+    from trl import DistillationTrainer
+
+    from paint_engine.integrations.trl import PaintDistillationTrainer
+
+    return DistillationTrainer, PaintDistillationTrainer
+
+
 @pytest.fixture(params=["GKDTrainer", "DistillationTrainer"])
-def setup(
-    request, docs_code: Callable[[str], SimpleNamespace], make_model, tokenizer, tmp_path
-) -> SimpleNamespace:
+def setup(request, make_model, tokenizer, tmp_path) -> SimpleNamespace:
     """TRL's class, ours, and run(class, **settings) -> (trainer, student, teacher)."""
     name = request.param
-    code = docs_code(f"TRL's {name}")
+    theirs, ours = trainer_classes(name)
     rows = conversations() if name == "GKDTrainer" else prompts()
 
     def run(
@@ -107,15 +120,12 @@ def setup(
             eval_dataset=Dataset.from_list(rows[:4]),
             processing_class=tokenizer,
             peft_config=peft_config,
+            **({} if loss_settings is None else {"loss_settings": loss_settings}),
         )
-        if loss_settings is not None:
-            trainer.loss_settings = loss_settings
         trainer.train()
         return trainer, student, teacher
 
-    return SimpleNamespace(
-        name=name, theirs=getattr(code, name), ours=getattr(code, f"Paint{name}"), run=run
-    )
+    return SimpleNamespace(name=name, theirs=theirs, ours=ours, run=run)
 
 
 def logged(trainer: Any, key: str) -> list[float]:
@@ -155,6 +165,21 @@ def test_equal_settings_train_equal_adapters(setup):
     assert not any("lm_head" in name or "base_layer" in name for name in trained[1])
 
 
+def test_the_mean_over_rollouts_does_not_depend_on_micro_batches(setup, make_model, flat_weights):
+    trained = []
+    for batch_size, settings in [(2, {}), (4, {}), (4, {"reduction": "token_mean"})]:
+        _, student, _ = setup.run(
+            setup.ours,
+            loss_settings=settings,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=4 // batch_size,
+        )
+        trained.append(flat_weights(student))
+    start = flat_weights(make_model(0))
+    assert relative_gap(trained[0], trained[1], start) < TOLERANCE
+    assert relative_gap(trained[2], trained[1], start) > 0.01
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_paint_loss_trains_the_student_alone(setup, make_model, flat_weights, bf16):
     """Clip and interpolation lead elsewhere than the forward KL. Both trainers sample."""
@@ -189,3 +214,25 @@ def test_evaluation_and_entropies_are_those_of_trl(setup, beta):
         measured.append(trainer.evaluate() | {"entropy": logged(trainer, "entropy")[0]})
     for key in ("eval_loss", "eval_entropy", "entropy"):
         assert measured[1][key] == pytest.approx(measured[0][key], rel=1e-5), key
+
+
+def test_the_loss_may_have_a_temperature_of_its_own(setup):
+    """`args.temperature` is the default in DistillationTrainer, and in neither the last word."""
+    losses = []
+    for settings in [{}, {"temperature": 2.0}]:
+        trainer, *_ = setup.run(
+            setup.ours, loss_settings=settings, temperature=0.7, logging_steps=1, max_steps=1
+        )
+        losses.append(logged(trainer, "loss")[0])
+    is_on_policy = setup.name == "DistillationTrainer"
+    assert trainer.loss_settings["temperature"] == 2.0
+    assert losses[0] != pytest.approx(losses[1], rel=0.05)
+    default, *_ = setup.run(setup.ours, temperature=0.7, max_steps=1)
+    assert default.loss_settings.get("temperature") == (0.7 if is_on_policy else None)
+
+
+@pytest.mark.parametrize("setup", ["DistillationTrainer"], indirect=True)
+def test_images_are_refused(setup):
+    trainer, *_ = setup.run(setup.ours, max_steps=1)
+    with pytest.raises(ValueError, match="the batch has pixel_values"):
+        trainer._compute_loss(trainer.model, {"pixel_values": torch.zeros(1)}, None)

@@ -218,7 +218,7 @@ def run_program() -> Callable[..., dict[str, Any]]:
             env=os.environ | settings | {"PYTHONPATH": path},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=900,
         )
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
         return json.loads((work / "report.json").read_text())
@@ -296,7 +296,7 @@ def run_ranks(
     def run(num_ranks: int, commands: Sequence[Sequence[object]]) -> None:
         lines = [json.dumps([str(part) for part in argv]) for argv in commands]
         process = torchrun(num_ranks, script, *lines)
-        printed = printed_by(process, 280)
+        printed = printed_by(process, 900)
         assert process.returncode == 0, printed[-6000:]
 
     return run

@@ -167,7 +167,7 @@ def test_the_command_line_cut_short_and_continued(
         with pytest.raises(SystemExit) as stop:
             evaluate.main([*arguments, "--output", str(tmp_path / "cut")])
     assert stop.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command resumes the evaluation" in capsys.readouterr().out
     partial = read_jsonl(tmp_path / "cut" / "aime_like.rank-0.jsonl")
     assert partial[0]["header"]["subject"]["engine"] == "vllm"
     assert len(partial) == 1 + len(written) < 1 + 24

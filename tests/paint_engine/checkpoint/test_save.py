@@ -2,6 +2,7 @@
 for bit. At several ranks: test_checkpoint_ranks.py."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -239,21 +240,20 @@ def test_a_checkpoint_cut_short_is_ignored_and_replaced(
 def test_every_file_is_on_the_disk_before_the_rename(
     tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flushed: list[tuple[Path, bool]] = []
+    # By inode, which a rename keeps.
+    flushed: list[tuple[int, bool]] = []
     target = tmp_path / "checkpoints/step-3"
-    original = checkpoint_files.flush
+    original = os.fsync
 
-    def spy(path: Path) -> None:
-        flushed.append((path, target.exists()))
-        original(path)
+    def spy(descriptor: int) -> None:
+        flushed.append((os.fstat(descriptor).st_ino, target.exists()))
+        original(descriptor)
 
-    monkeypatch.setattr(checkpoint, "flush", spy)
-    monkeypatch.setattr(checkpoint_files, "flush", spy)
+    monkeypatch.setattr(os, "fsync", spy)
     save(tmp_path, *trained, 3)
-    unfinished = tmp_path / "checkpoints/.step-3.unfinished"
-    written = [unfinished, *(unfinished / p.relative_to(target) for p in target.rglob("*"))]
-    assert {path for path, renamed in flushed if not renamed} == set(written)
-    assert [path for path, renamed in flushed if renamed] == [tmp_path / "checkpoints"]
+    written = {path.stat().st_ino for path in (target, *target.rglob("*"))}
+    assert {file for file, renamed in flushed if not renamed} == written
+    assert [file for file, renamed in flushed if renamed] == [target.parent.stat().st_ino]
 
 
 def test_saving_a_step_twice_keeps_the_first(tmp_path: Path, trained: Trained) -> None:

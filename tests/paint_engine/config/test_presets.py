@@ -272,7 +272,7 @@ def test_grpo_samples_what_it_can_weigh(model: str) -> None:
     assert config.objective.importance_cap == 2.0
     assert (config.grpo.group_size, config.grpo.kl_weight, config.grpo.num_updates) == (8, 0.0, 1)
     assert config.grpo.ratio_clip_low == config.grpo.ratio_clip_high == 0.2
-    assert config.grpo.scale_by_std and config.grpo.reward == "verified"
+    assert config.grpo.scale_by_std and config.reward.function == "math"
 
 
 def test_sft_goes_four_times_through_the_data() -> None:

@@ -328,7 +328,6 @@ IDLE = [
     (GRPO, "grpo.scale_by_std", "false", ""),
     (GRPO, "grpo.skip_zero_variance", "true", ""),
     (GRPO, "grpo.num_updates", "2", ""),
-    (GRPO, "grpo.reward", "first_box", ""),
 ]
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from paint_engine.config.sections import ColumnsSection
 from paint_engine.data.problem_sets import batch_indices
-from paint_engine.data.rows import LoadedProblems, load_problems, problem_order
+from paint_engine.data.rows import LoadedProblems, load_problems
+from paint_engine.seeds import problem_order
 from paint_engine.types import Problem
 
 properties = settings(deadline=None, derandomize=True, max_examples=60)

@@ -155,9 +155,9 @@ def test_what_differs_beside_the_weights_is_noted(tmp_path: Path, run: Run) -> N
         f"note: {first} and {tmp_path / 'seed'} differ in seed (0 and 1) on bench, more: the "
         "problems are paired, the random numbers are not",
         f"note: {first} and {tmp_path / 'engine'} differ in dtype (bfloat16 and float32) on bench, "
-        "more: some answers change by that alone",
+        "more: this alone changes some answers",
         f"note: {first} and {tmp_path / 'engine'} differ in engine (vllm and builtin) on bench, "
-        "more: some answers change by that alone",
+        "more: this alone changes some answers",
     ]
     assert [other["macro"]["difference"] for other in found["others"]] == [0.5] * 4
     recorded = [
@@ -175,7 +175,7 @@ def test_what_differs_beside_the_weights_is_noted(tmp_path: Path, run: Run) -> N
             replace(HEADER, settings=HEADER.settings | {"temperature": 0.6}),
             r"differ in temperature \(1\.0 and 0\.6\)",
         ),
-        (replace(HEADER, problems=fingerprints(PROBLEMS[1:])), r"other problems \(40 and 39\)"),
+        (replace(HEADER, problems=fingerprints(PROBLEMS[1:])), r"different problems \(40 and 39\)"),
         (replace(HEADER, benchmark="more"), "needs the same benchmarks in both"),
     ],
 )

@@ -26,7 +26,7 @@ from paint_engine.config.sections import ModelSection
 from paint_engine.files import read_jsonl
 from paint_engine.rollout.choose import vllm_is_installed
 
-DEADLINE_S = 120.0
+DEADLINE_S = 600.0
 
 
 def main(*argv: object) -> int:

@@ -26,13 +26,13 @@ from paint_engine.evaluation.store import (
     EvalSample,
     Header,
     SampleFiles,
-    _write_whole,
     evaluation_settings,
     fingerprints,
     read_finished,
     read_unfinished,
 )
-from paint_engine.files import read_jsonl
+from paint_engine.files import append_lines, read_jsonl
+from paint_engine.rewards.math import MathReward
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import Completion, sampling_params
 from paint_engine.types import Problem
@@ -62,6 +62,7 @@ def _evaluate(
         [prompts[i] for i in indices],
         all_requests(problems, SECTION.num_samples) if requests is None else requests,
         sampling_params(SECTION, model, tokenizer),
+        MathReward(5.0),
         seed=seed,
         base=False,
         on_samples=seen.extend,
@@ -127,6 +128,7 @@ def test_answers_are_checked_against_their_own_problem(
         [(1,) * 3, (1,) * 4, (1,) * 5],
         all_requests(problems, SECTION.num_samples),
         sampling_params(SECTION, base, tokenizer),
+        MathReward(5.0),
         seed=0,
         base=False,
         on_samples=lambda group: None,
@@ -311,7 +313,7 @@ def test_short_writes_are_gone_on_with(tmp_path: Path) -> None:
     file = tmp_path / "lines"
     file.write_bytes(b"first\n")
     with Short(file, "a") as opened:
-        _write_whole(opened, b"second, and longer\n")
+        append_lines(opened, b"second, and longer\n")
     assert file.read_bytes() == b"first\nsecond, and longer\n"
 
 
@@ -326,7 +328,7 @@ def test_what_tells_problems_apart() -> None:
     assert marks["a"] == marks["b"]
     other = fingerprints([Problem("a", "q", "", "4"), Problem("b", "r", "", "3")])
     assert len({marks["a"], *other.values()}) == 3
-    with pytest.raises(ValueError, match="two problems are called a"):
+    with pytest.raises(ValueError, match="two problems have the id a"):
         fingerprints([Problem("a", "q", "", "3"), Problem("a", "r", "", "4")])
 
 

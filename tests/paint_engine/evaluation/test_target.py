@@ -34,7 +34,7 @@ from paint_engine.evaluation.target import (
 
 @pytest.fixture
 def adapter(lora_model: PeftModel, model_dir: Path, tmp_path: Path) -> Path:
-    """In peft's format, of `model_dir` by its own word."""
+    """In peft's format, trained on `model_dir` according to its configuration."""
     directory = tmp_path / "mine"
     lora_model.save_pretrained(str(directory), save_embedding_layers=False)
     config = json.loads((directory / "adapter_config.json").read_text())
@@ -230,7 +230,7 @@ def test_ranks_with_other_commits_in_their_caches_are_refused(
     ]
     shell = f"export HF_HUB_CACHE={shlex.quote(str(tmp_path))}/$RANK; exec {shlex.join(command)}"
     process = torchrun(2, "--no-python", "bash", "-c", shell)
-    printed = printed_by(process, 120)
+    printed = printed_by(process, 600)
     assert process.returncode != 0
     message = f"the first one, which has commit '{'a' * 40}' and not '{'b' * 40}'; needs the same"
     assert message in printed, printed[-3000:]
@@ -267,11 +267,11 @@ def test_the_best_is_offered_where_there_is_one(run_dir: Path) -> None:
 
 def test_what_is_no_adapter(adapter: Path, model_dir: Path, tmp_path: Path) -> None:
     cases = {
-        str(model_dir): f"is a whole model, and no adapter; give it as --model {model_dir}",
-        f"{model_dir}:best": f"is a whole model, and no adapter; give it as --model {model_dir}",
-        f"{adapter}:step-4": "is one adapter, and no run directory with several; give it without",
-        f"{adapter}:4": "is one adapter, and no run directory with several; give it without",
-        str(tmp_path): "holds none; needs an adapter",
+        str(model_dir): f"is a whole model, not an adapter; give it as --model {model_dir}",
+        f"{model_dir}:best": f"is a whole model, not an adapter; give it as --model {model_dir}",
+        f"{adapter}:step-4": "is one adapter, not a run directory with several; give it without",
+        f"{adapter}:4": "is one adapter, not a run directory with several; give it without",
+        str(tmp_path): "holds no adapter; needs an adapter",
         f"{tmp_path / 'nowhere'}:4": "is no directory; needs an adapter",
     }
     for text, message in cases.items():

@@ -70,7 +70,7 @@ OVERRIDES = [
     ("grpo-tiny", "--grpo.num_updates 2 --grpo.kl_weight 0.04 --grpo.ratio_clip_high 0.28"),
     ("grpo-tiny", "--grpo.skip_zero_variance true"),
     ("grpo-tiny", "--grpo.skip_zero_variance true --grpo.num_updates 2"),
-    ("grpo-tiny", "--grpo.scale_by_std false --grpo.reward first_box --grpo.group_size 4"),
+    ("grpo-tiny", "--grpo.scale_by_std false --reward.function first_box --grpo.group_size 4"),
     ("grpo-tiny", "--objective.importance_cap none --lora.enabled false"),
     ("sft-tiny", "--objective.reduction sequence_mean"),
     ("sft-tiny", "--lora.enabled false"),

@@ -247,6 +247,9 @@ class {name}(Recipe):
             thing="answer",
             things="answers",
         )
+
+    def loss(self, inputs):
+        return inputs
 """
 
 

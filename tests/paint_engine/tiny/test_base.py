@@ -17,6 +17,7 @@ from paint_engine.model.forward import lm_head_weight
 from paint_engine.model.load import TINY_BASE, load_base, load_tokenizer
 from paint_engine.prompts.chat import encode_student_prompt, encode_teacher_prompt
 from paint_engine.prompts.masking import mask_solution
+from paint_engine.rewards.math import MathReward
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import sampling_params
 from paint_engine.tiny import pretrain
@@ -90,6 +91,7 @@ def test_it_solves_clearly_more_with_the_reference_in_its_prompt(
             prompts,
             all_requests(problems, SECTION.num_samples),
             sampling_params(SECTION, model, tokenizer),
+            MathReward(5.0),
             seed=0,
             base=False,
             on_samples=lambda group: None,

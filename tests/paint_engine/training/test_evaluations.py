@@ -1,4 +1,4 @@
-"""Evaluations during training: one that was cut short goes on, and no sample is drawn twice."""
+"""Evaluations during training: an interrupted one is resumed, and no sample is drawn twice."""
 
 import json
 from collections.abc import Callable, Sequence

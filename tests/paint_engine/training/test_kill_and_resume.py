@@ -55,7 +55,7 @@ def kill_once(
     was still running."""
     before, began = newest(run_dir), time.monotonic()
     while not early and process.poll() is None and newest(run_dir) == before:
-        assert time.monotonic() - began < 120
+        assert time.monotonic() - began < 600
         time.sleep(0.002)
     time.sleep(wait_s)
     killed = process.poll() is None
@@ -84,8 +84,8 @@ def test_killed_at_random_moments_the_run_ends_the_same(command: list[str], tmp_
         process = start(command, killed, log)
         num_killed += kill_once(process, killed, wait_s, early=early)
         moments.append(f"{'early' if early else 'late'} {wait_s:.3f} s, at {newest(killed)}")
-    assert start(command, killed, log).wait(timeout=240) == 0, log.read_text()[-4000:]
-    assert reference.wait(timeout=240) == 0, log.read_text()[-4000:]
+    assert start(command, killed, log).wait(timeout=900) == 0, log.read_text()[-4000:]
+    assert reference.wait(timeout=900) == 0, log.read_text()[-4000:]
     assert num_killed == NUM_KILLS, moments
     assert losses(killed) == losses(whole), moments
     assert [step for step, _, _ in losses(whole)] == list(range(1, NUM_STEPS + 1))

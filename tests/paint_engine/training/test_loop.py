@@ -15,7 +15,7 @@ from paint_engine.files import read_jsonl
 from paint_engine.model.forward import hidden_states, lm_head_weight
 from paint_engine.model.packing import build_batch
 from paint_engine.recipes import LossInputs, LossOutput
-from paint_engine.training import evaluations as run_eval
+from paint_engine.training import run as run_module
 from paint_engine.training import step as step_module
 from paint_engine.training.build import build_run
 from paint_engine.training.run import Run
@@ -287,14 +287,14 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_one_message(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = run_eval.save_checkpoint
+    original = run_module.save_checkpoint
 
     def full_at_step_3(run_dir, model, optimizer, state, **settings) -> Path:
         if state["step"] == 3:
             raise ValueError("no room for a checkpoint; make room")
         return original(run_dir, model, optimizer, state, **settings)
 
-    monkeypatch.setattr(run_eval, "save_checkpoint", full_at_step_3)
+    monkeypatch.setattr(run_module, "save_checkpoint", full_at_step_3)
     assert run_main(command) == 1
     assert "error: no room for a checkpoint; make room" in capsys.readouterr().out
     names = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}

@@ -158,7 +158,7 @@ def started(
 
 
 def wait_for_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not any(int(p.name[5:]) >= step for p in list_checkpoints(run)):
         assert time.monotonic() < deadline, f"no checkpoint of step {step} in {run}"
         time.sleep(0.02)
@@ -189,7 +189,7 @@ def test_a_killed_rank_under_torchrun_goes_on_from_the_last_checkpoint(
         (run,) = tmp_path.glob("runs/*")
     wait_for_step(run, 3)
     os.kill(worker_pids(process)[1], signal.SIGKILL)
-    printed, _ = process.communicate(timeout=200)
+    printed, _ = process.communicate(timeout=900)
     assert process.returncode == 0, printed[-4000:]
     assert [m["step"] for m in read_jsonl(run / "metrics.jsonl")] == list(range(1, 41))
     # The second start went on and did not begin again.
@@ -209,7 +209,7 @@ def test_sigterm_saves_on_every_rank_and_ends_cleanly(
     wait_for_step(run, 5)
     # A scheduler may reach one process first: the others must hear of it.
     os.kill(worker_pids(process)[1], signal.SIGTERM)
-    printed, _ = process.communicate(timeout=100)
+    printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed[-4000:]
     last = list_checkpoints(run)[-1].name.removeprefix("step-")
     assert f"stopped after step {last}; saved" in printed

@@ -201,17 +201,17 @@ def test_advantages_need_not_be_scaled(build: Build) -> None:
 
 
 @pytest.mark.parametrize("answer", ["7", "8"])
-@pytest.mark.parametrize("reward", ["verified", "first_box"])
+@pytest.mark.parametrize("reward", ["math", "first_box"])
 def test_the_reward_is_of_the_last_box_or_of_the_first(
     reward: str, answer: str, build: Build
 ) -> None:
-    run = build(**GRPO, **{"grpo.reward": reward})
+    run = build(**GRPO, **{"reward.function": reward})
     problem = Problem("p", "How many?", "First $3 + 4 = 7$.", answer)
     text = "It is \\boxed{8}. No: $3 + 4 = 7$, so \\boxed{7}."
     item = judge(run, Rollout(problem, (1,), (2,), (0.0,), False, text))
     # The verdict, which is logged, is the answer check's under either reward.
     assert item.verdict is not None and item.verdict.correct == (answer == "7")
-    assert item.verdict.reward == float(answer == {"verified": "7", "first_box": "8"}[reward])
+    assert item.verdict.reward == float(answer == {"math": "7", "first_box": "8"}[reward])
 
 
 @pytest.mark.parametrize("rewards", [[1.0, 0.0, 0.0, 1.0, 1.0, 1.0], [1.0] * 6])

@@ -1,0 +1,128 @@
+"""Files and directories of a run are whole or absent, whatever fails while they are written."""
+
+import json
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import paint_engine
+from paint_engine.files import (
+    append_lines,
+    json_line,
+    make_unfinished,
+    new_directory,
+    open_jsonl,
+    publish_directory,
+    read_jsonl,
+    write_atomic,
+    write_json,
+    write_link,
+)
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file can grow beyond 100 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    file = tmp_path / "summary.json"
+    write_json(file, {"a": 1})
+    write_json(file, {"b": "é"})
+    assert json.loads(file.read_text()) == {"b": "é"}
+    write_atomic(file, "ü\n")
+    assert file.read_bytes() == b"\xc3\xbc\n"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_full_disk_leaves_the_earlier_file_and_nothing_beside_it(
+    tmp_path: Path, full_disk: None
+) -> None:
+    file = tmp_path / "report.html"
+    write_atomic(file, "before")
+    with pytest.raises(OSError, match="File too large"):
+        write_atomic(file, 200 * "x")
+    assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_lines_are_appended_all_or_none(tmp_path: Path, full_disk: None) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with open_jsonl(path) as file:
+        append_lines(file, json_line({"step": 1}))
+        with pytest.raises(OSError, match="File too large"):
+            append_lines(file, json_line({"step": 2, "text": 90 * "x"}))
+        append_lines(file, json_line({"step": 3}))
+    assert read_jsonl(path) == [{"step": 1}, {"step": 3}]
+
+
+def test_a_line_that_a_kill_cut_short_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"st')
+    with open_jsonl(path) as file:
+        append_lines(file, json_line({"step": 2}))
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_value_without_a_json_form_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^'loss' of step 3 cannot be written as JSON"):
+        json_line({"step": 3, "loss": float("nan")})
+    with pytest.raises(ValueError, match=r"^'text' cannot be written as JSON"):
+        json_line({"text": b"x"})
+
+
+def test_a_link_is_replaced(tmp_path: Path) -> None:
+    for name in ("step-1", "step-2"):
+        (tmp_path / name).mkdir()
+        write_link(tmp_path / "best", name)
+        assert (tmp_path / "best").readlink() == Path(name)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_directory_appears_with_all_its_files(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    # As a killed process leaves it.
+    (make_unfinished(target) / "left-over").touch()
+    with new_directory(target) as beside:
+        assert list(beside.iterdir()) == []
+        (beside / "below").mkdir()
+        (beside / "below" / "file").write_text("x")
+        assert list(target.iterdir()) == []
+    assert (target / "below" / "file").read_text() == "x"
+    assert list(tmp_path.iterdir()) == [target]
+    with pytest.raises(OSError, match="not empty"):
+        publish_directory_over(target)
+
+
+def publish_directory_over(target: Path) -> None:
+    make_unfinished(target)
+    publish_directory(target)
+
+
+@pytest.mark.parametrize("failure", [OSError, KeyboardInterrupt])
+def test_a_directory_that_could_not_be_filled_is_removed(
+    tmp_path: Path, failure: type[BaseException]
+) -> None:
+    with pytest.raises(failure), new_directory(tmp_path / "out") as beside:
+        (beside / "file").touch()
+        raise failure
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_else_makes_writes_durable() -> None:
+    """Others use these functions: hand-written copies of them differ in what a crash leaves."""
+    package = Path(str(paint_engine.__file__)).parent
+    durable = ("os.fsync", "os.replace", '.unfinished"', '.tmp"')
+    found = {
+        file.name
+        for file in package.rglob("*.py")
+        if any(word in file.read_text() for word in durable)
+    }
+    assert found == {"files.py"}
