@@ -1,7 +1,7 @@
-"""Every random stream of a run, by name; nothing else derives a seed.
+"""Every random stream of a run, by name. No other module derives a seed.
 
-Each is a pure function of what it is for. So a resumed run, and one on another machine or another
-number of ranks, draws what an uninterrupted one draws.
+Each seed is a pure function of its purpose. A resumed run, or one on another machine or another
+number of ranks, therefore draws the same numbers as an uninterrupted one.
 """
 
 import hashlib
@@ -9,26 +9,26 @@ import random
 from functools import lru_cache
 
 BOOTSTRAP_SEED = 0
-"""of the resampled problems behind every interval, the same for all runs"""
+"""seed of the resampled problems behind every interval, equal for all runs"""
 
 
 def global_seed(seed: int) -> int:
-    """Of the libraries' global generators, at the start of a process. The run draws nothing from
-    them itself."""
+    """Returns the seed of the libraries' global generators at the start of a process. The run
+    itself draws nothing from them."""
     return seed
 
 
 def adapter_seed(seed: int) -> int:
-    """Of torch's generator for the initial values of the adapters' A matrices."""
+    """Returns the seed of torch's generator for the initial values of the adapters' A matrices."""
     return seed
 
 
 @lru_cache(maxsize=4)
 def problem_order(num_problems: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """The order of the problems in an epoch: a permutation of range(num_problems).
+    """Returns the order of the problems in an epoch: a permutation of range(num_problems).
 
-    Sorted by a hash of (seed, epoch, index) and not drawn from a library's generator, whose stream
-    may change between versions.
+    It sorts by a hash of (seed, epoch, index). A library's generator would not do, because its
+    stream may change between versions.
     """
 
     def rank(index: int) -> bytes:
@@ -38,32 +38,34 @@ def problem_order(num_problems: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def rollout_seed(seed: int, step: int, problem_id: str, index: int) -> int:
-    """Of one rollout: `index` is its place in the step's batch, over all ranks."""
+    """Returns the seed of one rollout. `index` is its place in the step's batch, over all ranks."""
     return _hash("rollout", seed, step, problem_id, index)
 
 
 def mask_generator(seed: int, step: int, problem_id: str, index: int) -> random.Random:
-    """What places the mask of one rollout's teacher view, where the placement is random."""
+    """Returns the generator that places the mask of one rollout's teacher view if the placement is
+    random."""
     return random.Random(_hash("mask", seed, step, problem_id, index))
 
 
 def rationale_seed(seed: int, step: int, index: int) -> int:
-    """Of the rationale that the teacher writes for one rollout of a step."""
+    """Returns the seed of the rationale that the teacher writes for one rollout of a step."""
     return _hash("reason", seed, step, index)
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Of torch's generator for the dropout of one optimizer step on one rank."""
+    """Returns the seed of torch's generator for the dropout of one optimizer step on one rank."""
     return _hash("dropout", seed, step, rank)
 
 
 def evaluation_seed(seed: int, problem_id: str, sample_index: int) -> int:
-    """Of one answer in an evaluation. Without the step: evaluations of a run draw the same random
-    numbers, which makes their difference less noisy."""
+    """Returns the seed of one answer in an evaluation. It does not depend on the step: all
+    evaluations of a run draw the same random numbers, which makes their difference less noisy."""
     return _hash("eval", seed, problem_id, sample_index)
 
 
 def _hash(stream: str, *parts: object) -> int:
-    """A seed below 2^62, which suits torch's, NumPy's, Python's and vLLM's generators."""
+    """Returns a seed below 2^62, which is valid for torch's, NumPy's, Python's and vLLM's
+    generators."""
     digest = hashlib.sha256(repr((stream, *parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 2
