@@ -1,7 +1,7 @@
 """The process group of a run, and the collective calls of its ranks.
 
 torchrun starts one process per device. A run without torchrun has no process group, and every
-exchange below is the identity, so no other module distinguishes the two.
+function below is then the identity, so no other module distinguishes the two cases.
 """
 
 import atexit
@@ -23,8 +23,9 @@ from torch.distributed.tensor import DTensor
 T = TypeVar("T")
 
 _POLL_S = 0.01
-# Python objects use a separate gloo group with this timeout, since one rank may have far more to do
-# than another: its share of an evaluation, the start of a server. Tensors keep the default timeout.
+# Python objects use a separate gloo group with this timeout, because one rank may have far more to
+# do than the others: its share of an evaluation, the start of a server. Tensors keep the default
+# timeout.
 _OBJECT_TIMEOUT = timedelta(hours=12)
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
@@ -59,14 +60,14 @@ class World:
 
 
 def launched_ranks() -> int:
-    """The number of processes that torchrun started for this run; 1 without torchrun."""
+    """Returns the number of processes that torchrun started for this run; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def init_world(device: torch.device) -> World:
     """Joins the process group of the ranks that torchrun started, until this process ends.
 
-    device: its type is used; on GPUs each rank takes the one of its local rank.
+    device: only its type is used. On GPUs, each rank uses the GPU of its local rank.
 
     Raises ValueError if a node has fewer GPUs than processes.
     """
@@ -77,7 +78,7 @@ def init_world(device: torch.device) -> World:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"this node has {torch.cuda.device_count()} GPUs, but torchrun started a process "
-                f"with local rank {local_rank}; needs one GPU per process: lower --nproc-per-node"
+                f"with local rank {local_rank}; needs one GPU per process; lower --nproc-per-node"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -90,7 +91,7 @@ def init_world(device: torch.device) -> World:
             rank=rank,
             world_size=size,
         )
-        # Not for tensors: their shorter timeout is what detects a dead peer.
+        # Tensors do not use this group: their shorter timeout detects a dead peer.
         group = dist.new_group(backend="gloo", timeout=_OBJECT_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup), group
         _Groups.objects = group
@@ -102,9 +103,9 @@ def _agree_on_session(store: Store, rank: int, size: int) -> str:
     """Returns a prefix for the store's keys that no earlier start of these processes has used.
 
     Processes that torchrun restarts get the store of their predecessors, and would connect to the
-    addresses left there. torchrun's restart count does not tell the two apart, since a node whose
-    own processes did not fail does not increase it. So each rank asks with a random word, and rank
-    0 answers until all ranks have the prefix.
+    addresses left there. torchrun's restart count does not distinguish the two starts, because a
+    node whose own processes did not fail does not increase it. Each rank therefore asks with a
+    random word, and rank 0 answers until all ranks have the prefix.
     """
     if rank > 0:
         word = secrets.token_hex(8)
@@ -115,7 +116,7 @@ def _agree_on_session(store: Store, rank: int, size: int) -> str:
     session, missing = secrets.token_hex(8), set(range(1, size))
     while missing:
         for other in tuple(missing):
-            # The word may still be an earlier start's; nobody reads the answer then.
+            # The word may be an earlier start's; then nobody reads the answer.
             store.set(f"answer/{store.get(f'ask/{other}').decode()}", session)
             if store.check([f"here/{session}/{other}"]):
                 missing.remove(other)
@@ -131,7 +132,7 @@ def close_world() -> None:
 
 
 def _is_alone() -> bool:
-    # vLLM in this process creates a group of one rank.
+    # vLLM in this process creates its own group of one rank.
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
@@ -142,7 +143,8 @@ def barrier() -> None:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's value, in rank order, on every rank. Values must be picklable."""
+    """Returns every rank's value, in rank order, on every rank. Values must be picklable. A
+    collective call."""
     if _is_alone():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -151,12 +153,13 @@ def gather_objects(value: T) -> list[T]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank, so that all ranks take the same decision."""
+    """Returns whether the flag is set on any rank, so all ranks decide alike. A collective call."""
     return any(gather_objects(flag))
 
 
 def sum_over_ranks(sums: Mapping[str, float]) -> dict[str, float]:
-    """Sums of the ranks' numbers by name, added in rank order so that every rank gets the same."""
+    """Returns sums of the ranks' numbers by name. They are added in rank order, so every rank gets
+    the same result. A collective call."""
     total: dict[str, float] = {}
     for rank_sums in gather_objects(dict(sums)):
         for name, value in rank_sums.items():
@@ -167,7 +170,7 @@ def sum_over_ranks(sums: Mapping[str, float]) -> dict[str, float]:
 def raise_together(error: str | None) -> None:
     """Raises ValueError on every rank if any rank has an error, with the lowest such rank's text.
 
-    A rank that raised alone would leave the others waiting.
+    A collective call. If one rank raised alone, the others would wait for it.
     """
     for message in gather_objects(error):
         if message is not None:
@@ -175,21 +178,23 @@ def raise_together(error: str | None) -> None:
 
 
 def my_share(items: Sequence[T], world: World) -> list[T]:
-    """This rank's share of the items: every `world.size`-th, from its own rank on."""
+    """Returns this rank's share of the items: every `world.size`-th, starting at its rank."""
     return list(items[world.rank :: world.size])
 
 
 def merge_shares(shares: Sequence[Sequence[T]]) -> list[T]:
-    """Undoes `my_share`: the items in their original order, from the shares of ranks 0, 1, ..."""
+    """Undoes `my_share`: returns the items in their original order, from the shares of ranks 0, 1,
+    ..."""
     total = sum(map(len, shares))
     return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
 
 
 def sum_gradients(parameters: list[Tensor]) -> None:
     """Sums the ranks' gradients of unsharded parameters, with one reduction per dtype. FSDP has
-    already reduced those of sharded ones.
+    already reduced those of sharded parameters. A collective call.
 
-    A sum and not a mean, because the losses are divided by global counts of rollouts or tokens.
+    It is a sum and not a mean, because the losses are divided by global counts of rollouts or
+    tokens.
     """
     parameters = [p for p in parameters if not isinstance(p, DTensor)]
     if not parameters or _is_alone():

@@ -1,4 +1,4 @@
-"""Converts rows of a file or data set to Problems, and sets the order in which training uses them.
+"""Converts rows of a file or data set to Problems.
 
 Known column names, case-sensitive (the first set that a row has is used):
 

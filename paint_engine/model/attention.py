@@ -1,8 +1,8 @@
-"""Attention over packed sequences: which implementation runs it, and how the model is told.
+"""Attention over packed sequences: chooses the implementation and prepares the model for it.
 
-transformers asks its registry for the attention function of every layer. Models that train on
-packed sequences get ours, which runs a packed kernel in the calls that bring `packing` and is
-transformers' SDPA, masks included, in all others: the sampler's cache and padding are as before.
+transformers looks up the attention function of every layer in its registry. Models that train on
+packed sequences get ours. It runs a packed kernel in calls with `packing`, and transformers' SDPA,
+including masks, in all other calls, so the sampler's cache and padding are unchanged.
 """
 
 from collections.abc import Callable
@@ -23,16 +23,17 @@ from transformers.masking_utils import sdpa_mask
 from paint_engine.types import PackedSequences
 
 IMPLEMENTATION = "paint_packed"
-# FlashAttention, in torch as in its own package, needs tensor cores of this generation (Ampere).
+# FlashAttention, both in torch and in its own package, needs tensor cores of this generation
+# (Ampere).
 _MIN_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the sequences of one packed row begin and end, as the kernels want it.
+    """The bounds of the sequences of one packed row, as the kernels need them.
 
-    Two sequences of 4 and 2 tokens: cu_seqlens 0 4 6 (int32, where the model is), max_length 4,
-    known here without asking the device.
+    Two sequences of 4 and 2 tokens: cu_seqlens 0 4 6 (int32, on the model's device), max_length 4
+    (a Python number, so reading it does not wait for the device).
     """
 
     kernel: str
@@ -49,10 +50,10 @@ def _usable(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What "auto" stands for, "varlen" on a GPU in half precision and "padded" elsewhere; any other
-    `name` as it is.
+    """Resolves "auto" to "varlen" on a GPU in half precision and to "padded" elsewhere. Returns any
+    other `name` unchanged.
 
-    dtype: of the computation, not of the weights that are trained.
+    dtype: dtype of the computation, not of the trained weights.
 
     Raises ValueError for an implementation that this device, dtype or installation cannot run.
     """
@@ -63,21 +64,21 @@ def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     asked = f"model.attention is {name!r}, which needs"
     if device.type != "cuda":
         raise ValueError(
-            f"{asked} a GPU, and the device is {device.type}: use --model.attention auto or padded"
+            f"{asked} a GPU, but the device is {device.type}; use --model.attention auto or padded"
         )
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
-            f"{asked} bfloat16, and the model computes in {str(dtype).removeprefix('torch.')}: use "
+            f"{asked} bfloat16, but the model computes in {str(dtype).removeprefix('torch.')}; use "
             "--model.dtype bfloat16, or --model.attention padded"
         )
     if not _usable(device, dtype):
         raise ValueError(
-            f"{asked} a GPU of compute capability 8.0 (Ampere) or newer, and this is "
-            f"{torch.cuda.get_device_name(device)}: use --model.attention auto or padded"
+            f"{asked} a GPU of compute capability 8.0 (Ampere) or newer, but this is "
+            f"{torch.cuda.get_device_name(device)}; use --model.attention auto or padded"
         )
     if name == "flash_attention_2" and find_spec("flash_attn") is None:
         raise ValueError(
-            f"{asked} the package flash-attn, which is not installed: install it (pip install "
+            f"{asked} the package flash-attn, which is not installed; install it (pip install "
             "'.[flash]' in the clone), or use --model.attention varlen, which needs no package"
         )
     return name
@@ -86,8 +87,8 @@ def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
 def choose_attention(
     model: PreTrainedModel, name: str, device: torch.device, dtype: torch.dtype
 ) -> str:
-    """The attention that `name` asks for, which the model is made ready for. "auto" is "padded"
-    for a model that cannot have its sequences packed.
+    """Resolves `name` and prepares the model for the result, which it returns. "auto" is "padded"
+    for a model whose sequences cannot be packed.
 
     Raises ValueError as `pick_attention` and `adopt_attention` do.
     """
@@ -102,27 +103,27 @@ def choose_attention(
 
 
 def adopt_attention(model: PreTrainedModel, attention: str) -> None:
-    """Prepares a model that was loaded with SDPA for `attention`, one of pick_attention's answers.
+    """Prepares a model that was loaded with SDPA for `attention`, a result of `pick_attention`.
 
-    Raises ValueError for a model whose sequences cannot be kept apart in one row.
+    Raises ValueError for a model that cannot keep the sequences of one row separate.
     """
     if attention == "padded":
         return
     config = model.config.get_text_config()
     remedy = "use --model.attention padded"
-    # A recurrent layer, for one, would carry its state from one sequence into the next.
+    # A recurrent layer, for example, would carry its state from one sequence into the next.
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if others := layers - {"full_attention", "sliding_attention"}:
         raise ValueError(
             f"model.attention is {attention!r}, but the model has layers of type "
-            f"{', '.join(sorted(others))}, which do not keep packed sequences apart: {remedy}"
+            f"{', '.join(sorted(others))}, which mix packed sequences; {remedy}"
         )
     if attention == "packed":
         return
     if getattr(config, "attention_dropout", 0.0):
         raise ValueError(
             f"model.attention is {attention!r}, whose kernel has no dropout, but the model's "
-            f"attention_dropout is {config.attention_dropout}: set it to 0 in its config.json, or "
+            f"attention_dropout is {config.attention_dropout}; set it to 0 in its config.json, or "
             f"{remedy}"
         )
     AttentionInterface.register(IMPLEMENTATION, packed_attention)
@@ -131,17 +132,18 @@ def adopt_attention(model: PreTrainedModel, attention: str) -> None:
     if model.config._attn_implementation != IMPLEMENTATION:
         raise ValueError(
             f"model.attention is {attention!r}, but {type(model).__name__} does not take its "
-            f"attention from transformers' AttentionInterface: {remedy}"
+            f"attention from transformers' AttentionInterface; {remedy}"
         )
 
 
 def packed_arguments(sequences: PackedSequences, attention: str) -> dict[str, Any]:
-    """What a model's forward takes for all sequences in one row: `backbone(**arguments)`.
+    """Returns the arguments of a model's forward for all sequences in one row:
+    `backbone(**arguments)`.
 
-    "packed" leaves it to transformers to find the bounds in the positions, which it does only
-    without a mask and without a cache, and to build a dense (M, M) mask from them. The kernels get
-    the bounds themselves, and a mask of no elements: transformers then builds none, and a model
-    that loses `packing` on the way to its layers fails instead of seeing across sequences.
+    With "packed", transformers finds the bounds in the positions, which it does only without a mask
+    and without a cache, and builds a dense (M, M) mask from them. The kernels get the bounds
+    themselves and a mask without elements. transformers then builds no mask, and a model that does
+    not pass `packing` on to its layers fails instead of attending across sequences.
     """
     arguments: dict[str, Any] = {
         "input_ids": sequences.token_ids[None],
@@ -162,8 +164,8 @@ def packed_arguments(sequences: PackedSequences, attention: str) -> dict[str, An
 
 @cache
 def _gqa_flag(kernel: Callable[..., object]) -> dict[str, Any]:
-    """Newer torch wants fewer heads in keys than in queries allowed; torch 2.11 runs the same
-    kernel unasked and has no such flag."""
+    """Returns the flag that lets keys have fewer heads than queries. Newer torch requires it; torch
+    2.11 runs the same kernel without the flag and does not accept it."""
     return {"enable_gqa": True} if "enable_gqa" in signature(kernel).parameters else {}
 
 
@@ -173,7 +175,7 @@ def _varlen(
     bounds, longest = packing.cu_seqlens, packing.max_length
     sizes = (bounds, bounds, longest, longest)
     flag = _gqa_flag(varlen_attn)
-    # Nothing to the right: causal.
+    # No tokens to the right: causal.
     out = varlen_attn(query, key, value, *sizes, scale=scale, window_size=(window, 0), **flag)
     assert isinstance(out, Tensor)
     return out
@@ -206,11 +208,12 @@ def packed_attention(
     sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Causal attention of one layer, within each sequence of `packing`: (1, M, Hq, D).
+    """Computes causal attention of one layer within each sequence of `packing`: (1, M, Hq, D).
 
-    Without `packing` this is transformers' SDPA, of any batch and with any mask.
+    Without `packing` this is transformers' SDPA, for any batch and any mask.
 
-    sliding_window: how many tokens each one sees, itself included; None for all before it.
+    sliding_window: number of tokens that each token attends to, including itself; None for all
+    before it.
     """
     if packing is None:
         return sdpa_attention_forward(
@@ -223,10 +226,11 @@ def packed_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
-    # What SDPA would honour and these kernels cannot.
+    # SDPA supports these arguments; the packed kernels do not.
     assert not kwargs.get("dropout") and kwargs.get("position_bias") is None, kwargs
     assert len(query) == 1 and query.shape[2] == key.shape[2], (query.shape, key.shape)
-    # Under autocast a norm with float32 weights widens queries and keys; values stay as computed.
+    # Under autocast a norm with float32 weights makes queries and keys float32; values keep their
+    # dtype.
     query, key = query.to(value.dtype), key.to(value.dtype)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     window = -1 if sliding_window is None else sliding_window - 1

@@ -71,7 +71,8 @@ class MetricsWriter:
         self._samples = _open_lines(run_dir / SAMPLES_FILE, resume_step)
 
     def write(self, metrics: Mapping[str, float]) -> None:
-        """Append one step's metrics, `step` (1-based) among them, all finite (`check_finite`)."""
+        """Appends one step's metrics, including `step` (1-based). All are finite
+        (`check_finite`)."""
         append_lines(self._metrics, json_line(metrics))
         step = int(metrics["step"])
         numbers = {name: value for name, value in metrics.items() if name != "step"}

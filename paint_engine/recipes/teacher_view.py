@@ -54,7 +54,7 @@ def add_rationales(
         )
         prompts.append(prompt)
     seeds = [rationale_seed(config.train.seed, context.step, r.index) for r in context.requests]
-    # A live teacher is the student; the engines know any other as the base.
+    # A live teacher is the student. The engines treat any other teacher as the base.
     base = config.teacher.weights != "live"
     completions = context.complete(prompts, seeds, max_new_tokens=limit, base=base)
     return [

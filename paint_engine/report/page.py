@@ -60,7 +60,7 @@ def write_report(
     environment.filters |= {"percent": _percent, "points": _points, "duration": _duration}
     page = environment.from_string(template.read_text("utf-8")).render(_contents(run))
     path = run_dir / REPORT_FILE
-    # A lone surrogate from a data set's escapes has no UTF-8 form; it becomes a question mark.
+    # A lone surrogate from a data set's escapes has no UTF-8 form, so it becomes a question mark.
     write_atomic(path, page.encode(errors="replace"))
     return path
 

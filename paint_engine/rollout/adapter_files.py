@@ -1,7 +1,8 @@
-"""The trained weights as files that vLLM reads: a fresh directory and a new name at every step.
+"""Writes the trained weights to files that vLLM reads: a new directory and a new name at every
+step.
 
-vLLM's prefix cache is keyed by the adapter's name, so a name that came twice would serve keys and
-values of the older weights.
+vLLM's prefix cache is keyed by the adapter's name. A repeated name would return keys and values of
+older weights.
 """
 
 import hashlib
@@ -24,15 +25,15 @@ from paint_engine.distributed import World, gather_objects, raise_together
 from paint_engine.model.forward import compute_dtype
 
 _SHARED_MEMORY = Path("/dev/shm")
-# Of two kernels or two containers with one host name, the same process id is another process.
+# With two kernels or two containers of the same host name, one process id stands for two processes.
 _MACHINE_MARKS = (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid"))
 
 
 @dataclass(frozen=True)
 class WrittenWeights:
     """WrittenWeights("paint-812-5d1ba3c0-9fc3e08b-7-v40", 7,
-    Path("/dev/shm/paint-812-5d1ba3c0-9fc3e08b/7")): the seventh set that process 812 has written,
-    as it was after 40 steps."""
+    Path("/dev/shm/paint-812-5d1ba3c0-9fc3e08b/7")): the seventh set that process 812 wrote, with
+    the weights after 40 steps."""
 
     name: str
     serial: int
@@ -40,16 +41,17 @@ class WrittenWeights:
 
 
 class WeightFiles:
-    """Where one run's weights are handed over. Only the newest are kept, and none after `close` or
-    after an exception that ends the process; what a process of this machine left that was killed
-    goes when the next one starts.
+    """Hands one run's weights to vLLM as files.
 
-    model: the student; its adapters are written, or all of it where it has none.
-    adapter_dir: an existing directory; none = shared memory, or the temporary directory of a
-        system without.
-    per_node: one rank of each node writes for that node; else rank 0 writes for all.
+    Only the newest set is kept. `close` deletes it, and so does an exception that ends the process.
+    Sets of killed processes on this machine are deleted when the next process starts.
 
-    Building it is a collective of all ranks. Raises ValueError where adapter_dir cannot be used.
+    model: the student. Its adapters are written, or the whole model if it has none.
+    adapter_dir: an existing directory; None = shared memory, or the temporary directory of a system
+        without it.
+    per_node: one rank of each node writes for that node; otherwise rank 0 writes for all.
+
+    The constructor is a collective call. It raises ValueError if adapter_dir cannot be used.
     """
 
     def __init__(
@@ -58,8 +60,8 @@ class WeightFiles:
         self._model = model
         writer = world.rank - world.local_rank if per_node else 0
         self._writes = world.writes_for_node if per_node else world.is_main
-        # Nodes that share adapter_dir, and a run that comes back to a server which has seen it
-        # before, each get names of their own.
+        # Random digits make the name unique among nodes that share adapter_dir, and for a run that
+        # returns to a server that has seen it before.
         names = gather_objects(f"paint-{os.getpid()}-{_machine()}-{secrets.token_hex(4)}")
         self._name = names[writer]
         self._root = _parent(adapter_dir) / self._name
@@ -71,19 +73,19 @@ class WeightFiles:
                 self._root.mkdir()
             except OSError as problem:
                 error = (
-                    f"the directory that hands weights to vLLM cannot be made ({problem}); needs "
-                    "an existing directory that this process can write to; create it, or name "
+                    f"cannot create the directory for the weights of vLLM ({problem}); needs an "
+                    "existing directory that this process can write to; create it, or name "
                     "another with --rollout.adapter_dir"
                 )
         raise_together(error)
         self._finalizer = weakref.finalize(self, _remove, self._root if self._writes else None)
 
     def write(self, weights_version: int) -> WrittenWeights:
-        """Writes the student's present weights and deletes the ones before. A collective.
+        """Writes the student's current weights and deletes the previous set. A collective call.
 
         weights_version: the number of finished steps; it becomes part of the name.
 
-        Raises ValueError, on every rank, where the directory has no room for them.
+        Raises ValueError, on every rank, if the directory has no room for them.
         """
         weights = gather_weights(self._model, keep=self._writes)
         self._serial += 1
@@ -91,7 +93,8 @@ class WeightFiles:
         error = None
         if self._writes:
             if not isinstance(self._model, PeftModel):
-                # What vLLM computes in: it would round to that itself, from twice the bytes.
+                # vLLM computes in this dtype. It would round to it itself, from files of twice the
+                # size.
                 dtype = compute_dtype(self._model)
                 weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
             num_bytes = sum(tensor.nbytes for tensor in weights.values())
@@ -100,11 +103,11 @@ class WeightFiles:
                 write_weights(self._model, weights, directory)
             except (OSError, SafetensorError) as problem:
                 error = (
-                    f"the weights for vLLM could not be written to {directory} ({problem}): needs "
-                    f"{2 * num_bytes / 1e9:.3g} GB there, for two sets of them; make room, or "
+                    f"the weights for vLLM could not be written to {directory} ({problem}); needs "
+                    f"{2 * num_bytes / 1e9:.3g} GB there, for two sets of them; free space, or "
                     "name another directory with --rollout.adapter_dir"
                 )
-        # Every rank has come here, so none still reads the set before.
+        # Every rank has reached this call, so no rank still reads the previous set.
         raise_together(error)
         if self._writes:
             _remove(self._root / str(self._serial - 1))
@@ -123,7 +126,7 @@ def _parent(adapter_dir: str | None) -> Path:
 
 
 def _machine() -> str:
-    """Eight digits for what a process id is unique in: host, start of its kernel, container."""
+    """Returns eight digits that identify the scope of a process id: host, boot and container."""
     marks = [
         os.readlink(m) if m.is_symlink() else m.read_text() for m in _MACHINE_MARKS if m.exists()
     ]
@@ -131,8 +134,8 @@ def _machine() -> str:
 
 
 def _remove_orphans(parent: Path) -> None:
-    """Deletes what processes of this machine that are no more have left: SIGKILL runs no
-    finalizer, and memory that files of a whole model occupy is missed."""
+    """Deletes what killed processes of this machine left. SIGKILL runs no finalizer, and the files
+    of a whole model occupy memory."""
     for directory in parent.glob("paint-*"):
         name = re.fullmatch(rf"paint-(\d+)-{_machine()}-[0-9a-f]{{8}}", directory.name)
         if name is not None and not _is_alive(int(name[1])):
@@ -145,7 +148,7 @@ def _is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        # Another user's.
+        # The process belongs to another user.
         return True
     return True
 

@@ -1,7 +1,7 @@
 """The built-in sampler: batched decoding with any Hugging Face causal language model.
 
-Every request has a seed of its own, so a completion does not depend on what it was batched with
-(but for floating-point rounding), on the number of processes, or on what was sampled before.
+Every request has its own seed. A completion therefore does not depend (except for floating-point
+rounding) on the other requests of its batch, on the number of processes, or on earlier samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,24 +16,25 @@ from paint_engine.model.forward import backbone_states, causal_lm
 from paint_engine.model.sharding import unsharded
 from paint_engine.rollout.engine import Completion, SamplingParams
 
-# Finished rows are dropped from the batch when they make up this share of it: rarely enough that
-# copying the cache costs little, often enough that stragglers do not decode with a mostly dead
-# batch.
+# Finished rows are dropped from the batch when they are this share of it. This is rare enough that
+# copying the cache costs little, and often enough that stragglers do not decode in a mostly
+# finished batch.
 _COMPACTION_SHARE = 0.25
 
 
 def kept_distribution(
     logits: Float[Tensor, "B V"], params: SamplingParams
 ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
-    """What temperature, top-k and top-p leave of each row: float32 probabilities, not normalised
-    again, in falling order, and the token ids that they belong to."""
+    """Returns what temperature, top-k and top-p leave of each row: (B, K) float32 probabilities in
+    falling order, without renormalisation, and their (B, K) token ids."""
     logits = logits[:, : params.vocab_size].float()
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     if params.top_k > 0:
         ordered, order = ordered[:, : params.top_k], order[:, : params.top_k]
     probabilities = torch.softmax(ordered / params.temperature, dim=-1)
     if params.top_p < 1:
-        # A token stays while the mass of those before it is below top_p: the first always does.
+        # A token stays if the mass of the tokens before it is below top_p. The first token always
+        # stays.
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= params.top_p, 0.0)
     return probabilities, order
@@ -42,25 +43,27 @@ def kept_distribution(
 def sample_tokens(
     logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], params: SamplingParams
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """One token a row by inverting the cumulative distribution at `uniforms` in [0, 1).
+    """Samples one token per row by inverting the cumulative distribution at `uniforms` in [0, 1).
 
-    Returns the token ids and their log-probabilities after temperature, top-k and top-p.
+    Returns the (B,) token ids and their (B,) log-probabilities after temperature, top-k and top-p.
     """
     probabilities, order = kept_distribution(logits, params)
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]
-    # The count of entries at or below the target is the index of the first one above it. Rounding
-    # can carry the target to the total itself: the last entry with mass is then the answer.
+    # The count of entries at or below the target is the index of the first entry above it. Rounding
+    # can raise the target to the total itself; the last entry with mass is then the sample.
     places = (cumulative <= uniforms[:, None] * total).sum(-1, keepdim=True)
     places = torch.minimum(places, (probabilities > 0).sum(-1, keepdim=True) - 1)
-    # NaN logits of a diverged model have no entry with mass; the NaN goes on into the logprob.
+    # NaN logits of a diverged model have no entry with mass. The NaN propagates to the
+    # log-probability.
     places = places.clamp(min=0)
     logprobs = (probabilities.gather(1, places) / total).log()
     return order.gather(1, places).squeeze(1), logprobs.squeeze(1)
 
 
 def _uniforms(seeds: Sequence[int], num_draws: int, device: torch.device) -> Float[Tensor, "B T"]:
-    """One stream of uniform numbers a request. Drawn on the CPU: the same on every device."""
+    """Returns one stream of uniform numbers per request, drawn on the CPU so that every device gets
+    the same."""
     rows = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -71,7 +74,8 @@ def _uniforms(seeds: Sequence[int], num_draws: int, device: torch.device) -> Flo
 def _pad_left(
     prompts: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Token ids and mask (1 on the prompts' own tokens), every prompt ending in the last column."""
+    """Returns token ids and mask (1 on the prompts' own tokens). Every prompt ends in the last
+    column."""
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -82,7 +86,8 @@ def _pad_left(
 
 
 class _Drawn:
-    """What has been drawn for each of B requests, and which of them have met a stop token."""
+    """The tokens sampled so far for each of B requests, and which requests have met a stop
+    token."""
 
     def __init__(self, num_rows: int, params: SamplingParams, device: torch.device) -> None:
         shape = (num_rows, params.max_new_tokens)
@@ -93,7 +98,7 @@ class _Drawn:
         self._stopped = torch.zeros(num_rows, dtype=torch.bool, device=device)
 
     def record(self, step: int, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> Tensor:
-        """Writes one token for each of `rows`; returns which of them go on, as booleans."""
+        """Writes one token for each of `rows`. Returns which of them continue, as booleans."""
         self._tokens[rows, step], self._logprobs[rows, step] = tokens, logprobs
         ending = rows[torch.isin(tokens, self._stops) & ~self._stopped[rows]]
         self._lengths[ending] = step + 1
@@ -157,13 +162,13 @@ def generate(
     max_sequences: int,
     on_batch: Callable[[list[int], list[Completion]], None] | None = None,
 ) -> list[Completion]:
-    """One completion for each prompt, in the prompts' order.
+    """Returns one completion for each prompt, in the order of the prompts.
 
-    model: a causal language model; adapters inside it are used as they stand.
-    seeds: one a request, below 2^63.
-    max_sequences: how many are decoded at once. Requests are grouped by prompt length, so that
-    little of a batch is padding; `on_batch` is called with the indices and the completions of each
-    finished group.
+    model: a causal language model; adapters inside it are used as they are.
+    seeds: one per request, below 2^63.
+    max_sequences: number of requests that are decoded at once. Requests are grouped by prompt
+        length, so little of a batch is padding.
+    on_batch: is called with the indices and the completions of each finished group.
     """
     assert len(prompts) == len(seeds)
     was_training = model.training
@@ -181,10 +186,10 @@ def generate(
 
 
 class BuiltinEngine:
-    """The built-in sampler, on the very model that trains.
+    """The built-in sampler on the model that trains.
 
-    base: the context of the model before training; where a teacher writes, of the teacher.
-    max_sequences: how many are decoded at once.
+    base: a context that yields the model before training; for rationales, the teacher.
+    max_sequences: number of requests that are decoded at once.
     """
 
     def __init__(
@@ -199,11 +204,11 @@ class BuiltinEngine:
 
     @property
     def can_restart(self) -> bool:
-        """There is nothing of its own that could die."""
+        """True: the engine has no state of its own that could be lost."""
         return True
 
     def sync(self, weights_version: int) -> None:
-        """Nothing to do: the weights are the trainer's own."""
+        """Does nothing: the weights are the trainer's own."""
 
     def generate(
         self,
@@ -214,7 +219,7 @@ class BuiltinEngine:
         base: bool = False,
         on_batch: Callable[[list[int], list[Completion]], None] | None = None,
     ) -> list[Completion]:
-        """Completions by `rollout_hf.generate`."""
+        """Returns the completions of `generate` for this rank's prompts."""
         with ExitStack() as stack:
             model = stack.enter_context(self._base()) if base else self._model
             stack.enter_context(unsharded(model))
@@ -228,7 +233,7 @@ class BuiltinEngine:
             )
 
     def restart(self) -> None:
-        """Nothing of its own can die."""
+        """Does nothing: the engine has no state of its own."""
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Does nothing: there is nothing to free."""

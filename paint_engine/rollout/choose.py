@@ -1,4 +1,4 @@
-"""What samples a run's rollouts and answers its evaluations: the choice between the engines."""
+"""Chooses the engines that sample a run's rollouts and evaluation answers."""
 
 import importlib.util
 
@@ -17,13 +17,12 @@ from paint_engine.rollout.vllm_server import ServerEngine
 
 
 def check_engine_has_teacher(config: Config) -> None:
-    """Raises ValueError where the teacher is to write a rationale, and what samples lacks its
-    weights."""
+    """Raises ValueError if the teacher should write rationales and the engine lacks its weights."""
     teacher = config.teacher
     if teacher.reason_first and teacher.weights == "ema" and uses_vllm(config.rollout):
         raise ValueError(
-            "teacher.reason_first: got true with teacher.weights 'ema' and vLLM, which has the "
-            "student's and the base's weights only; use --rollout.engine builtin, or "
+            "teacher.reason_first: got true with teacher.weights 'ema' and vLLM, which has only "
+            "the student's and the base's weights; use --rollout.engine builtin, or "
             "--teacher.weights fixed or live"
         )
 
@@ -36,7 +35,8 @@ def make_engines(
     world: World,
     max_model_len: int,
 ) -> tuple[RolloutEngine, RolloutEngine]:
-    """What samples the rollouts, and what samples in evaluations: vLLM does both."""
+    """Builds the engine for rollouts and the engine for evaluations. vLLM is one engine for
+    both."""
     section, name = config.rollout, resolve_model(config.model.name_or_path)
     if not (draws(config) and uses_vllm(section)):
         return (
@@ -69,19 +69,19 @@ def make_engines(
 
 
 def vllm_is_installed() -> bool:
-    """Whether `import vllm` would find a package."""
+    """Returns whether `import vllm` would find a package."""
     return importlib.util.find_spec("vllm") is not None
 
 
 def uses_vllm(section: RolloutSection) -> bool:
-    """Whether the configuration asks for vLLM, outright or by leaving the choice open where it is
-    installed.
+    """Returns whether the run uses vLLM: because the configuration names it, or because the choice
+    is "auto" and vLLM is installed or a server is named.
 
-    Raises ValueError where it is asked for, not as a server, and not installed.
+    Raises ValueError if vLLM is named without a server and is not installed.
     """
     if section.engine == "vllm" and section.url is None and not vllm_is_installed():
         raise ValueError(
-            "rollout.engine is 'vllm', but vLLM is not installed: install it (pip install "
+            "rollout.engine is 'vllm', but vLLM is not installed; install it (pip install "
             "'.[engine,vllm]' in the clone), name a server with --rollout.url, or use "
             "--rollout.engine builtin"
         )

@@ -1,8 +1,9 @@
-"""How far the sampler's log-probabilities are from the trainer's own, for the same tokens.
+"""Measures how far the sampler's log-probabilities are from the trainer's own, for the same tokens.
 
-The two run other kernels on the same weights, and with `rollout.ahead` on weights one step apart.
-The distillation losses do not use the sampler's numbers, so a mismatch moves only the distribution
-of the rollouts; a large one says that the sampler has other weights than it should.
+The two run different kernels on the same weights, and with `rollout.ahead` on weights that are one
+step apart. The distillation losses do not use the sampler's log-probabilities, so a mismatch
+affects only the distribution of the rollouts. A large mismatch means that the sampler has the wrong
+weights.
 """
 
 import math
@@ -16,7 +17,7 @@ from paint_engine.rollout.builtin import kept_distribution
 from paint_engine.rollout.engine import SamplingParams
 from paint_engine.types import Rollout
 
-# Tokens of a micro-batch that are compared: their logits are made whole, and sorted.
+# Number of compared tokens per micro-batch. Their logits are computed in full and sorted.
 _MAX_ROWS = 128
 
 
@@ -27,13 +28,16 @@ def logprob_differences(
     rollouts: Sequence[Rollout],
     params: SamplingParams,
 ) -> list[Float[Tensor, " n"]]:
-    """Trainer's minus sampler's log-probability of a micro-batch's tokens, n of them evenly spaced,
-    both under the processed distribution (temperature and truncation applied), in nats.
+    """Returns the trainer's minus the sampler's log-probability, in nats, of n evenly spaced tokens
+    of a micro-batch. Both are under the processed distribution (temperature and truncation
+    applied).
 
-    hidden_states: the student's, the rollouts' N completion tokens in their order.
+    hidden_states: (N, H) hidden states of the student at the rollouts' N completion tokens, in
+    their order.
 
-    Minus infinity where rounding has put a token outside the trainer's truncation. Nothing for a
-    micro-batch without rollouts or of reference solutions. What comes is on the device still.
+    The difference is minus infinity if rounding has moved a token outside the trainer's truncation.
+    The result is empty for a micro-batch without rollouts or with reference solutions. It is still
+    on the device.
     """
     ids = [token for rollout in rollouts for token in rollout.completion_ids]
     sampled = [logprob for rollout in rollouts for logprob in rollout.rollout_logprobs]
@@ -44,21 +48,21 @@ def logprob_differences(
     logits = torch.nn.functional.linear(hidden_states[rows.to(device)], lm_head_weight)
     probabilities, order = kept_distribution(logits, params)
     tokens = torch.tensor(ids)[rows].to(device)
-    # A token has one place in the order, or none.
+    # A token is in the order once or not at all.
     mass = (probabilities * (order == tokens[:, None])).sum(-1) / probabilities.sum(-1)
     return [mass.log() - torch.tensor(sampled)[rows].to(device)]
 
 
 def mismatch_metrics(by_rank: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Of the ranks' differences: mean and largest |difference| in nats, the share of tokens outside
-    the trainer's truncation, and the effective sample size of the importance weights
-    exp(difference) as a share of the tokens, (sum w)^2 / (n sum w^2): 1 where both agree. Nothing
-    where nothing was sampled."""
+    """Returns metrics of all ranks' differences: the mean and the largest |difference| in nats, the
+    share of tokens outside the trainer's truncation, and the effective sample size of the
+    importance weights w = exp(difference) as a share of the tokens, (sum w)^2 / (n sum w^2), which
+    is 1 if both agree. Returns no metrics if nothing was sampled."""
     differences = [difference for rank in by_rank for difference in rank]
     if not differences:
         return {}
     inside = [d for d in differences if math.isfinite(d)]
-    # Far beyond anything but a fault, and short of what a float can hold.
+    # Only a fault exceeds this value, and its exponential is still a finite float.
     weights = [math.exp(min(d, 100.0)) for d in differences]
     squares = sum(w * w for w in weights)
     return {

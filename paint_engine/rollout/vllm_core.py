@@ -1,6 +1,6 @@
-"""One vLLM engine in this process. Token ids go in and come out; nothing is decoded.
+"""One vLLM engine in this process. Input and output are token ids; nothing is decoded.
 
-Only this file and `rollout_vllm` import vLLM, and not before an engine is built.
+Only this file and `vllm_engine` import vLLM, and only when an engine is built.
 """
 
 import gc
@@ -18,42 +18,42 @@ from peft import PeftModel
 from paint_engine.rollout.adapter_files import WrittenWeights
 from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
 
-# vLLM takes at most this many biased tokens a request (its second model runner's buffer).
+# vLLM's limit of biased tokens per request (a buffer of its second model runner).
 _MAX_BIASES = 1024
-# The ranks that vLLM reserves room for; an adapter may be smaller.
+# The adapter ranks that vLLM can reserve memory for; an adapter may be smaller.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# What a start of vLLM fails with, for it has no exception of its own: settings and memory, CUDA,
-# files, its own checks of the memory, libraries.
+# vLLM has no exception of its own for a failed start. These come from settings and memory, CUDA,
+# files, its own memory checks, and libraries.
 _START_FAILURES = (ValueError, RuntimeError, OSError, AssertionError, ImportError)
 
 
-# The indices of requests that have finished, and their completions.
+# The indices of finished requests, and their completions.
 Finished = tuple[list[int], list[Completion]]
 OnBatch = Callable[[list[int], list[Completion]], None]
 
 
 def biased_tokens(params: SamplingParams, head_size: int, bias: float) -> dict[int, float]:
-    """The head's rows above the tokenizer's size (padding), each with `bias`, so that they are
-    never drawn.
+    """Returns `bias` for each row of the head above the tokenizer's size (padding), so that those
+    rows are never sampled.
 
-    A list of the tokens that are allowed would say the same in 150,000 entries a request.
+    A list of the allowed tokens would have the same effect, with 150,000 entries per request.
 
-    Raises ValueError where there are more of them than vLLM takes.
+    Raises ValueError if there are more such rows than vLLM accepts.
     """
     padding = range(params.vocab_size, head_size)
     if len(padding) > _MAX_BIASES:
         raise ValueError(
             f"the model's head has {head_size} rows and its tokenizer {params.vocab_size} tokens; "
-            f"vLLM can leave out at most {_MAX_BIASES} rows; cut the head and the embeddings to "
+            f"vLLM can exclude at most {_MAX_BIASES} rows; cut the head and the embeddings to "
             "the tokenizer's size, or use --rollout.engine builtin"
         )
     return dict.fromkeys(padding, bias)
 
 
 def reserved_lora_rank(model: PeftModel) -> int:
-    """The smallest of the ranks that vLLM offers with room for the model's adapters.
+    """Returns the smallest rank offered by vLLM that has room for the model's adapters.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
     return reserved_rank(
         model.peft_config["default"].r  # pyright: ignore[reportAttributeAccessIssue]
@@ -61,9 +61,9 @@ def reserved_lora_rank(model: PeftModel) -> int:
 
 
 def reserved_rank(rank: int) -> int:
-    """The smallest of the ranks that vLLM offers with room for adapters of `rank`.
+    """Returns the smallest rank offered by vLLM that has room for adapters of `rank`.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
     if rank > _LORA_RANKS[-1]:
         raise ValueError(
@@ -75,7 +75,8 @@ def reserved_rank(rank: int) -> int:
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """vLLM seeds and uses the process's random numbers, which dropout in training draws from."""
+    """A context that restores the process's random state. vLLM seeds and uses it, and training's
+    dropout draws from it."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     on_gpu = torch.cuda.is_initialized()
     try:
@@ -89,10 +90,10 @@ def _random_state_kept() -> Iterator[None]:
 class Core:
     """One vLLM engine in this process.
 
-    llm_args: of vllm.LLM.
-    head_size: rows of the model's head.
+    llm_args: arguments of vllm.LLM.
+    head_size: number of rows of the model's head.
 
-    Raises EngineDied where vLLM does not start.
+    Raises EngineDied if vLLM does not start.
     """
 
     def __init__(self, llm_args: Mapping[str, Any], head_size: int) -> None:
@@ -103,7 +104,7 @@ class Core:
         self._head_size = head_size
         self._has_adapters = llm_args["enable_lora"]
         self._adapter: Any = None
-        # Without adapters: where the weights in the engine came from, and where the student's are.
+        # Without adapters: the path of the weights in the engine, and the path of the student's.
         self._in_place = self._student_path = self._base_path
         self._llm: Any = None
         try:
@@ -115,7 +116,7 @@ class Core:
             raise EngineDied(f"{type(error).__name__}: {error}") from error
 
     def load(self, written: WrittenWeights) -> None:
-        """Makes these weights the student's."""
+        """Loads these weights as the student's."""
         if not self._has_adapters:
             self._student_path = str(written.directory)
             self._put_in_place(self._student_path)
@@ -144,9 +145,11 @@ class Core:
         base: bool,
         on_batch: OnBatch,
     ) -> None:
-        """One completion a prompt, told to `on_batch` as they finish. The trainer's random numbers
-        stay as they are. What `on_batch` raises ends the batch, of which nothing is left in the
-        engine. Raises EngineDied after `close`."""
+        """Samples one completion per prompt and passes them to `on_batch` as they finish.
+
+        The trainer's random state does not change. An exception from `on_batch` ends the batch and
+        leaves nothing of it in the engine. Raises EngineDied after `close`.
+        """
         with closing(self.stream(prompts, seeds, params, base)) as steps:
             for indices, completions in steps:
                 if indices:
@@ -159,8 +162,8 @@ class Core:
         params: SamplingParams,
         base: bool,
     ) -> Generator[Finished]:
-        """What finishes in each step of the engine, which often is nothing. Closing the generator
-        gives up the rest."""
+        """Yields what finishes in each step of the engine, which is often nothing. Closing the
+        generator aborts the rest."""
         if self._llm is None:
             raise EngineDied("vLLM has been closed")
         wanted = self._base_path if base else self._student_path
@@ -195,7 +198,7 @@ class Core:
                     engine.abort_request([str(index) for index in unfinished])
 
     def _request(self, params: SamplingParams, seed: int) -> Any:
-        """Our sampling, with every field said, in vLLM's terms."""
+        """Builds vLLM's sampling parameters from ours, with every field set."""
         import vllm  # pyright: ignore[reportMissingImports]
         from vllm.sampling_params import (  # pyright: ignore[reportMissingImports]
             RequestOutputKind,
@@ -213,10 +216,10 @@ class Core:
             seed=seed,
             max_tokens=params.max_new_tokens,
             min_tokens=0,
-            # Exactly our stop tokens end an answer; the model's own list does not count.
+            # Exactly our stop tokens end an answer; the model's own list is ignored.
             stop_token_ids=list(params.stop_token_ids),
             ignore_eos=True,
-            # No alternatives: the drawn token's own comes in any case.
+            # No alternatives; the sampled token's log-probability is always included.
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
@@ -226,7 +229,7 @@ class Core:
         )
 
     def close(self) -> None:
-        """Frees the engine's memory; a second time does nothing."""
+        """Frees the engine's memory. A second call does nothing."""
         llm, self._llm = self._llm, None
         if llm is None:
             return
@@ -238,8 +241,8 @@ class Core:
 
 
 def _repack_tied_head(model: Any) -> None:
-    """On CPUs vLLM multiplies by a packed copy of the head, which a reload of embeddings that are
-    tied to it leaves as it was."""
+    """Repacks the head. On CPUs vLLM multiplies by a packed copy of it, which reloading tied
+    embeddings does not update."""
     head = model.lm_head
     head.quant_method.process_weights_after_loading(head)
 
@@ -248,14 +251,14 @@ def _completion(output: Any) -> Completion:
     if output.finish_reason not in ("stop", "length"):
         raise EngineDied(f"vLLM ended a completion with {output.finish_reason!r}")
     token_ids, flat = tuple(output.token_ids), output.logprobs
-    # One entry a position, for logprobs = 0 asks for no other token than the drawn one.
-    assert tuple(flat.token_ids) == token_ids, "log-probabilities of other tokens than the drawn"
+    # One entry per position, because logprobs = 0 requests only the sampled token.
+    assert tuple(flat.token_ids) == token_ids, "log-probabilities of other tokens than the sampled"
     return Completion(token_ids, tuple(flat.logprobs), output.finish_reason == "length")
 
 
 @contextmanager
 def deaths() -> Iterator[None]:
-    """What an engine in this process raises when it cannot go on."""
+    """A context that converts the exceptions of a dead engine in this process to EngineDied."""
     from vllm.v1.engine.exceptions import (  # pyright: ignore[reportMissingImports]
         EngineDeadError,
     )

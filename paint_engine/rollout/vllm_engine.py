@@ -1,4 +1,5 @@
-"""Rollouts by vLLM beside the trainer: in its process, or in one of their own on the same GPU."""
+"""Rollouts by vLLM next to the trainer: in its process, or in a separate process on the same
+GPU."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -21,22 +22,22 @@ from paint_engine.rollout.vllm_process import OwnProcess
 
 T = TypeVar("T")
 
-# The most tokens that one forward pass takes. vLLM's own default grows with the GPU, and its
-# start-up measures the memory of a pass of that size, which the trainer then lacks.
+# The maximum number of tokens per forward pass. vLLM's own default grows with the GPU. Its start-up
+# reserves the memory of a pass of that size, which the trainer then lacks.
 _MAX_BATCHED_TOKENS = 4096
-# vLLM refuses a higher one.
+# vLLM refuses higher temperatures.
 _MAX_TEMPERATURE = 2.0
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model that nothing trains, as the files that vLLM reads by itself.
+    """A model that is not being trained, as files that vLLM reads by itself.
 
     StoredModel(head_size=151936, dtype=torch.bfloat16, tokenizer="Qwen/Qwen3-8B",
                 adapter=Path("runs/a/checkpoints/step-100"), lora_rank=64)
 
-    tokenizer: where the tokenizer is; nothing is decoded by it.
-    adapter: peft's files, of rank `lora_rank`, safetensors; None = the model alone.
+    tokenizer: path or name of the tokenizer; nothing is decoded with it.
+    adapter: peft's files, of rank `lora_rank`, in safetensors; None = the model alone.
     """
 
     head_size: int
@@ -46,34 +47,36 @@ class StoredModel:
     lora_rank: int
 
     def write(self, weights_version: int) -> WrittenWeights:
-        """The files as they are."""
+        """Returns the existing files."""
         assert self.adapter is not None, "there is no adapter to load"
         return WrittenWeights("adapter", 1, self.adapter)
 
     def close(self) -> None:
-        """The files stay."""
+        """Does nothing: the files stay."""
 
 
 class VllmEngine:
-    """vLLM beside the trainer; see `rollout.RolloutEngine`. In the trainer's process where that is
-    the only one; of several, each has an engine in a process beside it, or is a worker of one that
-    is spread over them.
+    """vLLM next to the trainer; see `rollout.engine.RolloutEngine`.
 
-    model: the student, a PeftModel or, with all of it trained, a causal language model; or a
-        `StoredModel`, for evaluations without a trainer. One without an adapter needs no `sync`,
-        and is sampled from with base=True.
-    model_path: what it was loaded from.
-    max_model_len: the longest prompt and completion together, in tokens.
-    max_sequences: how many are decoded at once; vLLM has one such limit, so that it holds for
-        evaluations as it does for rollouts.
-    gpu_memory_utilization: share of the GPU's memory (on CPUs of the node's, over all its ranks).
-    tensor_parallel_size: consecutive ranks of a node that one engine is spread over; they must
-        call `generate` together. One process with a `StoredModel` starts vLLM's own workers.
-    own_process: the engine runs beside this process even if that is the only one, so that it
-        generates while this one trains; not with an engine over several ranks.
+    With one process, the engine runs in the trainer's process. With several, each process either
+    has an engine in a separate process, or is a worker of an engine that spans several of them.
 
-    Building it and `sync` are collectives of all ranks. Raises ValueError where the settings and
-    the ranks do not fit, and where vLLM does not start.
+    model: the student, which is a PeftModel or, with all weights trained, a causal language model;
+        or a `StoredModel`, for evaluations without a trainer. One without an adapter needs no
+        `sync`, and is sampled with base=True.
+    model_path: the path or name that the model was loaded from.
+    max_model_len: maximum number of tokens of a prompt and its completion together.
+    max_sequences: number of sequences that are decoded at once. vLLM has one such limit, so it
+        holds for evaluations as well as for rollouts.
+    gpu_memory_utilization: share of the GPU's memory (on CPUs, of the node's memory over all its
+        ranks).
+    tensor_parallel_size: number of consecutive ranks of a node that one engine spans; they must
+        call `generate` together. A single process with a `StoredModel` starts vLLM's own workers.
+    own_process: a single process also runs the engine in a separate process, so that it generates
+        while the trainer trains. Not with an engine over several ranks.
+
+    The constructor and `sync` are collective calls. The constructor raises ValueError if the
+    settings do not match the ranks, and if vLLM does not start.
     """
 
     def __init__(
@@ -91,12 +94,12 @@ class VllmEngine:
         own_process: bool = False,
     ) -> None:
         stored = isinstance(model, StoredModel)
-        # vLLM's own workers are alone with their GPUs only where no trainer shares them.
+        # vLLM's own workers need the GPUs for themselves, which holds only without a trainer.
         own_workers = stored and world.size == 1 and tensor_parallel_size > 1
         if not own_workers:
             _check_ranks(world, tensor_parallel_size, own_process)
         self._world = world
-        # One inside several ranks could not be built anew without the others.
+        # An engine inside several ranks could not be rebuilt by one of them alone.
         self._own_process = own_process or (world.size > 1 and tensor_parallel_size == 1)
         self._group_size = 1 if own_workers else tensor_parallel_size
         self._head_size = model.head_size if stored else lm_head_weight(model).shape[0]
@@ -107,9 +110,9 @@ class VllmEngine:
             "model": model_path,
             "trust_remote_code": trust_remote_code,
             "dtype": str(dtype).removeprefix("torch."),
-            # Else the model's generation settings would fill in what a request leaves out.
+            # Otherwise the model's generation settings would fill in what a request leaves out.
             "generation_config": "vllm",
-            # Of the distribution that was drawn from: after temperature, top-k and top-p.
+            # Log-probabilities under the sampled distribution: after temperature, top-k and top-p.
             "logprobs_mode": "processed_logprobs",
             "seed": 0,
             "gpu_memory_utilization": gpu_memory_utilization,
@@ -118,7 +121,7 @@ class VllmEngine:
         }
         if tensor_parallel_size > 1:
             self._llm_args["tensor_parallel_size"] = tensor_parallel_size
-            # Ranks are vLLM's workers: the engine joins the trainer's process group and GPU.
+            # The ranks are vLLM's workers: the engine joins the trainer's process group and GPU.
             backend = "mp" if own_workers else "external_launcher"
             self._llm_args["distributed_executor_backend"] = backend
         self._files = model if stored else WeightFiles(model, world, adapter_dir, per_node=True)
@@ -126,7 +129,8 @@ class VllmEngine:
         self._core = self._first_core()
 
     def sync(self, weights_version: int) -> None:
-        """Writes the weights of this moment to files and has the engine read them."""
+        """Writes the student's current weights to files and loads them into the engine. A
+        collective call."""
         self._written = self._files.write(weights_version)
         self._alive(lambda core: core.load(self._current()))
 
@@ -139,9 +143,11 @@ class VllmEngine:
         base: bool = False,
         on_batch: Callable[[list[int], list[Completion]], None] | None = None,
     ) -> list[Completion]:
-        """One completion a prompt, in their order; `on_batch` gets them as they finish. What it
-        raises ends the batch; with an engine over several ranks only at its end, for these go
-        through each step together."""
+        """Returns one completion per prompt, in their order; `on_batch` gets them as they finish.
+
+        An exception from `on_batch` ends the batch. With an engine over several ranks it is raised
+        only at the end of the batch, because these ranks run each step together.
+        """
         assert len(prompts) == len(seeds)
         assert base or self._written is not None, "sync comes before generate"
         self._check(prompts, params)
@@ -161,20 +167,20 @@ class VllmEngine:
 
     @property
     def can_restart(self) -> bool:
-        """Whether `restart` may succeed. An engine over several ranks can only be built by all of
-        them, and the others do not know of its death."""
+        """Whether this rank can rebuild the engine on its own. An engine over several ranks must be
+        built by all of them, and the other ranks do not know that it died."""
         return self._group_size == 1
 
     def restart(self) -> None:
-        """Builds the engine anew, with the weights of the last `sync`.
+        """Rebuilds the engine with the weights of the last `sync`.
 
-        Raises EngineDied where it dies again, and where not `can_restart`.
+        Raises EngineDied if it dies again, or if not `can_restart`.
         """
         if not self.can_restart:
             raise EngineDied(
-                f"an engine over {self._group_size} ranks cannot be built anew by one of them; "
-                "start the run again (torchrun --max-restarts does), or give every rank an engine "
-                "with --rollout.tensor_parallel_size 1"
+                f"one rank cannot rebuild an engine over {self._group_size} ranks; restart the run "
+                "(torchrun --max-restarts does), or give every rank its own engine with "
+                "--rollout.tensor_parallel_size 1"
             )
         self._alive(lambda core: core.close())
         self._core = self._build()
@@ -182,7 +188,7 @@ class VllmEngine:
             self._alive(lambda core: core.load(self._current()))
 
     def close(self) -> None:
-        """Ends the engine and deletes its files."""
+        """Stops the engine and deletes its files."""
         try:
             self._core.close()
         finally:
@@ -194,11 +200,12 @@ class VllmEngine:
             core = self._build()
         except EngineDied as death:
             error = (
-                f"vLLM did not start on rank {self._world.rank} ({death}); if it is a matter of "
-                "memory, change --rollout.gpu_memory_utilization or --rollout.max_sequences; or "
-                "use --rollout.engine builtin"
+                f"vLLM did not start on rank {self._world.rank} ({death}); if memory is the cause, "
+                "change --rollout.gpu_memory_utilization or --rollout.max_sequences; or use "
+                "--rollout.engine builtin"
             )
-        # Ranks that are vLLM's own workers wait inside it for the one that failed: it ends alone.
+        # Ranks that are vLLM's own workers wait inside vLLM for the rank that failed, so this rank
+        # raises alone.
         if error is not None and self._group_size > 1:
             raise ValueError(error)
         try:
@@ -226,7 +233,7 @@ class VllmEngine:
         if longest + params.max_new_tokens > room:
             raise ValueError(
                 f"a prompt has {longest} tokens and its completion may have "
-                f"{params.max_new_tokens}; the engine was built for {room} together; lower "
+                f"{params.max_new_tokens}; the engine was built for {room} in total; lower "
                 "max_new_tokens, or leave out longer problems"
             )
 
@@ -241,7 +248,8 @@ class VllmEngine:
             return ask(self._core)
 
     def _gather(self, share: T) -> list[T]:
-        """The shares of the ranks that this engine is spread over: all must be given all."""
+        """Returns the shares of the ranks that this engine spans; each rank must pass all of them
+        to vLLM."""
         if self._group_size == 1:
             return [share]
         from vllm.distributed.parallel_state import (  # pyright: ignore[reportMissingImports]
@@ -254,7 +262,7 @@ class VllmEngine:
 
 
 def own_environment(world: World) -> dict[str, str]:
-    """What the engine's process of this rank has in its environment instead of the trainer's."""
+    """Returns the variables that this rank's engine process has instead of the trainer's."""
     environment = {}
     if world.device.type == "cuda":
         listed = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -263,7 +271,8 @@ def own_environment(world: World) -> dict[str, str]:
             listed.split(",")[index].strip() if listed else str(index)
         )
     if world.size > 1:
-        # Each takes itself for rank 0, whose compiled code all would write to the same files.
+        # Each engine acts as rank 0. Without this, all would write their compiled code to the same
+        # files.
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         root = os.environ.get("VLLM_CACHE_ROOT") or os.path.join(cache, "vllm")
         environment["VLLM_CACHE_ROOT"] = os.path.join(root, f"rank-{world.rank}")
@@ -271,14 +280,14 @@ def own_environment(world: World) -> dict[str, str]:
 
 
 class _GivenUp(Exception):
-    """What `on_batch` has raised ends a batch."""
+    """An exception from `on_batch` ends the batch."""
 
 
 class _Finished:
     """The completions of an engine's batch so far.
 
-    mine: the places of this rank's requests in the batch; `on_batch` counts from their first.
-    to_the_end: what `on_batch` raises waits for the end of the batch.
+    mine: the places of this rank's requests in the batch; `on_batch` counts from the first of them.
+    to_the_end: an exception from `on_batch` is raised only at the end of the batch.
     """
 
     def __init__(self, mine: range, on_batch: OnBatch | None, to_the_end: bool) -> None:
@@ -289,7 +298,7 @@ class _Finished:
         self._completions: dict[int, Completion] = {}
 
     def add(self, indices: list[int], completions: list[Completion]) -> None:
-        """Takes what has finished, and tells of what is this rank's."""
+        """Stores finished completions and passes this rank's to `on_batch`."""
         found = {i: c for i, c in zip(indices, completions, strict=True) if i in self._mine}
         self._completions |= found
         if self._on_batch is None or not found or self._failure is not None:
@@ -297,13 +306,13 @@ class _Finished:
         try:
             self._on_batch([i - self._mine.start for i in found], list(found.values()))
         except Exception as failure:
-            # Kept from what takes a RuntimeError for the engine's death.
+            # Stored, because the caller treats a RuntimeError as the engine's death.
             self._failure = failure
             if not self._to_the_end:
                 raise _GivenUp from failure
 
     def all(self) -> list[Completion]:
-        """This rank's completions, in the requests' order."""
+        """Returns this rank's completions in the order of its requests."""
         if self._failure is not None:
             raise self._failure
         return [self._completions[index] for index in self._mine]
@@ -314,7 +323,7 @@ def _batch_args(world: World, max_model_len: int, max_sequences: int) -> dict[st
     at_once = max(_MAX_BATCHED_TOKENS, max_sequences)
     if world.device.type != "cpu":
         return arguments | {"max_num_batched_tokens": at_once}
-    # A seeded request whose prompt is cut in two ends vLLM there: it would turn back the random
+    # vLLM fails if it splits the prompt of a seeded request, because it rewinds the random
     # generator, which CPU generators cannot do.
     uncut = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(at_once, max_model_len)}
     return arguments | uncut
@@ -344,11 +353,12 @@ def _check_ranks(world: World, tensor_parallel_size: int, own_process: bool) -> 
     if on_node % tensor_parallel_size:
         raise ValueError(
             f"rollout.tensor_parallel_size is {tensor_parallel_size} with {on_node} processes on "
-            f"this node ({world.size} in all); needs a number that divides the node's; change it, "
+            f"this node ({world.size} in total); needs a divisor of the node's number; change it, "
             "or torchrun's --nproc-per-node"
         )
     if own_process:
         raise ValueError(
-            f"rollout.tensor_parallel_size is {tensor_parallel_size} with rollout.ahead 1, whose "
-            "engines have a process and a GPU each; set one of the two back (to 1, or to 0)"
+            f"rollout.tensor_parallel_size is {tensor_parallel_size} with rollout.ahead 1, which "
+            "needs a process and a GPU per engine; use --rollout.tensor_parallel_size 1 or "
+            "--rollout.ahead 0"
         )

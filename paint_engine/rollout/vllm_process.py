@@ -1,5 +1,5 @@
-"""A vLLM engine in a process of its own, so that it generates while another one trains, and its
-death leaves that one alive."""
+"""A vLLM engine in its own process. It generates while the trainer trains, and the trainer survives
+its death."""
 
 import atexit
 import multiprocessing
@@ -16,19 +16,20 @@ from paint_engine.rollout.adapter_files import WrittenWeights
 from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
 from paint_engine.rollout.vllm_core import Core, OnBatch
 
-# How long an engine's process may take to end when it is asked to.
+# How long an engine's process may take to exit when asked to.
 _EXIT_TIMEOUT_S = 10.0
-# Between two looks of an engine's process at whether its trainer still lives.
+# Interval at which an engine's process checks that its trainer is alive.
 _WATCH_S = 1.0
-# A message to an engine's process, which has no answer of its own.
+# A message to an engine's process that has no answer of its own.
 _ABANDON = "abandon"
-# What torchrun tells its processes: an engine that read it would take itself for one of the ranks.
+# Variables that torchrun sets for its processes. An engine that read them would act as one of the
+# ranks.
 _TORCHRUN_PREFIXES = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC")
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """What an engine's process has finished: _Batch([3], [Completion((2,), (-0.1,), False)])"""
+    """Finished requests of an engine's process: _Batch([3], [Completion((2,), (-0.1,), False)])"""
 
     indices: list[int]
     completions: list[Completion]
@@ -37,9 +38,9 @@ class _Batch:
 def _serve(
     connection: Any, llm_args: Mapping[str, Any], head_size: int, environment: Mapping[str, str]
 ) -> None:
-    """The main function of an engine's own process: answers calls until the trainer is gone."""
+    """The main function of an engine's process. It answers calls until the trainer is gone."""
     # Ctrl-C reaches every process of a terminal, and torchrun's SIGTERM every process of a rank's
-    # group; the trainer decides when this one ends.
+    # group. The trainer decides when this one ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     for name in [n for n in os.environ if n.startswith(_TORCHRUN_PREFIXES)]:
@@ -58,7 +59,7 @@ def _serve(
         except EOFError:
             return
         if method == _ABANDON:
-            # It came too late: that batch was done.
+            # The message came too late: that batch was already finished.
             continue
         try:
             if method == "generate":
@@ -66,13 +67,13 @@ def _serve(
             else:
                 answer = getattr(core, method)(*args)
         except ValueError as error:
-            # Those of vLLM and pydantic do not all survive the way through a pipe.
+            # Some exceptions of vLLM and pydantic cannot be pickled for the pipe.
             answer = ValueError(str(error))
         connection.send(answer)
 
 
 def _send_batches(connection: Any, core: Core, args: Sequence[Any]) -> None:
-    """What finishes, as it does, until all has or the trainer gives the rest up."""
+    """Sends requests as they finish, until all have or the trainer abandons the rest."""
     with closing(core.stream(*args)) as steps:
         for indices, completions in steps:
             if indices:
@@ -84,7 +85,8 @@ def _send_batches(connection: Any, core: Core, args: Sequence[Any]) -> None:
 
 
 def _end_with_the_trainer() -> None:
-    """A trainer that is killed by SIGKILL tells nobody, and one that generates hears nothing."""
+    """Exits when the trainer is gone. A trainer killed by SIGKILL sends no message, and an engine
+    that generates does not read the pipe."""
     trainer = multiprocessing.parent_process()
     assert trainer is not None
     while os.getppid() == trainer.pid:
@@ -93,12 +95,12 @@ def _end_with_the_trainer() -> None:
 
 
 class OwnProcess:
-    """A `Core` in a process of its own: generation overlaps with training, and its death leaves
-    the trainer alive.
+    """A `Core` in its own process. Generation overlaps with training, and the trainer survives its
+    death.
 
-    environment: its own environment variables, beside the trainer's.
+    environment: environment variables of the process, in addition to the trainer's.
 
-    Raises EngineDied where the engine cannot be built.
+    Raises EngineDied if the engine cannot be built.
     """
 
     def __init__(
@@ -113,9 +115,9 @@ class OwnProcess:
             daemon=True,
         )
         self._process.start()
-        # multiprocessing would end it with the signal that it ignores, and wait for ever.
+        # At exit, multiprocessing would send SIGTERM, which the process ignores, and wait forever.
         atexit.register(self._process.kill)
-        # Else this process would hold the other end open, and a death would not be noticed.
+        # Otherwise this process would hold the other end open and not notice a death.
         theirs.close()
         try:
             self._answer()
@@ -124,7 +126,7 @@ class OwnProcess:
             raise
 
     def load(self, written: WrittenWeights) -> None:
-        """See `Core`."""
+        """Loads the weights; see `Core`."""
         self._call("load", written)
 
     def generate(
@@ -135,7 +137,7 @@ class OwnProcess:
         base: bool,
         on_batch: OnBatch,
     ) -> None:
-        """See `Core`."""
+        """Samples completions; see `Core`."""
         answer = self._call("generate", prompts, seeds, params, base)
         while isinstance(answer, _Batch):
             try:
@@ -146,13 +148,13 @@ class OwnProcess:
             answer = self._answer()
 
     def _abandon(self) -> None:
-        """Gives up what is under way, and hears out what was sent in the meantime."""
+        """Aborts the current batch and reads the messages that were sent in the meantime."""
         answer = self._call(_ABANDON)
         while isinstance(answer, _Batch):
             answer = self._answer()
 
     def close(self) -> None:
-        """Ends the process, in the middle of a batch if need be: it keeps nothing of its own."""
+        """Kills the process, even during a batch. It has no state to save."""
         self._process.kill()
         self._process.join()
         self._connection.close()

@@ -1,6 +1,6 @@
-"""Rollouts from vLLM's OpenAI-compatible server, on machines apart from the trainer's.
+"""Rollouts from vLLM's OpenAI-compatible server, on machines other than the trainer's.
 
-The server is asked for token ids by token ids, so its tokenizer and chat template play no part.
+Requests and answers contain token ids, so the server's tokenizer and chat template are not used.
 """
 
 import http.client
@@ -24,33 +24,34 @@ from paint_engine.rollout.adapter_files import WeightFiles, WrittenWeights
 from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
 from paint_engine.rollout.vllm_core import biased_tokens, reserved_lora_rank
 
-# How long a server may be silent before it counts as dead: to what needs no engine,
+# Time after which a silent server counts as dead, for requests that need no engine,
 _CONTROL_TIMEOUT_S = 10.0
-# to the loading of an adapter, which waits for the requests under way, and may read a shared disk,
+# for loading an adapter, which waits for the running requests and may read a shared disk,
 _LOAD_TIMEOUT_S = 600.0
-# and to a completion, which may queue behind those of other ranks: this, and so much a token.
+# and for a completion, which may wait for those of other ranks: this, plus a time per token.
 _ANSWER_TIMEOUT_S = 600.0
 _TOKEN_TIMEOUT_S = 0.5
-# Between two looks at a server that is starting.
+# Interval between checks of a server that is starting.
 _POLL_S = 1.0
-# The strongest that the protocol allows: it makes a token e^100 times less likely, so that it is
-# never drawn.
+# The lowest value that the protocol allows. It makes a token e^100 times less likely, so it is
+# never sampled.
 _BIAS = -100.0
 
 
 class ServerEngine:
-    """A running `vllm serve`; see `rollout.RolloutEngine`.
+    """A running `vllm serve`; see `rollout.engine.RolloutEngine`.
 
-    url: of the server, such as "http://node7:8000". VLLM_API_KEY is sent where it is set.
-    model: the student, a PeftModel: a server takes adapters alone.
-    model_path: what the student was loaded from; the server must serve the same.
-    max_sequences: the requests that each rank has under way at once, in evaluations too.
-    adapter_dir: a directory that the server sees under the same path; none = shared memory, for a
+    url: address of the server, such as "http://node7:8000". VLLM_API_KEY is sent if it is set.
+    model: the student, a PeftModel, because a server loads only adapters.
+    model_path: the path or name that the student was loaded from; the server must serve the same
+        model.
+    max_sequences: number of requests that each rank sends at once, also in evaluations.
+    adapter_dir: a directory that the server sees under the same path; None = shared memory, for a
         server on this machine.
-    restart_timeout_s: how long `restart` waits for a server that comes back.
+    restart_timeout_s: how long `restart` waits for a server to return.
 
-    Building it and `sync` are collectives of all ranks. Raises ValueError, with the command to
-    start it by, where no server answers or where it was not started as needed.
+    The constructor and `sync` are collective calls. The constructor raises ValueError, with the
+    command that starts the server, if no server answers or if it was started with other settings.
     """
 
     def __init__(
@@ -66,8 +67,8 @@ class ServerEngine:
     ) -> None:
         if not isinstance(model, PeftModel):
             raise ValueError(
-                "rollout.url names a server, but the run trains all weights; a server takes "
-                "adapters alone; leave out rollout.url, or set lora.enabled to true"
+                "rollout.url names a server, but the run trains all weights; a server loads only "
+                "adapters; leave out rollout.url, or set lora.enabled to true"
             )
         self._server = _Server(url)
         self._world = world
@@ -87,15 +88,15 @@ class ServerEngine:
         self._written: WrittenWeights | None = None
 
     def _unfit(self, model_path: str) -> str | None:
-        """Why rollouts cannot come from this server, or None."""
+        """Returns the reason why this server cannot provide rollouts, or None."""
         try:
             self._server.get("/health")
             names = self._server.base_model()
             if not {os.path.basename(name.rstrip("/")) for name in names} & {
                 os.path.basename(model_path.rstrip("/"))
             }:
-                fault = f"serves {' from '.join(names)}, and the student is {model_path}"
-            # A request without a name: refused where adapters can be loaded, unknown elsewhere.
+                fault = f"serves {' from '.join(names)}, but the student is {model_path}"
+            # A request without a name: refused if adapters can be loaded, unknown (404) otherwise.
             elif self._server.load("", "", _CONTROL_TIMEOUT_S)[0] == 404:
                 fault = "does not load adapters while it runs"
             else:
@@ -107,18 +108,19 @@ class ServerEngine:
         return f"the server at {self._server.url} {fault}; start it with: {self._command}"
 
     def _probe(self, name: str) -> str | None:
-        # Of one candidate, the processed log-probability is 0; the raw one hardly ever is.
+        # With one candidate the processed log-probability is 0. The raw one hardly ever is.
         params = SamplingParams(1.0, 1.0, 1, 1, (), self._head_size)
         answer = self._server.complete(self._request(name, (0,), 0, params), _Calls())
         choice = answer["choices"][0]
         if choice.get("token_ids") is None:
             return "does not return token ids (return_token_ids): it is too old"
         if choice["logprobs"]["token_logprobs"] != [0.0]:
-            return "returns raw log-probabilities, not those of the distribution drawn from"
+            return "returns raw log-probabilities, not those of the sampled distribution"
         return None
 
     def sync(self, weights_version: int) -> None:
-        """Writes the weights of this moment to files and has the server read them."""
+        """Writes the student's current weights to files and has the server load them. A collective
+        call."""
         previous, self._written = self._written, self._files.write(weights_version)
         failure = None
         if self._world.is_main:
@@ -141,9 +143,11 @@ class ServerEngine:
         base: bool = False,
         on_batch: Callable[[list[int], list[Completion]], None] | None = None,
     ) -> list[Completion]:
-        """One completion a prompt, in their order; `on_batch` gets each as it is done. Raises
-        EngineDied where the server has not answered a request within ten minutes and half a second
-        a token that it may draw."""
+        """Returns one completion per prompt, in their order; `on_batch` gets each as it finishes.
+
+        Raises EngineDied if the server does not answer a request within ten minutes plus half a
+        second per token of its limit.
+        """
         assert len(prompts) == len(seeds)
         assert base or self._written is not None, "sync comes before generate"
         name = self._base_name if base or self._written is None else self._written.name
@@ -154,7 +158,7 @@ class ServerEngine:
             request = self._request(name, prompts[index], seeds[index], params)
             return _completion(self._ask(request, calls), prompts[index])
 
-        # Only now: a `close` before has missed these calls, and one from now on ends them.
+        # Checked only now: an earlier `close` did not see these calls, and a later one ends them.
         if self._closed:
             calls.hang_up()
         pool = ThreadPoolExecutor(self._max_sequences, thread_name_prefix="completions")
@@ -167,19 +171,19 @@ class ServerEngine:
                 if on_batch is not None:
                     on_batch([index], [completions[index]])
         finally:
-            # After a failure nobody waits for the answers to the others.
+            # After a failure the other answers are not needed.
             pool.shutdown(wait=False, cancel_futures=True)
             calls.hang_up()
         return [completions[index] for index in range(len(prompts))]
 
     @property
     def can_restart(self) -> bool:
-        """Whoever started the server can start it again."""
+        """True: whoever started the server can start it again."""
         return True
 
     def restart(self) -> None:
-        """Waits for the server to come back (whoever started it must start it again), and has it
-        read the weights of the last `sync`. Raises EngineDied where it does not come back."""
+        """Waits for the server to return (whoever started it must restart it), and has it load the
+        weights of the last `sync`. Raises EngineDied if it does not return in time."""
         deadline = time.monotonic() + self._restart_timeout_s
         while (left := deadline - time.monotonic()) > 0:
             if self._server.is_healthy(min(left, _CONTROL_TIMEOUT_S)):
@@ -188,13 +192,13 @@ class ServerEngine:
                 return
             time.sleep(min(left, _POLL_S))
         raise EngineDied(
-            f"the server at {self._server.url} has not come back within "
+            f"the server at {self._server.url} has not returned within "
             f"{self._restart_timeout_s:.0f} s"
         )
 
     def close(self) -> None:
-        """Gives up what is under way, takes the adapter off the server, where it still answers, and
-        deletes its files."""
+        """Aborts the running requests, unloads the adapter if the server still answers, and deletes
+        its files."""
         self._closed = True
         self._calls.hang_up()
         if self._world.is_main and self._written is not None:
@@ -205,12 +209,12 @@ class ServerEngine:
         status, text = self._reach(
             lambda: self._server.load(written.name, str(written.directory), timeout_s)
         )
-        # Every rank restarts by itself, so another may have been faster.
+        # Every rank restarts on its own, so another may have loaded the adapter already.
         if status == 200 or "already been loaded" in text:
             return
         raise ValueError(
             f"the server at {self._server.url} did not load the adapter in {written.directory} "
-            f"({status}: {text}); it must see that directory under the same path: name one that "
+            f"({status}: {text}); it must see that directory under the same path; name one that "
             f"both see with --rollout.adapter_dir, and start the server with: {self._command}"
         )
 
@@ -218,7 +222,7 @@ class ServerEngine:
         try:
             return self._reach(lambda: self._server.complete(request, calls))
         except _Refused as refusal:
-            # A server that was started again does not know the adapter's name: 404.
+            # A restarted server does not know the adapter's name: 404.
             if refusal.status == 404 or refusal.status >= 500:
                 raise EngineDied(str(refusal)) from refusal
             raise ValueError(f"the server at {self._server.url}: {refusal}") from refusal
@@ -233,7 +237,8 @@ class ServerEngine:
     def _request(
         self, name: str, prompt: Sequence[int], seed: int, params: SamplingParams
     ) -> dict[str, Any]:
-        """Our sampling, with every field said, in the protocol's terms."""
+        """Builds the request's fields of the protocol from our sampling parameters, with every
+        field set."""
         biases = biased_tokens(params, self._head_size, _BIAS)
         return {
             "model": name,
@@ -251,7 +256,7 @@ class ServerEngine:
             "seed": seed,
             "max_tokens": params.max_new_tokens,
             "min_tokens": 0,
-            # Exactly our stop tokens end an answer; the model's own list does not count.
+            # Exactly our stop tokens end an answer; the model's own list is ignored.
             "stop_token_ids": list(params.stop_token_ids),
             "ignore_eos": True,
             "logprobs": 0,
@@ -274,7 +279,7 @@ def _completion(answer: dict[str, Any], prompt: Sequence[int]) -> Completion:
 
 
 class _Refused(Exception):
-    """An answer that is not a success."""
+    """An answer with an error status."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"status {status}: {text}")
@@ -282,7 +287,7 @@ class _Refused(Exception):
 
 
 class _Calls:
-    """Requests under way that can be given up together, from any thread."""
+    """Running requests that can be aborted together, from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -291,10 +296,11 @@ class _Calls:
 
     @contextmanager
     def counted(self, line: socket.socket) -> Iterator[None]:
-        """While the line waits for its answer. Raises OSError once these calls are given up."""
+        """A context in which the connection waits for its answer. Raises OSError once these calls
+        are aborted."""
         with self._lock:
             if self._over:
-                raise ConnectionAbortedError("this request has been given up")
+                raise ConnectionAbortedError("this request was aborted")
             self._lines.add(line)
         try:
             yield
@@ -303,23 +309,23 @@ class _Calls:
                 self._lines.remove(line)
 
     def hang_up(self) -> None:
-        """Every request of these, and of any to come, ends with an OSError."""
+        """Ends all of these requests, and any later ones, with an OSError."""
         with self._lock:
             self._over = True
             for line in self._lines:
-                # The other side may have hung up first.
+                # The server may have closed the connection first.
                 with suppress(OSError):
                     line.shutdown(socket.SHUT_RDWR)
 
 
 class _Server:
-    """JSON over HTTP, one connection a request; usable from several threads."""
+    """JSON over HTTP with one connection per request. It can be used from several threads."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(
-                f"rollout.url is {url!r}; needs a server's address such as http://node7:8000"
+                f"rollout.url is {url!r}; needs a server's address, such as http://node7:8000"
             )
         self.url = url.rstrip("/")
         self._parts = parts
@@ -335,11 +341,12 @@ class _Server:
         timeout_s: float,
         calls: _Calls | None = None,
     ) -> tuple[int, str]:
-        """Status and body. Raises OSError where nothing answers for `timeout_s`."""
+        """Returns status and body. Raises OSError if nothing answers for `timeout_s`."""
         secure = self._parts.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         assert self._parts.hostname is not None
-        # Not through a proxy of the environment: the server is one of the run's own machines.
+        # The request bypasses proxies of the environment: the server is one of the run's own
+        # machines.
         connection = kind(
             self._parts.hostname, self._parts.port, timeout=min(timeout_s, _CONTROL_TIMEOUT_S)
         )
@@ -353,26 +360,27 @@ class _Server:
                 return response.status, response.read().decode()
 
     def get(self, path: str) -> str:
-        """The body of a success. Raises _Refused for any other status, OSError where nothing
-        answers."""
+        """Returns the body of a success. Raises _Refused for any other status, and OSError if
+        nothing answers."""
         status, text = self._send("GET", path, None, _CONTROL_TIMEOUT_S)
         if status != 200:
             raise _Refused(status, text)
         return text
 
     def load(self, name: str, directory: str, timeout_s: float) -> tuple[int, str]:
-        """Has the server read an adapter: status and body, whatever the status. Raises OSError."""
+        """Has the server load an adapter. Returns status and body, whatever the status. Raises
+        OSError."""
         body = {"lora_name": name, "lora_path": directory}
         return self._send("POST", "/v1/load_lora_adapter", body, timeout_s)
 
     def unload(self, name: str) -> None:
-        """Takes an adapter off the server; one that does not answer is left alone."""
+        """Unloads an adapter from the server. A server that does not answer is ignored."""
         with suppress(OSError, http.client.HTTPException):
             body = {"lora_name": name}
             self._send("POST", "/v1/unload_lora_adapter", body, _CONTROL_TIMEOUT_S)
 
     def complete(self, request: dict[str, Any], calls: _Calls) -> dict[str, Any]:
-        """The answer to a request for a completion. Raises _Refused, or OSError."""
+        """Returns the answer to a request for a completion. Raises _Refused, or OSError."""
         timeout_s = _ANSWER_TIMEOUT_S + _TOKEN_TIMEOUT_S * request["max_tokens"]
         status, text = self._send("POST", "/v1/completions", request, timeout_s, calls)
         if status != 200:
@@ -380,13 +388,14 @@ class _Server:
         return json.loads(text)
 
     def base_model(self) -> list[str]:
-        """The name of the model that is served without an adapter, and where it was loaded from."""
+        """Returns the name of the served model without adapters, and the path or name that it was
+        loaded from."""
         cards = json.loads(self.get("/v1/models"))["data"]
         base = next(card for card in cards if card.get("parent") is None)
         return list(dict.fromkeys([base["id"], base.get("root") or base["id"]]))
 
     def is_healthy(self, timeout_s: float) -> bool:
-        """Whether the server answers and its engine is alive."""
+        """Returns whether the server answers and its engine is alive."""
         try:
             return self._send("GET", "/health", None, timeout_s)[0] == 200
         except (OSError, http.client.HTTPException):

@@ -133,7 +133,7 @@ def test_layers_that_do_not_keep_sequences_apart_are_refused(
 def test_dropout_in_the_attention_is_refused(base: PreTrainedModel) -> None:
     base.config.attention_dropout = 0.1
     adopt_attention(base, "packed")
-    with pytest.raises(ValueError, match=r"attention_dropout is 0\.1: set it to 0"):
+    with pytest.raises(ValueError, match=r"attention_dropout is 0\.1; set it to 0"):
         adopt_attention(base, "varlen")
 
 
@@ -182,9 +182,9 @@ def test_what_is_picked(
 @pytest.mark.parametrize(
     ("device", "dtype", "capability", "message"),
     [
-        (CPU, torch.bfloat16, (9, 0), r"needs a GPU, and the device is cpu: .*auto or padded"),
-        (GPU, torch.float32, (9, 0), r"computes in float32: use --model\.dtype bfloat16"),
-        (GPU, torch.float16, (7, 5), r"8\.0 .*and this is Tesla T4: .*auto or padded"),
+        (CPU, torch.bfloat16, (9, 0), r"needs a GPU, but the device is cpu; .*auto or padded"),
+        (GPU, torch.float32, (9, 0), r"computes in float32; use --model\.dtype bfloat16"),
+        (GPU, torch.float16, (7, 5), r"8\.0 .*but this is Tesla T4; .*auto or padded"),
     ],
 )
 def test_what_cannot_run_is_refused(

@@ -165,7 +165,7 @@ def test_a_server_has_no_running_mean_to_reason_with(
     server = ("--rollout.engine", "vllm", "--rollout.url", "http://localhost:1")
     reason = ("--teacher.reason_first", "true", "--teacher.weights", "ema")
     text = refused(run_main, capsys, [*command, *server, *reason, *dry])
-    assert "the student's and the base's weights only" in text
+    assert "only the student's and the base's weights" in text
     assert "--rollout.engine builtin" in text
 
 
