@@ -19,6 +19,7 @@ from paint_engine.types import Problem
 from paint_kernels import paint_loss
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+TEMPERATURE = 1.1  # of sampling, and of both roles' logits in the loss
 REFERENCE = """
 Here is a part of reference solution to this problem:
 === Reference Solution Begin ===
@@ -58,7 +59,7 @@ def roll_out(
     """One completion a problem, and the teacher's prompt that it leads to."""
     prompts = [encode_student_prompt(tokenizer, problem) for problem in problems]
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    sampling = {"do_sample": True, "temperature": 1.1, "top_p": 0.95, "top_k": 20}
+    sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_p": 0.95, "top_k": 20}
     sequences = model.generate(**batch.to(model.device), **sampling, max_new_tokens=max_new_tokens)
     sampled = sequences[:, batch["input_ids"].shape[1] :].tolist()
     stop_ids = model.generation_config.eos_token_id
@@ -92,14 +93,15 @@ def backward(model: Any, rollouts: list[Rollout]) -> float:
         with torch.no_grad(), model.disable_adapter():
             teacher = completion_states(model, rollout.teacher_prompt_ids, rollout.completion_ids)
         bounds = torch.tensor([0, len(rollout.completion_ids)], dtype=torch.int32)
-        output = paint_loss(student, teacher, head, bounds, denominator=len(rollouts))
+        settings = {"temperature": TEMPERATURE, "denominator": len(rollouts)}
+        output = paint_loss(student, teacher, head, bounds, **settings)
         output.loss.backward()
         total += output.loss.item()
     return total
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="PAINT in one file, without the engine.")
     parser.add_argument("--model", default=str(TINY_BASE), help="directory or hub id")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8, help="problems a step")
@@ -111,8 +113,10 @@ def main() -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    base = AutoModelForCausalLM.from_pretrained(args.model, use_safetensors=True).to(device)
-    model = get_peft_model(base, LoraConfig(r=64, lora_alpha=128, target_modules="all-linear"))
+    base: Any = AutoModelForCausalLM.from_pretrained(args.model, use_safetensors=True)
+    model = get_peft_model(
+        base.to(device), LoraConfig(r=64, lora_alpha=128, target_modules="all-linear")
+    )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
 

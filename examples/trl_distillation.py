@@ -31,7 +31,9 @@ def load_student(noise: float) -> torch.nn.Module:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="TRL's DistillationTrainer with the loss of PAINT."
+    )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--output", default="runs/trl-distillation", help="TRL's output directory")
     args = parser.parse_args()
