@@ -30,10 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     from paint_engine.distributed import barrier, init_world
-    from paint_engine.model.load import pick_device, quiet_libraries
-    from paint_engine.training.build import build_run, plan_run
-    from paint_engine.training.interrupt import StopRequest
-    from paint_engine.training.loop import run_training
+    from paint_engine.model import pick_device
+    from paint_engine.model.load import quiet_libraries
+    from paint_engine.training import StopRequest, build_run, plan_run, run_training
 
     quiet_libraries()
     if command.dry_run:

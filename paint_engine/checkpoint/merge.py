@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from paint_engine.config.sections import ModelSection
 from paint_engine.files import ADAPTER_CONFIG_FILE, new_directory
-from paint_engine.model.load import load_tokenizer, resolve_model
+from paint_engine.model import load_tokenizer, resolve_model
 
 
 def _load_model(path: str, section: ModelSection) -> PreTrainedModel:

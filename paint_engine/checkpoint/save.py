@@ -61,7 +61,7 @@ from paint_engine.files import (
     unfinished_path,
     write_json,
 )
-from paint_engine.model.teacher import EmaTeacher
+from paint_engine.model import EmaTeacher
 
 _SHARDS = "trainer"
 # A weight is filed as "weight/NAME", a moment as "exp_avg/NAME", a running mean as "ema/NAME".

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from paint_engine.files import ADAPTER_FILE, MODEL_FILE
-from paint_engine.model.forward import causal_lm
+from paint_engine.model import causal_lm
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,2 +1,20 @@
 """Training data: rows of files and data sets become problems, and problems become the requests of
 each step."""
+
+from paint_engine.data.problem_sets import (
+    ProblemSet,
+    batch_requests,
+    load_eval_set,
+    load_train_set,
+    longest_sequence,
+    step_requests,
+)
+
+__all__ = [
+    "ProblemSet",
+    "batch_requests",
+    "load_eval_set",
+    "load_train_set",
+    "longest_sequence",
+    "step_requests",
+]

@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import to_toml
-from paint_engine.data.problem_sets import ProblemSet, batch_requests
+from paint_engine.data import ProblemSet, batch_requests
 from paint_engine.estimate.capacity import check_fits, device_memory_bytes
 from paint_engine.estimate.memory import GIB, Lengths, estimate_memory
 from paint_engine.estimate.model_shape import ModelShape, shape_of, step_flops
-from paint_engine.model.forward import max_context
+from paint_engine.model import max_context
 from paint_engine.prompts.chat import encode_student_prompt, encode_teacher_prompt
 from paint_engine.prompts.masking import mask_solution
 from paint_engine.prompts.rationale import encode_reason_prompt

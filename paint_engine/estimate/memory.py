@@ -15,7 +15,7 @@ import torch
 from paint_engine.config.schema import Config
 from paint_engine.estimate.model_shape import ModelShape
 from paint_engine.recipes import draws, recipe_of
-from paint_engine.rollout.choose import vllm_is_installed
+from paint_engine.rollout import vllm_is_installed
 from paint_kernels._plan import most_rows
 
 GIB = 2**30

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from peft import PeftModel
 from torch import nn
 
-from paint_engine.model.forward import causal_lm, lm_head_weight
+from paint_engine.model import causal_lm, lm_head_weight
 from paint_engine.model.sharding import decoder_layers
 
 

@@ -7,8 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from paint_engine.distributed import gather_objects
 from paint_engine.evaluation.store import EvalSample, SampleFiles
 from paint_engine.rewards import Reward, RewardFailed
-from paint_engine.rollout.engine import Completion, RolloutEngine, SamplingParams
-from paint_engine.rollout.sampler import to_rollout
+from paint_engine.rollout import Completion, RolloutEngine, SamplingParams, to_rollout
 from paint_engine.seeds import evaluation_seed
 from paint_engine.types import Problem, Rollout
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.config.sections import ColumnsSection, EvalSection, PromptsSection
-from paint_engine.data.problem_sets import ProblemSet
+from paint_engine.data import ProblemSet
 from paint_engine.data.rows import load_problems
 from paint_engine.distributed import World
 from paint_engine.evaluation.benchmarks import Benchmark
@@ -27,10 +27,9 @@ from paint_engine.evaluation.target import (
     mismatched_prompts,
     skeleton,
 )
-from paint_engine.model.forward import max_context
-from paint_engine.model.load import load_tokenizer
+from paint_engine.model import load_tokenizer, max_context
 from paint_engine.prompts.chat import encode_student_prompt
-from paint_engine.rollout.choose import vllm_is_installed
+from paint_engine.rollout import vllm_is_installed
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ from paint_engine.evaluation.store import (
 )
 from paint_engine.evaluation.target import build_engine
 from paint_engine.files import RESULTS_FILE, write_json
-from paint_engine.model.load import pick_device
-from paint_engine.monitor.progress import Progress
+from paint_engine.model import pick_device
+from paint_engine.monitor import Progress
 from paint_engine.rewards import Reward, RewardFailed, open_reward
-from paint_engine.rollout.engine import EngineDied, RolloutEngine, sampling_params
+from paint_engine.rollout import EngineDied, RolloutEngine, sampling_params
 
 # vLLM's share of the memory: a GPU has no other user, a CPU's memory has.
 _MEMORY_SHARES = {"cuda": 0.9, "cpu": 0.35}

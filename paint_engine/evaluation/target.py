@@ -35,11 +35,11 @@ from paint_engine.files import (
     MANIFEST_FILE,
     MODEL_CONFIG_FILE,
 )
-from paint_engine.model.forward import causal_lm, lm_head_weight
-from paint_engine.model.load import TINY_BASE, load_base, meta_model, pick_dtype, resolve_model
+from paint_engine.model import causal_lm, lm_head_weight, load_base, meta_model, resolve_model
+from paint_engine.model.load import TINY_BASE, pick_dtype
 from paint_engine.prompts.chat import student_text
+from paint_engine.rollout import RolloutEngine
 from paint_engine.rollout.builtin import BuiltinEngine
-from paint_engine.rollout.engine import RolloutEngine
 from paint_engine.rollout.vllm_engine import StoredModel, VllmEngine
 
 _LORA_MATRICES = (".lora_A.", ".lora_B.")

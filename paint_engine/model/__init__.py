@@ -1,2 +1,39 @@
 """The model: loading, LoRA, sharding, packed sequences and their attention, forward passes to
 hidden states, and the teachers."""
+
+from paint_engine.model.forward import (
+    autocast,
+    causal_lm,
+    compute_dtype,
+    hidden_states,
+    lm_head_weight,
+    max_context,
+)
+from paint_engine.model.load import (
+    load_base,
+    load_tokenizer,
+    meta_model,
+    pick_device,
+    resolve_model,
+)
+from paint_engine.model.lora import add_lora
+from paint_engine.model.teacher import EmaTeacher, FixedTeacher, Teacher, make_teacher
+
+__all__ = [
+    "EmaTeacher",
+    "FixedTeacher",
+    "Teacher",
+    "add_lora",
+    "autocast",
+    "causal_lm",
+    "compute_dtype",
+    "hidden_states",
+    "lm_head_weight",
+    "load_base",
+    "load_tokenizer",
+    "make_teacher",
+    "max_context",
+    "meta_model",
+    "pick_device",
+    "resolve_model",
+]

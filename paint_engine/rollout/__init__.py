@@ -1,2 +1,25 @@
 """Sampling: the engine protocol, the built-in sampler and vLLM (in the process, in its own process,
 or as a server), and the weights handed to vLLM."""
+
+from paint_engine.rollout.choose import make_engines, vllm_is_installed
+from paint_engine.rollout.engine import (
+    Completion,
+    EngineDied,
+    RolloutEngine,
+    SamplingParams,
+    sampling_params,
+)
+from paint_engine.rollout.sampler import Sampled, Sampler, to_rollout
+
+__all__ = [
+    "Completion",
+    "EngineDied",
+    "RolloutEngine",
+    "Sampled",
+    "Sampler",
+    "SamplingParams",
+    "make_engines",
+    "sampling_params",
+    "to_rollout",
+    "vllm_is_installed",
+]

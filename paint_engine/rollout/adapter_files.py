@@ -22,7 +22,7 @@ from torch import nn
 
 from paint_engine.checkpoint.weights import gather_weights, write_weights
 from paint_engine.distributed import World, gather_objects, raise_together
-from paint_engine.model.forward import compute_dtype
+from paint_engine.model import compute_dtype
 
 _SHARED_MEMORY = Path("/dev/shm")
 # With two kernels or two containers of the same host name, one process id stands for two processes.

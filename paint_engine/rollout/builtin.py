@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from paint_engine.model.forward import backbone_states, causal_lm
+from paint_engine.model import causal_lm
+from paint_engine.model.forward import backbone_states
 from paint_engine.model.sharding import unsharded
 from paint_engine.rollout.engine import Completion, SamplingParams
 

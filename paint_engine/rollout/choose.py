@@ -7,8 +7,7 @@ from torch import nn
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import RolloutSection
 from paint_engine.distributed import World
-from paint_engine.model.load import resolve_model
-from paint_engine.model.teacher import FixedTeacher, Teacher
+from paint_engine.model import FixedTeacher, Teacher, resolve_model
 from paint_engine.recipes import draws
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import RolloutEngine

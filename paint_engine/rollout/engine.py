@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.config.sections import EvalSection, RolloutSection
-from paint_engine.model.forward import causal_lm
+from paint_engine.model import causal_lm
 
 
 @dataclass(frozen=True)

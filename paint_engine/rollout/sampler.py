@@ -8,7 +8,7 @@ from typing import TypeVar, cast
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.distributed import gather_objects
-from paint_engine.monitor.timings import Timings
+from paint_engine.monitor import Timings
 from paint_engine.rollout.engine import Completion, EngineDied, RolloutEngine, SamplingParams
 from paint_engine.types import Problem, Request, Rollout
 

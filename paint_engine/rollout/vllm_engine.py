@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from paint_engine.distributed import World, raise_together
-from paint_engine.model.forward import compute_dtype, lm_head_weight
+from paint_engine.model import compute_dtype, lm_head_weight
 from paint_engine.rollout.adapter_files import WeightFiles, WrittenWeights
 from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
 from paint_engine.rollout.vllm_core import Core, OnBatch, deaths, reserved_lora_rank, reserved_rank

@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import nn
 
 from paint_engine.distributed import World, gather_objects, raise_together
-from paint_engine.model.forward import lm_head_weight
+from paint_engine.model import lm_head_weight
 from paint_engine.rollout.adapter_files import WeightFiles, WrittenWeights
 from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
 from paint_engine.rollout.vllm_core import biased_tokens, reserved_lora_rank

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from paint_engine.config.sections import PromptsSection
-from paint_engine.model.load import TINY_BASE, pick_device
+from paint_engine.model import pick_device
+from paint_engine.model.load import TINY_BASE
 from paint_engine.prompts.chat import encode_chat, student_text, teacher_text
 from paint_engine.prompts.masking import OMISSION_MARKER, mask_solution
 from paint_engine.tiny.problems import (

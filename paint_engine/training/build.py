@@ -14,7 +14,7 @@ from paint_engine.checkpoint.save import load_checkpoint
 from paint_engine.config.command_line import CommandLine
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import to_toml
-from paint_engine.data.problem_sets import (
+from paint_engine.data import (
     ProblemSet,
     load_eval_set,
     load_train_set,
@@ -22,21 +22,37 @@ from paint_engine.data.problem_sets import (
     step_requests,
 )
 from paint_engine.distributed import World, gather_objects, launched_ranks, my_share, raise_together
-from paint_engine.estimate.dry_run import check_run_fits, describe
+from paint_engine.estimate import check_run_fits, describe
 from paint_engine.files import CONFIG_FILE, recorded_name, write_atomic, write_versions
+from paint_engine.model import (
+    EmaTeacher,
+    FixedTeacher,
+    Teacher,
+    add_lora,
+    compute_dtype,
+    lm_head_weight,
+    load_base,
+    load_tokenizer,
+    make_teacher,
+    max_context,
+    meta_model,
+    pick_device,
+)
 from paint_engine.model.attention import choose_attention
-from paint_engine.model.forward import compute_dtype, lm_head_weight, max_context
-from paint_engine.model.load import load_base, load_tokenizer, meta_model, pick_device
-from paint_engine.model.lora import add_lora
 from paint_engine.model.sharding import checkpoint_activations, shard_model
-from paint_engine.model.teacher import EmaTeacher, FixedTeacher, Teacher, make_teacher
-from paint_engine.monitor.metrics import check_loggers
-from paint_engine.monitor.timings import Timings
+from paint_engine.monitor import Timings, check_loggers
 from paint_engine.recipes import recipe_of
 from paint_engine.rewards import Reward, open_reward
-from paint_engine.rollout.choose import check_engine_has_teacher, make_engines
-from paint_engine.rollout.engine import Completion, RolloutEngine, SamplingParams, sampling_params
-from paint_engine.rollout.sampler import Sampled, Sampler
+from paint_engine.rollout import (
+    Completion,
+    RolloutEngine,
+    Sampled,
+    Sampler,
+    SamplingParams,
+    make_engines,
+    sampling_params,
+)
+from paint_engine.rollout.choose import check_engine_has_teacher
 from paint_engine.seeds import adapter_seed, global_seed
 from paint_engine.training.optim import build_optimizer
 from paint_engine.training.run import Run

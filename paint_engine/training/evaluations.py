@@ -19,7 +19,7 @@ from paint_engine.evaluation.store import (
     fingerprints,
 )
 from paint_engine.files import ADAPTER_FILE, MANIFEST_FILE, MODEL_FILE
-from paint_engine.monitor.progress import Progress
+from paint_engine.monitor import Progress
 from paint_engine.rewards import RewardFailed
 from paint_engine.training.interrupt import Stopped, StopRequest
 from paint_engine.training.run import Run, save

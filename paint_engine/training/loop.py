@@ -10,11 +10,10 @@ from rich.console import Console
 
 from paint_engine.checkpoint.save import list_checkpoints
 from paint_engine.files import CONFIG_FILE
-from paint_engine.monitor.metrics import Diverged, MetricsWriter, check_finite
-from paint_engine.monitor.progress import Progress
-from paint_engine.report.page import write_report
+from paint_engine.monitor import Diverged, MetricsWriter, Progress, check_finite
+from paint_engine.report import write_report
 from paint_engine.rewards import RewardFailed
-from paint_engine.rollout.engine import EngineDied
+from paint_engine.rollout import EngineDied
 from paint_engine.training.evaluations import evaluate_at
 from paint_engine.training.interrupt import Stopped, StopRequest
 from paint_engine.training.run import Run, SaveFailed, save

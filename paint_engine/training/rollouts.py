@@ -5,11 +5,11 @@ A recipe that does not sample gets the reference solutions instead."""
 from collections.abc import Sequence
 from dataclasses import replace
 
-from paint_engine.data.problem_sets import batch_requests
+from paint_engine.data import batch_requests
 from paint_engine.distributed import gather_objects, merge_shares
 from paint_engine.prompts.anchors import overlap
 from paint_engine.recipes import StepContext
-from paint_engine.rollout.sampler import to_rollout
+from paint_engine.rollout import to_rollout
 from paint_engine.training.run import Run
 from paint_engine.types import Request, Rollout, TrainExample
 

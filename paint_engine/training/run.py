@@ -9,15 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from paint_engine.checkpoint.save import save_checkpoint
 from paint_engine.config.schema import Config
-from paint_engine.data.problem_sets import ProblemSet
+from paint_engine.data import ProblemSet
 from paint_engine.distributed import World, gather_objects, merge_shares
-from paint_engine.model.forward import max_context
-from paint_engine.model.teacher import EmaTeacher, FixedTeacher, Teacher
-from paint_engine.monitor.timings import Timings
+from paint_engine.model import EmaTeacher, FixedTeacher, Teacher, max_context
+from paint_engine.monitor import Timings
 from paint_engine.recipes import Recipe
 from paint_engine.rewards import Reward
-from paint_engine.rollout.engine import RolloutEngine, SamplingParams, sampling_params
-from paint_engine.rollout.sampler import Sampler
+from paint_engine.rollout import RolloutEngine, Sampler, SamplingParams, sampling_params
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from paint_engine.checkpoint.weights import whole
 from paint_engine.distributed import sum_gradients
-from paint_engine.model.forward import autocast, hidden_states, lm_head_weight
+from paint_engine.model import autocast, hidden_states, lm_head_weight
 from paint_engine.model.packing import batch_to, build_batch
 from paint_engine.model.sharding import sync_gradients
 from paint_engine.recipes import LossInputs, LossOutput
