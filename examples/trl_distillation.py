@@ -64,7 +64,7 @@ def main() -> None:
     trainer.train()
     for entry in trainer.state.log_history:
         if "loss" in entry:
-            print(f"step {entry['step']}: loss {entry['loss']:.4f}")
+            print(f"step {entry['step']}: loss {entry['loss']:.6f}")
 
 
 if __name__ == "__main__":
