@@ -3,7 +3,7 @@ of other modules' messages into these flags."""
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -65,7 +65,6 @@ def _template(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    paper, reward = EvalSection(), RewardSection()
     parser = _Parser(
         prog="python -m paint_engine.evaluate",
         description="Avg@k, pass@k and maj@k of a model on benchmarks, by default sampled as in "
@@ -74,7 +73,14 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=_Help,
     )
-    add = parser.add_argument
+    _add_subject(parser.add_argument)
+    _add_answers(parser.add_argument)
+    _add_machine(parser.add_argument)
+    return parser
+
+
+def _add_subject(add: Callable[..., object]) -> None:
+    """Adds the flags of what is evaluated, and where the results go."""
     add("--model", metavar="M", help="'tiny', a model directory or a Hugging Face id")
     add("--adapter", metavar="A", help="directory in peft's format, or RUN_DIR[:last|:best|:STEP]")
     names = ", ".join(benchmark.name for benchmark in KNOWN)
@@ -84,6 +90,19 @@ def _parser() -> argparse.ArgumentParser:
         help=f"comma-separated: {names}, [NAME=]FILE, [NAME=]ID:SPLIT or ID:CONFIG:SPLIT",
     )
     add("--output", metavar="DIR", type=Path, help="default: evaluations/NAME-DIGEST")
+    add("--problem-column", metavar="NAME", help="column of the question, if not detected")
+    add("--answer-column", metavar="NAME", help="column of the answer, if not detected")
+    add(
+        "--on-bad-row",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do at a row without an answer",
+    )
+
+
+def _add_answers(add: Callable[..., object]) -> None:
+    """Adds the flags of how answers are sampled and judged."""
+    paper, reward = EvalSection(), RewardSection()
     add("--num-samples", type=int, default=paper.num_samples, help="answers per problem")
     add("--num-problems", type=int, help="use only the first so many of each")
     add("--temperature", type=float, default=paper.temperature, help="sampling temperature")
@@ -118,13 +137,22 @@ def _parser() -> argparse.ArgumentParser:
         help="time limit for judging one answer, in seconds",
     )
     add("--seed", type=int, default=0, help="sampling seed")
+
+
+def _add_machine(add: Callable[..., object]) -> None:
+    """Adds the flags of what the evaluation runs on."""
     add(
         "--engine",
         choices=("auto", "vllm", "builtin"),
         default="auto",
         help="auto: vLLM if installed",
     )
-    add("--max-sequences", type=int, default=paper.max_sequences, help="sequences decoded at once")
+    add(
+        "--max-sequences",
+        type=int,
+        default=EvalSection().max_sequences,
+        help="sequences decoded at once",
+    )
     add(
         "--gpu-memory-utilization",
         type=float,
@@ -143,15 +171,6 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
     )
-    add("--problem-column", metavar="NAME", help="column of the question, if not detected")
-    add("--answer-column", metavar="NAME", help="column of the answer, if not detected")
-    add(
-        "--on-bad-row",
-        choices=("stop", "skip"),
-        default="stop",
-        help="what to do at a row without an answer",
-    )
-    return parser
 
 
 def parse_command(argv: Sequence[str]) -> EvaluationCommand:
