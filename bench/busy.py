@@ -4,8 +4,9 @@ Six steps of the tiny preset, and one forward and backward pass of `paint_loss` 
 Qwen3, alone and beside a load, under three rules for OpenMP threads that wait: "follow" as this
 project does (`paint_kernels/_spinning.py`), "spin" as libgomp does by itself, "sleep" as under
 OMP_WAIT_POLICY=PASSIVE. `ratio` is to "spin" without a load. `others` is how many processors were
-used by neither the measured process nor the load: a figure with more than 0.1 was disturbed. The
-last line of stdout is JSON.
+used by neither the measured process nor the load: a figure with more than 0.1 was disturbed. Cases
+that are in the output file already, and are not measured again, stay there. The last line of stdout
+is JSON.
 """
 
 import argparse
@@ -140,6 +141,16 @@ def measure_case(what: str, policy: str, load: str, directory: Path) -> dict[str
     return case | {"seconds": seconds, "others": others}
 
 
+def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The new cases, and those of the old ones that were not measured again, in a fixed order."""
+
+    def key(case: dict[str, Any]) -> tuple[str, ...]:
+        return case["measure"], case["load"], case["policy"]
+
+    merged = {key(case): case for case in (*old, *new)}
+    return [merged[name] for name in sorted(merged)]
+
+
 def add_ratios(cases: list[dict[str, Any]]) -> None:
     """Each case's time to that of the same work under "spin" without a load, where it was run."""
     alone = {
@@ -159,7 +170,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--measures", nargs="+", choices=list(MEASURES), default=list(MEASURES))
     parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES))
     parser.add_argument("--loads", nargs="+", choices=list(LOADS), default=list(LOADS))
-    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
+    parser.add_argument(
+        "--output", type=Path, help="also write the JSON to this file; its other cases stay"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.child:
@@ -172,6 +185,8 @@ def main(argv: list[str]) -> None:
             for load in arguments.loads
             for policy in arguments.policies
         ]
+    if arguments.output and arguments.output.exists():
+        cases = merge(json.loads(arguments.output.read_text())["cases"], cases)
     add_ratios(cases)
     command = " ".join(["python -m bench.busy", *argv])
     environment = measure.environment(torch.device("cpu"), command)

@@ -22,6 +22,14 @@ def test_ratios_are_to_spinning_threads_without_a_load() -> None:
     assert [c.get("ratio") for c in cases] == [1.0, 1.5, None]
 
 
+def test_a_case_that_is_measured_again_replaces_the_old_one() -> None:
+    def case(policy: str, seconds: float) -> dict[str, object]:
+        return {"measure": "loss", "policy": policy, "load": "none", "seconds": seconds}
+
+    merged = busy.merge([case("spin", 2.0), case("follow", 1.0)], [case("follow", 3.0)])
+    assert merged == [case("follow", 3.0), case("spin", 2.0)]
+
+
 def test_a_load_runs_until_the_measurement_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(busy, "LOAD_STARTS_S", 0.1)
     with busy.busy("one process") as process:

@@ -213,6 +213,8 @@ def run_program() -> Callable[..., dict[str, Any]]:
     def run(program: Path, work: Path, *arguments: Path) -> dict[str, Any]:
         path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
         settings = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        # A crash in a rank then shows its line.
+        settings["PYTHONFAULTHANDLER"] = "1"
         done = subprocess.run(
             [sys.executable, str(program), str(work), *map(str, arguments)],
             env=os.environ | settings | {"PYTHONPATH": path},

@@ -53,5 +53,6 @@ def on_ranks(size: int, action: Callable[..., Any], work: Path, model_dir: Path)
             # The others would wait for it.
             for other in running:
                 os.kill(other, signal.SIGKILL)
-            raise AssertionError(f"a rank of {action.__name__} has failed")
+            code = os.waitstatus_to_exitcode(status)
+            raise AssertionError(f"a rank of {action.__name__} has failed: exit code {code}")
     return json.loads(answer.read_text())
