@@ -339,7 +339,7 @@ def test_no_problem_left(tmp_path: Path) -> None:
         ("a.jsonl", b"", "the file is empty; needs at least one row", "check how"),
         ("a.jsonl", b" \n\n", "the line is empty", "skip"),
         ("a.json", b"[]", "no problem left (0 rows skipped)", "choose other data"),
-        ("a.json", b'{"data": []}', "got an object; needs a list of objects", "store the list"),
+        ("a.json", b'{"data": []}', "got an object; needs a list of objects", "only the list"),
         ("a.json", b'{"a": 1}\n{"a": 2}\n', "malformed JSON: Extra data: line 2", ".jsonl"),
         ("a.json", b"[" * 100_000, "malformed JSON", "correct it"),
         ("a.parquet", b"x" * 99, "not readable as Parquet", "write or download it again"),

@@ -395,7 +395,7 @@ def test_long_run_stays_small(run_dir: Path) -> None:
     assert path.stat().st_size < 2_000_000
     page = path.read_text()
     assert page.count("data-v=") == MAX_SAMPLES * MAX_TOKENS
-    assert "The first 800 of 4,000 tokens are shown." in page
+    assert "The page shows the first 800 of 4,000 tokens." in page
     assert "each point is the mean of 13 steps" in page
 
 
@@ -404,4 +404,4 @@ def test_command_line(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out.strip() == str(run_dir / "report.html")
     with pytest.raises(SystemExit):
         main([str(run_dir / "nowhere")])
-    assert "nowhere is not a directory; give a run directory" in capsys.readouterr().err
+    assert "nowhere is not a directory; needs a run directory" in capsys.readouterr().err
