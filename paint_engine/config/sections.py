@@ -64,7 +64,7 @@ class ModelSection(Section):
     )
     attention: Literal["auto", "padded", "packed", "varlen", "flash_attention_2"] = Field(
         default="auto",
-        description="attention in the loss: padded rows, or packed sequences with a dense mask "
+        description="of the loss: padded rows, or packed sequences with a dense mask "
         "(packed), PyTorch's varlen or flash-attn; auto: varlen on a GPU in bfloat16, else padded",
     )
     trust_remote_code: bool = Field(
