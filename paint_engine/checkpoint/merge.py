@@ -23,8 +23,8 @@ def _load_model(path: str, section: ModelSection) -> PreTrainedModel:
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"model {path} could not be loaded ({type(error).__name__}: {error}): name the model "
-            "that the run was trained from with --model"
+            f"model {path} could not be loaded ({type(error).__name__}: {error}): use --model "
+            "to name the base model of the run"
         ) from error
 
 

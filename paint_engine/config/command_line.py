@@ -244,8 +244,9 @@ def _layers(
     below = _preset_path(parent, f"{path}: {_EXTENDS}")
     if parent in followed:
         raise ValueError(
-            f"{path}: {_EXTENDS}: got {parent!r}, which extends this file in turn "
-            f"({' -> '.join((*followed, parent))}); needs a preset that does not; name another"
+            f"{path}: {_EXTENDS}: got {parent!r}, which makes a cycle "
+            f"({' -> '.join((*followed, parent))}); needs a preset that does not lead back; name "
+            "another"
         )
     return [*_layers(f"preset {parent}", below, (*followed, parent)), (source, flat)]
 

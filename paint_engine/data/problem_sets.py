@@ -35,7 +35,7 @@ def _check_length(
     if room < 1:
         raise ValueError(
             f"--{limit_key}: got {completion}; needs less than the model's context of {context} "
-            "tokens, which must also hold a prompt; lower it"
+            "tokens, because the context also holds the prompt; lower it"
         )
     if num_tokens > room:
         raise ValueError(

@@ -53,8 +53,8 @@ def _alternatives(config: Config, lengths: Lengths) -> Iterator[list[tuple[str, 
 
 
 def _candidates(config: Config, lengths: Lengths) -> Iterator[dict[str, object]]:
-    """Yields changes to try: each setting alone, then the strongest values of the first two, three
-    and so on."""
+    """Yields configuration changes to try: each value of each setting alone, then the strongest
+    values of the first setting, the first two, the first three and so on, together."""
     alternatives = [values for values in _alternatives(config, lengths) if values]
     for values in alternatives:
         yield from ({key: value} for key, value in values)

@@ -145,7 +145,9 @@ def paired_bootstrap(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = BOOTSTRAP_SEED,
 ) -> Estimate:
-    """The mean of after - before; both evaluations of a problem are resampled together.
+    """Returns the mean of after - before with its bootstrap interval over problems.
+
+    Each resampled problem keeps its results before and after together.
 
     before, after: (P, k) booleans over the same problems in the same order.
     """

@@ -102,8 +102,8 @@ def _choose_step(text: str, evaluations: Mapping[int, Evaluation], which: str) -
     if step is None or step not in evaluations:
         there = ", ".join(map(str, evaluations))
         raise ValueError(
-            f"{text}: no complete evaluation {which!r}; the run has them after steps {there}; "
-            "needs one of these numbers, best or last"
+            f"{text}: the run has no complete evaluation {which!r}; needs best, last or one of "
+            f"the evaluated steps: {there}"
         )
     return evaluations[step]
 

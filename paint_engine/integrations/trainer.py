@@ -55,21 +55,21 @@ def student_states(
 class PaintTrainer(Trainer):
     """`transformers.Trainer` whose loss is `paint_loss`.
 
-    Batches hold `input_ids`, `attention_mask` and `labels` (B, T), labels -100 outside of the
-    completion, and the same three with the prefix `teacher_` (B, S): the same completions after the
-    teacher's prompt. Set `remove_unused_columns=False` in the arguments, or the teacher's columns
-    are dropped.
+    Batches hold `input_ids`, `attention_mask` and `labels` (B, T), which are -100 outside the
+    completion. They also hold `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`
+    (B, S), with the same completions after the teacher's prompt. Set `remove_unused_columns=False`
+    in the arguments, or the teacher's columns are dropped.
 
-    teacher: a causal language model with the student's vocabulary; it is frozen. None is the
-    student's own base: the model must then be a PeftModel, and its adapters are off while the
-    teacher runs. (Under FSDP pass a copy of the base: `disable_adapter` toggles requires_grad,
-    which FSDP does not support.)
+    teacher: a causal language model with the student's vocabulary; it is frozen. If it is None, the
+    teacher is the student's own base: the model must then be a PeftModel, and its adapters are off
+    during the teacher's pass. (Under FSDP pass a copy of the base: `disable_adapter` toggles
+    requires_grad, which FSDP does not support.)
     loss_settings: keyword arguments of `paint_loss`, such as {"divergence": "jsd"}. `reduction` is
     "sequence_mean" (the default: the mean over the rollouts of the step) or "token_mean". Both are
     exact over micro-batches and ranks.
 
-    Raises ValueError for a model whose logits are not hidden states times head, for a model without
-    adapters where there is no teacher, and for an unknown setting.
+    Raises ValueError if the logits of a model are not hidden states times head, if there is neither
+    a teacher nor an adapter, or if a setting is unknown.
     """
 
     # The denominator counts the whole step: do not divide by the number of micro-batches again.

@@ -25,7 +25,7 @@ def pack_sequences(
     """Concatenates the prompts and completions; positions restart at 0 in each sequence.
 
     The hidden state at position i - 1 predicts the token at i. The loss positions of a sequence
-    therefore run from the last prompt token to the second last completion token.
+    therefore run from the last prompt token to the second-to-last completion token.
     """
     token_ids: list[int] = []
     positions: list[int] = []

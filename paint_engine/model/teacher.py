@@ -36,8 +36,8 @@ class Teacher(Protocol):
 
 @contextmanager
 def _scoring_with(model: nn.Module) -> Iterator[None]:
-    """A context in which a teacher uses the student's module: evaluation mode, no gradients. Such
-    contexts do not nest."""
+    """Context manager in which a teacher scores with the student's module, in evaluation mode and
+    without gradients. It cannot be nested."""
     assert not getattr(model, _SCORING, False), "a teacher's context inside another"
     was_training = model.training
     setattr(model, _SCORING, True)

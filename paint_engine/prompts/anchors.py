@@ -103,10 +103,11 @@ def _is_value(tokens: Sequence[Token], position: int) -> bool:
 
 
 def _symbols(tokens: Sequence[Token]) -> list[tuple[str, bool, bool]]:
-    """Returns each token with two flags: whether it touches a letter or digit on its left, and on
-    its right.
+    """Returns each token with two flags: whether a letter or digit directly precedes it, and
+    whether one directly follows it.
 
-    The x of 2x is a different symbol from x alone. So x=1 is found neither in 2x=1 nor in x=1y.
+    The x in 2x therefore differs from a standalone x, and the anchor x=1 is found neither in 2x=1
+    nor in x=1y.
     """
     glued = [False, *(are_glued(left, right) for left, right in pairwise(tokens)), False]
     return [(token.text, glued[i], glued[i + 1]) for i, token in enumerate(tokens)]

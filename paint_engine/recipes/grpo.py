@@ -33,12 +33,14 @@ _STD_FLOOR = 1e-4
 
 
 class Grpo(Recipe):
-    """GRPO with ratio r_t = p_S / p_old and advantage A of the token's rollout. A token's loss is
+    """GRPO. r_t = p_S / p_old is the probability ratio of token t, and A is the advantage of its
+    rollout. A token's loss is
 
         -w_t min(r_t A, clip(r_t, 1 - low, 1 + high) A) + kl_weight (exp(d_t) - d_t - 1),
 
     with d_t = log p_base - log p_S and w_t = min(p_old / p_sampler, importance_cap), or 1 without a
-    cap.
+    cap. p_S is the student's probability, p_old the student's before the updates on this batch,
+    p_sampler the one that the sampler recorded, and p_base that of the base.
     """
 
     keys = ("grpo.*", "objective.importance_cap")

@@ -8,11 +8,11 @@ from paint_engine.types import Problem, Verdict
 
 
 class FirstBoxReward(MathReward):
-    """1.0 where the first box holds the reference answer as lower-case text, else 0.0. Whether the
-    completion is correct is the answer check's word, as for `math`."""
+    """1.0 where the first box holds the reference answer as lower-case text, else 0.0. The
+    answer check decides whether the completion is correct, as for `math`."""
 
     def judge(self, problem: Problem, text: str) -> Verdict:
-        """The answer check's verdict with this reward."""
+        """Returns the answer check's verdict, with the reward of the first box."""
         reward = float(first_box_equals(text, problem.answer))
         return replace(super().judge(problem, text), reward=reward)
 

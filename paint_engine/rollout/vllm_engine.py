@@ -358,7 +358,7 @@ def _check_ranks(world: World, tensor_parallel_size: int, own_process: bool) -> 
         )
     if own_process:
         raise ValueError(
-            f"rollout.tensor_parallel_size is {tensor_parallel_size} with rollout.ahead 1, which "
-            "needs a process and a GPU per engine; use --rollout.tensor_parallel_size 1 or "
-            "--rollout.ahead 0"
+            f"rollout.tensor_parallel_size is {tensor_parallel_size} with rollout.ahead 1, under "
+            "which each engine has its own process and GPU; use --rollout.tensor_parallel_size 1 "
+            "or --rollout.ahead 0"
         )

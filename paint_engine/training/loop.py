@@ -70,11 +70,15 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
 
 
 def run_training(run: Run, console: Console, stop: StopRequest) -> None:
-    """Trains to the end or until a signal. Finished steps are never lost."""
+    """Trains to the end or until a signal.
+
+    The first signal finishes the step and saves. A second Ctrl-C stops at once; the run then
+    resumes from its newest checkpoint.
+    """
     directory = shlex.quote(str(run.run_dir))
     say = partial(console.print, soft_wrap=True)
     one = run.world.size == 1
-    launcher = "python" if one else f"torchrun with {run.world.size} processes,"
+    launcher = "python" if one else f"torchrun --nproc-per-node {run.world.size}"
     resume = f"resume with: {launcher} -m paint_engine.train --resume {directory}"
     try:
         writer = open_writer(run)
@@ -86,7 +90,7 @@ def run_training(run: Run, console: Console, stop: StopRequest) -> None:
                 # A scheduler that takes the machine back is no failure; a user's Ctrl-C is 130.
                 sys.exit(0 if stopped.signal_number == signal.SIGTERM else 130)
             except EngineDied as death:
-                say(f"the rollout engine died ({death}); saved {save(run)}\nthen {resume}")
+                say(f"the rollout engine died ({death}); saved {save(run)}\n{resume}")
                 sys.exit(1)
             if run.world.is_main:
                 summary = summarise(run)
@@ -97,7 +101,7 @@ def run_training(run: Run, console: Console, stop: StopRequest) -> None:
     except KeyboardInterrupt:
         checkpoints = list_checkpoints(run.run_dir)
         if checkpoints:
-            advice = f"newest checkpoint: {checkpoints[-1].name}; --resume {directory}"
+            advice = f"newest checkpoint: {checkpoints[-1].name}; {resume}"
         else:
             again = f"--config {directory}/{CONFIG_FILE} --run.dir {directory} --run.overwrite true"
             advice = f"nothing is saved yet; start again with: python -m paint_engine.train {again}"
