@@ -99,7 +99,7 @@ def backward(model: Any, rollouts: list[Rollout]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="PAINT in one file")
     parser.add_argument("--model", default=str(TINY_BASE), help="directory or hub id")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8, help="problems a step")
@@ -111,8 +111,9 @@ def main() -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    base = AutoModelForCausalLM.from_pretrained(args.model, use_safetensors=True).to(device)
-    model = get_peft_model(base, LoraConfig(r=64, lora_alpha=128, target_modules="all-linear"))
+    base: Any = AutoModelForCausalLM.from_pretrained(args.model, use_safetensors=True)
+    lora = LoraConfig(r=64, lora_alpha=128, target_modules="all-linear")
+    model = get_peft_model(base.to(device), lora)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
 
