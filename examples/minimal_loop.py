@@ -101,7 +101,7 @@ def backward(model: Any, rollouts: list[Rollout]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="PAINT in one file, without the engine.")
+    parser = argparse.ArgumentParser(description="PAINT in one file")
     parser.add_argument("--model", default=str(TINY_BASE), help="directory or hub id")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8, help="problems a step")
@@ -114,9 +114,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     base: Any = AutoModelForCausalLM.from_pretrained(args.model, use_safetensors=True)
-    model = get_peft_model(
-        base.to(device), LoraConfig(r=64, lora_alpha=128, target_modules="all-linear")
-    )
+    lora = LoraConfig(r=64, lora_alpha=128, target_modules="all-linear")
+    model = get_peft_model(base.to(device), lora)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
 
