@@ -42,7 +42,7 @@ TABLES: dict[tuple[str, str], Table] = {
     **PAPER_TABLES,
 }
 """keyed by the result's name and the view in the marker"""
-DOCUMENTS = ("README.md", "bench/README.md")
+DOCUMENTS = ("README.md", "docs/loss.md", "docs/recipes.md", "bench/README.md")
 
 
 def result_of(name: str) -> Result:
