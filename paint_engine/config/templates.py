@@ -87,7 +87,7 @@ def template_check(*required: str, optional: tuple[str, ...] = ()) -> Callable[[
                 )
         for name in required:
             if f"{{{name}}}" not in template:
-                raise ValueError(f"{{{name}}} in it, where the {name} is to stand, and has none")
+                raise ValueError(f"{{{name}}} in place of the {name}, and has none")
         return template
 
     return check
@@ -105,7 +105,7 @@ def _check_quoting(template: str) -> None:
             r"line breaks, and has \n as two letters; in a shell break the line between the quotes"
         )
     if found := _DOUBLED.search(template):
-        raise ValueError(f"every brace once, and has {found[0]}; \\boxed{{}} is text as it stands")
+        raise ValueError(f"every brace once, and has {found[0]}; \\boxed{{}} needs no escaping")
 
 
 check_student = template_check("problem", optional=("instruction",))

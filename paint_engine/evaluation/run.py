@@ -39,7 +39,7 @@ _MEMORY_SHARES = {"cuda": 0.9, "cpu": 0.35}
 
 
 def run_evaluation(command: EvaluationCommand, console: Console) -> None:
-    """Answers what is missing of every benchmark, prints the table and writes `results.json`.
+    """Samples the missing answers of every benchmark, prints the table, writes `results.json`.
 
     A dead engine and Ctrl-C end the program (exit codes 1 and 130); the samples so far are kept,
     and the same command resumes.
@@ -130,7 +130,7 @@ def answer_benchmarks(
 def answer_benchmark(
     plan: Plan, name: str, engine: RolloutEngine, world: World, progress: Progress
 ) -> Evaluation:
-    """Answers what is missing of one benchmark; writes each sample as it finishes. A collective."""
+    """Samples the missing answers of one benchmark and writes each as it finishes. A collective."""
     started, problem_set, section = time.monotonic(), plan.sets[name], plan.command.section
     with closing(
         SampleFiles(plan.directory, name, plan.headers[name], world, replace=False)

@@ -110,8 +110,8 @@ def fingerprints(problems: Sequence[Problem]) -> dict[str, str]:
 
 
 def evaluation_settings(section: EvalSection, seed: int, prompts: PromptsSection) -> dict[str, Any]:
-    """How the answers of an evaluation are sampled: what they depend on beside the weights and the
-    problems."""
+    """How the answers of an evaluation are sampled: what they depend on apart from the weights
+    and the problems."""
     names = {"num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "thinking"}
     settings = section.model_dump(mode="json", include=names)
     settings["seed"] = seed
