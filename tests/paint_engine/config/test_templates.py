@@ -123,9 +123,9 @@ def test_braces_and_backslashes_of_latex_are_text(key: str, text: str) -> None:
         (r"\boxed{problem}", r"and has \boxed{problem}", r"as in \boxed{ {problem} }"),
         ("{problem} x^{problem}", "and has ^{problem}", "braces of their own"),
         (r"{problem}\n\n{instruction}", r"\n as two letters", "break the line between the quotes"),
-        ("{problem} \\boxed{{}}", "every brace once, and has {{}}", r"\boxed{} is text"),
-        ("{{problem}}", "every brace once, and has {{problem}}", r"\boxed{} is text"),
-        ("{{ problem }}", "every brace once, and has {{ problem }}", r"\boxed{} is text"),
+        ("{problem} \\boxed{{}}", "every brace once, and has {{}}", r"\boxed{} needs no escaping"),
+        ("{{problem}}", "every brace once, and has {{problem}}", r"\boxed{} needs no escaping"),
+        ("{{ problem }}", "every brace once, and has {{ problem }}", r"\boxed{} needs no escaping"),
     ],
 )
 def test_a_text_that_was_quoted_wrongly_is_refused(template: str, fault: str, remedy: str) -> None:
