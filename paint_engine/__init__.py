@@ -18,7 +18,7 @@ ENGINE_LIBRARIES = (
     "matplotlib",
     "jinja2",
 )
-"""What the commands import beside PyTorch: the modules of the extra `engine`"""
+"""modules of the extra `engine`, which the commands import in addition to PyTorch"""
 
 
 def require_engine() -> None:

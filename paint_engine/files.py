@@ -63,22 +63,22 @@ def unfinished_path(path: Path) -> Path:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file beside its place and renames it there: a kill or a full disk leaves the earlier
-    file, or none, and never a part.
+    """Writes a file under another name and renames it to `path`. A kill or a full disk leaves the
+    earlier file at `path`, or none, but never a part.
 
-    content: text is written as UTF-8.
+    content: text is encoded as UTF-8.
 
-    Raises OSError where the disk does not take it; nothing is left beside the place then.
+    Raises OSError where the file cannot be written; the unfinished file is removed.
     """
-    beside = unfinished_path(path)
+    unfinished = unfinished_path(path)
     try:
-        with beside.open("wb") as file:
+        with unfinished.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        unfinished.replace(path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
     flush(path.parent)
 
@@ -89,52 +89,52 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_link(path: Path, target: str) -> None:
-    """Makes `path` a link to a directory beside it, replacing an earlier link at once."""
-    beside = unfinished_path(path)
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(target, target_is_directory=True)
-    beside.replace(path)
+    """Makes `path` a link to a directory of the same parent; replaces an earlier link at once."""
+    unfinished = unfinished_path(path)
+    unfinished.unlink(missing_ok=True)
+    unfinished.symlink_to(target, target_is_directory=True)
+    unfinished.replace(path)
     flush(path.parent)
 
 
 def make_unfinished(path: Path) -> Path:
-    """An empty directory to be filled and then renamed by `publish_directory`; what a killed
-    process has left there is removed."""
-    beside = unfinished_path(path)
-    if beside.exists():
-        shutil.rmtree(beside)
-    beside.mkdir(parents=True)
-    return beside
+    """Creates the empty directory that `publish_directory` renames to `path`; removes one that a
+    killed process has left."""
+    unfinished = unfinished_path(path)
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    return unfinished
 
 
 def publish_directory(path: Path) -> None:
-    """Renames the unfinished directory of `path`, whose files are on the disk, to `path`.
+    """Renames the unfinished directory of `path`, whose files are flushed already, to `path`.
 
     `path` does not exist, or is an empty directory.
     """
-    beside = unfinished_path(path)
-    for directory in (*(p for p in beside.rglob("*") if p.is_dir()), beside):
+    unfinished = unfinished_path(path)
+    for directory in (*(p for p in unfinished.rglob("*") if p.is_dir()), unfinished):
         flush(directory)
-    beside.rename(path)
+    unfinished.rename(path)
     flush(path.parent)
 
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """An empty directory to be filled, which becomes `path` with all its files, or, where the body
-    raises, is removed.
+    """Yields an empty directory, which is renamed to `path` when the body ends, or removed when it
+    raises.
 
     `path` does not exist, or is an empty directory.
     """
-    beside = make_unfinished(path)
+    unfinished = make_unfinished(path)
     try:
-        yield beside
-        for file in beside.rglob("*"):
+        yield unfinished
+        for file in unfinished.rglob("*"):
             if file.is_file():
                 flush(file)
         publish_directory(path)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 

@@ -139,7 +139,7 @@ def check_pairs(first: str, other: str, before: Evaluations, after: Evaluations)
 
 
 def notes(before: Evaluations, after: Evaluations) -> list[str]:
-    """Notes on differences beside the weights that `check_pairs` accepts: which, on which
+    """Notes on differences apart from the weights that `check_pairs` accepts: which, on which
     benchmarks, and what they mean."""
     effects = {
         _SEED: "the problems are paired, the random numbers are not",

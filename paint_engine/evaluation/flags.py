@@ -29,7 +29,7 @@ _KEY = re.compile(r"(?:--)?\b(?:rollout|eval|model|data|train|reward)\.((?:colum
 
 @dataclass(frozen=True)
 class EvaluationCommand:
-    """What the user asked for, every flag checked as far as that needs no model and no data.
+    """What the user asked for, with every check of a flag that needs no model and no data.
 
     arguments: all flags by name; the other fields are built from some of them.
     """

@@ -40,7 +40,7 @@ _MEMORY_SHARES = {"cuda": 0.9, "cpu": 0.35}
 
 
 def run_evaluation(command: EvaluationCommand, console: Console) -> None:
-    """Answers what is missing of every benchmark, prints the table and writes `results.json`.
+    """Samples the missing answers of every benchmark, prints the table, writes `results.json`.
 
     A dead engine and Ctrl-C end the program (exit codes 1 and 130); the samples so far are kept,
     and the same command resumes. A reward function that fails on every answer ends it too (1).

@@ -304,9 +304,9 @@ def lock_directory(directory: Path) -> Iterator[None]:
 def refuse_other(file: Path, existing: dict[str, Any], header: Header) -> NoReturn:
     """Raises ValueError with the differences between a file's header and this evaluation's."""
     raise ValueError(
-        f"{file} is of another evaluation, with {', '.join(_differences(existing, header))}; an "
-        "evaluation is resumed with the same settings only; give another directory with --output, "
-        "or remove that one"
+        f"{file} is of another evaluation, with {', '.join(_differences(existing, header))}; "
+        "needs the same settings to be resumed; give another directory with --output, or remove "
+        "that one"
     )
 
 

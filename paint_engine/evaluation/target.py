@@ -43,8 +43,8 @@ from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.vllm_engine import StoredModel, VllmEngine
 
 _LORA_MATRICES = (".lora_A.", ".lora_B.")
-# Files beside the weights that change the outcome, and those of the tokenizer, which is the base's
-# since checkpoints have none.
+# Files that change the outcome, apart from the weights. The tokenizer's are in the base's
+# directory, since checkpoints have none.
 _MODEL_FILES = (MODEL_CONFIG_FILE, "generation_config.json")
 _TOKENIZER_FILES = (
     *("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),

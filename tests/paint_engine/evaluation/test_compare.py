@@ -229,5 +229,5 @@ def test_directories_without_a_complete_evaluation(tmp_path: Path) -> None:
         read_run(str(tmp_path))
     assert str(refused.value).count(str(tmp_path)) == 1
     write(tmp_path / "whole", counts(2))
-    with pytest.raises(ValueError, match="no training run with several; leave out :best"):
+    with pytest.raises(ValueError, match="not a training run with several; leave out :best"):
         read_run(f"{tmp_path / 'whole'}:best")

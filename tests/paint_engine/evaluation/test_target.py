@@ -358,8 +358,8 @@ def test_an_adapter_on_anmismatched_base_gets_a_note_and_no_warning_of_peft(
             ]
         )
         printed = capsys.readouterr()
-        note = f"note: the adapter {adapter} was trained on {model_dir}, and is put on {model} here"
-        assert printed.out.count(note) == notes
+        note = f"the adapter {adapter} was trained on {model_dir}, and --model puts it on {model};"
+        assert printed.out.count(f"note: {note}") == notes
         assert "was renamed" not in printed.out + printed.err
 
 
