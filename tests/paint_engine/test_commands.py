@@ -46,7 +46,11 @@ def answer(*arguments: str) -> str:
         (("train", "--resume", "nowhere"), 2, "no config.toml there"),
         (("evaluate", "--help"), 0, "--benchmarks"),
         (("evaluate", "--benchmarks", "tiny", "--temprature", "1"), 2, "mean --temperature?"),
-        (("evaluate", "--benchmarks", "tiny", "--top-p", "0"), 2, "--top-p: got 0.0"),
+        (
+            ("evaluate", "--model", "tiny", "--benchmarks", "tiny", "--top-p", "0"),
+            2,
+            "--top-p: got 0.0",
+        ),
         (("evaluate", "--benchmarks", "aime2024"), 2, "did you mean aime24?"),
         (("evaluate", "--benchmarks", "tiny"), 2, "got neither --model nor --adapter"),
         (("evaluate", "compare", "--help"), 0, "RUN_A"),

@@ -197,7 +197,7 @@ def test_the_evaluations_of_a_training_run(tmp_path: Path) -> None:
     steps = [chosen(text) for text in ("", ":last", ":best", ":0", ":step-20")]
     assert steps == [40, 40, 20, 0, 20]
     for text in (":10", ":first"):
-        with pytest.raises(ValueError, match="after steps 0, 20, 40"):
+        with pytest.raises(ValueError, match="evaluated steps: 0, 20, 40"):
             chosen(text)
 
 
