@@ -290,12 +290,11 @@ class GrpoSection(Section):
 class RewardSection(Section):
     function: Text = Field(
         default="math",
-        description="what judges a completion: math = the answer check; first_box = the first box "
-        "equals the answer as lower-case text, as in OPSD's code; or module:function of your own, "
-        "called with (problem, completion text), which returns a number, a bool or a Verdict",
+        description="judges a completion: math = the answer check, first_box = the first box as "
+        "text (OPSD's), or module:function of (problem, completion text)",
     )
     timeout_s: PositiveFloat = Field(
-        default=5.0, description="longest judgement of one completion, in seconds"
+        default=5.0, description="time limit for judging one completion, in seconds"
     )
 
 
