@@ -70,7 +70,7 @@ def to_verdict(value: object) -> Verdict:
                 f"returned {verdict!r:.200}; needs a bool for correct, and a text or None for error"
             )
     elif isinstance(value, Real):
-        verdict = Verdict(float(value), value > 0)
+        verdict = Verdict(float(value), float(value) > 0)
     else:
         raise ValueError(
             f"returned {value!r:.200}, of type {type(value).__name__}; needs a number, a bool or a "

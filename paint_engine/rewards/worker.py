@@ -73,7 +73,7 @@ class Worker:
         advice: str,
         shows_output: bool = False,
     ) -> None:
-        self._command = [factory, arguments]
+        self._command = (factory, arguments)
         self._call = call
         self._process = process
         self._timeout_s = timeout_s
