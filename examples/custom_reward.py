@@ -2,7 +2,7 @@
 
 python -m paint_engine.train --preset grpo-tiny --reward.function examples.custom_reward:reward
 python -m paint_engine.evaluate --model tiny --benchmarks tiny --max-new-tokens 224 \
-    --thinking false --reward.function examples.custom_reward:reward
+    --thinking false --reward-function examples.custom_reward:reward
 
 The commands find the module from the repository's root. A module of your own is found from the
 directory that the command is started in, or by PYTHONPATH.
