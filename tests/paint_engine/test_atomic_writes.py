@@ -3,6 +3,7 @@
 import json
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,13 +23,15 @@ from paint_engine.files import (
 )
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file can grow beyond 100 bytes."""
+    """No file can grow beyond 100 bytes. Not a fixture: pytest's own output may be a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -41,22 +44,20 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_full_disk_leaves_the_earlier_file_and_nothing_beside_it(
-    tmp_path: Path, full_disk: None
-) -> None:
+def test_a_full_disk_leaves_the_earlier_file_and_nothing_beside_it(tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     write_atomic(file, "before")
-    with pytest.raises(OSError, match="File too large"):
+    with full_disk(), pytest.raises(OSError, match="File too large"):
         write_atomic(file, 200 * "x")
     assert file.read_text() == "before"
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_lines_are_appended_all_or_none(tmp_path: Path, full_disk: None) -> None:
+def test_lines_are_appended_all_or_none(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with open_jsonl(path) as file:
         append_lines(file, json_line({"step": 1}))
-        with pytest.raises(OSError, match="File too large"):
+        with full_disk(), pytest.raises(OSError, match="File too large"):
             append_lines(file, json_line({"step": 2, "text": 90 * "x"}))
         append_lines(file, json_line({"step": 3}))
     assert read_jsonl(path) == [{"step": 1}, {"step": 3}]

@@ -163,7 +163,7 @@ def test_a_prompt_that_cannot_fit_is_refused_with_both_lengths(
     limit = len(encode_student_prompt(tokenizer, PROBLEM, PROMPTS, thinking=False))
     with pytest.raises(ValueError, match=r"^p:0: the teacher's prompt takes") as caught:
         _teacher(tokenizer, partial, max_tokens=limit)
-    assert f"only {limit} are left" in str(caught.value)
+    assert f"leaves room for only {limit}" in str(caught.value)
     assert "--rollout.max_new_tokens" in str(caught.value)
 
 

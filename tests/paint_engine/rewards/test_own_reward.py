@@ -252,7 +252,7 @@ from paint_engine.rewards import open_reward
 from paint_engine.types import Problem
 reward = open_reward("own_reward:do", 10.0)
 problem = Problem("p", "", "", "")
-loaded = reward.judge(problem, "'torch' in sys.modules or 'pydantic' in sys.modules")
+loaded = reward.judge(problem, "'torch' in sys.modules")
 print(int(reward.judge(problem, "os.getpid()").reward), loaded.correct)
 print("own_reward" in sys.modules, "torch" in sys.modules)
 """
