@@ -1,4 +1,4 @@
-"""The directory of a run: making it, finding the one to go on in, and what was installed."""
+"""The run directory: creates it, or finds the one to resume in."""
 
 import datetime
 import os
@@ -25,18 +25,18 @@ def _launch_mark() -> str:
 
 
 def _is_ours(run_dir: Path) -> bool:
-    """Whether this launch has made the directory, before torchrun started the processes again."""
+    """Returns whether this launch made the directory before torchrun restarted the processes."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     mark = run_dir / LAUNCH_FILE
     return restarted and mark.is_file() and mark.read_text() == _launch_mark()
 
 
 def choose_run_dir(config: Config, name: str) -> tuple[Path, bool]:
-    """The run's directory, made where it is new, and whether training goes on from a checkpoint
-    in it. For one rank to call.
+    """Returns the run's directory, created if it is new, and whether training resumes from a
+    checkpoint in it. One rank calls it.
 
-    Raises ValueError where it exists and is not to be gone on with or replaced, or where the run
-    in it was started with other settings.
+    Raises ValueError if the directory exists and is neither resumed nor replaced, or if the run in
+    it was started with other settings.
     """
     if config.run.dir is not None:
         run_dir = Path(config.run.dir)
@@ -44,15 +44,15 @@ def choose_run_dir(config: Config, name: str) -> tuple[Path, bool]:
         earlier = filter(_is_ours, sorted(Path("runs").glob(f"{name}-*-{_launch_id()}")))
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
         run_dir = next(earlier, Path(f"runs/{name}-{stamp}-{_launch_id()}"))
-    goes_on = _is_ours(run_dir) or (config.run.auto_resume and _is_run(run_dir))
-    if not goes_on:
+    resumes = _is_ours(run_dir) or (config.run.auto_resume and _is_run(run_dir))
+    if not resumes:
         _make_run_dir(run_dir, replace=config.run.overwrite)
     elif (run_dir / CONFIG_FILE).is_file():
         check_same_run(run_dir, config)
     if _UNDER_TORCHRUN in os.environ:
         write_atomic(run_dir / LAUNCH_FILE, _launch_mark())
-    # A run that stopped before its first checkpoint starts again; its evaluation of the base stays.
-    return run_dir, goes_on and bool(list_checkpoints(run_dir))
+    # A run that stopped before its first checkpoint starts again and keeps its base evaluation.
+    return run_dir, resumes and bool(list_checkpoints(run_dir))
 
 
 def _is_run(run_dir: Path) -> bool:
@@ -65,16 +65,16 @@ def _is_empty(run_dir: Path) -> bool:
 
 def _make_run_dir(run_dir: Path, *, replace: bool) -> None:
     if run_dir.exists() and not _is_empty(run_dir):
-        # Only what is recognisably a run may be replaced: a mistyped directory must not be emptied.
+        # Only a directory that looks like a run is replaced: a mistyped path loses no files.
         if replace and not _is_run(run_dir):
             raise ValueError(
-                f"run directory {run_dir} is no earlier run of PAINT, and is not deleted: choose "
+                f"run directory {run_dir} is no earlier run of PAINT, and is not deleted; choose "
                 "another with --run.dir"
             )
         is_around = Path.cwd().is_relative_to(run_dir.resolve())
         if not replace or is_around:
             raise ValueError(
-                f"run directory {run_dir} exists already: go on with it by --resume {run_dir}, "
+                f"run directory {run_dir} exists already; resume it with --resume {run_dir}, "
                 "choose another with --run.dir, or replace an earlier run with --run.overwrite true"
             )
         shutil.rmtree(run_dir)
