@@ -224,15 +224,6 @@ def _long(examples: Callable[..., list[TrainExample]]) -> list[TrainExample]:
     return examples((5, 1, 130, 64), (11, 4, 1, 300), (4, 127, 200, 64))
 
 
-def gradients(model: nn.Module, states: Tensor) -> Tensor:
-    """Of a function of every state that no permutation or leak leaves unchanged."""
-    generator = torch.Generator().manual_seed(3)
-    direction = torch.randn(states.shape, generator=generator, dtype=torch.float64)
-    model.zero_grad()
-    (states * direction.to(states)).sum().backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
 @needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["varlen", "flash_attention_2"])
@@ -243,6 +234,7 @@ def test_kernels_on_a_gpu_are_as_accurate_as_padded_rows(
     lora_model: PeftModel,
     examples: Callable[..., list[TrainExample]],
     relative_error: Callable[[Tensor, Tensor], float],
+    gradients,
 ) -> None:
     if kernel == "flash_attention_2" and find_spec("flash_attn") is None:
         pytest.skip("flash-attn is not installed")

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paint_engine.config.sections import LoraSection, ModelSection
-from paint_engine.model.forward import causal_lm, hidden_states, lm_head_weight, max_context
+from paint_engine.model.forward import hidden_states, lm_head_weight, max_context
 from paint_engine.model.load import load_base, load_tokenizer, pick_device
 from paint_engine.model.lora import add_lora
 from paint_engine.model.packing import build_batch, pack_sequences, pad_sequences
@@ -26,36 +26,20 @@ TOLERANCE = 1e-12
 VISIBLE = 1e-2
 
 
-def _alone(model: nn.Module, items: Sequence[TrainExample]) -> Tensor:
-    """Student states, one sequence at a time."""
-    backbone, rows = causal_lm(model).base_model, []
-    for item in items:
-        ids = torch.tensor([[*item.rollout.prompt_ids, *item.rollout.completion_ids]])
-        states = backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
-        rows.append(states[len(item.rollout.prompt_ids) - 1 : -1])
-    return torch.cat(rows)
-
-
-def _gradients(model: nn.Module, states: Tensor) -> Tensor:
-    """Of a function of every state that no permutation or leak leaves unchanged."""
-    generator = torch.Generator().manual_seed(3)
-    direction = torch.randn(states.shape, generator=generator, dtype=states.dtype)
-    model.zero_grad()
-    (states * direction).sum().backward()
-    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    assert grads
-    return torch.cat(grads)
-
-
 @pytest.mark.parametrize("attention", ["packed", "padded"])
 def test_states_and_gradients_equal_those_of_each_sequence_alone(
-    attention: str, lora_model: PeftModel, ragged: list[TrainExample], relative_error
+    attention: str,
+    lora_model: PeftModel,
+    ragged: list[TrainExample],
+    relative_error,
+    states_alone,
+    gradients,
 ) -> None:
-    expected = _alone(lora_model, ragged)
-    expected_gradients = _gradients(lora_model, expected)
+    expected = states_alone(lora_model, ragged)
+    expected_gradients = gradients(lora_model, expected)
     states = hidden_states(lora_model, build_batch(ragged).student, attention=attention)
     assert relative_error(states, expected) < TOLERANCE
-    assert relative_error(_gradients(lora_model, states), expected_gradients) < TOLERANCE
+    assert relative_error(gradients(lora_model, states), expected_gradients) < TOLERANCE
 
 
 def test_packed_equals_padded_in_float32(
@@ -76,7 +60,8 @@ def test_the_comparison_would_catch_sequences_that_see_each_other(
     leak: dict[str, object],
     base: PreTrainedModel,
     ragged: list[TrainExample],
-    relative_error,
+    relative_error: Callable[[Tensor, Tensor], float],
+    states_alone,
 ) -> None:
     sequences = build_batch(ragged).student
     arguments: dict[str, object] = {"use_cache": False} | leak
@@ -88,7 +73,7 @@ def test_the_comparison_would_catch_sequences_that_see_each_other(
             position_ids=sequences.position_ids[None],
             **arguments,
         ).last_hidden_state[0, sequences.loss_positions]
-        assert relative_error(leaking, _alone(base, ragged)) > VISIBLE
+        assert relative_error(leaking, states_alone(base, ragged)) > VISIBLE
 
 
 @pytest.mark.parametrize("attention", ["packed", "padded"])
@@ -138,6 +123,7 @@ def test_no_token_is_masked_by_its_id(
     tokenizer: PreTrainedTokenizerBase,
     examples: Callable[..., list[TrainExample]],
     relative_error: Callable[[Tensor, Tensor], float],
+    states_alone,
 ) -> None:
     """Padding's id and the stop tokens', in prompts and amid completions, are tokens like others:
     the padding of a rectangle has the id 0."""
@@ -153,7 +139,8 @@ def test_no_token_is_masked_by_its_id(
         items.append(replace(item, rollout=rollout))
     sequences = build_batch(items).student
     with torch.no_grad():
-        states, expected = hidden_states(base, sequences, attention=attention), _alone(base, items)
+        states = hidden_states(base, sequences, attention=attention)
+        expected = states_alone(base, items)
         assert len(states) == 6 + 9 + 1
         assert relative_error(states, expected) < TOLERANCE
         padded = pad_sequences(sequences)

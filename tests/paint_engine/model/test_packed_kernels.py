@@ -2,7 +2,7 @@
 demands: every sequence comes out as it does alone."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,25 +149,6 @@ def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ca
     return calls
 
 
-def states_alone(model: nn.Module, items: Sequence[TrainExample]) -> Tensor:
-    """Student states, one sequence at a time."""
-    backbone, rows = causal_lm(model).base_model, []
-    for item in items:
-        ids = torch.tensor([[*item.rollout.prompt_ids, *item.rollout.completion_ids]])
-        states = backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
-        rows.append(states[len(item.rollout.prompt_ids) - 1 : -1])
-    return torch.cat(rows)
-
-
-def gradients(model: nn.Module, states: Tensor) -> Tensor:
-    """Of a function of every state that no permutation or leak leaves unchanged."""
-    generator = torch.Generator().manual_seed(3)
-    direction = torch.randn(states.shape, generator=generator, dtype=torch.float64)
-    model.zero_grad()
-    (states * direction.to(states)).sum().backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
 @pytest.mark.parametrize("calls", KERNELS, indirect=True)
 def test_kernels_give_the_states_and_gradients_of_each_sequence_alone(
     calls: Calls,
@@ -175,6 +156,8 @@ def test_kernels_give_the_states_and_gradients_of_each_sequence_alone(
     lora_model: PeftModel,
     ragged: list[TrainExample],
     relative_error: Callable[[Tensor, Tensor], float],
+    states_alone,
+    gradients,
 ) -> None:
     kernel = KERNELS[request.node.callspec.params["calls"]]
     expected = states_alone(lora_model, ragged)
@@ -212,7 +195,11 @@ def test_the_shortest_sequences(
 
 
 def test_bounds_of_one_long_sequence_would_be_seen(
-    calls: Calls, base: PreTrainedModel, ragged: list[TrainExample], relative_error
+    calls: Calls,
+    base: PreTrainedModel,
+    ragged: list[TrainExample],
+    relative_error,
+    states_alone,
 ) -> None:
     sequences = build_batch(ragged).student
     adopt_attention(base, "varlen")
@@ -251,7 +238,11 @@ def test_no_dense_mask_is_built(
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_recomputed_layers_see_the_same_bounds(
-    checkpointed: bool, calls: Calls, lora_model: PeftModel, ragged: list[TrainExample]
+    checkpointed: bool,
+    calls: Calls,
+    lora_model: PeftModel,
+    ragged: list[TrainExample],
+    gradients,
 ) -> None:
     model = causal_lm(lora_model)
     sequences = build_batch(ragged).student
