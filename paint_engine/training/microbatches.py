@@ -73,9 +73,9 @@ def _fill_evenly(
     groups = fill(examples, even)
     # A rank without a group would run a dummy pass; splitting the costliest group avoids that.
     while len(groups) < wanted and (divisible := [group for group in groups if len(group) > 1]):
-        dearest = max(divisible, key=lambda group: _num_tokens(group, padded=padded))
-        groups.append(dearest[1::2])
-        del dearest[1::2]
+        costliest = max(divisible, key=lambda group: _num_tokens(group, padded=padded))
+        groups.append(costliest[1::2])
+        del costliest[1::2]
     return groups + [[] for _ in range(wanted - len(groups))]
 
 
@@ -89,10 +89,10 @@ def plan_microbatches(
     cannot be cut without changing the loss. With `padded`, the tokens are the number of rows times
     the longest sequence of either role; otherwise they are the tokens of the longer role.
 
-    The i-th micro-batches of all ranks cost about the same, for each waits for the dearest; so do
-    the ranks' sums. Every rollout is in one micro-batch, and there are as few of them as the
-    filling finds. With fewer rollouts than ranks some ranks get an EMPTY one, in the last place:
-    they must still run the model, at zero weight. The same on every rank that asks.
+    The i-th micro-batches of all ranks have similar costs, because every rank waits for the
+    costliest; so have the ranks' sums. Every rollout is in one micro-batch, and there are as few
+    of them as the filling finds. With fewer rollouts than ranks some ranks get an EMPTY one, in
+    the last place: they must still run the model, at zero weight. The same on every rank that asks.
     """
     assert examples and max_tokens > 0, (len(examples), max_tokens)
 
@@ -102,11 +102,11 @@ def plan_microbatches(
     groups = _fill_evenly(examples, max_tokens, num_ranks, padded=padded)
     if num_ranks == 1:
         return [groups]
-    # The dearest first: what does not fit into memory fails at once.
+    # The costliest first: what does not fit into memory fails at once.
     groups.sort(key=cost, reverse=True)
     plan: list[list[list[TrainExample]]] = [[] for _ in range(num_ranks)]
     for place in range(0, len(groups), num_ranks):
-        # The dearest of this place goes to the rank with the least work so far.
+        # The costliest of this place goes to the rank with the least work so far.
         ranks = sorted(plan, key=lambda rank: sum(map(cost, rank)))
         for rank, group in zip(ranks, groups[place : place + num_ranks], strict=True):
             rank.append(group)

@@ -207,9 +207,9 @@ def test_ranks_work_in_step_and_equally_much(num_ranks: int, padded: bool) -> No
     costs = [[plan.tokens(group) for group in rank] for rank in ranks]
     sums = [sum(cost) for cost in costs]
     assert max(sums) < 1.05 * min(sums)
-    # What lockstep costs over perfect balance: each place takes as long as its dearest.
+    # What lockstep costs over perfect balance: each place takes as long as its costliest.
     assert sum(map(max, zip(*costs, strict=True))) < 1.1 * sum(sums) / num_ranks
-    # The dearest micro-batch comes first.
+    # The costliest micro-batch comes first.
     assert max(map(max, costs)) == max(cost[0] for cost in costs)
 
 
