@@ -233,7 +233,9 @@ def test_adapters_on_the_head_are_refused(
 def test_adapters_on_no_layer_at_all_are_refused(
     command: list[str], run_main: Main, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(run_main, capsys, [*command, "--lora.target_modules", '["nothing_like_it"]'])
+    argv = [*command, "--lora.target_modules", '["nothing_like_it"]']
+    text = refused(run_main, capsys, argv)
+    assert "nothing_like_it" in text
 
 
 def test_resuming_without_a_checkpoint_says_what_to_do(
