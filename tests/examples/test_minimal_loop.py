@@ -105,7 +105,8 @@ def test_the_loss_and_its_gradient_are_the_reference_s(
 
     assert loss == pytest.approx(expected.item(), rel=1e-9)
     flat = torch.cat([part.flatten() for part in expected_gradient])
-    assert ((gradient - flat).norm() / flat.norm()).item() < 1e-9
+    # The model's norms compute in float32: where its inputs differ by 1e-16, a rounding may flip.
+    assert ((gradient - flat).norm() / flat.norm()).item() < torch.finfo(torch.float32).eps
 
 
 def test_a_run_trains_the_adapter_and_repeats_to_the_bit(run_example: Any, tmp_path: Path) -> None:
