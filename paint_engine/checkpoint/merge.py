@@ -6,26 +6,12 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear, LoraLayer
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from paint_engine.config.sections import ModelSection
 from paint_engine.files import ADAPTER_CONFIG_FILE, new_directory
 from paint_engine.model import load_tokenizer, resolve_model
-
-
-def _load_model(path: str, section: ModelSection) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype="auto",
-            trust_remote_code=section.trust_remote_code,
-            use_safetensors=True,
-        )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"model {path} could not be loaded ({type(error).__name__}: {error}): use --model "
-            "to name the base model of the run"
-        ) from error
+from paint_engine.model.stored import load_weights, read_settings, stored_dtype
 
 
 def merge_adapter(
@@ -59,12 +45,11 @@ def build_model(
     """
     path = resolve_model(section.name_or_path)
     if (checkpoint / ADAPTER_CONFIG_FILE).is_file():
-        model = merge_adapter(_load_model(path, section), checkpoint, dtype)
+        model = merge_adapter(load_weights(path, section, None), checkpoint, dtype)
     else:
-        model = _load_model(str(checkpoint), section)
-        stored = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
-        assert not isinstance(stored.dtype, str), stored.dtype
-        dtype = dtype or stored.dtype
+        own = section.model_copy(update={"name_or_path": str(checkpoint)})
+        model = load_weights(str(checkpoint), own, None)
+        dtype = dtype or stored_dtype(read_settings(path, section))
     if dtype is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)

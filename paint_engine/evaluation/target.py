@@ -37,6 +37,8 @@ from paint_engine.files import (
 )
 from paint_engine.model import causal_lm, lm_head_weight, load_base, meta_model, resolve_model
 from paint_engine.model.load import TINY_BASE, pick_dtype
+from paint_engine.model.probe import check_forward
+from paint_engine.model.stored import check_stored
 from paint_engine.prompts.chat import student_text
 from paint_engine.rollout import RolloutEngine
 from paint_engine.rollout.builtin import BuiltinEngine
@@ -341,6 +343,7 @@ def build_engine(
     if kind == "builtin":
         model = _load(target, dtype, world.device)
         return BuiltinEngine(model, lambda: nullcontext(model), max_sequences)
+    check_stored(target.weights, target.base)
     stored = StoredModel(
         head_size=lm_head_weight(shape).shape[0],
         dtype=dtype,
@@ -370,9 +373,10 @@ def _adapter_rank(adapter: Path) -> int:
 
 def _load(target: Target, dtype: torch.dtype, device: torch.device) -> nn.Module:
     if target.checkpoint is not None:
-        model = build_model(target.checkpoint, target.base, dtype)
-        return nn.Module.to(model, device).eval()
-    base = load_base(target.base, device)
-    if target.adapter is None:
-        return base.eval()
-    return PeftModel.from_pretrained(base, str(target.adapter), torch_device=str(device)).eval()
+        model = nn.Module.to(build_model(target.checkpoint, target.base, dtype), device)
+    else:
+        model = load_base(target.base, device)
+    check_forward(model, "padded", f"model {target.weights}")
+    if target.adapter is not None:
+        model = PeftModel.from_pretrained(model, str(target.adapter), torch_device=str(device))
+    return model.eval()

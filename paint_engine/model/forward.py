@@ -14,9 +14,10 @@ from paint_engine.model.packing import pad_sequences
 from paint_engine.types import PackedSequences
 from paint_kernels import follow_load
 
-# Attributes set on a causal language model: the dtype of its matrix products, and the bound
-# `_backbone_states` that FSDP wraps.
+# Attributes set on a causal language model: the dtype of its matrix products, the factor on its
+# logits, and the bound `_backbone_states` that FSDP wraps.
 _COMPUTE_DTYPE = "paint_compute_dtype"
+LOGIT_SCALE = "paint_logit_scale"
 _BACKBONE = "paint_backbone_states"
 
 
@@ -53,11 +54,14 @@ def autocast(model: nn.Module) -> torch.autocast:
 
 def _backbone_states(self: PreTrainedModel, **inputs: Any) -> Float[Tensor, "B T H"]:
     with autocast(self):
-        return self.base_model(**inputs).last_hidden_state
+        states = self.base_model(**inputs).last_hidden_state
+    scale = getattr(self, LOGIT_SCALE, 1.0)
+    return states if scale == 1.0 else scale * states
 
 
 def backbone_states(model: nn.Module, **inputs: Any) -> Float[Tensor, "B T H"]:
-    """Returns the (B, T, H) final hidden states, after the last norm and without the head.
+    """Returns the (B, T, H) final hidden states, after the last norm and without the head. The
+    factor of a model that scales its logits is in them, so they times the head are the logits.
 
     Every pass uses this function. A sharded model is entered at its root, where FSDP gathers the
     weights outside the layers (embeddings, last norm, head) and keeps them until the backward pass.

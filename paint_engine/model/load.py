@@ -1,13 +1,12 @@
 """Loads the base model and its tokenizer."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -19,6 +18,7 @@ from paint_engine.config.schema import Config
 from paint_engine.config.sections import ModelSection
 from paint_engine.model.forward import _COMPUTE_DTYPE
 from paint_engine.model.lora import add_lora
+from paint_engine.model.stored import load_failure, load_weights, read_settings
 from paint_engine.seeds import adapter_seed
 
 TINY_BASE = Path(__file__).parents[1] / "tiny" / "base"
@@ -81,18 +81,6 @@ def resolve_model(name_or_path: str, *, with_weights: bool = True) -> str:
     )
 
 
-def _load_failure(what: str, name: str, error: Exception) -> ValueError:
-    remedy = (
-        "a file in that directory is damaged or not of this model; save or fetch it again"
-        if name == "tiny" or Path(name).is_dir()
-        else "it is neither a local directory nor reachable on the hub; check "
-        "--model.name_or_path and the network"
-    )
-    return ValueError(
-        f"{what} {name!r} could not be loaded ({type(error).__name__}: {error}): {remedy}"
-    )
-
-
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """Loads the base's tokenizer.
 
@@ -102,7 +90,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code)
     except OSError as error:
-        raise _load_failure("tokenizer of", section.name_or_path, error) from error
+        raise load_failure("tokenizer of", section.name_or_path, error) from error
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer of {section.name_or_path} has no chat template, which the prompts of "
@@ -112,31 +100,13 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_head(model: PreTrainedModel, name: str) -> None:
-    """Raises ValueError unless logits are hidden states @ weight^T, which the losses compute."""
-    head = model.get_output_embeddings()
-    text_config = model.config.get_text_config()
-    neutral = {"logits_scaling": 1.0, "logit_scale": 1.0, "final_logit_softcapping": None}
-    changed = [
-        f"{key} = {value}"
-        for key, plain in neutral.items()
-        if (value := getattr(text_config, key, plain)) not in (plain, None)
-    ]
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        changed.append("a head that is not a linear layer without bias")
-    if changed:
-        raise ValueError(
-            f"model {name} has {', '.join(changed)}: the losses need logits that are a plain "
-            "product of hidden states and head, as in Qwen3 or Llama; use such a model"
-        )
-
-
 def load_base(
     section: ModelSection,
     device: torch.device,
     *,
     trains_base: bool = False,
     on_cpu: bool = False,
+    say: Callable[[str], object] = print,
 ) -> PreTrainedModel:
     """Loads the base onto `device`, from safetensors only, with SDPA attention.
 
@@ -144,20 +114,13 @@ def load_base(
     trains_base: the base's own weights are trained. They are then float32, because bfloat16 rounds
     most updates away at the usual learning rates.
     on_cpu: leave it there, to be sharded onto devices of that kind.
+    say: is called with a note if the names of the weights had to be changed.
+
+    Raises ValueError as `load_weights` does.
     """
-    path = resolve_model(section.name_or_path)
     dtype = pick_dtype(section.dtype, device)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32 if trains_base else dtype,
-            trust_remote_code=section.trust_remote_code,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-        )
-    except (OSError, SafetensorError) as error:
-        raise _load_failure("model", section.name_or_path, error) from error
-    _check_head(model, section.name_or_path)
+    stored = torch.float32 if trains_base else dtype
+    model = load_weights(resolve_model(section.name_or_path), section, stored, say)
     setattr(model, _COMPUTE_DTYPE, dtype)
     if not on_cpu:
         nn.Module.to(model, device)
@@ -172,13 +135,7 @@ def meta_model(config: Config) -> nn.Module:
     """
     section = config.model
     path = str(TINY_BASE) if section.name_or_path == "tiny" else section.name_or_path
-    try:
-        settings = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"configuration of {section.name_or_path!r} could not be read ({error}): check "
-            "--model.name_or_path; a directory needs the model's config.json"
-        ) from error
+    settings = read_settings(path, section)
     narrow = config.lora.enabled and section.dtype == "bfloat16"
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(

@@ -86,7 +86,8 @@ def pad_sequences(packed: PackedSequences) -> PaddedSequences:
     return PaddedSequences(token_ids.view(num_rows, longest), mask, places[packed.loss_positions])
 
 
-def _sequences_to(packed: PackedSequences, device: torch.device) -> PackedSequences:
+def sequences_to(packed: PackedSequences, device: torch.device) -> PackedSequences:
+    """Moves the sequences to `device`, except their bounds."""
     return PackedSequences(
         packed.token_ids.to(device, non_blocking=True),
         packed.position_ids.to(device, non_blocking=True),
@@ -101,7 +102,7 @@ def batch_to(batch: TrainBatch, device: torch.device) -> TrainBatch:
     from the device would wait for it."""
     return replace(
         batch,
-        student=_sequences_to(batch.student, device),
-        teacher=None if batch.teacher is None else _sequences_to(batch.teacher, device),
+        student=sequences_to(batch.student, device),
+        teacher=None if batch.teacher is None else sequences_to(batch.teacher, device),
         completion_ids=batch.completion_ids.to(device, non_blocking=True),
     )

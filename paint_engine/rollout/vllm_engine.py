@@ -15,6 +15,7 @@ from torch import nn
 
 from paint_engine.distributed import World, raise_together
 from paint_engine.model import compute_dtype, lm_head_weight
+from paint_engine.model.stored import refuse_prefixes
 from paint_engine.rollout.adapter_files import WeightFiles, WrittenWeights
 from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
 from paint_engine.rollout.vllm_core import Core, OnBatch, deaths, reserved_lora_rank, reserved_rank
@@ -93,6 +94,7 @@ class VllmEngine:
         trust_remote_code: bool = False,
         own_process: bool = False,
     ) -> None:
+        refuse_prefixes(model_path)
         stored = isinstance(model, StoredModel)
         # vLLM's own workers need the GPUs for themselves, which holds only without a trainer.
         own_workers = stored and world.size == 1 and tensor_parallel_size > 1

@@ -29,6 +29,7 @@ from paint_engine.model import (
     FixedTeacher,
     Teacher,
     add_lora,
+    causal_lm,
     compute_dtype,
     lm_head_weight,
     load_base,
@@ -37,9 +38,12 @@ from paint_engine.model import (
     max_context,
     meta_model,
     pick_device,
+    resolve_model,
 )
 from paint_engine.model.attention import choose_attention
+from paint_engine.model.probe import check_forward, logit_scale
 from paint_engine.model.sharding import checkpoint_activations, shard_model
+from paint_engine.model.stored import check_stored
 from paint_engine.monitor import Timings, check_loggers
 from paint_engine.recipes import recipe_of
 from paint_engine.rewards import Reward, open_reward
@@ -157,6 +161,9 @@ def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     _check_before_loading(config, show)
     _open_reward(config, show).close()
     tokenizer, model = load_tokenizer(config.model), meta_model(config)
+    if not check_stored(resolve_model(config.model.name_or_path), config.model):
+        show(f"note: {config.model.name_or_path} is not in the cache; its weights are not checked")
+    logit_scale(causal_lm(model), f"model {config.model.name_or_path}")
     _check_vocabulary(config, tokenizer, model)
     train_set = load_train_set(config, tokenizer, max_context(model), show)
     eval_set = load_eval_set(config, tokenizer, max_context(model), show)
@@ -228,12 +235,13 @@ def build_run(command: CommandLine, world: World) -> Run:
     tokenizer = load_tokenizer(config.model)
     # Sharding moves each layer's shard to the device, which never holds the whole model.
     on_cpu, trains_base = _is_sharded(config, world), not config.lora.enabled
-    base = load_base(config.model, device, trains_base=trains_base, on_cpu=on_cpu)
+    base = load_base(config.model, device, trains_base=trains_base, on_cpu=on_cpu, say=say)
     _check_vocabulary(config, tokenizer, base)
     attention = choose_attention(base, config.model.attention, device, compute_dtype(base))
     train_set = load_train_set(config, tokenizer, max_context(base), say)
     eval_set = load_eval_set(config, tokenizer, max_context(base), say)
     model, fixed = _build_model(config, base, tokenizer, train_set, world)
+    check_forward(model, attention, f"model {config.model.name_or_path}")
     teacher = make_teacher(config.teacher, model, fixed)
     optimizer = build_optimizer(model, config.optim)
     run_dir, resumes = find_run_dir(command, world)

@@ -1,0 +1,346 @@
+"""Reads a model from its safetensors files, and refuses files that do not fit the model.
+
+transformers initialises a weight at random where the files lack it, ignores a tensor that fits
+nowhere, and casts integers to floating point. Here all of these are refused.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from paint_engine.config.sections import ModelSection
+from paint_engine.model.forward import LOGIT_SCALE
+from paint_engine.model.probe import logit_scale
+
+# What saving a wrapped model writes before all names (PEFT, DistributedDataParallel) or before the
+# names of a wrapped submodule (torch.compile, FSDP, activation checkpointing).
+_WRAPPERS = re.compile(
+    r"^(?:base_model\.model|module)\."
+    r"|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+# In the words of safetensors. Weights of any other dtype are quantised.
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_NUM_NAMED = 3
+
+
+def load_failure(what: str, name: str, error: Exception) -> ValueError:
+    """Returns the error for a part of a model that cannot be read, with what to do."""
+    remedy = (
+        "a file in that directory is damaged or not of this model; save or fetch it again"
+        if name == "tiny" or Path(name).is_dir()
+        else "it is neither a local directory nor reachable on the hub; check "
+        "--model.name_or_path (--model in an evaluation or export) and the network"
+    )
+    return ValueError(
+        f"{what} {name!r} could not be loaded ({type(error).__name__}: {error}): {remedy}"
+    )
+
+
+def read_settings(path: str, section: ModelSection) -> PreTrainedConfig:
+    """Reads a model's config.json.
+
+    path: what `resolve_model` returns for the section.
+
+    Raises ValueError if it cannot be read, and if it says that the weights are quantised.
+    """
+    name = section.name_or_path
+    try:
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"configuration of {name!r} could not be read ({error}): check "
+            "--model.name_or_path; a directory needs the model's config.json, undamaged"
+        ) from error
+    for config in (settings, settings.get_text_config()):
+        quantised = getattr(config, "quantization_config", None)
+        if quantised is not None:
+            found = quantised if isinstance(quantised, dict) else quantised.to_dict()
+            raise _quantised(name, f"with {found.get('quant_method', 'an unnamed method')}")
+    return settings
+
+
+def stored_dtype(settings: PreTrainedConfig) -> torch.dtype:
+    """Returns the dtype that config.json gives the weights; float32 if it gives none."""
+    for config in (settings, settings.get_text_config()):
+        if isinstance(config.dtype, torch.dtype):
+            return config.dtype
+    return torch.float32
+
+
+def _quantised(name: str, how: str) -> ValueError:
+    return ValueError(
+        f"model {name} is quantised {how}; needs weights in float32, bfloat16 or float16; use the "
+        "model that it was quantised from, or store it dequantised"
+    )
+
+
+def weight_files(path: str, *, cached_only: bool = False) -> list[Path]:
+    """Returns the safetensors files of a model, as transformers chooses them; empty if it has none.
+
+    path: a directory or a hub id, whose files are downloaded.
+    cached_only: looks for a hub id in the cache alone.
+
+    Raises OSError if a file that the index names is missing.
+    """
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        found = cached_file(
+            path, name, local_files_only=cached_only, _raise_exceptions_for_missing_entries=False
+        )
+        if found is not None and name == SAFE_WEIGHTS_NAME:
+            return [Path(found)]
+        if found is not None:
+            files, _ = get_checkpoint_shard_files(path, found, local_files_only=cached_only)
+            return [Path(file) for file in files]
+    return []
+
+
+@contextmanager
+def _open_tensors(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """A context that yields the tensors of the files by name, unread."""
+    with ExitStack() as stack:
+        tensors = {}
+        for file in files:
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+            tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        yield tensors
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Silences transformers' report of missing and unused tensors, which ends here in an error."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
+    """Maps stored names to the names without what wrappers wrote into them.
+
+    >>> unwrapped_names(["base_model.model.lm_head.weight", "module._orig_mod.model.norm.weight"])
+    {'base_model.model.lm_head.weight': 'lm_head.weight',
+     'module._orig_mod.model.norm.weight': 'model.norm.weight'}
+    """
+    found = {}
+    for name in names:
+        short, before = name, ""
+        while short != before:
+            short, before = _WRAPPERS.sub("", short), short
+        found[name] = short
+    return found
+
+
+def _first(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    left = len(listed) - _NUM_NAMED
+    return ", ".join(listed[:_NUM_NAMED]) + (f" and {left} more" if left > 0 else "")
+
+
+def _misfits(found: Mapping[str, Any], head: str | None) -> list[str]:
+    """Returns in words what transformers found not to fit.
+
+    head: name of the output head's weight.
+    """
+    missing, unused, shapes = (
+        found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    )
+    said = []
+    if missing:
+        said.append(f"no file holds {len(missing)} of the model's weights ({_first(missing)})")
+    if unused:
+        said.append(f"the model has no place for {len(unused)} stored tensors ({_first(unused)})")
+    if shapes:
+        listed = (f"{name}: {list(came)} for {list(needed)}" for name, came, needed in shapes)
+        said.append(f"{len(shapes)} stored tensors have another shape ({_first(listed)})")
+    if missing == {head}:
+        said.append(
+            "if the head is the embeddings, tie_word_embeddings in config.json has to be true"
+        )
+    if any("lora_" in name for name in unused):
+        said.append("an adapter's matrices have to be merged into the weights")
+    return said
+
+
+def _fill(
+    tensors: Mapping[str, Any], settings: PreTrainedConfig, section: ModelSection, **given: Any
+) -> PreTrainedModel:
+    """Returns the model with the tensors as its weights. Raises ValueError if they do not fit."""
+    name, trusted = section.name_or_path, section.trust_remote_code
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(settings, trust_remote_code=trusted)
+    short = unwrapped_names(tensors)
+    try:
+        with _without_report():
+            model, found = type(empty).from_pretrained(
+                None,
+                config=settings,
+                state_dict={short[name]: tensor for name, tensor in tensors.items()},
+                attn_implementation="sdpa",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **given,
+            )
+    except RuntimeError as error:
+        raise load_failure("model", name, error) from error
+    names = {id(weight): n for n, weight in empty.named_parameters()}
+    head = empty.get_output_embeddings()
+    misfits = _misfits(found, None if head is None else names.get(id(head.weight)))
+    if len(set(short.values())) < len(short):
+        misfits.append("several tensors have the same name without their wrappers' prefixes")
+    if misfits:
+        raise ValueError(
+            f"model {name}: the weights do not fit its config.json ({type(model).__name__}): "
+            f"{'; '.join(misfits)}; needs files that fill every weight and no others; save or "
+            "fetch the model again, or correct config.json"
+        )
+    # transformers takes it from its first argument. peft writes it into adapters.
+    model.name_or_path = model.config.name_or_path = settings.name_or_path
+    return model
+
+
+@contextmanager
+def _stored_tensors(
+    path: str, section: ModelSection, *, cached_only: bool
+) -> Iterator[dict[str, Any]]:
+    """A context that yields a model's stored tensors, unread. Raises ValueError for files that
+    cannot be read and for tensors that hold no floating-point numbers."""
+    name = section.name_or_path
+    try:
+        files = weight_files(path, cached_only=cached_only)
+        with _open_tensors(files) as tensors:
+            quantised = {n: t.get_dtype() for n, t in tensors.items()}
+            quantised = {n: dtype for n, dtype in quantised.items() if dtype not in _FLOATS}
+            if quantised:
+                listed = _first(f"{n}: {dtype}" for n, dtype in quantised.items())
+                raise _quantised(name, f"({len(quantised)} tensors are no floats: {listed})")
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise load_failure("model", name, error) from error
+
+
+def load_weights(
+    path: str,
+    section: ModelSection,
+    dtype: torch.dtype | None,
+    say: Callable[[str], object] = print,
+) -> PreTrainedModel:
+    """Loads a causal language model onto the CPU, from safetensors only, with SDPA attention.
+
+    path: what `resolve_model` returns for the section, or a directory with a whole model.
+    dtype: of the weights; None = that of config.json.
+    say: is called with a note if wrappers' prefixes were taken off the names.
+
+    Raises ValueError unless the files fill every weight with finite numbers and hold no others,
+    and if the logits are not a multiple of hidden states @ head.weight.T.
+    """
+    settings = read_settings(path, section)
+    with _stored_tensors(path, section, cached_only=False) as tensors:
+        if wrapped := _wrapped(tensors):
+            say(f"note: {_carry_prefixes(section.name_or_path, wrapped)}, which were taken off")
+        model = _fill(tensors, settings, section, dtype=dtype or stored_dtype(settings))
+    _check_tied_head(model, section.name_or_path)
+    check_finite(model, section.name_or_path)
+    setattr(model, LOGIT_SCALE, logit_scale(model, f"model {section.name_or_path}"))
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    except OSError:
+        # A model may lack this file. transformers has then derived it from config.json.
+        return model
+    return model
+
+
+def _wrapped(names: Iterable[str]) -> list[str]:
+    return [name for name, short in unwrapped_names(names).items() if name != short]
+
+
+def _carry_prefixes(name: str, wrapped: list[str]) -> str:
+    return f"the stored weights of {name} carry prefixes of a wrapper ({_first(wrapped)})"
+
+
+def refuse_prefixes(path: str) -> None:
+    """Raises ValueError if stored names carry prefixes of a wrapper, for programs that read the
+    files themselves.
+
+    path: a directory or a hub id.
+    """
+    with _open_tensors(weight_files(path, cached_only=True)) as tensors:
+        wrapped = _wrapped(tensors)
+    if wrapped:
+        raise ValueError(
+            f"{_carry_prefixes(path, wrapped)}; vLLM needs the model's own names; save the model "
+            "itself and not its wrapper, or use --rollout.engine builtin (--engine builtin in an "
+            "evaluation), which takes the prefixes off"
+        )
+
+
+def check_stored(path: str, section: ModelSection) -> bool:
+    """Checks the names, shapes and dtypes of the stored weights without reading them.
+
+    Returns False if there was nothing to check: the model is on the hub and not in the cache.
+    Raises ValueError as `load_weights` does, except for values.
+    """
+    settings = read_settings(path, section)
+    with _stored_tensors(path, section, cached_only=True) as tensors:
+        if not tensors:
+            return False
+        shapes = {
+            name: torch.empty(tensor.get_shape(), device="meta") for name, tensor in tensors.items()
+        }
+        # transformers renames and merges tensors, such as the experts of one layer. So the load is
+        # its own, of tensors without values.
+        _fill(shapes, settings, section, device_map={"": "meta"})
+    return True
+
+
+def _check_tied_head(model: PreTrainedModel, name: str) -> None:
+    """Raises ValueError if the configuration ties the head to the embeddings and the files hold two
+    different ones. transformers then keeps both."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = model.config.get_text_config().tie_word_embeddings
+    if tied and head is not None and head.weight is not embeddings.weight:
+        raise ValueError(
+            f"model {name}: config.json ties the head to the embeddings, but the files hold two "
+            "different ones; needs one of the two; set tie_word_embeddings to false in "
+            "config.json, or leave the head out of the files"
+        )
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module, name: str) -> None:
+    """Raises ValueError if a weight holds NaN or infinite values.
+
+    name: what the message calls the model.
+    """
+    bad = []
+    # The state also holds stored buffers, such as the biases of a router.
+    for place, weight in model.state_dict().items():
+        # A sum takes one pass and no memory. It is not finite if an entry is not, or if it
+        # overflows; the second look tells.
+        if not torch.isfinite(weight.sum()):
+            num_bad = int((~torch.isfinite(weight)).sum())
+            if num_bad:
+                bad.append(f"{place}: {num_bad} of {weight.numel()}")
+    if bad:
+        raise ValueError(
+            f"model {name} has NaN or infinite values among its weights ({_first(bad)} entries); "
+            "needs finite weights; save or fetch the model again, or use an earlier checkpoint of "
+            "it"
+        )
