@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-# Names in the configurations of transformers, with the value that leaves the logits as they are.
-_LOGIT_CHANGES = {
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "output_multiplier": 1.0,
-    "lm_head_multiplier": 1.0,
-    "final_logit_softcapping": None,
-}
 
 
 def check_plain_head(model: Any, role: str) -> None:
@@ -26,21 +17,15 @@ def check_plain_head(model: Any, role: str) -> None:
     model: a causal language model of transformers, or a PeftModel around one.
     role: what the message calls it, such as "student".
     """
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    changes = [
-        f"{name} = {value}"
-        for name, plain in _LOGIT_CHANGES.items()
-        if (value := getattr(config, name, plain)) not in (plain, None)
-    ]
-    if not isinstance(head, nn.Linear):
-        changes.append(f"a head of type {type(head).__name__}")
-    elif head.bias is not None:
-        changes.append("a head with a bias")
-    if changes:
+    # Imported here: `paint_loss` on packed rows needs none of the engine's libraries.
+    from paint_engine.model.forward import causal_lm
+    from paint_engine.model.probe import logit_scale
+
+    scale = logit_scale(causal_lm(model), f"the {role}")
+    if scale != 1.0:
         raise ValueError(
-            f"the {role} has {', '.join(changes)}: paint_loss needs logits that are a plain "
-            "product of hidden states and head, as in Qwen3 and Llama. Use such a model, and leave "
-            "the head out of the adapter's target_modules."
+            f"the {role} multiplies its logits by {scale:g}; paint_loss needs logits that are a "
+            "plain product of hidden states and head, as in Qwen3 and Llama; use such a model"
         )
 
 

@@ -10,7 +10,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import TrainingArguments
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    TrainingArguments,
+)
 
 from paint_engine.integrations.trainer import PaintTrainer
 from paint_kernels import reference
@@ -234,12 +240,18 @@ def test_completions_of_different_lengths_are_refused(make_model, tmp_path):
 
 
 def test_what_the_loss_would_get_wrong_is_refused(make_model, tmp_path):
-    capped = make_model(0)
-    capped.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="student has final_logit_softcapping = 30"):
+    shape = make_model(0).config
+    shape = {name: getattr(shape, name) for name in ("vocab_size", "hidden_size", "head_dim")}
+    capped = Gemma2ForCausalLM(Gemma2Config(**shape, num_hidden_layers=1, intermediate_size=32))
+    with pytest.raises(ValueError, match=r"the student: its logits are not .*a cap"):
         make_trainer(capped, tmp_path, teacher=make_model(1))
-    with pytest.raises(ValueError, match="teacher has final_logit_softcapping = 30"):
+    with pytest.raises(ValueError, match=r"the teacher: its logits are not .*a cap"):
         make_trainer(make_model(0), tmp_path, teacher=capped)
+    scaled = GraniteForCausalLM(
+        GraniteConfig(**shape, num_hidden_layers=1, intermediate_size=32, logits_scaling=4.0)
+    )
+    with pytest.raises(ValueError, match=r"the student multiplies its logits by 0\.25"):
+        make_trainer(scaled, tmp_path, teacher=make_model(1))
     adapted_head = get_peft_model(make_model(0, tied=False), LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="a head of type Linear"):
         make_trainer(adapted_head, tmp_path)
