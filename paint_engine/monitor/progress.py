@@ -94,7 +94,7 @@ class Progress:
                 meter.advance_to(int(metrics["step"]))
                 keys = metrics.keys() - ({"loss"} if is_flat(metrics) else set())
                 shown = [field for field in fields if field.key in keys]
-                show([(field.label, field.form.format(metrics[field.key])) for field in shown])
+                show([(field.label, _formatted(field.form, metrics[field.key])) for field in shown])
 
             yield update
 
@@ -190,6 +190,12 @@ def _plain_display(
         # An interrupted job still prints its progress.
         if unprinted:
             flush()
+
+
+def _formatted(form: str, value: float) -> str:
+    """Returns the value in the format. A negative value that rounds to zero gets no sign."""
+    magnitude = form.format(abs(value))
+    return magnitude if magnitude == form.format(0 * abs(value)) else form.format(value)
 
 
 def _duration(seconds: float | None) -> str:

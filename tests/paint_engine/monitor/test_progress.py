@@ -103,6 +103,17 @@ def test_metrics_that_a_step_lacks_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(
+    ("loss", "shown"),
+    [(-2e-9, "0.0000"), (-0.0, "0.0000"), (-4e-5, "0.0000"), (-6e-5, "-0.0001"), (0, "0.0000")],
+)
+def test_a_loss_that_rounds_to_zero_has_no_sign(loss: float, shown: str) -> None:
+    file = io.StringIO()
+    with Progress(Console(file=file), PAINT, clock=Clock()).training(1, 0) as update:
+        update({"step": 1, "loss": loss})
+    assert file.getvalue().startswith(f"step 1/1  loss {shown}  ")
+
+
+@pytest.mark.parametrize(
     ("divergence", "label"), [("forward_kl", "KL"), ("reverse_kl", "reverse KL"), ("jsd", "JSD")]
 )
 def test_the_divergence_goes_by_its_name(divergence: str, label: str) -> None:
