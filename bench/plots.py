@@ -1,9 +1,10 @@
 """Fills tables and draws figures from the committed results.
 
 A table between `<!-- begin NAME -->` and `<!-- end NAME -->` in README.md or bench/README.md is
-generated from bench/results/NAME.json (see bench/tables.py). docs/kernels.png shows the variants of
-kernels-*.json, docs/scaling.png the runs of scaling-*.json. With --check, nothing is written and
-the exit status is 1 if a table differs from its result; figures are not compared.
+generated from bench/results/NAME.json (see bench/tables.py). The page beside paper-tables*.json is
+generated as a whole. docs/kernels.png shows the variants of kernels-*.json, docs/scaling.png the
+runs of scaling-*.json. With --check, nothing is written and the exit status is 1 if a table differs
+from its result; figures are not compared.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from bench.figures import STYLE, draw_scaling
 from bench.kernels.figures import draw_kernels
 from bench.kernels.tables import kernel_shapes_table, kernels_first_table, kernels_table
 from bench.measure import ROOT
-from bench.paper.markdown import PAPER_TABLES
+from bench.paper.markdown import PAPER_TABLES, document
 from bench.step.tables import engine_table
 from bench.tables import (
     Result,
@@ -69,6 +70,15 @@ def documents() -> list[Path]:
     return [path for path in (ROOT / name for name in DOCUMENTS) if path.exists()]
 
 
+def generated() -> dict[Path, str]:
+    """Returns what each document and each page of the paper's tables should contain."""
+    texts = {path: fill(path.read_text(), result_of, TABLES) for path in documents()}
+    for path in RESULTS.glob("paper-tables*.json"):
+        page = document(json.loads(path.read_text()), path.with_suffix(".png").name)
+        texts[path.with_suffix(".md")] = page
+    return texts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.plots", description=(__doc__ or "").split("\n")[0]
@@ -77,14 +87,14 @@ def main() -> None:
         "--check", action="store_true", help="write nothing; exit with 1 if a table is out of date"
     )
     arguments = parser.parse_args()
-    filled = {path: fill(path.read_text(), result_of, TABLES) for path in documents()}
-    changed = [path for path, text in filled.items() if text != path.read_text()]
+    texts = generated()
+    changed = [path for path, text in texts.items() if text != path.read_text()]
     if arguments.check:
         names = ", ".join(str(path.relative_to(ROOT)) for path in changed)
         message = f"{names}: tables differ from bench/results; run `python -m bench.plots`"
         sys.exit(message if changed else 0)
     for path in changed:
-        path.write_text(filled[path])
+        path.write_text(texts[path])
     draw(ROOT / "docs")
 
 
