@@ -4,7 +4,7 @@ from types import ModuleType
 
 
 def row_functions(backend: str) -> ModuleType:
-    """The module for "torch" or "triton". Triton is imported only when it is asked for."""
+    """Returns the module for "torch" or "triton". Triton is imported only on demand."""
     if backend == "triton":
         from paint_kernels import _triton_backend
 

@@ -75,7 +75,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
 
 
 def local_tensor(name: str, tensor: Any) -> Tensor:
-    """`tensor` as a plain tensor. A DTensor must be replicated."""
+    """Returns `tensor` as a plain tensor. A DTensor must be replicated."""
     if isinstance(tensor, nn.Module):
         if any("lora_" in child for child, _ in tensor.named_modules()):
             raise ValueError(

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 
 def finds_statistics_first(settings: LossSettings) -> bool:
-    """Whether a chunk of whole rollouts selects its positions before it computes its losses.
+    """Returns whether a chunk of whole rollouts selects its positions before it computes its
+    losses.
 
     In PyTorch this would exponentiate every row twice, which costs more than computing 3% again.
     """
@@ -65,14 +66,14 @@ class ChunkRows:
             self.teacher = self.teacher.gather(1, self.largest)
 
     def find_entropies(self) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
-        """The student's and the teacher's."""
+        """Computes the student's and the teacher's entropies."""
         self.stats = self.functions.pair_stats(
             self.student, self.teacher, self.settings.temperature
         )
         return self.stats[0].entropy, self.stats[1].entropy
 
     def losses(self, interpolated: Bool[Tensor, " R"] | None) -> RowValues:
-        """The values of the rows; fills `gradient` unless it is None."""
+        """Computes the values of the rows. Fills `gradient` unless it is None."""
         written = self.gradient
         if self.gradient is not None and self.largest is not None:
             written = self.gradient.new_empty(self.student.shape)
@@ -151,7 +152,7 @@ def rows_to_redo(
     selected: Bool[Tensor, " N"],
     settings: LossSettings,
 ) -> Int[Tensor, " S"]:
-    """The selected rows of the rollouts that were split over chunks.
+    """Returns the selected rows of the rollouts that were split over chunks.
 
     On a GPU their number is not read, because the host would wait. It follows from the bounds if
     those are on the host. Otherwise the list has the largest possible length, and rows that are not
@@ -176,7 +177,8 @@ def selected_first(
     settings: LossSettings,
     host_bounds: bool,
 ) -> Int[Tensor, " S"]:
-    """As many rows as can be selected, the selected ones first, without reading `selected`."""
+    """Returns as many rows as can be selected, the selected ones first, without reading
+    `selected`."""
     num_rollouts = len(cu_seqlens) - 1
     count = min(len(selected), math.ceil(settings.top_fraction * len(selected)) + num_rollouts)
     if host_bounds:
@@ -217,7 +219,7 @@ def redo_selected(
 def run_weight_gradient(
     source: HiddenSource, selected: Bool[Tensor, " N"], settings: LossSettings
 ) -> Float[Tensor, "V H"]:
-    """The head's gradient for the token weights of `source`, with a selection made before."""
+    """Computes the head's gradient for the token weights of `source`, with a given selection."""
     for rows in row_slices(source.num_rows, source.rows_per_chunk):
         part = ChunkRows(source, rows, settings)
         part.losses(selected[rows] if settings.interpolates else None)

@@ -42,7 +42,8 @@ def runs_in_half(hidden_states: Tensor, weight: Tensor) -> bool:
 def half_product(
     a: Float[Tensor, "M K"], b: Float[Tensor, "K N"], out: Float[Tensor, "M N"], *, add: bool
 ) -> None:
-    """out <- a @ b, or out += a @ b, of half-precision factors. Accumulates and writes float32."""
+    """Computes out <- a @ b, or out += a @ b, of half-precision factors. Accumulates and writes
+    float32."""
     if add:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)  # pyright: ignore
     else:
@@ -52,7 +53,7 @@ def half_product(
 def project(
     hidden_states: Float[Tensor, "R H"], weight: Float[Tensor, "V H"], out: Float[Tensor, "R V"]
 ) -> Float[Tensor, "R V"]:
-    """out <- hidden_states @ weight.T"""
+    """Computes out <- hidden_states @ weight.T."""
     if runs_in_half(hidden_states, weight):
         half_product(hidden_states, weight.T, out, add=False)
         return out
@@ -66,13 +67,13 @@ def project(
 
 
 def power_of_two_below(x: Tensor) -> Tensor:
-    """The scalar tensor 2^floor(log2(x)), or 1 for x = 0, without a host sync."""
+    """Returns the scalar tensor 2^floor(log2(x)), or 1 for x = 0, without a host sync."""
     _, exponent = torch.frexp(x.float())
     return torch.where(x > 0, torch.ldexp(torch.ones_like(x.float()), exponent - 1), 1.0)
 
 
 def largest_magnitude(x: Tensor) -> Tensor:
-    """max |x| as a scalar tensor, 0 for an empty x. Unlike abs(), copies nothing."""
+    """Returns max |x| as a scalar tensor, 0 for an empty x. Unlike abs(), copies nothing."""
     if x.numel() == 0:
         return x.new_zeros(())
     low, high = torch.aminmax(x)
@@ -135,7 +136,7 @@ class GradientProduct:
     def head(
         self, gradient: Float[Tensor, "R V"], rows: slice | Tensor, sign: float, out: Tensor
     ) -> None:
-        """out += sign * gradient.T @ (token weights * hidden states), over these rows."""
+        """Adds sign * gradient.T @ (token weights * hidden states), over these rows, to `out`."""
         weights = self.token_weights[rows, None] * sign
         hidden_states = self.hidden_states[rows].to(self.result_dtype) * weights
         if self.in_half:

@@ -36,7 +36,7 @@ def _reduced(token_loss: Tensor, token_weights: Tensor | None) -> Tensor:
 
 
 def _upstream(grad_loss: Tensor, token_weights: Tensor | None) -> Tensor:
-    """(N,) gradient of the final scalar by each token's loss."""
+    """Returns the (N,) gradient of the final scalar by each token's loss."""
     return grad_loss if token_weights is None else grad_loss * token_weights
 
 

@@ -25,7 +25,7 @@ class Chunk(NamedTuple):
 
 
 def most_rows(vocab_size: int, hidden_size: int, device: torch.device) -> int:
-    """The largest number of rows in a chunk.
+    """Returns the largest number of rows in a chunk.
 
     On a GPU, the number with which the product back to (rows, hidden size) fills every
     multiprocessor once, or as often as it takes to reach the paper's rollouts of 1024 tokens. On an
@@ -46,7 +46,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def row_slices(num_rows: int, most: int) -> list[slice]:
-    """The fewest slices of at most `most` rows, all of about the same size."""
+    """Returns the fewest slices of at most `most` rows, all of about the same size."""
     if num_rows == 0:
         return []
     size = math.ceil(num_rows / math.ceil(num_rows / most))

@@ -91,11 +91,11 @@ class LossSettings:
         return self.top_fraction > 0 and self.interpolation_weight > 0
 
     def keywords(self) -> dict[str, Any]:
-        """As the public functions take them."""
+        """Returns the settings as keyword arguments of the public functions."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def arguments(self) -> tuple[Any, ...]:
-        """As operators take them."""
+        """Returns the settings as positional arguments of the operators."""
         return tuple(self.keywords().values())
 
 

@@ -90,7 +90,7 @@ class HiddenSource:
         return student_logits, teacher_logits
 
     def gradient(self, rows: Rows, num_rows: int) -> Float[Tensor, "R V"] | None:
-        """The buffer for the gradient by the logits of these rows."""
+        """Returns the buffer for the gradient by the logits of these rows."""
         return self.gradient_buffer[:num_rows] if self.with_gradient else None
 
     def keep_gradient(self, rows: Rows, gradient: Float[Tensor, "R V"]) -> None:

@@ -32,7 +32,8 @@ _USED_COLUMNS = (1, 2, 3, 6, 7, 8)
 
 
 def uses_libgomp() -> bool:
-    """Whether libgomp, and no other OpenMP runtime, is loaded, on a system with Linux's /proc."""
+    """Returns whether libgomp, and no other OpenMP runtime, is loaded, on a system with Linux's
+    /proc."""
     if sys.platform != "linux":
         return False
     loaded = Path("/proc/self/maps").read_text()
@@ -40,7 +41,7 @@ def uses_libgomp() -> bool:
 
 
 def used_seconds() -> float:
-    """Processor seconds that every process has used on this process's processors since boot."""
+    """Returns the seconds that all processes have used on this process's processors since boot."""
     names = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
     ticks = sum(int(line[i]) for line in lines if line[0] in names for i in _USED_COLUMNS)
@@ -48,8 +49,8 @@ def used_seconds() -> float:
 
 
 def num_teams_above_limit(num_threads: int, num_processors: int) -> int:
-    """Parked teams that make libgomp's count, num_threads + teams * (num_threads - 1), exceed the
-    number of processors."""
+    """Returns the number of parked teams that make libgomp's count, num_threads + teams *
+    (num_threads - 1), exceed the number of processors."""
     return max(0, (num_processors - num_threads) // (num_threads - 1) + 1)
 
 
@@ -84,7 +85,7 @@ class LoadFollower:
         self._applies: bool | None = None
 
     def __call__(self) -> None:
-        """Looks every half second what others use; otherwise returns within a microsecond."""
+        """Checks every half second what others use. Otherwise returns within a microsecond."""
         if time.monotonic() < self._due or not self._lock.acquire(blocking=False):
             return
         try:
@@ -107,7 +108,7 @@ class LoadFollower:
         self._seen = now, used, own
 
     def adapt(self, others: float) -> None:
-        """others: processors that other processes use, on average."""
+        """Parks or releases teams. `others` is the mean number of processors that others use."""
         num_threads, num_processors = torch.get_num_threads(), len(os.sched_getaffinity(0))
         lacking = others - max(0, num_processors - num_threads)
         if self.parked is None and lacking > BUSY and num_threads > 1:

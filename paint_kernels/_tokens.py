@@ -37,7 +37,7 @@ def run_stats(
     temperature: float,
     backend: str,
 ) -> Float[Tensor, "2 N"]:
-    """(2, N): logsumexp and entropy."""
+    """Returns (2, N): logsumexp and entropy."""
     dtype = compute_dtype(hidden_states, weight)
     stats = torch.empty(2, len(hidden_states), dtype=dtype, device=weight.device)
     for rows, logits in logits_by_chunk(hidden_states, weight, backend):
@@ -80,7 +80,8 @@ def run_logprobs(
     *,
     with_hidden_gradient: bool,
 ) -> tuple[Float[Tensor, "2 N"], Tensor]:
-    """(2, N) log-probabilities and entropies, and the unweighted gradient by the hidden states."""
+    """Returns (2, N) log-probabilities and entropies, and the unweighted gradient by the hidden
+    states."""
     gradients = LogprobsGradient(hidden_states, weight, temperature, backend)
     values = torch.empty(2, len(hidden_states), dtype=gradients.dtype, device=weight.device)
     size = hidden_states.shape if with_hidden_gradient else (0,)

@@ -61,7 +61,7 @@ def row_blocks(logits: Float[Tensor, "R V"]) -> Iterator[slice]:
 
 
 def row_argmax(x: Float[Tensor, "R V"]) -> tuple[Float[Tensor, "R 1"], Int[Tensor, "R 1"]]:
-    """Row maxima and where they are, by tiles: several times faster than max(dim=-1) on a CPU."""
+    """Returns row maxima and their columns, by tiles: on a CPU much faster than max(dim=-1)."""
     num_columns = x.shape[1]
     whole = num_columns - num_columns % TILE
     if whole == 0 or x.device.type != "cpu":
@@ -77,7 +77,8 @@ def row_argmax(x: Float[Tensor, "R V"]) -> tuple[Float[Tensor, "R 1"], Int[Tenso
 
 
 def row_sum(x: Float[Tensor, "R V"]) -> Float[Tensor, "R 1"]:
-    """Row sums in float64 of float32 sums over tiles, with an error near 1e-10 instead of 1e-7.
+    """Returns row sums in float64 of float32 sums over tiles, with an error near 1e-10 instead of
+    1e-7.
 
     The error of a normaliser enters log p~ - log p_S of every entry of its row alike, and so shifts
     the row's divergence by as much: 1e-7 is a thousandth of a small divergence.
@@ -94,7 +95,7 @@ def shift(
     x: Float[Tensor, "R V"],
     exponentials: Float[Tensor, "R V"],
 ) -> Shifted:
-    """Fills the two buffers.
+    """Computes the softmax of the rows in the two buffers.
 
     The entropy is H = log1p(s) - t / (1 + s), where s is the sum of exp(x) and t the sum of
     x exp(x), both over all entries but the largest.
@@ -118,14 +119,14 @@ def shift(
 
 
 def buffers(number: int, logits: Float[Tensor, "R V"]) -> Float[Tensor, "number R V"]:
-    """Scratch for the largest block, in the dtype of the computation."""
+    """Returns scratch for the largest block, in the dtype of the computation."""
     rows = next(row_blocks(logits), slice(0, 0))
     dtype = compute_dtype(logits)
     return logits.new_empty(number, rows.stop - rows.start, logits.shape[1], dtype=dtype)
 
 
 def log_ratio(student_rest: Tensor, teacher_rest: Tensor) -> Tensor:
-    """log of (1 + rest_S) / (1 + rest_T), in float64."""
+    """Returns the logarithm of (1 + rest_S) / (1 + rest_T), in float64."""
     return torch.log1p((student_rest - teacher_rest) / (1 + teacher_rest))
 
 
@@ -153,7 +154,7 @@ def interpolate(
     rows: Bool[Tensor, " R"],
     weight: float,
 ) -> Float[Tensor, "R V"]:
-    """(1-k) z_T + k z_S in the marked rows (Eq. 12), z_T elsewhere."""
+    """Returns (1-k) z_T + k z_S in the marked rows (Eq. 12), z_T elsewhere."""
     teacher, student = teacher.to(compute_dtype(teacher)), student.to(compute_dtype(student))
     mixed = student if weight == 1 else (1 - weight) * teacher + weight * student
     return torch.where(rows[:, None], mixed, teacher)
@@ -169,7 +170,8 @@ def row_loss(
     gradient_scale: float = 1.0,
     stats: tuple[TokenStats, TokenStats] | None = None,
 ) -> RowValues:
-    """Clipped divergence of each row. Fills `gradient` with that of its loss by the raw logits.
+    """Returns the clipped divergence of each row. Fills `gradient` with that of its loss by the raw
+    logits.
 
     `gradient`, which is multiplied by `gradient_scale`, may be `student_logits` itself: a block of
     rows is read before it is written. `stats` is unused: the sums come with the exponentials.
@@ -196,7 +198,7 @@ def row_loss(
 def _block_loss(
     s: Shifted, t: Shifted, spare: Tensor, settings: LossSettings, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Token loss, divergence, clipped mass and, in a buffer, the gradient by x_S = z_S / T."""
+    """Returns token loss, divergence, clipped mass and, in a buffer, the gradient by z_S / T."""
     block = _block(s, t, spare)
     divergence = DIVERGENCES[settings.divergence]
     f, small = divergence.terms(block, settings)
@@ -243,7 +245,7 @@ def row_logprobs(
     *,
     gradient_scale: float = 1.0,
 ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
-    """Log-probability of each row's token, and the row's entropy.
+    """Returns the log-probability of each row's token, and the row's entropy.
 
     Fills `gradient`, which may be `logits`, with (one_hot - p) / temperature * gradient_scale.
     """

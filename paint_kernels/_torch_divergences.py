@@ -62,7 +62,8 @@ class Terms(NamedTuple):
 def small_divergence(
     a: Float[Tensor, "R V"], log_ratio: Float[Tensor, "R V"], spare: Float[Tensor, "R V"]
 ) -> SmallDivergence:
-    """The sum of a (x + exp(-x) - 1) = a log(a/b) - a + b, where x = log(a/b) and -a + b sums to 0.
+    """Returns the sum of a (x + exp(-x) - 1) = a log(a/b) - a + b, where x = log(a/b) and -a + b
+    sums to 0.
 
     An error of x, from rounded logits, enters this sum multiplied by x, but enters the sum of a x
     undiminished.
@@ -73,7 +74,7 @@ def small_divergence(
 
 
 def forward_kl_terms(block: Block, settings: LossSettings) -> Terms:
-    """f = q d, g = -q."""
+    """Returns f = q d, whose slope g is -q."""
     small = small_divergence(block.q, block.d, block.spare)
     return Terms(block.d.mul_(block.q), small)
 
@@ -81,12 +82,12 @@ def forward_kl_terms(block: Block, settings: LossSettings) -> Terms:
 def forward_kl_gradient(
     block: Block, f: Tensor, unclipped: Tensor | None, unclipped_mass: Tensor
 ) -> Tensor:
-    """p sum(q u) - q u. `block.q` holds q u by now, and `unclipped_mass` is its sum."""
+    """Returns p sum(q u) - q u. `block.q` holds q u by now, and `unclipped_mass` is its sum."""
     return torch.sub(block.exponentials.mul_(block.scale * unclipped_mass), block.q, out=block.g)
 
 
 def reverse_kl_terms(block: Block, settings: LossSettings) -> Terms:
-    """f = -p d, g = p (1 - d)."""
+    """Returns f = -p d, whose slope g is p (1 - d)."""
     p = block.p()
     small = small_divergence(p, block.d.neg_(), block.spare)
     return Terms(block.d.mul_(p), small)
@@ -95,7 +96,7 @@ def reverse_kl_terms(block: Block, settings: LossSettings) -> Terms:
 def reverse_kl_gradient(
     block: Block, f: Tensor, unclipped: Tensor | None, unclipped_mass: Tensor
 ) -> Tensor:
-    """p C + f u - p (1 - u) with C = sum(p (1 - u) - f u).
+    """Returns p C + f u - p (1 - u) with C = sum(p (1 - u) - f u).
 
     This equals g u - p sum(g u), without the cancellation in p - p sum(p).
     """
@@ -107,7 +108,8 @@ def reverse_kl_gradient(
 
 
 def jsd_terms(block: Block, settings: LossSettings) -> Terms:
-    """f = b q log(q / m) + (1-b) p log(p / m) with m = b q + (1-b) p; g = (1-b) p log(p / m)."""
+    """Returns f = b q log(q / m) + (1-b) p log(p / m) with m = b q + (1-b) p. Fills g = (1-b) p
+    log(p / m)."""
     b, p, d, g = settings.jsd_weight, block.p(), block.d, block.g
     d.clamp_(min=-LARGEST_LOG_RATIO, max=LARGEST_LOG_RATIO)
     torch.expm1(d, out=g).mul_(b).log1p_().neg_()  # log p - log m
@@ -119,7 +121,8 @@ def jsd_terms(block: Block, settings: LossSettings) -> Terms:
 def gradient_of_slope(
     block: Block, f: Tensor, unclipped: Tensor | None, unclipped_mass: Tensor
 ) -> Tensor:
-    """g u - p sum(g u), for a divergence that has left g in `block.g` and called `block.p()`."""
+    """Returns g u - p sum(g u), for a divergence that has left g in `block.g` and called
+    `block.p()`."""
     g, p = block.g, block.exponentials
     if unclipped is not None:
         g.mul_(unclipped)

@@ -62,7 +62,8 @@ def launch(
 
 
 def row_vectors(number: int, logits: Float[Tensor, "R V"]) -> tuple[Tensor, ...]:
-    """(R,) float32 vectors, each aligned to 16 bytes, for which the kernels are compiled."""
+    """Returns (R,) float32 vectors, each aligned to 16 bytes, for which the kernels are
+    compiled."""
     num_rows = len(logits)
     padded = -(-num_rows // 4) * 4
     table = torch.empty(number, padded, dtype=torch.float32, device=logits.device)
@@ -92,7 +93,8 @@ def row_stats(logits: Float[Tensor, "R V"], temperature: float) -> TokenStats:
 def pair_stats(
     student_logits: Float[Tensor, "R V"], teacher_logits: Float[Tensor, "R V"], temperature: float
 ) -> tuple[RowStats, RowStats]:
-    """The statistics of both models, which `row_loss` takes instead of computing them again."""
+    """Returns the statistics of both models, which `row_loss` takes instead of computing them
+    again."""
     return shifted_stats(student_logits, temperature), shifted_stats(teacher_logits, temperature)
 
 
@@ -106,7 +108,8 @@ def row_loss(
     gradient_scale: float = 1.0,
     stats: tuple[RowStats, RowStats] | None = None,
 ) -> RowValues:
-    """Clipped divergence of each row. Fills `gradient` with that of its loss by the raw logits.
+    """Returns the clipped divergence of each row. Fills `gradient` with that of its loss by the raw
+    logits.
 
     `gradient`, which is multiplied by `gradient_scale`, must not share memory with the logits: they
     may be read again after it has been written.
@@ -146,7 +149,7 @@ def row_logprobs(
     *,
     gradient_scale: float = 1.0,
 ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
-    """Log-probability of each row's token, and the row's entropy.
+    """Returns the log-probability of each row's token, and the row's entropy.
 
     Fills `gradient`, which must not share memory with `logits`, with (one_hot - p) / temperature *
     gradient_scale.

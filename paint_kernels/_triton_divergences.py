@@ -18,7 +18,8 @@ LARGEST_LOG_RATIO = tl.constexpr(80.0)
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x > -1, accurate in float32 even near 0, where the GPU's log is coarse."""
+    """Returns log(1 + x) for x > -1, accurate in float32 even near 0, where the GPU's log is
+    not."""
     y = x / (2.0 + x)
     square = y * y
     series = 1.0 / 13.0
@@ -33,7 +34,7 @@ def log1p(x):
 
 @triton.jit
 def second_order(x):
-    """x + exp(-x) - 1 = x^2/2 - x^3/6 + ..., for |x| < 0.5."""
+    """Returns x + exp(-x) - 1 = x^2/2 - x^3/6 + ..., for |x| < 0.5."""
     series = -1.0 / 362880.0
     series = 1.0 / 40320.0 + x * series
     series = -1.0 / 5040.0 + x * series
@@ -47,14 +48,14 @@ def second_order(x):
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1, accurate in float32 even near 0."""
+    """Returns exp(x) - 1, accurate in float32 even near 0."""
     near = tl.abs(x) < 0.5
     return tl.where(near, x + second_order(-tl.where(near, x, 0.0)), tl.exp(x) - 1.0)
 
 
 @triton.jit
 def divergence_gap(a, b, log_ratio):
-    """a log(a/b) - a + b >= 0 from log(a/b), accurate in float32 even where a is close to b.
+    """Returns a log(a/b) - a + b >= 0 from log(a/b), accurate in float32 even for a close to b.
 
     Over a vocabulary -a + b sums to 0, so the sum of these is sum(a log(a/b)), without the
     cancellation of its first-order terms.
@@ -66,7 +67,7 @@ def divergence_gap(a, b, log_ratio):
 
 @triton.jit
 def log_ratio_of(student_rest, teacher_rest):
-    """log((1 + rest_S) / (1 + rest_T)), as one logarithm of the ratio where the sums are close."""
+    """Returns log((1 + rest_S) / (1 + rest_T)), as one logarithm if the sums are close."""
     change = (student_rest - teacher_rest) / (1.0 + teacher_rest)
     near = tl.abs(change) < 0.5
     apart = log1p(student_rest) - log1p(teacher_rest)
@@ -83,7 +84,7 @@ def pointwise(
     DIVERGENCE: tl.constexpr,
     JSD_WEIGHT: tl.constexpr,
 ):
-    """p, q, d = log q - log p, the summand f = gap + left, its parts, and slope = df / d log p.
+    """Returns p, q, d = log q - log p, f = gap + left, its parts, and slope = df / d log p.
 
     `left` sums to 0 over a row. The KLs do not use `slope`.
     """
@@ -117,7 +118,8 @@ def pointwise(
 
 @triton.jit
 def gradient_of(p, q, d, slope, clipped, constant, DIVERGENCE: tl.constexpr):
-    """Gradient by x_S = z_S / T: g u - p sum(g u), where g is `slope` and u is 1 if unclipped.
+    """Returns the gradient by x_S = z_S / T: g u - p sum(g u), where g is `slope` and u is 1 if
+    unclipped.
 
     `constant` is the row's sum of `constant_term`: of q over the unclipped entries (forward KL), of
     p d over the unclipped and p over the clipped ones (reverse KL, where g = p (1 - d)), or of g u.

@@ -46,7 +46,7 @@ def load_target(
     INTERPOLATE: tl.constexpr,
     INTERPOLATION_WEIGHT: tl.constexpr,
 ):
-    """(1-k) z_T + k z_S where the row is interpolated (Eq. 12), with 0 times -inf taken as 0."""
+    """Loads (1-k) z_T + k z_S if the row is interpolated (Eq. 12), with 0 times -inf taken as 0."""
     teacher = load_logits(teacher_row_ptr, columns, num_columns)
     if INTERPOLATE:
         mixed = load_logits(student_row_ptr, columns, num_columns)
@@ -58,7 +58,7 @@ def load_target(
 
 @triton.jit
 def scaled(logits, INVERSE_TEMPERATURE: tl.constexpr):
-    """z / T, finite throughout."""
+    """Returns z / T, finite throughout."""
     return tl.where(logits == float("-inf"), FAR_BELOW, logits * INVERSE_TEMPERATURE)
 
 
@@ -77,7 +77,7 @@ def scan_tile(x, columns, maximum, largest, rest, energy):
 
 @triton.jit
 def merge_lanes(maximum, rest, energy, BLOCK: tl.constexpr):
-    """Row maximum, the lane that holds it, and the row's two sums."""
+    """Returns the row's maximum, the lane that holds it, and the row's two sums."""
     lanes = tl.arange(0, BLOCK)
     row_maximum = tl.max(maximum, axis=0)
     winner = tl.min(tl.where(maximum == row_maximum, lanes, BLOCK), axis=0)
@@ -100,7 +100,8 @@ def stats_kernel(
     INVERSE_TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Row maximum m of x = z / T, its column, the sum of exp(x - m) without it, and the entropy."""
+    """Computes the row maximum m of x = z / T, its column, the sum of exp(x - m) without it, and
+    the entropy."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     maximum = tl.full([BLOCK], EMPTY, tl.float32)
@@ -128,7 +129,7 @@ def target_stats(
     INVERSE_TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Maximum m of an interpolated target, and its sum of exp(x - m) without it."""
+    """Returns the maximum m of an interpolated target, and its sum of exp(x - m) without it."""
     lanes = tl.arange(0, BLOCK)
     maximum = tl.full([BLOCK], EMPTY, tl.float32)
     largest = tl.zeros([BLOCK], tl.int32)
@@ -163,7 +164,7 @@ def load_terms(
     JSD_WEIGHT: tl.constexpr,
     INVERSE_TEMPERATURE: tl.constexpr,
 ):
-    """`pointwise` of a tile."""
+    """Loads a tile and returns its `pointwise` values."""
     student = load_logits(student_row_ptr, columns, num_columns)
     teacher = load_target(
         student_row_ptr,
@@ -213,7 +214,7 @@ def loss_kernel(
     INVERSE_TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Loss, divergence and clipped mass of a row, and its gradient times GRADIENT_SCALE.
+    """Computes loss, divergence and clipped mass of a row, and its gradient times GRADIENT_SCALE.
 
     The gradient of the forward KL needs one number of the whole row, the unclipped target mass. It
     is 1 where nothing is clipped. So the first loop already writes the gradient for that case, and
@@ -344,7 +345,7 @@ def logprobs_gradient_kernel(
     INVERSE_TEMPERATURE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(one_hot(token) - p) / T, times GRADIENT_SCALE."""
+    """Computes (one_hot(token) - p) / T, times GRADIENT_SCALE."""
     row = tl.program_id(0).to(tl.int64)
     gradient_row_ptr = gradient_ptr + row * gradient_stride
     maximum = tl.load(maximum_ptr + row)

@@ -48,7 +48,7 @@ def _token_weights(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor | None:
-    """(N,) weights w with loss = sum(w * token_loss), or None for the reduction "none"."""
+    """Returns (N,) weights w with loss = sum(w * token_loss), or None for the reduction "none"."""
     check_denominator(denominator, reduction)
     if reduction == "none":
         return None
@@ -134,7 +134,8 @@ def token_stats(
     vocab_size: int | None = None,
     backend: str = "auto",
 ) -> TokenStats:
-    """Log-sum-exp and entropy of softmax(hidden_states @ lm_head_weight.T / temperature), detached.
+    """Computes log-sum-exp and entropy of softmax(hidden_states @ lm_head_weight.T / temperature),
+    detached.
 
     Args:
         hidden_states: (N, H), any float dtype.
@@ -173,8 +174,8 @@ def token_logprobs(
     vocab_size: int | None = None,
     backend: str = "auto",
 ) -> TokenLogprobs:
-    """Log-probability of each row's token under softmax(hidden_states @ lm_head_weight.T /
-    temperature).
+    """Computes the log-probability of each row's token under softmax(hidden_states @
+    lm_head_weight.T / temperature).
 
     Differentiable by `hidden_states` and, where it requires a gradient, by `lm_head_weight`; the
     entropy is detached. What SFT, GRPO and sampled-token distillation need, without an (N, V)
@@ -232,7 +233,7 @@ def paint_loss_from_logits(
     backend: str = "auto",
     **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
-    """`paint_loss` for a trainer that already holds the logits of both models.
+    """Computes `paint_loss` for a trainer that already holds the logits of both models.
 
     Half-precision logits are already rounded, which outweighs small divergences: prefer
     `paint_loss` there.
@@ -281,7 +282,7 @@ def paint_loss(
     backend: str = "auto",
     **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
-    """The output projection and the PAINT loss in one call, without a tensor of N x V logits.
+    """Computes the output projection and the PAINT loss together, without an N x V tensor.
 
     With log p = log_softmax(z / T) of each model and entropies H, the ceil(top_fraction * n)
     positions of a rollout of n tokens with the largest R = H_T / max(H_S, entropy_floor) (Eq. 9)

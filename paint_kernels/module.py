@@ -102,7 +102,7 @@ class PaintLoss(nn.Module):
 def pack(
     name: str, hidden_states: Float[Tensor, "B T H"], loss_mask: Bool[Tensor, "B T"]
 ) -> tuple[Float[Tensor, "N H"], Int[Tensor, " B+1"]]:
-    """The kept positions, rollout after rollout, and their bounds."""
+    """Returns the kept positions, rollout after rollout, and their bounds."""
     if loss_mask.dtype != torch.bool or hidden_states.shape[:-1] != loss_mask.shape:
         raise ValueError(
             f"loss_mask is {loss_mask.dtype} of shape {tuple(loss_mask.shape)}, {name} has shape "

@@ -29,7 +29,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def project(
     hidden_states: Float[Tensor, "N H"], weight: Float[Tensor, "V H"]
 ) -> Float[Tensor, "N V"]:
-    """Logits in float32 or better, also under autocast."""
+    """Computes logits in float32 or better, also under autocast."""
     dtype = torch.promote_types(hidden_states.dtype, weight.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     with torch.autocast(hidden_states.device.type, enabled=False):
@@ -37,18 +37,19 @@ def project(
 
 
 def masked_rows(logits: Float[Tensor, "N V"]) -> Bool[Tensor, " N"]:
-    """True for rows in which every logit is -inf, which define no distribution."""
+    """Returns True for rows in which every logit is -inf, which define no distribution."""
     return (logits == -math.inf).all(dim=-1)
 
 
 def log_probabilities(logits: Float[Tensor, "N V"], temperature: float) -> Float[Tensor, "N V"]:
-    """log softmax(logits / temperature); uniform in fully masked rows, which no result uses."""
+    """Returns log softmax(logits / temperature). Fully masked rows are uniform; no result uses
+    them."""
     usable = torch.where(masked_rows(logits)[:, None], 0.0, logits)
     return torch.log_softmax(usable / temperature, dim=-1)
 
 
 def entropy_of(log_p: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """H in nats (Eq. 8), where 0 log 0 is 0."""
+    """Returns H in nats (Eq. 8), where 0 log 0 is 0."""
     p = log_p.exp()
     return -torch.where(p > 0, p * log_p, 0.0).sum(dim=-1)
 
@@ -56,7 +57,8 @@ def entropy_of(log_p: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
 def select_top_fraction(
     entropy_ratio: Float[Tensor, " N"], cu_seqlens: Int[Tensor, " B+1"], top_fraction: float
 ) -> Bool[Tensor, " N"]:
-    """True at the ceil(top_fraction * n) positions of a rollout with the largest ratio (Alg. 1)."""
+    """Returns True at the ceil(top_fraction * n) positions of a rollout with the largest ratio
+    (Alg. 1)."""
     ratios, bounds = entropy_ratio.tolist(), cu_seqlens.tolist()
     selected = torch.zeros(len(ratios), dtype=torch.bool, device=entropy_ratio.device)
     for start, end in itertools.pairwise(bounds):
@@ -67,7 +69,7 @@ def select_top_fraction(
 
 
 def top_k_indices(logits: Float[Tensor, "N V"], k: int) -> Int[Tensor, "N k"]:
-    """The k largest entries of each row, ties to the lower index."""
+    """Returns the columns of the k largest entries of each row. Ties go to the lower column."""
     return torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :k]
 
 
@@ -77,7 +79,7 @@ def interpolate(
     selected: Bool[Tensor, " N"],
     weight: float,
 ) -> Float[Tensor, "N V"]:
-    """(1-k) z_T + k z_S in the selected rows (Eq. 12), where 0 times -inf is 0."""
+    """Returns (1-k) z_T + k z_S in the selected rows (Eq. 12), where 0 times -inf is 0."""
     if weight == 0:
         return teacher_logits
     mixed = student_logits
@@ -92,7 +94,7 @@ def divergence_terms(
     divergence: str,
     jsd_weight: float,
 ) -> Float[Tensor, "N V"]:
-    """f(v), whose sum over v is the divergence of the student p from the target q.
+    """Returns f(v), whose sum over v is the divergence of the student p from the target q.
 
     forward_kl: q (log q - log p). reverse_kl: p (log p - log q). jsd, with weight b on the target
     and m = b q + (1-b) p: b q (log q - log m) + (1-b) p (log p - log m). A product with a factor 0
@@ -122,7 +124,8 @@ def clipped_divergence(
     jsd_weight: float,
     pointwise_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(N,) token losses (Eq. 3), unclipped divergences, and target mass of the clipped entries."""
+    """Returns (N,) token losses (Eq. 3), unclipped divergences, and target mass of the clipped
+    entries."""
     f = divergence_terms(log_p_student, log_p_target, divergence, jsd_weight)
     token_divergence = f.sum(dim=-1)
     if pointwise_clip is None:
@@ -138,7 +141,7 @@ def reduce_tokens(
     reduction: str,
     denominator: float | Tensor | None,
 ) -> Tensor:
-    """The loss of a batch; "sequence_mean" is Alg. 1 line 17."""
+    """Returns the loss of a batch; "sequence_mean" is Alg. 1 line 17."""
     if reduction == "none":
         return token_loss
     if reduction == "sum":
@@ -162,7 +165,7 @@ def paint_loss_from_logits(
     denominator: float | Tensor | None = None,
     **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
-    """The PAINT loss of (N, V) logits (Eq. 3, 8, 9, 12, 13, Alg. 1)."""
+    """Computes the PAINT loss of (N, V) logits (Eq. 3, 8, 9, 12, 13, Alg. 1)."""
     settings = LossSettings(**options)
     student_logits = at_least_float32(student_logits[:, :vocab_size])
     teacher_logits = at_least_float32(teacher_logits[:, :vocab_size]).detach()
@@ -219,7 +222,7 @@ def paint_loss(
     denominator: float | Tensor | None = None,
     **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
-    """The PAINT loss of hidden states (N, H) and (N, H_T), with heads (V, H) and (V, H_T)."""
+    """Computes the PAINT loss of hidden states (N, H), (N, H_T) and heads (V, H), (V, H_T)."""
     teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
     return paint_loss_from_logits(
         project(student_hidden_states, lm_head_weight),
@@ -239,7 +242,8 @@ def token_stats(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> TokenStats:
-    """(N,) log-sum-exp and entropy of softmax(hidden_states @ lm_head_weight.T / temperature)."""
+    """Returns (N,) log-sum-exp and entropy of softmax(hidden_states @ lm_head_weight.T /
+    temperature)."""
     with torch.no_grad():
         logits = project(hidden_states, lm_head_weight)[:, :vocab_size]
         entropy = entropy_of(log_probabilities(logits, temperature))
@@ -254,7 +258,7 @@ def token_logprobs(
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> TokenLogprobs:
-    """(N,) log-probabilities of `token_ids`, and the detached entropy."""
+    """Returns (N,) log-probabilities of `token_ids`, and the detached entropy."""
     logits = project(hidden_states, lm_head_weight)[:, :vocab_size]
     log_p = log_probabilities(logits, temperature)
     logprobs = log_p.gather(1, token_ids.long()[:, None])[:, 0]

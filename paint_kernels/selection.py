@@ -24,13 +24,13 @@ TOP_K_ROWS = 128
 
 
 def rollout_ids(cu_seqlens: Int[Tensor, " B+1"], num_tokens: int) -> Int[Tensor, " N"]:
-    """The rollout of each of N packed tokens; empty rollouts have none."""
+    """Returns the rollout of each of N packed tokens; empty rollouts have none."""
     positions = torch.arange(num_tokens, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:].long().contiguous(), positions, right=True)
 
 
 def selected_counts(lengths: Int[Tensor, " B"], top_fraction: float) -> Int[Tensor, " B"]:
-    """S = ceil(top_fraction * length) in integers: in floats, 0.07 * 100 rounds up to 8.
+    """Returns S = ceil(top_fraction * length) in integers: in floats, 0.07 * 100 rounds up to 8.
 
     The fraction is the decimal that the user wrote, exact to nine digits.
     """
@@ -40,7 +40,8 @@ def selected_counts(lengths: Int[Tensor, " B"], top_fraction: float) -> Int[Tens
 
 
 def teacher_top_k_indices(logits: Float[Tensor, "R V"], k: int) -> Int[Tensor, "R k"]:
-    """The k largest entries of each row, ties to the lower index, which torch.topk leaves open."""
+    """Returns the columns of the k largest entries of each row. Ties go to the lower column, an
+    order that torch.topk does not guarantee."""
     vocab_size = logits.shape[1]
     lower_first = torch.arange(vocab_size, 0, -1, device=logits.device, dtype=torch.int32)
     indices = torch.empty(len(logits), k, dtype=torch.int64, device=logits.device)
@@ -59,7 +60,7 @@ def entropy_ratio(
     *,
     entropy_floor: float = 1e-6,
 ) -> Float[Tensor, " N"]:
-    """R = H_T / max(H_S, entropy_floor) (Eq. 9).
+    """Returns R = H_T / max(H_S, entropy_floor) (Eq. 9).
 
     R only ranks positions. The floor keeps it finite where the student is certain.
 
