@@ -21,7 +21,7 @@ HALF_LIFE = 32
 
 
 def decayed_weights(cu_seqlens: Tensor) -> Tensor:
-    """(N,) weights that add up to 1 over each rollout, from the rollouts' bounds (B + 1,)."""
+    """Returns (N,) weights that add up to 1 over each rollout."""
     rollout = rollout_of_token(cu_seqlens)
     place = torch.arange(len(rollout)) - cu_seqlens[:-1][rollout]
     weights = 0.5 ** (place / HALF_LIFE)
@@ -42,7 +42,7 @@ class EarlyTokens(Paint):
             )
 
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """The weighted mean of the token losses, with gradients to the student's hidden states."""
+        """Computes the weighted mean of the token losses, with gradients to the student."""
         output = self.divergence(inputs, reduction="none")
         weights = decayed_weights(inputs.cu_seqlens).to(output.loss)
         # The denominator is the number of rollouts of the whole step, so that the losses of the

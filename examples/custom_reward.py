@@ -15,7 +15,8 @@ FREE_CHARACTERS, MAX_CHARACTERS = 200, 800
 
 
 def reward(problem: Problem, completion: str) -> Verdict:
-    """1 for a right answer in up to 200 characters, falling to 0.5 at 800; 0 for a wrong one.
+    """Returns 1 for a correct answer in up to 200 characters, falling to 0.5 at 800, and 0 for a
+    wrong one.
 
     A function may also return a number or a bool: the completion then counts as correct where it
     is above 0. A Verdict says both, what GRPO's advantages are computed from and what accuracy

@@ -46,7 +46,8 @@ def encode_student_prompt(tokenizer: Any, problem: Problem) -> list[int]:
 
 
 def encode_teacher_prompt(tokenizer: Any, problem: Problem, completion: str) -> list[int]:
-    """The more of the solution the completion already holds, the more of it is hidden (Eq. 4-6)."""
+    """Returns the teacher's prompt. The more of the solution the completion contains, the more of
+    it is hidden (Eq. 4-6)."""
     ratio = mask_ratio(overlap(completion, problem.solution), rho_wrong=0.3, rho_correct=0.4)
     reference = REFERENCE.replace("{solution}", mask_solution(problem.solution, ratio))
     return encode_prompt(tokenizer, f"Problem: {problem.problem}\n{reference}{INSTRUCTION}")
@@ -56,7 +57,7 @@ def encode_teacher_prompt(tokenizer: Any, problem: Problem, completion: str) -> 
 def roll_out(
     model: Any, tokenizer: Any, problems: list[Problem], max_new_tokens: int
 ) -> list[Rollout]:
-    """One completion a problem, and the teacher's prompt that it leads to."""
+    """Samples one completion per problem. Also returns the teacher's prompt for it."""
     prompts = [encode_student_prompt(tokenizer, problem) for problem in problems]
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_p": 0.95, "top_k": 20}
@@ -77,7 +78,7 @@ def roll_out(
 
 
 def completion_states(model: Any, prompt_ids: list[int], completion_ids: list[int]) -> torch.Tensor:
-    """(n, H): the final hidden states that predict the n completion tokens."""
+    """Returns (n, H): the final hidden states that predict the n completion tokens."""
     ids = torch.tensor([prompt_ids + completion_ids], device=model.device)
     states = model.get_base_model().base_model(ids, use_cache=False).last_hidden_state[0]
     return states[len(prompt_ids) - 1 : -1]  # the state at position i predicts token i + 1

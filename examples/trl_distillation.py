@@ -21,7 +21,7 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 
 
 def load_student(noise: float) -> torch.nn.Module:
-    """The base, each weight changed by `noise` of its matrix's root mean square."""
+    """Returns the base with noise on each weight: `noise` times its matrix's root mean square."""
     torch.manual_seed(0)
     student = AutoModelForCausalLM.from_pretrained(TINY_BASE)
     with torch.no_grad():

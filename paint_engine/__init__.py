@@ -22,7 +22,7 @@ ENGINE_LIBRARIES = (
 
 
 def require_engine() -> None:
-    """Ends the program with one line and exit code 2 where a library of the engine is missing.
+    """Ends the program with one line and exit code 2 if a library of the engine is missing.
 
     A command calls it before it imports anything else; nothing is imported here.
     """

@@ -131,12 +131,12 @@ def _parser(prog: str) -> _Parser:
 
 
 def preset_names() -> tuple[str, ...]:
-    """The names that `--preset` accepts, sorted."""
+    """Returns the names that `--preset` accepts, sorted."""
     return tuple(sorted(path.stem for path in _PRESETS.glob("*.toml")))
 
 
 def _preset_listing() -> str:
-    """One line per preset: its name, and the first line of its file."""
+    """Returns one line per preset: its name, and the first line of its file."""
     width = max(map(len, preset_names()))
     firsts = ((_PRESETS / f"{name}.toml").read_text().splitlines()[0] for name in preset_names())
     lines = zip(preset_names(), firsts, strict=True)
@@ -144,9 +144,9 @@ def _preset_listing() -> str:
 
 
 def _guess(name: str, candidates: Iterable[str]) -> str:
-    """ "; did you mean X?" for the candidate most similar to `name`, as a whole and in its last
-    dotted part, which may be one word of it or its initials (lr for learning_rate). Empty if none
-    is similar."""
+    """Returns "; did you mean X?" for the candidate most similar to `name`, or "" if none is
+    similar. Compares the whole name and its last dotted part, which may be one word of it or its
+    initials (lr for learning_rate)."""
     last = name.split(".")[-1]
 
     def likeness(candidate: str) -> tuple[float, float]:
@@ -181,7 +181,7 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read_file(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """The preset that a configuration file extends, and its own dotted keys and values.
+    """Returns the preset that a configuration file extends, and its own dotted keys and values.
 
     Raises ValueError with the file and the line, or with an unknown key and the most similar one.
     """
@@ -217,7 +217,8 @@ def _read_file(path: Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Dotted keys and values of a run's recorded configuration, which extends no preset.
+    """Returns the dotted keys and values of a run's recorded configuration, which extends no
+    preset.
 
     Raises ValueError with the file and the line, or with an unknown key and the most similar one.
     """
@@ -233,8 +234,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 def _layers(
     source: str, path: Path, followed: tuple[str, ...] = ()
 ) -> list[tuple[str, dict[str, Any]]]:
-    """The layers of a file and of the presets that it extends, as (source, dotted keys and values)
-    pairs, overridden ones first.
+    """Returns the layers of a file and of the presets that it extends, as (source, dotted keys and
+    values) pairs, overridden ones first.
 
     followed: the presets on the way to this file.
     """
@@ -258,7 +259,8 @@ def _takes_text(annotation: Any) -> bool:
 
 
 def parse_value(text: str, key: str) -> Any:
-    """The value of `text` if it is TOML, else `text`; in a text field, 2024 and true stay text."""
+    """Returns the value of `text` if it is TOML, else `text`. In a text field, 2024 and true stay
+    text."""
     takes_text = _takes_text(LEAVES[key].annotation)
     # Lower case accepts Python's True and False.
     for attempt in (text,) if takes_text else (text, text.lower()):

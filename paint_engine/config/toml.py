@@ -14,7 +14,7 @@ from paint_engine.config.schema import Config
 
 
 def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:
-    """Every dotted key that can be set ("data.columns.problem"), with its pydantic field."""
+    """Returns the pydantic field of every dotted key that can be set ("data.columns.problem")."""
     leaves: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -28,7 +28,7 @@ LEAVES: Mapping[str, FieldInfo] = leaf_fields()
 
 
 def value_of(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
+    """Returns the value of a dotted key."""
     return reduce(getattr, key.split("."), config)
 
 
@@ -47,7 +47,7 @@ def build_config(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Config:
 
 
 def recorded_config(flat: Mapping[str, Any]) -> Config:
-    """Config from the dotted keys that a run recorded, for showing it.
+    """Builds a Config from the dotted keys that a run recorded, for display.
 
     Each value is checked, but not how they fit together: an older version may have allowed that.
 
@@ -91,7 +91,7 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
 
 
 def toml_value(value: object) -> str:
-    """A value as TOML; None becomes "none"."""
+    """Returns a value as TOML; None becomes "none"."""
     if value is None:
         return '"none"'
     if isinstance(value, bool):
@@ -106,7 +106,7 @@ def toml_value(value: object) -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The resolved configuration as TOML, which reads back as an equal `Config`."""
+    """Returns the resolved configuration as TOML, which reads back as an equal `Config`."""
     # TOML allows each table header once, and [data] has keys before and after [data.columns].
     tables: dict[str, list[str]] = {}
     for key in LEAVES:

@@ -30,7 +30,8 @@ class Estimate:
 
 
 def by_problem(samples: Sequence[EvalSample]) -> dict[str, list[EvalSample]]:
-    """The samples of each problem, sorted by index; problems in order of first appearance."""
+    """Returns the samples of each problem, sorted by index; problems in order of first
+    appearance."""
     rows: dict[str, list[EvalSample]] = {}
     for sample in samples:
         rows.setdefault(sample.problem_id, []).append(sample)
@@ -38,18 +39,19 @@ def by_problem(samples: Sequence[EvalSample]) -> dict[str, list[EvalSample]]:
 
 
 def correct_matrix(samples: Sequence[EvalSample]) -> np.ndarray:
-    """(P, k) booleans: problems in order of first appearance, samples sorted by index."""
+    """Returns (P, k) booleans: problems in order of first appearance, samples sorted by index."""
     return np.array([[s.correct for s in row] for row in by_problem(samples).values()], dtype=bool)
 
 
 def avg_at_k(correct: np.ndarray) -> float:
-    """Share of correct answers over all problems and samples, a fraction."""
+    """Returns the fraction of correct answers over all problems and samples."""
     return float(correct.mean())
 
 
 def pass_at_k_by_problem(correct: np.ndarray, k: int) -> np.ndarray:
-    """(P,) probabilities that k of a problem's n samples, drawn without replacement, contain a
-    correct one: 1 - C(n - c, k) / C(n, k) with c correct ones. Unbiased for k fresh samples.
+    """Returns (P,) probabilities that k of a problem's n samples, drawn without replacement,
+    contain a correct one: 1 - C(n - c, k) / C(n, k) with c correct ones. They are unbiased for k
+    fresh samples.
 
     correct: (P, n) booleans, 1 <= k <= n.
     """
@@ -63,12 +65,12 @@ def pass_at_k_by_problem(correct: np.ndarray, k: int) -> np.ndarray:
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> float:
-    """The mean of `pass_at_k_by_problem`, a fraction."""
+    """Returns the mean of `pass_at_k_by_problem`, a fraction."""
     return float(pass_at_k_by_problem(correct, k).mean())
 
 
 def pass_ks(num_samples: int) -> list[int]:
-    """The powers of two up to the number of samples, and that number itself."""
+    """Returns the powers of two up to the number of samples, and that number itself."""
     powers = [1 << i for i in range(num_samples.bit_length())]
     return sorted({*(k for k in powers if k <= num_samples), num_samples})
 
@@ -76,7 +78,7 @@ def pass_ks(num_samples: int) -> list[int]:
 def answer_classes(
     answers: Sequence[str], equal: Callable[[str, str], bool | None]
 ) -> list[list[int]]:
-    """Indices of equal answers, grouped; groups in order of first appearance.
+    """Returns the indices of equal answers, grouped; groups in order of first appearance.
 
     equal: compares two different texts; None = the comparison failed, which counts as unequal.
         It is not called again after MAX_FAILURES failures, since each may take seconds.
@@ -99,8 +101,8 @@ def answer_classes(
 
 
 def majority(samples: Sequence[EvalSample], equal: Callable[[str, str], bool | None]) -> float:
-    """The probability that the most common answer of a problem's samples is correct, with ties
-    broken at random.
+    """Returns the probability that the most common answer of a problem's samples is correct, with
+    ties broken at random.
 
     Correct answers form one class, since all equal the reference; wrong ones are compared with
     `equal`. A sample without an answer has no vote, and one whose check failed votes for its own
@@ -123,8 +125,8 @@ def majority(samples: Sequence[EvalSample], equal: Callable[[str, str], bool | N
 def bootstrap(
     groups: Sequence[np.ndarray], *, num_resamples: int = NUM_RESAMPLES, seed: int = BOOTSTRAP_SEED
 ) -> Estimate:
-    """The mean over benchmarks of their means over problems; problems are resampled within each
-    benchmark.
+    """Returns the mean over benchmarks of their means over problems, with its interval. Problems
+    are resampled within each benchmark.
 
     groups: for each benchmark (P,) numbers, one per problem.
     """
@@ -157,8 +159,8 @@ def paired_bootstrap(
 
 
 def best_step(evaluations: Mapping[int, Evaluation]) -> int | None:
-    """The training step with the highest Avg@k, the later one of a tie; None without evaluations
-    after training steps."""
+    """Returns the training step with the highest Avg@k, the later one of a tie, or None without
+    evaluations after training steps."""
     averages = {
         step: avg_at_k(correct_matrix(evaluation.samples))
         for step, evaluation in evaluations.items()

@@ -16,7 +16,7 @@ MAX_FIRST_FAILURES = 32
 
 
 def all_requests(problems: Sequence[Problem], num_samples: int) -> list[tuple[int, int]]:
-    """The (problem, sample) indices of a whole evaluation, in order."""
+    """Returns the (problem, sample) indices of a whole evaluation, in order."""
     return [(i, j) for i in range(len(problems)) for j in range(num_samples)]
 
 
@@ -33,7 +33,7 @@ def evaluate(
     base: bool,
     on_samples: Callable[[list[EvalSample]], None],
 ) -> list[EvalSample]:
-    """Samples and judges an answer for each request.
+    """Samples an answer to each request and judges it.
 
     requests: pairs of a problem's index and a sample's index.
     base: sample from the model as it was before training.
@@ -92,8 +92,8 @@ def _judged(reward: Reward, rollout: Rollout, sample_index: int) -> EvalSample:
 
 
 def check_reward(reward: Reward, files: SampleFiles, failure: str | None) -> None:
-    """Raises RewardFailed on every rank where a rank's `evaluate` did, or where all samples failed,
-    which are deleted then. A collective.
+    """Raises RewardFailed on every rank if `evaluate` raised it on any rank, or if all samples
+    failed, which are then deleted. A collective call.
 
     failure: the text of this rank's RewardFailed.
     """

@@ -32,13 +32,13 @@ _TAKEN = {Path(file).stem for file in (RESULTS_FILE, VERSIONS_FILE)}
 
 
 def benchmark_name(path: str) -> str:
-    """The name of a source of problems: "aime_2024" for data/aime_2024.jsonl."""
+    """Returns the name of a source of problems: "aime_2024" for data/aime_2024.jsonl."""
     return Path(path.partition(":")[0]).stem
 
 
 def parse_benchmarks(text: str) -> list[Benchmark]:
-    """The benchmarks of a comma-separated list. Each entry is a known name or [NAME=]SOURCE, where
-    SOURCE is a file or a `datasets` id: ID, ID:SPLIT or ID:CONFIG:SPLIT.
+    """Returns the benchmarks of a comma-separated list. Each entry is a known name or
+    [NAME=]SOURCE, where SOURCE is a file or a `datasets` id: ID, ID:SPLIT or ID:CONFIG:SPLIT.
 
     Raises ValueError for an empty entry, for two with the same name, and for a name that cannot
     name result files.

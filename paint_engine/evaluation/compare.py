@@ -43,7 +43,7 @@ class Difference:
 
 
 def read_run(text: str) -> dict[str, Evaluation]:
-    """The complete evaluations by benchmark.
+    """Returns the complete evaluations of a run, by benchmark.
 
     text: the directory of an evaluation, or of a training run, which :last (the default), :best or
         :STEP may follow.
@@ -79,7 +79,7 @@ def read_run(text: str) -> dict[str, Evaluation]:
 
 
 def is_training_run(path: Path) -> bool:
-    """Whether the directory is a training run's."""
+    """Returns whether the directory is a training run's."""
     return (path / CONFIG_FILE).is_file() or bool(list_checkpoints(path))
 
 
@@ -109,8 +109,8 @@ def _choose_step(text: str, evaluations: Mapping[int, Evaluation], which: str) -
 
 
 def check_pairs(first: str, other: str, before: Evaluations, after: Evaluations) -> None:
-    """Raises ValueError where the two evaluations differ in their problems, or in a setting other
-    than the seed."""
+    """Raises ValueError if the two evaluations differ in their problems, or in a setting other than
+    the seed."""
     if before.keys() != after.keys():
         raise ValueError(
             f"{first} has {', '.join(sorted(before))}, and {other} has {', '.join(sorted(after))}; "
@@ -139,8 +139,8 @@ def check_pairs(first: str, other: str, before: Evaluations, after: Evaluations)
 
 
 def notes(before: Evaluations, after: Evaluations) -> list[str]:
-    """Notes on differences apart from the weights that `check_pairs` accepts: which, on which
-    benchmarks, and what they mean."""
+    """Returns notes on differences apart from the weights that `check_pairs` accepts: which, on
+    which benchmarks, and what they mean."""
     effects = {
         _SEED: "the problems are paired, the random numbers are not",
         "dtype": "this alone changes some answers",
@@ -163,8 +163,8 @@ def notes(before: Evaluations, after: Evaluations) -> list[str]:
 
 
 def _rates(evaluation: Evaluation, order: Evaluation) -> np.ndarray:
-    """(P,) shares of correct samples, in the order of `order`'s problems, which may have other
-    names and another order."""
+    """Returns (P,) fractions of correct samples, in the order of `order`'s problems, whose names
+    and order may differ."""
     rows, marks = by_problem(evaluation.samples), evaluation.header.problems
     wanted = list(order.header.problems.values())
     # Both sorted by fingerprint; copies of a problem are paired in their order.
@@ -176,8 +176,8 @@ def _rates(evaluation: Evaluation, order: Evaluation) -> np.ndarray:
 
 
 def compare(before: Evaluations, after: Evaluations) -> tuple[dict[str, Difference], Estimate]:
-    """The difference on each benchmark, and the unweighted mean over benchmarks, with intervals by
-    a paired bootstrap over the problems of each benchmark.
+    """Returns the difference on each benchmark, and the unweighted mean over benchmarks, with
+    intervals by a paired bootstrap over the problems of each benchmark.
 
     before, after: a pair that passes `check_pairs`.
     """

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_subject(add: Callable[..., object]) -> None:
-    """Adds the flags of what is evaluated, and where the results go."""
+    """Adds the flags that select what is evaluated, and where the results go."""
     add("--model", metavar="M", help="'tiny', a model directory or a Hugging Face id")
     add("--adapter", metavar="A", help="directory in peft's format, or RUN_DIR[:last|:best|:STEP]")
     names = ", ".join(benchmark.name for benchmark in KNOWN)
@@ -101,7 +101,7 @@ def _add_subject(add: Callable[..., object]) -> None:
 
 
 def _add_answers(add: Callable[..., object]) -> None:
-    """Adds the flags of how answers are sampled and judged."""
+    """Adds the flags that set how answers are sampled and judged."""
     paper, reward = EvalSection(), RewardSection()
     add("--num-samples", type=int, default=paper.num_samples, help="answers per problem")
     add("--num-problems", type=int, help="use only the first so many of each")
@@ -140,7 +140,7 @@ def _add_answers(add: Callable[..., object]) -> None:
 
 
 def _add_machine(add: Callable[..., object]) -> None:
-    """Adds the flags of what the evaluation runs on."""
+    """Adds the flags that select what the evaluation runs on."""
     add(
         "--engine",
         choices=("auto", "vllm", "builtin"),
@@ -174,7 +174,7 @@ def _add_machine(add: Callable[..., object]) -> None:
 
 
 def parse_command(argv: Sequence[str]) -> EvaluationCommand:
-    """The command line, checked; `-h` prints all flags and exits.
+    """Parses and checks the command line; `-h` prints all flags and exits.
 
     argv: without the program's name, such as ["--model", "tiny", "--benchmarks", "tiny"].
 
@@ -196,7 +196,7 @@ def parse_command(argv: Sequence[str]) -> EvaluationCommand:
 
 
 def parse_comparison(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of `compare`: first, others, json."""
+    """Returns the arguments of `compare`: first, others, json."""
     parser = argparse.ArgumentParser(
         prog="python -m paint_engine.evaluate compare",
         description="The difference of each run to the first one, on the same problems.",
@@ -218,7 +218,8 @@ def parse_comparison(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags by name. Raises ValueError for an unknown one, with the flags most like it."""
+    """Returns the flags by name. Raises ValueError for an unknown flag, with the most similar
+    ones."""
     arguments, unknown = _parser().parse_known_args(argv)
     if not unknown:
         return arguments
@@ -248,7 +249,7 @@ def _named_as_flags(prefix: str = "") -> Iterator[None]:
 
 
 def section_of(arguments: argparse.Namespace) -> EvalSection:
-    """The flags as the section of a training run's configuration, with its checks."""
+    """Returns the flags as the section of a training run's configuration, with its checks."""
     names = EvalSection.model_fields.keys() & vars(arguments).keys()
     columns = {"problem": arguments.problem_column, "answer": arguments.answer_column}
     with _named_as_flags():
@@ -256,7 +257,8 @@ def section_of(arguments: argparse.Namespace) -> EvalSection:
 
 
 def reward_of(arguments: argparse.Namespace) -> RewardSection:
-    """What judges the answers, as the section of a training run's configuration."""
+    """Returns the reward that judges the answers, as the section of a training run's
+    configuration."""
     with _named_as_flags("reward-"):
         return RewardSection(
             function=arguments.reward_function, timeout_s=arguments.reward_timeout_s
@@ -264,8 +266,8 @@ def reward_of(arguments: argparse.Namespace) -> RewardSection:
 
 
 def prompts_of(arguments: argparse.Namespace) -> PromptsSection:
-    """The student's prompt as a `PromptsSection`. Raises ValueError for an instruction that the
-    template does not use."""
+    """Returns the student's prompt as a `PromptsSection`. Raises ValueError for an instruction that
+    the template does not use."""
     instruction, template = arguments.instruction, arguments.student_template
     if instruction != INSTRUCTION and "{instruction}" not in template:
         raise ValueError(
@@ -276,7 +278,8 @@ def prompts_of(arguments: argparse.Namespace) -> PromptsSection:
 
 
 def own_flags(message: str) -> str:
-    """Another module's message, with this command's flags in place of configuration keys."""
+    """Returns another module's message, with this command's flags in place of configuration
+    keys."""
 
     def flag(match: re.Match[str]) -> str:
         key = match[1]

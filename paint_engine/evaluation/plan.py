@@ -98,7 +98,7 @@ def _choose_engine(command: EvaluationCommand) -> Literal["vllm", "builtin"]:
 
 
 def mismatches(target: Target, prompts: PromptsSection) -> list[str]:
-    """Notes on how the evaluation uses the target otherwise than its training did."""
+    """Returns notes on how the evaluation uses the target differently from its training."""
     found = []
     if (trained_on := mismatched_base(target)) is not None:
         found.append(
@@ -131,7 +131,7 @@ def load_benchmark(
     on_bad_row: Literal["stop", "skip"] = "stop",
     say: Callable[[str], object] = print,
 ) -> ProblemSet:
-    """The problems and the student's prompts of an evaluation; rows need no solution.
+    """Loads the problems of an evaluation and the student's prompts; rows need no solution.
 
     section: its columns, number of problems, thinking and longest completion are used.
     context: the model's, in tokens; a prompt and a completion must fit in it together.

@@ -35,8 +35,8 @@ _LABELS = {
 def measures(
     samples: Sequence[EvalSample], reward_function: str = DEFAULT_REWARD
 ) -> dict[str, np.ndarray]:
-    """(P,) values of each metric, one per problem: fractions, except `mean_length` in tokens and
-    `mean_reward`.
+    """Returns (P,) values of each metric, one per problem: fractions, except `mean_length` in
+    tokens and `mean_reward`.
 
     With n samples per problem: avg@n, pass@1, pass@2, pass@4, ... pass@n, maj@n, format_rate (share
     of samples with a boxed answer), truncation_rate (share cut at the length limit), mean_length.
@@ -65,7 +65,8 @@ def measures(
 
 
 def summarise_benchmarks(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """The keys `benchmarks` and `macro`, the unweighted mean over benchmarks, of `results.json`.
+    """Returns the keys `benchmarks` and `macro` (the unweighted mean over benchmarks) of
+    `results.json`.
 
     evaluations: at least one, all with the same settings.
     """
@@ -90,14 +91,15 @@ def _entry(estimate: Estimate) -> dict[str, Any]:
 
 
 def read_versions(directory: Path) -> list[dict[str, Any]]:
-    """The entries of a directory's `versions.json`, oldest first; empty if there is none."""
+    """Returns the entries of a directory's `versions.json`, oldest first; empty if there is
+    none."""
     file = directory / VERSIONS_FILE
     return json.loads(file.read_text()) if file.is_file() else []
 
 
 def add_versions(directory: Path, num_processes: int) -> None:
-    """Adds the present versions to `versions.json`, unless an equal entry is there. For the main
-    rank, before it samples."""
+    """Adds the present versions to `versions.json`, unless it has an equal entry. The main rank
+    calls it before it samples."""
     earlier = read_versions(directory)
     now = present_versions("evaluate", num_processes)
     if now not in earlier:
@@ -105,7 +107,8 @@ def add_versions(directory: Path, num_processes: int) -> None:
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """One column per benchmark, and one for the mean of several; 95% intervals in brackets."""
+    """Returns a table with one column per benchmark, and one for the mean of several; 95% intervals
+    in brackets."""
     benchmarks = results["benchmarks"]
     columns = dict(benchmarks)
     if len(benchmarks) > 1:

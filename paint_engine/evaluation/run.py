@@ -73,7 +73,8 @@ def run_evaluation(command: EvaluationCommand, console: Console) -> None:
 
 
 def find_complete(plan: Plan, world: World, stack: ExitStack) -> dict[str, Evaluation | None]:
-    """By benchmark, its complete evaluation in the plan's directory, or None. A collective.
+    """Returns the complete evaluation of each benchmark in the plan's directory, or None. A
+    collective call.
 
     stack: keeps the directory locked until it is closed.
 
@@ -145,7 +146,8 @@ def answer_benchmark(
     world: World,
     progress: Progress,
 ) -> Evaluation:
-    """Answers what is missing of one benchmark; writes each sample as it finishes. A collective.
+    """Answers what is missing of one benchmark, and writes each sample as it finishes. A collective
+    call.
 
     Raises RewardFailed if the reward function fails on every answer.
     """
@@ -180,7 +182,7 @@ def answer_benchmark(
 
 
 def report_results(plan: Plan, evaluations: Sequence[Evaluation], console: Console) -> None:
-    """Prints the table, and writes `results.json`. For the main rank."""
+    """Prints the table and writes `results.json`. The main rank calls it."""
     results = {
         "model": plan.target.base.name_or_path,
         "adapter": plan.command.arguments.adapter,

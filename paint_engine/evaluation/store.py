@@ -61,7 +61,8 @@ class EvalSample:
     reward: float | None = None
 
     def record(self) -> dict[str, Any]:
-        """As a line of the samples' files holds it, without a reward that is None."""
+        """Returns the sample as a line of the samples' files contains it, without a reward that is
+        None."""
         return {key: value for key, value in asdict(self).items() if (key, value) != _NO_REWARD}
 
 
@@ -109,7 +110,7 @@ class Evaluation:
 
 
 def fingerprints(problems: Sequence[Problem]) -> dict[str, str]:
-    """By problem id, 16 hexadecimal digits of a hash of its question and answer.
+    """Returns 16 hexadecimal digits of a hash of the question and answer, by problem id.
 
     Raises ValueError where two problems share an id.
     """
@@ -131,8 +132,8 @@ def evaluation_settings(
     prompts: PromptsSection,
     reward_function: str = DEFAULT_REWARD,
 ) -> dict[str, Any]:
-    """How the answers of an evaluation are sampled and judged: what they depend on beside the
-    weights and the problems."""
+    """Returns how the answers of an evaluation are sampled and judged: what they depend on besides
+    the weights and the problems."""
     names = {"num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "thinking"}
     settings = section.model_dump(mode="json", include=names)
     settings["seed"] = seed
@@ -149,7 +150,7 @@ def evaluation_settings(
 
 
 class SampleFiles:
-    """Opens or resumes one evaluation's sample files. A collective, as `finish` is.
+    """Opens or resumes one evaluation's sample files. A collective call, as is `finish`.
 
     directory, name: the files are NAME.json, NAME.jsonl and NAME.rank-R.jsonl in the directory.
     header: the same on all ranks; compared with that of existing files.
@@ -187,7 +188,7 @@ class SampleFiles:
 
     @property
     def finished(self) -> Sequence[EvalSample]:
-        """The samples of all ranks when the files were opened, and this rank's since."""
+        """The samples of all ranks when the files were opened, and those that this rank added."""
         return list(self._finished.values())
 
     def missing(self, requests: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -196,13 +197,13 @@ class SampleFiles:
         return [(i, j) for i, j in requests if (names[i], j) not in self._finished]
 
     def share(self, requests: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """This rank's share of the requests (problem index, sample index) without a sample. To be
-        called before the first `append`, which changes what is missing."""
+        """Returns this rank's share of the requests (problem index, sample index) without a sample.
+        Call it before the first `append`, which changes what is missing."""
         return my_share(self.missing(requests), self._world)
 
     def append(self, group: Sequence[EvalSample]) -> None:
-        """Appends samples of this rank, which are in the file when this returns, even if the
-        process is killed next.
+        """Appends samples of this rank. They are in the file when this returns, even if the process
+        is killed next.
 
         Raises OSError where the disk is full; none of them is in the file then.
         """
@@ -210,8 +211,9 @@ class SampleFiles:
         self._finished |= {(s.problem_id, s.sample_index): s for s in group}
 
     def recorder(self, advance: Callable[[int, float], None]) -> Callable[[list[EvalSample]], None]:
-        """A callback for each group of samples as it finishes. It appends the group and calls
-        `advance` with its size and the share of correct samples so far, resumed ones included."""
+        """Returns a callback for each group of samples as it finishes. It appends the group and
+        calls `advance` with its size and the fraction of correct samples so far, resumed ones
+        included."""
         done = [sample.correct for sample in self._finished.values()]
 
         def on_samples(group: list[EvalSample]) -> None:
@@ -226,7 +228,7 @@ class SampleFiles:
         self._file.close()
 
     def discard(self) -> None:
-        """Deletes the samples of all ranks. A collective."""
+        """Deletes the samples of all ranks. A collective call."""
         self.close()
         barrier()
         if self._world.is_main:
@@ -235,7 +237,7 @@ class SampleFiles:
 
     def finish(self, seconds: float) -> Evaluation:
         """Writes and returns the whole evaluation, after every rank has appended its share. A
-        collective."""
+        collective call."""
         self.close()
         everything = {key: s for part in gather_objects(self._finished) for key, s in part.items()}
         places = {name: place for place, name in enumerate(self._header.problems)}
@@ -263,7 +265,7 @@ def _rank_files(directory: Path, name: str) -> list[Path]:
 def read_unfinished(
     directory: Path, name: str, header: Header, *, replace: bool = False
 ) -> list[dict[str, Any]]:
-    """The samples of an incomplete evaluation, as read from JSON.
+    """Returns the samples of an incomplete evaluation, as read from JSON.
 
     replace: delete files with another header, instead of raising ValueError.
     """
@@ -312,7 +314,7 @@ def refuse_other(file: Path, existing: dict[str, Any], header: Header) -> NoRetu
 
 def check_same_headers(headers: Mapping[str, Header]) -> None:
     """Raises ValueError on every rank if a rank's headers differ from rank 0's, as on nodes whose
-    caches hold different versions. A collective.
+    caches hold different versions. A collective call.
 
     headers: this rank's, by benchmark.
     """
@@ -332,7 +334,7 @@ def check_same_headers(headers: Mapping[str, Header]) -> None:
 
 
 def _differences(existing: dict[str, Any], header: Header) -> list[str]:
-    """Where a header read from JSON differs, in words, with its values first."""
+    """Returns descriptions of where a header read from JSON differs, with its values first."""
     differing = []
     for part, value in asdict(header).items():
         old = existing[part]
@@ -348,7 +350,7 @@ def _differences(existing: dict[str, Any], header: Header) -> list[str]:
 
 
 def read_finished(directory: Path, name: str, header: Header) -> Evaluation | None:
-    """The complete evaluation in the directory; None if there is none.
+    """Returns the complete evaluation in the directory, or None if there is none.
 
     Raises ValueError where it has another header.
     """
@@ -362,14 +364,14 @@ def read_finished(directory: Path, name: str, header: Header) -> Evaluation | No
 
 
 def read_evaluation(head: Path) -> Evaluation:
-    """A complete evaluation by its NAME.json."""
+    """Reads a complete evaluation by its NAME.json."""
     fields = json.loads(head.read_text())
     samples = [EvalSample(**row) for row in read_jsonl(head.with_suffix(".jsonl"))]
     return Evaluation(seconds=fields.pop("seconds"), header=Header(**fields), samples=samples)
 
 
 def read_evaluations(run_dir: Path) -> dict[int, Evaluation]:
-    """A training run's complete evaluations by step, in increasing order."""
+    """Reads a training run's complete evaluations by step, in increasing order."""
     found = {}
     for head in evaluation_directory(run_dir).glob("step-*.json"):
         evaluation = read_evaluation(head)
@@ -379,5 +381,5 @@ def read_evaluations(run_dir: Path) -> dict[int, Evaluation]:
 
 
 def evaluation_directory(run_dir: Path) -> Path:
-    """The directory of a training run's evaluations."""
+    """Returns the directory of a training run's evaluations."""
     return run_dir / EVALUATIONS_DIRECTORY

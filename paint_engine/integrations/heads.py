@@ -30,7 +30,7 @@ def check_plain_head(model: Any, role: str) -> None:
 
 
 def whole_head(weight: Float[Tensor, "V H"]) -> Float[Tensor, "V H"]:
-    """The head's whole weight on each rank, gathered where FSDP2 shards it.
+    """Returns the head's whole weight on each rank, gathered if FSDP2 shards it.
 
     The gradient is averaged over the ranks and sharded again. Call it after the model's forward.
     """

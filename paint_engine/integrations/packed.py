@@ -39,7 +39,8 @@ def packed_paint_loss(
     denominator: float | Tensor | None = None,
     **loss_settings: Any,
 ) -> PaintLossOutput:
-    """`paint_loss` of one packed micro-batch: the same responses after the prompts of each side.
+    """Computes `paint_loss` of one packed micro-batch: the same responses after the prompts of each
+    side.
 
     teacher_head: None where it is the student's. Heads sharded by FSDP2 are gathered.
     denominator: the rollouts of the whole step, over all micro-batches and ranks, divided by the
@@ -72,7 +73,8 @@ def packed_paint_loss(
 def completion_rows(
     packed: PackedStates,
 ) -> tuple[Float[Tensor, "N H"], Int[Tensor, " B+1"]]:
-    """The N rows that predict tokens of the loss, and the rollouts' bounds in them, on the CPU."""
+    """Returns the N rows that predict tokens of the loss, and the rollouts' bounds in them, on the
+    CPU."""
     rows = packed.response_mask.nonzero().squeeze(1) - 1  # the state before a token predicts it
     num_before = pad(packed.response_mask.cumsum(0), (1, 0))  # tokens of the loss before each token
     return packed.hidden_states[rows], num_before[packed.cu_seqlens.long()].int().cpu()
@@ -81,7 +83,7 @@ def completion_rows(
 def packed_response_mask(
     attention_mask: Int[Tensor, "B L"], response_mask: Int[Tensor, "B R"]
 ) -> Bool[Tensor, " total"]:
-    """The `response_mask` of `PackedStates` from verl's padded batch: prompts padded on the left,
-    responses, the last R columns, on the right."""
+    """Returns the `response_mask` of `PackedStates` from verl's padded batch: prompts padded on the
+    left; responses, the last R columns, padded on the right."""
     num_prompt_columns = attention_mask.shape[1] - response_mask.shape[1]
     return pad(response_mask, (num_prompt_columns, 0))[attention_mask.bool()].bool()

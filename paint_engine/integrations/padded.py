@@ -19,7 +19,7 @@ REDUCTIONS = ("sequence_mean", "token_mean")
 
 
 def resolve_loss_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The keyword arguments of `paint_loss` that stay the same from batch to batch.
+    """Returns the keyword arguments of `paint_loss` that stay the same from batch to batch.
 
     What is not given keeps `paint_loss`'s default, which is the paper's.
 
@@ -51,7 +51,7 @@ def padded_paint_loss(
     denominator: float | Tensor | None,
     **settings: Any,
 ) -> PaintLossOutput:
-    """`paint_loss` of one padded micro-batch.
+    """Computes `paint_loss` of one padded micro-batch.
 
     The masks are True on the positions whose hidden states predict the tokens of the loss; row b
     has as many of them under the student as under the teacher.

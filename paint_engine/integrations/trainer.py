@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 
 
 def predicts_completion(labels: Int[Tensor, "B T"]) -> Bool[Tensor, "B T-1"]:
-    """True where the hidden state predicts a completion token: i predicts the label at i + 1."""
+    """Returns True where the hidden state predicts a completion token: state i predicts the label
+    at i + 1."""
     return labels[:, 1:] != -100
 
 
 def count_step(
     trainer: Trainer, micro_batches: list[Any], reduction: str, device: torch.device
 ) -> Tensor:
-    """What the losses of one step's micro-batches divide by: rollouts or tokens of the step over
-    all ranks, divided by the number of ranks, since data parallelism averages their gradients."""
+    """Returns the denominator of the losses of one step's micro-batches: rollouts or tokens of the
+    step over all ranks, divided by the number of ranks, since data parallelism averages their
+    gradients."""
     masks = [predicts_completion(batch["labels"]) for batch in micro_batches]
     if reduction == "sequence_mean":
         masks = [mask.any(1) for mask in masks]
@@ -37,7 +39,7 @@ def count_step(
 def student_states(
     model: Any, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B T H"]:
-    """The final hidden states by the wrapped model's own forward.
+    """Computes the final hidden states by the wrapped model's own forward.
 
     DistributedDataParallel reduces gradients only if its forward ran, so the base model cannot be
     called past it. One position is projected, since transformers computes one logit or more.
@@ -133,7 +135,7 @@ class PaintTrainer(Trainer):
     def teacher_states(
         self, input_ids: Int[Tensor, "B S"], attention_mask: Int[Tensor, "B S"]
     ) -> tuple[Float[Tensor, "B S H_T"], Float[Tensor, "V H_T"] | None]:
-        """The teacher's final hidden states, and its head where that is not the student's."""
+        """Returns the teacher's final hidden states, and its head if it is not the student's."""
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         with self.accelerator.autocast():
             if self.teacher is not None:

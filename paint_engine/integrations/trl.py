@@ -90,7 +90,7 @@ class PaintDistillationTrainer(DistillationTrainer):
         attention_mask: Int[Tensor, "B L"],
         num_completion_columns: int,
     ) -> Float[Tensor, "B T H_T"]:
-        """By the teacher's wrapper, so that its sharded weights are gathered."""
+        """Computes hidden states through the teacher's wrapper, which gathers sharded weights."""
         return self._forward_redirection(
             self.teacher_model,
             teacher_model,
@@ -102,8 +102,9 @@ class PaintDistillationTrainer(DistillationTrainer):
         )
 
     def _denominator(self, num_tokens: Tensor | None, num_rollouts: int) -> Tensor | float | None:
-        """num_tokens: sampled in this step by all ranks, divided by the number of ranks; None in
-        evaluation, where the micro-batch's own count is used."""
+        """Returns the denominator of a micro-batch's loss. `num_tokens` is the number sampled in
+        this step by all ranks, divided by the number of ranks, or None in evaluation, where the
+        micro-batch's own count is used."""
         if num_tokens is None or self.loss_settings["reduction"] == "token_mean":
             return num_tokens
         # TRL samples for a whole step and splits the rollouts evenly over its micro-batches.

@@ -75,8 +75,8 @@ def reserved_rank(rank: int) -> int:
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """A context that restores the process's random state. vLLM seeds and uses it, and training's
-    dropout draws from it."""
+    """Returns a context that restores the process's random state. vLLM seeds and uses it, and
+    training's dropout draws from it."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     on_gpu = torch.cuda.is_initialized()
     try:
@@ -258,7 +258,8 @@ def _completion(output: Any) -> Completion:
 
 @contextmanager
 def deaths() -> Iterator[None]:
-    """A context that converts the exceptions of a dead engine in this process to EngineDied."""
+    """Returns a context that converts the exceptions of a dead engine in this process to
+    EngineDied."""
     from vllm.v1.engine.exceptions import (  # pyright: ignore[reportMissingImports]
         EngineDeadError,
     )

@@ -38,7 +38,7 @@ class _Batch:
 def _serve(
     connection: Any, llm_args: Mapping[str, Any], head_size: int, environment: Mapping[str, str]
 ) -> None:
-    """The main function of an engine's process. It answers calls until the trainer is gone."""
+    """Runs an engine's process. It answers calls until the trainer is gone."""
     # Ctrl-C reaches every process of a terminal, and torchrun's SIGTERM every process of a rank's
     # group. The trainer decides when this one ends.
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -296,8 +296,8 @@ class _Calls:
 
     @contextmanager
     def counted(self, line: socket.socket) -> Iterator[None]:
-        """A context in which the connection waits for its answer. Raises OSError once these calls
-        are aborted."""
+        """Returns a context in which the connection waits for its answer. Raises OSError once these
+        calls are aborted."""
         with self._lock:
             if self._over:
                 raise ConnectionAbortedError("this request was aborted")
