@@ -50,7 +50,7 @@ TRAINING += ["--eval.enabled", "false", "--run.overwrite", "true", "--run.dir"]
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment without the user's settings of OpenMP."""
+    """Returns the environment without the user's settings of OpenMP."""
     return {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "MKL_"))}
 
 
@@ -70,7 +70,8 @@ def busy(load: str) -> Iterator[subprocess.Popen[bytes] | None]:
 
 
 def own_seconds() -> float:
-    """Processor seconds of this process and of those that it has started and waited for."""
+    """Returns the processor seconds of this process and of those that it has started and waited
+    for."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -105,14 +106,14 @@ def measure_training(policy: str, directory: Path) -> float:
 
 
 def measure_loss(policy: str, directory: Path) -> float:
-    """The median call in a process of its own."""
+    """Measures the median seconds of a call, in a process of its own."""
     log = directory / "log.txt"
     run_limited([sys.executable, "-m", "bench.busy", "--child"], policy, log)
     return statistics.median(json.loads(log.read_text().splitlines()[-1]))
 
 
 def time_loss(repeats: int) -> list[float]:
-    """Seconds of each call, after one that warms up."""
+    """Returns the seconds of each call, after one warm-up call."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, NUM_TOKENS, HIDDEN, generator=generator)
     weight = 0.02 * torch.randn(VOCAB_SIZE, HIDDEN, generator=generator)
@@ -142,7 +143,8 @@ def measure_case(what: str, policy: str, load: str, directory: Path) -> dict[str
 
 
 def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The new cases, and those of the old ones that were not measured again, in a fixed order."""
+    """Returns the new cases, and those of the old ones that were not measured again, in a fixed
+    order."""
 
     def key(case: dict[str, Any]) -> tuple[str, ...]:
         return case["measure"], case["load"], case["policy"]
@@ -152,7 +154,8 @@ def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str
 
 
 def add_ratios(cases: list[dict[str, Any]]) -> None:
-    """Each case's time to that of the same work under "spin" without a load, where it was run."""
+    """Adds each case's time relative to the same work under "spin" without a load, if that was
+    run."""
     alone = {
         case["measure"]: case["seconds"]
         for case in cases

@@ -47,7 +47,7 @@ QUICK = ("--train.batch_size", "4", "--rollout.max_new_tokens", "24")
 
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
-    """Like `measure.environment`, with the versions of the libraries that train."""
+    """Returns `measure.environment` with the versions of the libraries that train."""
     found = measure.environment(device, command)
     versions = {name: measure.version(name) for name in ("torch", "transformers", "peft", "trl")}
     named = {name: version for name, version in versions.items() if version}
@@ -56,7 +56,7 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
 
 
 def result_of(found: dict[str, Any], cases: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The JSON that the command prints; `found` is the environment."""
+    """Returns the JSON that the command prints; `found` is the environment."""
     return {"name": "engine", **found, "cases": list(cases)}
 
 
@@ -108,7 +108,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def case_arguments(case: Case, arguments: argparse.Namespace) -> list[str]:
-    """The arguments of this command that select one of its cases on a CPU."""
+    """Returns the arguments of this command that select one of its cases on a CPU."""
     found = ["--device", "cpu", "--rollouts", str(arguments.rollouts)]
     found += ["--preset" if case.lengths is None else "--model", case.name]
     return [*found, "--quick"] if arguments.quick else found

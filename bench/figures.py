@@ -19,7 +19,7 @@ STYLE: dict[Any, Any] = {
 
 
 def draw_scaling(results: dict[str, Result]) -> Figure:
-    """Time and working memory over N on logarithmic axes, one row of panels per result."""
+    """Draws time and working memory over N on logarithmic axes, one row of panels per result."""
     figure = Figure(figsize=(9, 3.4 * len(results)), layout="constrained")
     panels = figure.subplots(len(results), 2, squeeze=False)
     colours = list(COLOURS.values())[1:]

@@ -73,7 +73,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def settings_of(arguments: argparse.Namespace, command: str) -> parts.Settings:
-    """The settings that the arguments ask for; ValueError if there is no GPU to use."""
+    """Returns the settings that the arguments ask for; ValueError if there is no GPU to use."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda: this machine has no usable CUDA device; use `--device cpu --quick` to "

@@ -30,7 +30,7 @@ from bench.measure import commit, versions
 
 
 def columns(header: list[str], rows: list[list[str]]) -> str:
-    """A plain-text table: the first three columns aligned left, figures right."""
+    """Returns a plain-text table: the first three columns aligned left, figures right."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(

@@ -42,14 +42,14 @@ def bfloat16(tensor: Tensor) -> Tensor:
 
 
 def mean_kl(student: Tensor, teacher: Tensor, weight: Tensor) -> float:
-    """KL(teacher, student) in nats, float64."""
+    """Returns KL(teacher, student) in nats, float64."""
     log_p = torch.log_softmax(student.double() @ weight.double().T / TEMPERATURE, dim=-1)
     log_q = torch.log_softmax(teacher.double() @ weight.double().T / TEMPERATURE, dim=-1)
     return (log_q.exp() * (log_q - log_p)).sum(dim=-1).mean().item()
 
 
 def make_case(seed: int, target_kl: float, num_rows: int, hidden: int, vocab_size: int) -> Case:
-    """Rows with one peak each, and a teacher whose mean KL is within a few percent of the
+    """Returns rows with one peak each, and a teacher whose mean KL is within a few percent of the
     target."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(vocab_size, hidden, generator=generator) * LOGIT_STD / hidden**0.5
@@ -68,7 +68,8 @@ def make_case(seed: int, target_kl: float, num_rows: int, hidden: int, vocab_siz
 
 
 def logit_gradient(student_logits: Tensor, delta: Tensor) -> Tensor:
-    """(N, V) float64: gradient of the clipped forward KL with respect to z_S; z_T = z_S + delta."""
+    """Returns (N, V) float64: the gradient of the clipped forward KL with respect to z_S; z_T = z_S
+    + delta."""
     log_p = torch.log_softmax(student_logits.double() / TEMPERATURE, dim=-1)
     log_q = torch.log_softmax((student_logits.double() + delta.double()) / TEMPERATURE, dim=-1)
     q = log_q.exp()
@@ -77,7 +78,7 @@ def logit_gradient(student_logits: Tensor, delta: Tensor) -> Tensor:
 
 
 def logits_and_delta(case: Case) -> dict[str, tuple[int, Tensor, Tensor]]:
-    """By format: bytes per vocabulary entry for both models' logits; z_S; z_T - z_S."""
+    """Returns, by format, bytes per vocabulary entry for both models' logits; z_S; z_T - z_S."""
     transposed = case.weight.T
     student, teacher = case.student @ transposed, case.teacher @ transposed
     difference = case.teacher - case.student
@@ -110,7 +111,8 @@ def rounded_gradients() -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def errors_of(case: Case) -> dict[str, tuple[int, float]]:
-    """By format: bytes per vocabulary entry, and the relative error of the gradient of h_S."""
+    """Returns, by format, the bytes per vocabulary entry and the relative error of the gradient of
+    h_S."""
     weight = case.weight.double()
     exact_student = case.student.double() @ weight.T
     exact_delta = (case.teacher.double() - case.student.double()) @ weight.T

@@ -76,8 +76,8 @@ Loss = Callable[[Inputs], Tensor]
 
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """Hidden states whose logits have one peak per row, and a teacher at a mean KL of about 0.002
-    nats."""
+    """Returns hidden states whose logits have one peak per row, and a teacher at a mean KL of about
+    0.002 nats."""
     assert shape.num_rollouts * shape.rollout_tokens == shape.num_tokens, (
         "rollouts must have one length"
     )
@@ -156,7 +156,7 @@ def plain_loss(
     objective: Objective,
     project: Callable[[Tensor, Tensor], Tensor] = float32_logits,
 ) -> Tensor:
-    """The loss in plain PyTorch, with the full logits of all tokens; mean over tokens."""
+    """Computes the loss in plain PyTorch, with the full logits of all tokens; mean over tokens."""
     t, k = objective.temperature, objective.interpolation_weight
     student_logits = project(inputs.student, inputs.weight)
     log_p = torch.log_softmax(student_logits / t, dim=-1)

@@ -60,7 +60,7 @@ def times_round_robin(
 
 
 def extra_bytes_on_gpu(call: Callable[[], Any]) -> tuple[int, Any]:
-    """Peak memory that one call allocates, its result included; and the result."""
+    """Returns the peak memory that one call allocates, its result included; and the result."""
     call()  # the first call allocates libraries' workspaces and compiles kernels
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -72,7 +72,8 @@ def extra_bytes_on_gpu(call: Callable[[], Any]) -> tuple[int, Any]:
 
 
 def peak_bytes() -> int:
-    """Peak resident set size of this process, since `extra_bytes_on_cpu` last reset it."""
+    """Returns the peak resident set size of this process, since `extra_bytes_on_cpu` last reset
+    it."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux, where ru_maxrss starts at the parent's peak
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -82,7 +83,7 @@ def peak_bytes() -> int:
 
 
 def extra_bytes_on_cpu(call: Callable[[], Any]) -> int:
-    """Growth of this process's peak memory in one call, its result included.
+    """Returns the growth of this process's peak memory in one call, its result included.
 
     Memory that an earlier call freed would be reused and not counted, so measure one call per
     process.
@@ -121,7 +122,7 @@ def git(*arguments: str) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit; without a checkout BENCH_COMMIT; empty without either."""
+    """Returns the checkout's commit; BENCH_COMMIT without a checkout; empty without either."""
     head = git("rev-parse", "HEAD") if shutil.which("git") else ""
     if not head:
         return os.environ.get("BENCH_COMMIT", "")
@@ -129,7 +130,7 @@ def commit() -> str:
 
 
 def version(package: str) -> str:
-    """The installed version of a package; empty if it is not installed."""
+    """Returns the installed version of a package; empty if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -98,7 +98,7 @@ def default_workers(scale: Scale) -> int:
 
 
 def output_path(arguments: argparse.Namespace, scale: Scale) -> Path:
-    """The result file to write, or the one that a rerun is compared with."""
+    """Returns the result file to write, or the one that a rerun is compared with."""
     parts = ["paper-tables", *([] if scale.name == "laptop" else [scale.name])]
     numbers = sorted(set(arguments.tables))
     # Some of the tables do not replace the file of all; a rerun is compared with all.
@@ -140,7 +140,7 @@ def write(result: dict[str, Any], output: Path) -> None:
 
 
 def dump(result: dict[str, Any]) -> str:
-    """JSON with one line per run, so that a changed run is a changed line."""
+    """Returns JSON with one line per run, so that a changed run is a changed line."""
     head = {name: value for name, value in result.items() if name != "runs"}
     runs = ",\n".join(json.dumps(run) for run in result["runs"])
     return f'{json.dumps(head, indent=1)[:-2]},\n "runs": [\n{runs}\n ]\n}}\n'

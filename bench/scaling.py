@@ -37,7 +37,8 @@ VALUE_BYTES = 6 * 4 + 1
 
 
 def kept_bytes(shape: Shape) -> int:
-    """Bytes of the float32 gradient rows and the values per token, kept for the backward pass."""
+    """Returns the bytes of the float32 gradient rows and the values per token, kept for the
+    backward pass."""
     return shape.num_tokens * (4 * shape.hidden + VALUE_BYTES)
 
 
@@ -47,7 +48,7 @@ def forward_backward(shape: Shape, device: torch.device) -> functools.partial[An
 
 
 def extra_bytes(shape: Shape, device: torch.device) -> int:
-    """Peak memory of one call; on a CPU measured in its own process."""
+    """Returns the peak memory of one call; on a CPU measured in its own process."""
     if device.type == "cuda":
         return measure.extra_bytes_on_gpu(forward_backward(shape, device))[0]
     command = [sys.executable, "-m", "bench.scaling", "--device", "cpu", "--child"]
@@ -76,7 +77,7 @@ def measure_point(shape: Shape, device: torch.device, repeats: int) -> dict[str,
 
 
 def fitted_exponent(points: list[dict[str, Any]]) -> float:
-    """The exponent a of time = b N^a, by least squares on the logarithms."""
+    """Returns the exponent a of time = b N^a, by least squares on the logarithms."""
     x = [math.log(point["num_tokens"]) for point in points]
     y = [math.log(point["median_ms"]) for point in points]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)

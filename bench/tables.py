@@ -31,7 +31,7 @@ def exponent(value: float | None) -> str:
 
 
 def made_by(result: Result) -> str:
-    """The end of a caption: device, library versions, commit and command."""
+    """Returns the end of a caption: device, library versions, commit and command."""
     versions = ", ".join(
         f"{name} {version}" for name, version in result["versions"].items() if name != "python"
     )
@@ -42,7 +42,8 @@ def made_by(result: Result) -> str:
 
 
 def tiny_table(result: Result) -> str:
-    """One row per seed: Avg@k before and after, the paired difference and the time."""
+    """Returns a table with one row per seed: Avg@k before and after, the paired difference and the
+    time."""
     rows = []
     for run in result["runs"]:
         low, high = run["paired_difference_ci95"]
@@ -66,7 +67,8 @@ def tiny_table(result: Result) -> str:
 
 
 def scaling_table(result: Result) -> str:
-    """One row per number of tokens and layout; the fitted exponent and memory ratio below."""
+    """Returns a table with one row per number of tokens and layout; the fitted exponent and memory
+    ratio below."""
     header = ["N", "rollouts of", "ms", "extra MB", "of it float32 rows and values", "the rest"]
     rows = [
         [
@@ -93,7 +95,7 @@ def scaling_table(result: Result) -> str:
 
 
 def logit_formats_table(result: Result) -> str:
-    """Relative gradient errors by format and mean KL: median and maximum over seeds."""
+    """Returns relative gradient errors by format and mean KL: median and maximum over seeds."""
     header = ["what is rounded", "bytes", *(f"KL {kl:g}" for kl in result["mean_kls"])]
     rows = [
         [
@@ -113,7 +115,7 @@ def logit_formats_table(result: Result) -> str:
 
 
 def floor_table(result: Result) -> str:
-    """Counted products and bytes, and the predicted time."""
+    """Returns a table of counted products and bytes, and the predicted time."""
     header = ["", "rows per chunk", "three products", "row kernels", "other", "predicted", "ratio"]
     header.append("extra memory")
     rows = [

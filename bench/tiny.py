@@ -20,7 +20,7 @@ import transformers
 
 
 def run_seed(seed: int, parent: Path) -> dict[str, Any]:
-    """The summary of one training run, without its temporary run directory."""
+    """Trains one seed and returns its summary. The run directory is temporary."""
     run_dir = parent / f"seed-{seed}"
     command = [sys.executable, "-m", "paint_engine.train", "--train.seed", str(seed)]
     subprocess.run([*command, "--run.dir", str(run_dir)], check=True)

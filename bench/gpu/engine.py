@@ -59,7 +59,7 @@ def missed_targets(case: dict[str, Any]) -> list[str]:
 
 
 def line(case: dict[str, Any]) -> str:
-    """The results of one model as text."""
+    """Returns the results of one model as text."""
     parts = []
     for row in case["rows"]:
         if row["status"] != "measured":

@@ -6,14 +6,16 @@ from bench.gpu.job import Job, milliseconds
 
 
 def copy_bandwidth(device: torch.device, num_bytes: int) -> float:
-    """Bytes per second of a copy within device memory, counting bytes read and written."""
+    """Returns the bytes per second of a copy within device memory, counting bytes read and
+    written."""
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2e3 * num_bytes / milliseconds(lambda: target.copy_(source), device, 5)
 
 
 def gemm_rate(device: torch.device, size: int) -> float:
-    """FLOP/s of a size^3 product. The values are random, because zeros draw less power."""
+    """Returns the FLOP/s of a size^3 product. The values are random, because zeros draw less
+    power."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     out = torch.empty_like(a)

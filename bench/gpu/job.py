@@ -75,7 +75,8 @@ class Job:
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Time of one call: median over three batches of `repeats` calls, after a warm-up call."""
+    """Returns the time of one call: median over three batches of `repeats` calls, after a warm-up
+    call."""
     call()
 
     def batch() -> None:
@@ -87,7 +88,7 @@ def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) ->
 
 
 def first_line(*command: str) -> str:
-    """The first line that a command prints; empty if it is absent or fails."""
+    """Returns the first line that a command prints; empty if it is absent or fails."""
     if shutil.which(command[0]) is None:
         return ""
     done = subprocess.run(command, capture_output=True, text=True)
@@ -96,7 +97,7 @@ def first_line(*command: str) -> str:
 
 
 def describe_environment(device: torch.device, command: str) -> dict[str, Any]:
-    """Like `measure.environment`, with the versions of the packages that the check uses."""
+    """Returns `measure.environment` with the versions of the packages that the check uses."""
     versions = {name: measure.version(name) for name in PACKAGES if measure.version(name)}
     if device.type == "cuda":
         versions["cuda"] = str(torch.version.cuda)
@@ -112,7 +113,7 @@ def describe_environment(device: torch.device, command: str) -> dict[str, Any]:
 
 
 def slug(device: torch.device) -> str:
-    """The device's name as part of a file name: nvidia-h100-80gb-hbm3, x86-64-cpu."""
+    """Returns the device's name as part of a file name: nvidia-h100-80gb-hbm3, x86-64-cpu."""
     name = f"{platform.machine()} cpu"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -39,7 +39,7 @@ def shapes_for(job: Job) -> list[tuple[Shape, float]]:
 
 
 def variants_for(job: Job, shape: Shape) -> list[Variant]:
-    """The floor, ours, the peers, and plain PyTorch if it fits.
+    """Returns the floor, ours, the peers, and plain PyTorch if it fits.
 
     Compiled variants are left out, because torch.compile takes too long.
     """
@@ -58,7 +58,8 @@ def variants_for(job: Job, shape: Shape) -> list[Variant]:
 
 
 def probes_for(job: Job, variants: list[Variant], shape: Shape) -> dict[str, tuple[int, str]]:
-    """As in `bench.kernels`: from other processes, memory on a CPU and failures on a GPU."""
+    """Returns the probes, as in `bench.kernels`: memory on a CPU and failures on a GPU are measured
+    in other processes."""
     probed = [variant for variant in variants if not variant.unavailable]
     if job.device.type == "cuda":
         probed = [variant for variant in probed if variant.kind == "peer"]
@@ -83,7 +84,7 @@ def write(job: Job, groups: list[dict[str, Any]]) -> None:
 
 
 def line(group: dict[str, Any]) -> str:
-    """The speed, memory and error of `paint_loss` in one group, as text."""
+    """Returns the speed, memory and error of `paint_loss` in one group, as text."""
     shape = group["shape"]
     head = f"{group['group']}, H {shape['hidden']}, N {shape['num_tokens']}"
     row = next((row for row in group["rows"] if row["variant"] == "paint_loss"), {})

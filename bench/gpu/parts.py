@@ -85,7 +85,7 @@ def read_found(path: Path) -> dict[str, Any]:
 
 
 def text_of(row: dict[str, Any], lines: list[str]) -> str:
-    """The text in the table: the part's summary, or why it failed."""
+    """Returns the text in the table: the part's summary, or why it failed."""
     summary, last = row["found"].get("summary"), lines[-1] if lines else "no output"
     if row["status"] == "passed":
         return summary or last
@@ -194,7 +194,7 @@ def write(settings: Settings, rows: list[dict[str, Any]]) -> None:
 
 
 def chosen_parts(names: str) -> tuple[Part, ...]:
-    """The named parts in the order of PARTS; ValueError for an unknown name."""
+    """Returns the named parts in the order of PARTS; ValueError for an unknown name."""
     known, wanted = [part.name for part in PARTS], names.split(",")
     unknown = [name for name in wanted if name not in known]
     if unknown:

@@ -74,12 +74,12 @@ def chunk_inputs(device: torch.device, num_chunks: int) -> tuple[Inputs, int]:
 
 
 def marks_of(rows: int, device: torch.device) -> Tensor:
-    """(rows,) bool: marks one row in 32 (3%) as interpolated."""
+    """Returns (rows,) bool that marks one row in 32 (3%) as interpolated."""
     return torch.arange(rows, device=device) % 32 == 0
 
 
 def row_work(student: Tensor, teacher: Tensor, marks: Tensor, gradient: Tensor, scale: float):
-    """Everything between the GEMMs: statistics of both models, then loss and gradient."""
+    """Runs everything between the GEMMs: statistics of both models, then loss and gradient."""
     stats = _triton_backend.pair_stats(student, teacher, SETTINGS.temperature)
     return _triton_backend.row_loss(
         student, teacher, marks, SETTINGS, gradient, gradient_scale=scale, stats=stats
@@ -87,7 +87,7 @@ def row_work(student: Tensor, teacher: Tensor, marks: Tensor, gradient: Tensor, 
 
 
 def differ(actual: Tensor, expected: Tensor) -> bool:
-    """Whether two results differ by more than the order of sums, which cuBLAS may vary by
+    """Returns whether two results differ by more than the order of sums, which cuBLAS may vary by
     stream."""
     return not (actual - expected).norm() <= 1e-3 * expected.norm()
 
@@ -112,7 +112,8 @@ def tiles_of(block: int, num_warps: int) -> Iterator[None]:
 
 
 def tiles(job: Job) -> dict[str, Any]:
-    """Which tile and number of warps for the row kernels? On one chunk of float32 logits."""
+    """Measures which tile and number of warps is best for the row kernels, on one chunk of float32
+    logits."""
     inputs, rows = chunk_inputs(job.device, 1)
     source = source_of(inputs, rows)
     student, teacher = source.logits(slice(0, rows))
@@ -145,7 +146,7 @@ def tiles(job: Job) -> dict[str, Any]:
 
 
 def best_tiles(measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """The best tile of each kernel, which can be set separately."""
+    """Returns the best tile of each kernel, which can be set separately."""
     blocks = {"stats_ms": _triton_backend.MAX_BLOCK, "loss_ms": _triton_backend.LOSS_MAX_BLOCK}
     found = {}
     for key, block in blocks.items():
@@ -159,7 +160,8 @@ def best_tiles(measured: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def chunk_rows(job: Job) -> dict[str, Any]:
-    """How many rows per chunk? The whole loss, with rollouts of 512 and of 1024 tokens."""
+    """Measures how many rows per chunk are best: the whole loss, with rollouts of 512 and of 1024
+    tokens."""
     found = {}
     chosen = most_rows(VOCAB_SIZE, HIDDEN, job.device)
     for rollout_tokens in (512, 1024):
@@ -331,7 +333,7 @@ def run(job: Job) -> str:
 
 
 def answer(found: dict[str, Any] | None) -> str:
-    """The largest saving in a question's result and its verdict, as text."""
+    """Returns the largest saving in a question's result and its verdict, as text."""
     if found is None:
         return "failed"
     candidates = [found, *(part for part in found.values() if isinstance(part, dict))]

@@ -38,7 +38,7 @@ Loss = Callable[[Inputs], Tensor]
 
 
 def qwen3_config(on_gpu: bool) -> tuple[Qwen3Config, Lengths, int]:
-    """The model's configuration, the sequences' lengths and the adapters' rank."""
+    """Returns the model's configuration, the sequences' lengths and the adapters' rank."""
     lengths = Lengths(256, 768, 1024) if on_gpu else Lengths(8, 24, 32)
     config = Qwen3Config(
         vocab_size=151936 if on_gpu else 512,
@@ -69,7 +69,7 @@ def build_model(config: Qwen3Config, rank: int, device: torch.device) -> PeftMod
 
 
 def hidden_states(model: PeftModel, token_ids: Tensor, num_completion: int) -> Tensor:
-    """(sequences x completion, H): final hidden states at the positions that predict the
+    """Returns (sequences x completion, H): final hidden states at the positions that predict the
     completion."""
     base = model.get_base_model()
     assert isinstance(base, PreTrainedModel)
@@ -86,7 +86,7 @@ def head_weight(model: PeftModel) -> Tensor:
 
 
 def make_batch(config: Qwen3Config, lengths: Lengths, step: int, device: torch.device):
-    """Student and teacher sequences with different prompts and the same completions."""
+    """Builds student and teacher sequences with different prompts and the same completions."""
     generator = torch.Generator(device).manual_seed(step)
 
     def tokens(number: int) -> Tensor:
@@ -199,7 +199,7 @@ def run_steps(
 
 
 def check(found: dict[str, Any], base_changed: list[str], adapters_changed: list[str], number: int):
-    """ValueError if a loss is not finite or if not exactly the adapters changed."""
+    """Raises ValueError if a loss is not finite or if not exactly the adapters changed."""
     if not all(math.isfinite(loss) for loss in found["losses"]):
         raise ValueError(f"losses are {found['losses']}; all must be finite")
     if base_changed:
@@ -227,7 +227,7 @@ def our_steps(
 def plain_steps(
     model: PeftModel, config: Qwen3Config, lengths: Lengths, first_loss: float
 ) -> dict[str, Any]:
-    """Two steps with the full logits from the same adapters.
+    """Takes two steps with the full logits from the same adapters.
 
     ValueError if the first loss is not that of `paint_loss`.
     """

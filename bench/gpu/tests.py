@@ -58,7 +58,7 @@ class Shard:
 
 
 def test_files() -> tuple[list[Path], list[str]]:
-    """The test files that can run here, and why others cannot."""
+    """Returns the test files that can run here, and why others cannot."""
     files = [*sorted(FOLDER.glob("test_*.py")), FOLDER / TRITON_CASES]
     # This file would run the Triton cases a second time.
     files = [file for file in files if file.name != RUNS_TRITON_CASES]

@@ -43,7 +43,7 @@ def without_waiting(call: Callable[[], Any]) -> Any:
 
 
 def forward_backward(loss: Loss, hidden: Tensor, weight: Tensor, trains_head: bool) -> Tensor:
-    """The gradient of the hidden states, for a loss of any shape."""
+    """Computes the gradient of the hidden states, for a loss of any shape."""
     hidden = hidden.detach().requires_grad_()
     weight = weight.detach().requires_grad_(trains_head)
     result = loss(hidden, weight)
@@ -108,7 +108,8 @@ def check_cases(job: Job) -> int:
 
 
 def large_logits(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, V) logits with one peak per row, and bounds with a short rollout past offset 2^31."""
+    """Returns (N, V) logits with one peak per row, and bounds with a short rollout past offset
+    2^31."""
     generator = torch.Generator(device).manual_seed(1)
     options = {"generator": generator, "device": device, "dtype": torch.bfloat16}
     student = torch.randn(LARGE_NUM_TOKENS, VOCAB_SIZE, **options).mul_(2.4)
@@ -120,7 +121,7 @@ def large_logits(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def large_offsets(device: torch.device) -> dict[str, float]:
-    """Relative errors of the last rollout's values and gradients against float64."""
+    """Returns the relative errors of the last rollout's values and gradients against float64."""
     free, _ = torch.cuda.mem_get_info(device)
     if free < LARGE_BYTES_NEEDED:
         needed = LARGE_BYTES_NEEDED / 2**30

@@ -29,7 +29,7 @@ class Exact(NamedTuple):
 def exact_gradient(
     inputs: Inputs, objective: Objective, rollout: int, *, with_weight: bool = False
 ) -> Exact:
-    """The float64 gradient of the loss's mean over all N tokens, at one rollout's rows.
+    """Returns the float64 gradient of the loss's mean over all N tokens, at one rollout's rows.
 
     Uses the reference implementation, 256 rows at a time: first the selection of the whole
     rollout, then the loss against the interpolated target.
@@ -78,7 +78,7 @@ def exact_gradient(
 def exact_selection(
     student: Tensor, teacher: Tensor, weight: Tensor, objective: Objective, parts: list[slice]
 ) -> Tensor:
-    """(n,) bool: the interpolated positions of one rollout."""
+    """Returns (n,) bool: the interpolated positions of one rollout."""
     if objective.interpolation_weight == 0:
         return torch.zeros(len(student), dtype=torch.bool, device=student.device)
     entropies = [
@@ -130,11 +130,12 @@ class Accuracy:
         return self.known[objective]
 
     def mean_kl(self) -> float:
-        """Mean KL(teacher, student) over the checked rollouts, in nats."""
+        """Returns the mean KL(teacher, student) over the checked rollouts, in nats."""
         return self.exact(FORWARD_KL).token_divergence.mean().item()
 
     def errors(self, variant: Variant, result: Gradients) -> dict[str, float]:
-        """Relative errors of a result for all inputs; also of the head's gradient if it trains."""
+        """Returns the relative errors of a result for all inputs; also of the head's gradient if it
+        trains."""
         exact = self.exact(variant.objective)
         rows = self.rows.to(result[0].device)
         errors = {"gradient_error": relative_error(result[0][rows], exact.grad_hidden)}
@@ -149,7 +150,8 @@ class Accuracy:
         return relative_error(actual, self.exact(variant.objective).grad_hidden)
 
     def head_error(self, variant: Variant) -> float:
-        """Relative error of the head's gradient, from a run on the checked rollouts only.
+        """Returns the relative error of the head's gradient, from a run on the checked rollouts
+        only.
 
         The exact gradient of the head sums over all tokens, which would take too long.
         """
@@ -176,7 +178,8 @@ class Accuracy:
 
 
 def failure(errors: dict[str, float], dtype: torch.dtype) -> str:
-    """The reason why a variant fails; empty if every error is within its limit. NaN never is."""
+    """Returns the reason why a variant fails; empty if every error is within its limit. NaN never
+    is."""
     limits = dict.fromkeys(errors, LIMITS[dtype])
     if "gradient_error_before_rounding" in errors:
         limits["gradient_error_before_rounding"] = LIMIT_BEFORE_ROUNDING

@@ -50,7 +50,7 @@ GROUPS = ("PAINT", "forward KL", "JSD", "log-probabilities")
 
 
 def all_variants(device: torch.device) -> list[Variant]:
-    """Every variant of every group, including those that cannot run here."""
+    """Returns every variant of every group, including those that cannot run here."""
     head_loss = functools.partial(our_loss, objective=PAINT)
     with_head = functools.partial(gradients, head_loss, trains_head=True)
     reverse, jsd = replace(PAINT, divergence="reverse_kl"), replace(PAINT, divergence="jsd")
@@ -160,7 +160,7 @@ def check_all(
     probes: dict[str, tuple[int, str]],
     deadline: float,
 ) -> list[dict[str, Any]]:
-    """One row per variant, in order, without times."""
+    """Returns one row per variant, in order, without times."""
     rows = []
     for variant in variants:
         extra_bytes, failed = probes.get(f"{variant.group}/{variant.name}", (0, ""))
@@ -233,7 +233,7 @@ def add_ratios(rows: list[dict[str, Any]], shape: Shape, num_gemms: int, on_gpu:
 
 
 def fastest_peer(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The fastest peer, and its time relative to our first variant."""
+    """Returns the fastest peer, and its time relative to our first variant."""
     ours = [row for row in rows if row["kind"] == "ours" and "median_ms" in row]
     others = [row for row in rows if row["kind"] == "peer" and "median_ms" in row]
     if not ours or not others:
@@ -303,7 +303,8 @@ def run(
 
 
 def ratios_to_plain(groups: list[dict[str, Any]]) -> dict[str, float]:
-    """Time and extra memory of `paint_loss` relative to plain PyTorch, at the first shape."""
+    """Returns the time and extra memory of `paint_loss` relative to plain PyTorch, at the first
+    shape."""
     first = next((group["rows"] for group in groups if group["group"] == "PAINT"), [])
     rows = {row["variant"]: row for row in first}
     ours, plain = rows.get("paint_loss", {}), rows.get("plain", {})
@@ -315,7 +316,7 @@ def ratios_to_plain(groups: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def make_shape(model: str, num_tokens: int, vocab_size: int) -> Shape:
-    """Eight rollouts for model `cpu`, rollouts of 1024 tokens for the others.
+    """Returns eight rollouts for model `cpu`, rollouts of 1024 tokens for the others.
 
     ValueError if `num_tokens` is not a multiple of the rollout length.
     """
@@ -331,7 +332,7 @@ def make_shape(model: str, num_tokens: int, vocab_size: int) -> Shape:
 
 
 def choose(variants: list[Variant], groups: list[str], names: list[str] | None) -> list[Variant]:
-    """The variants of these groups with these names, or with any name for None.
+    """Returns the variants of these groups with these names, or with any name for None.
 
     ValueError for an unknown name.
     """

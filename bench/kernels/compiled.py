@@ -69,8 +69,8 @@ class Launch(NamedTuple):
     """keyword arguments, and num_warps"""
 
     def source(self) -> ASTSource:
-        """The source with the types of a launch; arguments that 16 divides are specialised as
-        such."""
+        """Returns the source with the types of a launch; arguments that 16 divides are specialised
+        as such."""
         settings = {name: self.settings[name] for name in self.settings if name != "num_warps"}
         names = self.kernel.arg_names
         values = dict(zip(names, self.arguments, strict=False)) | settings
@@ -202,13 +202,14 @@ def widest_on_amd(assembly: str) -> dict[str, int]:
 
 
 def tile_bytes(ttir: str, access: str) -> int:
-    """Bytes per column over all loads, or all stores, of a tile."""
+    """Returns the bytes per column over all loads, or all stores, of a tile."""
     pointers = re.findall(rf"tt\.{access} .*tensor<\d+x!tt\.ptr<[a-z]+(\d+)>>", ttir)
     return sum(int(bits) // 8 for bits in pointers)
 
 
 def row_offsets_are_64bit(ttir: str) -> bool:
-    """Whether row offsets are 64-bit products and no 32-bit offset is added to an argument."""
+    """Returns whether row offsets are 64-bit products and no 32-bit offset is added to an
+    argument."""
     arguments = "|".join(re.findall(r"%(\w+): !tt\.ptr", ttir))
     narrow_product = re.search(r"arith\.muli .*%\w*stride\w*.* : i32", ttir)
     narrow_offset = re.search(rf"tt\.addptr %(?:{arguments}), .* : !tt\.ptr<\w+>, i32", ttir)
@@ -242,7 +243,8 @@ def problems(compiled: Compiled) -> list[str]:
 
 
 def count_traffic() -> list[dict[str, Any]]:
-    """Bytes moved by variant and row, counted by another process with Triton's interpreter."""
+    """Returns the bytes moved by variant and row, counted by another process with Triton's
+    interpreter."""
     done = subprocess.run(
         [sys.executable, "-m", "bench.kernels.traffic"],
         env=os.environ | {"TRITON_INTERPRET": "1"},

@@ -12,7 +12,7 @@ LEGEND = {"floor": "bare GEMMs", "ours": "paint_kernels", "plain": "PyTorch", "p
 
 
 def bar_rows(groups: list[Result]) -> list[tuple[str, Result | None]]:
-    """Rows from top to bottom: each group's heading, then its variants that could run."""
+    """Returns rows from top to bottom: each group's heading, then its variants that could run."""
     rows: list[tuple[str, Result | None]] = []
     for group in groups:
         rows.append((group["group"], None))
@@ -23,7 +23,8 @@ def bar_rows(groups: list[Result]) -> list[tuple[str, Result | None]]:
 def draw_bars(
     axes: Axes, rows: list[tuple[str, Result | None]], key: str, scale: float, digits: int
 ) -> None:
-    """One horizontal bar per variant; the reason in place of a bar that was not measured."""
+    """Draws one horizontal bar per variant, and the reason in place of a bar that was not
+    measured."""
     for position, (_, row) in enumerate(rows):
         if row is None:
             continue
@@ -51,7 +52,7 @@ def label_rows(axes: Axes, rows: list[tuple[str, Result | None]]) -> None:
 
 
 def draw_kernels(results: dict[str, Result]) -> Figure:
-    """One row of panels per result: time as a multiple of the floor, and extra memory."""
+    """Draws one row of panels per result: time as a multiple of the floor, and extra memory."""
     groups = [headline(result) for result in results.values()]
     rows = [bar_rows(one) for one in groups]
     figure = Figure(

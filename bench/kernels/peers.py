@@ -34,7 +34,8 @@ CCE_COMPILE_LACKS = (*LOGPROB_LACKS, "memory below the full logits")
 
 
 def liger_fused_jsd_loss(inputs: Inputs, beta: float) -> Tensor:
-    """Liger's beta selects the divergence: 0 is KL(teacher, student), 0.5 the JSD."""
+    """Computes Liger's loss, whose beta selects the divergence: 0 is KL(teacher, student), 0.5 the
+    JSD."""
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
     loss = LigerFusedLinearJSD(jsd_beta=beta)
@@ -78,7 +79,7 @@ def quack_loss(inputs: Inputs) -> Tensor:
 
 
 def reason_against(package: str, distribution: str, needed: str, device: torch.device) -> str:
-    """Why a peer cannot run here; empty if it can. `needed` is "any", "gpu" or "sm90"."""
+    """Returns why a peer cannot run here; empty if it can. `needed` is "any", "gpu" or "sm90"."""
     if importlib.util.find_spec(package) is None:
         return f"not installed (pip install {distribution})"
     if needed != "any" and device.type != "cuda":

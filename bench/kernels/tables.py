@@ -6,7 +6,8 @@ HEADLINE_TOKENS = 32768
 
 
 def gradient_error(row: Result) -> str:
-    """The largest of a row's gradient errors, preceded by the error before rounding if measured."""
+    """Returns the largest of a row's gradient errors, preceded by the error before rounding if
+    measured."""
     errors = [row[key] for key in ("gradient_error", "head_gradient_error") if key in row]
     if not errors:
         return ""
@@ -57,7 +58,7 @@ def kernel_group_table(group: Result) -> str:
 
 
 def headline(result: Result) -> list[Result]:
-    """The groups of one shape: the largest model, at 32,768 tokens if that was measured."""
+    """Returns the groups of one shape: the largest model, at 32,768 tokens if that was measured."""
     groups = result["groups"]
 
     def rank(group: Result) -> tuple[int, bool, int]:
@@ -70,12 +71,12 @@ def headline(result: Result) -> list[Result]:
 
 
 def kernels_table(result: Result) -> str:
-    """Every group at the headline shape."""
+    """Returns a table of every group at the headline shape."""
     return groups_table(result, headline(result))
 
 
 def kernels_first_table(result: Result) -> str:
-    """The PAINT loss alone, for the README."""
+    """Returns a table of the PAINT loss alone, for the README."""
     return groups_table(result, headline(result)[:1])
 
 
@@ -91,7 +92,7 @@ def groups_table(result: Result, groups: list[Result]) -> str:
 
 
 def kernel_shapes_table(result: Result) -> str:
-    """`paint_loss` and plain PyTorch at every measured shape."""
+    """Returns a table of `paint_loss` and plain PyTorch at every measured shape."""
     header = ["H", "N", "gemms ms", "`paint_loss` ms", "of floor", "extra MB", "gradient error"]
     rows = []
     for group in result["groups"]:

@@ -94,7 +94,7 @@ VARIANTS = (
 
 
 def every_variant() -> list[Variant]:
-    """All combinations of dtypes, settings and alignment that the launcher supports."""
+    """Returns all combinations of dtypes, settings and alignment that the launcher supports."""
     full, half = torch.float32, torch.bfloat16
     pairs = [(full, None), (full, torch.float16), (full, full), (half, None), (half, half)]
     found = [
@@ -209,7 +209,7 @@ def counted_accesses(traffic: Traffic) -> Iterator[None]:
 
 
 def traffic_of(variant: Variant, row: Row) -> Traffic:
-    """Traffic of the variant's kernel for one row."""
+    """Returns the traffic of the variant's kernel for one row."""
     found: dict[str, Traffic] = {}
 
     def counting(kernel: Any) -> dict[Any, Any]:

@@ -46,7 +46,7 @@ class Variant:
 
 
 def our_loss_bounds_on_device(inputs: Inputs, objective: Objective) -> Tensor:
-    """`paint_loss` with `cu_seqlens` on the device.
+    """Computes `paint_loss` with `cu_seqlens` on the device.
 
     The host never reads the bounds, so chunks cut rollouts and selected rows are computed twice.
     """
@@ -55,7 +55,8 @@ def our_loss_bounds_on_device(inputs: Inputs, objective: Objective) -> Tensor:
 
 
 def our_float32_rows(inputs: Inputs, objective: Objective) -> Tensor:
-    """(N, H) float32: the gradient of the mean over tokens that `paint_loss` saves for backward."""
+    """Returns (N, H) float32: the gradient of the mean over tokens that `paint_loss` saves for
+    backward."""
     num_tokens = len(inputs.student)
     settings = LossSettings(
         temperature=objective.temperature,
@@ -84,12 +85,13 @@ def our_float32_rows(inputs: Inputs, objective: Objective) -> Tensor:
 
 
 def upcast_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """As in most code: logits are rounded to half precision before they become float32."""
+    """Computes logits as most code does: they are rounded to half precision before they become
+    float32."""
     return (hidden @ weight.T).float()
 
 
 def chunk_rows(device: torch.device, vocab_size: int) -> int:
-    """Rows per chunk of the bare products, independent of the losses' chunks.
+    """Returns the rows per chunk of the bare products, independent of the losses' chunks.
 
     On a GPU enough for full speed; on a CPU 2^24 logits (64 MiB), which is fastest there.
     """
@@ -98,13 +100,14 @@ def chunk_rows(device: torch.device, vocab_size: int) -> int:
 
 @functools.lru_cache(maxsize=1)
 def gradient_operand(rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device):
-    """Random values of a gradient's size for the last GEMM; zeros draw less power and run
+    """Returns random values of a gradient's size for the last GEMM; zeros draw less power and run
     faster."""
     return torch.randn(rows, vocab_size, dtype=dtype, device=device).mul_(1e-4)
 
 
 def bare_gemms(inputs: Inputs, num_projections: int) -> Gradients:
-    """The floor: the projections to float32 logits, and the product of a gradient with the head."""
+    """Computes the floor: the projections to float32 logits, and the product of a gradient with the
+    head."""
     weight, vocab_size = inputs.weight, inputs.weight.shape[0]
     rows = min(chunk_rows(weight.device, vocab_size), len(inputs.student))
     operand = gradient_operand(rows, vocab_size, weight.dtype, weight.device)
@@ -148,7 +151,8 @@ def compiled_loss(inputs: Inputs, loss: Loss) -> Tensor:
 
 
 def plain_variants(group: str, objective: Objective, device: torch.device) -> list[Variant]:
-    """Plain PyTorch: eager, compiled, and on a GPU with logits rounded to half precision."""
+    """Returns the variants of plain PyTorch: eager, compiled, and on a GPU with logits rounded to
+    half precision."""
     loss: Loss = functools.partial(plain_loss, objective=objective)
     rounded: Loss = functools.partial(plain_loss, objective=objective, project=upcast_logits)
     if objective == LOGPROBS:

@@ -40,7 +40,7 @@ def row_name(table: int, setting: str) -> str:
 
 
 def shown_differences(panel: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Lines from top to bottom: (name, setting, difference).
+    """Returns lines from top to bottom: (name, setting, difference).
 
     The differences to the first reference come first, then PAINT's to a further one.
     """
@@ -61,7 +61,8 @@ def shown_differences(panel: dict[str, Any]) -> list[tuple[str, str, dict[str, A
 
 
 def draw_panel(axes: Axes, result: Result, panel: dict[str, Any]) -> None:
-    """One line per difference: ours with its interval, the paper's as a hollow mark below it."""
+    """Draws one line per difference: ours with its interval, the paper's as a hollow mark below
+    it."""
     table = panel["table"]
     backbone = backbone_index(result, panel["size"]) if table == 1 else 0
     lines = shown_differences(panel)
@@ -83,7 +84,7 @@ def draw_panel(axes: Axes, result: Result, panel: dict[str, Any]) -> None:
 
 
 def draw_tables(result: Result) -> Figure:
-    """Table 1's bases in the first row of panels, the ablations in the second."""
+    """Draws Table 1's bases in the first row of panels, the ablations in the second."""
     numbers = sorted({panel["table"] for panel in result["tables"]})
     first = panels_of(result, 1)
     second = [panel for number in numbers if number > 1 for panel in panels_of(result, number)]

@@ -42,7 +42,8 @@ def difference_cell(difference: dict[str, Any]) -> str:
 
 
 def difference_cells(row: dict[str, Any], reference: str) -> list[str]:
-    """The difference with its interval, the verdict, and the seeds in which the row is above.
+    """Returns the difference with its interval, the verdict, and the seeds in which the row is
+    above.
 
     The cells are empty in the reference's own row.
     """
@@ -72,13 +73,14 @@ def panels_of(result: Result, table: int) -> list[dict[str, Any]]:
 
 
 def backbone_index(result: Result, size: str) -> int:
-    """Index of the paper's backbone that a size is shown with; both are sorted by size."""
+    """Returns the index of the paper's backbone that a size is shown with; both are sorted by
+    size."""
     return list(result["scale"]["sizes"]).index(size)
 
 
 def recipes_table(result: Result) -> str:
-    """Table 1: one panel per size of the base with the paper's macro averages; then PAINT and
-    OPSD."""
+    """Returns Table 1: one panel per size of the base with the paper's macro averages; then PAINT
+    and OPSD."""
     header = ["base", "recipe", "last", "best", "s.d. of seeds", "to no update", "verdict"]
     header += ["seeds above", "learning rate", "paper", "paper's difference"]
     lines = []
@@ -105,7 +107,8 @@ def recipes_table(result: Result) -> str:
 
 
 def short_table(result: Result) -> str:
-    """Table 1 with a line per base: last accuracies, differences to no update, PAINT's to OPSD."""
+    """Returns Table 1 with a line per base: last accuracies, differences to no update, PAINT's to
+    OPSD."""
     panels = panels_of(result, 1)
     settings = [row["setting"] for row in panels[0]["rows"]]
     header = ["base", *(LABELS[setting] for setting in settings), "PAINT to OPSD"]
@@ -121,7 +124,8 @@ def short_table(result: Result) -> str:
 
 
 def against_opsd_table(result: Result) -> str:
-    """What PAINT adds to OPSD at each size of the base; empty if one of the rows is not shown."""
+    """Returns a table of what PAINT adds to OPSD at each size of the base; empty if one of the rows
+    is not shown."""
     header = ["PAINT against OPSD", "OPSD, last", "PAINT, last", "difference", "verdict"]
     header += ["seeds above", "learning rates", "difference of best", "paper's difference"]
     lines = []
@@ -145,7 +149,7 @@ def against_opsd_table(result: Result) -> str:
 
 
 def ablation_table(result: Result, table: int, label: Callable[[str], list[str]]) -> str:
-    """Table 2, 3 or 4: every row compared with the default, and the paper's AIME 2024."""
+    """Returns Table 2, 3 or 4: every row compared with the default, and the paper's AIME 2024."""
     (panel,) = panels_of(result, table)
     reference = reference_of(panel)
     header = [*TABLE_HEADERS[table], "last", "best", "s.d. of seeds"]
@@ -176,7 +180,7 @@ TABLE_HEADERS = {
 
 
 def reference_of(panel: dict[str, Any]) -> str:
-    """The setting that the other rows of a panel are compared with."""
+    """Returns the setting that the other rows of a panel are compared with."""
     return next(d["reference"] for row in panel["rows"] for d in row["differences"])
 
 
@@ -194,7 +198,7 @@ def blend_label(setting: str) -> list[str]:
 
 
 def caption(result: Result, table: int, *, beside_paper: bool = True) -> str:
-    """A table's caption: budget, samples, seeds, the paper's benchmark and the machine."""
+    """Returns a table's caption: budget, samples, seeds, the paper's benchmark and the machine."""
     scale, panels = result["scale"], panels_of(result, table)
     of = "macro Avg@12" if table == 1 else "AIME 2024 Avg@12 of Qwen3-1.7B"
     base = "" if table == 1 else f"{base_names(result)[panels[0]['size']]}; "
@@ -214,13 +218,13 @@ def caption(result: Result, table: int, *, beside_paper: bool = True) -> str:
 
 
 def half_width(panels: list[dict[str, Any]]) -> float:
-    """Half the width of an interval in points: the median over the panels' differences."""
+    """Returns half the width of an interval in points: the median over the panels' differences."""
     found = [d for panel in panels for row in panel["rows"] for d in row["differences"]]
     return 50 * statistics.median(d["high"] - d["low"] for d in found)
 
 
 def made_by(result: Result) -> str:
-    """Device, library versions, commits and command."""
+    """Returns device, library versions, commits and command."""
     versions = ", ".join(
         f"{name} {version}" for name, version in result["versions"].items() if name != "python"
     )
@@ -234,7 +238,8 @@ def made_by(result: Result) -> str:
 
 
 def rates_table(result: Result) -> str:
-    """The sweep: accuracy on validation problems by learning rate, the chosen one in bold."""
+    """Returns the sweep as a table: accuracy on validation problems by learning rate, the chosen
+    one in bold."""
     rates = result["scale"]["rates"]
     header = ["base", "recipe", *(f"{rate:g}" for rate in rates), "at the grid's edge"]
     lines = []
@@ -311,7 +316,7 @@ OF_SMALL = """
 
 
 def limits_text(result: Result) -> str:
-    """What the tables show and do not show, and how long they took."""
+    """Returns a text on what the tables show and do not show, and how long they took."""
     sizes = [f"{base['num_parameters'] / 1e6:.1f}" for base in result["bases"]]
     scale = result["scale"]
     num_seeds = sorted({len(scale[name]) for name in ("ablation_seeds", "main_seeds")})
@@ -326,7 +331,7 @@ def limits_text(result: Result) -> str:
 
 
 def time_text(result: Result) -> str:
-    """The time of all runs, as text."""
+    """Returns the time of all runs, as text."""
     seconds, workers = result["seconds"], result["num_workers"]
     hours = sum(seconds.values()) / 3600
     rates = seconds["learning_rates"] / 3600
@@ -351,7 +356,7 @@ PAPER_TABLES: dict[tuple[str, str], Table] = {
 
 
 def document(result: Result, figure: str) -> str:
-    """All tables as one page, which shows the figure of the given file name."""
+    """Returns all tables as one page, which shows the figure of the given file name."""
     numbers = sorted({panel["table"] for panel in result["tables"]})
     views = [("## How to read them", "reading")]
     views += [(f"## Table {n}: {TITLES[n]}", str(n)) for n in numbers]

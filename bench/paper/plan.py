@@ -84,7 +84,7 @@ SCALES = {scale.name: scale for scale in (LAPTOP, GPU)}
 
 
 def quick(scale: Scale) -> Scale:
-    """A scale to check that everything runs, in ten minutes: one base, two seeds, half the
+    """Returns a scale to check that everything runs, in ten minutes: one base, two seeds, half the
     steps."""
     return replace(
         scale,
@@ -198,7 +198,8 @@ def chosen_tables(numbers: Sequence[int]) -> tuple[Table, ...]:
 
 
 def table_runs(scale: Scale, numbers: Sequence[int]) -> list[PlannedRun]:
-    """The runs of the tables, each once; the largest base first, because its runs take longest."""
+    """Returns the runs of the tables, each once; the largest base first, because its runs take
+    longest."""
     runs = {
         PlannedRun(size, row, seed)
         for table in chosen_tables(numbers)
@@ -216,7 +217,7 @@ def needed_sizes(scale: Scale, numbers: Sequence[int]) -> tuple[str, ...]:
 
 
 def sweep_runs(scale: Scale, numbers: Sequence[int]) -> list[PlannedRun]:
-    """A run at every learning rate of the grid, for each recipe and size in the tables."""
+    """Returns a run at every learning rate of the grid, for each recipe and size in the tables."""
     needed = {(run.size, run.recipe) for run in table_runs(scale, numbers) if run.setting != BASE}
     ordered = sorted(needed, key=lambda pair: (-scale.sizes.index(pair[0]), pair[1]))
     return [
@@ -227,7 +228,8 @@ def sweep_runs(scale: Scale, numbers: Sequence[int]) -> list[PlannedRun]:
 
 
 def overrides(scale: Scale, run: PlannedRun, rate: float | None) -> dict[str, str]:
-    """The run's overrides of its preset, without the paths of the base and the run directory.
+    """Returns the run's overrides of its preset, without the paths of the base and the run
+    directory.
 
     rate: the learning rate; None for the base, which is only evaluated.
     """

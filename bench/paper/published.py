@@ -57,7 +57,8 @@ ABLATIONS: dict[int, dict[str, float]] = {
 
 
 def paper_difference(table: int, panel: int, setting: str, reference: str) -> float | None:
-    """Difference of two rows of the paper in points; None if the paper lacks one of them.
+    """Returns the difference of two rows of the paper in points; None if the paper lacks one of
+    them.
 
     Table 1 compares macro averages, the others AIME 2024.
 

@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
 
 
 def command(scale: Scale, numbers: Sequence[int]) -> str:
-    """The shortest command that makes the same result."""
+    """Returns the shortest command that makes the same result."""
     name, _, is_quick = scale.name.partition("-")
     parts = ["python -m bench.paper_tables"]
     parts += ["--quick"] if is_quick else []
@@ -51,7 +51,8 @@ def build_result(
     swept: Mapping[str, Record],
     num_workers: int,
 ) -> Record:
-    """The result: everything that the documents show, and the runs that it is computed from.
+    """Returns the result: everything that the documents show, and the runs that it is computed
+    from.
 
     `seconds` is the time on a processor core, summed over the runs, without the pretraining of the
     bases.
@@ -86,13 +87,13 @@ def _kept(record: Record) -> Record:
 
 
 def scale_of(result: Record) -> Scale:
-    """The current definition of the scale that the result was made with."""
+    """Returns the current definition of the scale that the result was made with."""
     name, _, is_quick = result["scale"]["name"].partition("-")
     return quick(SCALES[name]) if is_quick else SCALES[name]
 
 
 def find_runs(result: Record, run_id: str) -> list[PlannedRun]:
-    """The run with this id, or all runs of the row with this id.
+    """Returns the run with this id, or all runs of the row with this id.
 
     Raises ValueError if the result has neither.
     """

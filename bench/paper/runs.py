@@ -50,7 +50,8 @@ def perform_job(job: Job) -> Record:
 
 
 def stored(job: Job) -> Record | None:
-    """The stored record of a run, if its settings and base are those of the job; else None."""
+    """Returns the stored record of a run, if its settings and base are those of the job; else
+    None."""
     path = job.directory / RESULT
     if not path.exists():
         return None
@@ -83,7 +84,8 @@ def _end_with_parent() -> None:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that CUDA_VISIBLE_DEVICES may name: all, or those that it already restricts to."""
+    """Returns the GPUs that CUDA_VISIBLE_DEVICES may name: all, or those that it already restricts
+    to."""
     import torch
 
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -93,7 +95,8 @@ def visible_gpus() -> list[str]:
 
 
 def make_pool(num_workers: int, *, on_gpus: bool) -> ProcessPoolExecutor:
-    """A pool of workers with one thread each, and on GPUs with one GPU each if there are enough."""
+    """Returns a pool of workers with one thread each, and on GPUs with one GPU each if there are
+    enough."""
     context = multiprocessing.get_context("spawn")
     devices = None
     if on_gpus:
@@ -154,7 +157,8 @@ def _progress(name: str, future: Future[Record], done: int, total: int, started:
 
 
 def best_rates(scale: Scale, sweep: Sequence[Record]) -> tuple[Rates, list[Record]]:
-    """The learning rate with the highest accuracy by (size, recipe); the lower one of equals.
+    """Returns the learning rate with the highest accuracy by (size, recipe); the lower one of
+    equals.
 
     Also returns all rates that were tried, for the result.
     """
@@ -193,7 +197,7 @@ def make_bases(sizes: Sequence[str], bases: Path, say: Callable[[str], None] = p
 
 
 def describe_bases(sizes: Sequence[str], bases: Path) -> list[Record]:
-    """The size, number of steps and hash of the weights of each base, from its pretraining
+    """Returns the size, number of steps and hash of the weights of each base, from its pretraining
     record."""
     described = []
     for size in sizes:

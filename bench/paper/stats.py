@@ -29,7 +29,7 @@ def encode_counts(correct: np.ndarray) -> str:
 
 
 def decode_counts(text: str) -> np.ndarray:
-    """(P,) int64 counts; the inverse of `encode_counts`."""
+    """Returns (P,) int64 counts; the inverse of `encode_counts`."""
     return np.array([int(digit, 36) for digit in text])
 
 
@@ -58,7 +58,7 @@ class Difference:
 def hierarchical_bootstrap(
     row: np.ndarray, reference: np.ndarray, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Mean of row - reference and its 95% interval, resampling seeds and problems.
+    """Returns the mean of row - reference and its 95% interval, resampling seeds and problems.
 
     row, reference: (S, P) shares of correct answers, with seeds and problems in the same order.
 
@@ -86,7 +86,7 @@ def hierarchical_bootstrap(
 def _draws(
     num_seeds: int, num_problems: int, num_resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(R, S) and (R, P) counts of each seed and each problem in each resample.
+    """Returns (R, S) and (R, P) counts of each seed and each problem in each resample.
 
     All rows of a table share them.
     """
@@ -97,7 +97,7 @@ def _draws(
 
 
 def last_shares(records: Sequence[Record]) -> np.ndarray:
-    """(S, P) shares of correct answers after the last step, one row per seed."""
+    """Returns (S, P) shares of correct answers after the last step, one row per seed."""
     return np.array(
         [decode_counts(r["evaluations"][-1]["correct"]) / r["num_samples"] for r in records]
     )
@@ -106,7 +106,7 @@ def last_shares(records: Sequence[Record]) -> np.ndarray:
 def row_numbers(
     setting: str, records: Sequence[Record], references: Mapping[str, Sequence[Record]]
 ) -> dict[str, Any]:
-    """One row of a table: last and best accuracy, the seeds' spread and the differences.
+    """Returns one row of a table: last and best accuracy, the seeds' spread and the differences.
 
     `best` is the best of each seed's evaluations, chosen on the test problems themselves.
     """
@@ -135,7 +135,7 @@ def row_numbers(
 
 
 def compared_with(table: Table, setting: str, shown: Container[str]) -> tuple[str, ...]:
-    """The shown references that a row is compared with."""
+    """Returns the shown references that a row is compared with."""
     references = table.references if setting == "paint" else table.references[:1]
     return tuple(name for name in references if name in shown)
 
@@ -143,7 +143,7 @@ def compared_with(table: Table, setting: str, shown: Container[str]) -> tuple[st
 def table_numbers(
     scale: Scale, numbers: Sequence[int], records: Mapping[str, Record]
 ) -> list[dict[str, Any]]:
-    """Every panel of the given tables; Table 1 has one per size of the base."""
+    """Returns every panel of the given tables; Table 1 has one per size of the base."""
     panels = []
     for table in chosen_tables(numbers):
         for size in table_sizes(scale, table):

@@ -92,12 +92,12 @@ def _evaluations(run_dir: Path) -> list[dict[str, Any]]:
 
 @cache
 def code_version() -> str:
-    """The commit when this process started, even if the checkout has changed since."""
+    """Returns the commit when this process started, even if the checkout has changed since."""
     return commit()
 
 
 def device_name() -> str:
-    """The GPU's name, or the processor's."""
+    """Returns the GPU's name, or the processor's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

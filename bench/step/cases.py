@@ -74,12 +74,12 @@ class Case:
 
 
 def preset_case(preset: str, *changes: str) -> Case:
-    """A case with the weights and sampled rollouts of a preset."""
+    """Returns a case with the weights and sampled rollouts of a preset."""
     return Case(preset, ("--preset", preset, "--eval.enabled", "false", *changes))
 
 
 def random_case(model: str, lengths: Lengths, num_rollouts: int) -> Case:
-    """A case with the paper's settings and random weights of a shape of RANDOM_MODELS."""
+    """Returns a case with the paper's settings and random weights of a shape of RANDOM_MODELS."""
     preset = f"paint-qwen3-{model if model != 'small' else '1.7b'}"
     changes = ("--data.path", "tiny", "--rollout.engine", "builtin", "--train.batch_size")
     case = preset_case(preset, *changes, str(num_rollouts))
@@ -103,7 +103,7 @@ def random_config(model: str) -> Qwen3Config:
 
 
 def numbered_tokenizer(num_tokens: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of `num_tokens` made-up words; a random model's text is never read."""
+    """Returns a tokenizer of `num_tokens` made-up words; a random model's text is never read."""
     words = {f"w{number}": number for number in range(num_tokens)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w2")),
@@ -116,14 +116,14 @@ def numbered_tokenizer(num_tokens: int) -> PreTrainedTokenizerFast:
 
 
 def num_tokens_of(case: Case) -> int:
-    """Number of tokens of a random model's tokenizer."""
+    """Returns the number of tokens of a random model's tokenizer."""
     return 512 if case.name == "small" else QWEN3_NUM_TOKENS
 
 
 def load_case(
     case: Case, device: torch.device
 ) -> tuple[CommandLine, PreTrainedModel, PreTrainedTokenizerBase]:
-    """The case's settings, its base model on the device and its tokenizer."""
+    """Loads the case's settings, its base model on the device and its tokenizer."""
     command = load_config(case.arguments)
     if case.lengths is None:
         section = command.config.model
@@ -137,7 +137,7 @@ def load_case(
 
 
 def open_run(case: Case, device: torch.device, directory: Path) -> Run:
-    """A run as the engine builds it before the first step, in the given run directory."""
+    """Opens a run as the engine builds it before the first step, in the given run directory."""
     command, base, tokenizer = load_case(case, device)
     config = command.config
     section = config.run.model_copy(update={"dir": str(directory)})
@@ -150,7 +150,7 @@ def open_run(case: Case, device: torch.device, directory: Path) -> Run:
 def fixed_rollout(
     prompt_ids: Sequence[int], teacher_ids: Sequence[int], completion_ids: Sequence[int]
 ) -> TrainExample:
-    """A rollout with these token ids; what the loss does not use is empty."""
+    """Returns a rollout with these token ids; what the loss does not use is empty."""
     problem = Problem("bench:0", "", "", "0")
     ids = tuple(completion_ids)
     rollout = Rollout(problem, tuple(prompt_ids), ids, (-1.0,) * len(ids), True, "")
@@ -158,13 +158,13 @@ def fixed_rollout(
 
 
 def teacher_prompt_ids(example: TrainExample) -> tuple[int, ...]:
-    """The teacher's prompt of a rollout that has one."""
+    """Returns the teacher's prompt of a rollout that has one."""
     assert example.teacher_view is not None
     return example.teacher_view.prompt_ids
 
 
 def random_rollouts(lengths: Lengths, number: int, num_tokens: int) -> list[TrainExample]:
-    """`number` rollouts of the given lengths, with random token ids below `num_tokens`."""
+    """Returns `number` rollouts of the given lengths, with random token ids below `num_tokens`."""
     rng = random.Random(0)
     sizes = (lengths.student_prompt, lengths.teacher_prompt, lengths.completion)
     return [
@@ -187,7 +187,8 @@ def read_rollouts(path: Path) -> list[TrainExample]:
 
 
 def operations(run: Run, rollouts: Sequence[TrainExample]) -> dict[str, float]:
-    """Floating-point operations of a step by part, without padding and recomputation."""
+    """Returns the floating-point operations of a step by part, without padding and
+    recomputation."""
     shape, counted = shape_of(run.model), Counter[str]()
     for item in rollouts:
         counted.update(
@@ -203,7 +204,8 @@ def operations(run: Run, rollouts: Sequence[TrainExample]) -> dict[str, float]:
 
 
 def token_counts(rollouts: Sequence[TrainExample]) -> dict[str, int]:
-    """Tokens of a step: the student's and the teacher's sequences, and their completions."""
+    """Returns the tokens of a step: the student's and the teacher's sequences, and their
+    completions."""
     completion = sum(len(p.rollout.completion_ids) for p in rollouts)
     return {
         "student": sum(len(p.rollout.prompt_ids) for p in rollouts) + completion,

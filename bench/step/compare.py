@@ -30,7 +30,7 @@ RATIOS = {"time": "median_ms", "memory": "peak_bytes", "extra memory": "extra_by
 
 
 def describe(loop: OwnLoop, bench: Bench) -> dict[str, Any]:
-    """The work in one step of the training part: tokens and floating-point operations."""
+    """Returns the work in one step of the training part: tokens and floating-point operations."""
     counted = operations(loop.run, bench.rollouts)
     return {
         "num_rollouts": len(bench.rollouts),
@@ -57,7 +57,7 @@ def check_losses(rows: Mapping[str, Row], forward_kl: float, limit: float) -> No
 
 
 def result_rows(rows: Mapping[str, Row], case: Mapping[str, Any]) -> list[Row]:
-    """One row per loop in the order of LOOPS, with its status, rate and utilisation."""
+    """Returns one row per loop in the order of LOOPS, with its status, rate and utilisation."""
     finished = []
     for name, kind in LOOPS.items():
         if name not in rows:
@@ -75,7 +75,7 @@ def result_rows(rows: Mapping[str, Row], case: Mapping[str, Any]) -> list[Row]:
 
 
 def ratios(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Time and memory, relative to ours, of the other loops that did equal work."""
+    """Returns the time and memory, relative to ours, of the other loops that did equal work."""
     by_name = {row["loop"]: row for row in rows if row["status"] == "measured"}
     ours, found = by_name.pop(OURS, {}), {}
     for name, row in by_name.items():

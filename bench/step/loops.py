@@ -82,7 +82,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def wall_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Wall-clock seconds of a call, including its work on the device."""
+    """Returns the wall-clock seconds of a call, including its work on the device."""
     synchronize(device)
     begin = time.perf_counter()
     call()
@@ -114,7 +114,7 @@ class Loop(Protocol):
 
 
 def no_op() -> None:
-    """For `between` when nothing runs between the steps."""
+    """Does nothing: for `between` when nothing runs between the steps."""
 
 
 class GemmLoop:
@@ -159,15 +159,16 @@ class OwnLoop:
         return timed_steps(self.step, self.run.world.device, number, between)
 
     def part_seconds(self, number: int) -> dict[str, float]:
-        """Mean seconds of each part over `number` further steps; "other" is the rest of a step.
+        """Returns the mean seconds of each part over `number` further steps; "other" is the rest of
+        a step.
 
         These steps synchronize with the device after each part.
         """
         return part_seconds(self.run, self.step, number)
 
     def forward_kl(self) -> float:
-        """TRL's loss at the same weights and rollouts: KL(teacher, student), unclipped and not
-        interpolated, over all rows of the head; mean over rollouts of token means."""
+        """Computes TRL's loss at the same weights and rollouts: KL(teacher, student), unclipped and
+        not interpolated, over all rows of the head; mean over rollouts of token means."""
         run, total = self.run, 0.0
         head = lm_head_weight(run.model)
         plain = {"pointwise_clip": None, "interpolation_weight": 0.0, "reduction": "sequence_mean"}

@@ -6,7 +6,7 @@ PART_ORDER = ("rollout", "sync", "student", "teacher", "loss", "backward", "opti
 
 
 def engine_step_table(case: Result) -> str:
-    """A whole step by part, including the rollouts."""
+    """Returns a table of a whole step by part, including the rollouts."""
     step = case["step"]
     rows = [
         [name, milliseconds(1e3 * seconds), f"{seconds / step['seconds']:.1%}"]

@@ -83,7 +83,7 @@ def whole_steps(bench: Bench, number: int) -> dict[str, Any]:
 
 
 def make_loop(name: str, bench: Bench) -> Loop:
-    """A loop with the case's initial weights and the rollouts of `bench`."""
+    """Returns a loop with the case's initial weights and the rollouts of `bench`."""
     directory = Path(tempfile.mkdtemp(dir=bench.folder)) / "run"
     if name == TRL:
         command, base, tokenizer = load_case(bench.case, bench.device)
@@ -110,12 +110,12 @@ def in_turn(loops: Mapping[str, Loop], rounds: int) -> dict[str, list[float]]:
 
 
 def row_of(loop: Loop, seconds: Sequence[float]) -> Row:
-    """A loop's times and first loss."""
+    """Returns a loop's times and first loss."""
     return {**measure.summary_of_times(list(seconds)), "first_loss": loop.losses[0]}
 
 
 def part_ms(loop: Loop) -> Row:
-    """The times of the parts in milliseconds; only our own loops have parts."""
+    """Returns the times of the parts in milliseconds; only our own loops have parts."""
     if not isinstance(loop, OwnLoop):
         return {}
     parts = loop.part_seconds(PART_STEPS)
@@ -123,7 +123,7 @@ def part_ms(loop: Loop) -> Row:
 
 
 def rate(gemms: GemmLoop, seconds: Sequence[float]) -> float:
-    """FLOP/s of the bare products."""
+    """Returns the FLOP/s of the bare products."""
     return gemms.operations / statistics.median(seconds)
 
 
@@ -180,7 +180,7 @@ def time_each_on_gpu(
 
 
 def extra_bytes(bench: Bench, name: str, arguments: Sequence[str]) -> int:
-    """Growth of the peak memory in a loop's first step, measured in another process.
+    """Returns the growth of the peak memory in a loop's first step, measured in another process.
 
     arguments: of `python -m bench.engine`; they select the case.
     """

@@ -30,7 +30,7 @@ TEACHER_MARK = "\n\n"
 
 
 def reason_against() -> str:
-    """Why TRL cannot run here; empty if it can."""
+    """Returns why TRL cannot run here; empty if it can."""
     missing = [name for name in ("trl", "datasets") if importlib.util.find_spec(name) is None]
     return f"not installed (pip install {' '.join(missing)})" if missing else ""
 
@@ -53,7 +53,7 @@ class Clock(TrainerCallback):
 
 
 def trainer_class(rollouts: Sequence[TrainExample]) -> Any:
-    """An SDFTTrainer that takes prompts and completions from the rollouts' token ids.
+    """Returns an SDFTTrainer that takes prompts and completions from the rollouts' token ids.
 
     It keeps the losses and sends no telemetry.
     """
@@ -89,7 +89,7 @@ def trainer_class(rollouts: Sequence[TrainExample]) -> Any:
 
 
 def rows_a_batch(num_rollouts: int, most: int) -> int:
-    """The largest number of rows up to `most` that divides `num_rollouts`.
+    """Returns the largest number of rows up to `most` that divides `num_rollouts`.
 
     TRL's batches all have one size.
     """
