@@ -1,6 +1,6 @@
 """Results as Markdown: pure functions of the JSON that the benchmarks print.
 
-Tables of one room are in its own `tables.py`; `bench.plots` lists all tables.
+A folder's own tables are in its `tables.py`; `bench.plots` lists all tables.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Commands import rooms, rooms import what they share, and no two rooms import each other."""
+"""Commands import folders, folders import what they share, and no two folders import each other."""
 
 import ast
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 from bench.measure import ROOT
 
 BENCH = ROOT / "bench"
-ROOMS = {path.parent.name for path in BENCH.glob("*/__init__.py")}
+FOLDERS = {path.parent.name for path in BENCH.glob("*/__init__.py")}
 SHARED = {"figures", "losses", "measure", "tables"}
 # The GPU check repeats a part of the comparison and of the step.
 MAY_IMPORT = {"gpu": {"kernels", "step"}, "kernels": set(), "paper": set(), "step": set()}
 
 
 def imported(path: Path) -> set[str]:
-    """The rooms and top-level modules of bench that a file imports."""
+    """The folders and top-level modules of bench that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
@@ -26,19 +26,19 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-def test_every_room_says_in_two_lines_what_lives_there() -> None:
-    assert set(MAY_IMPORT) == ROOMS
-    for room in ROOMS:
-        text = ast.get_docstring(ast.parse((BENCH / room / "__init__.py").read_text()))
+def test_every_folder_describes_itself_in_two_lines() -> None:
+    assert set(MAY_IMPORT) == FOLDERS
+    for folder in FOLDERS:
+        text = ast.get_docstring(ast.parse((BENCH / folder / "__init__.py").read_text()))
         assert text is not None and len([line for line in text.splitlines() if line]) == 2
 
 
-def test_rooms_import_what_is_shared_and_no_room_that_imports_them() -> None:
-    for room, others in MAY_IMPORT.items():
-        for path in (BENCH / room).glob("*.py"):
-            assert imported(path) <= SHARED | others | {room}, path
+def test_folders_import_what_is_shared_and_no_folder_that_imports_them() -> None:
+    for folder, others in MAY_IMPORT.items():
+        for path in (BENCH / folder).glob("*.py"):
+            assert imported(path) <= SHARED | others | {folder}, path
 
 
-def test_what_is_shared_imports_neither_rooms_nor_commands() -> None:
+def test_what_is_shared_imports_neither_folders_nor_commands() -> None:
     for name in SHARED:
         assert imported(BENCH / f"{name}.py") <= SHARED, name

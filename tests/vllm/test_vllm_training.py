@@ -147,7 +147,7 @@ def test_two_ranks(start: Start, tmp_path: Path, extra: tuple[str, ...]) -> None
 
 
 def test_an_engine_of_one_of_two_ranks_is_killed(start: Start, tmp_path: Path) -> None:
-    """Not sampled ahead, with sharded weights: the other rank waits, and the run goes on."""
+    """Not sampled ahead, with sharded weights: the other rank waits, and the run continues."""
     run, files = tmp_path / "run", tmp_path / "files"
     files.mkdir()
     options = ("--run.dir", str(run), "--rollout.adapter_dir", str(files), "--eval.enabled=false")

@@ -37,7 +37,7 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def test_a_running_mean_goes_on_bit_for_bit_from_a_checkpoint(
+def test_a_running_mean_resumes_bit_for_bit_from_a_checkpoint(
     model_dir: Path, tmp_path: Path
 ) -> None:
     def train(trained: Trained, mean: EmaTeacher, seeds: tuple[int, ...]) -> None:

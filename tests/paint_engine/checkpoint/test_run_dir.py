@@ -46,7 +46,7 @@ def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("under_torchrun")
 @pytest.mark.parametrize("named", [True, False], ids=["run.dir", "made up"])
-def test_a_restart_goes_on_in_the_directory_of_its_own_launch(
+def test_a_restart_resumes_in_the_directory_of_its_own_launch(
     named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -89,7 +89,7 @@ def test_a_restart_leaves_the_run_of_another_launch_alone(saved: bool, tmp_path:
     assert (other / "metrics.jsonl").read_text() == "kept"
 
 
-def test_auto_resume_starts_goes_on_and_refuses_other_settings(tmp_path: Path) -> None:
+def test_auto_resume_starts_resumes_and_refuses_other_settings(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", "--run.auto_resume", "true")
     assert start(config) == (tmp_path / "run", False)
     assert start(config) == (tmp_path / "run", False)

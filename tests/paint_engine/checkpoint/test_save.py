@@ -85,7 +85,7 @@ def trained(model_dir: Path, tmp_path: Path) -> Trained:
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_training_goes_on_bit_for_bit_from_a_checkpoint(
+def test_training_resumes_bit_for_bit_from_a_checkpoint(
     tied: bool, lora: bool, model_dir: Path, untied_model_dir: Path, tmp_path: Path
 ) -> None:
     directory = model_dir if tied else untied_model_dir
@@ -127,7 +127,7 @@ def test_a_checkpoint_before_the_first_step_has_no_moments(model_dir: Path, tmp_
         assert torch.equal(tensor, trainable(model)[name]), name
 
 
-def test_random_generators_go_on_where_they_were(model_dir: Path, tmp_path: Path) -> None:
+def test_random_generators_continue_where_they_were(model_dir: Path, tmp_path: Path) -> None:
     def draw() -> list[float]:
         # gauss() and normal() keep the second number of a pair for the next call.
         return [torch.rand(()).item(), random.random(), random.gauss(), np.random.normal()]
@@ -327,7 +327,7 @@ def test_no_single_bit_of_the_manifest_can_change_unseen(tmp_path: Path, trained
         assert find_damage(newest) is not None, bytes(changed)
 
 
-def test_where_all_are_damaged_there_is_nothing_to_go_on_from(
+def test_without_an_intact_checkpoint_nothing_can_be_resumed(
     tmp_path: Path, trained: Trained
 ) -> None:
     for path in list_checkpoints(tmp_path):

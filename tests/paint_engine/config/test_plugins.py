@@ -11,15 +11,15 @@ from paint_engine.config.plugins import load_plugin, plugin_names
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A package of two plugins, and of a module that is none and that notes its import."""
-    room = tmp_path / "plugin_room"
-    room.mkdir()
-    (room / "__init__.py").write_text("")
-    (room / "first.py").write_text("PLUGIN = 'the first'\n")
-    (room / "second.py").write_text("PLUGIN = 'the second'\n")
-    (room / "helper.py").write_text("VALUE = 1\n")
+    folder = tmp_path / "plugin_package"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "first.py").write_text("PLUGIN = 'the first'\n")
+    (folder / "second.py").write_text("PLUGIN = 'the second'\n")
+    (folder / "helper.py").write_text("VALUE = 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    yield "plugin_room"
-    for name in [name for name in sys.modules if name.split(".")[0] == "plugin_room"]:
+    yield "plugin_package"
+    for name in [name for name in sys.modules if name.split(".")[0] == "plugin_package"]:
         del sys.modules[name]
 
 
@@ -35,11 +35,11 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sys.modules.pop("own_plugins", None)
 
 
-def load(name: str, package: str = "plugin_room"):
-    return load_plugin(name, package, "PLUGIN", "room.name")
+def load(name: str, package: str = "plugin_package"):
+    return load_plugin(name, package, "PLUGIN", "section.name")
 
 
-def refusal(name: str, package: str = "plugin_room") -> str:
+def refusal(name: str, package: str = "plugin_package") -> str:
     with pytest.raises(ValueError) as refused:
         load(name, package)
     return str(refused.value)
@@ -47,7 +47,7 @@ def refusal(name: str, package: str = "plugin_room") -> str:
 
 def test_a_built_in_plugin_is_found_without_importing_the_others(package: str) -> None:
     assert load("second") == "the second"
-    assert {"plugin_room.first", "plugin_room.helper"}.isdisjoint(sys.modules)
+    assert {"plugin_package.first", "plugin_package.helper"}.isdisjoint(sys.modules)
 
 
 def test_the_built_in_names_are_the_modules_that_have_the_attribute(package: str) -> None:
@@ -57,7 +57,7 @@ def test_the_built_in_names_are_the_modules_that_have_the_attribute(package: str
 @pytest.mark.parametrize("name", ["helper", "thrid", ""])
 def test_an_unknown_name_is_answered_with_the_known_ones(package: str, name: str) -> None:
     message = refusal(name)
-    assert message.startswith(f"room.name: got {name!r}; needs one of first, second, or module:")
+    assert message.startswith(f"section.name: got {name!r}; needs one of first, second, or module:")
 
 
 def test_a_misspelt_built_in_name_is_guessed(package: str) -> None:

@@ -206,7 +206,7 @@ def test_the_record_of_a_run_holds_the_templates_and_a_resumed_run_keeps_them(
         load_config(["--resume", str(tmp_path), "--prompts.student_template", "{problem}"])
 
 
-def test_a_run_from_before_there_were_templates_goes_on(tmp_path: Path) -> None:
+def test_a_run_from_before_there_were_templates_resumes(tmp_path: Path) -> None:
     lines = to_toml(Config()).splitlines()
     old = [line for line in lines if not line.split(" = ")[0].endswith("_template")]
     assert len(lines) - len(old) == len(KEYS)

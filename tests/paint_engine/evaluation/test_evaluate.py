@@ -283,7 +283,7 @@ def test_other_weights_in_the_same_place_are_another_model(
     assert re.search(message, capsys.readouterr().out)
 
 
-def test_what_cannot_go_on_is_refused_before_the_weights_are_loaded(
+def test_what_cannot_resume_is_refused_before_the_weights_are_loaded(
     arguments: tuple,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -164,7 +164,7 @@ def _whole(directory: Path) -> bytes:
     return (directory / "bench.jsonl").read_bytes()
 
 
-def test_each_group_is_on_the_disk_at_once_and_a_cut_evaluation_goes_on(tmp_path: Path) -> None:
+def test_each_group_is_written_at_once_and_a_stopped_evaluation_resumes(tmp_path: Path) -> None:
     expected = _whole(tmp_path / "whole")
     directory, partial = tmp_path / "cut", tmp_path / "cut" / "bench.rank-0.jsonl"
     for size in (4, 3):
@@ -193,7 +193,7 @@ def test_each_group_is_on_the_disk_at_once_and_a_cut_evaluation_goes_on(tmp_path
     assert not list(directory.glob("*.rank-*"))
 
 
-def test_another_number_of_ranks_goes_on(tmp_path: Path) -> None:
+def test_another_number_of_ranks_resumes(tmp_path: Path) -> None:
     """What three ranks left, in a file each, is not done again by one."""
     expected = _whole(tmp_path / "whole")
     directory, shares = tmp_path / "cut", []
@@ -257,7 +257,7 @@ def test_a_file_whose_first_line_was_cut_counts_for_nothing(tmp_path: Path) -> N
     assert second["problem_id"] == "p:0"
 
 
-def test_a_name_with_the_characters_of_a_pattern_goes_on_too(tmp_path: Path) -> None:
+def test_a_name_with_the_characters_of_a_pattern_resumes_too(tmp_path: Path) -> None:
     for left in (12, 7):
         files = SampleFiles(tmp_path, "aime[24]", HEADER, WORLD, replace=False)
         requests = files.share(REQUESTS)

@@ -338,7 +338,7 @@ def test_a_run_that_was_trained_on_another_message_gets_a_note(
     assert notes({"student_template": "Q {problem}"}) == []
 
 
-def test_an_adapter_on_anmismatched_base_gets_a_note_and_no_warning_of_peft(
+def test_an_adapter_on_a_mismatched_base_gets_a_note_and_no_warning_of_peft(
     adapter: Path,
     model_dir: Path,
     tmp_path: Path,

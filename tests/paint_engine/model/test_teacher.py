@@ -88,7 +88,7 @@ def test_an_error_inside_restores_the_adapters(lora_model: PeftModel) -> None:
         assert _adapters_off(lora_model) == {True}
 
 
-def test_a_context_inside_another_is_refused_and_the_outer_one_goes_on(
+def test_a_context_inside_another_is_refused_and_the_outer_one_continues(
     lora_model: PeftModel,
 ) -> None:
     teacher = FixedTeacher(lora_model)

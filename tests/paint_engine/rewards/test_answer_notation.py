@@ -81,10 +81,10 @@ def test_a_change_to_the_anchors_rules_changes_no_verdict(monkeypatch: pytest.Mo
 
 
 def test_the_rewards_import_nothing_of_the_prompts() -> None:
-    (room,) = rewards.__path__
+    (folder,) = rewards.__path__
     imported = {
         name
-        for file in Path(room).glob("*.py")
+        for file in Path(folder).glob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         for name in (
             [node.module]
@@ -94,5 +94,5 @@ def test_the_rewards_import_nothing_of_the_prompts() -> None:
             else []
         )
     }
-    rooms = {str(name).split(".")[1] for name in imported if str(name).startswith("paint_engine.")}
-    assert "rewards" in rooms and "prompts" not in rooms
+    parts = {str(name).split(".")[1] for name in imported if str(name).startswith("paint_engine.")}
+    assert "rewards" in parts and "prompts" not in parts

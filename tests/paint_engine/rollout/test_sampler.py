@@ -114,7 +114,7 @@ def test_ahead_samples_one_step_from_weights_one_step_old() -> None:
     sampler.close()
 
 
-def test_what_was_sampled_ahead_is_gone_on_with_after_a_resume() -> None:
+def test_what_was_sampled_ahead_is_used_after_a_resume() -> None:
     sampler, _ = make(FakeEngine(), ahead=True)
     for step in range(2):
         sampler.take(step, 4)

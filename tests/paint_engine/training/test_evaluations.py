@@ -63,7 +63,7 @@ def evaluations(run_dir: Path) -> dict[int, list[EvalSample]]:
 
 
 @pytest.mark.parametrize("after", [2, 10, 14])
-def test_a_killed_evaluation_goes_on_where_it_was(
+def test_a_killed_evaluation_resumes_where_it_was(
     after: int, arguments: list[str], run_main: Main, tmp_path: Path
 ) -> None:
     """In that of the base, of step 2 or of step 4."""

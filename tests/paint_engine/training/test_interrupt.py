@@ -1,4 +1,4 @@
-"""Ctrl-C: the step is finished, the run is saved, and going on gives what no stop would have."""
+"""Ctrl-C: the step is finished, the run is saved, and resuming gives what no stop would have."""
 
 import json
 import os
@@ -170,7 +170,7 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_one_bit_for_bit(
     assert len({m["loss"] for m in expected["metrics"]}) == 4
 
 
-def test_a_stop_by_two_signals_goes_on_from_the_newest_checkpoint(
+def test_a_run_stopped_by_two_signals_resumes_from_the_newest_checkpoint(
     variants: Callable[..., list[str]],
     run_main: Main,
     tmp_path: Path,

@@ -116,7 +116,7 @@ def test_every_rank_is_heard_and_one_writes(num_ranks: int, runs: Path) -> None:
     assert [path.name for path in list_checkpoints(run)] == [f"step-{NUM_STEPS}"]
 
 
-def test_a_run_goes_on_at_another_number_of_ranks_in_the_same_order(
+def test_a_run_resumes_at_another_number_of_ranks_in_the_same_order(
     settings: list[str], runs: Path, tmp_path: Path, run_ranks: RunRanks
 ) -> None:
     run = tmp_path / "run"
@@ -176,7 +176,7 @@ def worker_pids(launcher: subprocess.Popen) -> list[int]:
 
 
 @pytest.mark.parametrize("names_a_directory", [True, False], ids=["run.dir", "made up"])
-def test_a_killed_rank_under_torchrun_goes_on_from_the_last_checkpoint(
+def test_a_killed_rank_under_torchrun_resumes_from_the_last_checkpoint(
     names_a_directory: bool, started: Callable[..., subprocess.Popen], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
