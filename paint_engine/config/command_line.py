@@ -27,7 +27,7 @@ DEFAULT_PRESET = "tiny"
 _PRESETS = Path(__file__).with_name("presets")
 _EXTENDS = "extends"
 _LEAST_LIKENESS = 0.7
-"""similarity from which on a name is suggested, from 0 to 1: below it shared letters are chance"""
+"""lowest similarity (0 to 1) at which a name is suggested; below it, likeness is coincidence"""
 _OPTIONS = ("preset", "config", "resume", "dry-run", "print-config", "help")
 _SECTIONS = tuple(dict.fromkeys(key.rsplit(".", 1)[0] for key in LEAVES))
 # Keys that change how a step is computed but not what it computes.
@@ -56,7 +56,7 @@ class CommandLine:
 
     CommandLine(config, preset="tiny", dry_run=False, print_config=False, resume=None)
 
-    preset: None where `--config` or `--resume` was given.
+    preset: None if `--config` or `--resume` was given.
     resume: the run directory to resume; `config.run.dir` is then that directory.
     """
 
@@ -296,7 +296,7 @@ def _check_resumed(run_dir: Path, config: Config, recorded: Config, keys: Iterab
 
 
 def check_same_run(run_dir: Path, config: Config) -> None:
-    """Raises ValueError where the run in the directory was started with another value of a setting
+    """Raises ValueError if the run in the directory was started with another value of a setting
     that changes what it computes."""
     recorded = build_config([(str(run_dir), read_toml(run_dir / CONFIG_FILE))])
     keys = (key for key in LEAVES if key not in ("run.dir", "run.overwrite"))
@@ -333,7 +333,7 @@ def load_config(argv: Sequence[str], *, prog: str = "python -m paint_engine.trai
     argv: without the program's name, such as ["--preset", "tiny", "--train.num_steps", "10"].
     prog: the command's name in `--help`.
 
-    Raises ValueError: what came, what is needed, what to do; one line for each refused value.
+    Raises ValueError with a line for each refused value: what it is, what is needed, what to do.
     """
     parser = _parser(prog)
     flags, unknown = parser.parse_known_args(argv)

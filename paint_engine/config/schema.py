@@ -67,10 +67,10 @@ class Config(Section):
         if self.run.auto_resume and (self.run.dir is None or self.run.overwrite):
             raise ValueError(
                 f"run.auto_resume: got true with run.dir {self.run.dir} and run.overwrite "
-                f"{str(self.run.overwrite).lower()}; needs a directory to go on in, which is not "
-                "overwritten; give --run.dir, and leave out --run.overwrite"
+                f"{str(self.run.overwrite).lower()}; needs a directory that can be resumed, "
+                "not overwritten; give --run.dir, and leave out --run.overwrite"
             )
-        # By name, for recipes stand above the configuration: each checks what it reads.
+        # Imported by name, because recipes are a layer above the configuration.
         import_module("paint_engine.recipes").recipe_of(self).check()
         return self
 

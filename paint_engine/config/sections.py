@@ -48,7 +48,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 class Section(BaseModel):
-    """Strict: 40.5, `true` and "40" are refused as a number of steps, not converted."""
+    """Base class of the sections. Values are not converted: "40" is not a number of steps."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -191,8 +191,8 @@ class RolloutSection(Section):
     )
     adapter_dir: OrNone[Text] = Field(
         default=None,
-        description="directory in which vLLM gets the adapters; none = shared memory; a server on "
-        "another node must see it too",
+        description="directory through which vLLM receives the adapters; none = shared memory; a "
+        "server on another node must see it too",
     )
 
 
@@ -242,14 +242,15 @@ class ObjectiveSection(Section):
     )
     temperature: PositiveFloat = Field(
         default=1.1,
-        description="divides both roles' logits in the loss; OPSD's code takes the sampling "
-        "temperature, here it is set on its own and does not follow rollout.temperature",
+        description="divides both roles' logits in the loss; does not follow rollout.temperature, "
+        "unlike in OPSD's code",
     )
     reduction: Literal["sequence_mean", "token_mean"] = Field(
         default="sequence_mean", description="mean over rollouts of token means, or over all tokens"
     )
     entropy_floor: PositiveFloat = Field(
-        default=1e-6, description="least student entropy in the ratio, in nats (Eq. 9)"
+        default=1e-6,
+        description="lower bound of the student's entropy in the ratio, in nats (Eq. 9)",
     )
     teacher_top_k: OrNone[PositiveInt] = Field(
         default=None,
@@ -257,7 +258,7 @@ class ObjectiveSection(Section):
     )
     importance_cap: OrNone[PositiveFloat] = Field(
         default=None,
-        description="weigh tokens by min(p_trainer / p_sampler, this) in sampled_token and grpo; "
+        description="in sampled_token and grpo, weight tokens by min(p_trainer / p_sampler, this); "
         "none = no correction of the sampler's mismatch",
     )
 
@@ -267,10 +268,10 @@ class GrpoSection(Section):
         default=8, description="rollouts of one problem; train.batch_size counts rollouts"
     )
     ratio_clip_low: Fraction = Field(
-        default=0.2, description="the probability ratio is kept above 1 - this"
+        default=0.2, description="the probability ratio is clipped below 1 - this"
     )
     ratio_clip_high: PositiveFloat = Field(
-        default=0.28, description="the probability ratio is kept below 1 + this"
+        default=0.28, description="the probability ratio is clipped above 1 + this"
     )
     kl_weight: NonNegativeFloat = Field(
         default=0.0, description="weight of the KL to the base, by the k3 estimate"

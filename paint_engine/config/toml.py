@@ -35,7 +35,7 @@ def value_of(config: Config, key: str) -> Any:
 def build_config(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Config:
     """Builds a Config from (source, dotted keys and values) layers; later layers override.
 
-    Raises ValueError with a line for each refused value: its source, its key, what came and what is
+    Raises ValueError with a line for each refused value: its source, its key, the value and what is
     needed.
     """
     merged = {key: (value, source) for source, flat in layers for key, value in flat.items()}

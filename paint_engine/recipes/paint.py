@@ -80,8 +80,8 @@ class Paint(TeacherRecipe):
         if objective.divergence != "reverse_kl" or objective.pointwise_clip is None:
             return []
         return [
-            "the clip is made for the forward KL; with the reverse KL it removes the penalty on "
-            "tokens that the student overrates, and the student drifts away from the teacher; "
+            "the clip is designed for the forward KL; with the reverse KL it removes the penalty "
+            "on tokens that the student overrates, and the student drifts away from the teacher; "
             "--objective.pointwise_clip none switches it off"
         ]
 

@@ -158,7 +158,7 @@ SERVER = "--rollout.engine vllm --rollout.url http://localhost:1"
 SKIP, KL = "--grpo.skip_zero_variance true", "--grpo.kl_weight 0.04"
 UNWEIGHED = f"{SERVER} --rollout.ahead 1 --objective.importance_cap none"
 NOTES = {
-    "the clip is made for the forward KL": [("paint-tiny", "--objective.divergence reverse_kl")],
+    "designed for the forward KL": [("paint-tiny", "--objective.divergence reverse_kl")],
     "skipped, including their KL to the base": [("grpo-tiny", f"{SKIP} {KL}")],
     "only importance weights correct this": [
         ("grpo-tiny", UNWEIGHED),
