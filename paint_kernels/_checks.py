@@ -1,4 +1,4 @@
-"""Argument checks: each ValueError says what came, what is needed and what to do."""
+"""Argument checks: each ValueError says what was given, what is needed and what to do."""
 
 import importlib.util
 import math

@@ -2,7 +2,7 @@
 
 `LossOptions` types the keyword arguments of the public functions. `LossSettings` is what those
 build from them once, and what every function below works with. An operator of torch.library takes
-plain values only: `takes_settings` lets it be written with a `LossSettings` all the same.
+only plain values; with `takes_settings` it can still be written with a `LossSettings`.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ class RewardFailed(Exception):
 
 
 class Reward(ABC):
-    """Judges completions. A built-in reward is a module of this room that has its class as REWARD.
+    """Judges completions. A built-in reward is a module of this package with its class as REWARD.
 
     has_answers: `final_answer` finds what a completion answers. An evaluation then counts the
         completions that give an answer, and takes a majority vote over the answers.

@@ -1,8 +1,9 @@
 """The answer check: whether a completion's last boxed answer equals the reference answer.
 
-What notation decides is decided here. The rest is math-verify's, on sympy, in a child process that
-is killed when it exceeds its time: what a model writes into a box can keep a computer-algebra
-system busy for ever. The calling process imports neither math-verify nor torch.
+Answers that are equal in notation, or plain numbers, are compared here. math-verify, which uses
+sympy, compares the others in a child process that is killed at its time limit, because what a model
+writes into a box can keep a computer-algebra system busy forever. The calling process imports
+neither math-verify nor torch.
 """
 
 import re

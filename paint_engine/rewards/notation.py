@@ -1,8 +1,8 @@
 """One notation for the final answers that are compared.
 
-Two answers that become the same text here are equal without algebra. This decides rewards, and so
-is the rewards' own: the anchors of a solution have another notation, made for other ends, and a
-change to either must not move the other.
+Two answers that become the same text here are equal without algebra. This decides rewards, so it is
+separate from the notation of anchors (`prompts/notation.py`): a change to either must not affect
+the other.
 
 An answer becomes tokens (a number, a word, a TeX command, any other sign), and the tokens are
 rewritten so that two ways of writing one thing become the same, in time linear in the length.

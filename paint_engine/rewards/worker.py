@@ -34,8 +34,8 @@ class Reply:
     """What came of one question: Reply(value=True)
 
     error: why there is no value: "KeyError: 'x'". location: the line that raised it,
-    "my_module.py:12", and traceback: the frames down to it; both None where no code outside of this
-    room raised it.
+    "my_module.py:12", and traceback: the frames down to it; both None if only code of
+    this package raised it.
     """
 
     value: Any = None
