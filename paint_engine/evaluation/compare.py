@@ -48,7 +48,7 @@ def read_run(text: str) -> dict[str, Evaluation]:
     text: the directory of an evaluation, or of a training run, which :last (the default), :best or
         :STEP may follow.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
     path, which = split_place(text)
     if not path.is_dir():
@@ -245,7 +245,7 @@ def run_comparison(arguments: argparse.Namespace, console: Console) -> None:
 
     arguments: `parse_comparison`'s.
 
-    Raises ValueError where two runs cannot be compared.
+    Raises ValueError if two runs cannot be compared.
     """
     before, records = read_run(arguments.first), []
     for other in arguments.others:

@@ -178,7 +178,7 @@ def parse_command(argv: Sequence[str]) -> EvaluationCommand:
 
     argv: without the program's name, such as ["--model", "tiny", "--benchmarks", "tiny"].
 
-    Raises ValueError: what came, what is needed, what to do.
+    Raises ValueError with what was given, what is needed and what to do.
     """
     arguments = parse_arguments(argv)
     benchmarks = parse_benchmarks(arguments.benchmarks)

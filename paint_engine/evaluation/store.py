@@ -112,7 +112,7 @@ class Evaluation:
 def fingerprints(problems: Sequence[Problem]) -> dict[str, str]:
     """Returns 16 hexadecimal digits of a hash of the question and answer, by problem id.
 
-    Raises ValueError where two problems share an id.
+    Raises ValueError if two problems share an id.
     """
     found: dict[str, str] = {}
     for problem in problems:
@@ -156,7 +156,7 @@ class SampleFiles:
     header: the same on all ranks; compared with that of existing files.
     replace: delete samples with another header, instead of refusing them.
 
-    Raises ValueError where there are samples of another evaluation, or where the directory cannot
+    Raises ValueError if there are samples of another evaluation, or if the directory cannot
     be written.
     """
 
@@ -205,7 +205,7 @@ class SampleFiles:
         """Appends samples of this rank. They are in the file when this returns, even if the process
         is killed next.
 
-        Raises OSError where the disk is full; none of them is in the file then.
+        Raises OSError if the disk is full; none of them is in the file then.
         """
         append_lines(self._file, b"".join(json_line(sample.record()) for sample in group))
         self._finished |= {(s.problem_id, s.sample_index): s for s in group}
@@ -287,7 +287,7 @@ def lock_directory(directory: Path) -> Iterator[None]:
     """Holds an exclusive lock on the directory, which is created if needed. The operating system
     releases the lock of a killed process.
 
-    Raises ValueError where another process holds it, OSError where the directory cannot be written.
+    Raises ValueError if another process holds it, OSError if the directory cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK_FILE).open("w") as file:
@@ -352,7 +352,7 @@ def _differences(existing: dict[str, Any], header: Header) -> list[str]:
 def read_finished(directory: Path, name: str, header: Header) -> Evaluation | None:
     """Returns the complete evaluation in the directory, or None if there is none.
 
-    Raises ValueError where it has another header.
+    Raises ValueError if it has another header.
     """
     head = directory / f"{name}.json"
     if not head.is_file():

@@ -27,9 +27,9 @@ class PaintGKDTrainer(GKDTrainer):
 
     loss_settings: keyword arguments of `paint_loss`, such as {"divergence": "jsd"}. `reduction` is
     "sequence_mean" (the default: the mean over the rollouts of the step) or "token_mean", which
-    divides by the tokens of the data set's completions, as TRL's loss does: with `lmbda` above 0,
-    where the student samples others, that is a mean up to a factor. `args.temperature` is that of
-    sampling only, and `args.beta` has no effect.
+    divides by the tokens of the data set's completions, as TRL's loss does. With `lmbda` above 0,
+    the student samples other completions, and the loss is then a mean only up to a factor.
+    `args.temperature` is that of sampling only, and `args.beta` has no effect.
 
     Raises ValueError for a model whose logits are not hidden states times head, and for an unknown
     setting.
@@ -64,7 +64,7 @@ class PaintGKDTrainer(GKDTrainer):
         student = student_states(model, ids, mask)
         teacher_model = self.accelerator.unwrap_model(self.teacher_model).eval()
         kept = predicts_completion(inputs["labels"])
-        # Trainer opens autocast inside of the model only.
+        # Trainer enables autocast only inside the model.
         with self.accelerator.autocast():
             with torch.no_grad():
                 teacher = teacher_model.base_model(ids, attention_mask=mask, use_cache=False)

@@ -36,6 +36,6 @@ def whole_head(weight: Float[Tensor, "V H"]) -> Float[Tensor, "V H"]:
     """
     if not isinstance(weight, DTensor):
         return weight
-    # Without grad_placements, full_tensor takes every rank's gradient for the same one and keeps a
-    # slice of it: each shard would learn from its own rank's batch alone, without an error.
+    # Without grad_placements, full_tensor treats the ranks' gradients as equal and keeps a slice
+    # of each: a shard would learn only from its own rank's batch, without an error.
     return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)

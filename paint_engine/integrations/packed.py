@@ -1,7 +1,7 @@
-"""`paint_loss` of packed batches without padding, as verl and its kin run them.
+"""`paint_loss` of packed batches without padding, as in verl and similar trainers.
 
 A packed batch is one row of `input_ids` (1, total), `position_ids` that restart with each sequence,
-and `cu_seqlens` over prompt and response. The loss takes the rows of the responses alone.
+and `cu_seqlens` over prompt and response. The loss takes only the rows of the responses.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def packed_paint_loss(
     """Computes `paint_loss` of one packed micro-batch: the same responses after the prompts of each
     side.
 
-    teacher_head: None where it is the student's. Heads sharded by FSDP2 are gathered.
+    teacher_head: None if it is the student's. Heads sharded by FSDP2 are gathered.
     denominator: the rollouts of the whole step, over all micro-batches and ranks, divided by the
     number of ranks (tokens, with reduction="token_mean"); None is this micro-batch's own count.
     loss_settings: further keyword arguments of `paint_loss`.
 
-    Backward each micro-batch's loss and do not divide by their number. Ranks may hold different
-    numbers of rollouts: sum the counts over ranks first.
+    Call backward on each micro-batch's loss and do not divide by their number. Ranks may hold
+    different numbers of rollouts: sum the counts over ranks first.
 
-    Raises ValueError where the two sides do not hold responses of the same lengths.
+    Raises ValueError if the responses of the two sides have different lengths.
     """
     student_rows, bounds = completion_rows(student)
     teacher_rows, teacher_bounds = completion_rows(teacher)

@@ -21,7 +21,7 @@ REDUCTIONS = ("sequence_mean", "token_mean")
 def resolve_loss_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """Returns the keyword arguments of `paint_loss` that stay the same from batch to batch.
 
-    What is not given keeps `paint_loss`'s default, which is the paper's.
+    Settings that are not given keep the defaults of `paint_loss`, which are the paper's.
 
     Raises ValueError for an unknown name and for a reduction that no trainer can average.
     """
@@ -53,9 +53,9 @@ def padded_paint_loss(
 ) -> PaintLossOutput:
     """Computes `paint_loss` of one padded micro-batch.
 
-    The masks are True on the positions whose hidden states predict the tokens of the loss; row b
-    has as many of them under the student as under the teacher.
-    teacher_head: None where it is the student's.
+    The masks are True on the positions whose hidden states predict the tokens of the loss; each row
+    has the same number of them for the student and the teacher.
+    teacher_head: None if it is the student's.
     denominator: rollouts or tokens of the whole step, by the reduction, divided by the number of
     ranks; None is this micro-batch's own count.
     """

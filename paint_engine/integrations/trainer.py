@@ -116,7 +116,7 @@ class PaintTrainer(Trainer):
         teacher, teacher_head = self.teacher_states(
             inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
         )
-        # Trainer opens autocast inside of the model only.
+        # Trainer enables autocast only inside the model.
         with self.accelerator.autocast():
             output = padded_paint_loss(
                 student[:, :-1],

@@ -29,7 +29,7 @@ class PaintDistillationTrainer(DistillationTrainer):
     loss_settings: keyword arguments of `paint_loss`, such as {"divergence": "jsd"}. `reduction` is
     "sequence_mean" (the default: the mean over the rollouts of the step) or "token_mean".
     `temperature` is by default `args.temperature`, which is also that of sampling. `args.beta` has
-    no effect; `divergence` and `jsd_weight` say which divergence it is.
+    no effect; `divergence` and `jsd_weight` select the divergence.
 
     The hook that is overridden, `_compute_loss`, and the helpers that it calls are private in TRL:
     pin its version.
@@ -52,12 +52,12 @@ class PaintDistillationTrainer(DistillationTrainer):
     def _compute_loss(
         self, unwrapped_student: Any, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs inside of the wrapped student's forward, where sharded weights of the root module
-        are whole. Returns the loss, the sum of the student's entropies in nats, and the number of
+        """Runs inside the wrapped student's forward, where sharded weights of the root module are
+        whole. Returns the loss, the sum of the student's entropies in nats, and the number of
         tokens that it covers."""
         if images := [name for name in _IMAGE_INPUTS if name in inputs]:
             raise ValueError(
-                f"the batch has {', '.join(images)}: PaintDistillationTrainer reads text alone. "
+                f"the batch has {', '.join(images)}: PaintDistillationTrainer takes only text. "
                 "Leave the images out of the data set."
             )
         teacher_model = self.accelerator.unwrap_model(self.teacher_model).eval()
@@ -67,7 +67,7 @@ class PaintDistillationTrainer(DistillationTrainer):
             inputs["completion_ids"].shape[1],
         )
         kept = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
-        # Trainer opens autocast inside of the model only.
+        # Trainer enables autocast only inside the model.
         with self.accelerator.autocast():
             student = self._get_last_hidden_state(unwrapped_student, *sequences)
             output = padded_paint_loss(
