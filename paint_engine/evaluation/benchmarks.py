@@ -53,8 +53,8 @@ def parse_benchmarks(text: str) -> list[Benchmark]:
             )
         if names.count(name) > 1:
             raise ValueError(
-                f"--benchmarks {text}: two are called {name!r}, which names the files of their "
-                "results; give one another name: --benchmarks other=PATH"
+                f"--benchmarks {text}: two benchmarks are called {name!r}, which names the files "
+                "of their results; give one another name: --benchmarks other=PATH"
             )
     return found
 

@@ -355,8 +355,8 @@ def _check_ranks(world: World, tensor_parallel_size: int, own_process: bool) -> 
     if on_node % tensor_parallel_size:
         raise ValueError(
             f"rollout.tensor_parallel_size is {tensor_parallel_size} with {on_node} processes on "
-            f"this node ({world.size} in total); needs a divisor of the node's number; change it, "
-            "or torchrun's --nproc-per-node"
+            f"this node ({world.size} in total); needs a divisor of the number on a node; change "
+            "it, or torchrun's --nproc-per-node"
         )
     if own_process:
         raise ValueError(

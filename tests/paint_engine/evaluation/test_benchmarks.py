@@ -37,7 +37,7 @@ def test_names_files_and_ids(tmp_path: Path) -> None:
     [
         ("aime24,", "empty entry; needs a comma-separated list"),
         ("x=", "empty entry"),
-        ("aime24,aime24=other.jsonl", "two are called 'aime24', which names the files"),
+        ("aime24,aime24=other.jsonl", "two benchmarks are called 'aime24', which names the files"),
         ("a/b=x.jsonl", "'a/b' cannot name a benchmark"),
         ("data/results.jsonl", "the evaluation writes a results.json of its own; give another"),
         ("tiny,versions=x.jsonl", "the evaluation writes a versions.json of its own; give another"),
