@@ -28,6 +28,25 @@ if TYPE_CHECKING:
 
     from paint_engine.types import TrainExample
 
+_REWARD = Quantity("Reward", "mean over rollouts", (("reward", "reward"),), smooth=True)
+_EQUAL_GROUPS = Quantity(
+    "Groups without a signal",
+    "groups per step",
+    (("zero_variance_groups", "all rewards equal"),),
+    smooth=True,
+)
+_BASE_KL = Quantity(
+    "KL to the base",
+    "nats per token",
+    (("base_kl", "KL(student, base), k3"),),
+    optional=True,
+)
+_RATIO_CLIP = Quantity(
+    "Ratio clip",
+    "share",
+    (("ratio_clipped_share", "clipped tokens, no gradient"),),
+    percent=True,
+)
 # Keeps the division finite if the rewards of a group are almost equal, as in TRL's GRPO.
 _STD_FLOOR = 1e-4
 
@@ -87,25 +106,6 @@ class Grpo(Recipe):
     @property
     def display(self) -> Display:
         """The reward first, the loss if it is meaningful, and tokens coloured by entropy."""
-        reward = Quantity("Reward", "mean over rollouts", (("reward", "reward"),), smooth=True)
-        silent = Quantity(
-            "Groups without a signal",
-            "groups per step",
-            (("zero_variance_groups", "all rewards equal"),),
-            smooth=True,
-        )
-        base_kl = Quantity(
-            "KL to the base",
-            "nats per token",
-            (("base_kl", "KL(student, base), k3"),),
-            optional=True,
-        )
-        clip = Quantity(
-            "Ratio clip",
-            "share",
-            (("ratio_clipped_share", "clipped tokens, no gradient"),),
-            percent=True,
-        )
         return Display(
             console=(
                 ConsoleField("reward", "reward", "{:.2f}"),
@@ -117,11 +117,11 @@ class Grpo(Recipe):
                 TOKENS_PER_S,
             ),
             curves=(
-                reward,
-                silent,
+                _REWARD,
+                _EQUAL_GROUPS,
                 Quantity("Loss", "per token", (("loss", "loss"),)),
-                base_kl,
-                clip,
+                _BASE_KL,
+                _RATIO_CLIP,
                 TOKEN_WEIGHTS,
                 *SAMPLING_CURVES,
             ),
