@@ -30,8 +30,8 @@ def add_teacher_view(
         ),
         marker=masking.marker,
     )
-    view = _view(config, context, problem, partial_solution)
-    return replace(example, teacher_view=replace(view, mask_ratio=rho))
+    view = _view(config, context, problem, partial_solution, rho)
+    return replace(example, teacher_view=view)
 
 
 def add_rationales(
@@ -68,12 +68,16 @@ def _with_rationale(
 ) -> TrainExample:
     before = example.teacher_view
     assert before is not None
-    problem = example.rollout.problem
-    view = _view(config, context, problem, before.partial_solution, rationale)
-    shortened = before.shortened or view.shortened
-    return replace(
-        example, teacher_view=replace(view, mask_ratio=before.mask_ratio, shortened=shortened)
+    view = _view(
+        config,
+        context,
+        example.rollout.problem,
+        before.partial_solution,
+        before.mask_ratio,
+        rationale,
     )
+    shortened = before.shortened or view.shortened
+    return replace(example, teacher_view=replace(view, shortened=shortened))
 
 
 def _view(
@@ -81,10 +85,14 @@ def _view(
     context: StepContext,
     problem: Problem,
     partial_solution: str,
+    ratio: float,
     rationale: str = "",
 ) -> TeacherView:
     """Builds the teacher view. The prompt is shortened if it does not fit beside the longest
-    completion."""
+    completion.
+
+    ratio: the fraction of the solution that the mask hides.
+    """
     prompt_ids, shown = encode_teacher_prompt(
         context.tokenizer,
         problem,
@@ -97,7 +105,7 @@ def _view(
     return TeacherView(
         prompt_ids=prompt_ids,
         partial_solution=shown,
-        mask_ratio=0.0,
+        mask_ratio=ratio,
         shortened=shown != partial_solution,
         rationale=rationale,
     )
