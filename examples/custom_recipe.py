@@ -1,4 +1,4 @@
-"""A recipe of one's own: PAINT whose later tokens count less.
+"""A recipe of one's own: PAINT in which later tokens have less weight.
 
     python -m paint_engine.train --preset paint-tiny \\
         --objective.name examples.custom_recipe:EarlyTokens
@@ -6,7 +6,7 @@
 A recipe is a subclass of `paint_engine.recipes.Recipe`. This one inherits everything from PAINT,
 the teacher's view, the configuration keys and the report, and replaces the loss: each rollout's
 token losses are weighted by 2^(-t / HALF_LIFE), t = 0, 1, ... within the rollout, and averaged
-with these weights. Long rollouts are then trained on where they begin.
+with these weights. Training then concentrates on the beginning of long rollouts.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""A reward of one's own: the right answer, and the shorter the better.
+"""A reward of one's own: correct answers score, and shorter ones score higher.
 
 python -m paint_engine.train --preset grpo-tiny --reward.function examples.custom_reward:reward
 python -m paint_engine.evaluate --model tiny --benchmarks tiny --max-new-tokens 224 \

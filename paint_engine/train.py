@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     A user's mistake ends the program with one message and exit code 2. PyTorch and the libraries
     on it take seconds to import, so this comes after parsing: help, the printed configuration and
-    a refused key or value are answered without.
+    the refusal of a key or value do not wait for it.
     """
     require_engine()
     from rich.console import Console
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(f"run directory: {run.run_dir}", soft_wrap=True)
         stop.begin()
         run_training(run, console, stop)
-    # The main rank writes to the end: a rank that left earlier would take the group down under it.
+    # The main rank writes to the end. A rank that left earlier would end the process group.
     barrier()
 
 

@@ -80,8 +80,8 @@ def row_sum(x: Float[Tensor, "R V"]) -> Float[Tensor, "R 1"]:
     """Returns row sums in float64 of float32 sums over tiles, with an error near 1e-10 instead of
     1e-7.
 
-    The error of a normaliser enters log p~ - log p_S of every entry of its row alike, and so shifts
-    the row's divergence by as much: 1e-7 is a thousandth of a small divergence.
+    The error of a normaliser enters log p~ - log p_S of every entry of its row, and so shifts the
+    row's divergence by the same amount: 1e-7 is a thousandth of a small divergence.
     """
     whole = x.shape[1] - x.shape[1] % TILE
     total = x[:, whole:].sum(dim=-1, keepdim=True, dtype=torch.float64)

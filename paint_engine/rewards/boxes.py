@@ -18,8 +18,8 @@ def extract_boxed(text: str) -> str | None:
 
 
 def first_box_equals(text: str, answer: str) -> bool:
-    """Whether the first \\boxed{} of `text` holds `answer`, both as lower-case text without outer
-    spaces: no algebra, and no later box counts, not even where the first is left open."""
+    """Returns whether the first \\boxed{} of `text` contains `answer`, both as lower-case text
+    without outer spaces. Later boxes do not count, even if the first one is not closed."""
     brace = text.find(_FIRST_BOX) + len(_FIRST_BOX) - 1
     end = _closing_braces(text).get(brace) if _FIRST_BOX in text else None
     return end is not None and text[brace + 1 : end].strip().lower() == answer.strip().lower()

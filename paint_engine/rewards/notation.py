@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from unicodedata import normalize
 
-# Commands that only dress their argument, or that go together with it.
+# Commands that only format their argument, and commands that are removed together with it.
 _UNWRAPPED = re.compile(
     r"\\(?:boxed|fbox|framebox|text[a-z]{0,6}|math[a-z]{2,4}|mbox|emph|operatorname|boldsymbol|bm)"
 )

@@ -31,7 +31,7 @@ class StartFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of one question: Reply(value=True)
+    """The result of one question: Reply(value=True)
 
     error: why there is no value: "KeyError: 'x'". location: the line that raised it,
     "my_module.py:12", and traceback: the frames down to it; both None if only code of
