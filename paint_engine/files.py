@@ -58,7 +58,7 @@ def flush(path: Path) -> None:
 
 
 def unfinished_path(path: Path) -> Path:
-    """Where a file or a directory is written before it is renamed to `path`."""
+    """Returns the path at which a file or a directory is written before it is renamed to `path`."""
     return path.with_name(f".{path.name}.unfinished")
 
 
@@ -84,7 +84,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """`write_atomic` of indented JSON."""
+    """Writes indented JSON with `write_atomic`."""
     write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -244,7 +244,7 @@ def present_versions(name: str, world_size: int) -> dict[str, object]:
 
 
 def write_versions(run_dir: Path, name: str, world_size: int) -> None:
-    """`versions.json`, of a training run."""
+    """Writes a training run's `versions.json`."""
     write_json(run_dir / VERSIONS_FILE, present_versions(name, world_size))
 
 

@@ -24,7 +24,7 @@ Manifest = dict[str, list[int | str]]
 
 
 def checkpoint_directory(run_dir: Path) -> Path:
-    """Where a run's checkpoints are."""
+    """Returns the directory of a run's checkpoints."""
     return run_dir / CHECKPOINTS_DIRECTORY
 
 
@@ -112,7 +112,7 @@ def seal(unfinished: Path, names: list[str]) -> Manifest:
 
 
 def find_damage(checkpoint: Path, rank: int = 0, num_ranks: int = 1) -> str | None:
-    """What is wrong with a checkpoint's files; None if they are what was written.
+    """Returns what is wrong with a checkpoint's files, or None if they are what was written.
 
     rank: this one of `num_ranks`, each of which checks its share of the files.
     """

@@ -115,8 +115,8 @@ def _read_random_state(file: Path, device: torch.device) -> None:
 
 @contextmanager
 def _shard_files() -> Iterator[None]:
-    """Around torch.distributed.checkpoint: without its warning that there is no process group, and
-    with the first rank's exception in place of CheckpointException."""
+    """Wraps torch.distributed.checkpoint: drops its warning that there is no process group, and
+    raises the first rank's exception instead of CheckpointException."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:

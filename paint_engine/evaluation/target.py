@@ -110,7 +110,7 @@ class Target:
 def find_target(
     model: str | None, adapter: str | None, dtype: str, *, trust_remote_code: bool
 ) -> Target:
-    """The target that --model and --adapter name, at least one of which is given.
+    """Returns the target that --model and --adapter name, at least one of which is given.
 
     model: "tiny", a directory or an id; None = the model that the adapter was trained from.
     adapter: a directory in peft's format, a checkpoint, or a run directory, which :last (the
@@ -154,7 +154,7 @@ def find_adapter(text: str) -> Path:
 
 
 def _no_adapter(path: Path) -> str:
-    """Why there is no adapter at the path, and what to give instead."""
+    """Returns why there is no adapter at the path, and what to give instead."""
     if (path / ADAPTER_CONFIG_FILE).is_file() or (path / MANIFEST_FILE).is_file():
         return f"{path} is one adapter, not a run directory with several; give it without a colon"
     if (path / MODEL_CONFIG_FILE).is_file():

@@ -34,7 +34,7 @@ class Reward(ABC):
         call it at the same time."""
 
     def final_answer(self, text: str) -> str | None:
-        """What a completion answers; None where it answers nothing."""
+        """Returns what a completion answers, or None if it answers nothing."""
         return None
 
     def check_some_judged(self, errors: Sequence[str | None], what: str) -> None:

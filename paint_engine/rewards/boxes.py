@@ -8,7 +8,8 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def extract_boxed(text: str) -> str | None:
-    """What the last \\boxed{}, \\fbox{} or \\framebox{} with balanced braces holds, else None."""
+    """Returns the content of the last \\boxed{}, \\fbox{} or \\framebox{} with balanced braces, or
+    None."""
     closing = _closing_braces(text)
     content = None
     for match in _BOX.finditer(text):
@@ -26,7 +27,7 @@ def first_box_equals(text: str, answer: str) -> bool:
 
 
 def _closing_braces(text: str) -> dict[int, int]:
-    """Where the brace closes that opens at a place; escaped braces are text."""
+    """Returns the position of the closing brace for each opening one. Escaped braces are text."""
     closing: dict[int, int] = {}
     open_braces: list[int] = []
     for match in _BRACE.finditer(text):

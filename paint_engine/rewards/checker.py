@@ -177,7 +177,7 @@ def _plain_number(text: str) -> str | None:
 
 
 def load_comparison() -> Callable[[list[str]], bool]:
-    """For the child: the comparison of [gold, extracted], by math-verify."""
+    """Builds the comparison of [gold, extracted] by math-verify. The child process calls it."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     if sys.platform == "linux":

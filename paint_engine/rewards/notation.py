@@ -130,8 +130,8 @@ def _tokenize(answer: str) -> list[_Token]:
 
 
 def _segments(answer: str) -> Iterator[tuple[int, int, bool]]:
-    """(start, end, is_prose) over the whole answer; \\text{} and its like are prose, and so is what
-    a dollar sign makes no formula of: $5 per hour."""
+    """Yields (start, end, is_prose) over the whole answer. \\text{} and similar commands are prose,
+    and so is an answer in which a dollar sign begins no formula: $5 per hour."""
     parts = _DOLLARS.split(_PROSE.sub(" ", answer))
     is_prose = len(parts) > 1 and not (
         len(parts) == 3 and not parts[0] and not parts[2] and _WORDS.search(parts[1]) is None
@@ -232,7 +232,7 @@ def _join(tokens: Sequence[_Token]) -> str:
 
 
 def _joint(left: _Token, right: _Token) -> str:
-    """A space where two tokens would not be read again as these two without it, else nothing."""
+    """Returns a space if the two tokens would otherwise be read as other tokens, else ""."""
     if not right.text[0].isalnum():
         return ""
     last = left.text[-1]

@@ -92,7 +92,8 @@ class OwnReward(Reward):
 
 
 def load_function(name: str) -> Callable[[list[Any]], dict[str, Any]]:
-    """For the child: what turns [the problem's fields, the completion] into a verdict's fields.
+    """Builds the function from [the problem's fields, the completion] to a verdict's fields. The
+    child process calls it.
 
     Raises ValueError where there is no such function, or it does not take two arguments.
     """

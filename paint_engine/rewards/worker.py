@@ -225,7 +225,8 @@ def _end(
 
 
 def serve(handle: int, timeout_s: float, factory: str, arguments: list[Any]) -> None:
-    """The child's life: get ready, then answer one line at a time until the parent's end closes."""
+    """Runs in the child: gets ready, then answers one line at a time until the parent's end
+    closes."""
     with socket.socket(fileno=handle) as connection:
         channel = connection.makefile("rw", encoding="utf-8")
 

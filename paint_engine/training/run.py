@@ -79,7 +79,7 @@ class SaveFailed(Exception):
 
 
 def save(run: Run) -> Path:
-    """A checkpoint of the last finished step, unless there is one. A collective."""
+    """Saves a checkpoint of the last finished step, unless there is one. A collective call."""
     if run.saved is not None and run.saved[0] == run.step:
         return run.saved[1]
     ahead = run.sampler.pending()
