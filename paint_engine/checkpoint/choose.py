@@ -15,7 +15,8 @@ from paint_engine.files import ADAPTER_CONFIG_FILE, CONFIG_FILE, MANIFEST_FILE
 
 
 def choose_checkpoint(path: Path, which: str | None, given: str | None = None) -> Path:
-    """The checkpoint at `path`, or the one that `which` names in a run directory.
+    """The checkpoint at `path`, or the one that `which` names in a run directory. An adapter in
+    peft's format that no run has made is its own checkpoint.
 
     which: "last" (the default), "best" or "step-N"; only with a run directory.
     given: the flag as the user gave it, for messages; None = `--checkpoint`.
@@ -23,7 +24,10 @@ def choose_checkpoint(path: Path, which: str | None, given: str | None = None) -
     Raises ValueError where there is no such checkpoint, or where it is damaged.
     """
     checkpoints = list_checkpoints(path)
-    if (path / MANIFEST_FILE).is_file() and which is None:
+    is_checkpoint = (path / MANIFEST_FILE).is_file()
+    if which is None and not is_checkpoint and (path / ADAPTER_CONFIG_FILE).is_file():
+        return path.resolve()
+    if is_checkpoint and which is None:
         chosen = path.resolve()
     elif not path.is_dir():
         raise ValueError(

@@ -19,7 +19,7 @@ from paint_engine.evaluation.flags import EvaluationCommand
 from paint_engine.evaluation.store import Header, evaluation_settings, fingerprints
 from paint_engine.evaluation.target import (
     Target,
-    check_adapter,
+    check_target,
     compute_dtype_of,
     default_directory,
     find_target,
@@ -64,7 +64,7 @@ def make_plan(command: EvaluationCommand, world: World) -> Plan:
         trust_remote_code=arguments.trust_remote_code,
     )
     tokenizer, shape = load_tokenizer(target.base), skeleton(target)
-    check_adapter(target)
+    check_target(target, engine)
     say = print if world.is_main else lambda text: None
     for note in mismatches(target, prompts):
         say(f"note: {note}")

@@ -12,11 +12,18 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import GenerationConfig
 
+from paint_engine.checkpoint.adapters import (
+    check_adapter,
+    check_vllm_loads,
+    largest_rank,
+    quiet_peft,
+    read_adapter_config,
+)
 from paint_engine.checkpoint.choose import (
     choose_checkpoint,
     find_base,
@@ -24,7 +31,7 @@ from paint_engine.checkpoint.choose import (
     recorded_section,
 )
 from paint_engine.checkpoint.directory import list_checkpoints, split_place
-from paint_engine.checkpoint.merge import build_model
+from paint_engine.checkpoint.merge import load_whole
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import LoraSection, ModelSection, PromptsSection
 from paint_engine.distributed import World
@@ -44,7 +51,6 @@ from paint_engine.rollout import RolloutEngine
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.vllm_engine import StoredModel, VllmEngine
 
-_LORA_MATRICES = (".lora_A.", ".lora_B.")
 # Files that change the outcome, apart from the weights. The tokenizer's are in the base's
 # directory, since checkpoints have none.
 _MODEL_FILES = (MODEL_CONFIG_FILE, "generation_config.json")
@@ -214,50 +220,14 @@ def default_directory(target: Target, deciding: Mapping[str, Any]) -> Path:
     return Path(EVALUATIONS_DIRECTORY) / f"{name}-{digest[:8]}"
 
 
-def check_adapter(target: Target) -> None:
-    """Raises ValueError where the adapter's matrices are not those of its configuration in this
-    base. peft itself would ignore the matrices that fit nowhere."""
+def check_target(target: Target, engine: str) -> None:
+    """Raises ValueError where the adapter does not fit its base, or where the engine cannot load
+    it."""
     if target.adapter is None:
         return
-    try:
-        with safe_open(target.adapter / ADAPTER_FILE, framework="pt") as file:
-            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"--adapter: {target.adapter / ADAPTER_FILE} cannot be read ({error}); save or copy "
-            "the adapter again"
-        ) from error
-    there = {name: shape for name, shape in there.items() if any(m in name for m in _LORA_MATRICES)}
-    try:
-        config = PeftConfig.from_pretrained(str(target.adapter))
-        # Else peft warns about the skeleton's name; `mismatched_base` reports another base.
-        config.base_model_name_or_path = None
-        fitted = get_peft_model(skeleton(target), config, low_cpu_mem_usage=True)  # pyright: ignore[reportArgumentType]
-    except ValueError as error:
-        raise ValueError(_no_fit(target, str(error))) from error
-    needed = {
-        name.replace(".default.", "."): tuple(parameter.shape)
-        for name, parameter in fitted.named_parameters()
-        if any(matrix in name for matrix in _LORA_MATRICES)
-    }
-    if there != needed:
-        name = min(name for name in there | needed if there.get(name) != needed.get(name))
-        raise ValueError(
-            _no_fit(
-                target,
-                f"{name} has the shape {there.get(name, 'none')}, and the base needs "
-                f"{needed.get(name, 'none')}",
-            )
-        )
-
-
-def _no_fit(target: Target, reason: str) -> str:
-    recorded = json.loads((target.adapter / ADAPTER_CONFIG_FILE).read_text())  # pyright: ignore[reportOptionalOperand]
-    return (
-        f"--adapter: {target.adapter} does not fit the model {target.base.name_or_path} "
-        f"({reason}); needs the model that it was trained on, according to its configuration "
-        f"{recorded.get('base_model_name_or_path')!r}; give that with --model"
-    )
+    check_adapter(target.adapter, causal_lm(skeleton(target)), target.base.name_or_path)
+    if engine == "vllm":
+        check_vllm_loads(target.adapter)
 
 
 def _digest(content: bytes) -> str:
@@ -349,7 +319,7 @@ def build_engine(
         dtype=dtype,
         tokenizer=resolve_model(target.base.name_or_path, with_weights=False),
         adapter=target.adapter,
-        lora_rank=_adapter_rank(target.adapter) if target.adapter else 0,
+        lora_rank=largest_rank(read_adapter_config(target.adapter)) if target.adapter else 0,
     )
     engine = VllmEngine(
         stored,
@@ -366,17 +336,14 @@ def build_engine(
     return engine
 
 
-def _adapter_rank(adapter: Path) -> int:
-    config = json.loads((adapter / ADAPTER_CONFIG_FILE).read_text())
-    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
-
-
 def _load(target: Target, dtype: torch.dtype, device: torch.device) -> nn.Module:
     if target.checkpoint is not None:
-        model = nn.Module.to(build_model(target.checkpoint, target.base, dtype), device)
+        model = load_whole(target.checkpoint, target.base, dtype)
+        model = nn.Module.to(model, device)
     else:
         model = load_base(target.base, device)
     check_forward(model, "padded", f"model {target.weights}")
     if target.adapter is not None:
-        model = PeftModel.from_pretrained(model, str(target.adapter), torch_device=str(device))
+        with quiet_peft():
+            model = PeftModel.from_pretrained(model, str(target.adapter), torch_device=str(device))
     return model.eval()

@@ -20,6 +20,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
+from paint_engine.checkpoint.adapters import vllm_obstacles
 from paint_engine.checkpoint.weights import gather_weights, write_weights
 from paint_engine.distributed import World, gather_objects, raise_together
 from paint_engine.model import compute_dtype
@@ -51,12 +52,14 @@ class WeightFiles:
         without it.
     per_node: one rank of each node writes for that node; otherwise rank 0 writes for all.
 
-    The constructor is a collective call. It raises ValueError if adapter_dir cannot be used.
+    The constructor is a collective call. It raises ValueError if vLLM cannot load the adapters, or
+    if adapter_dir cannot be used.
     """
 
     def __init__(
         self, model: nn.Module, world: World, adapter_dir: str | None, *, per_node: bool
     ) -> None:
+        _check_adapters(model)
         self._model = model
         writer = world.rank - world.local_rank if per_node else 0
         self._writes = world.writes_for_node if per_node else world.is_main
@@ -117,6 +120,18 @@ class WeightFiles:
     def close(self) -> None:
         """Deletes every file."""
         self._finalizer()
+
+
+def _check_adapters(model: nn.Module) -> None:
+    if not isinstance(model, PeftModel):
+        return
+    names = [name for name, _ in model.named_parameters() if ".lora_" in name]
+    if found := vllm_obstacles(model.peft_config["default"].to_dict(), names):
+        raise ValueError(
+            f"the student's adapters have {'; '.join(found)}, which vLLM does not load; needs LoRA "
+            "matrices on linear layers alone; change --lora.target_modules, or use "
+            "--rollout.engine builtin"
+        )
 
 
 def _parent(adapter_dir: str | None) -> Path:

@@ -67,8 +67,8 @@ def reserved_rank(rank: int) -> int:
     """
     if rank > _LORA_RANKS[-1]:
         raise ValueError(
-            f"lora.rank is {rank}; vLLM takes at most {_LORA_RANKS[-1]}; lower it, or use "
-            "--rollout.engine builtin"
+            f"lora.rank is {rank}; vLLM takes at most {_LORA_RANKS[-1]}; lower it, or use the "
+            "built-in engine (--rollout.engine builtin, or --engine builtin in an evaluation)"
         )
     return next(size for size in _LORA_RANKS if size >= rank)
 

@@ -2,12 +2,14 @@
 written; mistakes told in one message."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -80,7 +82,7 @@ def test_the_exported_model_computes_what_was_trained(
 ) -> None:
     base_dir = model_dir if tied else untied_model_dir
     model = make_run(tmp_path / "run", base_dir, lora=lora)
-    assert run_export(tmp_path / "run", tmp_path / "out", "--dtype", "float32") == 0
+    assert run_export(tmp_path / "run", tmp_path / "out") == 0
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert exported.dtype == torch.float32
     torch.testing.assert_close(logits(exported), logits(model), rtol=0, atol=1e-5)
@@ -115,13 +117,10 @@ def to_bfloat16(base_dir: Path, directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("named", ["auto", "bfloat16"])
-def test_a_bfloat16_export_is_the_exact_sum_rounded_once(
-    named: str, model_dir: Path, tmp_path: Path
-) -> None:
+def test_a_bfloat16_export_is_the_exact_sum_rounded_once(model_dir: Path, tmp_path: Path) -> None:
     base_dir = to_bfloat16(model_dir, tmp_path / "base")
     model = make_run(tmp_path / "run", base_dir)
-    assert run_export(tmp_path / "run", tmp_path / "out", "--dtype", named) == 0
+    assert run_export(tmp_path / "run", tmp_path / "out", "--dtype", "bfloat16") == 0
     stored = load_file(tmp_path / "out/model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
@@ -132,13 +131,13 @@ def test_a_bfloat16_export_is_the_exact_sum_rounded_once(
         assert (error <= exact[name].abs() * 2**-8 * (1 + 1e-4) + 1e-6).all(), name
 
 
-def test_a_float32_export_keeps_an_update_that_a_sum_in_bfloat16_loses(
+def test_the_default_keeps_an_update_that_a_sum_in_bfloat16_loses(
     model_dir: Path, tmp_path: Path
 ) -> None:
     base_dir = to_bfloat16(model_dir, tmp_path / "base")
     # Some twenty steps at a learning rate of 5e-6.
     model = make_run(tmp_path / "run", base_dir, size=1e-4)
-    assert run_export(tmp_path / "run", tmp_path / "out", "--dtype", "float32") == 0
+    assert run_export(tmp_path / "run", tmp_path / "out") == 0
     stored = load_file(tmp_path / "out/model.safetensors")
     base, exact = load_file(base_dir / "model.safetensors"), merged_weights(model)
     lost, kept = [], []
@@ -154,16 +153,92 @@ def test_a_float32_export_keeps_an_update_that_a_sum_in_bfloat16_loses(
     assert min(lost) > 0.3
 
 
-def test_full_fine_tuning_is_exported_in_the_bases_own_dtype(
-    model_dir: Path, tmp_path: Path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_fine_tuning_is_exported_and_its_update_counted(
+    dtype: torch.dtype, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base_dir = to_bfloat16(model_dir, tmp_path / "base")
-    model = make_run(tmp_path / "run", base_dir, lora=False)
-    assert run_export(tmp_path / "run", tmp_path / "out") == 0
+    model = make_run(tmp_path / "run", base_dir, lora=False, size=1e-4)
+    named = [] if dtype == torch.float32 else ["--dtype", "bfloat16"]
+    assert run_export(tmp_path / "run", tmp_path / "out", *named) == 0
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     expected = dict(model.named_parameters())
     for name, parameter in exported.named_parameters():
-        assert torch.equal(parameter, expected[name].to(torch.bfloat16)), name
+        assert torch.equal(parameter, expected[name].to(dtype)), name
+    printed = capsys.readouterr().out
+    share, num_updated, num_tensors, error = survival(printed, dtype)
+    assert num_tensors == len(expected) and num_updated <= sum(map(torch.numel, expected.values()))
+    assert (share == 100, error < 1e-6) == (dtype == torch.float32,) * 2
+
+
+def survival(printed: str, dtype: torch.dtype) -> tuple[float, int, int, float]:
+    """What the command says of a dtype: share in percent, updated weights, tensors, error."""
+    found = re.search(
+        rf"^{str(dtype)[6:]}: ([\d.]+)% of ([\d,]+) updated weights in (\d+) tensors differ from "
+        r"the base; relative error of the update ([\d.e+-]+)",
+        printed,
+        re.MULTILINE,
+    )
+    assert found is not None, printed
+    return float(found[1]), int(found[2].replace(",", "")), int(found[3]), float(found[4])
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_the_printed_loss_of_an_update_is_the_loss(
+    stored: torch.dtype, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the formula, from the files; of a run too short for bfloat16."""
+    base_dir = model_dir
+    if stored == torch.bfloat16:
+        base_dir = to_bfloat16(model_dir, tmp_path / "base")
+    model = make_run(tmp_path / "run", base_dir, size=1e-4)
+    assert run_export(tmp_path / "run", tmp_path / "out") == 0
+    kept = survival(printed := capsys.readouterr().out, torch.float32)
+    lost = survival(printed, torch.bfloat16)
+    assert run_export(tmp_path / "run", tmp_path / "short", "--dtype", "bfloat16") == 0
+    assert survival(capsys.readouterr().out, torch.bfloat16) == lost
+    base, exact = load_file(base_dir / "model.safetensors"), merged_weights(model)
+    for directory, (share, num_updated, num_tensors, error) in (("out", kept), ("short", lost)):
+        left, update = [], []
+        for name, tensor in load_file(tmp_path / directory / "model.safetensors").items():
+            if (delta := exact[name] - base[name].double()).any():
+                old = base[name].to(tensor.dtype)
+                left.append((tensor.double() - old.double()).flatten())
+                update.append(delta.flatten())
+        assert num_tensors == len(update) == 14
+        left, update = torch.cat(left), torch.cat(update)
+        assert num_updated == int((update != 0).sum())
+        changed = ((left != 0) & (update != 0)).sum() / num_updated
+        assert share == pytest.approx(100 * float(changed), abs=0.06)
+        assert error == pytest.approx(float((left - update).norm() / update.norm()), rel=0.06)
+    assert kept[0] == 100 and kept[3] < 1e-3
+    assert lost[0] < 60 and lost[3] > 0.3
+
+
+def test_without_an_update_nothing_is_said_to_be_lost(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "run", model_dir, size=0.0)
+    assert run_export(tmp_path / "run", tmp_path / "out") == 0
+    assert "float32: no weight was updated" in capsys.readouterr().out
+
+
+def test_the_adapter_is_exported_as_it_is_with_the_command_that_serves_it(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "run", model_dir)
+    moved = shutil.copytree(model_dir, tmp_path / "moved")
+    arguments = (tmp_path / "run", tmp_path / "out", "--form", "adapter", "--model", moved)
+    assert run_export(*arguments) == 0
+    printed = capsys.readouterr().out
+    command = f"vllm serve {moved} --enable-lora --max-lora-rank 8 --lora-modules"
+    assert f"{command} out={tmp_path / 'out'}\n" in printed
+    written = tmp_path / "run/checkpoints/step-1/adapter_model.safetensors"
+    assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == written.read_bytes()
+    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert run_export(tmp_path / "run", tmp_path / "merged") == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=0, atol=1e-5)
 
 
 def test_the_run_or_one_of_its_checkpoints_is_exported(model_dir: Path, tmp_path: Path) -> None:
@@ -213,6 +288,8 @@ def test_mistakes_end_with_one_message(
         ((damaged, out), "adapter_model.safetensors is not what was written"),
         ((alone, out), "give that with --model"),
         ((run_dir, out, "--model", taken), "has no config.json"),
+        ((full_dir, out, "--form", "adapter"), "has all weights of a model and no adapter"),
+        ((run_dir, out, "--form", "adapter", "--dtype", "float32"), "leave one of the two out"),
     ]
     for arguments, message in cases:
         assert run_export(*arguments) == 2, message

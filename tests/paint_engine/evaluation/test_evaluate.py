@@ -21,7 +21,7 @@ from torch import Tensor
 
 from paint_engine import evaluate
 from paint_engine.checkpoint.directory import best_checkpoint, list_checkpoints
-from paint_engine.checkpoint.merge import build_model
+from paint_engine.checkpoint.merge import Survival, build_trained
 from paint_engine.config.sections import ModelSection
 from paint_engine.files import read_jsonl
 from paint_engine.rollout.choose import vllm_is_installed
@@ -180,7 +180,8 @@ def test_adapters_and_checkpoints_of_a_run(
         texts[name] = _texts(tmp_path / name)
     assert texts["last"] == texts["said"] == texts["path"]
     assert texts["base"] != texts["last"] != texts["step-1"] == texts["number"]
-    merged = build_model(last, ModelSection(name_or_path=str(model_dir)), None)
+    section = ModelSection(name_or_path=str(model_dir))
+    merged = build_trained(last, section, [Survival(torch.float32)])
     merged.save_pretrained(tmp_path / "merged")
     for file in model_dir.glob("*token*"):
         (tmp_path / "merged" / file.name).write_bytes(file.read_bytes())

@@ -24,7 +24,7 @@ from paint_engine.evaluation.plan import mismatches
 from paint_engine.evaluation.target import (
     _PIECE_BYTES,
     Target,
-    check_adapter,
+    check_target,
     default_directory,
     find_adapter,
     find_target,
@@ -347,7 +347,8 @@ def test_an_adapter_on_a_mismatched_base_gets_a_note_and_no_warning_of_peft(
 ) -> None:
     moved = shutil.copytree(model_dir, tmp_path / "moved")
     # Warnings are errors here.
-    check_adapter(find_target(str(moved), str(adapter), "auto", trust_remote_code=False))
+    target = find_target(str(moved), str(adapter), "auto", trust_remote_code=False)
+    check_target(target, "vllm")
     rows = write_rows(tmp_path / "rows.jsonl", 2)
     for model, notes in ((moved, 1), (model_dir, 0)):
         evaluate.main(

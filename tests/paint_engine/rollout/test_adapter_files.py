@@ -3,11 +3,15 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from peft import PeftModel, load_peft_weights
+from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights
 from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
 
 from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World
@@ -65,6 +69,26 @@ def test_adapters_on_a_bfloat16_base_are_handed_over_as_they_are_trained(
         unchanged += int(((weight.float() + 2 * b @ a).to(torch.bfloat16) == weight).sum())
         entries += weight.numel()
     assert unchanged > 0.99 * entries
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"target_modules": ["q_proj"], "use_dora": True}, "have use_dora = true, which vLLM"),
+        ({"target_modules": ["embed_tokens"]}, "have adapters on the embeddings or the head"),
+    ],
+)
+def test_adapters_that_vllm_does_not_load_are_refused_at_the_start(
+    base: PreTrainedModel, tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    with warnings.catch_warnings():
+        # peft's advice on adapters on tied embeddings.
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
+    with pytest.raises(ValueError, match=r"--rollout\.engine builtin") as refused:
+        WeightFiles(model, WORLD, str(tmp_path), per_node=True)
+    assert said in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_exception_that_ends_the_process_leaves_nothing(tmp_path: Path, model_dir: Path) -> None:
