@@ -17,8 +17,8 @@ from paint_engine.files import ADAPTER_CONFIG_FILE
 from paint_engine.model import resolve_model
 from paint_engine.model.stored import load_weights, read_settings
 
-# Weights that are compared at once, in float64.
-_PIECE = 1 << 22
+# Weights that are compared at once: what fits into a processor's cache.
+_PIECE = 1 << 16
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
@@ -40,25 +40,6 @@ class Survival:
     _squared_error: float = field(default=0.0, repr=False)
     _squared_update: float = field(default=0.0, repr=False)
 
-    def add(self, before: Tensor, exact: Tensor) -> None:
-        """Counts one tensor.
-
-        before: the base's, as it is stored.
-        exact: the trained one, in float32 or float64.
-        """
-        pieces = zip(before.reshape(-1).split(_PIECE), exact.reshape(-1).split(_PIECE), strict=True)
-        num_updated = 0
-        for old, new in pieces:
-            update = new.double() - old.double()
-            left = new.to(self.dtype).double() - old.to(self.dtype).double()
-            updated = update != 0
-            num_updated += int(updated.sum())
-            self.num_changed += int((updated & (left != 0)).sum())
-            self._squared_error += float((left - update).square().sum())
-            self._squared_update += float(update.square().sum())
-        self.num_tensors += num_updated > 0
-        self.num_updated += num_updated
-
     @property
     def share(self) -> float:
         """Of the updated weights, those that are not the base's again; 1 without an update."""
@@ -69,6 +50,35 @@ class Survival:
         """|| (W_rounded - W_base) - update || / || update || over all tensors; W_base rounded
         alike; 0 without an update."""
         return (self._squared_error / self._squared_update) ** 0.5 if self._squared_update else 0.0
+
+
+def count_update(survivals: list[Survival], before: Tensor, exact: Tensor) -> None:
+    """Adds one tensor to each of the survivals.
+
+    before: the base's, as it is stored.
+    exact: the trained one, in float32 or float64.
+    """
+    num_updated, squared_update = 0, 0.0
+    for old, new in zip(
+        before.reshape(-1).split(_PIECE), exact.reshape(-1).split(_PIECE), strict=True
+    ):
+        update = (new.double() - old.double()).float()
+        num_updated += int(update.count_nonzero())
+        squared_update += _squared_norm(update)
+        for survival in survivals:
+            # Exact where the two are close, which is where it matters.
+            left = new.to(survival.dtype).float() - old.to(survival.dtype).float()
+            # Without an update nothing is left of it.
+            survival.num_changed += int(left.count_nonzero())
+            survival._squared_error += _squared_norm(left - update)
+    for survival in survivals:
+        survival.num_tensors += num_updated > 0
+        survival.num_updated += num_updated
+        survival._squared_update += squared_update
+
+
+def _squared_norm(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def merge_adapter(
@@ -93,8 +103,7 @@ def merge_adapter(
             home = names[id(layer.get_base_layer())]
             for name, old, exact in _merge_layer(layer, model):
                 old = before.pop(f"{home}.{name}", old)
-                for survival in survivals:
-                    survival.add(old, exact)
+                count_update(survivals, old, exact)
                 getattr(layer.get_base_layer(), name).data = exact.to(dtype)
     for name, module in list(model.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -107,8 +116,7 @@ def merge_adapter(
     # What the file holds whole: biases, modules_to_save, rows of tokens, embeddings.
     for name, old in before.items():
         parameter = merged.get_parameter(name)
-        for survival in survivals:
-            survival.add(old, parameter.data)
+        count_update(survivals, old, parameter.data)
     _settle_head(merged)
     return merged
 
@@ -220,8 +228,7 @@ def build_trained(
         model = _own_weights(checkpoint, section)
         trained = dict(model.named_parameters())
         for name, old in load_weights(path, section, None).named_parameters():
-            for survival in survivals:
-                survival.add(old.data, trained[name].data)
+            count_update(survivals, old.data, trained[name].data)
     return _convert(model, survivals[0].dtype)
 
 
