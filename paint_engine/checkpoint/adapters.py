@@ -7,6 +7,7 @@ settings that it does not know. vLLM ignores some settings that change what an a
 
 import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
@@ -22,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from paint_engine.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from paint_engine.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, MODEL_CONFIG_FILE
 
 # Fields of a LoRA configuration whose every value is computed exactly, adapter on and merged.
 _ANY_VALUE = {
@@ -111,14 +113,15 @@ def largest_rank(config: Mapping[str, Any]) -> int:
 
 def check_adapter(directory: Path, shape: PreTrainedModel, base_name: str) -> None:
     """Raises ValueError unless the adapter's files are those of LoRA on this base: every tensor
-    has its place and its shape, none is missing, and all values are finite.
+    has its place and its shape, none is missing, and all values are finite. Where the base that it
+    was trained on is on this machine, its kind and its vocabulary are those of this base.
 
     shape: the base on the meta device. It is changed and of no use afterwards.
     base_name: the base, for messages.
     """
     config = read_adapter_config(directory)
     there = _read_shapes(directory / ADAPTER_FILE)
-    problem = _misfit(config, shape, there)
+    problem = _other_base(config, shape) or _misfit(config, shape, there)
     if problem is not None:
         raise ValueError(
             f"the adapter {directory} does not fit the model {base_name} ({problem}); needs the "
@@ -153,6 +156,35 @@ def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
             "weights; give an adapter or a checkpoint from before they broke"
         )
     return shapes
+
+
+def _other_base(config: Mapping[str, Any], shape: PreTrainedModel) -> str | None:
+    """How the base that the adapter was trained on differs, if its configuration is on this
+    machine: matrices of the same sizes fit a model with another vocabulary too."""
+    name = config.get("base_model_name_or_path")
+    found = _stored_config(name) if name else None
+    if found is None:
+        return None
+    there = json.loads(found.read_text())
+    sizes = there.get("text_config") or there
+    for key, ours in (
+        ("model_type", shape.config.model_type),
+        ("vocab_size", shape.config.get_text_config().vocab_size),
+    ):
+        theirs = (there if key == "model_type" else sizes).get(key)
+        if theirs is not None and theirs != ours:
+            return f"it was trained on a model of {key} {theirs}, and this one has {ours}"
+    return None
+
+
+def _stored_config(name_or_path: str) -> Path | None:
+    path = Path(name_or_path) / MODEL_CONFIG_FILE
+    if path.is_file():
+        return path
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path):
+        return None
+    cached = try_to_load_from_cache(name_or_path, MODEL_CONFIG_FILE)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def _misfit(

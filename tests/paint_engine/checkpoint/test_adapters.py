@@ -339,7 +339,25 @@ def test_settings_that_a_later_peft_adds_and_leaves_off_are_taken(
     export.main([str(tmp_path / "adapter"), str(tmp_path / "out")])
 
 
-BASES: dict[str, tuple[str, dict[str, Any], str]] = {
+BASES = {
+    "another hidden size": ("wide", "q_proj.lora_A.weight has the shape (4, 32), and the base"),
+    "another vocabulary": ("more_tokens", "it was trained on a model of vocab_size"),
+    "another kind": ("biased", "it was trained on a model of model_type qwen3, and this one"),
+}
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_an_adapter_of_another_base_is_refused(
+    case: str, bases: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    base, message = BASES[case]
+    train(bases / "untied", lora({}), tmp_path / "adapter")
+    said = refusal(tmp_path / "adapter", base)
+    assert "does not fit the model" in said and message in said
+    assert f"according to its configuration '{bases / 'untied'}'" in said
+
+
+UNKNOWN_BASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "another hidden size": ("wide", {}, "q_proj.lora_A.weight has the shape (4, 32), and the base"),
     "another vocabulary": (
         "more_tokens",
@@ -356,16 +374,19 @@ BASES: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BASES)
-def test_an_adapter_of_another_base_is_refused(
+@pytest.mark.parametrize("case", UNKNOWN_BASES)
+def test_an_adapter_of_a_base_that_is_not_here_is_refused_by_its_shapes(
     case: str, bases: Path, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
-    base, settings, message = BASES[case]
+    base, settings, message = UNKNOWN_BASES[case]
     trained_on = "experts" if case == "no experts" else "untied"
     train(bases / trained_on, lora(settings), tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    name = {"base_model_name_or_path": "someone/model"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | name))
     said = refusal(tmp_path / "adapter", base)
     assert "does not fit the model" in said and message in said
-    assert f"according to its configuration '{bases / trained_on}'" in said
+    assert "according to its configuration 'someone/model'" in said
 
 
 FILES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
