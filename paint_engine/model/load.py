@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import ModelSection
+from paint_engine.files import ADAPTER_CONFIG_FILE
 from paint_engine.model.forward import _COMPUTE_DTYPE
 from paint_engine.model.lora import add_lora
 from paint_engine.model.stored import load_failure, load_weights, read_settings
@@ -58,7 +59,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def resolve_model(name_or_path: str, *, with_weights: bool = True) -> str:
     """Returns the bundled base's path for "tiny"; otherwise the name itself.
 
-    Raises ValueError for a directory that lacks the configuration, the tokenizer or the weights.
+    Raises ValueError for a directory that lacks the configuration, the tokenizer or the weights, or
+    that holds an adapter.
     """
     if name_or_path == "tiny":
         return str(TINY_BASE)
@@ -66,6 +68,13 @@ def resolve_model(name_or_path: str, *, with_weights: bool = True) -> str:
     if not path.is_dir():
         return name_or_path
     present = {file.name for file in path.iterdir()}
+    if ADAPTER_CONFIG_FILE in present:
+        # Beside a config.json, transformers would load the adapter without a word.
+        raise ValueError(
+            f"model directory {name_or_path} holds an adapter ({ADAPTER_CONFIG_FILE}); needs a "
+            "whole model; merge it with python -m paint_engine.export and name what that writes, "
+            "or evaluate it with --adapter"
+        )
     if "config.json" not in present:
         needed = "config.json (the model's configuration)"
     elif not present & {"tokenizer.json", "tokenizer.model", "vocab.json"}:

@@ -247,6 +247,19 @@ def test_a_model_directory_that_lacks_a_part_says_which(
     assert "--model.name_or_path" in message
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_is_not_taken_for_a_model(whole: bool, model_dir: Path, tmp_path: Path) -> None:
+    """Beside a model's files transformers loads it silently, and the base would be another."""
+    directory = tmp_path / "model"
+    if whole:
+        shutil.copytree(model_dir, directory)
+    directory.mkdir(exist_ok=True)
+    (directory / "adapter_config.json").write_text("{}")
+    for load in (load_tokenizer, lambda section: load_base(section, CPU)):
+        with pytest.raises(ValueError, match=r"holds an adapter .*; needs a whole model; merge it"):
+            load(ModelSection(name_or_path=str(directory)))
+
+
 def test_a_tokenizer_without_a_chat_template_is_refused(model_dir: Path, tmp_path: Path) -> None:
     directory = tmp_path / "model"
     shutil.copytree(model_dir, directory)
