@@ -109,7 +109,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     Raises OSError or SafetensorError where that is not possible.
     """
     generation = model.generation_config
-    # Written by itself, since save_pretrained refuses some settings of published models.
+    # Written by itself, since save_pretrained warns about some settings and refuses others.
     model.generation_config = GenerationConfig()
     model.save_pretrained(str(directory))
     model.generation_config = generation

@@ -12,11 +12,17 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from paint_engine import export
 from paint_engine.checkpoint.choose import choose_checkpoint, find_base
 from paint_engine.checkpoint.directory import mark_best
+from paint_engine.checkpoint.exported import add_older_names
 from paint_engine.checkpoint.save import save_checkpoint
 from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World
@@ -108,6 +114,51 @@ def test_the_tokenizer_with_its_template_and_the_stop_tokens_come_along(
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert generation["eos_token_id"] == tokenizer.eos_token_id
     assert not list(tmp_path.glob(".*"))
+
+
+def test_settings_that_transformers_refuses_to_save_come_along(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    """As some published models have them."""
+    base_dir = shutil.copytree(model_dir, tmp_path / "base")
+    file = base_dir / "generation_config.json"
+    changed = json.loads(file.read_text()) | {"temperature": 0.6, "do_sample": False}
+    file.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="Fix these issues"):
+        GenerationConfig.from_dict(changed).save_pretrained(tmp_path / "refused")
+    make_run(tmp_path / "run", base_dir)
+    assert run_export(tmp_path / "run", tmp_path / "out") == 0
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert (written["temperature"], written["eos_token_id"]) == (0.6, changed["eos_token_id"])
+
+
+def test_both_releases_of_transformers_find_their_names(model_dir: Path, tmp_path: Path) -> None:
+    """`make test-transformers4` has the readers themselves."""
+    make_run(tmp_path / "run", model_dir)
+    assert run_export(tmp_path / "run", tmp_path / "out") == 0
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+def test_scaled_rotary_embeddings_have_both_names() -> None:
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    sliding = {"rope_type": "default", "rope_theta": 1e4}
+    nested = {"sliding_attention": sliding, "full_attention": full}
+    text = {"model_type": "gemma3_text", "rope_parameters": nested}
+    older = {
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    assert add_older_names(text) == text | older
+    whole = {"model_type": "gemma3", "text_config": text}
+    assert add_older_names(whole) == whole | {"text_config": text | older}
+    experts = {"model_type": "qwen3_moe", "num_local_experts": 4}
+    assert add_older_names(experts) == experts | {"num_experts": 4}
 
 
 def to_bfloat16(base_dir: Path, directory: Path) -> Path:
