@@ -70,6 +70,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
             f"{ADAPTER_CONFIG_FILE}); needs CAUSAL_LM; give an adapter of a causal language model"
         )
     _check_init(directory, config)
+    _check_ranks(directory, config)
     if unknown := _unusual_settings(config):
         raise ValueError(
             f"the adapter {directory} has the LoRA settings {', '.join(unknown)}, which are not "
@@ -89,6 +90,17 @@ def _check_init(directory: Path, config: Mapping[str, Any]) -> None:
             "it with peft's path_initial_model_for_weight_conversion, or, if --model is the "
             f"changed base already, set init_lora_weights to true in {ADAPTER_CONFIG_FILE}"
         )
+
+
+def _check_ranks(directory: Path, config: Mapping[str, Any]) -> None:
+    patterns = config.get("rank_pattern") or {}
+    found = {"r": config.get("r"), **(patterns if isinstance(patterns, dict) else {"": patterns})}
+    for name, rank in found.items():
+        if type(rank) is not int or rank < 1:
+            raise ValueError(
+                f"the adapter {directory} has the rank {rank!r} for {name!r} in "
+                f"{ADAPTER_CONFIG_FILE}; needs positive integers; save or copy it again"
+            )
 
 
 def _unusual_settings(config: Mapping[str, Any]) -> list[str]:
@@ -191,7 +203,8 @@ def _misfit(
     config: Mapping[str, Any], shape: PreTrainedModel, there: Mapping[str, tuple[int, ...]]
 ) -> str | None:
     """Why these tensors are not those of this configuration on this base; None if they are."""
-    fields = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
+    # peft does not read a file's runtime_config either.
+    fields = {f.name for f in dataclasses.fields(LoraConfig) if f.init} - {"runtime_config"}
     settings = {name: value for name, value in config.items() if name in fields}
     # peft would initialise in ways that need values, and would warn about the base's name.
     settings |= {"init_lora_weights": False, "base_model_name_or_path": None, "revision": None}

@@ -314,6 +314,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "a later peft's": ({"use_zora": {"depth": 2}}, 'LoRA settings use_zora = {"depth": 2}'),
     "task": ({"task_type": "SEQ_CLS"}, "is for the task SEQ_CLS (task_type in"),
     "no method": ({"peft_type": None}, "is of the method None"),
+    "no rank": ({"r": None}, "has the rank None for 'r' in adapter_config.json; needs"),
+    "odd ranks": ({"rank_pattern": [4]}, "has the rank [4] for '' in"),
+    "negative rank": ({"rank_pattern": {"q_proj": -1}}, "has the rank -1 for 'q_proj' in"),
+    "odd layers": ({"layers_to_transform": 1, "target_modules": "q"}, "cannot be used when"),
     "far token": ({"trainable_token_indices": [9999]}, "it trains the token 9999, and the base's"),
 }
 
@@ -335,6 +339,7 @@ def test_settings_that_a_later_peft_adds_and_leaves_off_are_taken(
     train(bases / "tied", lora({}), tmp_path / "adapter")
     file = tmp_path / "adapter/adapter_config.json"
     off = {"use_zora": False, "zora_config": None, "zora_layers": []}
+    off |= {"runtime_config": {"ephemeral_gpu_offload": False}}
     file.write_text(json.dumps(json.loads(file.read_text()) | off))
     export.main([str(tmp_path / "adapter"), str(tmp_path / "out")])
 
