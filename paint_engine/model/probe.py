@@ -145,17 +145,16 @@ def logit_scale(model: PreTrainedModel, name: str) -> float:
 
 
 @torch.no_grad()
-def check_forward(model: nn.Module, attention: str, name: str) -> None:
-    """Raises ValueError unless our pass and the model's own forward give the same logits.
+def forward_error(model: nn.Module, attention: str) -> float:
+    """Returns the largest difference between the logits of our pass and of the model's own forward,
+    relative to the largest logit.
 
     Two sequences of different lengths run together through `hidden_states` and the head, and each
     alone through the model's own forward. It is a collective call for a sharded model.
 
     attention: that of the losses.
-    name: what the message calls the model.
     """
-    inner, dtype = causal_lm(model), compute_dtype(model)
-    vocab_size = lm_head_weight(model).shape[0]
+    inner, vocab_size = causal_lm(model), lm_head_weight(model).shape[0]
     generator = torch.Generator().manual_seed(_SEED)
     rows = [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in _LENGTHS]
     packed = pack_sequences([row[:1] for row in rows], [row[1:] for row in rows])
@@ -163,17 +162,22 @@ def check_forward(model: nn.Module, attention: str, name: str) -> None:
     states = hidden_states(model, sequences, attention=attention)
     with autocast(model):
         ours = states @ lm_head_weight(model).T
-        own = [
-            inner(input_ids=torch.tensor([row], device=inner.device), use_cache=False).logits[
-                0, :-1
-            ]
-            for row in rows
-        ]
+        alone = [torch.tensor([row], device=inner.device) for row in rows]
+        own = [inner(input_ids=ids, use_cache=False).logits[0, :-1] for ids in alone]
     if isinstance(inner, FSDPModule):
         # The root's weights stay gathered after a pass; an optimizer needs the shards.
         inner.reshard()
     expected = torch.cat(own).double()
-    error = float((ours.double() - expected).abs().max() / expected.abs().max())
+    return float((ours.double() - expected).abs().max() / expected.abs().max())
+
+
+def check_forward(model: nn.Module, attention: str, name: str) -> None:
+    """Raises ValueError unless our pass and the model's own forward give the same logits, as
+    `forward_error` compares them.
+
+    name: what the message calls the model.
+    """
+    error, dtype = forward_error(model, attention), compute_dtype(model)
     if not error <= _TOLERANCE[dtype]:
         raise ValueError(
             f"{name}: with {attention} attention, its logits differ from those of its own forward "
