@@ -6,7 +6,7 @@ including masks, in all other calls, so the sampler's cache and padding are unch
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from inspect import signature
@@ -20,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from paint_engine.model.packing import pack_sequences
+from paint_engine.model.rounding import is_rounding, relative_error
 from paint_engine.types import PackedSequences
 
 IMPLEMENTATION = "paint_packed"
@@ -113,18 +115,31 @@ def adopt_attention(model: PreTrainedModel, attention: str) -> None:
     remedy = "use --model.attention padded"
     # A recurrent layer, for example, would carry its state from one sequence into the next.
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if others := layers - {"full_attention", "sliding_attention"}:
+    others = layers - {"full_attention", "sliding_attention"}
+    others |= {"convolution" for m in model.get_decoder().modules() if isinstance(m, nn.Conv1d)}
+    if others:
         raise ValueError(
             f"model.attention is {attention!r}, but the model has layers of type "
             f"{', '.join(sorted(others))}, which mix packed sequences; {remedy}"
         )
     if attention == "packed":
+        if _mixes_packed(model):
+            raise ValueError(
+                f"model.attention is {attention!r}, but {type(model).__name__} does not tell "
+                f"packed sequences apart by their positions; {remedy}"
+            )
         return
     if getattr(config, "attention_dropout", 0.0):
         raise ValueError(
             f"model.attention is {attention!r}, whose kernel has no dropout, but the model's "
             f"attention_dropout is {config.attention_dropout}; set it to 0 in its config.json, or "
             f"{remedy}"
+        )
+    if not model._supports_sdpa:
+        # Some attention has a softcap or sinks, which the kernels would leave out.
+        raise ValueError(
+            f"model.attention is {attention!r}, but the attention of {type(model).__name__} is not "
+            f"PyTorch's scaled dot product; {remedy}"
         )
     AttentionInterface.register(IMPLEMENTATION, packed_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
@@ -160,6 +175,23 @@ def packed_arguments(sequences: PackedSequences, attention: str) -> dict[str, An
     )
     no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
     return arguments | {"attention_mask": no_mask, "packing": packing}
+
+
+@torch.no_grad()
+def _mixes_packed(model: PreTrainedModel) -> bool:
+    """Whether tokens attend across the bounds of packed sequences, asked with a few tokens. A model
+    may take its mask from elsewhere than the positions."""
+    first, second, device = [1, 2, 3], [4, 5, 6, 7, 8], model.device
+    packed = pack_sequences([first[:1], second[:1]], [first[1:], second[1:]])
+    packed = replace(
+        packed, token_ids=packed.token_ids.to(device), position_ids=packed.position_ids.to(device)
+    )
+    states = model.base_model(**packed_arguments(packed, "packed")).last_hidden_state
+    ids = torch.tensor([second], device=device)
+    alone = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    twice = model.base_model(input_ids=ids.expand(2, -1), use_cache=False).last_hidden_state
+    error = relative_error(states[:, len(first) :], alone)
+    return not is_rounding(error, relative_error(twice[:1], alone), model.dtype)
 
 
 @cache
@@ -226,8 +258,9 @@ def packed_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
-    # SDPA supports these arguments; the packed kernels do not.
-    assert not kwargs.get("dropout") and kwargs.get("position_bias") is None, kwargs
+    # The packed kernels support none of these arguments; `adopt_attention` refuses such models.
+    assert not kwargs.get("dropout"), kwargs
+    assert all(kwargs.get(name) is None for name in ("position_bias", "softcap", "s_aux")), kwargs
     assert len(query) == 1 and query.shape[2] == key.shape[2], (query.shape, key.shape)
     # Under autocast a norm with float32 weights makes queries and keys float32; values keep their
     # dtype.

@@ -6,14 +6,17 @@ rounding) on the other requests of its batch, on the number of processes, or on 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from inspect import signature
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from paint_engine.model import causal_lm
+from paint_engine.model import causal_lm, compute_dtype, lm_head_weight
 from paint_engine.model.forward import backbone_states
+from paint_engine.model.rounding import is_rounding, relative_error, shares_half_the_digits
 from paint_engine.model.sharding import unsharded
 from paint_engine.rollout.engine import Completion, SamplingParams
 
@@ -21,6 +24,12 @@ from paint_engine.rollout.engine import Completion, SamplingParams
 # copying the cache costs little, and often enough that stragglers do not decode in a mostly
 # finished batch.
 _COMPACTION_SHARE = 0.25
+
+# transformers' own method: false for models whose caches are of another kind.
+_TAKES_STANDARD_CACHE = "_supports_default_dynamic_cache"
+
+# Attribute set on a causal language model: the result of `_rows_are_independent`.
+_INDEPENDENT = "paint_rows_are_independent"
 
 
 def kept_distribution(
@@ -116,6 +125,62 @@ class _Drawn:
         ]
 
 
+def _cache_argument(model: PreTrainedModel) -> str:
+    """Returns the argument by which the model's forward takes transformers' standard cache.
+
+    Raises ValueError for a model that keeps another kind.
+    """
+    names = signature(model.base_model.forward).parameters
+    if getattr(model, _TAKES_STANDARD_CACHE)():
+        for name in ("past_key_values", "cache_params"):
+            if name in names:
+                return name
+    raise ValueError(
+        f"the built-in sampler got a {type(model).__name__}, whose forward pass does not take "
+        "transformers' DynamicCache; sample with vLLM (--rollout.engine vllm; --engine vllm for "
+        "evaluations), or use another model"
+    )
+
+
+class _Decoding:
+    """B texts that the model reads in one batch: what it has read is in its cache, the next tokens
+    are in `_ids`."""
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
+        self._model = model
+        self._ids, self._mask = _pad_left(prompts, next(model.parameters()).device)
+        self._positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
+        self._cache_argument = _cache_argument(model)
+        self._cache = DynamicCache(config=model.config)
+
+    def read(self) -> Float[Tensor, "B H"]:
+        """Reads the next tokens. Returns the final hidden states of the last of each row."""
+        # After the prompt, Mamba takes no mask: it has no attention, and multiplies the tokens by
+        # the whole of a mask.
+        masks = self._cache_argument == "past_key_values" or self._mask.shape == self._ids.shape
+        return backbone_states(
+            self._model,
+            input_ids=self._ids,
+            attention_mask=self._mask if masks else None,
+            position_ids=self._positions,
+            use_cache=True,
+            **{self._cache_argument: self._cache},
+        )[:, -1]
+
+    def append(self, tokens: Int[Tensor, " B"]) -> None:
+        """Sets one next token for each row."""
+        self._ids, self._positions = tokens[:, None], self._positions[:, -1:] + 1
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+
+    def keep(self, rows: Int[Tensor, " K"]) -> None:
+        """Drops all but these rows."""
+        # Caches of recurrent layers have no method that selects rows, but every cache can be
+        # reordered, by any indices.
+        self._cache.reorder_cache(cast(torch.LongTensor, rows))
+        self._ids, self._mask = self._ids[rows], self._mask[rows]
+        self._positions = self._positions[rows]
+
+
 def _decode_batch(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -123,34 +188,74 @@ def _decode_batch(
     params: SamplingParams,
 ) -> list[Completion]:
     head, device = model.get_output_embeddings(), next(model.parameters()).device
-    assert head is not None
-    ids, mask = _pad_left(prompts, device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    assert isinstance(head, nn.Linear), type(head)
     uniforms = _uniforms(seeds, params.max_new_tokens, device)
     drawn = _Drawn(len(prompts), params, device)
-    cache = DynamicCache(config=model.config)
+    decoding = _Decoding(model, prompts)
     rows = torch.arange(len(prompts), device=device)
     for step in range(params.max_new_tokens):
-        hidden = backbone_states(
-            model,
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )[:, -1]
-        tokens, logprobs = sample_tokens(head(hidden), uniforms[rows, step], params)
+        # Some models, such as Mamba, keep their states in float32 up to the head.
+        logits = head(decoding.read().to(head.weight.dtype))
+        tokens, logprobs = sample_tokens(logits, uniforms[rows, step], params)
         live = drawn.record(step, rows, tokens, logprobs)
         num_live = int(live.sum())
         if num_live == 0:
             break
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        decoding.append(tokens)
         if num_live <= (1 - _COMPACTION_SHARE) * len(rows):
             kept = live.nonzero().squeeze(1)
-            cache.batch_select_indices(kept)
-            rows, mask, ids, positions = rows[kept], mask[kept], ids[kept], positions[kept]
+            decoding.keep(kept)
+            rows = rows[kept]
     return drawn.completions()
+
+
+def _states_by_cache(
+    model: PreTrainedModel, text: Sequence[int], others: Sequence[Sequence[int]]
+) -> Float[Tensor, "3 H"]:
+    """Returns the last three states of a text: one after its prompt, one after a single token, and
+    one after the other texts of its batch were dropped."""
+    decoding = _Decoding(model, [text[:-2], *others])
+    states = [decoding.read()[0]]
+    for token in text[-2:]:
+        num_rows = 1 + len(others) if len(states) == 1 else 1
+        decoding.append(torch.tensor([token] * num_rows, device=states[0].device))
+        states.append(decoding.read()[0])
+        decoding.keep(torch.tensor([0], device=states[0].device))
+    return torch.stack(states)
+
+
+def _rows_are_independent(model: PreTrainedModel) -> bool:
+    """Whether a row's states stay as they are when other rows share its batch, pad it on the left
+    and leave it. The model is asked once, with a few tokens.
+
+    Attention masks padding out. A recurrent layer or a convolution has to skip it by code of its
+    own, and has to keep its state in the cache. Not every architecture does.
+
+    Raises ValueError if the states by the cache are not those of the whole text.
+    """
+    if hasattr(model, _INDEPENDENT):
+        return getattr(model, _INDEPENDENT)
+    num_tokens, generator = len(lm_head_weight(model)), torch.Generator().manual_seed(0)
+    drawn = torch.randint(num_tokens, (16,), generator=generator).tolist()
+    text, other = drawn[:5], drawn[5:]
+    ids = torch.tensor([text], device=next(model.parameters()).device)
+    whole = backbone_states(model, input_ids=ids, use_cache=False)[0, -3:]
+    alone = relative_error(_states_by_cache(model, text, []), whole)
+    if not shares_half_the_digits(alone, compute_dtype(model)):
+        raise ValueError(
+            f"the built-in sampler got a {type(model).__name__}, whose hidden states with a cache "
+            f"differ from those without by {alone:.0%}: what it samples would not be what is "
+            "trained; sample with vLLM (--rollout.engine vllm; --engine vllm for evaluations)"
+        )
+    batched = relative_error(_states_by_cache(model, text, [other]), whole)
+    setattr(model, _INDEPENDENT, is_rounding(batched, alone, compute_dtype(model)))
+    return getattr(model, _INDEPENDENT)
+
+
+def _forget(model: PreTrainedModel) -> None:
+    """Clears states that a model keeps in its layers: a pass without a cache does."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    backbone_states(model, input_ids=ids, use_cache=False)
 
 
 @torch.no_grad()
@@ -168,16 +273,23 @@ def generate(
     model: a causal language model; adapters inside it are used as they are.
     seeds: one per request, below 2^63.
     max_sequences: number of requests that are decoded at once. Requests are grouped by prompt
-        length, so little of a batch is padding.
+        length, so little of a batch is padding. A model whose rows would depend on each other
+        decodes one request at a time.
     on_batch: is called with the indices and the completions of each finished group.
+
+    Raises ValueError for a model whose cache the sampler cannot use.
     """
     assert len(prompts) == len(seeds)
     was_training = model.training
     model.eval()
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: dict[int, Completion] = {}
-    for start in range(0, len(order), max_sequences):
-        group = order[start : start + max_sequences]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    independent = not prompts or _rows_are_independent(model)
+    size = max_sequences if independent else 1
+    for start in range(0, len(order), size):
+        group = order[start : start + size]
+        if not independent:
+            _forget(model)
         batch = _decode_batch(model, [prompts[i] for i in group], [seeds[i] for i in group], params)
         completions.update(zip(group, batch, strict=True))
         if on_batch is not None:
@@ -191,6 +303,8 @@ class BuiltinEngine:
 
     base: a context that yields the model before training; for rationales, the teacher.
     max_sequences: number of requests that are decoded at once.
+
+    Raises ValueError for a model whose cache the sampler cannot use.
     """
 
     def __init__(
@@ -199,6 +313,7 @@ class BuiltinEngine:
         base: Callable[[], AbstractContextManager[nn.Module]],
         max_sequences: int,
     ) -> None:
+        _cache_argument(causal_lm(model))
         self._model = model
         self._base = base
         self._max_sequences = max_sequences

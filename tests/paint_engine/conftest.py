@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
@@ -150,6 +151,126 @@ def ragged(tokenizer: PreTrainedTokenizerBase) -> list[TrainExample]:
     """Prompts and completions of all kinds of lengths, one token among them."""
     (stop,) = tokenizer.encode("<|im_end|>")
     return make_examples((5, 1, 9, 2), (11, 4, 1, 20), (4, 7, 1, 12), stop=stop)
+
+
+_GATED_DELTA = {
+    "num_hidden_layers": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_BAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+    "mamba_expand": 2,
+}
+_MAMBA2 = {"state_size": 8, "n_groups": 1, "chunk_size": 8}
+# Shorter than the tests' sequences.
+_SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+# What each architecture of transformers needs beside the sizes that all share.
+_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8},
+    "Qwen3Moe": {"head_dim": 8, **_EXPERTS},
+    "Qwen3_5Text": {"head_dim": 8, **_GATED_DELTA},
+    "Qwen3Next": {"shared_expert_intermediate_size": 16, **_EXPERTS, **_GATED_DELTA},
+    "Llama": {},
+    "Mistral": {"sliding_window": 6},
+    "Gemma2": {"head_dim": 8, **_SLIDING},
+    "Gemma3Text": {"head_dim": 8, **_SLIDING},
+    "Phi3": {},
+    "Granite": {},
+    "Cohere2": _SLIDING,
+    "FalconH1": {"head_dim": 8, "mamba_d_ssm": 64, **_BAMBA},
+    "Bamba": {"attn_layer_indices": [1], **_BAMBA},
+    "Jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 2,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "Zamba2": {
+        "layers_block_type": ["mamba", "hybrid"],
+        "mamba_d_state": 8,
+        "mamba_headdim": 16,
+        "n_mamba_heads": 4,
+        "mamba_ngroups": 1,
+        "chunk_size": 8,
+        "num_mem_blocks": 1,
+        "adapter_rank": 4,
+    },
+    "GraniteMoeHybrid": {
+        "layer_types": ["mamba", "attention"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": 48,
+        **_BAMBA,
+    },
+    "Lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "NemotronH": {
+        "head_dim": 8,
+        "layers_block_type": ["mamba", "attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+        "chunk_size": 8,
+    },
+    "RecurrentGemma": {
+        "num_hidden_layers": 3,
+        "head_dim": 8,
+        "lru_width": 32,
+        "attention_window_size": 6,
+    },
+    "Mamba": {"state_size": 8, "time_step_rank": 4},
+    "Mamba2": {"num_heads": 4, "head_dim": 16, **_MAMBA2},
+    "GPT2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "Mpt": {},
+    "Rwkv": {},
+}
+_TEXT_SIZES = {
+    "vocab_size": 340,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": 5,
+    "pad_token_id": 3,
+    # Large enough that the context moves the logits, small enough that rounding stays near 1e-6.
+    "initializer_range": 0.05,
+}
+# These have no limit on positions, or another name for it.
+_WITHOUT_POSITIONS = ("Mamba", "Mamba2", "RecurrentGemma", "GPT2", "Mpt", "Rwkv")
+
+
+def make_model(name: str, **settings: Any) -> PreTrainedModel:
+    """A small random model of an architecture, float32, in evaluation mode; "Gemma3" is the
+    composite one, with a vision tower."""
+    torch.manual_seed(0)
+    if name == "Gemma3":
+        vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision |= {"intermediate_size": 32, "image_size": 28, "patch_size": 14}
+        text = _TEXT_SIZES | _ARCHITECTURES["Gemma3Text"] | {"max_position_embeddings": 512}
+        config = transformers.Gemma3Config(text_config=text | settings, vision_config=vision)
+    else:
+        sizes = _TEXT_SIZES | _ARCHITECTURES[name]
+        if name not in _WITHOUT_POSITIONS:
+            sizes["max_position_embeddings"] = 512
+        config = getattr(transformers, f"{name}Config")(**sizes | settings)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Callable[..., PreTrainedModel]:
+    """Builds a small random model of the architecture of this name, with these settings."""
+    return make_model
 
 
 @pytest.fixture(scope="session")

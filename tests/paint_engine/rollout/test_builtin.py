@@ -213,14 +213,16 @@ def test_stop_tokens_stay_and_nothing_follows_them(base: PreTrainedModel) -> Non
 def test_finished_rows_leave_the_batch_and_the_cache(
     base: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The first call asks the model whether rows may leave.
+    generate(base, [(1,)], [0], replace(PARAMS, max_new_tokens=1), max_sequences=1)
     sizes: list[int] = []
-    original = DynamicCache.batch_select_indices
+    original = DynamicCache.reorder_cache
 
     def spy(cache: Any, indices: Tensor) -> None:
         original(cache, indices)
         sizes.append(cache.layers[0].keys.shape[0])
 
-    monkeypatch.setattr(DynamicCache, "batch_select_indices", spy)
+    monkeypatch.setattr(DynamicCache, "reorder_cache", spy)
     params = replace(PARAMS, stop_token_ids=tuple(range(0, VOCAB_SIZE, 8)))
     prompts, seeds = _prompts(12), list(range(12))
     compacted = generate(base, prompts, seeds, params, max_sequences=12)
