@@ -22,6 +22,7 @@ from transformers import (
 from bench.step.cases import teacher_prompt_ids
 from bench.step.loops import synchronize
 from paint_engine.config.schema import Config
+from paint_engine.model.lora import peft_targets
 from paint_engine.types import TrainExample
 
 LACKS = ("clip", "selection", "interpolation", "token losses", "entropies")
@@ -171,7 +172,7 @@ class TrlLoop:
                 r=lora.rank,
                 lora_alpha=lora.alpha,
                 lora_dropout=lora.dropout,
-                target_modules=list(lora.target_modules),
+                target_modules=peft_targets(self.base, lora.target_modules).names,
                 task_type="CAUSAL_LM",
             ),
         )

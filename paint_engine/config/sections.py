@@ -22,11 +22,24 @@ from paint_engine.config import templates
 
 T = TypeVar("T")
 
+ALL_LINEAR = "all-linear"
+"""in place of names: every linear layer of the text decoder, as in peft"""
+
 
 def _top_k_is_on_or_off(top_k: int) -> int:
     if top_k < 1 and top_k != -1:
         raise ValueError("-1 (all tokens) or a count of at least 1")
     return top_k
+
+
+def _one_word_is_a_list(value: object) -> object:
+    return (value,) if value == ALL_LINEAR else value
+
+
+def _all_is_alone(names: tuple[str, ...]) -> tuple[str, ...]:
+    if ALL_LINEAR in names and len(names) > 1:
+        raise ValueError(f"names of layers, or {ALL_LINEAR!r} alone")
+    return names
 
 
 # TOML has no null: "none" stands for it, in files and on the command line.
@@ -42,9 +55,11 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 # Strict mode refuses the list that TOML gives for a tuple.
 TextTuple = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+LayerNames = Annotated[
+    TextTuple, BeforeValidator(_one_word_is_a_list), AfterValidator(_all_is_alone)
+]
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Section(BaseModel):
@@ -77,8 +92,10 @@ class LoraSection(Section):
     rank: PositiveInt = Field(default=64, description="rank r of the adapters")
     alpha: PositiveInt = Field(default=128, description="adapters are scaled by alpha / rank")
     dropout: Decay = Field(default=0.0, description="dropout probability on the adapters' input")
-    target_modules: TextTuple = Field(
-        default=LORA_TARGETS, description="names of the linear layers that get adapters"
+    target_modules: LayerNames = Field(
+        default=(ALL_LINEAR,),
+        description="names of the linear layers that get adapters; all-linear = all of the text "
+        "decoder, without the output head",
     )
 
 

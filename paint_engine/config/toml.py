@@ -81,8 +81,8 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
         needed = re.sub(r"^\w+ should (be|have) | after validation.*", "", message)
         needed = needed.replace("valid tuple", "list of texts")
         example = toml_value(field.default)
-        # A shell would interpret TOML's backslashes.
-        example = shlex.quote(example) if "\\" in example else example
+        # A shell would interpret TOML's backslashes, and the quotes of a list.
+        example = shlex.quote(example) if "\\" in example or example[0] == "[" else example
         lines.append(
             f"{sources[key]}: {key}: got {item['input']!r}; needs {needed} ({field.description}); "
             f"for example --{key} {example}"

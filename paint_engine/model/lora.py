@@ -1,50 +1,164 @@
 """LoRA adapters on the base."""
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from paint_engine.config.sections import LoraSection
+from paint_engine.config.sections import ALL_LINEAR, LoraSection
 from paint_engine.model.forward import compute_dtype
 
 # peft's own switch on its layers.
 _CASTS_INPUT = "cast_input_dtype_enabled"
+# A Mamba layer reads these weights past their forward pass, in fused kernels among others, so an
+# adapter on them would be left out. Such a layer has parameters `A_log` and `D`.
+_READ_BY_MAMBA = ("out_proj", "x_proj", "dt_proj")
 
 
-def add_lora(
-    model: PreTrainedModel, section: LoraSection, seed: int
-) -> PreTrainedModel | PeftModel:
-    """Adds float32 adapters to the model. With LoRA off, returns the model with all weights
-    trainable.
+@dataclass(frozen=True)
+class Targets:
+    """What peft is told: names of modules, which also match as the end of a full name, and a
+    regular expression of full names that they are not to match."""
 
-    seed: seeds A's initial values. B starts at zero, so the first step's student is the base.
+    names: list[str]
+    excluded: str | None
 
-    Raises ValueError for adapters on the output head.
-    """
-    if not section.enabled:
-        return model
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _matches(full_name: str, name: str) -> bool:
+    # peft's rule.
+    return full_name == name or full_name.endswith(f".{name}")
+
+
+def _layers_read_past_forward(model: PreTrainedModel) -> set[str]:
+    return {
+        f"{name}.{child}" if name else child
+        for name, module in model.named_modules()
+        if hasattr(module, "A_log") and hasattr(module, "D")
+        for child, _ in module.named_children()
+        if child in _READ_BY_MAMBA
+    }
+
+
+def _linear_layers(model: PreTrainedModel) -> set[str]:
+    """Returns the full names of the text decoder's linear layers, without the output head."""
+    inside = set(model.get_decoder().modules()) - {model.get_output_embeddings()}
+    return {
+        name
+        for name, module in model.named_modules()
+        if module in inside and isinstance(module, nn.Linear | Conv1D)
+    }
+
+
+def _check_head(model: PreTrainedModel, names: Sequence[str]) -> None:
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear), type(head)
     # "lm_head", and "embed_tokens" if the two are tied.
     holders = {
-        name.rpartition(".")[2]
+        _last(name)
         for name, module in model.named_modules()
         if getattr(module, "weight", None) is head.weight
     }
-    if refused := holders & set(section.target_modules):
+    if refused := holders & set(names):
         raise ValueError(
             f"--lora.target_modules: got {', '.join(sorted(refused))}, which holds the output "
             "head; needs layers below it, since the loss reads the head as one plain matrix; "
             "leave it out"
         )
+
+
+def _check_names(model: PreTrainedModel, names: Sequence[str], linear: set[str]) -> None:
+    """Raises ValueError for a name without a linear layer that adapters can be put on."""
+    unmatched = [name for name in names if not any(_matches(layer, name) for layer in linear)]
+    if not unmatched:
+        return
+    experts = {
+        _last(parameter)
+        for parameter, weight in model.get_decoder().named_parameters()
+        if weight.ndim == 3 and any(_matches(parameter, name) for name in unmatched)
+    }
+    read = {_last(layer) for layer in _layers_read_past_forward(model)}
+    notes = ""
+    if experts:
+        notes += (
+            f" The weights of experts ({', '.join(sorted(experts))}) are one tensor of "
+            "all experts, which gets no adapter."
+        )
+    if bypassed := read.intersection(map(_last, unmatched)):
+        notes += (
+            f" Mamba layers read {', '.join(sorted(bypassed))} past the adapters, which would not "
+            "be trained."
+        )
+    raise ValueError(
+        f"--lora.target_modules: got {', '.join(unmatched)}, which no linear layer of the decoder "
+        f"of {type(model).__name__} is called; needs some of "
+        f"{', '.join(sorted(set(map(_last, linear))))}; use these names, or "
+        f"--lora.target_modules {ALL_LINEAR} for all of them.{notes}"
+    )
+
+
+def peft_targets(model: PreTrainedModel, names: Sequence[str]) -> Targets:
+    """Returns what peft is told for these names of `lora.target_modules`.
+
+    Layers of the same name outside of the text decoder, as in a vision tower, get no adapters:
+    nothing would train them.
+
+    Raises ValueError for the output head, and for names that match no linear layer.
+    """
+    linear = _linear_layers(model) - _layers_read_past_forward(model)
+    if tuple(names) == (ALL_LINEAR,):
+        names = sorted(set(map(_last, linear)))
+    _check_head(model, names)
+    _check_names(model, names, linear)
+    found = {
+        layer for layer, _ in model.named_modules() if any(_matches(layer, name) for name in names)
+    }
+    return Targets(list(names), _pattern(found - linear, found & linear))
+
+
+def _pattern(excluded: set[str], kept: set[str]) -> str | None:
+    """Returns a regular expression of the excluded full names, or None. The layers' numbers are
+    left open where no kept name matches then."""
+    patterns = set()
+    for name in excluded:
+        escaped = re.escape(name)
+        every_layer = re.sub(r"\d+", r"\\d+", escaped)
+        clashes = any(re.fullmatch(every_layer, other) for other in kept)
+        patterns.add(escaped if clashes else every_layer)
+    return "|".join(sorted(patterns)) or None
+
+
+def add_lora(
+    model: PreTrainedModel, section: LoraSection, seed: int
+) -> PreTrainedModel | PeftModel:
+    """Adds float32 adapters to the model. With LoRA off, returns the model with all weights of its
+    text decoder and its head trainable.
+
+    seed: seeds A's initial values. B starts at zero, so the first step's student is the base.
+
+    Raises ValueError as `peft_targets` does.
+    """
+    if not section.enabled:
+        _freeze_what_text_leaves_out(model)
+        return model
+    targets = peft_targets(model, section.target_modules)
     torch.manual_seed(seed)
     config = LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules=list(section.target_modules),
+        target_modules=targets.names,
+        exclude_modules=targets.excluded,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",
     )
     # The model stays in evaluation mode except during the student's pass of a training step.
@@ -55,3 +169,13 @@ def add_lora(
             # backward pass. With the switch off, autocast rounds the adapter and no copy is kept.
             setattr(layer, _CASTS_INPUT, compute_dtype(model) == torch.float32)
     return adapted
+
+
+def _freeze_what_text_leaves_out(model: PreTrainedModel) -> None:
+    """Freezes what text does not pass, such as a vision tower: it would have no gradient."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear), type(head)
+    passed = {id(p) for module in (model.get_decoder(), head) for p in module.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in passed:
+            parameter.requires_grad_(False)

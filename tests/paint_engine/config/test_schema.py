@@ -66,7 +66,8 @@ def test_defaults_are_the_papers() -> None:
         "eval.thinking": True,
     }
     assert {key: value_of(config, key) for key in paper} == paper
-    assert len(config.lora.target_modules) == 7
+    # All linear layers: the paper's seven in a Qwen3 model.
+    assert config.lora.target_modules == ("all-linear",)
 
 
 def test_every_key_is_described_in_one_line() -> None:
@@ -89,7 +90,7 @@ def test_toml_holds_every_key_and_none_as_text() -> None:
     assert flat["run.dir"] == "none"
     assert flat["data.max_rows"] == "none"
     assert flat["objective.teacher_top_k"] == "none"
-    assert flat["lora.target_modules"][0] == "q_proj"
+    assert flat["lora.target_modules"] == ["all-linear"]
     assert flat["optim.learning_rate"] == 5e-6
 
 
@@ -122,6 +123,12 @@ def test_toml_round_trip(flat: dict[str, Any]) -> None:
     again = build_config([("file", flat_toml(to_toml(config)))])
     assert again == config
     assert to_toml(again) == to_toml(config)
+
+
+@pytest.mark.parametrize("written", ["all-linear", ["all-linear"]])
+def test_all_linear_layers_are_one_word(written: object) -> None:
+    config = build_config([("file", {"lora.target_modules": written})])
+    assert config.lora.target_modules == ("all-linear",)
 
 
 def test_placements_are_those_that_masking_has() -> None:
@@ -158,6 +165,7 @@ def test_later_layers_win_and_leave_the_rest() -> None:
         ("lora.target_modules", [], "got []", "at least 1 item"),
         ("lora.target_modules", ["q_proj", 3], "got 3", "a valid string"),
         ("lora.target_modules", "q_proj", "got 'q_proj'", "a list of texts"),
+        ("lora.target_modules", ["all-linear", "q_proj"], "got ['all-linear', 'q_proj']", "names"),
         ("lora.enabled", "yes", "got 'yes'", "a valid boolean"),
         ("masking.rho_wrong", -0.1, "got -0.1", "greater than or equal to 0"),
         ("masking.rho_correct", 1.1, "got 1.1", "less than or equal to 1"),
