@@ -1,9 +1,10 @@
 """Estimates the memory of a training step on one device, from the model's shape alone.
 
 It counts each tensor that PyTorch's allocator holds. Memory outside the allocator is a set of named
-constants. Decoder layers are those of Qwen3 and Llama: two norms, attention, a gated MLP. H is the
-hidden size, I the MLP's, Q and K the total widths of queries and of keys, and a the bytes of one
-number in the compute dtype.
+constants. Decoder layers are those of Qwen3 and Llama: two norms, attention, a gated MLP. Of other
+architectures, weights, trained parameters and the sampler's cache are counted as they are; what a
+layer keeps for its backward pass is approximate. H is the hidden size, I the MLP's, Q and K the
+total widths of queries and of keys, and a the bytes of one number in the compute dtype.
 """
 
 import math
@@ -134,7 +135,8 @@ def layer_activation_bytes(shape: ModelShape, setting: Setting) -> int:
 
     With adapters on all seven matrices in bfloat16, this is 12 H + 8 Q + 8 K + 8 I plus small
     terms. A norm keeps its input in float32. If its weight is trained, it also keeps its output
-    before the weight.
+    before the weight. Of layers of several kinds, this is the mean. Linear attention and Mamba
+    count three times their width: before the convolution, after it, and after the activation.
     """
     a, trained = setting.compute_bytes, setting.trains_all
     hidden, queries, keys = shape.hidden, shape.queries, shape.keys
@@ -151,14 +153,17 @@ def layer_activation_bytes(shape: ModelShape, setting: Setting) -> int:
     size = 2 * hidden * norm
     size += linear_inputs(hidden, "q_proj", "k_proj", "v_proj")
     size += linear_inputs(hidden, "gate_proj", "up_proj")
-    if shape.norms_heads:
-        size += (queries + keys) * (_FLOAT32 + (a if trained else 0))
     # Queries, keys, values, the result, and one log-sum-exp per head.
-    size += 2 * a * (queries + keys) + _FLOAT32 * shape.num_heads
+    attention = 2 * a * (queries + keys) + _FLOAT32 * shape.num_heads
+    if shape.norms_heads:
+        attention += (queries + keys) * (_FLOAT32 + (a if trained else 0))
+    size += attention * shape.num_attention // shape.num_layers + 3 * a * shape.recurrent
     # Gate, up, the activation, and their product if the next matrix is trained.
     size += 3 * a * shape.intermediate + linear_inputs(shape.intermediate, "down_proj")
-    size += a * shape.adapter_rank * len(shape.adapted)
-    if setting.dropout:
+    size += a * shape.adapter_rank * shape.adapters_per_layer
+    if not setting.dropout:
+        size += a * shape.other_adapter_inputs
+    else:
         # The input of each adapter, and its dropout mask; on a CPU the mask is stored as numbers.
         size += (a + (1 if setting.on_gpu else a)) * shape.adapter_inputs
     return size
@@ -224,6 +229,9 @@ def _weights(shape: ModelShape, setting: Setting) -> dict[str, int]:
     copy = shape.base_parameters // shards + shape.root_parameters * setting.sharded
     return {
         "frozen base": (a * shape.base_parameters - own_head) // shards * frozen,
+        "frozen parts": _FLOAT32 * (shape.base_parameters - shape.trained_parameters) // shards
+        if setting.trains_all
+        else 0,
         "frozen head": own_head // shards * frozen,
         "trained weights": trained // shards,
         "optimizer": 2 * trained // shards,
@@ -252,11 +260,12 @@ def _sampling(
     shape: ModelShape, setting: Setting, config: Config, lengths: Lengths
 ) -> dict[str, int]:
     """Returns the bytes of the built-in sampler: its cache at its longest, the logits and their
-    sort. With sharding, each rank also holds whole weights."""
+    sort. With sharding, each rank also holds whole weights.
+
+    Recurrent states are counted in float32, which most layers use."""
     if not draws(config) or setting.colocated_vllm or config.rollout.url is not None:
         return {}
     a = setting.compute_bytes
-    per_token = 2 * shape.num_layers * shape.keys * a
     share = -(-config.train.batch_size // setting.num_ranks)
     rows = min(config.rollout.max_sequences, share)
     runs = []
@@ -268,7 +277,12 @@ def _sampling(
     if config.eval.enabled:
         longest = lengths.student_prompt + config.eval.max_new_tokens
         runs.append((longest, config.eval.max_sequences))
-    cache = max(rows * length * per_token for length, rows in runs)
+
+    def row_bytes(length: int) -> int:
+        num_cached = sum(min(length, window or length) for window in shape.windows)
+        return 2 * num_cached * shape.keys * a + _FLOAT32 * shape.state_elements
+
+    cache = max(rows * row_bytes(length) for length, rows in runs)
     # Float32 logits, the sorted logits, and their order as int64.
     logits = max(rows for _, rows in runs) * shape.num_head_rows * (2 * _FLOAT32 + 8)
     whole = (a * shape.base_parameters + _FLOAT32 * shape.adapter_parameters) * setting.sharded

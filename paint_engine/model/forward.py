@@ -20,6 +20,12 @@ _COMPUTE_DTYPE = "paint_compute_dtype"
 LOGIT_SCALE = "paint_logit_scale"
 _BACKBONE = "paint_backbone_states"
 
+# The context length under the names that architectures give it.
+_CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "seq_length")
+_UNLIMITED = 2**31 - 1
+# transformers' names of layers that look back through a window or a state.
+_UNLIMITED_LAYERS = frozenset({"linear_attention", "conv", "sliding_attention", "mamba"})
+
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """Returns the causal language model inside the PEFT wrapper, with its adapters in place."""
@@ -36,8 +42,33 @@ def lm_head_weight(model: nn.Module) -> Float[Tensor, "V H"]:
 
 
 def max_context(model: nn.Module) -> int:
-    """Returns the model's maximum number of positions, in tokens."""
-    return causal_lm(model).config.max_position_embeddings
+    """Returns the model's maximum number of positions, in tokens, from the text part of its
+    configuration.
+
+    A model that looks back through windows and recurrent states alone has no maximum; it gets
+    2^31 - 1. LongRoPE, as in Phi-3, rotates by other angles once a sequence is longer than the
+    original context, also in a row that is shorter: up to there, one token's states do not depend
+    on the other rows, and cached states stay valid.
+
+    Raises ValueError for a configuration that names no maximum.
+    """
+    inner = causal_lm(model)
+    config = inner.config.get_text_config()
+    longest = next(filter(None, (getattr(config, key, None) for key in _CONTEXT_KEYS)), None)
+    layers = getattr(config, "layer_types", None) or ["full_attention"]
+    if longest is None and _UNLIMITED_LAYERS.issuperset(layers):
+        return _UNLIMITED
+    if not isinstance(longest, int) or longest < 1:
+        raise ValueError(
+            f"the configuration of {type(inner).__name__} has no context length: got "
+            f"max_position_embeddings {longest}; add it, in tokens, to the model's config.json"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    # One set of parameters, or one for each type of layer.
+    for parameters in (rope, *rope.values()):
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+            longest = min(longest, parameters.get("original_max_position_embeddings", longest))
+    return longest
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:

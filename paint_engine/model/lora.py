@@ -1,12 +1,13 @@
 """LoRA adapters on the base."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,15 +20,21 @@ _CASTS_INPUT = "cast_input_dtype_enabled"
 # A Mamba layer reads these weights past their forward pass, in fused kernels among others, so an
 # adapter on them would be left out. Such a layer has parameters `A_log` and `D`.
 _READ_BY_MAMBA = ("out_proj", "x_proj", "dt_proj")
+# peft refuses one of such a pair without the other.
+_PAIRS = ("gate_proj", "up_proj", "w1", "w3")
 
 
 @dataclass(frozen=True)
 class Targets:
     """What peft is told: names of modules, which also match as the end of a full name, and a
-    regular expression of full names that they are not to match."""
+    regular expression of full names that they are not to match.
+
+    `layers`: full names of the layers that get adapters by that.
+    """
 
     names: list[str]
     excluded: str | None
+    layers: frozenset[str]
 
 
 def _last(name: str) -> str:
@@ -49,14 +56,27 @@ def _layers_read_past_forward(model: PreTrainedModel) -> set[str]:
     }
 
 
+def _taken_for_experts(model: PreTrainedModel, names: Set[str]) -> set[str]:
+    """Returns which names peft takes for the weights of experts, which are one tensor each. It does
+    so also where a linear layer, such as a shared expert's, has the name."""
+    config = LoraConfig(target_modules=[*names, *_PAIRS])
+    convert_peft_config_for_transformers(config, model, None)
+    assert isinstance(config.target_modules, set)
+    return set(names) - config.target_modules
+
+
 def _linear_layers(model: PreTrainedModel) -> set[str]:
-    """Returns the full names of the text decoder's linear layers, without the output head."""
+    """Returns the full names of the text decoder's linear layers that can have adapters, without
+    the output head."""
     inside = set(model.get_decoder().modules()) - {model.get_output_embeddings()}
-    return {
+    linear = {
         name
         for name, module in model.named_modules()
         if module in inside and isinstance(module, nn.Linear | Conv1D)
     }
+    linear -= _layers_read_past_forward(model)
+    experts = _taken_for_experts(model, set(map(_last, linear)))
+    return {name for name in linear if _last(name) not in experts}
 
 
 def _check_head(model: PreTrainedModel, names: Sequence[str]) -> None:
@@ -81,19 +101,20 @@ def _check_names(model: PreTrainedModel, names: Sequence[str], linear: set[str])
     unmatched = [name for name in names if not any(_matches(layer, name) for layer in linear)]
     if not unmatched:
         return
-    experts = {
-        _last(parameter)
-        for parameter, weight in model.get_decoder().named_parameters()
-        if weight.ndim == 3 and any(_matches(parameter, name) for name in unmatched)
-    }
+    wrong = set(map(_last, unmatched))
+    experts = _taken_for_experts(model, wrong) | wrong.intersection(
+        _last(name.removesuffix(".weight"))
+        for name, weight in model.get_decoder().named_parameters()
+        if weight.ndim == 3
+    )
     read = {_last(layer) for layer in _layers_read_past_forward(model)}
     notes = ""
     if experts:
         notes += (
-            f" The weights of experts ({', '.join(sorted(experts))}) are one tensor of "
-            "all experts, which gets no adapter."
+            f" {', '.join(sorted(experts))} stand for weights that are one tensor of all experts, "
+            "which gets no adapter."
         )
-    if bypassed := read.intersection(map(_last, unmatched)):
+    if bypassed := read & wrong:
         notes += (
             f" Mamba layers read {', '.join(sorted(bypassed))} past the adapters, which would not "
             "be trained."
@@ -114,7 +135,7 @@ def peft_targets(model: PreTrainedModel, names: Sequence[str]) -> Targets:
 
     Raises ValueError for the output head, and for names that match no linear layer.
     """
-    linear = _linear_layers(model) - _layers_read_past_forward(model)
+    linear = _linear_layers(model)
     if tuple(names) == (ALL_LINEAR,):
         names = sorted(set(map(_last, linear)))
     _check_head(model, names)
@@ -122,10 +143,11 @@ def peft_targets(model: PreTrainedModel, names: Sequence[str]) -> Targets:
     found = {
         layer for layer, _ in model.named_modules() if any(_matches(layer, name) for name in names)
     }
-    return Targets(list(names), _pattern(found - linear, found & linear))
+    layers = frozenset(found & linear)
+    return Targets(list(names), _pattern(found - layers, layers), layers)
 
 
-def _pattern(excluded: set[str], kept: set[str]) -> str | None:
+def _pattern(excluded: Set[str], kept: Set[str]) -> str | None:
     """Returns a regular expression of the excluded full names, or None. The layers' numbers are
     left open where no kept name matches then."""
     patterns = set()
@@ -163,11 +185,19 @@ def add_lora(
     )
     # The model stays in evaluation mode except during the student's pass of a training step.
     adapted = get_peft_model(model, config).eval()
-    for layer in adapted.modules():
-        if isinstance(layer, BaseTunerLayer):
-            # By default, peft casts each layer's input to float32 and keeps that copy for the
-            # backward pass. With the switch off, autocast rounds the adapter and no copy is kept.
-            setattr(layer, _CASTS_INPUT, compute_dtype(model) == torch.float32)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    if layers.keys() != targets.layers:
+        # peft translates names for some architectures.
+        differing = sorted({_last(name) for name in layers.keys() ^ targets.layers})
+        raise ValueError(
+            f"--lora.target_modules: got {', '.join(section.target_modules)}, but peft treats "
+            f"{', '.join(differing)} of {type(model).__name__} in another way; leave these names "
+            "out"
+        )
+    for layer in layers.values():
+        # By default, peft casts each layer's input to float32 and keeps that copy for the backward
+        # pass. With the switch off, autocast rounds the adapter and no copy is kept.
+        setattr(layer, _CASTS_INPUT, compute_dtype(model) == torch.float32)
     return adapted
 
 

@@ -28,10 +28,20 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Returns the decoder layers in order. FSDP shards each of them as a unit."""
+    """Returns the text decoder's layers in order. FSDP shards each of them as a unit.
+
+    Raises ValueError for a model without a list of as many layers as its configuration says.
+    """
     inner = causal_lm(model)
-    names = set(inner._no_split_modules or ())
-    return [module for module in inner.modules() if type(module).__name__ in names]
+    number = inner.config.get_text_config().num_hidden_layers
+    for module in inner.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return list(module)
+    raise ValueError(
+        f"the decoder of {type(inner).__name__} has no list of {number} layers, as many as "
+        "num_hidden_layers in its config.json says; sharding and the estimate of memory need it; "
+        "use another model"
+    )
 
 
 def shard_model(model: nn.Module, world: World) -> None:

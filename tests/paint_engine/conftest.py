@@ -263,6 +263,9 @@ def make_model(name: str, **settings: Any) -> PreTrainedModel:
         sizes = _TEXT_SIZES | _ARCHITECTURES[name]
         if name not in _WITHOUT_POSITIONS:
             sizes["max_position_embeddings"] = 512
+        if name in ("GPT2", "Mpt"):
+            # A setting that their configurations do not know would stay in them.
+            del sizes["num_key_value_heads"]
         config = getattr(transformers, f"{name}Config")(**sizes | settings)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 

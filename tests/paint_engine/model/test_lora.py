@@ -25,6 +25,11 @@ ALL_LINEAR = {
     "Gemma3": set(PAPER),
     "Phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
     "Qwen3Moe": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    # Without the shared expert, whose names peft takes for those of the experts.
+    "Qwen3Next": {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "shared_expert_gate"),
+        *("in_proj_qkvz", "in_proj_ba", "out_proj"),
+    },
     "Qwen3_5Text": {
         *PAPER,
         *("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"),
@@ -108,9 +113,13 @@ def test_one_layer_can_be_named_in_full(small_model: Build) -> None:
         (
             "Qwen3Moe",
             PAPER,
-            ["got gate_proj, up_proj, down_proj", "experts (down_proj) are one tensor"],
+            [
+                "got gate_proj, up_proj, down_proj",
+                "down_proj, gate_proj, up_proj stand for weights that are one tensor",
+            ],
         ),
-        ("Qwen3Moe", ["q_proj", "experts.gate_up_proj"], ["experts (gate_up_proj) are one tensor"]),
+        ("Qwen3Moe", ["q_proj", "experts.gate_up_proj"], ["gate_up_proj stand for weights"]),
+        ("Qwen3Next", ["q_proj", "shared_expert.up_proj"], [" up_proj stand for weights"]),
         ("FalconH1", ["q_proj", "out_proj"], ["got out_proj", "Mamba layers read out_proj past"]),
         # Only the vision tower has these.
         ("Gemma3", ["q_proj", "fc1"], ["got fc1, which"]),
