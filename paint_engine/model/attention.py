@@ -104,6 +104,23 @@ def choose_attention(
     return attention
 
 
+def check_layers(model: PreTrainedModel, attention: str) -> None:
+    """Raises ValueError if layers of the model would mix sequences that are packed, and `attention`
+    packs them whatever the model. The model may be on the meta device."""
+    if attention in ("auto", "padded"):
+        return
+    # A recurrent layer, for example, would carry its state from one sequence into the next.
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    others = layers - {"full_attention", "sliding_attention"}
+    others |= {"convolution" for m in model.get_decoder().modules() if isinstance(m, nn.Conv1d)}
+    if others:
+        raise ValueError(
+            f"model.attention is {attention!r}, but the model has layers of type "
+            f"{', '.join(sorted(others))}, which mix packed sequences; use --model.attention padded"
+        )
+
+
 def adopt_attention(model: PreTrainedModel, attention: str) -> None:
     """Prepares a model that was loaded with SDPA for `attention`, a result of `pick_attention`.
 
@@ -113,15 +130,7 @@ def adopt_attention(model: PreTrainedModel, attention: str) -> None:
         return
     config = model.config.get_text_config()
     remedy = "use --model.attention padded"
-    # A recurrent layer, for example, would carry its state from one sequence into the next.
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    others = layers - {"full_attention", "sliding_attention"}
-    others |= {"convolution" for m in model.get_decoder().modules() if isinstance(m, nn.Conv1d)}
-    if others:
-        raise ValueError(
-            f"model.attention is {attention!r}, but the model has layers of type "
-            f"{', '.join(sorted(others))}, which mix packed sequences; {remedy}"
-        )
+    check_layers(model, attention)
     if attention == "packed":
         if _mixes_packed(model):
             raise ValueError(

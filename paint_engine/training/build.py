@@ -40,7 +40,7 @@ from paint_engine.model import (
     pick_device,
     resolve_model,
 )
-from paint_engine.model.attention import choose_attention
+from paint_engine.model.attention import check_layers, choose_attention
 from paint_engine.model.probe import check_forward, logit_scale
 from paint_engine.model.sharding import checkpoint_activations, shard_model
 from paint_engine.model.stored import check_stored
@@ -164,6 +164,7 @@ def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     if not check_stored(resolve_model(config.model.name_or_path), config.model):
         show(f"note: {config.model.name_or_path} is not in the cache; its weights are not checked")
     logit_scale(causal_lm(model), f"model {config.model.name_or_path}")
+    check_layers(causal_lm(model), config.model.attention)
     _check_vocabulary(config, tokenizer, model)
     train_set = load_train_set(config, tokenizer, max_context(model), show)
     eval_set = load_eval_set(config, tokenizer, max_context(model), show)
