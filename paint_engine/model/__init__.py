@@ -11,13 +11,13 @@ from paint_engine.model.forward import (
 )
 from paint_engine.model.load import (
     load_base,
-    load_tokenizer,
     meta_model,
     pick_device,
     resolve_model,
 )
 from paint_engine.model.lora import add_lora
 from paint_engine.model.teacher import EmaTeacher, FixedTeacher, Teacher, make_teacher
+from paint_engine.model.tokenizer import load_tokenizer
 
 __all__ = [
     "EmaTeacher",

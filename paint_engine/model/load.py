@@ -1,4 +1,4 @@
-"""Loads the base model and its tokenizer."""
+"""Loads the base model."""
 
 import warnings
 from collections.abc import Callable
@@ -6,12 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from paint_engine.config.schema import Config
@@ -19,7 +14,7 @@ from paint_engine.config.sections import ModelSection
 from paint_engine.files import ADAPTER_CONFIG_FILE
 from paint_engine.model.forward import _COMPUTE_DTYPE
 from paint_engine.model.lora import add_lora
-from paint_engine.model.stored import load_failure, load_weights, read_settings
+from paint_engine.model.stored import load_weights, read_settings
 from paint_engine.seeds import adapter_seed
 
 TINY_BASE = Path(__file__).parents[1] / "tiny" / "base"
@@ -88,25 +83,6 @@ def resolve_model(name_or_path: str, *, with_weights: bool = True) -> str:
         f"{', '.join(sorted(present)) or 'nothing'}: save the model and the tokenizer there with "
         "save_pretrained, or name another with --model.name_or_path"
     )
-
-
-def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """Loads the base's tokenizer.
-
-    Raises ValueError if there is none, or if it has no chat template.
-    """
-    path = resolve_model(section.name_or_path, with_weights=False)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code)
-    except OSError as error:
-        raise load_failure("tokenizer of", section.name_or_path, error) from error
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"the tokenizer of {section.name_or_path} has no chat template, which the prompts of "
-            "student and teacher are built with: use an instruct model, or add a "
-            "chat_template.jinja beside it"
-        )
-    return tokenizer
 
 
 def load_base(

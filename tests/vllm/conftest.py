@@ -19,9 +19,10 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World
 from paint_engine.model.forward import compute_dtype, hidden_states, lm_head_weight
-from paint_engine.model.load import load_base, load_tokenizer
+from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
 from paint_engine.model.packing import pack_sequences
+from paint_engine.model.tokenizer import load_tokenizer
 from paint_engine.rollout.engine import Completion, SamplingParams
 
 # Inherited by every process that a test starts. The space of a cache is in GiB.

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.model.forward import hidden_states, lm_head_weight, max_context
-from paint_engine.model.load import load_base, load_tokenizer, pick_device
+from paint_engine.model.load import load_base, pick_device
 from paint_engine.model.lora import add_lora
 from paint_engine.model.packing import build_batch, pack_sequences, pad_sequences
+from paint_engine.model.tokenizer import load_tokenizer
 from paint_engine.types import PackedSequences, TrainExample
 
 CPU = torch.device("cpu")
