@@ -11,6 +11,8 @@ from itertools import pairwise
 from typing import NamedTuple
 from unicodedata import normalize
 
+from paint_engine.prompts.boxes import with_braces
+
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)")
 # Commands that only format their argument, and commands that are removed together with it.
 _UNWRAPPED = re.compile(
@@ -159,7 +161,7 @@ def _segments(text: str) -> Iterator[tuple[int, int, bool]]:
 
 def tokenize(text: str) -> list[Token]:
     """Returns the canonical tokens of `text`."""
-    text = _ROOT.sub(r"\\sqrt{\1}", text)
+    text = _ROOT.sub(r"\\sqrt{\1}", with_braces(text))
     text = _RAISED.sub(lambda match: f"^{{{normalize('NFKC', match.group())}}}", text)
     text = _LOWERED.sub(lambda match: f"_{{{normalize('NFKC', match.group())}}}", text)
     text = text.translate(_CHARACTERS)

@@ -2,14 +2,17 @@
 
 import re
 
+from paint_engine.prompts.boxes import with_braces
+
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)")
 _FIRST_BOX = "\\boxed{"
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def extract_boxed(text: str) -> str | None:
-    """Returns the content of the last \\boxed{}, \\fbox{} or \\framebox{} with balanced braces, or
-    None."""
+    """Returns the content of the last \\boxed{}, \\fbox{} or \\framebox{}, with balanced braces or
+    none, as in \\boxed 2; else None."""
+    text = with_braces(text)
     closing = _closing_braces(text)
     content = None
     for match in _BOX.finditer(text):

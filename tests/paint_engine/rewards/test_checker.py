@@ -43,7 +43,7 @@ def boxed(answer: str) -> str:
         (r"{ unbalanced \boxed{7}", "7"),
         (r"\boxed{8} but then \boxed{9", "8"),
         (r"\boxed{}", ""),
-        (r"\boxed 5", None),
+        (r"\boxed 5", "5"),
         ("no box", None),
         ("", None),
     ],
