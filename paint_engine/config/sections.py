@@ -4,6 +4,7 @@ and its help text.
 Modules that receive a section need not check it. Checks across sections: `schema.py`.
 """
 
+import datetime
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import (
@@ -24,6 +25,13 @@ T = TypeVar("T")
 
 ALL_LINEAR = "all-linear"
 """in place of names: every linear layer of the text decoder, as in peft"""
+
+
+def _is_date(text: str) -> str:
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise ValueError("a date as YYYY-MM-DD, such as 2026-01-31") from error
 
 
 def _top_k_is_on_or_off(top_k: int) -> int:
@@ -50,6 +58,7 @@ OrNone = Annotated[
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 TopK = Annotated[int, AfterValidator(_top_k_is_on_or_off)]
 TopP = Annotated[float, Field(gt=0, le=1)]
+Date = Annotated[str, AfterValidator(_is_date)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
@@ -162,6 +171,11 @@ class PromptsSection(Section):
     )
     teacher_suffix: str = Field(
         default="", description="text appended to the teacher's generation prompt"
+    )
+    date: OrNone[Date] = Field(
+        default=None,
+        description="date that a chat template which asks for it shows, YYYY-MM-DD; none = the day "
+        "on which the run starts",
     )
 
 

@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from paint_engine.config.sections import PromptsSection
 from paint_engine.config.templates import PART_OF, fill
+from paint_engine.prompts.control import DataTexts
 from paint_engine.prompts.masking import mask_solution
+from paint_engine.prompts.template import render
 from paint_engine.types import Problem
 
 
@@ -56,20 +58,25 @@ def teacher_text(
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, user_text: str, *, thinking: bool, suffix: str = ""
+    tokenizer: PreTrainedTokenizerBase,
+    user_text: str,
+    data: DataTexts | None = None,
+    *,
+    thinking: bool,
+    date: str | None = None,
+    suffix: str = "",
 ) -> tuple[int, ...]:
     """Returns the token ids of one user message, the generation prompt and `suffix`.
 
+    data: has hidden the texts in `user_text` that come from data; None if there are none.
     thinking: the chat template's `enable_thinking`; templates without the switch ignore it.
+    date: `prompts.date`.
+
+    Raises ValueError if the chat template fails or drops the message.
     """
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": user_text}],
-        add_generation_prompt=True,
-        enable_thinking=thinking,
-        tokenize=False,
-    )
-    assert isinstance(text, str)
-    return tuple(tokenizer.encode(text + suffix, add_special_tokens=False, verbose=False))
+    message = {"role": "user", "content": user_text}
+    text = render(tokenizer, [message], thinking=thinking, date=date)
+    return (data or DataTexts(tokenizer)).encode(text + suffix)
 
 
 def encode_student_prompt(
@@ -80,7 +87,9 @@ def encode_student_prompt(
     thinking: whether the student thinks; `prompts.student_thinking` in training, `eval.thinking` in
         evaluation.
     """
-    return encode_chat(tokenizer, student_text(problem.problem, prompts), thinking=thinking)
+    data = DataTexts(tokenizer)
+    text = student_text(data.hide(problem.problem), prompts)
+    return encode_chat(tokenizer, text, data, thinking=thinking, date=prompts.date)
 
 
 def hide_end(text: str, num_hidden: int, marker: str) -> str:
@@ -141,17 +150,25 @@ def encode_teacher_prompt(
     whole, explained = partial_solution == problem.solution, rationale or ""
 
     def encode(solution_hidden: int, rationale_hidden: int) -> tuple[tuple[int, ...], str]:
+        data = DataTexts(tokenizer)
         shown = hide_end(partial_solution, solution_hidden, marker)
         left = rationale_hidden < len(explained)
         text = teacher_text(
-            problem.problem,
-            shown,
+            data.hide(problem.problem),
+            data.hide(shown),
             prompts,
             whole=whole and solution_hidden == 0,
-            rationale=hide_end(explained, rationale_hidden, marker) if left else "",
+            rationale=data.hide(hide_end(explained, rationale_hidden, marker)) if left else "",
         )
-        thinking, suffix = prompts.teacher_thinking, prompts.teacher_suffix
-        return encode_chat(tokenizer, text, thinking=thinking, suffix=suffix), shown
+        ids = encode_chat(
+            tokenizer,
+            text,
+            data,
+            thinking=prompts.teacher_thinking,
+            date=prompts.date,
+            suffix=prompts.teacher_suffix,
+        )
+        return ids, shown
 
     found = shorten_to_fit(lambda hidden: encode(0, hidden), len(explained), max_tokens)
     if found is None:

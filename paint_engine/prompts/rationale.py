@@ -8,9 +8,10 @@ from transformers import PreTrainedTokenizerBase
 from paint_engine.config.sections import PromptsSection
 from paint_engine.config.templates import fill
 from paint_engine.prompts.chat import encode_chat, hide_end, reference_values, shorten_to_fit
+from paint_engine.prompts.control import THOUGHT_MARKS, DataTexts
 from paint_engine.types import Problem
 
-_THINK_BEGIN, _THINK_END = "<think>", "</think>"
+_THINK_BEGIN, _THINK_END = THOUGHT_MARKS[0]
 
 
 def reason_text(
@@ -48,8 +49,11 @@ def encode_reason_prompt(
 
     def encode(num_hidden: int) -> tuple[tuple[int, ...], str]:
         shown = hide_end(partial_solution, num_hidden, marker)
-        text = reason_text(problem.problem, shown, prompts, whole=whole and num_hidden == 0)
-        return encode_chat(tokenizer, text, thinking=thinking), shown
+        data = DataTexts(tokenizer)
+        question, part = data.hide(problem.problem), data.hide(shown)
+        text = reason_text(question, part, prompts, whole=whole and num_hidden == 0)
+        ids = encode_chat(tokenizer, text, data, thinking=thinking, date=prompts.date)
+        return ids, shown
 
     found = shorten_to_fit(encode, len(partial_solution), max_tokens)
     if found is None:

@@ -1,0 +1,189 @@
+"""The tokenizer's chat template, a program of the model's maker: renders messages with it, says
+where it fails, and reads from it how a turn ends."""
+
+import datetime
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from jinja2 import TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
+
+from paint_engine.prompts.control import THOUGHT_MARKS, control_tokens, spelled_tokens
+
+_PROBE_QUESTION, _PROBE_ANSWER = "How much is 23519 + 1?", "It is 23520."
+_DATE_FUNCTION = "strftime_now"
+# transformers gives templates the clock, and of the caller's values only data. The last line break
+# is dropped by the template engine, so that the template behind it begins on a line of its own.
+_DATE_MACRO = (
+    "{%- macro strftime_now(format) %}{% set written = namespace(text=format) %}"
+    "{% for name, value in start_date.items() %}"
+    "{% set written.text = written.text | replace(name, value) %}"
+    "{% endfor %}{{ written.text }}{% endmacro %}\n"
+)
+_DIRECTIVES = "aAbBcdDeFgGhHIjklmMnprRsStTuUVwWxXyYzZ"
+_PERCENT = "\ufdd0"
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    thinking: bool,
+    date: str | None = None,
+    add_generation_prompt: bool = True,
+) -> str:
+    """Returns the messages as the chat template writes them.
+
+    thinking: the template's `enable_thinking`; templates without the switch ignore it.
+    date: what a template that asks for the date gets, YYYY-MM-DD; None = the day of the call.
+
+    Raises ValueError, with the template's own words, if it does not parse or refuses the messages,
+    and if the last message's text is not in the result.
+    """
+    own = {}
+    if date is not None and shows_date(tokenizer):
+        template = tokenizer.get_chat_template()
+        own = {"chat_template": _DATE_MACRO + template, "start_date": _directives(date)}
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=thinking,
+            tokenize=False,
+            **own,
+        )
+    except Exception as error:
+        # A template may raise anything.
+        raise ValueError(_failure(tokenizer, messages, error)) from error
+    assert isinstance(text, str)
+    if messages[-1]["content"].strip() not in text:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path} drops or changes the text of a "
+            f"{messages[-1]['role']} message: {messages[-1]['content'][:60]!r} is not in what it "
+            f"writes, {text[-120:]!r}; needs a template that writes a message's content as it is; "
+            "correct chat_template.jinja beside the model, or use another model"
+        )
+    return text
+
+
+def _failure(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], error: Exception
+) -> str:
+    name = tokenizer.name_or_path
+    remedy = "correct chat_template.jinja (or tokenizer_config.json) there, or use another model"
+    if isinstance(error, TemplateSyntaxError):
+        return (
+            f"the chat template of {name} does not parse: {error.message} (line {error.lineno}); "
+            f"needs a Jinja template; {remedy}"
+        )
+    roles = " and ".join(message["role"] for message in messages)
+    return (
+        f"the chat template of {name} refuses a conversation of {roles}: "
+        f"{error} ({type(error).__name__}); the prompts are one "
+        f"user message and the generation prompt, so it needs to take these; {remedy}"
+    )
+
+
+def shows_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Returns whether the chat template asks for the date."""
+    return _DATE_FUNCTION in tokenizer.get_chat_template()
+
+
+def check_date(tokenizer: PreTrainedTokenizerBase, date: str | None, key: str) -> None:
+    """Raises ValueError for a date that the chat template would not show.
+
+    key: how the user gave it.
+    """
+    if date is not None and not shows_date(tokenizer):
+        raise ValueError(
+            f"{key}: got {date} with a chat template that shows no date (it does not use "
+            f"{_DATE_FUNCTION}); leave it out"
+        )
+
+
+def _directives(date: str) -> dict[str, str]:
+    """Returns the text of each directive of strftime, with glibc's flags, at the date's
+    beginning."""
+    start = datetime.datetime.fromisoformat(date)
+    names = [f"%{flag}{letter}" for flag in ("", "-", "_", "0", "^") for letter in _DIRECTIVES]
+    values = {name: start.strftime(name) for name in names}
+    return {"%%": _PERCENT, **values, _PERCENT: "%"}
+
+
+def after_question(tokenizer: PreTrainedTokenizerBase, *, thinking: bool, date: str | None) -> str:
+    """Returns what the template writes after the user's text: the end of the turn and the
+    generation prompt."""
+    message = {"role": "user", "content": _PROBE_QUESTION}
+    text = render(tokenizer, [message], thinking=thinking, date=date)
+    return text.rpartition(_PROBE_QUESTION)[2]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Returns the id of the control token with which the template ends an assistant's turn; None
+    if the turn ends with none, or the template takes no assistant's turn."""
+    return _end_of_turn(tokenizer, tokenizer.get_chat_template())
+
+
+@lru_cache(maxsize=8)
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
+    """template: the chat template, which decides with the tokenizer."""
+    turns = [
+        {"role": "user", "content": _PROBE_QUESTION},
+        {"role": "assistant", "content": _PROBE_ANSWER},
+    ]
+    try:
+        text = render(tokenizer, turns, thinking=False, add_generation_prompt=False)
+    except ValueError:
+        # Prompts need no such turn.
+        return None
+    after = text.rpartition(_PROBE_ANSWER)[2].lstrip()
+    first = next(iter(spelled_tokens(tokenizer, after)), None)
+    if first is None or not after.startswith(first):
+        return None
+    return control_tokens(tokenizer)[first]
+
+
+def check_template(
+    tokenizer: PreTrainedTokenizerBase, thinking: Mapping[str, bool], date: str | None
+) -> list[str]:
+    """Returns notes on what the template does otherwise than asked.
+
+    thinking: the thinking switch by the name of its key or flag, without those that are on by
+        default.
+
+    Raises ValueError if the template fails on a user message, or writes another text each time.
+    """
+
+    def tail(value: bool) -> str:
+        return after_question(tokenizer, thinking=value, date=date)
+
+    question = [{"role": "user", "content": _PROBE_QUESTION}]
+    twice = [render(tokenizer, question, thinking=False, date=date) for _ in range(2)]
+    if twice[0] != twice[1]:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path} writes another text each time: "
+            f"{twice[0][-120:]!r} and {twice[1][-120:]!r}; needs the same prompt for the same "
+            "message; correct chat_template.jinja there"
+        )
+    if tail(True) != tail(False):
+        return []
+    # A template without thoughts does what "false" asks for.
+    _, opens = thought_state(tail(False))
+    ignored = [f"{key} {str(value).lower()}" for key, value in thinking.items() if value or opens]
+    if not ignored:
+        return []
+    return [
+        f"{' and '.join(ignored)}: the chat template of {tokenizer.name_or_path} ignores "
+        f"enable_thinking and always ends a prompt with {tail(True)!r}"
+    ]
+
+
+def thought_state(tail: str) -> tuple[tuple[str, str] | None, bool]:
+    """Returns the marks of the thought that the prompt's end contains, and whether it is open.
+
+    tail: `after_question`'s.
+    """
+    for begin, end in THOUGHT_MARKS:
+        if begin in tail or end in tail:
+            return (begin, end), tail.rfind(begin) > tail.rfind(end)
+    return None, False
