@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Problem:
-    """One row of the data set.
+    """One row of the data set. `solution` or `answer` is "" if the row has none and none is needed.
 
     Problem("gsm8k_train.jsonl:1", "Natalia sold clips to 48 of her friends ...",
             "Natalia sold 48/2 = 24 clips in May. ... \\\\boxed{72}", "72")

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 from paint_engine.checkpoint.save import list_checkpoints
-from paint_engine.config.command_line import check_same_run
+from paint_engine.config.command_line import check_same_run, read_toml
 from paint_engine.config.schema import Config
 from paint_engine.files import CONFIG_FILE, LAUNCH_FILE, VERSIONS_FILE, write_atomic
 
@@ -31,6 +31,26 @@ def _is_ours(run_dir: Path) -> bool:
     return restarted and mark.is_file() and mark.read_text() == _launch_mark()
 
 
+def find_earlier(config: Config, name: str) -> Path | None:
+    """Returns the directory of an earlier run that this command resumes without `--resume`: after a
+    restart by torchrun, or with `run.auto_resume`. None if there is none.
+
+    name: the preset's, with which the names of new directories begin.
+    """
+    if config.run.dir is None:
+        found = filter(_is_ours, sorted(Path("runs").glob(f"{name}-*-{_launch_id()}")))
+        return next(found, None)
+    run_dir = Path(config.run.dir)
+    resumes = _is_ours(run_dir) or (config.run.auto_resume and _is_run(run_dir))
+    return run_dir if resumes else None
+
+
+def recorded_date(run_dir: Path) -> str | None:
+    """Returns the date that the run in the directory was started with (`prompts.date`), or None."""
+    path = run_dir / CONFIG_FILE
+    return read_toml(path).get("prompts.date") if path.is_file() else None
+
+
 def choose_run_dir(config: Config, name: str) -> tuple[Path, bool]:
     """Returns the run's directory, created if it is new, and whether training resumes from a
     checkpoint in it. One rank calls it.
@@ -38,13 +58,10 @@ def choose_run_dir(config: Config, name: str) -> tuple[Path, bool]:
     Raises ValueError if the directory exists and is neither resumed nor replaced, or if the run in
     it was started with other settings.
     """
-    if config.run.dir is not None:
-        run_dir = Path(config.run.dir)
-    else:
-        earlier = filter(_is_ours, sorted(Path("runs").glob(f"{name}-*-{_launch_id()}")))
-        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-        run_dir = next(earlier, Path(f"runs/{name}-{stamp}-{_launch_id()}"))
-    resumes = _is_ours(run_dir) or (config.run.auto_resume and _is_run(run_dir))
+    earlier = find_earlier(config, name)
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    new = f"runs/{name}-{stamp}-{_launch_id()}" if config.run.dir is None else config.run.dir
+    run_dir, resumes = earlier or Path(new), earlier is not None
     if not resumes:
         _make_run_dir(run_dir, replace=config.run.overwrite)
     elif (run_dir / CONFIG_FILE).is_file():

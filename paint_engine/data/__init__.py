@@ -7,6 +7,7 @@ from paint_engine.data.problem_sets import (
     load_eval_set,
     load_train_set,
     longest_sequence,
+    spelled_note,
     step_requests,
 )
 
@@ -16,5 +17,6 @@ __all__ = [
     "load_eval_set",
     "load_train_set",
     "longest_sequence",
+    "spelled_note",
     "step_requests",
 ]

@@ -1,7 +1,7 @@
 """The problems of a run with their prompts, checked against the model's context, and the requests
 of each step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +10,9 @@ from paint_engine.config.schema import Config
 from paint_engine.data.rows import load_problems
 from paint_engine.distributed import World, my_share
 from paint_engine.prompts.chat import encode_student_prompt, encode_teacher_prompt
+from paint_engine.prompts.control import spelled_tokens
 from paint_engine.prompts.rationale import encode_reason_prompt
+from paint_engine.prompts.target import encode_target
 from paint_engine.recipes import recipe_of
 from paint_engine.seeds import problem_order, rollout_seed
 from paint_engine.types import Problem, Request
@@ -62,6 +64,58 @@ def _check_teacher_prompts(
         _check_length(problem, len(request), context, rationale, "reasoning teacher", key)
 
 
+def spelled_note(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    *,
+    with_solutions: bool = False,
+) -> list[str]:
+    """Returns a note if problems, or solutions that are encoded too, spell control tokens."""
+    found = []
+    for problem in problems:
+        text = problem.problem + ("\n" + problem.solution if with_solutions else "")
+        if spelled := spelled_tokens(tokenizer, text):
+            found.append((problem.problem_id, spelled[0]))
+    if not found:
+        return []
+    (place, token), count = found[0], len(found)
+    return [
+        f"{path}: {count} of {len(problems)} rows spell control tokens of the tokenizer, the first "
+        f"{place} with {token!r}; they are encoded as ordinary text"
+    ]
+
+
+def _notes(
+    config: Config, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
+) -> list[str]:
+    """Returns notes on what is unusual in the training problems, each once with a count."""
+    path, recipe = config.data.path, recipe_of(config)
+    encodes = recipe.uses_teacher or not recipe.samples
+    notes = spelled_note(path, tokenizer, problems, with_solutions=encodes)
+    num_unanswered = sum(not problem.answer for problem in problems)
+    if num_unanswered:
+        notes.append(
+            f"{path}: {num_unanswered} of {len(problems)} rows have no answer; they are trained "
+            "on, and accuracy leaves them out"
+        )
+    if recipe.samples:
+        return notes
+    thoughts = [encode_target(tokenizer, p.solution, config.prompts).thought for p in problems]
+    if dropped := thoughts.count("dropped"):
+        notes.append(
+            f"{path}: {dropped} of {len(problems)} solutions begin with a thought, which the "
+            "prompt closes; what follows it is trained on alone; --prompts.student_thinking true "
+            "trains on the thoughts"
+        )
+    if unclosed := thoughts.count("unclosed"):
+        notes.append(
+            f"{path}: the prompt opens a thought, which {unclosed} of {len(problems)} solutions do "
+            "not close: they are trained on as thoughts without an answer"
+        )
+    return notes
+
+
 def load_train_set(
     config: Config, tokenizer: PreTrainedTokenizerBase, context: int, say: Callable[[str], object]
 ) -> ProblemSet:
@@ -78,6 +132,7 @@ def load_train_set(
         on_bad_row=data.on_bad_row,
         max_rows=data.max_rows,
         needs_solution=recipe.needs_solution,
+        needs_answer=recipe.needs_answer,
     )
     limits = context, config.rollout.max_new_tokens
     kept: list[Problem] = []
@@ -105,6 +160,8 @@ def load_train_set(
             f"{data.path}: kept {len(kept)} problems, skipped {loaded.num_skipped} bad rows"
             + (long if num_long else "")
         )
+    for note in _notes(config, tokenizer, kept):
+        say(f"note: {note}")
     return ProblemSet(tuple(kept), tuple(kept_prompts), loaded.num_skipped + num_long)
 
 
@@ -129,6 +186,8 @@ def load_eval_set(
     )
     if loaded.num_skipped:
         say(f"{section.path}: skipped {loaded.num_skipped} bad rows")
+    for note in spelled_note(section.path, tokenizer, loaded.problems):
+        say(f"note: {note}")
     encoded = []
     for problem in loaded.problems:
         ids = encode_student_prompt(tokenizer, problem, config.prompts, thinking=section.thinking)

@@ -9,14 +9,15 @@ Known column names, case-sensitive (the first set that a row has is used):
     Question, Answer                                         the answer is the worked solution
     problem, answer                                          no solution: for evaluation alone
 
-If no column holds the final answer, it is taken from the solution: after "####", or the last box.
+If no column holds the final answer, it is taken from the solution: after "####" if a number follows
+that ends the text, or from the last box.
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,20 @@ _FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 _MAX_ANSWER_CHARS = 100
 _CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
 _THOUSANDS_SEPARATOR = re.compile(r"(?<=\d),(?=\d{3})")
+# GSM8K's mark with its answer. A heading of Markdown begins alike.
+_MARK = re.compile(r"(?<!#)####(?!#)[^\S\n]*(?P<answer>[^\n]*?)[^\S\n]*(?=\n|\Z)")
+# What a number may contain beside its digits, letters apart, and the one word or sign that may
+# follow it as its unit.
+_IN_NUMBER = re.compile(
+    r"\\(?:[dtc]?frac|sqrt|pi|cdot|times|left|right|[,;!$])(?![A-Za-z])|(?<=\d)[eE](?=[-+]?\d)"
+)
+_SIGNS = r"\s\d(){}\[\]^*+/.,:$€£¥π√\u2212\u2013-"
+_UNIT = r"\\?%|°[CF]?|(?:\\text\{)?\s*[^\W\d_]+(?:[/^²³][^\W_]*)?\}?"
+_NUMBER_LIKE = re.compile(
+    rf"[{_SIGNS}]*\d(?:[{_SIGNS}]*[\d)}}\]$π])?(?:\s*(?:{_UNIT}))?\s*\$?\s*\.?"
+)
+# Longer numbers have more digits than a reader or the answer check can use.
+_MAX_DIGITS = 1000
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -65,6 +80,7 @@ def load_problems(
     max_rows: int | None,
     section: Literal["data", "eval"] = "data",
     needs_solution: bool = True,
+    needs_answer: bool = True,
 ) -> LoadedProblems:
     """Loads the problems of "tiny", a .jsonl/.json/.parquet file, a directory or a `datasets`
     id[:config].
@@ -72,7 +88,8 @@ def load_problems(
     split: the split of "tiny" or of a `datasets` id; files have none.
     max_rows: uses only this many usable rows, from the start; None = all.
     section: the configuration section whose keys the messages name. "eval" needs no solution.
-    needs_solution: rows must have a solution. If none is needed and a row has none, it is "".
+    needs_solution, needs_answer: rows must have one. If none is needed and a row has none, it is
+        "". Evaluations always need an answer.
 
     Raises ValueError if a row cannot be used (with on_bad_row "stop"), if the source cannot be
     read, or if no problem is left.
@@ -83,10 +100,13 @@ def load_problems(
         return LoadedProblems(tuple(load_split(split, max_rows)), 0)
     problems: list[Problem] = []
     num_skipped, first_bad = 0, ""
-    needed = needs_solution and section == "data"
+    needs = {
+        "needs_solution": needs_solution and section == "data",
+        "needs_answer": needs_answer or section == "eval",
+    }
     for place, row in _read_rows(path, split, section):
         try:
-            problems.append(_to_problem(place, row, columns, needs_solution=needed))
+            problems.append(_to_problem(place, row, columns, **needs))
         except _BadRow as error:
             if on_bad_row == "stop":
                 raise ValueError(
@@ -134,6 +154,14 @@ def _read_rows(path: str, split: str, section: str) -> Iterator[tuple[str, objec
     return {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}[ending](file)
 
 
+def _decimal(number: str) -> Decimal:
+    """Reads a number of JSON exactly; a float would round 12345678901234567890.5."""
+    try:
+        return Decimal(number)
+    except InvalidOperation as error:
+        raise ValueError(f"the number {number[:40]} is out of range") from error
+
+
 def _jsonl_rows(file: Path) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(file.read_bytes().rstrip().split(b"\n"), start=1):
         yield f"{file.name}:{number}", line
@@ -141,7 +169,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, object]]:
 
 def _json_rows(file: Path) -> Iterator[tuple[str, object]]:
     try:
-        rows = json.loads(file.read_bytes())
+        rows = json.loads(file.read_bytes(), parse_float=_decimal)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{file}: malformed JSON: {error}; needs a list of objects; correct it, or rename the "
@@ -168,6 +196,11 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, object]]:
             f"{file}: not readable as Parquet: {error}; needs a whole .parquet file; "
             "write or download it again"
         ) from error
+    # Python's floats have 64 bits: the 0.1 of a 32-bit column would become 0.10000000149011612.
+    short = [field.name for field in table.schema if str(field.type) in ("float", "halffloat")]
+    for name in short:
+        values = [[float(str(number)) for number in table[name].to_numpy()]]
+        table = table.set_column(table.schema.get_field_index(name), name, values)
     rows = (row for batch in table.to_batches(max_chunksize=1024) for row in batch.to_pylist())
     return ((f"{file.name}[{index}]", row) for index, row in enumerate(rows))
 
@@ -194,7 +227,7 @@ def _dataset_rows(path: str, split: str, section: str) -> Iterator[tuple[str, ob
 
 
 def _to_problem(
-    place: str, row: object, columns: ColumnsSection, *, needs_solution: bool
+    place: str, row: object, columns: ColumnsSection, *, needs_solution: bool, needs_answer: bool
 ) -> Problem:
     fields = _parse_line(row) if isinstance(row, bytes) else row
     if not isinstance(fields, dict):
@@ -213,25 +246,31 @@ def _to_problem(
         solution, answer = _split_answer(solution)
         if answer is None and is_answer and not needs_solution:
             return Problem(place, problem, "", solution)
+        if answer is None and is_answer and _is_number_like(solution):
+            raise _BadRow(
+                f"no solution: the column {solution_column!r} holds an answer alone; training "
+                "needs the reasoning, which ends in '#### 72' or has a \\boxed{} answer"
+            )
     else:
-        answer = _text(fields, answer_column, "answer")
-        if "\\boxed" in answer:
+        answer = _text(fields, answer_column, "answer", required=needs_answer)
+        if answer_column == "Answer" and len(answer) > _MAX_ANSWER_CHARS:
+            answer = extract_boxed(answer) or extract_boxed(solution)
+        elif "\\boxed" in answer:
             answer = extract_boxed(answer)
-        elif answer_column == "Answer" and len(answer) > _MAX_ANSWER_CHARS:
-            answer = extract_boxed(solution)
-    if not answer or not answer.strip():
+    answer = (answer or "").strip()
+    if needs_answer and not answer:
         raise _BadRow(
             f"no answer to verify against; {_found(fields)}; needs an answer column, or a solution "
             "that ends in '#### 72' or has a \\boxed{} answer"
         )
-    return Problem(place, problem, solution, answer.strip())
+    return Problem(place, problem, solution, answer)
 
 
 def _parse_line(line: bytes) -> object:
     if not line.strip():
         raise _BadRow("the line is empty; needs one JSON object per line")
     try:
-        return json.loads(line)
+        return json.loads(line, parse_float=_decimal)
     except (ValueError, RecursionError) as error:
         # json counts lines within the row, which has only one. Its line number would mislead.
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
@@ -265,17 +304,21 @@ def _find_columns(
     return problem, solution, columns.answer or answer
 
 
-def _text(fields: Mapping[str, Any], column: str, role: str) -> str:
+def _text(fields: Mapping[str, Any], column: str, role: str, *, required: bool = True) -> str:
+    """Returns a column's text. A column that is empty is refused, or is "" if not `required`."""
     if column not in fields:
         raise _BadRow(f"no {role}: the column {column!r} is missing; {_found(fields)}")
     value = fields[column]
-    if isinstance(value, float) and not math.isfinite(value):
-        value = None  # an empty cell in a table that pandas wrote
-    elif isinstance(value, float):
-        value = str(int(value) if value.is_integer() else value)
+    if isinstance(value, float):
+        value = Decimal(repr(value))
+    if isinstance(value, Decimal):
+        # NaN is an empty cell in a table that pandas wrote.
+        value = _plain_number(value, column) if value.is_finite() else None
     elif isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if value is None or (isinstance(value, str) and not value.strip()):
+        if not required:
+            return ""
         raise _BadRow(f"no {role}: the column {column!r} is empty; needs text")
     if not isinstance(value, str):
         raise _BadRow(f"no {role}: the column {column!r} holds {_kind(value)}; needs text")
@@ -284,14 +327,37 @@ def _text(fields: Mapping[str, Any], column: str, role: str) -> str:
     return value.strip()
 
 
+def _is_number_like(text: str) -> bool:
+    is_short = len(text) <= _MAX_ANSWER_CHARS
+    return is_short and _NUMBER_LIKE.fullmatch(_IN_NUMBER.sub(" ", text)) is not None
+
+
+def _plain_number(value: Decimal, column: str) -> str:
+    """Returns the digits of a number, without an exponent, which the answer check would not read:
+    0.0000001 for 1e-7."""
+    if abs(value.adjusted()) > _MAX_DIGITS:
+        raise _BadRow(
+            f"the column {column!r} holds {value}, which has more than {_MAX_DIGITS} digits; "
+            "write it as text"
+        )
+    digits = f"{value:f}" if value else "0"
+    return digits.rstrip("0").rstrip(".") if "." in digits else digits
+
+
 def _split_answer(solution: str) -> tuple[str, str | None]:
     """Returns solution and answer of a text that contains both. GSM8K's form gets a boxed
     answer."""
-    reasoning, mark, last = solution.rpartition("####")
-    answer = _THOUSANDS_SEPARATOR.sub("", last.strip())
-    if not mark or not answer or "\n" in answer:
-        return solution, extract_boxed(solution)
-    reasoning = _CALCULATOR_MARK.sub("", reasoning).strip()
+    marks = [mark for mark in _MARK.finditer(solution) if _is_number_like(mark["answer"])]
+    if not marks or marks[-1].end() < len(solution):
+        boxed = extract_boxed(solution)
+        if marks and not boxed:
+            raise _BadRow(
+                f"{marks[-1].group()!r} is not the last line; needs the answer there, or in a "
+                "\\boxed{}"
+            )
+        return solution, boxed
+    answer = _THOUSANDS_SEPARATOR.sub("", marks[-1]["answer"])
+    reasoning = _CALCULATOR_MARK.sub("", solution[: marks[-1].start()]).strip()
     if not reasoning:
         raise _BadRow("no solution: there is no text before '####'; needs the reasoning there")
     # The reference then ends as the instruction asks and as the answer checker reads it.

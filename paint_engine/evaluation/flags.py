@@ -136,6 +136,12 @@ def _add_answers(add: Callable[..., object]) -> None:
         default=reward.timeout_s,
         help="time limit for judging one answer, in seconds",
     )
+    add(
+        "--date",
+        metavar="YYYY-MM-DD",
+        help="date in a chat template that shows it; default: that of the run's training, else "
+        "today's",
+    )
     add("--seed", type=int, default=0, help="sampling seed")
 
 
@@ -274,7 +280,10 @@ def prompts_of(arguments: argparse.Namespace) -> PromptsSection:
             f"--instruction: got {instruction!r} with a --student-template that has no "
             "{instruction}; leave it out, or put {instruction} into the template"
         )
-    return PromptsSection(instruction=instruction, student_template=template)
+    with _named_as_flags():
+        return PromptsSection(
+            instruction=instruction, student_template=template, date=arguments.date
+        )
 
 
 def own_flags(message: str) -> str:

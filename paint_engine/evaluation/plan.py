@@ -1,5 +1,6 @@
 """What one command evaluates: target, tokenizer, problems, prompts and headers, without weights."""
 
+import datetime
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from paint_engine.checkpoint.choose import recorded_section
 from paint_engine.config.sections import ColumnsSection, EvalSection, PromptsSection
-from paint_engine.data import ProblemSet
+from paint_engine.data import ProblemSet, spelled_note
 from paint_engine.data.rows import load_problems
-from paint_engine.distributed import World
+from paint_engine.distributed import World, gather_objects
 from paint_engine.evaluation.benchmarks import Benchmark
 from paint_engine.evaluation.flags import EvaluationCommand
 from paint_engine.evaluation.store import Header, evaluation_settings, fingerprints
@@ -27,9 +29,10 @@ from paint_engine.evaluation.target import (
     mismatched_prompts,
     skeleton,
 )
-from paint_engine.model import load_tokenizer, max_context
+from paint_engine.model import check_vocabulary, load_tokenizer, max_context
 from paint_engine.prompts.chat import encode_student_prompt
-from paint_engine.rollout import vllm_is_installed
+from paint_engine.prompts.template import check_date, check_template, shows_date
+from paint_engine.rollout import stop_notes, vllm_is_installed
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def make_plan(command: EvaluationCommand, world: World) -> Plan:
 
     Raises ValueError for a user's mistake in a flag, the model, the adapter or the data.
     """
-    arguments, section, prompts = command.arguments, command.section, command.prompts
+    arguments, section = command.arguments, command.section
     engine = _choose_engine(command)
     target = find_target(
         arguments.model,
@@ -65,8 +68,13 @@ def make_plan(command: EvaluationCommand, world: World) -> Plan:
     )
     tokenizer, shape = load_tokenizer(target.base), skeleton(target)
     check_target(target, engine)
+    check_vocabulary(target.base.name_or_path, tokenizer, shape)
+    prompts, dated = with_date(command.prompts, target, tokenizer)
     say = print if world.is_main else lambda text: None
-    for note in mismatches(target, prompts):
+    # On by default is no wish of the user.
+    asked = {} if section.thinking else {"--thinking": False}
+    notes = mismatches(target, prompts) + check_template(tokenizer, asked, prompts.date)
+    for note in notes + dated + stop_notes(shape, tokenizer):
         say(f"note: {note}")
     settings = evaluation_settings(section, arguments.seed, prompts, command.reward.function)
     identity = target.identity(engine, compute_dtype_of(target, world.device))
@@ -83,6 +91,26 @@ def make_plan(command: EvaluationCommand, world: World) -> Plan:
         target, identity | settings | {"num_problems": section.num_problems}
     )
     return Plan(command, target, tokenizer, shape, engine, directory, sets, headers)
+
+
+def with_date(
+    prompts: PromptsSection, target: Target, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PromptsSection, list[str]]:
+    """Returns the prompts with the date that the chat template shows, the same on every rank, and
+    a note on it: the one that is given, that of the target's training, or today's."""
+    check_date(tokenizer, prompts.date, "--date")
+    if not shows_date(tokenizer):
+        return prompts, []
+    trained = target.adapter or target.checkpoint
+    recorded = recorded_section(trained.resolve(), "prompts") if trained else None
+    date, source = prompts.date, "as --date says"
+    if date is None:
+        date, source = (recorded or {}).get("date"), "that of its training"
+    if date is None:
+        today = datetime.date.today().isoformat()
+        date, source = gather_objects(today)[0], f"today's; --date {today} repeats it"
+    note = f"the chat template shows the date; this evaluation's is {date}, {source}"
+    return prompts.model_copy(update={"date": date}), [note]
 
 
 def _choose_engine(command: EvaluationCommand) -> Literal["vllm", "builtin"]:
@@ -148,6 +176,8 @@ def load_benchmark(
     )
     if loaded.num_skipped:
         say(f"{benchmark.path}: skipped {loaded.num_skipped} bad rows")
+    for note in spelled_note(benchmark.path, tokenizer, loaded.problems):
+        say(f"note: {note}")
     ids = tuple(
         encode_student_prompt(tokenizer, problem, prompts, thinking=section.thinking)
         for problem in loaded.problems

@@ -144,6 +144,8 @@ def evaluation_settings(
     # Defaults are left out: evaluations from before there was another value lack these keys.
     if template != templates.STUDENT:
         settings["student_template"] = template
+    if prompts.date is not None:
+        settings["date"] = prompts.date
     if reward_function != DEFAULT_REWARD:
         settings[_REWARD_FUNCTION] = reward_function
     return settings

@@ -15,7 +15,6 @@ from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import GenerationConfig
 
 from paint_engine.checkpoint.adapters import (
     check_adapter,
@@ -45,7 +44,7 @@ from paint_engine.files import (
 from paint_engine.model import causal_lm, lm_head_weight, load_base, meta_model, resolve_model
 from paint_engine.model.load import TINY_BASE, pick_dtype
 from paint_engine.model.probe import check_forward
-from paint_engine.model.stored import check_stored
+from paint_engine.model.stored import check_stored, set_generation_config
 from paint_engine.prompts.chat import student_text
 from paint_engine.rollout import RolloutEngine
 from paint_engine.rollout.builtin import BuiltinEngine
@@ -280,11 +279,7 @@ def skeleton(target: Target) -> nn.Module:
     """The model on the meta device, without weights, for its context, head and stop tokens."""
     section = target.base.model_copy(update={"name_or_path": target.weights})
     model = meta_model(Config(model=section, lora=LoraSection(enabled=False)))
-    try:
-        causal_lm(model).generation_config = GenerationConfig.from_pretrained(target.weights)
-    except OSError:
-        # A model may lack this file; transformers then derives it from the model's configuration.
-        return model
+    set_generation_config(causal_lm(model), target.weights)
     return model
 
 

@@ -17,7 +17,7 @@ from paint_engine.model.load import (
 )
 from paint_engine.model.lora import add_lora
 from paint_engine.model.teacher import EmaTeacher, FixedTeacher, Teacher, make_teacher
-from paint_engine.model.tokenizer import load_tokenizer
+from paint_engine.model.tokenizer import check_vocabulary, load_tokenizer, vocabulary_size
 
 __all__ = [
     "EmaTeacher",
@@ -26,6 +26,7 @@ __all__ = [
     "add_lora",
     "autocast",
     "causal_lm",
+    "check_vocabulary",
     "compute_dtype",
     "hidden_states",
     "lm_head_weight",
@@ -36,4 +37,5 @@ __all__ = [
     "meta_model",
     "pick_device",
     "resolve_model",
+    "vocabulary_size",
 ]

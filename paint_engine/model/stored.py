@@ -259,12 +259,19 @@ def load_weights(
     _check_tied_head(model, section.name_or_path)
     check_finite(model, section.name_or_path)
     setattr(model, LOGIT_SCALE, logit_scale(model, f"model {section.name_or_path}"))
+    set_generation_config(model, path)
+    return model
+
+
+def set_generation_config(model: PreTrainedModel, path: str) -> None:
+    """Gives the model its generation_config.json, of which the stop tokens are used.
+
+    Without that file, it keeps the settings that transformers derives from config.json.
+    """
     try:
         model.generation_config = GenerationConfig.from_pretrained(path)
     except OSError:
-        # A model may lack this file. transformers has then derived it from config.json.
-        return model
-    return model
+        return
 
 
 def _wrapped(names: Iterable[str]) -> list[str]:

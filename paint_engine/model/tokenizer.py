@@ -1,8 +1,12 @@
-"""Loads the base's tokenizer."""
+"""Loads the base's tokenizer, and compares its vocabulary with the model's head."""
 
+from functools import lru_cache
+
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from paint_engine.config.sections import ModelSection
+from paint_engine.model.forward import lm_head_weight
 from paint_engine.model.load import resolve_model
 from paint_engine.model.stored import load_failure
 
@@ -10,12 +14,13 @@ from paint_engine.model.stored import load_failure
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """Loads the base's tokenizer.
 
-    Raises ValueError if there is none, or if it has no chat template.
+    Raises ValueError if there is none, if it cannot be read, or if it has no chat template.
     """
     path = resolve_model(section.name_or_path, with_weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code)
-    except OSError as error:
+    except Exception as error:
+        # The tokenizers library raises the bare class for a damaged file.
         raise load_failure("tokenizer of", section.name_or_path, error) from error
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -24,3 +29,29 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             "chat_template.jinja beside it"
         )
     return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the largest token id plus 1. `len(tokenizer)` is less if ids are left out."""
+    return _vocabulary_size(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _vocabulary_size(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> int:
+    """num_tokens: counts the tokens, to which a caller may have added some since."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+    """Raises ValueError if a token of the tokenizer has no row in the model's head.
+
+    name: of the model, for the message.
+    """
+    num_rows, size = lm_head_weight(model).shape[0], vocabulary_size(tokenizer)
+    if size > num_rows:
+        last = tokenizer.convert_ids_to_tokens(size - 1)
+        raise ValueError(
+            f"the tokenizer of {name} has token ids up to {size - 1} ({last!r}), but the model's "
+            f"head has {num_rows} rows: they do not belong together; save the model's own "
+            "tokenizer beside it, or resize the model's embeddings"
+        )

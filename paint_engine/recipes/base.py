@@ -102,6 +102,8 @@ class Recipe:
     samples: the student samples rollouts. If false, training uses the reference solutions.
     uses_teacher: a teacher that sees a part of the solution scores the same tokens.
     needs_solution: rows of the data must have a reference solution.
+    needs_answer: rows of the data must have a reference answer, because the rewards are trained on.
+        Without it, a row without an answer is trained on and gets no verdict.
     recorded_as: a metric that identifies the recipe's runs if a run directory has no configuration;
         "" for none.
     """
@@ -110,6 +112,7 @@ class Recipe:
     samples: ClassVar[bool] = True
     uses_teacher: ClassVar[bool] = False
     needs_solution: ClassVar[bool] = True
+    needs_answer: ClassVar[bool] = False
     recorded_as: ClassVar[str] = ""
 
     def __init__(self, config: Config) -> None:
@@ -188,8 +191,11 @@ class Recipe:
         if not self.samples:
             return metrics
         verdicts = [e.verdict for e in examples if e.verdict is not None]
+        metrics["overlap"] = mean(e.overlap for e in examples if e.overlap is not None)
+        if not verdicts:
+            # Rows without an answer are neither right nor wrong.
+            return metrics
         return metrics | {
-            "overlap": mean(e.overlap for e in examples if e.overlap is not None),
             "accuracy": mean(verdict.correct for verdict in verdicts),
             "checker_errors": sum(verdict.error is not None for verdict in verdicts),
         }

@@ -64,6 +64,7 @@ class Grpo(Recipe):
 
     keys = ("grpo.*", "objective.importance_cap")
     needs_solution = False
+    needs_answer = True
     recorded_as = "reward"
 
     @property

@@ -67,10 +67,12 @@ class Paint(TeacherRecipe):
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises ValueError if `teacher_top_k` exceeds the vocabulary."""
-        top_k = self.config.objective.teacher_top_k
-        if top_k is not None and top_k > len(tokenizer):
+        from paint_engine.model import vocabulary_size
+
+        top_k, size = self.config.objective.teacher_top_k, vocabulary_size(tokenizer)
+        if top_k is not None and top_k > size:
             raise ValueError(
-                f"objective.teacher_top_k is {top_k}, but the vocabulary has {len(tokenizer)} "
+                f"objective.teacher_top_k is {top_k}, but the vocabulary has {size} "
                 "tokens; lower it, or turn it off with --objective.teacher_top_k none"
             )
 

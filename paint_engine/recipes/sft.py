@@ -26,11 +26,14 @@ class Sft(Recipe):
     samples = False
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises ValueError for a tokenizer without an EOS token, which ends a solution."""
-        if tokenizer.eos_token_id is None:
+        """Raises ValueError for a tokenizer without a token that ends a solution."""
+        from paint_engine.prompts.target import stop_token
+
+        if stop_token(tokenizer) is None:
             raise ValueError(
-                f"the tokenizer of {self.config.model.name_or_path} has no eos_token, which ends "
-                "the solutions that sft trains on; set it in tokenizer_config.json"
+                f"the tokenizer of {self.config.model.name_or_path} has no eos_token, and its chat "
+                "template ends a turn with no token of its own; one of them ends the solutions "
+                "that sft trains on; set eos_token in tokenizer_config.json"
             )
 
     @property

@@ -8,6 +8,7 @@ from paint_engine.rollout.engine import (
     RolloutEngine,
     SamplingParams,
     sampling_params,
+    stop_notes,
 )
 from paint_engine.rollout.sampler import Sampled, Sampler, to_rollout
 
@@ -20,6 +21,7 @@ __all__ = [
     "SamplingParams",
     "make_engines",
     "sampling_params",
+    "stop_notes",
     "to_rollout",
     "vllm_is_installed",
 ]

@@ -8,15 +8,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.config.sections import EvalSection, RolloutSection
-from paint_engine.model import causal_lm
+from paint_engine.model import causal_lm, vocabulary_size
+from paint_engine.prompts.template import end_of_turn
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are sampled. top_k = -1 and top_p = 1 disable truncation.
 
-    A token of `stop_token_ids` ends a completion and stays in it. `vocab_size` is the tokenizer's:
-    the padding rows of the head above it are never sampled.
+    A token of `stop_token_ids` ends a completion and stays in it. `vocab_size` is the tokenizer's
+    largest id plus 1: the padding rows of the head above it are never sampled.
     """
 
     temperature: float
@@ -37,14 +38,42 @@ class Completion:
     truncated: bool
 
 
-def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Returns every token that ends a completion: those of the generation settings, often several,
-    and the tokenizer's."""
+def _stops_by_source(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, frozenset[int]]:
+    """Returns the tokens that end a completion, by what declares them."""
     settings = causal_lm(model).generation_config
     declared = settings.eos_token_id if settings is not None else None
-    own = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    candidates = own + (declared if isinstance(declared, list) else [declared])
-    return tuple(sorted({stop for stop in candidates if isinstance(stop, int)}))
+    found = {
+        "the tokenizer's eos_token": [tokenizer.eos_token_id],
+        "the generation configuration's": declared if isinstance(declared, list) else [declared],
+        "the chat template's end of turn": [end_of_turn(tokenizer)],
+    }
+    return {
+        source: frozenset(stop for stop in stops if isinstance(stop, int))
+        for source, stops in found.items()
+    }
+
+
+def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Returns every token that ends a completion: those of the generation settings, often several,
+    the tokenizer's, and the chat template's end of turn."""
+    found = frozenset().union(*_stops_by_source(model, tokenizer).values())
+    padding = tokenizer.pad_token_id
+    return tuple(sorted(found | ({padding} if isinstance(padding, int) else set())))
+
+
+def stop_notes(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns a note if tokenizer, generation settings and chat template name no stop token that
+    all of them have."""
+    sources = {source: ids for source, ids in _stops_by_source(model, tokenizer).items() if ids}
+    if not sources or frozenset.intersection(*sources.values()):
+        return []
+    named = [
+        f"{source} is {' and '.join(map(repr, tokenizer.convert_ids_to_tokens(sorted(ids))))}"
+        for source, ids in sources.items()
+    ]
+    return [f"stop tokens differ: {', '.join(named)}; each of them ends a completion"]
 
 
 def sampling_params(
@@ -57,7 +86,7 @@ def sampling_params(
         top_k=section.top_k,
         max_new_tokens=section.max_new_tokens,
         stop_token_ids=stop_token_ids(model, tokenizer),
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary_size(tokenizer),
     )
 
 

@@ -1,7 +1,9 @@
 """Builds a run, in order: data, prompts, base, adapters, teacher, optimizer, directory, sampler."""
 
+import datetime
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from paint_engine.checkpoint.run_dir import choose_run_dir
+from paint_engine.checkpoint.run_dir import choose_run_dir, find_earlier, recorded_date
 from paint_engine.checkpoint.save import load_checkpoint
 from paint_engine.config.command_line import CommandLine
 from paint_engine.config.schema import Config
-from paint_engine.config.toml import to_toml
+from paint_engine.config.toml import LEAVES, to_toml, value_of
 from paint_engine.data import (
     ProblemSet,
     load_eval_set,
@@ -30,8 +32,8 @@ from paint_engine.model import (
     Teacher,
     add_lora,
     causal_lm,
+    check_vocabulary,
     compute_dtype,
-    lm_head_weight,
     load_base,
     load_tokenizer,
     make_teacher,
@@ -43,8 +45,9 @@ from paint_engine.model import (
 from paint_engine.model.attention import check_layers, choose_attention
 from paint_engine.model.probe import check_forward, logit_scale
 from paint_engine.model.sharding import checkpoint_activations, shard_model
-from paint_engine.model.stored import check_stored
+from paint_engine.model.stored import check_stored, set_generation_config
 from paint_engine.monitor import Timings, check_loggers
+from paint_engine.prompts.template import check_date, check_template, shows_date
 from paint_engine.recipes import recipe_of
 from paint_engine.rewards import Reward, open_reward
 from paint_engine.rollout import (
@@ -55,6 +58,7 @@ from paint_engine.rollout import (
     SamplingParams,
     make_engines,
     sampling_params,
+    stop_notes,
 )
 from paint_engine.rollout.choose import check_engine_has_teacher
 from paint_engine.seeds import adapter_seed, global_seed
@@ -63,15 +67,40 @@ from paint_engine.training.run import Run
 from paint_engine.types import Request
 
 
-def _check_vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase, base: nn.Module) -> None:
-    num_rows = lm_head_weight(base).shape[0]
+def _check_tokenizer(
+    config: Config, tokenizer: PreTrainedTokenizerBase, base: nn.Module
+) -> list[str]:
+    """Returns notes on the tokenizer, its chat template and the stop tokens. Raises ValueError for
+    a tokenizer that does not fit the model or the recipe, and a template that fails.
+
+    base: may be on the meta device.
+    """
     recipe_of(config).check_tokenizer(tokenizer)
-    if len(tokenizer) > num_rows:
-        raise ValueError(
-            f"the tokenizer of {config.model.name_or_path} has {len(tokenizer)} tokens, but the "
-            f"model's head has {num_rows} rows: they do not belong together; save the model's own "
-            "tokenizer beside it, or resize the model's embeddings"
-        )
+    check_vocabulary(config.model.name_or_path, tokenizer, base)
+    keys = ["prompts.student_thinking"]
+    keys += ["prompts.teacher_thinking"] if recipe_of(config).uses_teacher else []
+    keys += ["eval.thinking"] if config.eval.enabled else []
+    values = {key: value_of(config, key) for key in keys}
+    # On by default is no wish of the user.
+    asked = {key: on for key, on in values.items() if not (on and LEAVES[key].default)}
+    notes = check_template(tokenizer, asked, config.prompts.date)
+    if shows_date(tokenizer):
+        notes.append(f"the chat template shows the date; this run's is {config.prompts.date}")
+    return notes + stop_notes(base, tokenizer)
+
+
+def _with_date(command: CommandLine, tokenizer: PreTrainedTokenizerBase) -> CommandLine:
+    """Returns the command with the date that a chat template shows: the one that is given, that of
+    the run which is resumed, or today's, the same on every rank."""
+    config = command.config
+    check_date(tokenizer, config.prompts.date, "--prompts.date")
+    if config.prompts.date is not None or not shows_date(tokenizer):
+        return command
+    earlier = command.resume or find_earlier(config, command.preset or "run")
+    recorded = recorded_date(earlier) if earlier is not None else None
+    date = gather_objects(recorded or datetime.date.today().isoformat())[0]
+    prompts = config.prompts.model_copy(update={"date": date})
+    return replace(command, config=config.model_copy(update={"prompts": prompts}))
 
 
 def find_run_dir(command: CommandLine, world: World) -> tuple[Path, bool]:
@@ -161,11 +190,15 @@ def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     _check_before_loading(config, show)
     _open_reward(config, show).close()
     tokenizer, model = load_tokenizer(config.model), meta_model(config)
-    if not check_stored(resolve_model(config.model.name_or_path), config.model):
+    path = resolve_model(config.model.name_or_path)
+    if not check_stored(path, config.model):
         show(f"note: {config.model.name_or_path} is not in the cache; its weights are not checked")
     logit_scale(causal_lm(model), f"model {config.model.name_or_path}")
     check_layers(causal_lm(model), config.model.attention)
-    _check_vocabulary(config, tokenizer, model)
+    set_generation_config(causal_lm(model), path)
+    config = _with_date(command, tokenizer).config
+    for note in _check_tokenizer(config, tokenizer, model):
+        show(f"note: {note}")
     train_set = load_train_set(config, tokenizer, max_context(model), show)
     eval_set = load_eval_set(config, tokenizer, max_context(model), show)
     num_ranks = launched_ranks()
@@ -234,10 +267,13 @@ def build_run(command: CommandLine, world: World) -> Run:
     _check_before_loading(config, say)
     reward = _open_reward(config, _warner(world))
     tokenizer = load_tokenizer(config.model)
+    command = _with_date(command, tokenizer)
+    config = command.config
     # Sharding moves each layer's shard to the device, which never holds the whole model.
     on_cpu, trains_base = _is_sharded(config, world), not config.lora.enabled
     base = load_base(config.model, device, trains_base=trains_base, on_cpu=on_cpu, say=say)
-    _check_vocabulary(config, tokenizer, base)
+    for note in _check_tokenizer(config, tokenizer, base):
+        say(f"note: {note}")
     attention = choose_attention(base, config.model.attention, device, compute_dtype(base))
     train_set = load_train_set(config, tokenizer, max_context(base), say)
     eval_set = load_eval_set(config, tokenizer, max_context(base), say)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from paint_engine.data import batch_requests
 from paint_engine.distributed import gather_objects, merge_shares
 from paint_engine.prompts.anchors import overlap
+from paint_engine.prompts.target import encode_target
 from paint_engine.recipes import StepContext
 from paint_engine.rollout import to_rollout
 from paint_engine.training.run import Run
@@ -50,18 +51,18 @@ def step_context(run: Run, step: int, requests: Sequence[Request]) -> StepContex
 
 
 def reference_example(run: Run, request: Request) -> TrainExample:
-    """Returns the reference solution as an example: its tokens and the stop token, truncated at the
-    limit for rollouts."""
+    """Returns the reference solution as an example: its tokens and the one that ends a turn,
+    truncated at the limit for rollouts."""
     problem, limit = request.problem, run.config.rollout.max_new_tokens
-    stop = run.tokenizer.eos_token_id
-    assert isinstance(stop, int), "a tokenizer without one is refused before training"
-    ids = (*run.tokenizer.encode(problem.solution, add_special_tokens=False), stop)
+    ids, _ = encode_target(run.tokenizer, problem.solution, run.config.prompts)
     truncated = len(ids) > limit
     rollout = Rollout(problem, request.prompt_ids, ids[:limit], (), truncated, problem.solution)
     return TrainExample(rollout)
 
 
 def judge(run: Run, rollout: Rollout) -> TrainExample:
-    """Adds the verdict and the overlap with the reference solution to a rollout."""
-    verdict = run.reward.judge(rollout.problem, rollout.text)
+    """Adds the verdict and the overlap with the reference solution to a rollout. Without a
+    reference answer there is no verdict."""
+    has_answer = rollout.problem.answer != ""
+    verdict = run.reward.judge(rollout.problem, rollout.text) if has_answer else None
     return TrainExample(rollout, verdict, overlap(rollout.text, rollout.problem.solution))

@@ -119,7 +119,7 @@ def score(
             cu_seqlens=batch.cu_seqlens,
             examples=examples,
             old_logprobs=old_logprobs,
-            vocab_size=len(run.tokenizer),
+            vocab_size=run.sampler.params.vocab_size,
             denominator=denominator,
         )
         output = run.recipe.loss(inputs)

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -35,6 +37,7 @@ def load(
     max_rows: int | None = None,
     section: Literal["data", "eval"] = "data",
     split: str = "train",
+    needs_answer: bool = True,
 ) -> LoadedProblems:
     return load_problems(
         str(path),
@@ -43,6 +46,7 @@ def load(
         on_bad_row=on_bad_row,
         max_rows=max_rows,
         section=section,
+        needs_answer=needs_answer,
     )
 
 
@@ -132,6 +136,145 @@ def test_answer_is_the_last_box_of_the_solution(tmp_path: Path) -> None:
 )
 def test_numbers_as_answers(tmp_path: Path, value: object, text: str) -> None:
     assert load_row(tmp_path, {**GOOD, "answer": value}).answer == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        ("1e-7", "0.0000001"),
+        ("1E21", "1" + "0" * 21),
+        ("12345678901234567890", "12345678901234567890"),
+        ("12345678901234567890.5", "12345678901234567890.5"),
+        ("0.1", "0.1"),
+        ("0.10", "0.1"),
+        ("-0.30000000000000004", "-0.30000000000000004"),
+        ("72.0", "72"),
+        ("1200", "1200"),
+        ("-0.0", "0"),
+        ("1e400", "1" + "0" * 400),
+    ],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_json_numbers_keep_their_value(tmp_path: Path, number: str, text: str, ending: str) -> None:
+    row = f'{{"problem": "p", "solution": "s", "answer": {number}}}'
+    file = tmp_path / f"rows.{ending}"
+    file.write_text(row if ending == "jsonl" else f"[{row}]")
+    assert load(file).problems[0].answer == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "text"),
+    [
+        (pyarrow.decimal128(30, 10), Decimal("12345678901234567890.5"), "12345678901234567890.5"),
+        (pyarrow.decimal128(20, 12), Decimal("1e-7"), "0.0000001"),
+        (pyarrow.float64(), 1e-7, "0.0000001"),
+        (pyarrow.float64(), 1e21, "1" + "0" * 21),
+        (pyarrow.float32(), 0.1, "0.1"),
+        (pyarrow.float16(), 0.1, "0.1"),
+        (pyarrow.float32(), 72.0, "72"),
+        (pyarrow.uint64(), 12345678901234567890, "12345678901234567890"),
+    ],
+)
+def test_numbers_of_a_table_keep_their_value(
+    tmp_path: Path, kind: pyarrow.DataType, value: Any, text: str
+) -> None:
+    file = tmp_path / "rows.parquet"
+    columns = {"problem": ["p", "q"], "solution": ["s", "s"]}
+    if kind == pyarrow.float16():
+        value = numpy.float16(value)
+    table = pyarrow.table(columns | {"answer": pyarrow.array([value, None], kind)})
+    pyarrow.parquet.write_table(table, file)
+    first, second = load(file, needs_answer=False).problems
+    assert (first.answer, second.answer) == (text, "")
+
+
+def test_a_number_without_end_is_refused(tmp_path: Path) -> None:
+    file = write_jsonl(
+        tmp_path / "a.jsonl", ['{"problem": "p", "solution": "s", "answer": 1e999999}']
+    )
+    assert "a.jsonl:1: the column 'answer' holds 1E+999999, which has more than" in refusal(file)
+    file.write_text('{"problem": "p", "solution": "s", "answer": 1e-99999999999999999999}')
+    assert "malformed JSON (the number 1e-99999999999999999999 is out of range)" in refusal(file)
+
+
+@pytest.mark.parametrize(
+    "heading",
+    [
+        "#### Remark: units are cm",
+        "#### 2. Conclusion",
+        "#### 3 ways to see it",
+        "####",
+        "#### Step",
+    ],
+)
+def test_a_heading_of_markdown_is_no_gsm8k_mark(tmp_path: Path, heading: str) -> None:
+    solution = f"## Plan\nSo \\boxed{{7}}.\n\n{heading}"
+    problem = load_row(tmp_path, {"problem": "p", "solution": solution})
+    assert (problem.solution, problem.answer) == (solution, "7")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("72", "-3", "2.5", "$18", "18%", "42 cm", "5 apples", "3/4", "1 1/2", "10^{5}", "1e-7"),
+        *("\\frac{1}{2}", "$\\frac12$", "\\sqrt{2}", "2\\pi", "9.8 m/s\u00b2", "3 \\text{ cm}"),
+        "\uff17\uff12",
+    ],
+)
+def test_what_follows_gsm8k_s_mark_is_like_a_number(tmp_path: Path, answer: str) -> None:
+    row = {"question": "q", "answer": f"Steps with \\boxed{{1}}.\n#### {answer}"}
+    assert load_row(tmp_path, row).answer == answer
+
+
+@pytest.mark.parametrize("needs_answer", [True, False])
+def test_a_mark_before_the_last_line_is_refused(tmp_path: Path, needs_answer: bool) -> None:
+    """Else the row would count as one without an answer."""
+    row = {"question": "q", "answer": "2+40=42\n#### 42\n and the reasoning above confirms it."}
+    file = write_jsonl(tmp_path / "a.jsonl", [row])
+    message = refusal(file, needs_answer=needs_answer)
+    assert message.startswith("a.jsonl:1: '#### 42' is not the last line; needs the answer there")
+    row["answer"] += " \\boxed{42}"
+    assert load_row(tmp_path, row).answer == "42"
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("So the answer is $\\boxed 2$.", "2"),
+        ("\\boxed\\frac12", "\\frac12"),
+        ("\\fbox -1.5.", "-1.5"),
+        ("$\\boxed{\\fbox{3}}$", "3"),
+    ],
+)
+def test_boxes_need_no_braces(tmp_path: Path, solution: str, answer: str) -> None:
+    assert load_row(tmp_path, {"problem": "p", "solution": solution}).answer == answer
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"problem": "Prove that 1 > 0.", "solution": "Clear."},
+        {"problem": "p", "solution": "Clear.", "answer": None},
+        {"problem": "p", "solution": "Clear.", "answer": " "},
+        {"Question": "p", "COT_Reason": "Clear."},
+        {"question": "p", "answer": "It is clear."},
+    ],
+)
+def test_an_answer_may_be_missing_where_none_is_needed(tmp_path: Path, row: Any) -> None:
+    problem = load_row(tmp_path, row, needs_answer=False)
+    assert problem.answer == "" and "lear." in problem.solution
+    file = write_jsonl(tmp_path / "a.jsonl", [row, GOOD])
+    assert "a.jsonl:1: no " in refusal(file)
+    assert load(file, on_bad_row="skip").num_skipped == 1
+    # An evaluation always needs one; it takes a short text in a column of answers for it.
+    if row.get("answer") != "It is clear.":
+        assert "a.jsonl:1: no " in refusal(file, section="eval", needs_answer=False)
+
+
+def test_a_bare_answer_is_no_solution(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "70"}])
+    message = refusal(file, needs_answer=False)
+    assert "no solution: the column 'answer' holds an answer alone" in message
 
 
 @pytest.mark.parametrize(
@@ -293,8 +436,9 @@ def test_a_short_solution_is_no_answer(tmp_path: Path) -> None:
         ({**GOOD, "problem": "\ud800"}, "the column 'problem' holds half a surrogate pair"),
         ({"problem": "p", "solution": "no box"}, "no answer to verify against; found the columns"),
         ({"problem": "p", "solution": "\\boxed{ }"}, "no answer to verify against"),
-        ({"question": "q", "answer": "70"}, "ends in '#### 72' or has a \\boxed{} answer"),
+        ({"question": "q", "answer": "It is 70."}, "ends in '#### 72' or has a \\boxed{} answer"),
         ({"question": "q", "answer": "x ####"}, "no answer to verify against"),
+        ({"question": "q", "answer": "70"}, "holds an answer alone; training needs the reasoning"),
         ({"question": "q", "answer": "#### 70"}, "there is no text before '####'"),
     ],
 )

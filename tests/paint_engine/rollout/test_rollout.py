@@ -1,5 +1,6 @@
 """Requests: seeds, stop tokens, sampling settings, and rollouts that keep the sampled ids."""
 
+import copy
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +12,12 @@ import paint_engine
 from paint_engine.config.sections import EvalSection, RolloutSection
 from paint_engine.model.forward import lm_head_weight
 from paint_engine.rollout.builtin import BuiltinEngine
-from paint_engine.rollout.engine import Completion, sampling_params, stop_token_ids
+from paint_engine.rollout.engine import (
+    Completion,
+    sampling_params,
+    stop_notes,
+    stop_token_ids,
+)
 from paint_engine.rollout.sampler import to_rollout
 from paint_engine.types import Problem
 
@@ -41,6 +47,30 @@ def test_every_declared_stop_token_ends_an_answer(
         assert list(stops) == sorted(stops)
     monkeypatch.setattr(base, "generation_config", None)
     assert set(stop_token_ids(base, tokenizer)) == {im_end, endoftext}
+
+
+def test_the_template_s_end_of_turn_ends_an_answer_and_a_mismatch_is_told(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """As in base models, whose EOS token is not the one that their template writes."""
+    im_end, endoftext = tokenizer.encode("<|im_end|><|endoftext|>")
+    base.generation_config = GenerationConfig(eos_token_id=[im_end, endoftext])
+    assert stop_notes(base, tokenizer) == []
+    base.generation_config = GenerationConfig(eos_token_id=endoftext)
+    (note,) = stop_notes(base, tokenizer)
+    assert "the generation configuration's is '<|endoftext|>'" in note
+    other = copy.deepcopy(tokenizer)
+    other.eos_token, other.pad_token = "<|endoftext|>", None
+    (note,) = stop_notes(base, other)
+    assert note == (
+        "stop tokens differ: the tokenizer's eos_token is '<|endoftext|>', the generation "
+        "configuration's is '<|endoftext|>', the chat template's end of turn is '<|im_end|>'; each "
+        "of them ends a completion"
+    )
+    assert set(stop_token_ids(base, other)) == {im_end, endoftext}
+    other.chat_template = "{{ messages[0].content }}"
+    assert stop_notes(base, other) == []
+    assert set(stop_token_ids(base, other)) == {endoftext}
 
 
 @pytest.mark.parametrize(
