@@ -12,7 +12,7 @@ from paint_engine.distributed import World, my_share
 from paint_engine.prompts.chat import encode_student_prompt, encode_teacher_prompt
 from paint_engine.prompts.control import spelled_tokens
 from paint_engine.prompts.rationale import encode_reason_prompt
-from paint_engine.prompts.target import encode_target
+from paint_engine.prompts.target import target_text
 from paint_engine.recipes import recipe_of
 from paint_engine.seeds import problem_order, rollout_seed
 from paint_engine.types import Problem, Request
@@ -68,14 +68,15 @@ def spelled_note(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
-    *,
-    with_solutions: bool = False,
+    of_solution: Callable[[Problem], Sequence[str]] = lambda problem: (),
 ) -> list[str]:
-    """Returns a note if problems, or solutions that are encoded too, spell control tokens."""
+    """Returns a note if problems spell control tokens.
+
+    of_solution: the control tokens that a problem's solution spells, if it is encoded too.
+    """
     found = []
     for problem in problems:
-        text = problem.problem + ("\n" + problem.solution if with_solutions else "")
-        if spelled := spelled_tokens(tokenizer, text):
+        if spelled := [*spelled_tokens(tokenizer, problem.problem), *of_solution(problem)]:
             found.append((problem.problem_id, spelled[0]))
     if not found:
         return []
@@ -91,17 +92,23 @@ def _notes(
 ) -> list[str]:
     """Returns notes on what is unusual in the training problems, each once with a count."""
     path, recipe = config.data.path, recipe_of(config)
-    encodes = recipe.uses_teacher or not recipe.samples
-    notes = spelled_note(path, tokenizer, problems, with_solutions=encodes)
+    targets = {}
+    if not recipe.samples:
+        targets = {p: target_text(tokenizer, p.solution, config.prompts) for p in problems}
+
+    def of_solution(problem: Problem) -> list[str]:
+        if problem in targets:
+            return targets[problem].data.spelled
+        return spelled_tokens(tokenizer, problem.solution) if recipe.uses_teacher else []
+
+    notes = spelled_note(path, tokenizer, problems, of_solution)
     num_unanswered = sum(not problem.answer for problem in problems)
     if num_unanswered:
         notes.append(
             f"{path}: {num_unanswered} of {len(problems)} rows have no answer; they are trained "
             "on, and accuracy leaves them out"
         )
-    if recipe.samples:
-        return notes
-    thoughts = [encode_target(tokenizer, p.solution, config.prompts).thought for p in problems]
+    thoughts = [target.thought for target in targets.values()]
     if dropped := thoughts.count("dropped"):
         notes.append(
             f"{path}: {dropped} of {len(problems)} solutions begin with a thought, which the "

@@ -79,6 +79,11 @@ class DataTexts:
         self._tokenizer = tokenizer
         self._hidden: list[str] = []
 
+    @property
+    def spelled(self) -> list[str]:
+        """The control tokens that the texts spell, in order."""
+        return [text for text in self._hidden if text]
+
     def hide(self, text: str) -> str:
         """Returns the text with placeholders for the control tokens that it spells."""
         vocabulary = _vocabulary(self._tokenizer)
@@ -99,7 +104,7 @@ class DataTexts:
         """
         if not self._hidden:
             return tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
-        spelled = next(filter(None, self._hidden), "a control token")
+        spelled = next(iter(self.spelled), "a control token")
         if _backend(self._tokenizer) is None:
             raise ValueError(
                 f"the data spells {spelled!r}, and {type(self._tokenizer).__name__} of "

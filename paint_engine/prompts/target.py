@@ -12,16 +12,17 @@ from paint_engine.prompts.template import after_question, end_of_turn, thought_s
 Thought = Literal["dropped", "unclosed"] | None
 
 
-class Target(NamedTuple):
-    """Target(ids=(17, 30, 2), thought=None)
+class TargetText(NamedTuple):
+    """A solution as a target before it is encoded.
 
-    ids: the tokens of the solution, then the token that ends a turn, once.
+    text: with placeholders of `data` for the control tokens that are text.
     thought: "dropped" if the prompt closes the thought that the solution has, so that only what
         follows it is trained on; "unclosed" if the prompt opens a thought that the solution does
-        not close.
+        not close; else None.
     """
 
-    ids: tuple[int, ...]
+    text: str
+    data: DataTexts
     thought: Thought
 
 
@@ -33,20 +34,28 @@ def stop_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return end if end is not None else eos if isinstance(eos, int) else None
 
 
-def encode_target(
+def target_text(
     tokenizer: PreTrainedTokenizerBase, solution: str, prompts: PromptsSection
-) -> Target:
+) -> TargetText:
     """Returns a solution as the completion of the student's prompt.
 
     A thought at the solution's beginning keeps its two marks, of which the first is left out if the
     prompt ends with it. All other control tokens that the solution spells are text.
     """
-    stop = stop_token(tokenizer)
-    assert stop is not None, "a tokenizer without one is refused before training"
     tail = after_question(tokenizer, thinking=prompts.student_thinking, date=prompts.date)
     data = DataTexts(tokenizer)
     text, thought = _with_thought(solution, tail, data)
-    return Target((*data.encode(text), stop), thought)
+    return TargetText(text, data, thought)
+
+
+def encode_target(
+    tokenizer: PreTrainedTokenizerBase, solution: str, prompts: PromptsSection
+) -> tuple[int, ...]:
+    """Returns the token ids of `target_text`, then the token that ends a turn, once."""
+    stop = stop_token(tokenizer)
+    assert stop is not None, "a tokenizer without one is refused before training"
+    target = target_text(tokenizer, solution, prompts)
+    return (*target.data.encode(target.text), stop)
 
 
 def _with_thought(solution: str, tail: str, data: DataTexts) -> tuple[str, Thought]:

@@ -113,6 +113,14 @@ def _directives(date: str) -> dict[str, str]:
 def after_question(tokenizer: PreTrainedTokenizerBase, *, thinking: bool, date: str | None) -> str:
     """Returns what the template writes after the user's text: the end of the turn and the
     generation prompt."""
+    return _after_question(tokenizer, tokenizer.get_chat_template(), thinking, date)
+
+
+@lru_cache(maxsize=8)
+def _after_question(
+    tokenizer: PreTrainedTokenizerBase, template: str, thinking: bool, date: str | None
+) -> str:
+    """template: the chat template, which decides with the tokenizer."""
     message = {"role": "user", "content": _PROBE_QUESTION}
     text = render(tokenizer, [message], thinking=thinking, date=date)
     return text.rpartition(_PROBE_QUESTION)[2]

@@ -54,7 +54,7 @@ def reference_example(run: Run, request: Request) -> TrainExample:
     """Returns the reference solution as an example: its tokens and the one that ends a turn,
     truncated at the limit for rollouts."""
     problem, limit = request.problem, run.config.rollout.max_new_tokens
-    ids, _ = encode_target(run.tokenizer, problem.solution, run.config.prompts)
+    ids = encode_target(run.tokenizer, problem.solution, run.config.prompts)
     truncated = len(ids) > limit
     rollout = Rollout(problem, request.prompt_ids, ids[:limit], (), truncated, problem.solution)
     return TrainExample(rollout)

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paint_engine.config.sections import PromptsSection
 from paint_engine.prompts.chat import encode_student_prompt
-from paint_engine.prompts.target import Thought, encode_target
+from paint_engine.prompts.target import Thought, encode_target, target_text
 from paint_engine.types import Problem
 
 TURNS = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
@@ -23,7 +23,7 @@ def sequence(tokenizer: PreTrainedTokenizerBase, solution: str, prompts: Prompts
     problem = Problem("p", "2+2?", solution, "4")
     thinking = prompts.student_thinking
     prompt = encode_student_prompt(tokenizer, problem, prompts, thinking=thinking)
-    text = tokenizer.decode([*prompt, *encode_target(tokenizer, solution, prompts).ids])
+    text = tokenizer.decode([*prompt, *encode_target(tokenizer, solution, prompts)])
     assert isinstance(text, str)
     return text.partition("assistant\n")[2]
 
@@ -32,10 +32,10 @@ def test_a_solution_without_control_tokens_is_encoded_as_it_is(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     solution = "Add: $2 + 2 = 4$.\nThe answer is \\boxed{4}."
-    ids, thought = encode_target(tokenizer, solution, OFF)
+    ids = encode_target(tokenizer, solution, OFF)
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert ids == (*tokenizer.encode(solution, add_special_tokens=False), stop)
-    assert thought is None
+    assert target_text(tokenizer, solution, OFF).thought is None
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_solution_without_control_tokens_is_encoded_as_it_is(
 def test_one_stop_token_at_its_end_and_the_data_s_are_text(
     solution: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    ids, _ = encode_target(tokenizer, solution, OFF)
+    ids = encode_target(tokenizer, solution, OFF)
     control = set(tokenizer.added_tokens_decoder)
     assert [number for number in ids if number in control] == [ids[-1]]
     assert tokenizer.decode([ids[-1]]) == "<|im_end|>"
@@ -85,8 +85,8 @@ def test_a_thought_is_opened_once(
     if template is not None:
         monkeypatch.setattr(tokenizer, "chat_template", template)
     assert sequence(tokenizer, solution, prompts) == f"{expected}<|im_end|>"
-    ids, found = encode_target(tokenizer, solution, prompts)
-    assert found == thought
+    ids = encode_target(tokenizer, solution, prompts)
+    assert target_text(tokenizer, solution, prompts).thought == thought
     marks = [tokenizer.convert_tokens_to_ids(mark) for mark in ("<think>", "</think>")]
     for mark in marks:
         assert ids.count(mark) <= 1
@@ -102,7 +102,7 @@ def test_marks_of_other_models_count_too(
 
 def test_a_later_thought_is_text(tokenizer: PreTrainedTokenizerBase) -> None:
     solution = f"{THOUGHT} Tags such as <think> and </think> stay."
-    ids, _ = encode_target(tokenizer, solution, ON)
+    ids = encode_target(tokenizer, solution, ON)
     counts = [ids.count(tokenizer.convert_tokens_to_ids(m)) for m in ("<think>", "</think>")]
     assert counts == [1, 1]
     assert tokenizer.decode(list(ids)) == f"{solution}<|im_end|>"
@@ -114,6 +114,6 @@ def test_a_target_ends_as_the_template_ends_a_turn(
     """Base models come with another EOS token; without an end in the template, it is the end."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.eos_token = "<|endoftext|>"
-    assert tokenizer.decode([encode_target(tokenizer, "4", OFF).ids[-1]]) == "<|im_end|>"
+    assert tokenizer.decode([encode_target(tokenizer, "4", OFF)[-1]]) == "<|im_end|>"
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[-1].content }}")
-    assert tokenizer.decode([encode_target(tokenizer, "4", OFF).ids[-1]]) == "<|endoftext|>"
+    assert tokenizer.decode([encode_target(tokenizer, "4", OFF)[-1]]) == "<|endoftext|>"

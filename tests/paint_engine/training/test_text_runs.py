@@ -132,7 +132,9 @@ def test_an_sft_sequence_opens_one_thought(
     for item in sample_step(run, 0)[0]:
         sequence = (*item.rollout.prompt_ids, *item.rollout.completion_ids)
         assert (sequence.count(begin), sequence.count(end)) == (1, 1)
-    assert said(capsys).count("1 of 1 solutions begin with a thought, which the prompt") == told
+    text = said(capsys)
+    assert text.count("1 of 1 solutions begin with a thought, which the prompt") == told
+    assert "spell control tokens" not in text
 
 
 @pytest.mark.parametrize("more", [(), SFT])
