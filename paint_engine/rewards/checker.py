@@ -14,8 +14,9 @@ from functools import cache
 from types import TracebackType
 from typing import Self
 
+from paint_engine.rewards.answers.units import Quantity, are_different_units, split_unit
 from paint_engine.rewards.boxes import extract_boxed
-from paint_engine.rewards.notation import normalize_answer
+from paint_engine.rewards.notation import normalize_answer, to_tex
 from paint_engine.rewards.worker import Worker
 
 # Final answers are short; a longer one is degenerate text, and the parsers are superlinear in it.
@@ -24,8 +25,8 @@ MAX_ANSWER_CHARS = 2000
 # Starting the child is one import of sympy, 0.5 s where the disk is warm.
 _START_LIMIT_S = 60.0
 _MEMORY_LIMIT_BYTES = 2 << 30
-_UNIT = re.compile(r"\s*\\(?:text|mbox|mathrm|textrm|rm)\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?$")
 _LAYOUT = re.compile(r"\\begin|\\\\|&")
+_INTEGER = re.compile(r"-?[0-9]+")
 _DECIMAL = re.compile(r"([+-]?)([0-9]+)(?:\.([0-9]+))?")
 
 
@@ -146,13 +147,14 @@ def _shared_checker(timeout_s: float) -> AnswerChecker:
 
 
 def _compare_plain(gold: str, extracted: str) -> bool | None:
-    """The verdict where no algebra is needed, else None."""
-    gold_number, number = _plain_number(gold), _plain_number(extracted)
-    if gold_number is not None and number is not None:
-        if gold_number == number:
-            return True
-        if "." not in gold_number and "." not in number:
-            return False
+    """The verdict where neither algebra nor structure is needed, else None."""
+    if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(extracted):
+        return _plain_number(Quantity(gold)) == _plain_number(Quantity(extracted))
+    gold, extracted = to_tex(gold), to_tex(extracted)
+    first, second = split_unit(gold, is_gold=True), split_unit(extracted)
+    numbers = _plain_number(first), _plain_number(second)
+    if None not in numbers:
+        return numbers[0] == numbers[1] and not are_different_units(first.unit, second.unit)
     # The notation of matrices and aligned lines does not survive normalisation.
     if _LAYOUT.search(gold + extracted):
         return None
@@ -160,13 +162,16 @@ def _compare_plain(gold: str, extracted: str) -> bool | None:
     return True if normalized and normalized == normalize_answer(extracted) else None
 
 
-def _plain_number(text: str) -> str | None:
-    """An integer or decimal without +, needless zeros, unit, $ or %; None for anything else.
+def _plain_number(quantity: Quantity) -> str | None:
+    """An integer or decimal without +, needless zeros or degrees; None for anything else.
 
     Numbers stay text: int() refuses 4,301 digits, and float() makes different integers equal.
     """
-    text = _UNIT.sub("", text.strip().rstrip("."))
-    text = normalize_answer(text).rstrip("%").rstrip(".")
+    if quantity.magnitude:
+        return None
+    text = quantity.text
+    if not _INTEGER.fullmatch(text):
+        text = normalize_answer(text.strip().rstrip("."))
     match = _DECIMAL.fullmatch(text)
     if match is None:
         return None
@@ -177,26 +182,13 @@ def _plain_number(text: str) -> str | None:
 
 
 def load_comparison() -> Callable[[list[str]], bool]:
-    """Builds the comparison of [gold, extracted] by math-verify. The child process calls it."""
-    from math_verify import LatexExtractionConfig, parse, verify
+    """Builds the comparison of [gold, extracted]. The child process calls it."""
+    from paint_engine.rewards.answers.algebra import MathVerify
+    from paint_engine.rewards.answers.compare import compare_answers
 
     if sys.platform == "linux":
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT_BYTES, _MEMORY_LIMIT_BYTES))
-    # LaTeX only: math-verify's plain-expression parser hands its text to Python's eval.
-    gold_config = [LatexExtractionConfig()]
-    answer_config = [
-        LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
-    ]
-
-    def compare(answers: list[str]) -> bool:
-        gold, extracted = answers
-        # math-verify's own timeouts rest on a Python signal handler, which waits for C code to end.
-        parsed_gold = parse(f"${gold}$", gold_config, parsing_timeout=0, raise_on_error=True)
-        parsed = parse(
-            f"\\boxed{{{extracted}}}", answer_config, parsing_timeout=0, raise_on_error=True
-        )
-        return bool(verify(parsed_gold, parsed, timeout_seconds=0))
-
-    return compare
+    algebra = MathVerify()
+    return lambda answers: compare_answers(answers[0], answers[1], algebra)

@@ -11,7 +11,7 @@ rewritten so that two ways of writing one thing become the same, in time linear 
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
-from unicodedata import normalize
+from unicodedata import decimal, normalize
 
 # Commands that only format their argument, and commands that are removed together with it.
 _UNWRAPPED = re.compile(
@@ -38,7 +38,9 @@ _RENAMED = {
 
 _SIGNS = (
     "≤ le ≥ ge ≠ ne ≈ approx ≡ equiv ± pm ∞ infty ∑ sum √ sqrt ∈ in … dots ⇒ implies ⟹ implies "
-    "⇔ iff \u03b1 alpha β beta δ delta θ theta λ lambda μ mu π pi φ phi ω omega Δ Delta Ω Omega"
+    "⇔ iff \u03b1 alpha β beta δ delta θ theta λ lambda μ mu π pi φ phi ω omega Δ Delta Ω Omega "
+    "\u222a cup ∩ cap ∅ emptyset \u2216 setminus ∠ angle △ triangle ∧ land \u2228 lor "
+    "⩽ le ⩾ ge ≦ le ≧ ge ⟨ langle ⟩ rangle ⌊ lfloor ⌋ rfloor ⌈ lceil ⌉ rceil"
 )
 _CHARACTERS = str.maketrans(
     {
@@ -46,13 +48,20 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("\u2212\u2010\u2011\u2012\u2013", "-"),
         **dict.fromkeys("\u00d7\u00b7\u22c5\u2219\u2217\u2715", "*"),
         **dict.fromkeys("\u00f7\u2215\u2044", "/"),
-        # Degree sign, code quotes, and signs without width.
-        **dict.fromkeys("\u00b0`\u200b\u2061\u2062\ufeff", " "),
+        # Signs without width.
+        **dict.fromkeys("\u200b\u2061\u2062\ufeff", " "),
         **{sign: f"\\{name} " for sign, name in re.findall(r"(\S) (\w+)", _SIGNS)},
-        **{"½": "\\frac{1}{2}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}"},
+        # Commas, points and the percent sign of other scripts; primes; the degree sign.
+        **{"\u3001": ",", "\u060c": ",", "\u3002": ".", "\u066b": ".", "\u066c": ","},
+        **{"\u066a": "%", "\u2032": "'", "\u2019": "'", "°": r"^{\circ}", "\u211d": r"\mathbb{R}"},
     }
 )
-_RAISED = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
+_DROPPED = str.maketrans({"`": " "})
+# Full-width forms, letters and digits of mathematical alphabets: the same signs in ASCII.
+_COMPATIBLE = re.compile("[\u3000\uff01-\uff5e\uffe0-\uffe6\U0001d400-\U0001d7ff]")
+_DIGIT = re.compile(r"(?![0-9])\d")
+_FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
+_RAISED = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u207b\u207f]+")
 _LOWERED = re.compile("[\u2080-\u2089]+")
 _ROOT = re.compile(r"√([0-9]+(?:\.[0-9]+)?)")
 _PROSE = re.compile(r"\\(?:text[a-z]*|mbox)\s*\{[^{}]*\}")
@@ -81,7 +90,8 @@ _BARE_ARGUMENT = re.compile(
 _SECOND_ARGUMENT = re.compile(r"(\\(?:frac|binom)\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9A-Za-z])")
 _SCRIPT = re.compile(r"([\^_])([0-9]+(?:\.[0-9]+)?|[A-Za-z](?![0-9A-Za-z]))")
 # The space is of a mixed number: 3 1/2 is 3\frac{1}{2}.
-_QUOTIENT = re.compile(r" ?(?<![0-9.])([0-9]+(?:\.[0-9]+)?)/([0-9]+(?:\.[0-9]+)?)")
+# A denominator that is raised, has an index or a factorial is more than its digits: 3/2^2.
+_QUOTIENT = re.compile(r" ?(?<![0-9.])([0-9]+(?:\.[0-9]+)?)/([0-9]+(?:\.[0-9]+)?)(?![0-9.^_!])")
 
 
 class _Token(NamedTuple):
@@ -98,28 +108,46 @@ class _Token(NamedTuple):
         return self.text[0].isalnum() and not self.is_number
 
 
-def normalize_answer(answer: str) -> str:
+def normalize_answer(answer: str, *, keeps_digits: bool = False) -> str:
     """`answer`, the content of a box, in one notation.
+
+    keeps_digits: decimals keep the zeros at their end, which show how precise they are.
 
     Delimiters, sizes (\\left, \\big), boxes, text commands, degrees and GSM8K's <<...>> go.
     Fractions are \\frac{a}{b}, exponents and indices in braces; products are *; minus signs are -;
     numbers lose thousands separators and needless zeros. White space stays between words of a
     \\text{}, and after a comma or point before a digit, where it tells a list from a number.
     """
-    return _brace(_join(_merge(_unwrap(_tokenize(answer)))))
+    return _brace(_join(_merge(_unwrap(_tokenize(answer, keeps_digits)))))
 
 
-def _tokenize(answer: str) -> list[_Token]:
+def to_tex(answer: str) -> str:
+    """`answer` with TeX for the signs of Unicode: ASCII for the digits of every script and for
+    full-width characters, powers for raised digits, \\le for the sign of it."""
+    if answer.isascii():
+        return answer
     answer = _ROOT.sub(r"\\sqrt{\1}", answer)
     answer = _RAISED.sub(lambda match: f"^{{{normalize('NFKC', match.group())}}}", answer)
     answer = _LOWERED.sub(lambda match: f"_{{{normalize('NFKC', match.group())}}}", answer)
-    answer = answer.translate(_CHARACTERS)
+    answer = _FRACTION.sub(_spell_fraction, answer)
+    answer = _COMPATIBLE.sub(lambda match: normalize("NFKC", match.group()), answer)
+    answer = _DIGIT.sub(lambda match: str(decimal(match.group())), answer)
+    return answer.translate(_CHARACTERS)
+
+
+def _spell_fraction(match: re.Match[str]) -> str:
+    numerator, _, denominator = normalize("NFKC", match.group()).partition("\u2044")
+    return f"\\frac{{{numerator}}}{{{denominator}}}"
+
+
+def _tokenize(answer: str, keeps_digits: bool) -> list[_Token]:
+    answer = to_tex(answer).translate(_DROPPED)
     tokens: list[_Token] = []
     for start, end, is_prose in _segments(answer):
         spaced = True
         for match in _TOKEN.finditer(answer, start, end):
             kind, raw = match.lastgroup, match.group()
-            text = _canonical(kind, raw)
+            text = _canonical(kind, raw, keeps_digits)
             if text is not None:
                 tokens.append(_Token(text, spaced))
                 spaced = False
@@ -144,13 +172,13 @@ def _segments(answer: str) -> Iterator[tuple[int, int, bool]]:
     yield position, len(answer), is_prose
 
 
-def _canonical(kind: str | None, raw: str) -> str | None:
+def _canonical(kind: str | None, raw: str, keeps_digits: bool) -> str | None:
     """The token that stands for `raw`; None where it means nothing, or only separates."""
     match kind:
         case "word" | "other":
             return raw
         case "number":
-            return _canonical_number(raw)
+            return _canonical_number(raw, keeps_digits)
         case "command" if _SPACING.fullmatch(raw) or _IGNORED.fullmatch(raw):
             return None
         case "command":
@@ -163,9 +191,9 @@ def _canonical(kind: str | None, raw: str) -> str | None:
             return None
 
 
-def _canonical_number(raw: str) -> str:
+def _canonical_number(raw: str, keeps_digits: bool) -> str:
     whole, _, decimals = re.sub(r"[^0-9.]", "", raw).partition(".")
-    whole, decimals = whole.lstrip("0") or "0", decimals.rstrip("0")
+    whole, decimals = whole.lstrip("0") or "0", decimals if keeps_digits else decimals.rstrip("0")
     return f"{whole}.{decimals}" if decimals else whole
 
 
