@@ -58,7 +58,9 @@ _CHARACTERS = str.maketrans(
 )
 _DROPPED = str.maketrans({"`": " "})
 # Full-width forms, letters and digits of mathematical alphabets: the same signs in ASCII.
-_COMPATIBLE = re.compile("[\u3000\uff01-\uff5e\uffe0-\uffe6\U0001d400-\U0001d7ff]")
+_COMPATIBLE = re.compile(
+    "[\u2103\u2109\u3000\u3371-\u33df\uff01-\uff5e\uffe0-\uffe6\U0001d400-\U0001d7ff]"
+)
 _DIGIT = re.compile(r"(?![0-9])\d")
 _FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _RAISED = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u207b\u207f]+")

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from paint_engine.rewards.answers.units import split_bound
+from paint_engine.rewards.answers.units import split_bound, unwrap_all
 from paint_engine.rewards.notation import to_tex
 
 Brackets = Literal["", "()", "[]", "(]", "[)", "{}"]
@@ -68,6 +68,9 @@ _WORDS = {
 _MATRIX = re.compile(
     r"[\[(]?\\begin\{([pbB]?matrix|array|smallmatrix)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}[\])]?",
     re.DOTALL,
+)
+_DESCRIBED = re.compile(
+    r"\s*([A-Za-z])(?:\s*\\in\s*(?:\\mathbb\s*\{?R\}?|\\R))?\s*[|:]\s*(.*\1.*)", re.DOTALL
 )
 _ROW = re.compile(r"\\\\(?:\s*\[[0-9.]+[a-z]{2}\])?|\\cr(?![a-z])")
 _FRENCH = re.compile(r"(?:(\])|([\[(]))([^\[\](){},;]+)[,;]([^\[\](){},;]+)(?:(\[)|([\])]))")
@@ -180,7 +183,7 @@ def _trim(text: str) -> str:
         text = text[:-1].rstrip()
     while text.startswith("{") and _closes(text) == len(text) - 1:
         text = text[1:-1].strip()
-    return text
+    return unwrap_all(text).strip()
 
 
 def _spell_relation(match: re.Match[str]) -> str:
@@ -308,7 +311,9 @@ def _bracketed(text: str, depth: int) -> Answer | None:
     inner = text[len(tokens[0][0]) : tokens[-1][1]]
     if brackets == "{}" and ("|" in inner or ":" in inner):
         # The elements are described, not listed.
-        return None
+        described = _DESCRIBED.fullmatch(inner)
+        condition = read(described[2], depth + 1) if described else None
+        return condition if isinstance(condition, Relation | Union) else None
     parts = _split(_protect(inner, at_top=False), (",", ";"))
     if len(parts) == 1 and brackets == "()":
         return read(inner, depth + 1)

@@ -63,14 +63,22 @@ _MAGNITUDES = {
     **{"crore": 7, "百": 2, "千": 3, "万": 4, "萬": 4, "亿": 8, "億": 8, "тысяч": 3, "тыс": 3},
     **{"миллион": 6, "миллиона": 6, "миллионов": 6, "млн": 6, "миллиард": 9, "млрд": 9},
 }
-_TEXT = r"\\(?:text[a-z]*|mbox|math(?:rm|it|bf|sf)|operatorname|rm)\s*\{[^{}]*\}"
+_COMMAND = r"\\(?:text[a-z]*|mbox|math(?:rm|it|bf|sf)|operatorname|rm|units?|si)"
+_TEXT = rf"{_COMMAND}\s*\{{[^{{}}]*\}}"
 _POWER = r"(?:\s*\^(?:-?[0-9]|\{-?[0-9]\}))?"
-_TEXT_UNIT = re.compile(rf"(?:(?:[\s/*~]|\\cdot|\\ )*{_TEXT}{_POWER})+[\s.]*$")
-_UNWRAP = re.compile(r"\\(?:text[a-z]*|mbox|math(?:rm|it|bf|sf)|operatorname|rm)\s*\{([^{}]*)\}")
+_RATIO_OF_UNITS = rf"\\[dt]?frac\s*\{{{_TEXT}{_POWER}\}}\s*\{{{_TEXT}{_POWER}\}}"
+_TEXT_UNIT = re.compile(
+    rf"(?:(?:[\s/*~]|\\cdot)*(?:{_TEXT}{_POWER}|\(\s*{_TEXT}{_POWER}\s*\)|{_RATIO_OF_UNITS}))+[\s.]*$"
+)
+_UNWRAP = re.compile(rf"{_COMMAND}\s*\{{([^{{}}]*)\}}")
+# A whole answer in \text{} that is more than words.
+_ALL_TEXT = re.compile(
+    r"\s*\\(?:text[a-z]*|mbox)\s*\{([^{}]*(?:[0-9,]|\b(?:and|or)\b)[^{}]*)\}[\s.]*"
+)
 _DEGREES = re.compile(r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*([CF]?)$")
 # In the box without \text{}: letters after a number.
 _BARE_WORDS = re.compile(r"\s((?:[^\W\d_]{3,}|a|an|the)(?:[\s-]+[^\W\d_]+)*)[\s.]*$")
-_BARE_SYMBOL = re.compile(rf"(\s*)([A-Za-z]+(?:/[A-Za-z]+)?){_POWER}[\s.]*$")
+_BARE_SYMBOL = re.compile(rf"(\s*)([A-Za-z]+(?:/[A-Za-z]+)?)[23]?{_POWER}[\s.]*$")
 # With the vowel signs of the scripts of India and South-East Asia.
 _OTHER_SCRIPT = re.compile(
     r"\s*([^\W\d_a-zA-Z](?:[^\W\d_]|[\u0900-\u0eff])*(?:[\s/.]+[^\W\d_]+)*)[\s.]*$"
@@ -145,6 +153,7 @@ def split_unit(text: str, *, is_gold: bool = False) -> Quantity:
     is_gold: a single letter that touches the number is then a variable, as in 5t. In a completion
         it is taken for a unit.
     """
+    text = unwrap_all(text)
     if split_bound(text) is not None:
         return Quantity(text.strip())
     about = _ABOUT.match(text)
@@ -185,6 +194,12 @@ def split_bound(text: str) -> tuple[str, str] | None:
     return None
 
 
+def unwrap_all(text: str) -> str:
+    """`text` without a \\text{} around the whole of it, unless it holds but words."""
+    match = _ALL_TEXT.fullmatch(text)
+    return match[1] if match else text
+
+
 def unwrap_text(text: str) -> str:
     """`text` with the words of \\text{} and its like as they are."""
     return re.sub(r"\s+", " ", _UNWRAP.sub(r"\1", text)).strip()
@@ -198,7 +213,7 @@ def _text_unit(text: str, is_gold: bool) -> Quantity | None:
     percent = _PERCENT_WORD.match(words)
     if percent is not None:
         return Quantity(f"{rest}\\%")
-    is_symbol = len(words) == 1 and words.isalpha()
+    is_symbol = len(words) == 1 and words.isascii() and words.isalpha()
     if is_symbol and (words not in _SINGLE_LETTER_UNITS or not is_arithmetic(rest)):
         return None
     if _MEANING.search(words) or re.search(r"[-+*/=<>^_({,]\s*$", rest):
