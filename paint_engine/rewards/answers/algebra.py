@@ -17,7 +17,7 @@ from latex2sympy2_extended.latex2sympy2 import (
     normalize_latex,
 )
 from math_verify import grader, verify
-from sympy import Expr, MatrixBase, MatrixExpr, S
+from sympy import Expr, MatrixBase, MatrixExpr, S, Symbol
 
 from paint_engine.rewards.answers.exact import Number, is_finite_decimal
 
@@ -26,6 +26,7 @@ _NORMALIZATION = NormalizationConfig(
     **{"basic_latex": True, "units": False, "malformed_operators": True, "nits": True},
     **{"boxed": "none", "equations": False},
 )
+_ORIGINAL_COMPARE_SYMBOLS = grader.sympy_compare_symbols
 _CONVERSION = ConversionConfig(lowercase_symbols=False)
 _DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)")
 _DEGREES = re.compile(
@@ -45,6 +46,7 @@ class MathVerify:
             sympy_numeric_eq=_equal_numerically,
             sympy_symbolic_eq=_equal_symbolically,
             sympy_solve_and_compare=_solve_and_compare,
+            sympy_compare_symbols=_compare_symbols,
         )
 
     def equal(self, gold: str, answer: str) -> bool:
@@ -180,6 +182,13 @@ def _equal_where_real(first: Expr, second: Expr) -> bool:
             return False
         is_real_somewhere = True
     return is_real_somewhere
+
+
+def _compare_symbols(gold: Any, answer: Any) -> bool:
+    """math-verify's comparison of names, but \\Delta is not \\delta."""
+    if isinstance(gold, Symbol) and isinstance(answer, Symbol):
+        return gold.name == answer.name
+    return _ORIGINAL_COMPARE_SYMBOLS(gold, answer)
 
 
 def _solve_and_compare(gold: Any, answer: Any, float_rounding: int, numeric_precision: int) -> bool:

@@ -37,9 +37,13 @@ _LABELLED = re.compile(
 )
 _WORD = re.compile(r"\\text[a-z]*\s*\{[^{}]*[A-Za-z]{2}|(?<![\\A-Za-z])[A-Za-z]*[^\W\d_A-Za-z]{2}")
 # math-verify drops these without a word, so an answer that has them is compared as text.
-_UNREADABLE = re.compile(r"'|\\prime|\\[lc]?dots|\.\.\.|[0-9})]\s*_|\\[bp]mod|\\equiv|;")
+_UNREADABLE = re.compile(
+    r"'|\\prime|\\[lc]?dots|\.\.\.|[0-9})]\s*_|\\[bp]mod|\\equiv|;|!!"
+    r"|\^\s*\{?\s*(?:T(?![A-Za-z])|\\top|\\dagger)|\\frac\s*\{\s*d\s*[a-z]?\s*\}\s*\{\s*d\s*[a-z]"
+)
 _NEIGHBOURS = re.compile(r"[0-9] [0-9]")
 _TIME = re.compile(r"[0-9]{1,2}:[0-5][0-9]")
+_EMPTY = Expression("\\emptyset")
 _RATIO = re.compile(r"[^:]+(?::[^:]+)+")
 
 
@@ -99,9 +103,9 @@ class _Comparison:
                 return self._relations(gold, answer)
             case Union(), Union() if self._unordered(gold.parts, answer.parts):
                 return True
-            case Listing(items=(only,), brackets="{}"), Expression():
+            case Listing(items=(only,), brackets="{}"), Expression() if only != _EMPTY:
                 return self.equal(only, answer, _text(only), text)
-            case Expression(), Listing(items=(only,), brackets="{}"):
+            case Expression(), Listing(items=(only,), brackets="{}") if only != _EMPTY:
                 return self.equal(gold, only, gold_text, _text(only))
         return self._by_algebra_alone(gold, answer, gold_text, text)
 

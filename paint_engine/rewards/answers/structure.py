@@ -33,7 +33,9 @@ _SIGNS = {
 }
 _SIGN = re.compile(r"\\(?:[lr]brac[ek]|[gl]eqslant|[gl]eq|gt|lt|neq|mid|varnothing)(?![A-Za-z])")
 _ASCII_RELATION = re.compile(r"[<>!]=|=[<>]")
-_LETTER = re.compile(r"\\(?:text[a-z]*|math[a-z]+|operatorname|mbox)\s*\{\s*([A-Za-z])\s*\}")
+_LETTER = re.compile(
+    r"\\(?:text[a-z]*|math(?:rm|it|bf|sf|normal)|operatorname|mbox)\s*\{\s*([A-Za-z])\s*\}"
+)
 _PERIOD = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*(?:\{([0-9]+)\}|([0-9]))")
 _DOTTED = re.compile(
     r"(?<![0-9.])([0-9]*)\.([0-9]*)\\dot\s*\{?([0-9])\}?(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?"
@@ -127,6 +129,7 @@ def tidy(text: str) -> str:
     text = _TEXT_COMMA.sub(", ", _SPACE.sub(" ", text))
     text = _SIGN.sub(lambda match: _SIGNS[match.group()] + " ", text)
     text = _ASCII_RELATION.sub(_spell_relation, text)
+    text = re.sub(r"\\not\s*=", r"\\ne ", re.sub(r"\\not\s*\\in(?![a-z])", r"\\notin ", text))
     text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
     if _SPACED_NUMBER.fullmatch(text):
         text = re.sub(r"\s", "", text)
