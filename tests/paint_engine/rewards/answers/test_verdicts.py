@@ -318,6 +318,8 @@ EQUAL = [
 ]
 
 UNEQUAL = [
+    ("10^{-20}", "10^{-21}"),
+    (r"\frac{2^{2005}+1}{3 \cdot 2^{2006}}", r"\frac{1}{3 \cdot 2^{2006}}"),
     (r"\sin x", r"\sin y"),
     ("|x|", "x"),
     (r"\lfloor x \rfloor", r"\lceil x \rceil"),
