@@ -1,8 +1,8 @@
 """The answer check: whether a completion's last boxed answer equals the reference answer.
 
-Answers that are equal in notation, or plain numbers, are compared here. math-verify, which uses
-sympy, compares the others in a child process that is killed at its time limit, because what a model
-writes into a box can keep a computer-algebra system busy forever. The calling process imports
+Answers that are equal in notation, or plain numbers, are compared here. `answers`, with math-verify
+on sympy, compares the others in a child process that is killed at its time limit, because what a
+model writes into a box can keep a computer-algebra system busy forever. The calling process imports
 neither math-verify nor torch.
 """
 
@@ -103,9 +103,9 @@ class AnswerChecker:
     def check(self, answer: str, completion: str) -> AnswerCheck:
         """Compare the last boxed answer of `completion` with the gold `answer`.
 
-        Answers that are equal in notation, or both integers, are decided here. The others go to
-        math-verify, gold first: x = 5 answers 5, 0.5 answers \\frac{1}{2}, and sets and intervals
-        compare as such.
+        Answers that are equal in notation, or both plain numbers, are decided here. The others go
+        to the child, gold first: x = 5 answers 5, 0.5 answers \\frac{1}{2}, and sets and intervals
+        compare as such. docs/answers.md has the rules.
         """
         extracted = boxed_answer(completion)
         if extracted is None:

@@ -193,6 +193,8 @@ def _compare_symbols(gold: Any, answer: Any) -> bool:
 
 def _solve_and_compare(gold: Any, answer: Any, float_rounding: int, numeric_precision: int) -> bool:
     """math-verify's comparison of solutions; equations that have none are not equal by that."""
+    if gold.free_symbols != answer.free_symbols:
+        return False
     solved = [
         list(sympy.ordered(sympy.solve(relation, relation.free_symbols)))
         for relation in (gold, answer)

@@ -43,6 +43,9 @@ _UNREADABLE = re.compile(
 )
 _NEIGHBOURS = re.compile(r"[0-9] [0-9]")
 _TIME = re.compile(r"[0-9]{1,2}:[0-5][0-9]")
+_SHORT_WORDS = frozenset(
+    ["yes", "no", "odd", "one", "two", "six", "ten", "all", "any", "nil", "am", "pm"]
+)
 _EMPTY = Expression("\\emptyset")
 _RATIO = re.compile(r"[^:]+(?::[^:]+)+")
 
@@ -411,7 +414,7 @@ def _name(text: str) -> str | None:
     letters = re.sub(r"_(?:\{\w+\}|\w)", "", plain)
     if len(letters) == 1 and label is None:
         return plain
-    is_word = len(letters) > 3 or "\\text" in inner
+    is_word = len(letters) > 3 or letters in _SHORT_WORDS or "\\text" in inner
     if not (is_word or letters != letters.lower()):
         return None
     kind = text[: label.start(1)].strip(" {") if label and "triangle" not in text else ""

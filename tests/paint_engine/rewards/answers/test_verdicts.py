@@ -8,6 +8,8 @@ import pytest
 from paint_engine.rewards.checker import AnswerChecker
 
 EQUAL = [
+    ("YES", "yes"),
+    ("No", r"\text{no}"),
     (r"\int_0^1 x \, dx", r"\frac12"),
     (r"\pm 5", r"\{5,-5\}"),
     ("x>0, y>0", "y>0, x>0"),
