@@ -55,7 +55,14 @@ class MathVerify:
         parsed = [_parse(text, is_real) for text in (gold, answer)]
         if parsed[0] is None or parsed[1] is None:
             return False
-        return verify(parsed[0], parsed[1], timeout_seconds=0, raise_on_error=False)
+        return verify(
+            parsed[0],
+            parsed[1],
+            timeout_seconds=0,
+            raise_on_error=False,
+            # 1 < x < 2 is (1, 2), whichever of them is the reference.
+            allow_set_relation_comp=True,
+        )
 
     def stands_for(self, decimal: Number, text: str) -> bool:
         """Whether the decimal is the constant that `text` writes, to the digits that it shows."""

@@ -97,6 +97,12 @@ class _Comparison:
         gold_interval, interval = _interval(gold), _interval(answer)
         if gold_interval is not None and interval is not None:
             return self._intervals(gold_interval, interval)
+        if isinstance(gold, Relation) and isinstance(answer, Relation):
+            # x > 2 as (2,\\infty), beside 2x > 4.
+            gold_text = _set_text(gold_interval) or gold_text
+            text = _set_text(interval) or text
+            if _is_set_text(gold_interval, answer) or _is_set_text(interval, gold):
+                return self._algebra.equal(gold_text, text)
         match gold, answer:
             case Matrix(), Matrix():
                 return self._matrices(gold, answer)
@@ -321,6 +327,26 @@ def _interval(answer: Answer) -> _Interval | None:
         case (start, variable) if _VARIABLE.fullmatch(variable):
             return _Interval(start, r"\infty", opens[0], True, variable)
     return None
+
+
+def _set_text(interval: _Interval | None) -> str:
+    if interval is None or not interval.variable:
+        return ""
+    left, right = "[("[interval.starts_open], "])"[interval.ends_open]
+    return f"{left}{interval.start},{interval.end}{right}"
+
+
+def _is_set_text(interval: _Interval | None, other: Answer) -> bool:
+    """Whether an inequality may be a set beside another one in the same variable."""
+    return (
+        interval is not None
+        and interval.variable != ""
+        and isinstance(other, Relation)
+        and set(other.signs) <= {"<", "<=", ">", ">="}
+        and "" not in other.sides
+        and interval.variable in other.text
+        and not _is_unreadable(other.text)
+    )
 
 
 def _both(first: _Interval | None, second: _Interval | None) -> _Interval | None:

@@ -37,7 +37,8 @@ _BASE_WORDS = {
 _PREFIXES = {"0b": 2, "0o": 8, "0x": 16}
 _PREFIXED = re.compile(r"(-?)0([box])([0-9a-f]+)", re.IGNORECASE)
 _IN_BASE = re.compile(
-    r"(-?)\(?([0-9][0-9A-Za-z]*(?:\.[0-9A-Za-z]+)?|[A-F]{2,}(?=\)?_\{16\}))\)?"
+    r"(-?)(?:\(|\\overline\{|\{)?"
+    r"([0-9][0-9A-Za-z]*(?:\.[0-9A-Za-z]+)?|[A-F]{2,}(?=[)}]?_\{16\}))[)}]?"
     r"_\{\(?(?:base ?)?([0-9]{1,2}|[a-z]{2,})\)?\}"
 )
 _BASE_SUFFIX = re.compile(

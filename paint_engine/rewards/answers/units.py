@@ -78,7 +78,7 @@ _ALL_TEXT = re.compile(
 _DEGREES = re.compile(r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*([CF]?)$")
 # In the box without \text{}: letters after a number.
 _BARE_WORDS = re.compile(r"\s((?:[^\W\d_]{3,}|a|an|the)(?:[\s-]+[^\W\d_]+)*)[\s.]*$")
-_BARE_SYMBOL = re.compile(rf"(\s*)([A-Za-z]+(?:/[A-Za-z]+)?)[23]?{_POWER}[\s.]*$")
+_BARE_SYMBOL = re.compile(rf"(\s*)([A-Za-z]+(?:[/*][A-Za-z]+)?)[23]?{_POWER}[\s.]*$")
 # With the vowel signs of the scripts of India and South-East Asia.
 _OTHER_SCRIPT = re.compile(
     r"\s*([^\W\d_a-zA-Z](?:[^\W\d_]|[\u0900-\u0eff])*(?:[\s/.]+[^\W\d_]+)*)[\s.]*$"
@@ -92,7 +92,8 @@ _PLAIN = re.compile(
 _CURRENCY_AFTER = re.compile(r"\s*(\\?\$|[€£¥₹₽₩¢])[\s.]*$")
 _PERCENT_WORD = re.compile(r"\s*(?:per\s?cent(?:age)?|pct|процент\w*|por ciento|prozent)\b", re.I)
 _ABOUT = re.compile(
-    r"\s*(?:\\(?:approx|sim|simeq)|about|approximately|approx\.?|around|约|大约)\s*"
+    r"\s*(?:\\text[a-z]*\s*\{\s*(?:about|approximately|around|exactly)\s*\}"
+    r"|\\(?:approx|sim|simeq)|about|approximately|approx\.?|around|exactly|约|大约)\s*"
 )
 # These words join or restrict; what they follow is no unit.
 _MEANING = re.compile(
@@ -265,7 +266,10 @@ def _bare_symbol(text: str, is_gold: bool) -> tuple[str, str] | None:
         return None
     symbol, touches = match[2], not match[1]
     is_letter = len(symbol) == 1
-    if symbol not in _SINGLE_LETTER_UNITS if is_letter else symbol.lower() not in _UNITS:
+    if is_letter and symbol not in _SINGLE_LETTER_UNITS:
+        return None
+    is_known = symbol.lower() in _UNITS
+    if not is_known and not all(part.lower() in _UNITS for part in re.split("[/*]", symbol)):
         return None
     rest = text[: match.start()]
     # 144-48s has a variable.
