@@ -100,8 +100,8 @@ def try_architecture(name: str, parent: Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = {"name": name, "trains": done.returncode == 0}
     if done.returncode != 0:
-        reason = done.stderr.strip().removeprefix("error: ").replace(str(directory), name)
-        return found | {"reason": " ".join(reason.split())}
+        said = " ".join((done.stdout + done.stderr).split()).replace(str(directory), name)
+        return found | {"reason": said.rpartition("error: ")[2]}
     base = load_base(
         ModelSection(name_or_path=str(directory), dtype="float32"), torch.device("cpu")
     )

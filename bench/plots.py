@@ -23,6 +23,7 @@ from bench.step.tables import engine_table
 from bench.tables import (
     Result,
     Table,
+    architectures_table,
     fill,
     floor_table,
     logit_formats_table,
@@ -33,6 +34,7 @@ from bench.tables import (
 RESULTS = ROOT / "bench" / "results"
 TABLES: dict[tuple[str, str], Table] = {
     ("tiny", ""): tiny_table,
+    ("architectures", ""): architectures_table,
     ("kernels", ""): kernels_table,
     ("kernels", "first"): kernels_first_table,
     ("kernels", "shapes"): kernel_shapes_table,
@@ -43,7 +45,10 @@ TABLES: dict[tuple[str, str], Table] = {
     **PAPER_TABLES,
 }
 """keyed by the result's name and the view in the marker"""
-DOCUMENTS = ("README.md", "docs/loss.md", "docs/recipes.md", "bench/README.md")
+DOCUMENTS = (
+    *("README.md", "docs/loss.md", "docs/models.md", "docs/recipes.md"),
+    "bench/README.md",
+)
 
 
 def result_of(name: str) -> Result:

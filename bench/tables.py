@@ -66,6 +66,27 @@ def tiny_table(result: Result) -> str:
     return f"{markdown(header, rows)}\n\n{caption}"
 
 
+def architectures_table(result: Result) -> str:
+    """One row per architecture; below it, the reasons of those that are refused."""
+    rows, reasons = [], []
+    for found in result["outcomes"]:
+        if found["trains"]:
+            scale, error = f"{found['logit_scale']:g}", exponent(found["logit_error"])
+            rows.append([found["name"], "yes", scale, error])
+        else:
+            rows.append([found["name"], "refused", "", ""])
+            reasons.append(f"{found['name']}: {found['reason']}.")
+    versions = result["versions"]
+    caption = (
+        f"{result['num_steps']} steps each; the error is the largest difference to the logits of "
+        f"the model's own forward, with the trained adapter, relative to the largest logit; torch "
+        f"{versions['torch']}, transformers {versions['transformers']}, peft {versions['peft']}; "
+        f"by `{result['command']}`."
+    )
+    header = ["architecture", "trains", "factor on the logits", "error of our logits"]
+    return "\n\n".join([markdown(header, rows), caption, *reasons])
+
+
 def scaling_table(result: Result) -> str:
     """Returns a table with one row per number of tokens and layout; the fitted exponent and memory
     ratio below."""

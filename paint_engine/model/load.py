@@ -93,7 +93,7 @@ def load_base(
     on_cpu: bool = False,
     say: Callable[[str], object] = print,
 ) -> PreTrainedModel:
-    """Loads the base onto `device`, from safetensors only, with SDPA attention.
+    """Loads the base onto `device`, from safetensors only.
 
     section.dtype: dtype of the arithmetic, and of the weights unless they are trained.
     trains_base: the base's own weights are trained. They are then float32, because bfloat16 rounds
@@ -127,6 +127,5 @@ def meta_model(config: Config) -> nn.Module:
             settings,
             dtype=torch.bfloat16 if narrow else torch.float32,
             trust_remote_code=section.trust_remote_code,
-            attn_implementation="sdpa",
         )
         return add_lora(base, config.lora, adapter_seed(config.train.seed))

@@ -141,7 +141,10 @@ def logit_scale(model: PreTrainedModel, name: str) -> float:
                 "that are that product or a constant multiple of it, as in Qwen3, Llama or "
                 "Granite; use such a model"
             )
-    return 1.0 if abs(scale - 1) < _TOLERANCE[torch.float32] else scale
+    if abs(scale - 1) < _TOLERANCE[torch.float32]:
+        return 1.0
+    # The factor of float32 logits: rounding makes it exact where it is a power of two.
+    return float(torch.tensor(scale, dtype=torch.float32))
 
 
 @torch.no_grad()

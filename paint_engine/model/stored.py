@@ -193,7 +193,6 @@ def _fill(
                 None,
                 config=settings,
                 state_dict={short[name]: tensor for name, tensor in tensors.items()},
-                attn_implementation="sdpa",
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 **given,
@@ -242,7 +241,7 @@ def load_weights(
     dtype: torch.dtype | None,
     say: Callable[[str], object] = print,
 ) -> PreTrainedModel:
-    """Loads a causal language model onto the CPU, from safetensors only, with SDPA attention.
+    """Loads a causal language model onto the CPU, from safetensors only.
 
     path: what `resolve_model` returns for the section, or a directory with a whole model.
     dtype: of the weights; None = that of config.json.
