@@ -13,7 +13,7 @@ from paint_engine import evaluate
 from paint_engine.config.command_line import load_config
 from paint_engine.config.toml import value_of
 from paint_engine.distributed import World
-from paint_engine.files import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, read_jsonl
+from paint_engine.files import CONFIG_FILE, METRICS_FILE, REPORT_FILE, SAMPLES_FILE, read_jsonl
 from paint_engine.prompts import template
 from paint_engine.training.build import build_run
 from paint_engine.training.rollouts import sample_step
@@ -151,6 +151,8 @@ def test_rows_without_an_answer_are_trained_on_and_counted(
     assert metrics["loss"] == metrics["loss"] and "accuracy" not in metrics
     for sample in read_jsonl(tmp_path / "run" / SAMPLES_FILE):
         assert "correct" not in sample and sample["answer"] == ""
+    page = (tmp_path / "run" / REPORT_FILE).read_text()
+    assert "No verified answer." in page and "✗ wrong" not in page
 
 
 def test_grpo_and_evaluations_need_an_answer(
