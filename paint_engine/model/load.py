@@ -93,7 +93,8 @@ def load_base(
     on_cpu: bool = False,
     say: Callable[[str], object] = print,
 ) -> PreTrainedModel:
-    """Loads the base onto `device`, from safetensors only.
+    """Loads the base onto `device`, from safetensors only. Its attention is SDPA where the
+    architecture has that, and its own elsewhere (a softcap, Mamba).
 
     section.dtype: dtype of the arithmetic, and of the weights unless they are trained.
     trains_base: the base's own weights are trained. They are then float32, because bfloat16 rounds

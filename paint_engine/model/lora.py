@@ -203,9 +203,8 @@ def add_lora(
 
 def _freeze_what_text_leaves_out(model: PreTrainedModel) -> None:
     """Freezes what text does not pass, such as a vision tower: it would have no gradient."""
-    head = model.get_output_embeddings()
-    assert isinstance(head, nn.Linear), type(head)
-    passed = {id(p) for module in (model.get_decoder(), head) for p in module.parameters()}
+    modules = filter(None, (model.get_decoder(), model.get_output_embeddings()))
+    passed = {id(parameter) for module in modules for parameter in module.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in passed:
             parameter.requires_grad_(False)
