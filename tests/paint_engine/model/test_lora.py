@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from paint_engine.checkpoint.merge import merge_adapter
+from paint_engine.checkpoint.merge import Survival, merge_adapter
 from paint_engine.checkpoint.weights import gather_weights, write_weights
 from paint_engine.config.sections import LoraSection
 from paint_engine.model.forward import hidden_states
@@ -81,7 +81,7 @@ def test_an_export_is_the_adapted_model(name: str, small_model: Build, tmp_path:
     write_weights(model, gather_weights(model), tmp_path)
     ids = torch.arange(12)[None]
     with torch.no_grad():
-        merged = merge_adapter(small_model(name), tmp_path, None)
+        merged = merge_adapter(small_model(name), tmp_path, [Survival(torch.float32)])
         loaded = PeftModel.from_pretrained(small_model(name), str(tmp_path))
         expected = model(input_ids=ids, use_cache=False).logits
         base = small_model(name)(input_ids=ids, use_cache=False).logits
