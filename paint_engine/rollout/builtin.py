@@ -231,7 +231,7 @@ def _rows_are_independent(model: PreTrainedModel) -> bool:
     Attention masks padding out. A recurrent layer or a convolution has to skip it by code of its
     own, and has to keep its state in the cache. Not every architecture does.
 
-    Raises ValueError if the states by the cache are not those of the whole text.
+    Raises ValueError if the states by the cache are not those of the whole text, or not finite.
     """
     if hasattr(model, _INDEPENDENT):
         return getattr(model, _INDEPENDENT)
@@ -240,6 +240,11 @@ def _rows_are_independent(model: PreTrainedModel) -> bool:
     text, other = drawn[:5], drawn[5:]
     ids = torch.tensor([text], device=next(model.parameters()).device)
     whole = backbone_states(model, input_ids=ids, use_cache=False)[0, -3:]
+    if not whole.isfinite().all():
+        raise ValueError(
+            f"the built-in sampler got a {type(model).__name__} whose hidden states are not "
+            "finite: its weights or its adapter hold NaN or infinity; use another checkpoint"
+        )
     alone = relative_error(_states_by_cache(model, text, []), whole)
     if not shares_half_the_digits(alone, compute_dtype(model)):
         raise ValueError(

@@ -104,6 +104,13 @@ def test_a_cache_of_another_kind_is_refused_before_training(small_model: Build) 
         BuiltinEngine(model, lambda: pytest.fail("no base is asked for"), 8)
 
 
+def test_states_that_are_not_finite_are_refused(small_model: Build) -> None:
+    model = small_model("Qwen3")
+    model.get_parameter("model.norm.weight").data[3] = float("nan")
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM whose hidden states are not finite"):
+        generate(model, PROMPTS, SEEDS, PARAMS, max_sequences=4)
+
+
 def test_a_cache_that_the_model_does_not_read_is_refused(
     small_model: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
