@@ -80,11 +80,11 @@ def test_a_change_to_the_anchors_rules_changes_no_verdict(monkeypatch: pytest.Mo
     assert [check_answer(gold, text) for gold, text in cases] == before
 
 
-def test_the_rewards_import_nothing_of_the_prompts() -> None:
+def test_the_rewards_share_what_a_box_is_with_the_prompts_and_nothing_else() -> None:
     (folder,) = rewards.__path__
     imported = {
         name
-        for file in Path(folder).glob("*.py")
+        for file in Path(folder).rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         for name in (
             [node.module]
@@ -94,5 +94,5 @@ def test_the_rewards_import_nothing_of_the_prompts() -> None:
             else []
         )
     }
-    parts = {str(name).split(".")[1] for name in imported if str(name).startswith("paint_engine.")}
-    assert "rewards" in parts and "prompts" not in parts
+    shared = {name for name in imported if str(name).startswith("paint_engine.prompts")}
+    assert shared == {"paint_engine.prompts.boxes"}
