@@ -168,7 +168,7 @@ class _Comparison:
         kinds = {gold.brackets, answer.brackets}
         if kinds <= {"", "{}"}:
             # A solution that is listed twice is one; but the list 1, 1, 2 is not 1, 2, 2.
-            distinct = self._distinct(gold.items), self._distinct(answer.items)
+            distinct = _distinct(gold.items), _distinct(answer.items)
             is_set = "{}" in kinds or len(distinct[0]) == len(gold.items)
             return self._unordered(*(distinct if is_set else (gold.items, answer.items)))
         is_pair = len(gold.items) == len(answer.items) == 2
@@ -190,21 +190,24 @@ class _Comparison:
     def _unordered(self, gold: Sequence[Answer], answer: Sequence[Answer]) -> bool:
         if len(gold) != len(answer):
             return False
-        rest = list(answer)
-        for one in gold:
-            same = (other for other in rest if self.equal(one, other, _text(one), _text(other)))
-            found = next(same, None)
+        # Those that are written alike first: the rest costs algebra for every pair.
+        rest, unmatched = {_key(item): [] for item in answer}, []
+        for item in answer:
+            rest[_key(item)].append(item)
+        for item in gold:
+            same = rest.get(_key(item))
+            if same:
+                same.pop()
+            else:
+                unmatched.append(item)
+        others = [item for items in rest.values() for item in items]
+        for one in unmatched:
+            equal = (other for other in others if self.equal(one, other, _text(one), _text(other)))
+            found = next(equal, None)
             if found is None:
                 return False
-            rest.remove(found)
+            others.remove(found)
         return True
-
-    def _distinct(self, items: Sequence[Answer]) -> Sequence[Answer]:
-        kept: list[Answer] = []
-        for item in items:
-            if not any(self.equal(other, item, _text(other), _text(item)) for other in kept):
-                kept.append(item)
-        return kept
 
     def _intervals(self, gold: _Interval, answer: _Interval) -> bool:
         return (
@@ -289,6 +292,20 @@ def _text(answer: Answer) -> str:
             return rf"\begin{{pmatrix}}{rows}\end{{pmatrix}}"
     left, right = {"{}": (r"\{", r"\}"), "": ("", "")}.get(answer.brackets) or answer.brackets
     return left + ",".join(map(_text, answer.items)) + right
+
+
+def _key(item: Answer) -> Fraction | str:
+    """Equal for two items that are equal without algebra, and only for those."""
+    number = read_number(item.text) if isinstance(item, Expression) else None
+    if number is not None and number.value is not None and not number.is_percent:
+        return number.value
+    text = _text(item)
+    # The notation of matrices does not survive normalisation.
+    return text.strip() if "\\begin" in text else normalize_answer(text)
+
+
+def _distinct(items: Sequence[Answer]) -> Sequence[Answer]:
+    return list({_key(item): item for item in reversed(items)}.values())
 
 
 def _ascending(relation: Relation) -> Relation:

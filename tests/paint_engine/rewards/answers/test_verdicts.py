@@ -8,6 +8,9 @@ import pytest
 from paint_engine.rewards.checker import AnswerChecker
 
 EQUAL = [
+    (", ".join(f"x_{{{i}}}" for i in range(90)), ", ".join(f"x_{{{89 - i}}}" for i in range(90))),
+    (r"\{1, 1.0, 2\}", r"\{2, \frac22\}"),
+    (r"\{x+x, \sqrt8\}", r"\{2\sqrt2, 2x\}"),
     ("(-2)^{99}", "-2^{99}"),
     ("10!!", "3840"),
     ("-101_2", "-5"),
@@ -380,6 +383,12 @@ EQUAL = [
 ]
 
 UNEQUAL = [
+    ("1, 1, 2", "1, 2, 2"),
+    (
+        r"\{\begin{pmatrix}1&2\end{pmatrix}, 3\}",
+        r"\{\begin{pmatrix}1\\2\end{pmatrix}, 3\}",
+    ),
+    (r"\{50\%, 2\}", r"\{5\%, 2\}"),
     (r"\left(\frac{2}{3}\right)^{50}", r"\left(\frac{2}{3}\right)^{51}"),
     ("(-2)^{98}", "-2^{98}"),
     ("2^{3^{4}}", "2^{4^{3}}"),
