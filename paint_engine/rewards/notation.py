@@ -149,7 +149,11 @@ def _tokenize(answer: str, keeps_digits: bool) -> list[_Token]:
         spaced = True
         for match in _TOKEN.finditer(answer, start, end):
             kind, raw = match.lastgroup, match.group()
-            text = _canonical(kind, raw, keeps_digits)
+            # 1B00_{16} is not 1B0_{16}.
+            follows_letter = (
+                raw.isdigit() and answer[max(match.start() - 1, 0) : match.start()].isalpha()
+            )
+            text = raw if follows_letter else _canonical(kind, raw, keeps_digits)
             if text is not None:
                 tokens.append(_Token(text, spaced))
                 spaced = False

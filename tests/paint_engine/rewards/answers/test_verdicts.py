@@ -8,6 +8,7 @@ import pytest
 from paint_engine.rewards.checker import AnswerChecker
 
 EQUAL = [
+    ("(0, 1B00_{13})", r"(0, 4056)"),
     (", ".join(f"x_{{{i}}}" for i in range(90)), ", ".join(f"x_{{{89 - i}}}" for i in range(90))),
     (r"\{1, 1.0, 2\}", r"\{2, \frac22\}"),
     (r"\{x+x, \sqrt8\}", r"\{2\sqrt2, 2x\}"),
@@ -383,6 +384,7 @@ EQUAL = [
 ]
 
 UNEQUAL = [
+    ("1B00_{13}", "1B0_{13}"),
     ("1, 1, 2", "1, 2, 2"),
     (
         r"\{\begin{pmatrix}1&2\end{pmatrix}, 3\}",
