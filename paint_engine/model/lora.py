@@ -79,6 +79,13 @@ def _linear_layers(model: PreTrainedModel) -> set[str]:
     return {name for name in linear if _last(name) not in experts}
 
 
+def _embeddings(model: PreTrainedModel) -> set[str]:
+    """Returns the full name of the input embeddings, which have adapters only where one asks for
+    them by name."""
+    embeddings = model.get_input_embeddings()
+    return {name for name, module in model.named_modules() if module is embeddings}
+
+
 def _check_head(model: PreTrainedModel, names: Sequence[str]) -> None:
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear), type(head)
@@ -97,8 +104,10 @@ def _check_head(model: PreTrainedModel, names: Sequence[str]) -> None:
 
 
 def _check_names(model: PreTrainedModel, names: Sequence[str], linear: set[str]) -> None:
-    """Raises ValueError for a name without a linear layer that adapters can be put on."""
-    unmatched = [name for name in names if not any(_matches(layer, name) for layer in linear)]
+    """Raises ValueError for a name without a linear layer that adapters can be put on, except that
+    of the embeddings."""
+    layers = linear | _embeddings(model)
+    unmatched = [name for name in names if not any(_matches(layer, name) for layer in layers)]
     if not unmatched:
         return
     wrong = set(map(_last, unmatched))
@@ -143,7 +152,7 @@ def peft_targets(model: PreTrainedModel, names: Sequence[str]) -> Targets:
     found = {
         layer for layer, _ in model.named_modules() if any(_matches(layer, name) for name in names)
     }
-    layers = frozenset(found & linear)
+    layers = frozenset(found & (linear | _embeddings(model)))
     return Targets(list(names), _pattern(found - layers, layers), layers)
 
 
