@@ -17,6 +17,7 @@ from typing import Any
 # In a run directory.
 CONFIG_FILE = "config.toml"
 VERSIONS_FILE = "versions.json"
+DATA_FILE = "data.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 SUMMARY_FILE = "summary.json"

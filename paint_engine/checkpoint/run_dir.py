@@ -9,7 +9,14 @@ from pathlib import Path
 from paint_engine.checkpoint.save import list_checkpoints
 from paint_engine.config.command_line import check_same_run, read_toml
 from paint_engine.config.schema import Config
-from paint_engine.files import CONFIG_FILE, LAUNCH_FILE, VERSIONS_FILE, write_atomic
+from paint_engine.files import (
+    CONFIG_FILE,
+    DATA_FILE,
+    LAUNCH_FILE,
+    VERSIONS_FILE,
+    unfinished_path,
+    write_atomic,
+)
 
 _UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
 
@@ -51,7 +58,9 @@ def recorded_date(run_dir: Path) -> str | None:
     return read_toml(path).get("prompts.date") if path.is_file() else None
 
 
-def choose_run_dir(config: Config, name: str) -> tuple[Path, bool]:
+def choose_run_dir(
+    config: Config, name: str, *, allow_changed_data: bool = False
+) -> tuple[Path, bool]:
     """Returns the run's directory, created if it is new, and whether training resumes from a
     checkpoint in it. One rank calls it.
 
@@ -65,7 +74,7 @@ def choose_run_dir(config: Config, name: str) -> tuple[Path, bool]:
     if not resumes:
         _make_run_dir(run_dir, replace=config.run.overwrite)
     elif (run_dir / CONFIG_FILE).is_file():
-        check_same_run(run_dir, config)
+        check_same_run(run_dir, config, allow_data=allow_changed_data)
     if _UNDER_TORCHRUN in os.environ:
         write_atomic(run_dir / LAUNCH_FILE, _launch_mark())
     # A run that stopped before its first checkpoint starts again and keeps its base evaluation.
@@ -77,7 +86,11 @@ def _is_run(run_dir: Path) -> bool:
 
 
 def _is_empty(run_dir: Path) -> bool:
-    return run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {LAUNCH_FILE}
+    """Whether no run is there. `config.toml` is the last file of a start: a start that a full disk
+    ended may have left those before it."""
+    before = {LAUNCH_FILE, VERSIONS_FILE, DATA_FILE}
+    before |= {unfinished_path(run_dir / name).name for name in (*before, CONFIG_FILE)}
+    return run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= before
 
 
 def _make_run_dir(run_dir: Path, *, replace: bool) -> None:

@@ -1,7 +1,7 @@
 """The command line of a run.
 
 [--preset NAME | --config FILE.toml | --resume RUN_DIR] [--section.key value ...]
-[--dry-run] [--print-config]
+[--dry-run] [--print-config] [--allow-changed-data]
 
 A preset or a file overrides the defaults, or the preset that its first line `extends`;
 `--section.key value` overrides both. Without arguments the preset is tiny.
@@ -28,13 +28,17 @@ _PRESETS = Path(__file__).with_name("presets")
 _EXTENDS = "extends"
 _LEAST_LIKENESS = 0.7
 """lowest similarity (0 to 1) at which a name is suggested; below it, likeness is coincidence"""
-_OPTIONS = ("preset", "config", "resume", "dry-run", "print-config", "help")
+_OPTIONS = (
+    *("preset", "config", "resume", "dry-run", "print-config", "allow-changed-data", "help"),
+)
 _SECTIONS = tuple(dict.fromkeys(key.rsplit(".", 1)[0] for key in LEAVES))
-# Keys that change how a step is computed but not what it computes.
+# Keys that change how a step is computed but not what it computes. Rows are compared by their
+# digest, so that their file may be moved.
 _MAY_DIFFER_ON_RESUME = (
     "train.num_steps",
     "train.max_tokens_per_microbatch",
     "train.device",
+    "data.path",
     "model.attention",
     "rollout.engine",
     "rollout.url",
@@ -58,6 +62,7 @@ class CommandLine:
 
     preset: None if `--config` or `--resume` was given.
     resume: the run directory to resume; `config.run.dir` is then that directory.
+    allow_changed_data: resume although the data is not what the run was started with.
     """
 
     config: Config
@@ -65,6 +70,7 @@ class CommandLine:
     dry_run: bool
     print_config: bool
     resume: Path | None
+    allow_changed_data: bool = False
 
 
 @contextmanager
@@ -98,7 +104,7 @@ def _parser(prog: str) -> _Parser:
     parser = _Parser(
         prog=prog,
         usage="%(prog)s [--preset NAME | --config FILE.toml | --resume RUN_DIR] "
-        "[--section.key value ...] [--dry-run] [--print-config]",
+        "[--section.key value ...] [--dry-run] [--print-config] [--allow-changed-data]",
         description=f"Without arguments, runs the preset {DEFAULT_PRESET!r}. The defaults below "
         "are the paper's; a\npreset or a file overrides them; --section.key value overrides both.",
         epilog=f"presets:\n{_preset_listing()}",
@@ -120,6 +126,11 @@ def _parser(prog: str) -> _Parser:
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved TOML and stop"
+    )
+    parser.add_argument(
+        "--allow-changed-data",
+        action="store_true",
+        help="resume although rows of the data, or data.* keys, have changed; not recorded",
     )
     groups = {section: parser.add_argument_group(section) for section in _SECTIONS}
     for key, field in LEAVES.items():
@@ -274,7 +285,9 @@ def parse_value(text: str, key: str) -> Any:
     return text
 
 
-def _check_resumed(run_dir: Path, config: Config, recorded: Config, keys: Iterable[str]) -> None:
+def _check_resumed(
+    run_dir: Path, config: Config, recorded: Config, keys: Iterable[str], *, allow_data: bool
+) -> None:
     for key in keys:
         before, now = value_of(recorded, key), value_of(config, key)
         scheduled = key == "train.num_steps" and recorded.optim.schedule != "constant"
@@ -285,25 +298,30 @@ def _check_resumed(run_dir: Path, config: Config, recorded: Config, keys: Iterab
                 "needs the same value; start a new run instead"
             )
         free = key in _MAY_DIFFER_ON_RESUME or key.startswith(_SECTIONS_MAY_DIFFER_ON_RESUME)
+        free = free or (allow_data and key.startswith("data."))
         if not free and before != now:
+            data_too = " (with --allow-changed-data, data.* too)" * key.startswith("data.")
             raise ValueError(
                 f"--{key} with --resume: got {now!r}, but the run was started with {before!r}; "
                 "needs the same value, because a resumed run continues the same training: only "
                 f"{', '.join(_MAY_DIFFER_ON_RESUME)}, checkpoint.*, eval.* and parallel.* may "
-                f"change; start a new run instead: --config {run_dir / CONFIG_FILE} "
+                f"change{data_too}; start a new run instead: --config {run_dir / CONFIG_FILE} "
                 f"--run.dir none --{key} VALUE"
             )
 
 
-def check_same_run(run_dir: Path, config: Config) -> None:
+def check_same_run(run_dir: Path, config: Config, *, allow_data: bool = False) -> None:
     """Raises ValueError if the run in the directory was started with another value of a setting
-    that changes what it computes."""
+    that changes what it computes.
+
+    allow_data: other values of data.* are accepted.
+    """
     recorded = build_config([(str(run_dir), read_toml(run_dir / CONFIG_FILE))])
     keys = (key for key in LEAVES if key not in ("run.dir", "run.overwrite"))
-    _check_resumed(run_dir, config, recorded, keys)
+    _check_resumed(run_dir, config, recorded, keys, allow_data=allow_data)
 
 
-def _resume(run_dir: Path, overrides: Mapping[str, Any]) -> Config:
+def _resume(run_dir: Path, overrides: Mapping[str, Any], *, allow_data: bool) -> Config:
     path = run_dir / CONFIG_FILE
     if not path.is_file():
         raise ValueError(
@@ -314,7 +332,7 @@ def _resume(run_dir: Path, overrides: Mapping[str, Any]) -> Config:
     layers = [(str(path), read_toml(path)), ("--resume", {"run.dir": str(run_dir)})]
     recorded = build_config(layers)
     config = build_config([*layers, ("command line", overrides)])
-    _check_resumed(run_dir, config, recorded, overrides)
+    _check_resumed(run_dir, config, recorded, overrides, allow_data=allow_data)
     return config
 
 
@@ -352,7 +370,7 @@ def load_config(argv: Sequence[str], *, prog: str = "python -m paint_engine.trai
     overrides = {key: parse_value(text, key) for key, text in texts.items()}
     preset = None
     if flags.resume is not None:
-        config = _resume(flags.resume, overrides)
+        config = _resume(flags.resume, overrides, allow_data=flags.allow_changed_data)
     else:
         if flags.config is not None:
             layers = _layers(str(flags.config), flags.config)
@@ -360,4 +378,16 @@ def load_config(argv: Sequence[str], *, prog: str = "python -m paint_engine.trai
             preset = DEFAULT_PRESET if flags.preset is None else flags.preset
             layers = _layers(f"preset {preset}", _preset_path(preset, "--preset"), (preset,))
         config = build_config([*layers, ("command line", overrides)])
-    return CommandLine(config, preset, flags.dry_run, flags.print_config, flags.resume)
+    if flags.allow_changed_data and flags.resume is None and not config.run.auto_resume:
+        raise ValueError(
+            "--allow-changed-data: got it for a new run, whose data is compared with nothing; "
+            "leave it out, or resume a run with --resume RUN_DIR"
+        )
+    return CommandLine(
+        config,
+        preset,
+        flags.dry_run,
+        flags.print_config,
+        flags.resume,
+        flags.allow_changed_data,
+    )

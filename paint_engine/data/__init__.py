@@ -1,6 +1,7 @@
 """Training data: rows of files and data sets become problems, and problems become the requests of
 each step."""
 
+from paint_engine.data.digest import check_same_data, data_record, write_data_record
 from paint_engine.data.problem_sets import (
     ProblemSet,
     batch_requests,
@@ -14,9 +15,12 @@ from paint_engine.data.problem_sets import (
 __all__ = [
     "ProblemSet",
     "batch_requests",
+    "check_same_data",
+    "data_record",
     "load_eval_set",
     "load_train_set",
     "longest_sequence",
     "spelled_note",
     "step_requests",
+    "write_data_record",
 ]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import FileIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -347,8 +348,23 @@ def _differences(existing: dict[str, Any], header: Header) -> list[str]:
                 if old.get(key) != value.get(key)
             ]
         elif old != value:
-            differing.append("other problems" if part == "problems" else f"{part} {old!r}")
+            differing.append(
+                _other_problems(old, value) if part == "problems" else f"{part} {old!r}"
+            )
     return differing
+
+
+def _other_problems(old: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """How two sets of `fingerprints` differ."""
+    pairs = zip_longest(old.items(), now.items(), fillvalue=("none", ""))
+    place, (was, is_now) = next(
+        (place, pair) for place, pair in enumerate(pairs, start=1) if pair[0] != pair[1]
+    )
+    name = was[0] if was[0] == is_now[0] else f"{was[0]} there and {is_now[0]} here"
+    return (
+        f"other problems ({len(old)} there and {len(now)} here, and number {place} is the first "
+        f"that differs: {name})"
+    )
 
 
 def read_finished(directory: Path, name: str, header: Header) -> Evaluation | None:

@@ -18,10 +18,13 @@ from paint_engine.config.schema import Config
 from paint_engine.config.toml import LEAVES, to_toml, value_of
 from paint_engine.data import (
     ProblemSet,
+    check_same_data,
+    data_record,
     load_eval_set,
     load_train_set,
     longest_sequence,
     step_requests,
+    write_data_record,
 )
 from paint_engine.distributed import World, gather_objects, launched_ranks, my_share, raise_together
 from paint_engine.estimate import check_run_fits, describe
@@ -114,7 +117,11 @@ def find_run_dir(command: CommandLine, world: World) -> tuple[Path, bool]:
     choice, error = None, None
     if world.is_main:
         try:
-            choice = choose_run_dir(command.config, command.preset or "run")
+            choice = choose_run_dir(
+                command.config,
+                command.preset or "run",
+                allow_changed_data=command.allow_changed_data,
+            )
         except ValueError as refused:
             error = str(refused)
     raise_together(error)
@@ -201,6 +208,10 @@ def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
         show(f"note: {note}")
     train_set = load_train_set(config, tokenizer, max_context(model), show)
     eval_set = load_eval_set(config, tokenizer, max_context(model), show)
+    if command.resume is not None:
+        record, allow = data_record(config, train_set, eval_set), command.allow_changed_data
+        sets = (train_set, eval_set)
+        check_same_data(command.resume, record, sets, allow_changed=allow, say=show)
     num_ranks = launched_ranks()
     show(
         describe(config, tokenizer, train_set, eval_set, model, device=device, num_ranks=num_ranks)
@@ -277,11 +288,15 @@ def build_run(command: CommandLine, world: World) -> Run:
     attention = choose_attention(base, config.model.attention, device, compute_dtype(base))
     train_set = load_train_set(config, tokenizer, max_context(base), say)
     eval_set = load_eval_set(config, tokenizer, max_context(base), say)
+    data = data_record(config, train_set, eval_set)
     model, fixed = _build_model(config, base, tokenizer, train_set, world)
     check_forward(model, attention, f"model {config.model.name_or_path}")
     teacher = make_teacher(config.teacher, model, fixed)
     optimizer = build_optimizer(model, config.optim)
     run_dir, resumes = find_run_dir(command, world)
+    if resumes:
+        sets, allow = (train_set, eval_set), command.allow_changed_data
+        check_same_data(run_dir, data, sets, allow_changed=allow, say=say)
     name = recorded_name(run_dir) if resumes else command.preset or "run"
     state: dict[str, Any] = {"step": 0, "seconds_train": 0.0, "sampled_ahead": None}
     if resumes:
@@ -313,6 +328,7 @@ def build_run(command: CommandLine, world: World) -> Run:
     if world.is_main:
         if not resumes:
             write_versions(run_dir, name, world.size)
+        write_data_record(run_dir, data)
         # Also after a resume, so that the next resume uses this command's settings.
         write_atomic(run_dir / CONFIG_FILE, to_toml(config))
     return run

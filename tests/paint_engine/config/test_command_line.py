@@ -346,7 +346,7 @@ def test_resume_lets_what_does_not_change_the_training_differ(run_dir: Path) -> 
     [
         ("optim.learning_rate", "1e-4"),
         ("train.seed", "1"),
-        ("data.path", "x.jsonl"),
+        ("data.max_rows", "3"),
         ("run.dir", "y"),
     ],
 )

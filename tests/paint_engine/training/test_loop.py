@@ -50,6 +50,7 @@ def test_two_steps_on_rows_of_each_shape_leave_a_whole_run_directory(
     names = {path.name for path in run_dir.iterdir()}
     assert names == {
         "config.toml",
+        "data.json",
         "versions.json",
         "metrics.jsonl",
         "samples.jsonl",
