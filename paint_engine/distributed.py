@@ -8,10 +8,10 @@ import atexit
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -62,6 +62,11 @@ class World:
 def launched_ranks() -> int:
     """Returns the number of processes that torchrun started for this run; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """Returns this process's rank among those that torchrun started; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def init_world(device: torch.device) -> World:
@@ -167,14 +172,27 @@ def sum_over_ranks(sums: Mapping[str, float]) -> dict[str, float]:
     return total
 
 
-def raise_together(error: str | None) -> None:
-    """Raises ValueError on every rank if any rank has an error, with the lowest such rank's text.
+def raise_together(error: str | Exception | None) -> None:
+    """Raises on every rank if any rank has an error: the lowest such rank's, or ValueError with its
+    text.
 
     A collective call. If one rank raised alone, the others would wait for it.
     """
-    for message in gather_objects(error):
-        if message is not None:
-            raise ValueError(message)
+    for found in gather_objects(error):
+        if found is not None:
+            raise found if isinstance(found, Exception) else ValueError(found)
+
+
+def together(attempt: Callable[[], T], kinds: tuple[type[Exception], ...]) -> T:
+    """Returns this rank's value; if any rank's attempt raised one of these kinds, raises the lowest
+    such rank's on every rank. Their arguments must be picklable. A collective call."""
+    value, failure = None, None
+    try:
+        value = attempt()
+    except kinds as error:
+        failure = error
+    raise_together(failure)
+    return cast(T, value)
 
 
 def my_share(items: Sequence[T], world: World) -> list[T]:

@@ -1,9 +1,11 @@
 """A run's file names, writes that are whole or absent, JSON Lines, and the record of versions."""
 
+import errno
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -43,6 +45,47 @@ RESULTS_FILE = "results.json"
 LOCK_FILE = ".lock"
 
 
+# ---- writes that fail ----------------------------------------------------------------------------
+
+
+class WriteFailed(OSError):
+    """A file could not be written: the disk is full, a quota is reached, the disk is faulty or
+    read-only. The message names the file, the system's reason and the remedy."""
+
+
+_REMEDIES = {
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "free some space there, or raise the quota",
+    (errno.EROFS, errno.EACCES, errno.EPERM): "make it writable",
+}
+_REMEDY = "check that file system"
+# The libraries written in Rust (safetensors, tokenizers) give the system's error as text.
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def write_failure(error: Exception) -> WriteFailed | None:
+    """The system's reason and the remedy, if the system refused what failed; else None."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := _RUST_ERROR.search(str(error))):
+        number = int(found[1])
+    if number is None:
+        return None
+    remedy = next((text for numbers, text in _REMEDIES.items() if number in numbers), _REMEDY)
+    return WriteFailed(f"{os.strerror(number)}: {remedy}")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around writes below or at `path`: raises WriteFailed if the system refuses one."""
+    try:
+        yield
+    except WriteFailed:
+        raise
+    except Exception as error:
+        if (reason := write_failure(error)) is None:
+            raise
+        raise WriteFailed(f"{path} could not be written ({reason})") from error
+
+
 # ---- writes that are whole or absent -------------------------------------------------------------
 
 
@@ -69,19 +112,21 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
     content: text is encoded as UTF-8.
 
-    Raises OSError where the file cannot be written; the unfinished file is removed.
+    Raises WriteFailed; the unfinished file is removed.
     """
     unfinished = unfinished_path(path)
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
-    flush(path.parent)
+    with writing(path):
+        try:
+            with unfinished.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        except OSError:
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+            raise
+        flush(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -90,12 +135,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_link(path: Path, target: str) -> None:
-    """Makes `path` a link to a directory of the same parent; replaces an earlier link at once."""
+    """Makes `path` a link to a directory of the same parent; replaces an earlier link at once.
+    Raises WriteFailed."""
     unfinished = unfinished_path(path)
-    unfinished.unlink(missing_ok=True)
-    unfinished.symlink_to(target, target_is_directory=True)
-    unfinished.replace(path)
-    flush(path.parent)
+    with writing(path):
+        unfinished.unlink(missing_ok=True)
+        unfinished.symlink_to(target, target_is_directory=True)
+        unfinished.replace(path)
+        flush(path.parent)
 
 
 def make_unfinished(path: Path) -> Path:
@@ -125,18 +172,20 @@ def new_directory(path: Path) -> Iterator[Path]:
     """Yields an empty directory, which is renamed to `path` when the body ends, or removed when it
     raises.
 
-    `path` does not exist, or is an empty directory.
+    `path` does not exist, or is an empty directory. The body only writes: raises WriteFailed if the
+    system refuses it.
     """
-    unfinished = make_unfinished(path)
-    try:
-        yield unfinished
-        for file in unfinished.rglob("*"):
-            if file.is_file():
-                flush(file)
-        publish_directory(path)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    with writing(path):
+        unfinished = make_unfinished(path)
+        try:
+            yield unfinished
+            for file in unfinished.rglob("*"):
+                if file.is_file():
+                    flush(file)
+            publish_directory(path)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
 # ---- JSON Lines ----------------------------------------------------------------------------------
@@ -189,29 +238,39 @@ def json_line(record: Mapping[str, Any]) -> bytes:
 
 def open_jsonl(path: Path) -> FileIO:
     """The file, new or not, opened for `append_lines`; a last line that a kill cut short is
-    removed. Unbuffered, so that a line survives the process as soon as it is written."""
-    lines = path.read_bytes() if path.exists() else b""
-    file = path.open("ab", buffering=0)
-    file.truncate(lines.rfind(b"\n") + 1)
-    return file
+    removed. Unbuffered, so that a line survives the process as soon as it is written. Raises
+    WriteFailed."""
+    with writing(path):
+        lines = path.read_bytes() if path.exists() else b""
+        file = path.open("ab", buffering=0)
+        file.truncate(lines.rfind(b"\n") + 1)
+        return file
 
 
 def append_lines(file: FileIO, lines: bytes) -> None:
-    """Appends all of the lines, or none and raises OSError: a later line would otherwise follow a
-    cut one. A single write of an unbuffered file may be short."""
-    end = file.seek(0, os.SEEK_END)
-    try:
-        while lines:
-            lines = lines[file.write(lines) :]
-    except OSError:
-        file.truncate(end)
-        raise
+    """Appends all of the lines, or none and raises WriteFailed: a later line would otherwise follow
+    a cut one. A single write of an unbuffered file may be short, and network storage may report a
+    full disk only when the data is flushed to it."""
+    with writing(Path(os.fsdecode(file.name))):
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while lines:
+                lines = lines[file.write(lines) :]
+            os.fsync(file.fileno())
+        except OSError:
+            # On a faulty disk this may fail too; `open_jsonl` removes the cut line then.
+            with suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 def truncate_jsonl(path: Path, last_step: int) -> None:
-    """Removes the objects of steps after `last_step`."""
-    kept = [record for record in read_jsonl(path) if record["step"] <= last_step]
-    write_atomic(path, b"".join(json_line(record) for record in kept))
+    """Removes the objects of steps after `last_step`. Writes nothing if there are none, since a
+    disk may have no room for a second copy."""
+    records = read_jsonl(path)
+    kept = [record for record in records if record["step"] <= last_step]
+    if len(kept) < len(records):
+        write_atomic(path, b"".join(json_line(record) for record in kept))
 
 
 # ---- what a run was started with -----------------------------------------------------------------

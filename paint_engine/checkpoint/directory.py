@@ -17,6 +17,7 @@ from paint_engine.files import (
     flush,
     unfinished_path,
     write_link,
+    writing,
 )
 
 # Of each path below the checkpoint, [size in bytes, BLAKE2b checksum].
@@ -67,11 +68,12 @@ def best_checkpoint(run_dir: Path) -> Path | None:
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Renames the checkpoint, then deletes it, so that a kill in between leaves nothing that looks
-    like a checkpoint."""
+    like a checkpoint. Raises WriteFailed."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
-    if doomed.exists():
-        shutil.rmtree(doomed)
-    checkpoint.rename(doomed)
+    with writing(checkpoint):
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        checkpoint.rename(doomed)
     # On network storage a file that another process reads cannot be deleted yet; the next pruning
     # deletes it.
     shutil.rmtree(doomed, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import shlex
 import shutil
 import socket
 from pathlib import Path
@@ -65,7 +66,7 @@ def choose_run_dir(
     checkpoint in it. One rank calls it.
 
     Raises ValueError if the directory exists and is neither resumed nor replaced, or if the run in
-    it was started with other settings.
+    it was started with other settings; WriteFailed if nothing can be written to it.
     """
     earlier = find_earlier(config, name)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
@@ -114,3 +115,11 @@ def _make_run_dir(run_dir: Path, *, replace: bool) -> None:
         raise ValueError(
             f"run directory {run_dir} cannot be made ({error}): choose another with --run.dir"
         ) from error
+
+
+def start_again(run_dir: Path) -> str:
+    """The flags that start a run again that has no checkpoint yet. What its evaluations have
+    finished is kept."""
+    path = shlex.quote(str(run_dir))
+    flags = f"--config {path}/{CONFIG_FILE} --run.dir {path}"
+    return f"{flags} --run.overwrite false --run.auto_resume true"

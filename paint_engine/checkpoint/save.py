@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -51,14 +51,16 @@ from paint_engine.checkpoint.directory import (
     seal,
 )
 from paint_engine.checkpoint.weights import gather_weights, write_weights
-from paint_engine.distributed import World, gather_objects, raise_together
+from paint_engine.distributed import World, gather_objects, raise_together, together
 from paint_engine.files import (
     CONFIG_FILE,
     MANIFEST_FILE,
     STATE_FILE,
+    WriteFailed,
     make_unfinished,
     publish_directory,
     unfinished_path,
+    write_failure,
     write_json,
 )
 from paint_engine.model import EmaTeacher
@@ -148,17 +150,19 @@ class _Saving:
         return unfinished_path(self.target)
 
     def attempt(self, write: Callable[[], object]) -> None:
-        """Runs this rank's part. A collective; ValueError on every rank if any could not write."""
+        """Runs this rank's part. A collective; WriteFailed on every rank if any could not write."""
         error = None
         try:
             write()
-        except (OSError, SafetensorError) as failure:
-            error = (
-                f"{self.target.name} could not be saved in {self.target.parent} ({failure}): it "
+        except Exception as failure:
+            reason = failure if isinstance(failure, WriteFailed) else write_failure(failure)
+            if reason is None:
+                raise
+            error = WriteFailed(
+                f"{self.target.name} could not be saved in {self.target.parent} ({reason}): it "
                 f"takes about {self.num_bytes / 1e6:.1f} MB, and {self.free_bytes / 1e6:.1f} MB "
-                "were free; its files were removed, and earlier checkpoints are intact; free some "
-                "space (--checkpoint.keep limits how many are kept) and resume with --resume "
-                f"{self.target.parent.parent}"
+                "were free; its files were removed, and earlier checkpoints are intact "
+                "(--checkpoint.keep limits how many are kept)"
             )
         raise_together(error)
 
@@ -200,7 +204,7 @@ def save_checkpoint(
     keep: how many of the newest checkpoints are kept, in addition to the one marked as best.
     ema: the teacher whose running mean is saved with the weights.
 
-    Raises ValueError, on every rank, where any rank cannot write.
+    Raises WriteFailed, on every rank, where any rank cannot write.
     """
     target = checkpoint_directory(run_dir) / f"step-{int(state['step'])}"
     if gather_objects(target.is_dir())[0] and _damage(target, world) is None:
@@ -214,7 +218,7 @@ def save_checkpoint(
 
     def write_small_files() -> None:
         if not unfinished.is_dir():
-            raise OSError(
+            raise WriteFailed(
                 f"rank {world.rank} does not see the directory: use a --run.dir on a file system "
                 "that all nodes share"
             )
@@ -234,12 +238,11 @@ def save_checkpoint(
         saving.attempt(lambda: share.update(seal(unfinished, names)))
         manifest = {name: entry for part in gather_objects(share) for name, entry in part.items()}
         saving.attempt(lambda: world.is_main and saving.finish(manifest))
-    except ValueError:
-        if world.is_main and unfinished.exists():
-            shutil.rmtree(unfinished)
+    except WriteFailed:
+        if world.is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    if world.is_main:
-        prune(run_dir, target, keep)
+    together(lambda: world.is_main and prune(run_dir, target, keep), (WriteFailed,))
     return target
 
 

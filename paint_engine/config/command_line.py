@@ -21,7 +21,7 @@ from rich.console import Console
 
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import LEAVES, build_config, toml_value, value_of
-from paint_engine.files import CONFIG_FILE
+from paint_engine.files import CONFIG_FILE, WriteFailed
 
 DEFAULT_PRESET = "tiny"
 _PRESETS = Path(__file__).with_name("presets")
@@ -47,6 +47,7 @@ _MAY_DIFFER_ON_RESUME = (
     "rollout.tensor_parallel_size",
     "rollout.adapter_dir",
     "reward.timeout_s",
+    "optim.max_skipped_steps",
     "run.samples_per_step",
     "run.tensorboard",
     "run.auto_resume",
@@ -75,15 +76,18 @@ class CommandLine:
 
 @contextmanager
 def user_errors(console: Console, rank: int = 0) -> Iterator[None]:
-    """Ends the program with one message and exit code 2 on a ValueError."""
+    """Ends the program with one message: with exit code 2 on a ValueError, which is a user's
+    mistake, and with 1 where a file could not be written."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, WriteFailed) as error:
         # The mistake may have been found on this rank alone, whose console is quiet.
         where = Console(stderr=True, highlight=False, markup=False) if rank else console
         prefix = f"rank {rank}: " if rank else ""
-        where.print(f"{prefix}error: {error}", style="red", soft_wrap=True)
-        sys.exit(2)
+        mistake = isinstance(error, ValueError)
+        again = "" if mistake else "\nsafe: all that was there before; give the same command again"
+        where.print(f"{prefix}error: {error}{again}", style="red", soft_wrap=True)
+        sys.exit(2 if mistake else 1)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -342,6 +342,11 @@ class OptimSection(Section):
     max_grad_norm: PositiveFloat = Field(
         default=0.1, description="gradients are scaled down to at most this L2 norm"
     )
+    max_skipped_steps: PositiveInt = Field(
+        default=3,
+        description="an optimizer step is skipped if its gradient is NaN or infinite; so many in a "
+        "row stop the run",
+    )
     warmup_steps: NonNegativeInt = Field(default=0, description="steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant",

@@ -4,10 +4,18 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from paint_engine.distributed import gather_objects
+from paint_engine.distributed import gather_objects, raise_together
 from paint_engine.evaluation.store import EvalSample, SampleFiles
+from paint_engine.files import WriteFailed
+from paint_engine.monitor import NotFinite
 from paint_engine.rewards import Reward, RewardFailed
-from paint_engine.rollout import Completion, RolloutEngine, SamplingParams, to_rollout
+from paint_engine.rollout import (
+    Completion,
+    RolloutEngine,
+    SamplingParams,
+    check_completion,
+    to_rollout,
+)
 from paint_engine.seeds import evaluation_seed
 from paint_engine.types import Problem, Rollout
 
@@ -44,7 +52,8 @@ def evaluate(
     resumed evaluation draws the same samples as an uninterrupted one.
 
     Raises RewardFailed if the first MAX_FIRST_FAILURES calls of a user's reward function fail,
-    before `on_samples` is called.
+    before `on_samples` is called, NotFinite for a completion whose log-probabilities are not
+    finite, and what `on_samples` raises.
     """
     finished: dict[int, EvalSample] = {}
     waiting: list[EvalSample] = []
@@ -54,6 +63,7 @@ def evaluate(
         nonlocal works
         for index, completion in zip(indices, completions, strict=True):
             i, j = requests[index]
+            check_completion(completion, problems[i].problem_id)
             rollout = to_rollout(tokenizer, problems[i], prompts[i], completion)
             finished[index] = _judged(reward, rollout, j)
             waiting.append(finished[index])
@@ -91,18 +101,19 @@ def _judged(reward: Reward, rollout: Rollout, sample_index: int) -> EvalSample:
     )
 
 
-def check_reward(reward: Reward, files: SampleFiles, failure: str | None) -> None:
-    """Raises RewardFailed on every rank if `evaluate` raised it on any rank, or if all samples
-    failed, which are then deleted. A collective call.
+FAILURES = (RewardFailed, NotFinite, WriteFailed)
+"""what `evaluate` raises on one rank, which `check_answers` then raises on all"""
 
-    failure: the text of this rank's RewardFailed.
+
+def check_answers(reward: Reward, files: SampleFiles, failure: Exception | None) -> None:
+    """Raises on every rank what a rank's `evaluate` raised, or RewardFailed where all samples
+    failed, which are deleted then. A collective.
+
+    failure: this rank's, one of FAILURES.
     """
+    raise_together(failure)
     ours = {(s.problem_id, s.sample_index): s.error for s in files.finished}
-    ranks = gather_objects((failure, ours))
-    for text, _ in ranks:
-        if text is not None:
-            raise RewardFailed(text)
-    errors = {key: error for _, part in ranks for key, error in part.items()}
+    errors = {key: error for part in gather_objects(ours) for key, error in part.items()}
     try:
         reward.check_some_judged(list(errors.values()), "the evaluation")
     except RewardFailed:

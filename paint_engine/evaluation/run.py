@@ -9,8 +9,15 @@ from functools import partial
 
 from rich.console import Console
 
-from paint_engine.distributed import World, barrier, gather_objects, init_world, raise_together
-from paint_engine.evaluation.answers import all_requests, check_reward, evaluate
+from paint_engine.distributed import (
+    World,
+    barrier,
+    gather_objects,
+    init_world,
+    raise_together,
+    together,
+)
+from paint_engine.evaluation.answers import FAILURES, all_requests, check_answers, evaluate
 from paint_engine.evaluation.compare import is_training_run
 from paint_engine.evaluation.flags import EvaluationCommand, own_flags
 from paint_engine.evaluation.plan import Plan, make_plan
@@ -29,9 +36,9 @@ from paint_engine.evaluation.store import (
     read_unfinished,
 )
 from paint_engine.evaluation.target import build_engine
-from paint_engine.files import RESULTS_FILE, write_json
+from paint_engine.files import RESULTS_FILE, WriteFailed, write_json
 from paint_engine.model import pick_device
-from paint_engine.monitor import Progress
+from paint_engine.monitor import NotFinite, Progress
 from paint_engine.rewards import Reward, RewardFailed, open_reward
 from paint_engine.rollout import EngineDied, RolloutEngine, sampling_params
 
@@ -42,8 +49,9 @@ _MEMORY_SHARES = {"cuda": 0.9, "cpu": 0.35}
 def run_evaluation(command: EvaluationCommand, console: Console) -> None:
     """Samples the missing answers of every benchmark, prints the table, writes `results.json`.
 
-    A dead engine and Ctrl-C end the program (exit codes 1 and 130); the samples so far are kept,
-    and the same command resumes. A reward function that fails on every answer ends it too (1).
+    A dead engine, a full disk and Ctrl-C end the program (exit codes 1, 1 and 130); the samples so
+    far are kept, and the same command resumes. A reward function that fails on every answer ends it
+    too (1), and so does a model whose numbers are not finite.
 
     Raises ValueError, in terms of this command's flags, for a user's mistake.
     """
@@ -56,14 +64,23 @@ def run_evaluation(command: EvaluationCommand, console: Console) -> None:
             if complete := [name for name, evaluation in found.items() if evaluation is not None]:
                 say(f"{', '.join(complete)}: complete already, nothing was sampled")
             evaluations = answer_benchmarks(plan, found, world, Progress(console))
-            if world.is_main:
-                report_results(plan, evaluations, console)
+            together(
+                lambda: world.is_main and report_results(plan, evaluations, console),
+                (WriteFailed,),
+            )
     except ValueError as error:
         raise ValueError(own_flags(str(error))) from error
     except EngineDied as death:
         say(f"the engine died ({death}); the same command resumes the evaluation", style="red")
         sys.exit(1)
-    except RewardFailed as failure:
+    except WriteFailed as failure:
+        say(
+            f"error: {failure}\nsafe: every answer that was finished before; the same command "
+            "resumes the evaluation",
+            style="red",
+        )
+        sys.exit(1)
+    except (RewardFailed, NotFinite) as failure:
         say(f"error: {own_flags(str(failure))}", style="red")
         sys.exit(1)
     except KeyboardInterrupt:
@@ -149,17 +166,18 @@ def answer_benchmark(
     """Answers what is missing of one benchmark, and writes each sample as it finishes. A collective
     call.
 
-    Raises RewardFailed if the reward function fails on every answer.
+    Raises RewardFailed if the reward function fails on every answer, NotFinite if the model does
+    not compute finite numbers, and WriteFailed.
     """
-    failure: str | None = None
+    failure: Exception | None = None
     started, problem_set, section = time.monotonic(), plan.sets[name], plan.command.section
     with closing(
         SampleFiles(plan.directory, name, plan.headers[name], world, replace=False)
     ) as files:
         requests = all_requests(problem_set.problems, section.num_samples)
         mine = files.share(requests)
-        if world.is_main and files.missing(requests):
-            add_versions(plan.directory, world.size)
+        is_first = world.is_main and files.missing(requests)
+        together(lambda: is_first and add_versions(plan.directory, world.size), (WriteFailed,))
         left = "" if len(mine) == len(requests) else f" ({len(mine)} left for this process)"
         with progress.evaluation(f"{name}{left}", len(mine)) as advance:
             try:
@@ -175,9 +193,9 @@ def answer_benchmark(
                     base=plan.target.adapter is None,
                     on_samples=files.recorder(advance),
                 )
-            except RewardFailed as failed:
-                failure = str(failed)
-        check_reward(reward, files, failure)
+            except FAILURES as failed:
+                failure = failed
+        check_answers(reward, files, failure)
         return files.finish(time.monotonic() - started)
 
 

@@ -12,7 +12,7 @@ import glob
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from io import FileIO
 from itertools import zip_longest
@@ -21,16 +21,25 @@ from typing import Any, NoReturn
 
 from paint_engine.config import templates
 from paint_engine.config.sections import EvalSection, PromptsSection
-from paint_engine.distributed import World, barrier, gather_objects, my_share, raise_together
+from paint_engine.distributed import (
+    World,
+    barrier,
+    gather_objects,
+    my_share,
+    raise_together,
+    together,
+)
 from paint_engine.files import (
     EVALUATIONS_DIRECTORY,
     LOCK_FILE,
+    WriteFailed,
     append_lines,
     json_line,
     open_jsonl,
     read_jsonl,
     write_atomic,
     write_json,
+    writing,
 )
 from paint_engine.rewards import DEFAULT_REWARD
 from paint_engine.types import Problem
@@ -159,8 +168,8 @@ class SampleFiles:
     header: the same on all ranks; compared with that of existing files.
     replace: delete samples with another header, instead of refusing them.
 
-    Raises ValueError if there are samples of another evaluation, or if the directory cannot
-    be written.
+    Raises ValueError if there are samples of another evaluation, and WriteFailed if the
+    directory cannot be written.
     """
 
     def __init__(
@@ -170,23 +179,26 @@ class SampleFiles:
         self._name = name
         self._header = header
         self._world = world
-        error, earlier = None, []
-        if world.is_main:
-            try:
+
+        def prepare() -> list[dict[str, Any]]:
+            if not world.is_main:
+                return []
+            with writing(directory):
                 directory.mkdir(parents=True, exist_ok=True)
-                earlier = read_unfinished(directory, name, header, replace=replace)
-            except (OSError, ValueError) as problem:
-                error = str(problem)
-        raise_together(error)
+                return read_unfinished(directory, name, header, replace=replace)
+
+        earlier = together(prepare, (ValueError, WriteFailed))
         finished = [EvalSample(**row) for row in gather_objects(earlier)[0]]
         self._finished = {(s.problem_id, s.sample_index): s for s in finished}
-        self._file = self._open()
+        self._file = together(self._open, (WriteFailed,))
 
     def _open(self) -> FileIO:
         path = self._directory / f"{self._name}.rank-{self._world.rank}.jsonl"
-        file = open_jsonl(path)
-        if path.stat().st_size == 0:
-            append_lines(file, json_line({_HEADER: asdict(self._header)}))
+        with ExitStack() as stack:
+            file = stack.enter_context(open_jsonl(path))
+            if path.stat().st_size == 0:
+                append_lines(file, json_line({_HEADER: asdict(self._header)}))
+            stack.pop_all()
         return file
 
     @property
@@ -208,7 +220,7 @@ class SampleFiles:
         """Appends samples of this rank. They are in the file when this returns, even if the process
         is killed next.
 
-        Raises OSError if the disk is full; none of them is in the file then.
+        Raises WriteFailed; none of them is in the file then.
         """
         append_lines(self._file, b"".join(json_line(sample.record()) for sample in group))
         self._finished |= {(s.problem_id, s.sample_index): s for s in group}
@@ -246,8 +258,7 @@ class SampleFiles:
         places = {name: place for place, name in enumerate(self._header.problems)}
         order = sorted(everything, key=lambda key: (places[key[0]], key[1]))
         evaluation = Evaluation(self._header, seconds, [everything[key] for key in order])
-        if self._world.is_main:
-            self._write(evaluation)
+        together(lambda: self._world.is_main and self._write(evaluation), (WriteFailed,))
         return evaluation
 
     def _write(self, evaluation: Evaluation) -> None:

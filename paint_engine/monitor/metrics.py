@@ -6,7 +6,10 @@ nats; overlap, accuracy, mask ratios, masses and rates are fractions.
 """
 
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from importlib.util import find_spec
 from io import FileIO
 from pathlib import Path
@@ -15,26 +18,33 @@ from typing import Any, Self
 from paint_engine.files import (
     METRICS_FILE,
     SAMPLES_FILE,
+    WriteFailed,
     append_lines,
     json_line,
     open_jsonl,
     truncate_jsonl,
+    write_failure,
+    writing,
 )
 
+SKIPPED_STEPS = "skipped_steps"
+"""the metric: optimizer steps so far that were skipped, because their gradient was not finite"""
+_TENSORBOARD, _WANDB = "tensorboard", "wandb"
 
-class Diverged(Exception):
-    """A step's metrics are not finite. Training cannot continue from here."""
+
+class NotFinite(Exception):
+    """A value of the model or of a step is NaN or infinite; the message names it. Neither training
+    nor an evaluation can continue from here."""
 
 
 def check_finite(metrics: Mapping[str, float]) -> None:
-    """Raises Diverged if a metric is not a finite number. The message names the metric and the
+    """Raises NotFinite if a metric is not a finite number. The message names the metric and the
     step."""
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise Diverged(
-                f"metric '{name}' of step {metrics['step']} is {value!r}; needs a finite number; "
-                "the training has diverged. Start a new run with a lower optim.learning_rate or "
-                "optim.max_grad_norm. The checkpoints of earlier steps are kept."
+            raise NotFinite(
+                f"step {metrics['step']}: the metric '{name}' is {value!r}; needs a finite number; "
+                "see what the recipe computes it from"
             )
 
 
@@ -53,7 +63,8 @@ class MetricsWriter:
         config: the resolved configuration, which is sent to W&B.
         resume_step: the last step whose lines are kept.
 
-    TensorBoard and W&B must be installed if they are requested (see `check_loggers`).
+    TensorBoard and W&B must be installed if they are requested (see `check_loggers`). Every method
+    raises WriteFailed.
     """
 
     def __init__(
@@ -65,45 +76,74 @@ class MetricsWriter:
         config: dict[str, Any],
         resume_step: int,
     ) -> None:
-        self._tensorboard = _open_tensorboard(run_dir, resume_step) if tensorboard else None
-        self._wandb = None if wandb_project is None else _open_wandb(run_dir, wandb_project, config)
-        self._metrics = _open_lines(run_dir / METRICS_FILE, resume_step)
-        self._samples = _open_lines(run_dir / SAMPLES_FILE, resume_step)
+        self._run_dir = run_dir
+        self._tensorboard = self._wandb = None
+        with ExitStack() as stack:
+            open_lines = partial(_open_lines, resume_step=resume_step)
+            self._metrics = stack.enter_context(open_lines(run_dir / METRICS_FILE))
+            self._samples = stack.enter_context(open_lines(run_dir / SAMPLES_FILE))
+            if tensorboard:
+                stack.enter_context(_quiet_threads())
+                with writing(run_dir / _TENSORBOARD):
+                    self._tensorboard = _open_tensorboard(run_dir, resume_step)
+            if wandb_project is not None:
+                with writing(run_dir / _WANDB):
+                    self._wandb = _open_wandb(run_dir, wandb_project, config)
+            self._stack = stack.pop_all()
 
-    def write(self, metrics: Mapping[str, float]) -> None:
-        """Appends one step's metrics, including `step` (1-based). All are finite
-        (`check_finite`)."""
+    def write(self, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
+        """Appends one step's metrics, including `step` (1-based), and its kept rollouts, with
+        `step` among their keys. All metrics are finite (`check_finite`).
+
+        Raises ValueError if a value has no JSON form; the message names the key and the step.
+        """
         append_lines(self._metrics, json_line(metrics))
+        append_lines(self._samples, b"".join(json_line(sample) for sample in samples))
         step = int(metrics["step"])
         numbers = {name: value for name, value in metrics.items() if name != "step"}
         if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
+            with writing(self._run_dir / _TENSORBOARD):
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, step)
+                self._tensorboard.flush()
         if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
-
-    def write_sample(self, sample: Mapping[str, Any]) -> None:
-        """Appends one kept rollout, with `step` among its keys.
-
-        Raises:
-            ValueError: a value has no JSON form. The message names the key and the step.
-        """
-        append_lines(self._samples, json_line(sample))
+            with writing(self._run_dir / _WANDB):
+                self._wandb.log(numbers, step=step)
 
     def close(self) -> None:
         """Closes every file and finishes the W&B run. Writing afterwards is an error."""
-        self._metrics.close()
-        self._samples.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        with self._stack:
+            if self._tensorboard is not None:
+                with writing(self._run_dir / _TENSORBOARD):
+                    self._tensorboard.close()
+            if self._wandb is not None:
+                with writing(self._run_dir / _WANDB):
+                    self._wandb.finish()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *exception: object) -> None:
+        # What ends the run is told, and not what fails because of it.
+        with nullcontext() if kind is None else suppress(WriteFailed):
+            self.close()
+
+
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """TensorBoard's thread prints the traceback of a failed write, and raises it again in the
+    thread that logs."""
+    before = threading.excepthook
+
+    def show(failed: threading.ExceptHookArgs) -> None:
+        if not isinstance(failed.exc_value, Exception) or write_failure(failed.exc_value) is None:
+            before(failed)
+
+    threading.excepthook = show
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _open_lines(path: Path, resume_step: int) -> FileIO:
@@ -123,7 +163,7 @@ def check_loggers(*, tensorboard: bool, wandb_project: str | None) -> None:
 def _open_tensorboard(run_dir: Path, resume_step: int) -> Any:
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+    return SummaryWriter(str(run_dir / _TENSORBOARD), purge_step=resume_step + 1)
 
 
 def _open_wandb(run_dir: Path, project: str, config: dict[str, Any]) -> Any:

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from paint_engine.monitor.metrics import SKIPPED_STEPS
 from paint_engine.recipes.display import Display
 
 PLAIN_INTERVAL_S = 5.0
@@ -94,9 +95,16 @@ class Progress:
                 meter.advance_to(int(metrics["step"]))
                 keys = metrics.keys() - ({"loss"} if is_flat(metrics) else set())
                 shown = [field for field in fields if field.key in keys]
-                show([(field.label, _formatted(field.form, metrics[field.key])) for field in shown])
+                texts = [(field.label, _formatted(field.form, metrics[field.key])) for field in shown]
+                if metrics.get(SKIPPED_STEPS):
+                    texts.append(("skipped", f"{metrics[SKIPPED_STEPS]:.0f}"))
+                show(texts)
 
             yield update
+
+    def note(self, text: str) -> None:
+        """Prints a line, above the live line if there is one."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def evaluation(self, title: str, total: int) -> Iterator[Callable[[int, float], None]]:

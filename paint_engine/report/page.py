@@ -27,6 +27,7 @@ from paint_engine.files import (
     read_jsonl,
     write_atomic,
 )
+from paint_engine.monitor import SKIPPED_STEPS
 from paint_engine.recipes import Recipe, recipe_of, recipe_that_recorded
 from paint_engine.report.figures import draw_curves
 from paint_engine.report.samples import (
@@ -179,6 +180,8 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
     seed = (run.summary or {}).get("seed", run.setting("train", "seed", None))
     if seed is not None:
         facts.append(("seed", str(seed)))
+    if run.metrics and (skipped := run.metrics[-1].get(SKIPPED_STEPS)):
+        facts.append(("optimizer steps skipped", f"{skipped:,.0f}"))
     checker_errors = sum(entry.get("checker_errors", 0) for entry in run.metrics)
     if checker_errors:
         facts.append(("answers not checked", f"{checker_errors:,.0f}"))

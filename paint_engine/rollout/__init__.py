@@ -10,7 +10,7 @@ from paint_engine.rollout.engine import (
     sampling_params,
     stop_notes,
 )
-from paint_engine.rollout.sampler import Sampled, Sampler, to_rollout
+from paint_engine.rollout.sampler import Sampled, Sampler, check_completion, to_rollout
 
 __all__ = [
     "Completion",
@@ -19,6 +19,7 @@ __all__ = [
     "Sampled",
     "Sampler",
     "SamplingParams",
+    "check_completion",
     "make_engines",
     "sampling_params",
     "stop_notes",

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 
 from paint_engine.checkpoint.adapters import vllm_obstacles
 from paint_engine.checkpoint.weights import gather_weights, write_weights
 from paint_engine.distributed import World, gather_objects, raise_together
+from paint_engine.files import WriteFailed, write_failure
 from paint_engine.model import compute_dtype
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -88,7 +88,7 @@ class WeightFiles:
 
         weights_version: the number of finished steps; it becomes part of the name.
 
-        Raises ValueError, on every rank, if the directory has no room for them.
+        Raises WriteFailed, on every rank, if the directory has no room for them.
         """
         weights = gather_weights(self._model, keep=self._writes)
         self._serial += 1
@@ -104,9 +104,13 @@ class WeightFiles:
             try:
                 directory.mkdir()
                 write_weights(self._model, weights, directory)
-            except (OSError, SafetensorError) as problem:
-                error = (
-                    f"the weights for vLLM could not be written to {directory} ({problem}); needs "
+            except Exception as problem:
+                reason = write_failure(problem)
+                if reason is None:
+                    raise
+                _remove(directory)
+                error = WriteFailed(
+                    f"the weights for vLLM could not be written to {directory} ({reason}); needs "
                     f"{2 * num_bytes / 1e9:.3g} GB there, for two sets of them; free space, or "
                     "name another directory with --rollout.adapter_dir"
                 )

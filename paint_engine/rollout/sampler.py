@@ -1,14 +1,15 @@
 """Samples the student's rollouts, step by step, with the built-in engine or vLLM."""
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from paint_engine.distributed import gather_objects
-from paint_engine.monitor import Timings
+from paint_engine.distributed import launched_rank, together
+from paint_engine.monitor import NotFinite, Timings
 from paint_engine.rollout.engine import Completion, EngineDied, RolloutEngine, SamplingParams
 from paint_engine.types import Problem, Request, Rollout
 
@@ -28,6 +29,23 @@ def to_rollout(
 
 
 T = TypeVar("T")
+
+
+def check_completion(completion: Completion, name: str) -> None:
+    """Raises NotFinite if a log-probability is not a finite number: the model's logits were not, or
+    the token could not be drawn.
+
+    name: of the problem, for the message.
+    """
+    for place, (token, value) in enumerate(
+        zip(completion.token_ids, completion.logprobs, strict=True)
+    ):
+        if not math.isfinite(value):
+            raise NotFinite(
+                f"rank {launched_rank()}: the sampler's log-probability of token {place} (id "
+                f"{token}) of the completion for {name} is {value}, so the model's logits there "
+                "are not finite"
+            )
 
 
 @dataclass(frozen=True)
@@ -58,7 +76,8 @@ class Sampler:
     pending: completions that a stopped run had sampled ahead.
 
     An engine that dies is restarted once, if it can be, and samples its batch again. Otherwise
-    `take` raises EngineDied on every rank.
+    `take` raises EngineDied on every rank. Completions with log-probabilities that are not finite
+    raise NotFinite on every rank.
     """
 
     def __init__(
@@ -130,19 +149,27 @@ class Sampler:
     ) -> list[Completion]:
         """Samples one completion for each of this rank's prompts, apart from the step's rollouts,
         such as a teacher's rationales. A collective call; see `RolloutEngine.generate`."""
+
+        def generate() -> list[Completion]:
+            completions = self._engine.generate(prompts, seeds, params, base=base)
+            for completion in completions:
+                check_completion(completion, "a rationale")
+            return completions
+
         with self.timings.span("rationale"):
-            return self.guarded(lambda: self._engine.generate(prompts, seeds, params, base=base))
+            return self.guarded(generate)
 
     def pending(self) -> Sampled | None:
         """Waits for the rollouts sampled ahead and returns them. A collective call.
 
-        Returns None if the engine died for good; the next step then raises.
+        Returns None if the engine died for good, or sampled what is not finite; the next step then
+        raises.
         """
         if self._pending is None:
             return None
         try:
             return self._together(self._pending.result)
-        except EngineDied:
+        except (EngineDied, NotFinite):
             self._pending = None
             return None
 
@@ -158,7 +185,10 @@ class Sampler:
 
         def generate() -> list[Completion]:
             prompts, seeds = [r.prompt_ids for r in requests], [r.seed for r in requests]
-            return self._engine.generate(prompts, seeds, self.params)
+            completions = self._engine.generate(prompts, seeds, self.params)
+            for request, completion in zip(requests, completions, strict=True):
+                check_completion(completion, request.problem.problem_id)
+            return completions
 
         return Sampled(step, weights_version, requests, self._or_restart(generate, generate))
 
@@ -174,13 +204,6 @@ class Sampler:
             return again()
 
     def _together(self, attempt: Callable[[], T]) -> T:
-        """Returns the value; raises EngineDied on every rank if any rank's attempt did."""
-        value, death = None, None
-        try:
-            value = attempt()
-        except EngineDied as error:
-            death = str(error)
-        for text in gather_objects(death):
-            if text is not None:
-                raise EngineDied(text)
-        return cast(T, value)
+        """Returns the value; raises on every rank if the engine died on any, or sampled there what
+        is not finite."""
+        return together(attempt, (EngineDied, NotFinite))

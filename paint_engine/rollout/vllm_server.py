@@ -5,6 +5,7 @@ Requests and answers contain token ids, so the server's tokenizer and chat templ
 
 import http.client
 import json
+import math
 import os
 import socket
 import threading
@@ -273,7 +274,9 @@ def _completion(answer: dict[str, Any], prompt: Sequence[int]) -> Completion:
     if choice["finish_reason"] not in ("stop", "length"):
         raise EngineDied(f"the server ended a completion with {choice['finish_reason']!r}")
     token_ids = tuple(choice["token_ids"])
-    logprobs = tuple(choice["logprobs"]["token_logprobs"])
+    # JSON has no NaN: the server gives null.
+    values = choice["logprobs"]["token_logprobs"]
+    logprobs = tuple(math.nan if value is None else value for value in values)
     assert len(token_ids) == len(logprobs), (len(token_ids), len(logprobs))
     return Completion(token_ids, logprobs, choice["finish_reason"] == "length")
 

@@ -11,7 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from paint_engine.checkpoint.run_dir import choose_run_dir, find_earlier, recorded_date
+from paint_engine.checkpoint.run_dir import (
+    choose_run_dir,
+    find_earlier,
+    recorded_date,
+    start_again,
+)
 from paint_engine.checkpoint.save import load_checkpoint
 from paint_engine.config.command_line import CommandLine
 from paint_engine.config.schema import Config
@@ -26,9 +31,15 @@ from paint_engine.data import (
     step_requests,
     write_data_record,
 )
-from paint_engine.distributed import World, gather_objects, launched_ranks, my_share, raise_together
+from paint_engine.distributed import World, gather_objects, launched_ranks, my_share, together
 from paint_engine.estimate import check_run_fits, describe
-from paint_engine.files import CONFIG_FILE, recorded_name, write_atomic, write_versions
+from paint_engine.files import (
+    CONFIG_FILE,
+    WriteFailed,
+    recorded_name,
+    write_atomic,
+    write_versions,
+)
 from paint_engine.model import (
     EmaTeacher,
     FixedTeacher,
@@ -66,7 +77,7 @@ from paint_engine.rollout import (
 from paint_engine.rollout.choose import check_engine_has_teacher
 from paint_engine.seeds import adapter_seed, global_seed
 from paint_engine.training.optim import build_optimizer
-from paint_engine.training.run import Run
+from paint_engine.training.run import Run, Skipped
 from paint_engine.types import Request
 
 
@@ -114,18 +125,14 @@ def find_run_dir(command: CommandLine, world: World) -> tuple[Path, bool]:
     """
     if command.resume is not None:
         return command.resume, True
-    choice, error = None, None
-    if world.is_main:
-        try:
-            choice = choose_run_dir(
-                command.config,
-                command.preset or "run",
-                allow_changed_data=command.allow_changed_data,
-            )
-        except ValueError as refused:
-            error = str(refused)
-    raise_together(error)
-    choice = gather_objects(choice)[0]
+
+    def choose() -> tuple[Path, bool] | None:
+        name, allow = command.preset or "run", command.allow_changed_data
+        if not world.is_main:
+            return None
+        return choose_run_dir(command.config, name, allow_changed_data=allow)
+
+    choice = gather_objects(together(choose, (ValueError, WriteFailed)))[0]
     assert choice is not None
     return choice
 
@@ -156,8 +163,7 @@ def _load_progress(
     if state is None:
         raise ValueError(
             f"{run_dir} has no complete checkpoint under checkpoints/: the run stopped before its "
-            f"first; start it again with --config {run_dir}/{CONFIG_FILE} --run.dir {run_dir} "
-            "--run.overwrite true"
+            f"first; start it again with {start_again(run_dir)}"
         )
     if num_steps < state["step"]:
         raise ValueError(
@@ -269,7 +275,8 @@ def _build_sampler(
 def build_run(command: CommandLine, world: World) -> Run:
     """Loads and builds everything. The run's files come last, so that a mistake leaves none.
 
-    Raises ValueError for mistakes in data, model, lengths, device, directory and sampler.
+    Raises ValueError for mistakes in data, model, lengths, device, directory and sampler, and
+    WriteFailed if the run's files cannot be written.
     """
     config, device = command.config, world.device
     say = print if world.is_main else lambda text: None
@@ -324,11 +331,21 @@ def build_run(command: CommandLine, world: World) -> Run:
         reward=reward,
         step=int(state["step"]),
         seconds_train=state["seconds_train"],
+        # An earlier version did not count them.
+        skipped=Skipped(**state.get("skipped", {})),
     )
-    if world.is_main:
-        if not resumes:
-            write_versions(run_dir, name, world.size)
-        write_data_record(run_dir, data)
-        # Also after a resume, so that the next resume uses this command's settings.
-        write_atomic(run_dir / CONFIG_FILE, to_toml(config))
+    together(lambda: world.is_main and _write_start(run, data, new=not resumes), (WriteFailed,))
     return run
+
+
+def _write_start(run: Run, data: dict[str, Any], *, new: bool) -> None:
+    """Writes what the run is started with. The configuration comes last: it makes the directory a
+    run's. It is written after a resume too, so that the next resume uses this command's settings.
+    """
+    if new:
+        write_versions(run.run_dir, run.name, run.world.size)
+    write_data_record(run.run_dir, data)
+    path, settings = run.run_dir / CONFIG_FILE, to_toml(run.config)
+    # A full disk must not keep a run from being resumed.
+    if new or path.read_text(encoding="utf-8") != settings:
+        write_atomic(path, settings)

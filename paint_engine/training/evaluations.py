@@ -6,9 +6,9 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from paint_engine.checkpoint.directory import mark_best
-from paint_engine.distributed import any_rank, gather_objects
+from paint_engine.distributed import any_rank, gather_objects, together
 from paint_engine.evaluation.accuracy import best_step
-from paint_engine.evaluation.answers import all_requests, check_reward, evaluate
+from paint_engine.evaluation.answers import FAILURES, all_requests, check_answers, evaluate
 from paint_engine.evaluation.benchmarks import benchmark_name
 from paint_engine.evaluation.store import (
     EvalSample,
@@ -18,9 +18,8 @@ from paint_engine.evaluation.store import (
     evaluation_settings,
     fingerprints,
 )
-from paint_engine.files import ADAPTER_FILE, MANIFEST_FILE, MODEL_FILE
+from paint_engine.files import ADAPTER_FILE, MANIFEST_FILE, MODEL_FILE, WriteFailed
 from paint_engine.monitor import Progress
-from paint_engine.rewards import RewardFailed
 from paint_engine.training.interrupt import Stopped, StopRequest
 from paint_engine.training.run import Run, save
 from paint_engine.training.summary import present_evaluations
@@ -46,18 +45,18 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
     directory = evaluation_directory(run.run_dir)
     with closing(SampleFiles(directory, f"step-{step}", header, run.world, replace=True)) as files:
         mine = files.share(all_requests(run.eval_set.problems, run.config.eval.num_samples))
-        failure: str | None = None
+        failure: Exception | None = None
 
         def answer() -> bool:
             nonlocal failure
             try:
                 return answer_all(run, step, base, files, files.missing(mine), progress, stop)
-            except RewardFailed as failed:
-                failure = str(failed)
+            except FAILURES as failed:
+                failure = failed
                 return True
 
         finished = run.sampler.guarded(answer)
-        check_reward(run.reward, files, failure)
+        check_answers(run.reward, files, failure)
         if any_rank(not finished):
             stop.check_together()
         assert finished
@@ -131,5 +130,5 @@ def answer_all(
 def keep_best(run: Run, step: int) -> None:
     """Marks the checkpoint that was just evaluated as best if no earlier one was better."""
     best = gather_objects(run.world.is_main and best_step(present_evaluations(run)))[0]
-    if run.world.is_main and best == step > 0:
-        mark_best(run.run_dir, step)
+    marks = run.world.is_main and best == step > 0
+    together(lambda: marks and mark_best(run.run_dir, step), (WriteFailed,))

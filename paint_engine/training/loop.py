@@ -8,15 +8,18 @@ from functools import partial
 
 from rich.console import Console
 
-from paint_engine.checkpoint.save import list_checkpoints
-from paint_engine.files import CONFIG_FILE
-from paint_engine.monitor import Diverged, MetricsWriter, Progress, check_finite
+from paint_engine.checkpoint.directory import checkpoint_step, list_checkpoints
+from paint_engine.checkpoint.run_dir import start_again
+from paint_engine.distributed import gather_objects, together
+from paint_engine.files import WriteFailed
+from paint_engine.monitor import MetricsWriter, NotFinite, Progress, check_finite
 from paint_engine.report import write_report
 from paint_engine.rewards import RewardFailed
 from paint_engine.rollout import EngineDied
 from paint_engine.training.evaluations import evaluate_at
+from paint_engine.training.finite import bad_weight, largest_weight
 from paint_engine.training.interrupt import Stopped, StopRequest
-from paint_engine.training.run import Run, SaveFailed, save
+from paint_engine.training.run import Run, SaveFailed, StepNotRecorded, save
 from paint_engine.training.step import train_step
 from paint_engine.training.summary import print_summary, summarise
 
@@ -55,12 +58,11 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
                 evaluate_at(run, run.step, progress, stop)
             metrics, samples = train_step(run, run.step)
             check_finite(metrics)
+            record_step(writer, metrics, samples)
             run.step += 1
             run.seconds_train += metrics["seconds"]
-            if writer is not None:
-                writer.write(metrics)
-                for sample in samples:
-                    writer.write_sample(sample)
+            if run.skipped.in_a_row:
+                progress.note(f"{run.skipped.last}: its optimizer step was skipped")
             show(metrics)
             if checkpoint.every and run.step % checkpoint.every == 0:
                 save(run)
@@ -69,19 +71,67 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
         evaluate_at(run, num_steps, progress, stop)
 
 
+def record_step(
+    writer: MetricsWriter | None, metrics: dict[str, float], samples: list[dict[str, object]]
+) -> None:
+    """Writes a step's metrics and samples. A collective: raises StepNotRecorded on every rank."""
+    try:
+        together(lambda: writer and writer.write(metrics, samples), (WriteFailed,))
+    except WriteFailed as failure:
+        raise StepNotRecorded(str(failure)) from failure
+
+
+def _launcher(run: Run) -> str:
+    one = run.world.size == 1
+    launcher = "python" if one else f"torchrun --nproc-per-node {run.world.size}"
+    return f"{launcher} -m paint_engine.train"
+
+
+def what_is_safe(run: Run) -> str:
+    """What of the run is on the disk, and how to resume it, in a line or two."""
+    checkpoints = list_checkpoints(run.run_dir)
+    if not checkpoints:
+        again = f"{_launcher(run)} {start_again(run.run_dir)}"
+        return (
+            "no checkpoint is saved yet; the finished answers of evaluations are; start again "
+            f"with: {again}"
+        )
+    saved = checkpoint_step(checkpoints[-1])
+    later = f"; {run.step - saved} later steps are lost" if run.step > saved else ""
+    directory = shlex.quote(str(run.run_dir))
+    return (
+        f"safe: all {saved} steps up to the newest checkpoint: {checkpoints[-1].name}, and the "
+        f"finished answers of evaluations{later}\n"
+        f"resume with: {_launcher(run)} --resume {directory}"
+    )
+
+
+def explain_weights(run: Run) -> str:
+    """What the weights are like after a value was not finite. A collective."""
+    bad = next(filter(None, gather_objects(bad_weight(run.model, trained=False))), None)
+    if bad is not None:
+        return f"the weight {bad} is not finite"
+    size, name = max(gather_objects(largest_weight(run.model)))
+    return f"all weights are finite; the largest of the trained ones is {size:.3g}, in {name}"
+
+
+def finish(run: Run, console: Console) -> None:
+    """Writes and prints the summary, and writes the report. For the main rank."""
+    summary = summarise(run)
+    print_summary(console, summary, write_report(run.run_dir, run.recipe))
+
+
 def run_training(run: Run, console: Console, stop: StopRequest) -> None:
     """Trains to the end or until a signal.
 
     The first signal finishes the step and saves. A second Ctrl-C stops at once; the run then
-    resumes from its newest checkpoint.
+    resumes from its newest checkpoint. What cannot continue ends the program with one message, what
+    is safe, how to resume, and exit code 1.
     """
-    directory = shlex.quote(str(run.run_dir))
     say = partial(console.print, soft_wrap=True)
-    one = run.world.size == 1
-    launcher = "python" if one else f"torchrun --nproc-per-node {run.world.size}"
-    resume = f"resume with: {launcher} -m paint_engine.train --resume {directory}"
+    resume = f"resume with: {_launcher(run)} --resume {shlex.quote(str(run.run_dir))}"
     try:
-        writer = open_writer(run)
+        writer = together(lambda: open_writer(run), (WriteFailed,))
         with writer or nullcontext():
             try:
                 train(run, writer, Progress(console, run.recipe.display), stop)
@@ -92,20 +142,15 @@ def run_training(run: Run, console: Console, stop: StopRequest) -> None:
             except EngineDied as death:
                 say(f"the rollout engine died ({death}); saved {save(run)}\n{resume}")
                 sys.exit(1)
-            if run.world.is_main:
-                summary = summarise(run)
-                print_summary(console, summary, write_report(run.run_dir, run.recipe))
-    except (Diverged, SaveFailed, RewardFailed) as failure:
-        say(f"error: {failure}", style="red")
+            together(lambda: run.world.is_main and finish(run, console), (WriteFailed,))
+    except NotFinite as failure:
+        say(f"error: {failure}; {explain_weights(run)}\n{what_is_safe(run)}", style="red")
+        sys.exit(1)
+    except (SaveFailed, StepNotRecorded, WriteFailed, RewardFailed) as failure:
+        say(f"error: {failure}\n{what_is_safe(run)}", style="red")
         sys.exit(1)
     except KeyboardInterrupt:
-        checkpoints = list_checkpoints(run.run_dir)
-        if checkpoints:
-            advice = f"newest checkpoint: {checkpoints[-1].name}; {resume}"
-        else:
-            again = f"--config {directory}/{CONFIG_FILE} --run.dir {directory} --run.overwrite true"
-            advice = f"nothing is saved yet; start again with: python -m paint_engine.train {again}"
-        say(f"interrupted; {advice}")
+        say(f"interrupted; {what_is_safe(run)}")
         sys.exit(130)
     finally:
         run.sampler.close()

@@ -12,6 +12,7 @@ from paint_engine.distributed import gather_objects, sum_over_ranks
 from paint_engine.prompts.anchors import extract_anchors, find_anchors
 from paint_engine.recipes import LossOutput, Recipe
 from paint_engine.rollout.mismatch import mismatch_metrics
+from paint_engine.training.finite import Scored
 from paint_engine.types import Rollout, TeacherView, TrainExample
 
 
@@ -56,24 +57,26 @@ class StepRecord:
         per_rollout = self._config.objective.reduction == "sequence_mean"
         return len(self._rollouts) if per_rollout else self.num_tokens
 
-    def add(self, items: Sequence[TrainExample], output: LossOutput) -> None:
-        """Adds a micro-batch with the rollouts `items` to the metrics."""
+    def add(self, items: Sequence[TrainExample], output: LossOutput) -> dict[str, float]:
+        """Adds a micro-batch with the rollouts `items` to the metrics. Returns its
+        `metric_sums`."""
         assert items, "a micro-batch without rollouts has nothing to count"
-        self._sums.update(metric_sums(output))
+        sums = metric_sums(output)
+        self._sums.update(sums)
+        return sums
 
     def add_first(
         self,
         place: int,
         items: Sequence[TrainExample],
-        output: LossOutput,
-        differences: Sequence[Tensor],
+        scored: Scored,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         """Records what only the first update on the rollouts provides: samples for the report,
         differences to the sampler's log-probabilities, and old log-probabilities."""
-        kept = self.trained[: self._config.run.samples_per_step]
+        kept, output = self.trained[: self._config.run.samples_per_step], scored.output
         self._samples += sample_records(self._step + 1, items, kept, output, tokenizer)
-        self._differences += differences
+        self._differences += scored.differences
         if self._recipe.num_updates > 1:
             self.old_logprobs[place] = output.per_token["logprobs"]
 

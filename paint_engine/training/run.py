@@ -1,6 +1,6 @@
 """The state of a training run, and the checkpoint of its last finished step."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,12 +10,24 @@ from transformers import PreTrainedTokenizerBase
 from paint_engine.checkpoint.save import save_checkpoint
 from paint_engine.config.schema import Config
 from paint_engine.data import ProblemSet
-from paint_engine.distributed import World, gather_objects, merge_shares
+from paint_engine.distributed import World, gather_objects, merge_shares, raise_together
+from paint_engine.files import WriteFailed
 from paint_engine.model import EmaTeacher, FixedTeacher, Teacher, max_context
-from paint_engine.monitor import Timings
+from paint_engine.monitor import NotFinite, Timings
 from paint_engine.recipes import Recipe
 from paint_engine.rewards import Reward
 from paint_engine.rollout import RolloutEngine, Sampler, SamplingParams, sampling_params
+from paint_engine.training.finite import bad_weight
+
+
+@dataclass
+class Skipped:
+    """Optimizer steps that were skipped, because their gradient was not finite: of the whole run,
+    up to now in a row, and the reason of the last."""
+
+    total: int = 0
+    in_a_row: int = 0
+    last: str = ""
 
 
 @dataclass
@@ -47,6 +59,7 @@ class Run:
     step: int = 0
     seconds_train: float = 0.0
     saved: tuple[int, Path] | None = None
+    skipped: Skipped = field(default_factory=Skipped)
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -78,10 +91,21 @@ class SaveFailed(Exception):
     """A checkpoint could not be written; older ones are intact."""
 
 
+class StepNotRecorded(Exception):
+    """A step's metrics or samples could not be written. The weights are a step ahead of them."""
+
+
 def save(run: Run) -> Path:
-    """Saves a checkpoint of the last finished step, unless there is one. A collective call."""
+    """Saves a checkpoint of the last finished step, unless there is one. A collective call.
+
+    Raises SaveFailed, and NotFinite if a trained weight is not finite: the checkpoint would be of
+    no use, and would push out an earlier one.
+    """
     if run.saved is not None and run.saved[0] == run.step:
         return run.saved[1]
+    bad = bad_weight(run.model, trained=True)
+    where = f"after step {run.step}, rank {run.world.rank}"
+    raise_together(bad and NotFinite(f"{where}: the trained weight {bad} is not finite"))
     ahead = run.sampler.pending()
     completions = [] if ahead is None else merge_shares(gather_objects(ahead.completions))
     state = {
@@ -89,13 +113,14 @@ def save(run: Run) -> Path:
         "seconds_train": run.seconds_train,
         "sampled_ahead": ahead
         and [ahead.weights_version, [[c.token_ids, c.logprobs, c.truncated] for c in completions]],
+        "skipped": asdict(run.skipped),
     }
     keep = run.config.checkpoint.keep
     try:
         path = save_checkpoint(
             run.run_dir, run.model, run.optimizer, state, keep=keep, world=run.world, ema=run.ema
         )
-    except ValueError as error:
+    except WriteFailed as error:
         raise SaveFailed(str(error)) from error
     run.saved = run.step, path
     return path

@@ -1,5 +1,6 @@
 """One training step, and the loss of one of its micro-batches."""
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -8,13 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from paint_engine.checkpoint.weights import whole
-from paint_engine.distributed import sum_gradients
+from paint_engine.distributed import gather_objects, raise_together, sum_gradients
 from paint_engine.model import autocast, hidden_states, lm_head_weight
 from paint_engine.model.packing import batch_to, build_batch
 from paint_engine.model.sharding import sync_gradients
-from paint_engine.recipes import LossInputs, LossOutput
+from paint_engine.monitor import SKIPPED_STEPS, NotFinite
+from paint_engine.recipes import LossInputs
 from paint_engine.rollout.mismatch import logprob_differences
 from paint_engine.seeds import dropout_seed
+from paint_engine.training.finite import Scored, bad_gradient
 from paint_engine.training.microbatches import plan_microbatches
 from paint_engine.training.optim import learning_rate
 from paint_engine.training.record import StepRecord
@@ -32,7 +35,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
     config, started, span = run.config, time.monotonic(), run.timings.span
     rollouts, lag = sample_step(run, step)
     record, sampled = StepRecord(run.recipe, step, rollouts), time.monotonic()
-    rate = grad_norm = 0.0
+    rate, grad_norm, fault = 0.0, None, None
 
     microbatches = my_microbatches(run, record.trained)
     for number in range(run.recipe.num_updates):
@@ -45,13 +48,15 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
             batch = batch_to(build_batch(shown), run.world.device)
             sync_gradients(run.model, last=place == len(microbatches) - 1)
             old_logprobs = record.old_logprobs.get(place)
-            output, differences = score(run, batch, shown, record.denominator, old_logprobs)
+            scored = score(run, batch, shown, record.denominator, old_logprobs)
+            loss = scored.output.loss
             with span("backward"):
-                (output.loss if items else 0.0 * output.loss).backward()
+                (loss if items else 0.0 * loss).backward()
             if items:
-                record.add(items, output)
+                fault = fault or scored.fault(items, record.add(items, scored.output))
             if items and number == 0:
-                record.add_first(place, items, output, differences, run.tokenizer)
+                record.add_first(place, items, scored, run.tokenizer)
+        stop_at_fault(run, step, fault)
         with span("optimizer"):
             rate, grad_norm = update(run, step)
     # ---------------------------------------------------------------------------------------------
@@ -60,7 +65,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
         "step": step + 1,
         **metrics,
         "rollout_lag": lag,
-        "grad_norm": grad_norm,
+        **({} if grad_norm is None else {"grad_norm": grad_norm}),
+        SKIPPED_STEPS: run.skipped.total,
         "learning_rate": rate,
         "tokens_per_s": record.num_tokens / (finished - started),
         "seconds": finished - started,
@@ -69,19 +75,59 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
     }, samples
 
 
-def update(run: Run, step: int) -> tuple[float, float]:
+def stop_at_fault(run: Run, step: int, fault: str | None) -> None:
+    """Raises NotFinite on every rank if any rank's passes met a value that is not finite. A
+    collective.
+
+    fault: this rank's first, in words.
+    """
+    where = f"step {step + 1}, rank {run.world.rank}"
+    raise_together(fault and NotFinite(f"{where}: {fault}"))
+
+
+def update(run: Run, step: int) -> tuple[float, float | None]:
     """Takes one optimizer step with the gradients of all ranks. Returns the learning rate and the
-    L2 norm of the gradients before clipping to `optim.max_grad_norm`."""
+    L2 norm of the gradients before clipping to `optim.max_grad_norm`.
+
+    With a gradient that is not finite it leaves weights, moments and teacher as they are, counts a
+    skipped step, and returns no norm; `optim.max_skipped_steps` of them in a row raise NotFinite.
+    The norm is the same on all ranks, so that they decide alike.
+    """
     rate = learning_rate(run.config.optim, step, run.config.train.num_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     sum_gradients(run.parameters)
-    norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.optim.max_grad_norm)
-    run.optimizer.step()
-    run.teacher.update()
+    gradients = [p.grad for p in run.parameters if p.grad is not None]
+    total = torch.nn.utils.get_total_norm(gradients)
+    norm = whole(total).item()
+    if is_finite := math.isfinite(norm):
+        limit = run.config.optim.max_grad_norm
+        torch.nn.utils.clip_grads_with_norm_(run.parameters, limit, total)
+        run.optimizer.step()
+        run.teacher.update()
+        run.skipped.in_a_row = 0
+    else:
+        _skip(run, step, norm)
     run.optimizer.zero_grad()
     run.model.eval()
-    return rate, whole(norm).item()
+    return rate, norm if is_finite else None
+
+
+def _skip(run: Run, step: int, norm: float) -> None:
+    """Counts a skipped optimizer step, and raises NotFinite if too many were skipped in a row."""
+    names = gather_objects(bad_gradient(run.model))
+    name = next((name for name in names if name is not None), None)
+    # Finite gradients may have squares that are not.
+    what = f"the gradients' norm is {norm}" if name is None else f"the gradient of {name} is not"
+    run.skipped.total += 1
+    run.skipped.in_a_row += 1
+    run.skipped.last = f"step {step + 1}: {what} finite, and the loss is"
+    if run.skipped.in_a_row >= run.config.optim.max_skipped_steps:
+        raise NotFinite(
+            f"{run.skipped.last}; {run.skipped.in_a_row} optimizer steps in a row were skipped "
+            "(optim.max_skipped_steps); look at the steps before in metrics.jsonl and at their "
+            "rollouts in samples.jsonl; a higher --optim.max_skipped_steps continues regardless"
+        )
 
 
 def my_microbatches(run: Run, rollouts: Sequence[TrainExample]) -> list[list[TrainExample]]:
@@ -98,7 +144,7 @@ def score(
     examples: Sequence[TrainExample],
     denominator: int,
     old_logprobs: Float[Tensor, " N"] | None = None,
-) -> tuple[LossOutput, list[Float[Tensor, " n"]]]:
+) -> Scored:
     """Computes the loss of one micro-batch, and the differences between the trainer's and the
     sampler's log-probabilities of some of its tokens.
 
@@ -127,7 +173,10 @@ def score(
         head, params = lm_head_weight(run.model), run.sampler.params
         rollouts = [example.rollout for example in examples]
         differences = logprob_differences(student_states, head, rollouts, params)
-    return output, differences
+    states = {"student": student_states.detach()}
+    if second_states is not None:
+        states[run.recipe.second_pass or ""] = second_states
+    return Scored(output, states, differences)
 
 
 def _second_pass(

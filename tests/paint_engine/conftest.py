@@ -4,10 +4,11 @@ directory, rollouts with prompts of different lengths, and a run small enough fo
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +374,31 @@ def command(model_dir: Path, tmp_path: Path, write_rows: Callable[..., Path]) ->
         "checkpoint.every": 1,
     }
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 600 kB of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture
+def fill(small_disk: Path) -> Callable[[int | None], None]:
+    """Leaves so many bytes free on the small disk; None frees what it had filled."""
+    ballast = small_disk / "ballast"
+
+    def leave(num_bytes: int | None) -> None:
+        ballast.unlink(missing_ok=True)
+        if num_bytes is not None:
+            ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - num_bytes))
+
+    return leave
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from paint_engine.checkpoint.save import load_checkpoint, save_checkpoint
 from paint_engine.checkpoint.weights import whole
 from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World, barrier, gather_objects
+from paint_engine.files import WriteFailed
 from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
 from paint_engine.model.sharding import shard_model
@@ -127,7 +128,7 @@ def refuse_and_recover(world: World, work: Path, model_dir: Path) -> dict[str, A
         try:
             save_checkpoint(run_dir, model, optimizer, {"step": 2}, keep=2, world=world)
             message = "saved"
-        except ValueError as error:
+        except WriteFailed as error:
             message = str(error)
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
         there = sorted(path.name for path in (run_dir / "checkpoints").iterdir())

@@ -243,7 +243,7 @@ def test_resuming_without_a_checkpoint_says_what_to_do(
 ) -> None:
     build_run(load_config(command), WORLD)
     text = refused(run_main, capsys, ["--resume", str(tmp_path / "run")])
-    assert "no complete checkpoint" in text and "--run.overwrite true" in text
+    assert "no complete checkpoint" in text and "--run.auto_resume true" in text
 
 
 def test_an_unknown_key_and_a_bad_row_end_with_one_message_each(

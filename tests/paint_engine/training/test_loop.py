@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from paint_engine.config.command_line import load_config
 from paint_engine.distributed import World
-from paint_engine.files import read_jsonl
+from paint_engine.files import WriteFailed, read_jsonl
 from paint_engine.model.forward import hidden_states, lm_head_weight
 from paint_engine.model.packing import build_batch
 from paint_engine.recipes import LossInputs, LossOutput
@@ -271,12 +271,14 @@ def test_dropout_of_the_adapters_is_applied_in_training_and_not_in_sampling(
     assert without[1][1] != with_dropout[1][1]
 
 
-def test_a_diverged_run_says_so_and_keeps_its_checkpoints(
+def test_a_run_whose_numbers_overflow_says_which_and_keeps_its_checkpoints(
     command: list[str], run_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main([*command, "--optim.learning_rate", "1e30"]) == 1
     printed = capsys.readouterr().out
-    assert "step 2 is nan" in printed and "diverged" in printed and "Start a new run" in printed
+    assert "the sampler's log-probability of token 0 (id " in printed and "is nan" in printed
+    assert "all weights are finite; the largest of the trained ones is 1e+30, in " in printed
+    assert "newest checkpoint: step-1" in printed and "learning_rate" not in printed
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
     assert [m["step"] for m in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1]
 
@@ -292,7 +294,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_one_message(
 
     def full_at_step_3(run_dir, model, optimizer, state, **settings) -> Path:
         if state["step"] == 3:
-            raise ValueError("no room for a checkpoint; make room")
+            raise WriteFailed("no room for a checkpoint; make room")
         return original(run_dir, model, optimizer, state, **settings)
 
     monkeypatch.setattr(run_module, "save_checkpoint", full_at_step_3)

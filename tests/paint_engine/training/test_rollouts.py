@@ -297,7 +297,7 @@ def test_only_a_live_teacher_agrees_with_a_student_that_has_moved(
         replace(item, teacher_view=replace(view_of(item), prompt_ids=item.rollout.prompt_ids))
         for item in sample_step(run, 1)[0]
     ]
-    output, _ = score(run, build_batch(items), items, len(items))
+    output = score(run, build_batch(items), items, len(items)).output
     divergence = output.per_token["token_kl"].mean().item()
     assert (divergence < 1e-9) == (weights == "live"), divergence
 
