@@ -37,6 +37,9 @@ def _parser() -> argparse.ArgumentParser:
         "--model", metavar="BASE", help="the base, if it has moved since it was trained"
     )
     parser.add_argument(
+        "--revision", metavar="R", help="of the base on the hub; default: the one it was trained on"
+    )
+    parser.add_argument(
         "--form",
         choices=("merged", "adapter"),
         default="merged",
@@ -71,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(highlight=False, markup=False)
     with user_errors(console):
         checkpoint = choose_checkpoint(arguments.source, arguments.checkpoint)
-        section = find_base(checkpoint, arguments.model)
+        section = find_base(checkpoint, arguments.model, arguments.revision)
 
         from paint_engine.model.load import quiet_libraries
 

@@ -275,6 +275,7 @@ def truncate_jsonl(path: Path, last_step: int) -> None:
 
 # ---- what a run was started with -----------------------------------------------------------------
 
+_COMMIT = "model_commit"
 _PACKAGES = (
     "torch",
     "triton",
@@ -303,9 +304,21 @@ def present_versions(name: str, world_size: int) -> dict[str, object]:
     return versions
 
 
-def write_versions(run_dir: Path, name: str, world_size: int) -> None:
-    """Writes a training run's `versions.json`."""
-    write_json(run_dir / VERSIONS_FILE, present_versions(name, world_size))
+def write_versions(
+    run_dir: Path, name: str, world_size: int, model_commit: str | None = None
+) -> None:
+    """Writes a training run's `versions.json`.
+
+    model_commit: of a model from the hub.
+    """
+    commit = {} if model_commit is None else {_COMMIT: model_commit}
+    write_json(run_dir / VERSIONS_FILE, present_versions(name, world_size) | commit)
+
+
+def recorded_commit(run_dir: Path) -> str | None:
+    """Returns the commit of the run's model that its `versions.json` records; None for a local model."""
+    file = run_dir / VERSIONS_FILE
+    return json.loads(file.read_text()).get(_COMMIT) if file.is_file() else None
 
 
 def recorded_name(run_dir: Path) -> str:

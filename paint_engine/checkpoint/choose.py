@@ -11,7 +11,12 @@ from paint_engine.checkpoint.directory import (
     list_checkpoints,
 )
 from paint_engine.config.sections import ModelSection
-from paint_engine.files import ADAPTER_CONFIG_FILE, CONFIG_FILE, MANIFEST_FILE
+from paint_engine.files import (
+    ADAPTER_CONFIG_FILE,
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    recorded_commit,
+)
 
 
 def choose_checkpoint(path: Path, which: str | None, given: str | None = None) -> Path:
@@ -69,25 +74,32 @@ def recorded_base(checkpoint: Path) -> ModelSection | None:
     adapter's; None where neither names one."""
     adapter_config = checkpoint / ADAPTER_CONFIG_FILE
     if (section := recorded_section(checkpoint, "model")) is not None:
-        return ModelSection.model_validate(section)
+        recorded = ModelSection.model_validate(section)
+        commit = recorded_commit(checkpoint.parent.parent)
+        return recorded if commit is None else recorded.model_copy(update={"revision": commit})
     if adapter_config.is_file():
-        name = json.loads(adapter_config.read_text()).get("base_model_name_or_path")
-        return ModelSection(name_or_path=name) if name else None
+        settings = json.loads(adapter_config.read_text())
+        name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+        return ModelSection(name_or_path=name, revision=revision) if name else None
     return None
 
 
-def find_base(checkpoint: Path, name_or_path: str | None) -> ModelSection:
+def find_base(
+    checkpoint: Path, name_or_path: str | None, revision: str | None = None
+) -> ModelSection:
     """The model that the checkpoint was trained from: `name_or_path` if given, else
-    `recorded_base`.
+    `recorded_base`, with its commit if it is of the hub.
+
+    revision: of the hub; None = the recorded one, if `name_or_path` is None too.
 
     Raises ValueError where neither names one.
     """
     if name_or_path is not None:
-        return ModelSection(name_or_path=name_or_path)
+        return ModelSection(name_or_path=name_or_path, revision=revision)
     recorded = recorded_base(checkpoint)
     if recorded is None:
         raise ValueError(
             f"{checkpoint} is in no run directory, so it does not say which model it was "
             "trained from, whose tokenizer is needed: give that with --model"
         )
-    return recorded
+    return recorded if revision is None else recorded.model_copy(update={"revision": revision})

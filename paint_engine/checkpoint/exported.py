@@ -55,7 +55,7 @@ def export_merged(
     _check_new(output_dir)
     tokenizer = load_tokenizer(section)
     model = build_trained(checkpoint, section, survivals)
-    with _written_whole(output_dir) as unfinished:
+    with new_directory(output_dir) as unfinished:
         return save_model(model, tokenizer, unfinished)
 
 
@@ -73,8 +73,10 @@ def export_adapter(checkpoint: Path, output_dir: Path, section: ModelSection) ->
         )
     check_against_base(checkpoint, section)
     config = read_adapter_config(checkpoint)
-    config["base_model_name_or_path"] = resolve_model(section.name_or_path)
-    with _written_whole(output_dir) as unfinished:
+    on_hub = is_on_hub(section)
+    config["base_model_name_or_path"] = section.name_or_path if on_hub else resolve_model(section)
+    config["revision"] = section.revision
+    with new_directory(output_dir) as unfinished:
         shutil.copyfile(checkpoint / ADAPTER_FILE, unfinished / ADAPTER_FILE)
         (unfinished / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     return config
@@ -83,18 +85,6 @@ def export_adapter(checkpoint: Path, output_dir: Path, section: ModelSection) ->
 def _check_new(output_dir: Path) -> None:
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"{output_dir} exists already: give a directory that is new or empty")
-
-
-@contextmanager
-def _written_whole(output_dir: Path) -> Iterator[Path]:
-    try:
-        with new_directory(output_dir) as unfinished:
-            yield unfinished
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{output_dir} could not be written ({error}); nothing of it is left; make room, or "
-            "give a directory elsewhere"
-        ) from error
 
 
 # ---- a model's directory -------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def build_trained(
 
     Raises ValueError where the base cannot be loaded, or where the adapter does not fit it.
     """
-    path = resolve_model(section.name_or_path)
+    path = resolve_model(section)
     if (checkpoint / ADAPTER_CONFIG_FILE).is_file():
         check_against_base(checkpoint, section)
         model = merge_adapter(load_weights(path, section, None), checkpoint, survivals)
@@ -242,7 +242,7 @@ def _convert(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 def check_against_base(checkpoint: Path, section: ModelSection) -> None:
     """`check_adapter` with the base that the section names. Loads its configuration alone."""
     trusted = section.trust_remote_code
-    config = read_settings(resolve_model(section.name_or_path), section)
+    config = read_settings(resolve_model(section), section)
     with torch.device("meta"):
         shape = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     check_adapter(checkpoint, shape, section.name_or_path)

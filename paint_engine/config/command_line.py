@@ -33,12 +33,14 @@ _OPTIONS = (
 )
 _SECTIONS = tuple(dict.fromkeys(key.rsplit(".", 1)[0] for key in LEAVES))
 # Keys that change how a step is computed but not what it computes. Rows are compared by their
-# digest, so that their file may be moved.
+# digest, so that their file may be moved, and models of the hub by their commit.
 _MAY_DIFFER_ON_RESUME = (
     "train.num_steps",
     "train.max_tokens_per_microbatch",
     "train.device",
     "data.path",
+    "data.revision",
+    "model.revision",
     "model.attention",
     "rollout.engine",
     "rollout.url",

@@ -81,6 +81,9 @@ class ModelSection(Section):
     name_or_path: Text = Field(
         default="tiny", description="'tiny', a model directory or a Hugging Face id"
     )
+    revision: OrNone[Text] = Field(
+        default=None, description="commit, tag or branch of a Hugging Face id; none = the newest"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="dtype of frozen weights and of the arithmetic: auto = bfloat16 on a GPU that "
@@ -122,6 +125,9 @@ class DataSection(Section):
     path: Text = Field(
         default="tiny",
         description="'tiny', a .jsonl/.json/.parquet file, or a datasets id[:config]",
+    )
+    revision: OrNone[Text] = Field(
+        default=None, description="commit, tag or branch of a datasets id; none = the newest"
     )
     split: Text = Field(default="train", description="split of 'tiny' or of a datasets id")
     columns: ColumnsSection = Field(
@@ -384,6 +390,7 @@ class ParallelSection(Section):
 class EvalSection(Section):
     enabled: bool = Field(default=True, description="evaluate before, during and after training")
     path: Text = Field(default="tiny", description="as data.path")
+    revision: OrNone[Text] = Field(default=None, description="as data.revision")
     split: Text = Field(default="test", description="as data.split")
     columns: ColumnsSection = Field(default=ColumnsSection(), description="as data.columns")
     num_problems: OrNone[PositiveInt] = Field(

@@ -1,8 +1,8 @@
 """The digest of a run's data in its directory, and what has changed when the run is resumed.
 
-`data.json` holds, of the training and of the evaluation set, where the rows came from, how many
-were used, one digest of all of them in order, and a few digits of each row's own. These only find
-the first row that differs.
+`data.json` holds, of the training and of the evaluation set, where the rows came from (with the
+commit, from the hub), how many were used, one digest of all of them in order, and a few digits of
+each row's own. These only find the first row that differs.
 """
 
 import hashlib
@@ -39,6 +39,7 @@ def _describe(section: Any, kind: str, problem_set: ProblemSet) -> dict[str, Any
     rows = [_row_digest(problem) for problem in problem_set.problems]
     return {
         "selection": section.model_dump(mode="json", include=set(_SELECTION[kind])),
+        "commit": problem_set.commit,
         "num_rows": len(rows),
         "digest": hashlib.sha256("".join(rows).encode()).hexdigest(),
         "row_digests": "".join(row[:_ROW_DIGITS] for row in rows),

@@ -23,11 +23,13 @@ class ProblemSet:
     """Problems and the student's prompt ids for each, in the same order.
 
     `num_skipped` is the number of rows that were skipped because they were bad or too long.
+    `commit` is the data set's on the hub, if it is from there and the commit is known.
     """
 
     problems: tuple[Problem, ...]
     prompts: tuple[tuple[int, ...], ...]
     num_skipped: int
+    commit: str | None = None
 
 
 def _check_length(
@@ -134,6 +136,7 @@ def load_train_set(
     data, prompts, recipe = config.data, config.prompts, recipe_of(config)
     loaded = load_problems(
         data.path,
+        revision=data.revision,
         split=data.split,
         columns=data.columns,
         on_bad_row=data.on_bad_row,
@@ -169,7 +172,8 @@ def load_train_set(
         )
     for note in _notes(config, tokenizer, kept):
         say(f"note: {note}")
-    return ProblemSet(tuple(kept), tuple(kept_prompts), loaded.num_skipped + num_long)
+    num_skipped = loaded.num_skipped + num_long
+    return ProblemSet(tuple(kept), tuple(kept_prompts), num_skipped, loaded.commit)
 
 
 def load_eval_set(
@@ -185,6 +189,7 @@ def load_eval_set(
         return None
     loaded = load_problems(
         section.path,
+        revision=section.revision,
         split=section.split,
         columns=section.columns,
         on_bad_row=config.data.on_bad_row,
@@ -201,7 +206,7 @@ def load_eval_set(
         limits = context, section.max_new_tokens
         _check_length(problem, len(ids), *limits, "evaluation", "eval.max_new_tokens")
         encoded.append(ids)
-    return ProblemSet(loaded.problems, tuple(encoded), loaded.num_skipped)
+    return ProblemSet(loaded.problems, tuple(encoded), loaded.num_skipped, loaded.commit)
 
 
 def longest_sequence(

@@ -15,7 +15,7 @@ that ends the text, or from the last box.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -56,15 +56,20 @@ _NUMBER_LIKE = re.compile(
 )
 # Longer numbers have more digits than a reader or the answer check can use.
 _MAX_DIGITS = 1000
+_COMMIT = re.compile("[0-9a-f]{40}")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class LoadedProblems:
-    """LoadedProblems(problems=(Problem("a.jsonl:1", ...), ...), num_skipped=1)"""
+    """LoadedProblems(problems=(Problem("a.jsonl:1", ...), ...), num_skipped=1)
+
+    commit: of a data set from the hub, if it is known.
+    """
 
     problems: tuple[Problem, ...]
     num_skipped: int
+    commit: str | None = None
 
 
 class _BadRow(Exception):
@@ -81,6 +86,7 @@ def load_problems(
     section: Literal["data", "eval"] = "data",
     needs_solution: bool = True,
     needs_answer: bool = True,
+    revision: str | None = None,
 ) -> LoadedProblems:
     """Loads the problems of "tiny", a .jsonl/.json/.parquet file, a directory or a `datasets`
     id[:config].
@@ -90,10 +96,16 @@ def load_problems(
     section: the configuration section whose keys the messages name. "eval" needs no solution.
     needs_solution, needs_answer: rows must have one. If none is needed and a row has none, it is
         "". Evaluations always need an answer.
+    revision: commit, tag or branch of a `datasets` id; None = the newest.
 
     Raises ValueError if a row cannot be used (with on_bad_row "stop"), if the source cannot be
     read, or if no problem is left.
     """
+    if revision is not None and (path == "tiny" or Path(path).expanduser().exists()):
+        raise ValueError(
+            f"--{section}.revision {revision}: --{section}.path {path} is no data set of the hub, "
+            f"whose versions have names; leave out --{section}.revision"
+        )
     if path == "tiny":
         from paint_engine.tiny.problems import load_split
 
@@ -104,7 +116,8 @@ def load_problems(
         "needs_solution": needs_solution and section == "data",
         "needs_answer": needs_answer or section == "eval",
     }
-    for place, row in _read_rows(path, split, section):
+    commit, rows = _read_rows(path, split, section, revision)
+    for place, row in rows:
         try:
             problems.append(_to_problem(place, row, columns, **needs))
         except _BadRow as error:
@@ -124,12 +137,14 @@ def load_problems(
             f"needs at least one row that can be used; name its columns with "
             f"--{section}.columns.problem NAME (.solution, .answer), or choose other data"
         )
-    return LoadedProblems(tuple(problems), num_skipped)
+    return LoadedProblems(tuple(problems), num_skipped, commit)
 
 
-def _read_rows(path: str, split: str, section: str) -> Iterator[tuple[str, object]]:
-    """Yields (place, row) pairs. A JSONL row is the bytes of its line, so a malformed one can be
-    skipped."""
+def _read_rows(
+    path: str, split: str, section: str, revision: str | None
+) -> tuple[str | None, Iterator[tuple[str, object]]]:
+    """Returns the commit of a data set from the hub, and (place, row) pairs. A JSONL row is the
+    bytes of its line, so a malformed one can be skipped."""
     file = Path(path).expanduser()
     ending = file.suffix.lower()
     if not file.is_file():
@@ -140,7 +155,7 @@ def _read_rows(path: str, split: str, section: str) -> Iterator[tuple[str, objec
                 f"--{section}.path {path}: there is no such file; needs a .jsonl, .json or "
                 f".parquet file, or a datasets id; check the path (relative to {Path.cwd()})"
             )
-        return _dataset_rows(str(file) if file.is_dir() else path, split, section)
+        return _dataset_rows(str(file) if file.is_dir() else path, split, section, revision)
     if ending not in _FILE_ENDINGS:
         raise ValueError(
             f"--{section}.path {path}: got the file ending {ending!r}; needs one of "
@@ -151,7 +166,8 @@ def _read_rows(path: str, split: str, section: str) -> Iterator[tuple[str, objec
             f"--{section}.path {path}: the file is empty; needs at least one row; "
             "check how it was written, or choose another file"
         )
-    return {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}[ending](file)
+    read = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}[ending]
+    return None, read(file)
 
 
 def _decimal(number: str) -> Decimal:
@@ -205,12 +221,15 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, object]]:
     return ((f"{file.name}[{index}]", row) for index, row in enumerate(rows))
 
 
-def _dataset_rows(path: str, split: str, section: str) -> Iterator[tuple[str, object]]:
+def _dataset_rows(
+    path: str, split: str, section: str, revision: str | None
+) -> tuple[str | None, Iterator[tuple[str, object]]]:
     import datasets
+    from huggingface_hub import is_offline_mode
 
     name, _, config_name = path.partition(":")
     try:
-        rows = datasets.load_dataset(name, config_name or None, split=split)
+        rows = datasets.load_dataset(name, config_name or None, split=split, revision=revision)
     except Exception as error:
         # The library has a separate exception type for no network, an unknown id, an unknown split
         # and a missing config. For a file that it cannot read, only the cause says so.
@@ -223,7 +242,33 @@ def _dataset_rows(path: str, split: str, section: str) -> Iterator[tuple[str, ob
             f"(--{section}.path {name}:CONFIG)"
         ) from error
     label = Path(name).name if Path(name).is_dir() else name
-    return ((f"{label}[{index}]", row) for index, row in enumerate(rows))
+    commit = None if Path(name).is_dir() else _commit_of(rows.cache_files)
+    if revision is not None:
+        offline = is_offline_mode()
+        _check_revision(revision, commit, path, section, offline=offline)
+    return commit, ((f"{label}[{index}]", row) for index, row in enumerate(rows))
+
+
+def _commit_of(cache_files: Sequence[Mapping[str, str]]) -> str | None:
+    """The commit that names the directory of the library's cache: .../VERSION/COMMIT/FILE."""
+    names = {Path(file["filename"]).parent.name for file in cache_files}
+    commits = [name for name in names if _COMMIT.fullmatch(name)]
+    return commits[0] if len(commits) == 1 else None
+
+
+def _check_revision(
+    revision: str, commit: str | None, path: str, section: str, *, offline: bool
+) -> None:
+    """Raises ValueError if the rows may be of another revision: without the network, the library
+    takes whatever version its cache has."""
+    is_commit = _COMMIT.fullmatch(revision) is not None
+    if commit == revision or (commit is not None and not is_commit and not offline):
+        return
+    remedy = "allow the network" if is_commit else "give the commit itself, or allow the network"
+    raise ValueError(
+        f"--{section}.revision {revision}: the cached data set {path} is at commit {commit}; needs "
+        f"that revision; {remedy}"
+    )
 
 
 def _to_problem(

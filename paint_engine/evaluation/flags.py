@@ -82,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
 def _add_subject(add: Callable[..., object]) -> None:
     """Adds the flags that select what is evaluated, and where the results go."""
     add("--model", metavar="M", help="'tiny', a model directory or a Hugging Face id")
+    add(
+        "--revision",
+        metavar="R",
+        help="commit, tag or branch of a Hugging Face id; default: the adapter's run's, else the "
+        "newest",
+    )
     add("--adapter", metavar="A", help="directory in peft's format, or RUN_DIR[:last|:best|:STEP]")
     names = ", ".join(benchmark.name for benchmark in KNOWN)
     add(

@@ -65,6 +65,7 @@ def make_plan(command: EvaluationCommand, world: World) -> Plan:
         arguments.adapter,
         arguments.dtype,
         trust_remote_code=arguments.trust_remote_code,
+        revision=arguments.revision,
     )
     tokenizer, shape = load_tokenizer(target.base), skeleton(target)
     check_target(target, engine)

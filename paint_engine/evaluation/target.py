@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -41,7 +40,15 @@ from paint_engine.files import (
     MANIFEST_FILE,
     MODEL_CONFIG_FILE,
 )
-from paint_engine.model import causal_lm, lm_head_weight, load_base, meta_model, resolve_model
+from paint_engine.model import (
+    causal_lm,
+    hub_commit,
+    is_on_hub,
+    lm_head_weight,
+    load_base,
+    meta_model,
+    resolve_model,
+)
 from paint_engine.model.load import TINY_BASE, pick_dtype
 from paint_engine.model.probe import check_forward
 from paint_engine.model.stored import check_stored, set_generation_config
@@ -85,7 +92,7 @@ class Target:
         """The directory or the id of the model's weights, adapters apart."""
         if self.checkpoint is not None:
             return str(self.checkpoint)
-        return resolve_model(self.base.name_or_path)
+        return resolve_model(self.base)
 
     def identity(self, engine: str, dtype: torch.dtype) -> dict[str, Any]:
         """Identifies these weights and what samples from them: the commit of a model from the hub,
@@ -94,18 +101,20 @@ class Target:
         Reads a small part of the weights, on every rank. Raises ValueError where a weights file
         cannot be read.
         """
-        path = Path(self.weights)
-        base = resolve_model(self.base.name_or_path, with_weights=False)
-        small = [path / name for name in _MODEL_FILES]
+        path, on_hub = Path(self.weights), is_on_hub(self.base)
+        base = resolve_model(self.base, with_weights=False)
+        # The commit stands for the files of a model from the hub, pinned or not.
+        is_local = path.is_dir() and (self.checkpoint is not None or not on_hub)
+        small = [path / name for name in _MODEL_FILES] if is_local else []
         code = _CODE_FILES if self.base.trust_remote_code else ()
-        for pattern in (*_TOKENIZER_FILES, *code):
+        for pattern in () if on_hub else (*_TOKENIZER_FILES, *code):
             small += Path(base).glob(pattern)
         if self.adapter is not None:
             small += [self.adapter / ADAPTER_CONFIG_FILE, self.adapter / ADAPTER_FILE]
         return {
-            "model": str(path.resolve()) if path.is_dir() else self.weights,
-            "commit": None if Path(base).is_dir() else _commit(base),
-            "weights": _weights_digest(path) if path.is_dir() else None,
+            "model": str(path.resolve()) if is_local else self.base.name_or_path,
+            "commit": hub_commit(self.base),
+            "weights": _weights_digest(path) if is_local else None,
             **{file.name: _digest(file.read_bytes()) for file in sorted(small) if file.is_file()},
             "dtype": str(dtype).removeprefix("torch."),
             "engine": engine,
@@ -113,22 +122,29 @@ class Target:
 
 
 def find_target(
-    model: str | None, adapter: str | None, dtype: str, *, trust_remote_code: bool
+    model: str | None,
+    adapter: str | None,
+    dtype: str,
+    *,
+    trust_remote_code: bool,
+    revision: str | None = None,
 ) -> Target:
     """Returns the target that --model and --adapter name, at least one of which is given.
 
     model: "tiny", a directory or an id; None = the model that the adapter was trained from.
     adapter: a directory in peft's format, a checkpoint, or a run directory, which :last (the
         default), :best or :STEP may follow.
+    revision: of a model from the hub; None = the one that the adapter was trained from, or the
+        newest.
 
     Raises ValueError where there is no such model or adapter.
     """
     assert model is not None or adapter is not None
     found = None if adapter is None else find_adapter(adapter)
     if found is None:
-        section = ModelSection(name_or_path=model or "tiny")
+        section = ModelSection(name_or_path=model or "tiny", revision=revision)
     else:
-        section = find_base(found, model)
+        section = find_base(found, model, revision)
     update: dict[str, Any] = {"trust_remote_code": section.trust_remote_code or trust_remote_code}
     if dtype != "auto":
         update["dtype"] = dtype
@@ -233,16 +249,6 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:_NUM_DIGITS]
 
 
-def _commit(model_id: str) -> str | None:
-    """The commit of a model's files in the hub's cache, once its configuration or its tokenizer
-    was loaded; None if none are there."""
-    for name in (MODEL_CONFIG_FILE, "tokenizer_config.json", "tokenizer.json"):
-        found = try_to_load_from_cache(model_id, name)
-        if isinstance(found, str):
-            return Path(found).parent.name
-    return None
-
-
 def _weights_digest(directory: Path) -> str:
     """A digest of each file's header and of pieces of every tensor. It differs for other weights,
     without reading all of them."""
@@ -277,7 +283,7 @@ def _pieces(file: Path) -> Iterator[bytes]:
 
 def skeleton(target: Target) -> nn.Module:
     """The model on the meta device, without weights, for its context, head and stop tokens."""
-    section = target.base.model_copy(update={"name_or_path": target.weights})
+    section = target.base.model_copy(update={"name_or_path": target.weights, "revision": None})
     model = meta_model(Config(model=section, lora=LoraSection(enabled=False)))
     set_generation_config(causal_lm(model), target.weights)
     return model
@@ -312,7 +318,7 @@ def build_engine(
     stored = StoredModel(
         head_size=lm_head_weight(shape).shape[0],
         dtype=dtype,
-        tokenizer=resolve_model(target.base.name_or_path, with_weights=False),
+        tokenizer=resolve_model(target.base, with_weights=False),
         adapter=target.adapter,
         lora_rank=largest_rank(read_adapter_config(target.adapter)) if target.adapter else 0,
     )

@@ -10,6 +10,8 @@ from paint_engine.model.forward import (
     max_context,
 )
 from paint_engine.model.load import (
+    hub_commit,
+    is_on_hub,
     load_base,
     meta_model,
     pick_device,
@@ -29,6 +31,8 @@ __all__ = [
     "check_vocabulary",
     "compute_dtype",
     "hidden_states",
+    "hub_commit",
+    "is_on_hub",
     "lm_head_weight",
     "load_base",
     "load_tokenizer",

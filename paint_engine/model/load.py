@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import RevisionResolutionError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -17,6 +19,10 @@ from paint_engine.model.lora import add_lora
 from paint_engine.model.stored import load_weights, read_settings
 from paint_engine.seeds import adapter_seed
 
+# What a model has beside its weights.
+_SETTINGS_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
+# The same weights again, for other libraries.
+_OTHER_WEIGHTS = ("original/*", "consolidated*", "onnx/*")
 TINY_BASE = Path(__file__).parents[1] / "tiny" / "base"
 
 
@@ -51,12 +57,55 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def resolve_model(name_or_path: str, *, with_weights: bool = True) -> str:
-    """Returns the bundled base's path for "tiny"; otherwise the name itself.
+def is_on_hub(section: ModelSection) -> bool:
+    """Returns whether the model is named by a Hugging Face id."""
+    return section.name_or_path != "tiny" and not Path(section.name_or_path).is_dir()
+
+
+def _pinned_directory(section: ModelSection, *, with_weights: bool) -> str:
+    """Returns the directory of a revision's files in the hub's cache, to which they are downloaded.
+    Whoever reads the model from there reads that commit."""
+    name, revision = section.name_or_path, section.revision
+    if not is_on_hub(section):
+        raise ValueError(
+            f"model.revision: got {revision!r} with {name!r}, which is a local directory; needs a "
+            "Hugging Face id, whose versions have names; leave out --model.revision"
+        )
+    patterns = [*_SETTINGS_FILES, *(["*.safetensors"] if with_weights else [])]
+    try:
+        return snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=list(_OTHER_WEIGHTS)
+        )
+    except (OSError, ValueError, RevisionResolutionError) as error:
+        raise ValueError(
+            f"revision {revision!r} of the model {name!r} could not be loaded "
+            f"({type(error).__name__}: {error}): it is neither in the cache nor reachable on the "
+            "hub; check --model.revision, --model.name_or_path and the network"
+        ) from error
+
+
+def hub_commit(section: ModelSection) -> str | None:
+    """Returns the commit of a hub model's files in the cache, once its configuration or its
+    tokenizer was loaded; None if none are there, and for a local model."""
+    if not is_on_hub(section):
+        return None
+    for file in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+        found = try_to_load_from_cache(section.name_or_path, file, revision=section.revision)
+        if isinstance(found, str):
+            return Path(found).parent.name
+    return None
+
+
+def resolve_model(section: ModelSection, *, with_weights: bool = True) -> str:
+    """Returns what the model is read from: the bundled base's path for "tiny", the directory of a
+    pinned revision; otherwise the name itself.
 
     Raises ValueError for a directory that lacks the configuration, the tokenizer or the weights, or
-    that holds an adapter.
+    that holds an adapter, for a revision that there is not, and for a revision of a directory.
     """
+    name_or_path = section.name_or_path
+    if section.revision is not None:
+        name_or_path = _pinned_directory(section, with_weights=with_weights)
     if name_or_path == "tiny":
         return str(TINY_BASE)
     path = Path(name_or_path)
@@ -106,7 +155,10 @@ def load_base(
     """
     dtype = pick_dtype(section.dtype, device)
     stored = torch.float32 if trains_base else dtype
-    model = load_weights(resolve_model(section.name_or_path), section, stored, say)
+    model = load_weights(resolve_model(section), section, stored, say)
+    if section.revision is not None:
+        # peft writes it into the adapters' configuration: the id, and not a place in the cache.
+        model.name_or_path = model.config.name_or_path = section.name_or_path
     setattr(model, _COMPUTE_DTYPE, dtype)
     if not on_cpu:
         nn.Module.to(model, device)
@@ -121,6 +173,8 @@ def meta_model(config: Config) -> nn.Module:
     """
     section = config.model
     path = str(TINY_BASE) if section.name_or_path == "tiny" else section.name_or_path
+    if section.revision is not None:
+        path = resolve_model(section, with_weights=False)
     settings = read_settings(path, section)
     narrow = config.lora.enabled and section.dtype == "bfloat16"
     with torch.device("meta"):

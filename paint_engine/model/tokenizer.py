@@ -16,7 +16,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
     Raises ValueError if there is none, if it cannot be read, or if it has no chat template.
     """
-    path = resolve_model(section.name_or_path, with_weights=False)
+    path = resolve_model(section, with_weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code)
     except Exception as error:

@@ -7,7 +7,7 @@ from torch import nn
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import RolloutSection
 from paint_engine.distributed import World
-from paint_engine.model import FixedTeacher, Teacher, resolve_model
+from paint_engine.model import FixedTeacher, Teacher, is_on_hub, resolve_model
 from paint_engine.recipes import draws
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import RolloutEngine
@@ -36,7 +36,7 @@ def make_engines(
 ) -> tuple[RolloutEngine, RolloutEngine]:
     """Builds the engine for rollouts and the engine for evaluations. vLLM is one engine for
     both."""
-    section, name = config.rollout, resolve_model(config.model.name_or_path)
+    section, name = config.rollout, resolve_model(config.model)
     if not (draws(config) and uses_vllm(section)):
         return (
             BuiltinEngine(model, teacher.scoring, section.max_sequences),
@@ -46,7 +46,8 @@ def make_engines(
         engine = ServerEngine(
             section.url,
             model,
-            name,
+            # A server says which id it serves, and not from where.
+            config.model.name_or_path if is_on_hub(config.model) else name,
             world,
             max_sequences=section.max_sequences,
             adapter_dir=section.adapter_dir,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -36,6 +37,7 @@ from paint_engine.estimate import check_run_fits, describe
 from paint_engine.files import (
     CONFIG_FILE,
     WriteFailed,
+    recorded_commit,
     recorded_name,
     write_atomic,
     write_versions,
@@ -48,6 +50,8 @@ from paint_engine.model import (
     causal_lm,
     check_vocabulary,
     compute_dtype,
+    hub_commit,
+    is_on_hub,
     load_base,
     load_tokenizer,
     make_teacher,
@@ -203,7 +207,8 @@ def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     _check_before_loading(config, show)
     _open_reward(config, show).close()
     tokenizer, model = load_tokenizer(config.model), meta_model(config)
-    path = resolve_model(config.model.name_or_path)
+    # Of the hub, nothing is downloaded for it.
+    path = resolve_model(config.model, with_weights=not is_on_hub(config.model))
     if not check_stored(path, config.model):
         show(f"note: {config.model.name_or_path} is not in the cache; its weights are not checked")
     logit_scale(causal_lm(model), f"model {config.model.name_or_path}")
@@ -235,6 +240,9 @@ def _build_model(
     """Builds the student with its adapters, on its device or sharded, and the fixed teacher."""
     device = world.device
     model = add_lora(base, config.lora, adapter_seed(config.train.seed))
+    if isinstance(model, PeftModel):
+        # Stands in every checkpoint's adapter configuration, beside the base's name.
+        model.peft_config["default"].revision = hub_commit(config.model)
     # Sharding hides the layers that the estimate counts, so the check comes first.
     check_run_fits(config, tokenizer, train_set, model, device=device, num_ranks=world.size)
     teacher = FixedTeacher(model)
@@ -301,7 +309,9 @@ def build_run(command: CommandLine, world: World) -> Run:
     teacher = make_teacher(config.teacher, model, fixed)
     optimizer = build_optimizer(model, config.optim)
     run_dir, resumes = find_run_dir(command, world)
+    commit = hub_commit(config.model)
     if resumes:
+        _check_same_commit(config, run_dir, commit)
         sets, allow = (train_set, eval_set), command.allow_changed_data
         check_same_data(run_dir, data, sets, allow_changed=allow, say=say)
     name = recorded_name(run_dir) if resumes else command.preset or "run"
@@ -334,16 +344,28 @@ def build_run(command: CommandLine, world: World) -> Run:
         # An earlier version did not count them.
         skipped=Skipped(**state.get("skipped", {})),
     )
-    together(lambda: world.is_main and _write_start(run, data, new=not resumes), (WriteFailed,))
+    new = not resumes
+    together(lambda: world.is_main and _write_start(run, data, commit, new=new), (WriteFailed,))
     return run
 
 
-def _write_start(run: Run, data: dict[str, Any], *, new: bool) -> None:
+def _check_same_commit(config: Config, run_dir: Path, commit: str | None) -> None:
+    """Raises ValueError if a model of the hub is not at the commit that the run was started with,
+    as after a push to it."""
+    before = recorded_commit(run_dir)
+    if before is not None and before != commit:
+        raise ValueError(
+            f"{config.model.name_or_path} is at commit {commit}, and {run_dir} was started with "
+            f"{before}; a resumed run continues from the same base; give --model.revision {before}"
+        )
+
+
+def _write_start(run: Run, data: dict[str, Any], commit: str | None, *, new: bool) -> None:
     """Writes what the run is started with. The configuration comes last: it makes the directory a
     run's. It is written after a resume too, so that the next resume uses this command's settings.
     """
     if new:
-        write_versions(run.run_dir, run.name, run.world.size)
+        write_versions(run.run_dir, run.name, run.world.size, commit)
     write_data_record(run.run_dir, data)
     path, settings = run.run_dir / CONFIG_FILE, to_toml(run.config)
     # A full disk must not keep a run from being resumed.

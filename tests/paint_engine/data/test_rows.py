@@ -1,6 +1,7 @@
 """Reading rows of every known form, refusing bad ones, and the order of training."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -38,6 +39,7 @@ def load(
     section: Literal["data", "eval"] = "data",
     split: str = "train",
     needs_answer: bool = True,
+    revision: str | None = None,
 ) -> LoadedProblems:
     return load_problems(
         str(path),
@@ -47,6 +49,7 @@ def load(
         max_rows=max_rows,
         section=section,
         needs_answer=needs_answer,
+        revision=revision,
     )
 
 
@@ -355,13 +358,49 @@ def test_datasets_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_datasets_id_with_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def fake(*args: object, **kwargs: object) -> list[dict[str, str]]:
+    def fake(*args: object, **kwargs: object) -> datasets.Dataset:
         calls.append((args, kwargs))
-        return [GSM8K]
+        return datasets.Dataset.from_list([GSM8K])
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     assert load("openai/gsm8k:main").problems[0].problem_id == "openai/gsm8k[0]"
-    assert calls == [(("openai/gsm8k", "main"), {"split": "train"})]
+    assert calls == [(("openai/gsm8k", "main"), {"split": "train", "revision": None})]
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_pinned_data_set_is_of_that_revision_or_refused(
+    offline: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the network the library takes whatever version is in its cache."""
+    commit, asked = "a" * 40, []
+    # As the library's cache names its directories.
+    file = tmp_path / "some___id" / "0.0.0" / commit / "id-train.arrow"
+    file.parent.mkdir(parents=True)
+    datasets.Dataset.from_list([GSM8K]).save_to_disk(tmp_path / "saved")
+    shutil.copy(next((tmp_path / "saved").glob("*.arrow")), file)
+
+    def fake(*_: object, revision: str | None, **__: object) -> datasets.Dataset:
+        asked.append(revision)
+        return datasets.Dataset.from_file(str(file))
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    assert load("some/id").commit == load("some/id", revision=commit).commit == commit
+    with pytest.raises(ValueError, match=rf"--data.revision b+: .* is at commit {commit}; needs"):
+        load("some/id", revision="b" * 40)
+    if offline:
+        with pytest.raises(ValueError, match="give the commit itself"):
+            load("some/id", revision="v1")
+    else:
+        assert load("some/id", revision="v1").commit == commit
+    assert asked == [None, commit, "b" * 40, "v1"]
+
+
+def test_a_revision_of_a_file_is_refused(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [GSM8K])
+    for path in (file, tmp_path, "tiny"):
+        with pytest.raises(ValueError, match=r"--data.revision v1: .* is no data set of the hub"):
+            load(path, revision="v1")
 
 
 def test_datasets_failure_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
