@@ -9,8 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from paint_engine import require_engine
+from paint_engine.files import lossy_output
 
 
+@lossy_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, then evaluates or compares.
 

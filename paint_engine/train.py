@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from functools import partial
 
 from paint_engine import require_engine
+from paint_engine.files import lossy_output
 
 
+@lossy_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, builds the run and trains.
 

@@ -160,7 +160,7 @@ class _Saving:
                 raise
             error = WriteFailed(
                 f"{self.target.name} could not be saved in {self.target.parent} ({reason}): it "
-                f"takes about {self.num_bytes / 1e6:.1f} MB, and {self.free_bytes / 1e6:.1f} MB "
+                f"takes about {self.num_bytes / 1e6:.3g} MB, and {self.free_bytes / 1e6:.3g} MB "
                 "were free; its files were removed, and earlier checkpoints are intact "
                 "(--checkpoint.keep limits how many are kept)"
             )

@@ -3,7 +3,7 @@
 import shlex
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 
 from rich.console import Console
@@ -142,6 +142,11 @@ def run_training(run: Run, console: Console, stop: StopRequest) -> None:
             except EngineDied as death:
                 say(f"the rollout engine died ({death}); saved {save(run)}\n{resume}")
                 sys.exit(1)
+            except WriteFailed:
+                # Perhaps of another disk, such as the shared memory that vLLM reads.
+                with suppress(SaveFailed):
+                    save(run)
+                raise
             together(lambda: run.world.is_main and finish(run, console), (WriteFailed,))
     except NotFinite as failure:
         say(f"error: {failure}; {explain_weights(run)}\n{what_is_safe(run)}", style="red")

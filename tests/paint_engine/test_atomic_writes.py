@@ -2,14 +2,21 @@
 
 import json
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import paint_engine
 from paint_engine.files import (
+    WriteFailed,
     append_lines,
     json_line,
     make_unfinished,
@@ -20,6 +27,7 @@ from paint_engine.files import (
     write_atomic,
     write_json,
     write_link,
+    writing,
 )
 
 
@@ -76,6 +84,40 @@ def test_a_value_without_a_json_form_is_named() -> None:
         json_line({"step": 3, "loss": float("nan")})
     with pytest.raises(ValueError, match=r"^'text' cannot be written as JSON"):
         json_line({"text": b"x"})
+
+
+@pytest.mark.parametrize("write", ["safetensors", "tokenizers"])
+def test_a_library_that_gives_the_reason_as_text_fails_alike(write: str, tmp_path: Path) -> None:
+    """Both are written in Rust; tokenizers raises a plain Exception."""
+    path = tmp_path / "file"
+    failed = pytest.raises(WriteFailed, match=r"file could not be .*File too large")
+    with full_disk(), failed, writing(path):
+        if write == "safetensors":
+            save_file({"w": torch.zeros(1000)}, path)
+        else:
+            words = {f"word-{i}": i for i in range(100)}
+            Tokenizer(WordLevel(words, "word-0")).save(str(path))
+    with pytest.raises(KeyError), writing(path):
+        raise KeyError("of something else")
+
+
+def test_a_command_goes_on_without_its_output(tmp_path: Path) -> None:
+    """A log on a full disk, to the end of the process."""
+    program = (
+        "from paint_engine.files import lossy_output\n"
+        "with lossy_output():\n"
+        "    print('lost')\n"
+        "    print(5000 * 'x', flush=True)\n"
+        f"open({str(tmp_path / 'done')!r}, 'w').close()\n"
+    )
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, (tmp_path / "done").exists()) == (0, True)
+    assert done.stderr.strip() == (
+        "note: the output is lost from here on (No space left on device)"
+    )
 
 
 def test_a_link_is_replaced(tmp_path: Path) -> None:

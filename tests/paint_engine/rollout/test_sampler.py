@@ -1,13 +1,18 @@
 """A run's rollouts step by step: which weights they come from, and engines that die."""
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from paint_engine.monitor import NotFinite
 from paint_engine.monitor.timings import Timings
 from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
 from paint_engine.rollout.sampler import Sampled, Sampler
+from paint_engine.rollout.vllm_server import _completion
 from paint_engine.types import Problem, Request
 
 PARAMS = SamplingParams(1.0, 1.0, -1, 8, (2,), 340)
@@ -55,6 +60,37 @@ class FakeEngine:
 
     def close(self) -> None:
         self.closed = True
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_log_probability_that_is_not_finite_is_named(ahead: bool, value: float) -> None:
+    class Broken(FakeEngine):
+        def generate(self, *args: Any, **options: Any) -> list[Completion]:
+            first, second = super().generate(*args, **options)
+            if self.num_generated == 2:
+                second = replace(second, logprobs=(0.0, value))
+            return [first, second]
+
+    sampler, _ = make(Broken(), ahead=ahead)
+    sampler.take(0, 4)
+    # A stop waits for what was sampled ahead, and saves without it.
+    if ahead:
+        assert sampler.pending() is None
+    message = rf"token 1 \(id 1\d\) of the completion for p:0 is {value}, so the model's logits"
+    if not ahead:
+        with pytest.raises(NotFinite, match=message):
+            sampler.take(1, 4)
+    sampler.close()
+
+
+def test_a_server_has_null_for_a_log_probability_that_is_no_number() -> None:
+    choice = {
+        **{"prompt_token_ids": [1], "finish_reason": "stop", "token_ids": [5, 2]},
+        "logprobs": {"token_logprobs": [-0.5, None]},
+    }
+    completion = _completion({"choices": [choice]}, [1])
+    assert completion.logprobs[0] == -0.5 and math.isnan(completion.logprobs[1])
 
 
 PROBLEM = Problem("p:0", "How many?", "It is $\\boxed{3}$.", "3")

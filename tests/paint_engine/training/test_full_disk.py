@@ -13,8 +13,9 @@ import pytest
 from safetensors.torch import load_file
 
 from paint_engine import report
-from paint_engine.files import read_jsonl
+from paint_engine.files import WriteFailed, read_jsonl
 from paint_engine.report import __main__ as report_command
+from paint_engine.rollout.builtin import BuiltinEngine
 
 Main = Callable[[Sequence[str]], int]
 TIMING = {"seconds", "seconds_rollout", "seconds_update", "tokens_per_s"}
@@ -114,6 +115,30 @@ def test_whatever_the_system_refuses_is_one_message(
     assert "safe: " in printed or "no checkpoint is saved yet" in printed
     assert run_main(advice(printed) or other) == 0
     assert_whole(tmp_path / "other", tmp_path / "run")
+
+
+def test_a_full_disk_elsewhere_costs_no_step(
+    arguments: list[str],
+    run_main: Main,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As the shared memory in which vLLM gets the weights."""
+
+    def sync(engine: BuiltinEngine, weights_version: int) -> None:
+        if weights_version == 1:
+            raise WriteFailed("the weights for vLLM could not be written (No space left)")
+
+    monkeypatch.setattr(BuiltinEngine, "sync", sync)
+    # The rollouts alone: evaluations save before they need the weights.
+    argv = [*arguments, "--eval.enabled", "false", "--checkpoint.every", "0"]
+    assert run_main(argv) == 1
+    printed = capsys.readouterr().out
+    assert "error: the weights for vLLM could not be written" in printed
+    assert "safe: all 1 steps up to the newest checkpoint: step-1" in printed
+    monkeypatch.undo()
+    assert run_main(advice(printed)) == 0
 
 
 def test_a_report_that_does_not_fit_keeps_the_earlier_one(
