@@ -363,7 +363,8 @@ def write_versions(
 
 
 def recorded_commit(run_dir: Path) -> str | None:
-    """Returns the commit of the run's model that its `versions.json` records; None for a local model."""
+    """Returns the commit of the run's model that its `versions.json` records; None if the model is
+    local."""
     file = run_dir / VERSIONS_FILE
     return json.loads(file.read_text()).get(_COMMIT) if file.is_file() else None
 

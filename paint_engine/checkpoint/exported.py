@@ -7,12 +7,10 @@ its rotary embeddings are then those of its own default base frequency.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -32,7 +30,7 @@ from paint_engine.files import (
     MODEL_CONFIG_FILE,
     new_directory,
 )
-from paint_engine.model import load_tokenizer, resolve_model
+from paint_engine.model import is_on_hub, load_tokenizer, resolve_model
 
 # The class that reads tokenizer.json as it is, by a name of both releases.
 _TOKENIZER_CLASS = "PreTrainedTokenizerFast"
@@ -50,7 +48,7 @@ def export_merged(
     Returns whether transformers 4.57 reads the model too, as `save_model` does.
 
     Raises ValueError where `output_dir` is not empty, where the base cannot be loaded or the
-    adapter does not fit it, and where the disk is full.
+    adapter does not fit it, and WriteFailed where it cannot be written.
     """
     _check_new(output_dir)
     tokenizer = load_tokenizer(section)

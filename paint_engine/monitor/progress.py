@@ -95,7 +95,9 @@ class Progress:
                 meter.advance_to(int(metrics["step"]))
                 keys = metrics.keys() - ({"loss"} if is_flat(metrics) else set())
                 shown = [field for field in fields if field.key in keys]
-                texts = [(field.label, _formatted(field.form, metrics[field.key])) for field in shown]
+                texts = [
+                    (field.label, _formatted(field.form, metrics[field.key])) for field in shown
+                ]
                 if metrics.get(SKIPPED_STEPS):
                     texts.append(("skipped", f"{metrics[SKIPPED_STEPS]:.0f}"))
                 show(texts)
