@@ -37,10 +37,9 @@ def check_completion(completion: Completion, name: str) -> None:
 
     name: of the problem, for the message.
     """
-    for place, (token, value) in enumerate(
-        zip(completion.token_ids, completion.logprobs, strict=True)
-    ):
+    for place, value in enumerate(completion.logprobs):
         if not math.isfinite(value):
+            token = completion.token_ids[place]
             raise NotFinite(
                 f"rank {launched_rank()}: the sampler's log-probability of token {place} (id "
                 f"{token}) of the completion for {name} is {value}, so the model's logits there "

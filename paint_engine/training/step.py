@@ -56,6 +56,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
                 fault = fault or scored.fault(items, record.add(items, scored.output))
             if items and number == 0:
                 record.add_first(place, items, scored, run.tokenizer)
+            # Its hidden states would stay in memory beside the next micro-batch's.
+            del scored, loss
         stop_at_fault(run, step, fault)
         with span("optimizer"):
             rate, grad_norm = update(run, step)

@@ -31,7 +31,7 @@ from paint_engine.evaluation.store import (
     read_finished,
     read_unfinished,
 )
-from paint_engine.files import append_lines, read_jsonl
+from paint_engine.files import WriteFailed, append_lines, read_jsonl
 from paint_engine.rewards.math import MathReward
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import Completion, sampling_params
@@ -319,7 +319,7 @@ def test_short_writes_are_gone_on_with(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="exists"):
+    with pytest.raises(WriteFailed, match=r"file could not be written \(File exists"):
         _open(tmp_path / "file")
 
 
