@@ -9,13 +9,13 @@ from peft import PeftModel
 from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from paint_engine.checkpoint.adapters import PREFIX, check_adapter, quiet_peft, tensor_names
 from paint_engine.config.sections import ModelSection
 from paint_engine.files import ADAPTER_CONFIG_FILE
 from paint_engine.model import resolve_model
-from paint_engine.model.stored import load_weights, read_settings
+from paint_engine.model.stored import empty_model, load_weights, read_settings
 
 # Weights that are compared at once: what fits into a processor's cache.
 _PIECE = 1 << 16
@@ -241,8 +241,5 @@ def _convert(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 def check_against_base(checkpoint: Path, section: ModelSection) -> None:
     """`check_adapter` with the base that the section names. Loads its configuration alone."""
-    trusted = section.trust_remote_code
-    config = read_settings(resolve_model(section), section)
-    with torch.device("meta"):
-        shape = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    shape = empty_model(read_settings(resolve_model(section), section), section)
     check_adapter(checkpoint, shape, section.name_or_path)

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import RevisionResolutionError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from paint_engine.config.schema import Config
@@ -16,7 +16,7 @@ from paint_engine.config.sections import ModelSection
 from paint_engine.files import ADAPTER_CONFIG_FILE
 from paint_engine.model.forward import _COMPUTE_DTYPE
 from paint_engine.model.lora import add_lora
-from paint_engine.model.stored import load_weights, read_settings
+from paint_engine.model.stored import empty_model, load_weights, read_settings
 from paint_engine.seeds import adapter_seed
 
 # What a model has beside its weights.
@@ -177,10 +177,6 @@ def meta_model(config: Config) -> nn.Module:
         path = resolve_model(section, with_weights=False)
     settings = read_settings(path, section)
     narrow = config.lora.enabled and section.dtype == "bfloat16"
+    base = empty_model(settings, section, dtype=torch.bfloat16 if narrow else torch.float32)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            settings,
-            dtype=torch.bfloat16 if narrow else torch.float32,
-            trust_remote_code=section.trust_remote_code,
-        )
         return add_lora(base, config.lora, adapter_seed(config.train.seed))

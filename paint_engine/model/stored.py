@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
@@ -62,7 +63,8 @@ def read_settings(path: str, section: ModelSection) -> PreTrainedConfig:
     name = section.name_or_path
     try:
         settings = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # Each configuration class checks its values in its own way, with errors of its own.
         raise ValueError(
             f"configuration of {name!r} could not be read ({error}): check "
             "--model.name_or_path; a directory needs the model's config.json, undamaged"
@@ -73,6 +75,29 @@ def read_settings(path: str, section: ModelSection) -> PreTrainedConfig:
             found = quantised if isinstance(quantised, dict) else quantised.to_dict()
             raise _quantised(name, f"with {found.get('quant_method', 'an unnamed method')}")
     return settings
+
+
+def empty_model(settings: PreTrainedConfig, section: ModelSection, **given: Any) -> PreTrainedModel:
+    """Builds the causal language model of a configuration on the meta device, without weights.
+
+    Raises ValueError if transformers has none for it, or cannot build it.
+    """
+    name, trusted = section.name_or_path, section.trust_remote_code
+    own = getattr(settings, "auto_map", None) or {}
+    if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own:
+        raise ValueError(
+            f"model {name} is of type {settings.model_type!r}, for which transformers has no "
+            "causal language model; needs a decoder such as Qwen3 or Llama; use such a model"
+        )
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(settings, trust_remote_code=trusted, **given)
+    except Exception as error:
+        # As above: values that do not go together are found where they are used.
+        raise ValueError(
+            f"model {name} cannot be built from its config.json ({type(error).__name__}: {error}); "
+            "correct that file, or save or fetch the model again"
+        ) from error
 
 
 def stored_dtype(settings: PreTrainedConfig) -> torch.dtype:
@@ -164,12 +189,12 @@ def _misfits(found: Mapping[str, Any], head: str | None) -> list[str]:
     )
     said = []
     if missing:
-        said.append(f"no file holds {len(missing)} of the model's weights ({_first(missing)})")
+        said.append(f"weights that no file holds: {len(missing)} ({_first(missing)})")
     if unused:
-        said.append(f"the model has no place for {len(unused)} stored tensors ({_first(unused)})")
+        said.append(f"stored tensors without a place in it: {len(unused)} ({_first(unused)})")
     if shapes:
         listed = (f"{name}: {list(came)} for {list(needed)}" for name, came, needed in shapes)
-        said.append(f"{len(shapes)} stored tensors have another shape ({_first(listed)})")
+        said.append(f"stored tensors of another shape: {len(shapes)} ({_first(listed)})")
     if missing == {head}:
         said.append(
             "if the head is the embeddings, tie_word_embeddings in config.json has to be true"
@@ -183,13 +208,11 @@ def _fill(
     tensors: Mapping[str, Any], settings: PreTrainedConfig, section: ModelSection, **given: Any
 ) -> PreTrainedModel:
     """Returns the model with the tensors as its weights. Raises ValueError if they do not fit."""
-    name, trusted = section.name_or_path, section.trust_remote_code
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(settings, trust_remote_code=trusted)
+    name, empty = section.name_or_path, empty_model(settings, section)
     short = unwrapped_names(tensors)
     try:
         with _without_report():
-            model, found = type(empty).from_pretrained(
+            loaded = type(empty).from_pretrained(
                 None,
                 config=settings,
                 state_dict={short[name]: tensor for name, tensor in tensors.items()},
@@ -199,6 +222,8 @@ def _fill(
             )
     except RuntimeError as error:
         raise load_failure("model", name, error) from error
+    assert isinstance(loaded, tuple), "asked for with output_loading_info"
+    model, found = loaded
     names = {id(weight): n for n, weight in empty.named_parameters()}
     head = empty.get_output_embeddings()
     misfits = _misfits(found, None if head is None else names.get(id(head.weight)))
@@ -224,6 +249,9 @@ def _stored_tensors(
     name = section.name_or_path
     try:
         files = weight_files(path, cached_only=cached_only)
+    except (OSError, ValueError) as error:
+        raise load_failure("model", name, error) from error
+    try:
         with _open_tensors(files) as tensors:
             quantised = {n: t.get_dtype() for n, t in tensors.items()}
             quantised = {n: dtype for n, dtype in quantised.items() if dtype not in _FLOATS}

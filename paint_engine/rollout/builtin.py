@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from paint_engine.model import causal_lm, compute_dtype, lm_head_weight
+from paint_engine.model import causal_lm, compute_dtype
 from paint_engine.model.forward import backbone_states
 from paint_engine.model.rounding import is_rounding, relative_error, shares_half_the_digits
 from paint_engine.model.sharding import unsharded
@@ -235,7 +235,10 @@ def _rows_are_independent(model: PreTrainedModel) -> bool:
     """
     if hasattr(model, _INDEPENDENT):
         return getattr(model, _INDEPENDENT)
-    num_tokens, generator = len(lm_head_weight(model)), torch.Generator().manual_seed(0)
+    num_tokens, generator = (
+        model.config.get_text_config().vocab_size,
+        torch.Generator().manual_seed(0),
+    )
     drawn = torch.randint(num_tokens, (16,), generator=generator).tolist()
     text, other = drawn[:5], drawn[5:]
     ids = torch.tensor([text], device=next(model.parameters()).device)

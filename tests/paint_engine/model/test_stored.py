@@ -57,18 +57,18 @@ MISFITS = {
     "no head": (
         {"tie_word_embeddings": False},
         lambda w: w,
-        r"no file holds 1 of the model's weights \(lm_head.weight\); if the head is the embeddings",
+        r"weights that no file holds: 1 \(lm_head.weight\); if the head is the embeddings",
     ),
-    "no layer": ({}, without("layers.1."), r"no file holds 11 of .* and 8 more\)"),
+    "no layer": ({}, without("layers.1."), r"no file holds: 11 \(.* and 8 more\)"),
     "a spare layer": (
         {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
         lambda w: w,
-        r"no place for 11 stored tensors \(model.layers.1.input_layernorm.weight",
+        r"without a place in it: 11 \(model.layers.1.input_layernorm.weight",
     ),
     "another shape": (
         {"intermediate_size": 64},
         lambda w: w,
-        r"6 stored tensors have another shape \(model.layers.0.mlp.down_proj.weight: \[\d+, \d+\]"
+        r"stored tensors of another shape: 6 \(model.layers.0.mlp.down_proj.weight: \[\d+, \d+\]"
         r" for \[\d+, 64\]",
     ),
     "an unmerged adapter": (
@@ -217,7 +217,7 @@ def test_experts_that_are_stored_one_by_one_fill_the_fused_ones(tmp_path: Path) 
     assert check_stored(str(tmp_path / "moe"), section)
     assert any(".experts.2." in name for name in load_file(tmp_path / "moe" / "model.safetensors"))
     path, section = changed(tmp_path / "moe", tmp_path / "fewer", without(".experts.2."))
-    with pytest.raises(ValueError, match=r"another shape .*experts"):
+    with pytest.raises(ValueError, match=r"another shape: .*experts"):
         check_stored(path, section)
 
 
@@ -226,3 +226,29 @@ def test_a_hub_model_that_is_not_cached_cannot_be_checked(
 ) -> None:
     monkeypatch.setattr("paint_engine.model.stored.weight_files", lambda path, **_: [])
     assert not check_stored(str(model_dir), ModelSection(name_or_path=str(model_dir)))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "t5"}, "of type 't5', for which transformers has no causal language model"),
+        ({"model_type": "no-such"}, "configuration of .* could not be read"),
+        ({"hidden_size": "big"}, "configuration of .* could not be read .*hidden_size"),
+        ({"rope_parameters": {"rope_type": "odd", "rope_theta": 1e4}}, "cannot be built .*odd"),
+    ],
+)
+def test_a_configuration_without_a_model_is_refused(
+    config: dict[str, Any], message: str, model_dir: Path, tmp_path: Path
+) -> None:
+    path, section = changed(model_dir, tmp_path / "model", **config)
+    for load in (check_stored, lambda *given: load_weights(*given, None)):
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            load(path, section)
+
+
+def test_a_damaged_index_is_named(untied_model_dir: Path, tmp_path: Path) -> None:
+    path, section = changed(untied_model_dir, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ValueError, match=f"'{path}' could not be loaded .*damaged"):
+        check_stored(path, section)
