@@ -188,7 +188,8 @@ def _decode_batch(
     params: SamplingParams,
 ) -> list[Completion]:
     head, device = model.get_output_embeddings(), next(model.parameters()).device
-    assert isinstance(head, nn.Linear), type(head)
+    # A linear layer, or an adapter's wrapper around it.
+    assert head is not None
     uniforms = _uniforms(seeds, params.max_new_tokens, device)
     drawn = _Drawn(len(prompts), params, device)
     decoding = _Decoding(model, prompts)
@@ -235,10 +236,8 @@ def _rows_are_independent(model: PreTrainedModel) -> bool:
     """
     if hasattr(model, _INDEPENDENT):
         return getattr(model, _INDEPENDENT)
-    num_tokens, generator = (
-        model.config.get_text_config().vocab_size,
-        torch.Generator().manual_seed(0),
-    )
+    generator = torch.Generator().manual_seed(0)
+    num_tokens = model.config.get_text_config().vocab_size
     drawn = torch.randint(num_tokens, (16,), generator=generator).tolist()
     text, other = drawn[:5], drawn[5:]
     ids = torch.tensor([text], device=next(model.parameters()).device)
