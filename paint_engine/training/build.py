@@ -310,13 +310,11 @@ def build_run(command: CommandLine, world: World) -> Run:
     optimizer = build_optimizer(model, config.optim)
     run_dir, resumes = find_run_dir(command, world)
     commit = hub_commit(config.model)
+    state: dict[str, Any] = {"step": 0, "seconds_train": 0.0, "sampled_ahead": None}
     if resumes:
         _check_same_commit(config, run_dir, commit)
         sets, allow = (train_set, eval_set), command.allow_changed_data
         check_same_data(run_dir, data, sets, allow_changed=allow, say=say)
-    name = recorded_name(run_dir) if resumes else command.preset or "run"
-    state: dict[str, Any] = {"step": 0, "seconds_train": 0.0, "sampled_ahead": None}
-    if resumes:
         num_steps = config.train.num_steps
         state = _load_progress(run_dir, model, optimizer, teacher, num_steps, world, say)
     longest = min(longest_sequence(config, tokenizer, train_set, eval_set), max_context(base))
@@ -325,7 +323,7 @@ def build_run(command: CommandLine, world: World) -> Run:
     run = Run(
         config=config,
         recipe=recipe_of(config),
-        name=name,
+        name=recorded_name(run_dir) if resumes else command.preset or "run",
         run_dir=run_dir,
         world=world,
         tokenizer=tokenizer,
