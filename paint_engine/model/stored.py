@@ -280,8 +280,7 @@ def load_weights(
     """
     settings = read_settings(path, section)
     with _stored_tensors(path, section, cached_only=False) as tensors:
-        if wrapped := _wrapped(tensors):
-            say(f"note: {_carry_prefixes(section.name_or_path, wrapped)}, which were taken off")
+        _tell_prefixes(tensors, section, say)
         model = _fill(tensors, settings, section, dtype=dtype or stored_dtype(settings))
     _check_tied_head(model, section.name_or_path)
     check_finite(model, section.name_or_path)
@@ -309,6 +308,13 @@ def _carry_prefixes(name: str, wrapped: list[str]) -> str:
     return f"the stored weights of {name} carry prefixes of a wrapper ({_first(wrapped)})"
 
 
+def _tell_prefixes(
+    names: Iterable[str], section: ModelSection, say: Callable[[str], object]
+) -> None:
+    if wrapped := _wrapped(names):
+        say(f"note: {_carry_prefixes(section.name_or_path, wrapped)}, which are taken off")
+
+
 def refuse_prefixes(path: str) -> None:
     """Raises ValueError if stored names carry prefixes of a wrapper, for programs that read the
     files themselves.
@@ -325,8 +331,12 @@ def refuse_prefixes(path: str) -> None:
         )
 
 
-def check_stored(path: str, section: ModelSection) -> bool:
+def check_stored(
+    path: str, section: ModelSection, say: Callable[[str], object] = lambda text: None
+) -> bool:
     """Checks the names, shapes and dtypes of the stored weights without reading them.
+
+    say: as in `load_weights`.
 
     Returns False if there was nothing to check: the model is on the hub and not in the cache.
     Raises ValueError as `load_weights` does, except for values.
@@ -335,6 +345,7 @@ def check_stored(path: str, section: ModelSection) -> bool:
     with _stored_tensors(path, section, cached_only=True) as tensors:
         if not tensors:
             return False
+        _tell_prefixes(tensors, section, say)
         shapes = {
             name: torch.empty(tensor.get_shape(), device="meta") for name, tensor in tensors.items()
         }

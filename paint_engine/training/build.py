@@ -209,7 +209,7 @@ def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     tokenizer, model = load_tokenizer(config.model), meta_model(config)
     # Of the hub, nothing is downloaded for it.
     path = resolve_model(config.model, with_weights=not is_on_hub(config.model))
-    if not check_stored(path, config.model):
+    if not check_stored(path, config.model, show):
         show(f"note: {config.model.name_or_path} is not in the cache; its weights are not checked")
     logit_scale(causal_lm(model), f"model {config.model.name_or_path}")
     check_layers(causal_lm(model), config.model.attention)

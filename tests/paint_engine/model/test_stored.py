@@ -125,6 +125,7 @@ def test_the_prefixes_of_wrappers_are_taken_off_and_told(
     assert said == []
     model = load_weights(path, section, None, said.append)
     assert len(said) == 1 and "prefixes of a wrapper" in said[0] and path in said[0]
+    assert check_stored(path, section, said.append) and said[0] == said[1]
     expected = plain.state_dict()
     assert {n: w.tolist() for n, w in model.state_dict().items()} == {
         n: w.tolist() for n, w in expected.items()
