@@ -155,13 +155,12 @@ def load_base(
     """
     dtype = pick_dtype(section.dtype, device)
     stored = torch.float32 if trains_base else dtype
-    model = load_weights(resolve_model(section), section, stored, say)
+    place = None if on_cpu else device
+    model = load_weights(resolve_model(section), section, stored, say, device=place)
     if section.revision is not None:
         # peft writes it into the adapters' configuration: the id, and not a place in the cache.
         model.name_or_path = model.config.name_or_path = section.name_or_path
     setattr(model, _COMPUTE_DTYPE, dtype)
-    if not on_cpu:
-        nn.Module.to(model, device)
     return model
 
 
