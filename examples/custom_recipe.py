@@ -1,6 +1,6 @@
-"""A recipe of one's own: PAINT in which later tokens have less weight.
+r"""A recipe of one's own: PAINT in which later tokens have less weight.
 
-    python -m paint_engine.train --preset paint-tiny \\
+    python -m paint_engine.train --preset paint-tiny \
         --objective.name examples.custom_recipe:EarlyTokens
 
 A recipe is a subclass of `paint_engine.recipes.Recipe`. This one inherits everything from PAINT,

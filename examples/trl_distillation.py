@@ -1,5 +1,6 @@
 """TRL's DistillationTrainer with the PAINT loss: on-policy distillation from a frozen teacher.
 
+pip install trl
 python examples/trl_distillation.py     # the bundled model on a CPU, in seconds
 
 The student is the bundled base with noise on its weights, and the base teaches. For models that

@@ -39,7 +39,8 @@ def _check_length(
     if room < 1:
         raise ValueError(
             f"--{limit_key}: got {completion}; needs less than the model's context of {context} "
-            "tokens, because the context also holds the prompt; lower it"
+            f"tokens, because the context also holds the prompt of {num_tokens} tokens; give "
+            f"{max(context - num_tokens, 1)} or less"
         )
     if num_tokens > room:
         raise ValueError(

@@ -110,6 +110,13 @@ def resolve_model(section: ModelSection, *, with_weights: bool = True) -> str:
         return str(TINY_BASE)
     path = Path(name_or_path)
     if not path.is_dir():
+        # An id has at most one slash, between owner and name.
+        if name_or_path.startswith(("/", ".", "~")) or name_or_path.count("/") > 1:
+            raise ValueError(
+                f"model {name_or_path}: there is no such directory (relative to {Path.cwd()}); "
+                "needs a model directory or a Hugging Face id; check --model.name_or_path (--model "
+                "in an evaluation or export)"
+            )
         return name_or_path
     present = {file.name for file in path.iterdir()}
     if ADAPTER_CONFIG_FILE in present:

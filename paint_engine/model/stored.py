@@ -251,6 +251,11 @@ def _stored_tensors(
         files = weight_files(path, cached_only=cached_only)
     except (OSError, ValueError) as error:
         raise load_failure("model", name, error) from error
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(
+            f"model {name} lacks {len(missing)} of the {len(files)} files that its index names "
+            f"({_first(missing)}); save or fetch it again"
+        )
     try:
         with _open_tensors(files) as tensors:
             quantised = {n: t.get_dtype() for n, t in tensors.items()}

@@ -188,6 +188,11 @@ def _check_before_loading(config: Config, say: Callable[[str], object]) -> None:
             "held-out problems of your own with --eval.path, or switch that off with "
             "--eval.enabled false"
         )
+    if config.eval.enabled and config.eval.path == config.data.path != "tiny":
+        say(
+            f"note: {config.data.path} is both trained on and evaluated on; name held-out problems "
+            "with --eval.path"
+        )
 
 
 def _open_reward(config: Config, warn: Callable[[str], object]) -> Reward:
