@@ -312,12 +312,12 @@ def append_lines(file: FileIO, lines: bytes) -> None:
 
 
 def truncate_jsonl(path: Path, last_step: int) -> None:
-    """Removes the objects of steps after `last_step`. Writes nothing if there are none, since a
-    disk may have no room for a second copy."""
-    records = read_jsonl(path)
-    kept = [record for record in records if record["step"] <= last_step]
-    if len(kept) < len(records):
-        write_atomic(path, b"".join(json_line(record) for record in kept))
+    """Removes the objects of steps after `last_step`, and a line that is cut off. Writes nothing if
+    there are none, since a disk may have no room for a second copy."""
+    kept = [record for record in read_jsonl(path) if record["step"] <= last_step]
+    whole = b"".join(json_line(record) for record in kept)
+    if path.read_bytes() != whole:
+        write_atomic(path, whole)
 
 
 # ---- what a run was started with -----------------------------------------------------------------
