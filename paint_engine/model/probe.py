@@ -33,7 +33,6 @@ _NUM_STATES = 16
 _LENGTHS = (9, 5)
 # Factors on hidden states whose logits are about 1: a bias shows at 0, a cap at 50 or above at 100.
 _MAGNITUDES = (0.0, 1.0, 100.0)
-_SEED = 0
 
 
 class _Output:
@@ -111,7 +110,7 @@ def logit_scale(model: PreTrainedModel, name: str) -> float:
             "Qwen3 or Llama, and leave the head out of the adapters' target_modules"
         )
     width = old.weight.shape[1]
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(0)
     # Made without values, since initialising would draw from the global generator.
     with torch.device("meta"):
         head = nn.Linear(width, _NUM_ROWS, bias=old.bias is not None, dtype=torch.float32)
@@ -158,7 +157,7 @@ def forward_error(model: nn.Module, attention: str) -> float:
     attention: that of the losses.
     """
     inner, vocab_size = causal_lm(model), lm_head_weight(model).shape[0]
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in _LENGTHS]
     packed = pack_sequences([row[:1] for row in rows], [row[1:] for row in rows])
     sequences = sequences_to(packed, inner.device)
