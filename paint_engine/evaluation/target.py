@@ -50,7 +50,7 @@ from paint_engine.model import (
     resolve_model,
 )
 from paint_engine.model.load import TINY_BASE, pick_dtype
-from paint_engine.model.probe import check_forward
+from paint_engine.model.probe import check_forward, set_logit_scale
 from paint_engine.model.stored import check_stored, set_generation_config
 from paint_engine.prompts.chat import student_text
 from paint_engine.rollout import RolloutEngine
@@ -340,6 +340,7 @@ def build_engine(
 def _load(target: Target, dtype: torch.dtype, device: torch.device) -> nn.Module:
     if target.checkpoint is not None:
         model = load_whole(target.checkpoint, target.base, dtype)
+        set_logit_scale(model, f"model {target.weights}")
         model = nn.Module.to(model, device)
     else:
         model = load_base(target.base, device)

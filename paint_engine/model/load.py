@@ -16,6 +16,7 @@ from paint_engine.config.sections import ModelSection
 from paint_engine.files import ADAPTER_CONFIG_FILE
 from paint_engine.model.forward import _COMPUTE_DTYPE
 from paint_engine.model.lora import add_lora
+from paint_engine.model.probe import set_logit_scale
 from paint_engine.model.stored import empty_model, load_weights, read_settings
 from paint_engine.seeds import adapter_seed
 
@@ -158,7 +159,7 @@ def load_base(
     on_cpu: leave it there, to be sharded onto devices of that kind.
     say: is called with a note if the names of the weights had to be changed.
 
-    Raises ValueError as `load_weights` does.
+    Raises ValueError as `load_weights` and `logit_scale` do.
     """
     dtype = pick_dtype(section.dtype, device)
     stored = torch.float32 if trains_base else dtype
@@ -168,6 +169,7 @@ def load_base(
         # peft writes it into the adapters' configuration: the id, and not a place in the cache.
         model.name_or_path = model.config.name_or_path = section.name_or_path
     setattr(model, _COMPUTE_DTYPE, dtype)
+    set_logit_scale(model, f"model {section.name_or_path}")
     return model
 
 

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from paint_engine.model.forward import (
+    LOGIT_SCALE,
     autocast,
     causal_lm,
     compute_dtype,
@@ -144,6 +145,11 @@ def logit_scale(model: PreTrainedModel, name: str) -> float:
         return 1.0
     # The factor of float32 logits: rounding makes it exact where it is a power of two.
     return float(torch.tensor(scale, dtype=torch.float32))
+
+
+def set_logit_scale(model: PreTrainedModel, name: str) -> None:
+    """Puts the factor of `logit_scale` into the hidden states that our passes return."""
+    setattr(model, LOGIT_SCALE, logit_scale(model, name))
 
 
 @torch.no_grad()

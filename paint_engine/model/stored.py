@@ -26,8 +26,6 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from paint_engine.config.sections import ModelSection
-from paint_engine.model.forward import LOGIT_SCALE
-from paint_engine.model.probe import logit_scale
 
 # What saving a wrapped model writes before all names (PEFT, DistributedDataParallel) or before the
 # names of a wrapped submodule (torch.compile, FSDP, activation checkpointing).
@@ -283,8 +281,7 @@ def load_weights(
     say: is called with a note if wrappers' prefixes were taken off the names.
     device: where the weights go; None = they stay on the CPU.
 
-    Raises ValueError unless the files fill every weight with finite numbers and hold no others,
-    and if the logits are not a multiple of hidden states @ head.weight.T.
+    Raises ValueError unless the files fill every weight with finite numbers and hold no others.
     """
     settings = read_settings(path, section)
     with _stored_tensors(path, section, cached_only=False) as tensors:
@@ -295,7 +292,6 @@ def load_weights(
         nn.Module.to(model, device)
     # On the device, since a GPU reads its memory a hundred times as fast as a CPU.
     check_finite(model, section.name_or_path)
-    setattr(model, LOGIT_SCALE, logit_scale(model, f"model {section.name_or_path}"))
     set_generation_config(model, path)
     return model
 

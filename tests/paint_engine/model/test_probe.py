@@ -19,9 +19,9 @@ from transformers import (
 )
 from transformers.models.auto import AutoModelForCausalLM
 
-from paint_engine.model.forward import LOGIT_SCALE, hidden_states, lm_head_weight
+from paint_engine.model.forward import hidden_states, lm_head_weight
 from paint_engine.model.packing import pack_sequences
-from paint_engine.model.probe import check_forward, logit_scale
+from paint_engine.model.probe import check_forward, logit_scale, set_logit_scale
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 48,
@@ -74,7 +74,7 @@ def test_the_scale_is_found_without_its_name(name: str, device: str) -> None:
 def test_hidden_states_times_the_head_are_the_model_s_logits(name: str) -> None:
     config, _ = SCALED[name]
     model = build(config)
-    setattr(model, LOGIT_SCALE, logit_scale(model, name))
+    set_logit_scale(model, name)
     check_forward(model, "padded", name)
     ids = list(range(3, 15))
     states = hidden_states(model, pack_sequences([ids[:1]], [ids[1:]]), attention="padded")
