@@ -158,10 +158,9 @@ def test_what_the_function_started_is_killed_with_it(opened: Callable[..., Rewar
     os.kill(child, 0)
     assert "took longer" in str(reward.judge(PROBLEM, "time.sleep(60)").error)
     with pytest.raises(ProcessLookupError):
-        # Whoever inherits it takes a moment to collect it.
+        # On a busy machine it takes a moment to die, and to be collected by whoever inherits it.
         for _ in range(100):
             os.kill(child, 0)
-            assert Path(f"/proc/{child}/stat").read_text().split()[2] == "Z"
             time.sleep(0.1)
 
 
