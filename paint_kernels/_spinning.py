@@ -12,6 +12,7 @@ threads that each own a parked team of OpenMP threads push that count above the 
 the processors are free again. The teams that compute keep their size, so no result changes.
 """
 
+import atexit
 import os
 import sys
 import threading
@@ -71,7 +72,10 @@ class ParkedTeams:
         self._released.wait()
 
     def release(self) -> None:
+        """Ends the threads and waits for them."""
         self._released.set()
+        for thread in self.threads:
+            thread.join()
 
 
 class LoadFollower:
@@ -113,7 +117,10 @@ class LoadFollower:
         lacking = others - max(0, num_processors - num_threads)
         if self.parked is None and lacking > BUSY and num_threads > 1:
             self.parked = ParkedTeams(num_teams_above_limit(num_threads, num_processors))
+            # A thread that is inside PyTorch when the interpreter ends would abort the process.
+            atexit.register(self.parked.release)
         elif self.parked is not None and lacking < FREE:
+            atexit.unregister(self.parked.release)
             self.parked.release()
             self.parked = None
 

@@ -170,3 +170,15 @@ def test_used_seconds_count_this_process() -> None:
     while time.process_time() - own < 0.3:
         pass
     assert _spinning.used_seconds() - before > 0.2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp")
+def test_a_process_may_end_at_any_moment_of_the_parking() -> None:
+    """A thread inside PyTorch at the interpreter's end aborts the process."""
+    program = (
+        "from paint_kernels import follow_load\n"
+        "for others in [100.0, 0.0] * 5 + [100.0]: follow_load.adapt(others)"
+    )
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
