@@ -123,7 +123,11 @@ def weight_files(path: str, *, cached_only: bool = False) -> list[Path]:
     """
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
         found = cached_file(
-            path, name, local_files_only=cached_only, _raise_exceptions_for_missing_entries=False
+            path,
+            name,
+            local_files_only=cached_only,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=not cached_only,
         )
         if found is not None and name == SAFE_WEIGHTS_NAME:
             return [Path(found)]
@@ -328,6 +332,8 @@ def refuse_prefixes(path: str) -> None:
 
     path: a directory or a hub id.
     """
+    if Path(path).is_absolute() and not Path(path).is_dir():
+        return  # vLLM names it.
     with _open_tensors(weight_files(path, cached_only=True)) as tensors:
         wrapped = _wrapped(tensors)
     if wrapped:

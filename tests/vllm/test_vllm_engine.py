@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paint_engine.config.sections import PromptsSection
 from paint_engine.distributed import World
+from paint_engine.files import WriteFailed
 from paint_engine.model.forward import hidden_states, lm_head_weight
 from paint_engine.model.packing import pack_sequences
 from paint_engine.prompts.chat import encode_student_prompt
@@ -334,7 +335,7 @@ def test_weights_that_cannot_be_written(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(rollout_weights, "write_weights", full)
-    with pytest.raises(ValueError, match=r"No space left.*needs .* GB there.*adapter_dir"):
+    with pytest.raises(WriteFailed, match=r"No space left.*needs .* GB there.*adapter_dir"):
         files.write(1)
     files.close()
     assert list(tmp_path.iterdir()) == []

@@ -222,6 +222,11 @@ def test_experts_that_are_stored_one_by_one_fill_the_fused_ones(tmp_path: Path) 
         check_stored(path, section)
 
 
+def test_the_cache_may_lack_a_hub_model() -> None:
+    assert weight_files("someone/none", cached_only=True) == []
+    refuse_prefixes("someone/none")
+
+
 def test_a_hub_model_that_is_not_cached_cannot_be_checked(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
