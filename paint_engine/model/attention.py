@@ -6,7 +6,7 @@ including masks, in all other calls, so the sampler's cache and padding are unch
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from inspect import signature
@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from paint_engine.model.packing import pack_sequences
+from paint_engine.model.packing import pack_sequences, sequences_to
 from paint_engine.model.rounding import is_rounding, relative_error
 from paint_engine.types import PackedSequences
 
@@ -192,9 +192,7 @@ def _mixes_packed(model: PreTrainedModel) -> bool:
     may take its mask from elsewhere than the positions."""
     first, second, device = [1, 2, 3], [4, 5, 6, 7, 8], model.device
     packed = pack_sequences([first[:1], second[:1]], [first[1:], second[1:]])
-    packed = replace(
-        packed, token_ids=packed.token_ids.to(device), position_ids=packed.position_ids.to(device)
-    )
+    packed = sequences_to(packed, device)
     states = model.base_model(**packed_arguments(packed, "packed")).last_hidden_state
     ids = torch.tensor([second], device=device)
     alone = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
