@@ -342,6 +342,7 @@ def test_settings_that_a_later_peft_adds_and_leaves_off_are_taken(
     off |= {"runtime_config": {"ephemeral_gpu_offload": False}}
     file.write_text(json.dumps(json.loads(file.read_text()) | off))
     export.main([str(tmp_path / "adapter"), str(tmp_path / "out")])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 BASES = {
