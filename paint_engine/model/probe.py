@@ -1,8 +1,7 @@
 """Compares the logits that the losses see with those of the model's own forward pass.
 
 The losses compute logits as hidden states @ head.weight.T. A model may do more: scale them, cap
-them, add a bias. A constant scale is put into the hidden states; anything else is
-refused.
+them, add a bias. A constant scale is put into the hidden states; anything else is refused.
 """
 
 from collections.abc import Iterator

@@ -119,7 +119,8 @@ def weight_files(path: str, *, cached_only: bool = False) -> list[Path]:
     path: a directory or a hub id, whose files are downloaded.
     cached_only: looks for a hub id in the cache alone.
 
-    Raises OSError if a file that the index names is missing.
+    Raises OSError if a file cannot be fetched, and ValueError for a damaged index. A local file
+    that the index names may be missing.
     """
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
         found = cached_file(

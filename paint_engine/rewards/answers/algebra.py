@@ -161,7 +161,7 @@ def _is_zero(constant: Expr) -> bool:
     parts = value.as_real_imag()
     if not all(part.is_Float or part.is_Rational for part in parts):
         return sympy.simplify(constant) == 0
-    # A precision of one bit is sympy's mark of a value of which it knows no digit.
+    # sympy returns a precision of one bit if it could not determine any digit.
     return all(part == 0 or (part.is_Float and getattr(part, "_prec", 0) == 1) for part in parts)
 
 
