@@ -168,4 +168,4 @@ def test_nothing_else_makes_writes_durable() -> None:
         for file in package.rglob("*.py")
         if any(word in file.read_text() for word in durable)
     }
-    assert found == {"files.py"}
+    assert found == {"atomic.py", "jsonl.py"}

