@@ -6,6 +6,7 @@ Modules that receive a section need not check it. Checks across sections: `schem
 
 import datetime
 from typing import Annotated, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -18,11 +19,14 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
 )
+from pydantic_core import PydanticCustomError
 
 from paint_engine.config import templates
 
 T = TypeVar("T")
 
+HIDDEN = "hidden"
+"""the type of pydantic's error for a value that messages must not show"""
 ALL_LINEAR = "all-linear"
 """in place of names: every linear layer of the text decoder, as in peft"""
 
@@ -32,6 +36,25 @@ def _is_date(text: str) -> str:
         return datetime.date.fromisoformat(text).isoformat()
     except ValueError as error:
         raise ValueError("a date as YYYY-MM-DD, such as 2026-01-31") from error
+
+
+def _is_server_url(text: str) -> str:
+    if any(mark in text for mark in "@?#"):
+        # The value is not shown: it may have a password in it.
+        raise PydanticCustomError(
+            HIDDEN,
+            "an address without user, password, query or fragment, such as http://node7:8000; a "
+            "server's key goes into the environment variable VLLM_API_KEY",
+        )
+    try:
+        parts = urlsplit(text)
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        whole = False
+    # urlsplit drops line breaks and tabs.
+    if not whole or not all("!" <= char <= "~" for char in text):
+        raise ValueError("a server's address, such as http://node7:8000")
+    return text
 
 
 def _top_k_is_on_or_off(top_k: int) -> int:
@@ -68,13 +91,22 @@ LayerNames = Annotated[
     TextTuple, BeforeValidator(_one_word_is_a_list), AfterValidator(_all_is_alone)
 ]
 
+ServerUrl = Annotated[Text, AfterValidator(_is_server_url)]
+
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 class Section(BaseModel):
     """Base class of the sections. Values are not converted: "40" is not a number of steps."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        # `toml.py` shows those that may be shown.
+        hide_input_in_errors=True,
+    )
 
 
 class ModelSection(Section):
@@ -211,7 +243,7 @@ class RolloutSection(Section):
         description="sampler in training and evaluation: auto = vLLM if it is installed or "
         "rollout.url is given, else the built-in one",
     )
-    url: OrNone[Text] = Field(
+    url: OrNone[ServerUrl] = Field(
         default=None,
         description="a vLLM server with the OpenAI API, such as http://node7:8000; none = vLLM in "
         "this process",

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from paint_engine.config.schema import Config
+from paint_engine.config.sections import HIDDEN
 
 
 def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:
@@ -78,13 +79,14 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
             lines.append(message)
             continue
         field = LEAVES[key]
+        got = "a value that is not shown" if item["type"] == HIDDEN else repr(item["input"])
         needed = re.sub(r"^\w+ should (be|have) | after validation.*", "", message)
         needed = needed.replace("valid tuple", "list of texts")
         example = toml_value(field.default)
         # A shell would interpret TOML's backslashes, and the quotes of a list.
         example = shlex.quote(example) if "\\" in example or example[0] == "[" else example
         lines.append(
-            f"{sources[key]}: {key}: got {item['input']!r}; needs {needed} ({field.description}); "
+            f"{sources[key]}: {key}: got {got}; needs {needed} ({field.description}); "
             f"for example --{key} {example}"
         )
     return "\n".join(lines)

@@ -406,3 +406,44 @@ def test_an_importance_cap_needs_only_comparable_probabilities() -> None:
     for name in ("grpo", "sampled_token"):
         layer = {"objective.name": name, "objective.importance_cap": 2.0, **comparable}
         assert build_config([("my.toml", layer)]).objective.importance_cap == 2.0
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:s3cret@node7:8000",
+        "http://s3cret@node7",
+        "http://node7:8000?key=s3cret",
+        "http://node7:8000#s3cret",
+        "http://[s3cret@node7",
+        "s3cret@node7",
+    ],
+)
+def test_a_secret_in_a_servers_address_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(
+        ValueError, match="got a value that is not shown; needs an address"
+    ) as caught:
+        build_config([("command line", {"rollout.engine": "vllm", "rollout.url": url})])
+    assert "VLLM_API_KEY" in str(caught.value)
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert "s3cret" not in str(error)
+        error = error.__cause__
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("node7:8000", "http://", "ftp://node7", "http://node7:0", "http://node7:99999"),
+        *("http://node7\n:8000", "http://node7/a b", "http://nöde7", "http://[x", "http://x:y"),
+    ],
+)
+def test_an_address_that_no_server_has_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"got .*; needs a server's address, such as http://node7"):
+        build_config([("command line", {"rollout.engine": "vllm", "rollout.url": url})])
+
+
+@pytest.mark.parametrize("url", ["http://node7:8000", "https://[::1]/prefix/", "http://127.0.0.1"])
+def test_addresses_of_servers(url: str) -> None:
+    config = build_config([("command line", {"rollout.engine": "vllm", "rollout.url": url})])
+    assert config.rollout.url == url
