@@ -49,6 +49,9 @@ from paint_engine.files.names import (
 from paint_engine.files.output import (
     lossy_output,
 )
+from paint_engine.files.printable import (
+    printable,
+)
 from paint_engine.files.versions import (
     present_versions,
     recorded_commit,
@@ -85,6 +88,7 @@ __all__ = [
     "new_directory",
     "open_jsonl",
     "present_versions",
+    "printable",
     "publish_directory",
     "read_jsonl",
     "recorded_commit",
