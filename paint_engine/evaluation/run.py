@@ -71,7 +71,7 @@ def run_evaluation(command: EvaluationCommand, console: Console) -> None:
     except ValueError as error:
         raise ValueError(own_flags(str(error))) from error
     except EngineDied as death:
-        say(f"the engine died ({death}); the same command resumes the evaluation", style="red")
+        say(f"the engine failed ({death}); the same command resumes the evaluation", style="red")
         sys.exit(1)
     except WriteFailed as failure:
         say(

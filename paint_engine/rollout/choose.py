@@ -11,6 +11,7 @@ from paint_engine.model import FixedTeacher, Teacher, is_on_hub, resolve_model
 from paint_engine.recipes import draws
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import RolloutEngine
+from paint_engine.rollout.http import KEY_VARIABLE, is_sent_openly, read_key
 from paint_engine.rollout.vllm_engine import VllmEngine
 from paint_engine.rollout.vllm_server import ServerEngine
 
@@ -66,6 +67,18 @@ def make_engines(
             own_process=section.ahead == 1,
         )
     return engine, engine
+
+
+def server_notes(section: RolloutSection) -> list[str]:
+    """Returns a note if the server's key would go over a network unencrypted. Raises ValueError for
+    a key that HTTP cannot send."""
+    url = section.url
+    if url is None or read_key() is None or not is_sent_openly(url):
+        return []
+    return [
+        f"{KEY_VARIABLE} goes unencrypted to {url}, and so do prompts and completions; use a "
+        "network that only the run's machines share, or https"
+    ]
 
 
 def vllm_is_installed() -> bool:

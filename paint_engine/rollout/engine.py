@@ -91,7 +91,7 @@ def sampling_params(
 
 
 class EngineDied(Exception):
-    """The engine has died. One restart may help."""
+    """The engine has died, or a server's reply is not what was asked for. One restart may help."""
 
 
 class RolloutEngine(Protocol):

@@ -198,7 +198,7 @@ class Sampler:
             if self._restarts_left == 0 or not self._engine.can_restart:
                 raise
             self._restarts_left -= 1
-            self._warn(f"the rollout engine died ({death}); it is restarted once")
+            self._warn(f"the rollout engine failed ({death}); it is restarted once")
             self._engine.restart()
             return again()
 

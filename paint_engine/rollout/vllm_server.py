@@ -4,15 +4,12 @@ Requests and answers contain token ids, so the server's tokenizer and chat templ
 """
 
 import http.client
-import json
-import math
 import os
-import socket
-import threading
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,15 +20,29 @@ from paint_engine.distributed import World, gather_objects, raise_together
 from paint_engine.model import lm_head_weight
 from paint_engine.rollout.adapter_files import WeightFiles, WrittenWeights
 from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
+from paint_engine.rollout.http import (
+    KEY_VARIABLE,
+    MAX_BODY_BYTES,
+    BadReply,
+    Calls,
+    Refused,
+    Server,
+    quoted,
+)
+from paint_engine.rollout.replies import read_completion, read_models
 from paint_engine.rollout.vllm_core import biased_tokens, reserved_lora_rank
 
-# Time after which a silent server counts as dead, for requests that need no engine,
+# Time that a whole exchange may take, for requests that need no engine,
 _CONTROL_TIMEOUT_S = 10.0
 # for loading an adapter, which waits for the running requests and may read a shared disk,
 _LOAD_TIMEOUT_S = 600.0
 # and for a completion, which may wait for those of other ranks: this, plus a time per token.
 _ANSWER_TIMEOUT_S = 600.0
 _TOKEN_TIMEOUT_S = 0.5
+# Bytes of a reply per token: of a completion its id, its log-probability and its text, thrice, for
+# which some tokens have hundreds of characters; of the prompt its id.
+_TOKEN_BYTES = 1024
+_PROMPT_TOKEN_BYTES = 16
 # Interval between checks of a server that is starting.
 _POLL_S = 1.0
 # The lowest value that the protocol allows. It makes a token e^100 times less likely, so it is
@@ -42,7 +53,7 @@ _BIAS = -100.0
 class ServerEngine:
     """A running `vllm serve`; see `rollout.engine.RolloutEngine`.
 
-    url: address of the server, such as "http://node7:8000". VLLM_API_KEY is sent if it is set.
+    url: address of the server, as in `rollout.url`. VLLM_API_KEY is sent if it is set.
     model: the student, a PeftModel, because a server loads only adapters.
     model_path: the path or name that the student was loaded from; the server must serve the same
         model.
@@ -53,6 +64,7 @@ class ServerEngine:
 
     The constructor and `sync` are collective calls. The constructor raises ValueError, with the
     command that starts the server, if no server answers or if it was started with other settings.
+    Later, EngineDied means that the server is gone, refused a request or sent a wrong reply.
     """
 
     def __init__(
@@ -71,51 +83,48 @@ class ServerEngine:
                 "rollout.url names a server, but the run trains all weights; a server loads only "
                 "adapters; leave out rollout.url, or set lora.enabled to true"
             )
-        self._server = _Server(url)
+        self._server = Server(url)
         self._world = world
         self._max_sequences = max_sequences
         self._restart_timeout_s = restart_timeout_s
         self._head_size = lm_head_weight(model).shape[0]
-        self._command = (
-            f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve {model_path} --enable-lora "
-            f"--max-lora-rank {reserved_lora_rank(model)} --logprobs-mode processed_logprobs "
-            "--generation-config vllm"
-        )
+        self._command = serve_command(url, model_path, reserved_lora_rank(model))
+        self._base_name = ""
         raise_together(self._unfit(model_path))
-        self._base_name = self._server.base_model()[0]
-        self._calls = _Calls()
+        self._calls = Calls()
         self._closed = False
         self._files = WeightFiles(model, world, adapter_dir, per_node=False)
         self._written: WrittenWeights | None = None
 
     def _unfit(self, model_path: str) -> str | None:
-        """Returns the reason why this server cannot provide rollouts, or None."""
+        """Returns the reason why this server cannot provide rollouts, or None. Sets the name of the
+        served model."""
         try:
-            self._server.get("/health")
-            names = self._server.base_model()
+            self._server.request("GET", "/health", timeout_s=_CONTROL_TIMEOUT_S)
+            models = self._server.request("GET", "/v1/models", timeout_s=_CONTROL_TIMEOUT_S)
+            names = read_models(models)
+            self._base_name = names[0]
             if not {os.path.basename(name.rstrip("/")) for name in names} & {
                 os.path.basename(model_path.rstrip("/"))
             }:
-                fault = f"serves {' from '.join(names)}, but the student is {model_path}"
+                served = " from ".join(map(quoted, names))
+                fault = f"serves {served}, but the student is {model_path}"
             # A request without a name: refused if adapters can be loaded, unknown (404) otherwise.
-            elif self._server.load("", "", _CONTROL_TIMEOUT_S)[0] == 404:
+            elif self._load_adapter("", "", _CONTROL_TIMEOUT_S)[0] == 404:
                 fault = "does not load adapters while it runs"
             else:
-                fault = self._probe(names[0])
-        except (OSError, http.client.HTTPException, _Refused) as error:
-            fault = f"does not answer as a vLLM server ({error})"
+                fault = self._probe()
+        except (OSError, http.client.HTTPException, Refused, BadReply) as error:
+            fault = f"does not answer as a vLLM server ({quoted(str(error))})"
         if fault is None:
             return None
         return f"the server at {self._server.url} {fault}; start it with: {self._command}"
 
-    def _probe(self, name: str) -> str | None:
+    def _probe(self) -> str | None:
         # With one candidate the processed log-probability is 0. The raw one hardly ever is.
         params = SamplingParams(1.0, 1.0, 1, 1, (), self._head_size)
-        answer = self._server.complete(self._request(name, (0,), 0, params), _Calls())
-        choice = answer["choices"][0]
-        if choice.get("token_ids") is None:
-            return "does not return token ids (return_token_ids): it is too old"
-        if choice["logprobs"]["token_logprobs"] != [0.0]:
+        completion = self._complete(self._base_name, (0,), 0, params, Calls())
+        if completion.logprobs != (0.0,):
             return "returns raw log-probabilities, not those of the sampled distribution"
         return None
 
@@ -128,8 +137,8 @@ class ServerEngine:
             try:
                 self._load(self._written, _LOAD_TIMEOUT_S)
                 if previous is not None:
-                    self._server.unload(previous.name)
-            except (EngineDied, ValueError) as error:
+                    self._unload(previous.name)
+            except EngineDied as error:
                 failure = error
         for error in gather_objects(failure):
             if error is not None:
@@ -146,18 +155,18 @@ class ServerEngine:
     ) -> list[Completion]:
         """Returns one completion per prompt, in their order; `on_batch` gets each as it finishes.
 
-        Raises EngineDied if the server does not answer a request within ten minutes plus half a
-        second per token of its limit.
+        Raises EngineDied if the server refuses a request, sends a wrong reply, or none within ten
+        minutes plus half a second per token of the limit.
         """
         assert len(prompts) == len(seeds)
         assert base or self._written is not None, "sync comes before generate"
         name = self._base_name if base or self._written is None else self._written.name
 
-        calls = self._calls = _Calls()
+        calls = self._calls = Calls()
 
         def complete(index: int) -> Completion:
-            request = self._request(name, prompts[index], seeds[index], params)
-            return _completion(self._ask(request, calls), prompts[index])
+            with self._faults():
+                return self._complete(name, prompts[index], seeds[index], params, calls)
 
         # Checked only now: an earlier `close` did not see these calls, and a later one ends them.
         if self._closed:
@@ -187,7 +196,7 @@ class ServerEngine:
         weights of the last `sync`. Raises EngineDied if it does not return in time."""
         deadline = time.monotonic() + self._restart_timeout_s
         while (left := deadline - time.monotonic()) > 0:
-            if self._server.is_healthy(min(left, _CONTROL_TIMEOUT_S)):
+            if self._is_healthy(min(left, _CONTROL_TIMEOUT_S)):
                 if self._written is not None:
                     self._load(self._written, max(deadline - time.monotonic(), _POLL_S))
                 return
@@ -203,37 +212,73 @@ class ServerEngine:
         self._closed = True
         self._calls.hang_up()
         if self._world.is_main and self._written is not None:
-            self._server.unload(self._written.name)
+            self._unload(self._written.name)
         self._files.close()
 
     def _load(self, written: WrittenWeights, timeout_s: float) -> None:
-        status, text = self._reach(
-            lambda: self._server.load(written.name, str(written.directory), timeout_s)
-        )
+        with self._faults():
+            status, body = self._load_adapter(written.name, str(written.directory), timeout_s)
         # Every rank restarts on its own, so another may have loaded the adapter already.
-        if status == 200 or "already been loaded" in text:
+        if status == 200 or b"already been loaded" in body:
             return
-        raise ValueError(
+        raise EngineDied(
             f"the server at {self._server.url} did not load the adapter in {written.directory} "
-            f"({status}: {text}); it must see that directory under the same path; name one that "
-            f"both see with --rollout.adapter_dir, and start the server with: {self._command}"
+            f"({status}: {quoted(body)}); it must see that directory under the same path; name one "
+            f"that both see with --rollout.adapter_dir, and start the server with: {self._command}"
         )
 
-    def _ask(self, request: dict[str, Any], calls: "_Calls") -> dict[str, Any]:
-        try:
-            return self._reach(lambda: self._server.complete(request, calls))
-        except _Refused as refusal:
-            # A restarted server does not know the adapter's name: 404.
-            if refusal.status == 404 or refusal.status >= 500:
-                raise EngineDied(str(refusal)) from refusal
-            raise ValueError(f"the server at {self._server.url}: {refusal}") from refusal
+    def _load_adapter(self, name: str, directory: str, timeout_s: float) -> tuple[int, bytes]:
+        body = {"lora_name": name, "lora_path": directory}
+        return self._server.send("POST", "/v1/load_lora_adapter", body, timeout_s=timeout_s)
 
-    def _reach(self, send: Callable[[], Any]) -> Any:
+    def _unload(self, name: str) -> None:
+        """Unloads an adapter. A server that does not answer is ignored."""
+        with suppress(OSError, http.client.HTTPException, BadReply):
+            self._server.send(
+                "POST",
+                "/v1/unload_lora_adapter",
+                {"lora_name": name},
+                timeout_s=_CONTROL_TIMEOUT_S,
+            )
+
+    def _is_healthy(self, timeout_s: float) -> bool:
+        """Returns whether the server answers and its engine is alive."""
         try:
-            return send()
+            return self._server.send("GET", "/health", timeout_s=timeout_s)[0] == 200
+        except (OSError, http.client.HTTPException, BadReply):
+            return False
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        """Returns a context that converts what the server does wrong to EngineDied. A restarted
+        server does not know the adapter's name, so a refusal is one of these."""
+        name = f"the server at {self._server.url}"
+        try:
+            yield
         except (OSError, http.client.HTTPException) as error:
-            message = f"the server at {self._server.url} is gone ({type(error).__name__}: {error})"
-            raise EngineDied(message) from error
+            fault = f"{name} is gone ({type(error).__name__}: {quoted(str(error))})"
+            raise EngineDied(fault) from error
+        except Refused as refusal:
+            raise EngineDied(f"{name} refused a request ({refusal})") from refusal
+        except BadReply as error:
+            raise EngineDied(f"{name} sent a wrong reply: {error}") from error
+
+    def _complete(
+        self, name: str, prompt: Sequence[int], seed: int, params: SamplingParams, calls: Calls
+    ) -> Completion:
+        """Returns the completion by the model or adapter of this name. Raises what `_faults`
+        converts."""
+        body = self._server.request(
+            "POST",
+            "/v1/completions",
+            self._request(name, prompt, seed, params),
+            timeout_s=_ANSWER_TIMEOUT_S + _TOKEN_TIMEOUT_S * params.max_new_tokens,
+            max_bytes=MAX_BODY_BYTES
+            + _TOKEN_BYTES * params.max_new_tokens
+            + _PROMPT_TOKEN_BYTES * len(prompt),
+            calls=calls,
+        )
+        return read_completion(body, prompt, params)
 
     def _request(
         self, name: str, prompt: Sequence[int], seed: int, params: SamplingParams
@@ -268,138 +313,23 @@ class ServerEngine:
         }
 
 
-def _completion(answer: dict[str, Any], prompt: Sequence[int]) -> Completion:
-    choice = answer["choices"][0]
-    assert choice["prompt_token_ids"] == list(prompt), "the server changed a prompt's token ids"
-    if choice["finish_reason"] not in ("stop", "length"):
-        raise EngineDied(f"the server ended a completion with {choice['finish_reason']!r}")
-    token_ids = tuple(choice["token_ids"])
-    # JSON has no NaN: the server gives null.
-    values = choice["logprobs"]["token_logprobs"]
-    logprobs = tuple(math.nan if value is None else value for value in values)
-    assert len(token_ids) == len(logprobs), (len(token_ids), len(logprobs))
-    return Completion(token_ids, logprobs, choice["finish_reason"] == "length")
-
-
-class _Refused(Exception):
-    """An answer with an error status."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(f"status {status}: {text}")
-        self.status = status
-
-
-class _Calls:
-    """Running requests that can be aborted together, from any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lines: set[socket.socket] = set()
-        self._over = False
-
-    @contextmanager
-    def counted(self, line: socket.socket) -> Iterator[None]:
-        """Returns a context in which the connection waits for its answer. Raises OSError once these
-        calls are aborted."""
-        with self._lock:
-            if self._over:
-                raise ConnectionAbortedError("this request was aborted")
-            self._lines.add(line)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._lines.remove(line)
-
-    def hang_up(self) -> None:
-        """Ends all of these requests, and any later ones, with an OSError."""
-        with self._lock:
-            self._over = True
-            for line in self._lines:
-                # The server may have closed the connection first.
-                with suppress(OSError):
-                    line.shutdown(socket.SHUT_RDWR)
-
-
-class _Server:
-    """JSON over HTTP with one connection per request. It can be used from several threads."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(
-                f"rollout.url is {url!r}; needs a server's address, such as http://node7:8000"
-            )
-        self.url = url.rstrip("/")
-        self._parts = parts
-        self._headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY"):
-            self._headers["Authorization"] = f"Bearer {key}"
-
-    def _send(
-        self,
-        method: str,
-        path: str,
-        body: dict[str, Any] | None,
-        timeout_s: float,
-        calls: _Calls | None = None,
-    ) -> tuple[int, str]:
-        """Returns status and body. Raises OSError if nothing answers for `timeout_s`."""
-        secure = self._parts.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        assert self._parts.hostname is not None
-        # The request bypasses proxies of the environment: the server is one of the run's own
-        # machines.
-        connection = kind(
-            self._parts.hostname, self._parts.port, timeout=min(timeout_s, _CONTROL_TIMEOUT_S)
-        )
-        data = None if body is None else json.dumps(body)
-        with closing(connection):
-            connection.connect()
-            connection.sock.settimeout(timeout_s)
-            with (calls or _Calls()).counted(connection.sock):
-                connection.request(method, self._parts.path.rstrip("/") + path, data, self._headers)
-                response = connection.getresponse()
-                return response.status, response.read().decode()
-
-    def get(self, path: str) -> str:
-        """Returns the body of a success. Raises _Refused for any other status, and OSError if
-        nothing answers."""
-        status, text = self._send("GET", path, None, _CONTROL_TIMEOUT_S)
-        if status != 200:
-            raise _Refused(status, text)
-        return text
-
-    def load(self, name: str, directory: str, timeout_s: float) -> tuple[int, str]:
-        """Has the server load an adapter. Returns status and body, whatever the status. Raises
-        OSError."""
-        body = {"lora_name": name, "lora_path": directory}
-        return self._send("POST", "/v1/load_lora_adapter", body, timeout_s)
-
-    def unload(self, name: str) -> None:
-        """Unloads an adapter from the server. A server that does not answer is ignored."""
-        with suppress(OSError, http.client.HTTPException):
-            body = {"lora_name": name}
-            self._send("POST", "/v1/unload_lora_adapter", body, _CONTROL_TIMEOUT_S)
-
-    def complete(self, request: dict[str, Any], calls: _Calls) -> dict[str, Any]:
-        """Returns the answer to a request for a completion. Raises _Refused, or OSError."""
-        timeout_s = _ANSWER_TIMEOUT_S + _TOKEN_TIMEOUT_S * request["max_tokens"]
-        status, text = self._send("POST", "/v1/completions", request, timeout_s, calls)
-        if status != 200:
-            raise _Refused(status, text)
-        return json.loads(text)
-
-    def base_model(self) -> list[str]:
-        """Returns the name of the served model without adapters, and the path or name that it was
-        loaded from."""
-        cards = json.loads(self.get("/v1/models"))["data"]
-        base = next(card for card in cards if card.get("parent") is None)
-        return list(dict.fromkeys([base["id"], base.get("root") or base["id"]]))
-
-    def is_healthy(self, timeout_s: float) -> bool:
-        """Returns whether the server answers and its engine is alive."""
-        try:
-            return self._send("GET", "/health", None, timeout_s)[0] == 200
-        except (OSError, http.client.HTTPException):
-            return False
+def serve_command(url: str, model_path: str, lora_rank: int) -> str:
+    """Returns the shell command that starts the server of a run: on the address of `url` alone, and
+    with the key that the shell has in VLLM_API_KEY, which keeps it out of the list of processes."""
+    parts = urlsplit(url)
+    is_secure = parts.scheme == "https"
+    host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
+    arguments = {
+        "host": host,
+        "port": parts.port or (443 if is_secure else 80),
+        "max-lora-rank": lora_rank,
+        "logprobs-mode": "processed_logprobs",
+        "generation-config": "vllm",
+    }
+    if is_secure:
+        arguments |= {"ssl-certfile": "CERTIFICATE.pem", "ssl-keyfile": "KEY.pem"}
+    flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in arguments.items())
+    return (
+        f'VLLM_ALLOW_RUNTIME_LORA_UPDATING=True {KEY_VARIABLE}="${{{KEY_VARIABLE}:?}}" '
+        f"vllm serve {shlex.quote(model_path)} --enable-lora {flags}"
+    )

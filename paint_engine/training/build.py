@@ -76,6 +76,7 @@ from paint_engine.rollout import (
     SamplingParams,
     make_engines,
     sampling_params,
+    server_notes,
     stop_notes,
 )
 from paint_engine.rollout.choose import check_engine_has_teacher
@@ -180,7 +181,7 @@ def _load_progress(
 def _check_before_loading(config: Config, say: Callable[[str], object]) -> None:
     check_loggers(tensorboard=config.run.tensorboard, wandb_project=config.run.wandb_project)
     check_engine_has_teacher(config)
-    for note in recipe_of(config).notes():
+    for note in recipe_of(config).notes() + server_notes(config.rollout):
         say(f"note: {note}")
     if config.eval.enabled and config.eval.path == "tiny" and config.data.path != "tiny":
         say(

@@ -140,7 +140,7 @@ def run_training(run: Run, console: Console, stop: StopRequest) -> None:
                 # A scheduler that takes the machine back is no failure; a user's Ctrl-C is 130.
                 sys.exit(0 if stopped.signal_number == signal.SIGTERM else 130)
             except EngineDied as death:
-                say(f"the rollout engine died ({death}); saved {save(run)}\n{resume}")
+                say(f"the rollout engine failed ({death}); saved {save(run)}\n{resume}")
                 sys.exit(1)
             except WriteFailed:
                 # Perhaps of another disk, such as the shared memory that vLLM reads.

@@ -106,7 +106,7 @@ def test_an_engine_killed_once_costs_a_batch_and_twice_stops_with_a_checkpoint(
     printed = finish(process)
     assert process.returncode == 1, printed[-4000:]
     assert printed.count("it is restarted once") == 1
-    assert re.search(r"the rollout engine died \(.*\); saved ", printed)
+    assert re.search(r"the rollout engine failed \(.*\); saved ", printed)
     assert not left_in_shared_memory(process.pid)
     metrics = read_jsonl(run / "metrics.jsonl")
     last = int(list_checkpoints(run)[-1].name[5:])
@@ -157,7 +157,8 @@ def test_an_engine_of_one_of_two_ranks_is_killed(start: Start, tmp_path: Path) -
     printed = finish(process)
     assert process.returncode == 0, printed[-4000:]
     assert (
-        len(re.findall(r"rank [01]: the rollout engine died .* it is restarted once", printed)) == 1
+        len(re.findall(r"rank [01]: the rollout engine failed .* it is restarted once", printed))
+        == 1
     )
     metrics = read_jsonl(run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(1, 9))

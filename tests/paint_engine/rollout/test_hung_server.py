@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from peft import PeftModel
 
 from paint_engine.distributed import World
 from paint_engine.rollout import vllm_server as rollout_server
@@ -58,10 +59,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = request.get("max_tokens", 0)
         completion = {
             "prompt_token_ids": request.get("prompt"),
-            "token_ids": [3],
-            "logprobs": {"token_logprobs": [0.0]},
+            "token_ids": [3] * length,
+            "logprobs": {"token_logprobs": [0.0] * length},
             "finish_reason": "length",
         }
         refused = request.get("prompt") == list(REFUSED)
@@ -82,26 +84,25 @@ def server(model_dir: Path) -> Iterator[_Server]:
         thread.join()
 
 
-@pytest.fixture(scope="module")
-def student(make_student: Callable[..., nn.Module]) -> nn.Module:
-    return make_student()
+@pytest.fixture(scope="session")
+def params() -> SamplingParams:
+    return SamplingParams(0.8, 1.0, -1, 24, (), 340)
 
 
 @pytest.fixture
 def engine(
     server: _Server,
-    student: nn.Module,
+    lora_model: PeftModel,
     model_dir: Path,
-    world: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[ServerEngine]:
     monkeypatch.setattr(rollout_server, "_CONTROL_TIMEOUT_S", 0.5)
     engine = ServerEngine(
         f"http://127.0.0.1:{server.server_port}",
-        student,
+        lora_model,
         str(model_dir),
-        world,
+        World(0, 1, 0, torch.device("cpu")),
         max_sequences=4,
         adapter_dir=str(tmp_path),
         restart_timeout_s=2.0,
@@ -141,7 +142,7 @@ def test_an_adapter_that_is_not_read(
 ) -> None:
     """`restart` bounds the loading as it does the wait before."""
     server.hangs.set()
-    monkeypatch.setattr(engine._server, "is_healthy", lambda timeout_s: True)
+    monkeypatch.setattr(engine, "_is_healthy", lambda timeout_s: True)
     began = time.monotonic()
     with pytest.raises(EngineDied, match="TimeoutError"):
         engine.restart()
@@ -189,6 +190,6 @@ def test_after_one_failure_nobody_waits_for_the_others(
     engine: ServerEngine, server: _Server, params: SamplingParams
 ) -> None:
     server.hangs.set()
-    with pytest.raises(ValueError, match="status 400"):
+    with pytest.raises(EngineDied, match="status 400"):
         engine.generate([REFUSED, (1,), (1,)], range(3), params)
     wait_for_threads_to_end()

@@ -12,7 +12,6 @@ from paint_engine.monitor import NotFinite
 from paint_engine.monitor.timings import Timings
 from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
 from paint_engine.rollout.sampler import Sampled, Sampler
-from paint_engine.rollout.vllm_server import _completion
 from paint_engine.types import Problem, Request
 
 PARAMS = SamplingParams(1.0, 1.0, -1, 8, (2,), 340)
@@ -82,15 +81,6 @@ def test_a_log_probability_that_is_not_finite_is_named(ahead: bool, value: float
         with pytest.raises(NotFinite, match=message):
             sampler.take(1, 4)
     sampler.close()
-
-
-def test_a_server_has_null_for_a_log_probability_that_is_no_number() -> None:
-    choice = {
-        **{"prompt_token_ids": [1], "finish_reason": "stop", "token_ids": [5, 2]},
-        "logprobs": {"token_logprobs": [-0.5, None]},
-    }
-    completion = _completion({"choices": [choice]}, [1])
-    assert completion.logprobs[0] == -0.5 and math.isnan(completion.logprobs[1])
 
 
 PROBLEM = Problem("p:0", "How many?", "It is $\\boxed{3}$.", "3")

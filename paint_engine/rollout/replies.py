@@ -1,0 +1,131 @@
+"""The replies of vLLM's server, checked: types, lengths, ranges, and that they fit the request."""
+
+import reprlib
+from collections.abc import Sequence
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+
+from paint_engine.rollout.engine import Completion, SamplingParams
+from paint_engine.rollout.http import BadReply, quoted
+
+# A log-softmax in float32 may end a little above 0.
+_ROUNDING = 1e-4
+# What vLLM writes for minus infinity. A token of probability 0 is not sampled.
+_IMPOSSIBLE = -9999.0
+
+
+class _Reply(BaseModel):
+    """Nothing is converted: true is not 1, "3" and 3.0 are not 3. Fields that nobody reads may be
+    anything."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Logprobs(_Reply):
+    token_logprobs: Annotated[list[float], FailFast()]
+
+
+class _Choice(_Reply):
+    finish_reason: Literal["stop", "length"]
+    prompt_token_ids: Annotated[list[int], FailFast()]
+    token_ids: Annotated[list[int], FailFast()]
+    logprobs: _Logprobs
+
+
+class _Choices(_Reply):
+    choices: Annotated[list[_Choice], FailFast(), Field(min_length=1, max_length=1)]
+
+
+class _Card(_Reply):
+    id: str
+    root: str | None = None
+    parent: str | None = None
+
+
+class _Cards(_Reply):
+    data: Annotated[list[_Card], FailFast()]
+
+
+R = TypeVar("R", bound=_Reply)
+
+
+def _read(kind: type[R], body: bytes) -> R:
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(map(str, first["loc"])) or "the reply"
+    if first["type"] == "missing":
+        raise BadReply(f"{place} is missing; the server's vLLM may be too old for it")
+    got = first["input"]
+    shown = quoted(got) if isinstance(got, str | bytes) else reprlib.repr(got)
+    raise BadReply(f"{place}: got {quoted(shown)}; {first['msg']}")
+
+
+def read_models(body: bytes) -> list[str]:
+    """Returns the name of the served model without adapters, and the path or name that it was
+    loaded from. Raises BadReply."""
+    base = next((card for card in _read(_Cards, body).data if card.parent is None), None)
+    if base is None:
+        raise BadReply("data: got no model without a parent; needs the served model itself")
+    return list(dict.fromkeys([base.id, base.root or base.id]))
+
+
+def read_completion(body: bytes, prompt: Sequence[int], params: SamplingParams) -> Completion:
+    """Returns the completion of a prompt.
+
+    prompt, params: as they were sent.
+
+    Raises BadReply, with what came and what was needed.
+    """
+    (choice,) = _read(_Choices, body).choices
+    if choice.prompt_token_ids != list(prompt):
+        raise BadReply(
+            f"prompt_token_ids: got {reprlib.repr(choice.prompt_token_ids)}; needs the prompt that "
+            f"was sent, {reprlib.repr(list(prompt))}"
+        )
+    token_ids, logprobs = choice.token_ids, choice.logprobs.token_logprobs
+    if not 1 <= len(token_ids) <= params.max_new_tokens or len(token_ids) != len(logprobs):
+        raise BadReply(
+            f"got {len(token_ids)} token_ids and {len(logprobs)} token_logprobs; needs as many of "
+            f"both, from 1 to {params.max_new_tokens}"
+        )
+    _check_tokens(token_ids, logprobs, params.vocab_size)
+    _check_end(token_ids, choice.finish_reason, params)
+    return Completion(tuple(token_ids), tuple(logprobs), choice.finish_reason == "length")
+
+
+def _check_tokens(token_ids: list[int], logprobs: list[float], vocab_size: int) -> None:
+    for place, (token, logprob) in enumerate(zip(token_ids, logprobs, strict=True)):
+        if not 0 <= token < vocab_size:
+            raise BadReply(
+                f"token_ids.{place}: got {reprlib.repr(token)}; needs an id from 0 to "
+                f"{vocab_size - 1}"
+            )
+        if not _IMPOSSIBLE < logprob <= _ROUNDING:
+            raise BadReply(
+                f"token_logprobs.{place}: got {logprob}; needs the log-probability of a token that "
+                f"can be sampled, above {_IMPOSSIBLE:g} and at most 0"
+            )
+
+
+def _check_end(token_ids: list[int], finish_reason: str, params: SamplingParams) -> None:
+    *inside, last = token_ids
+    stops = set(params.stop_token_ids)
+    if not stops.isdisjoint(inside):
+        raise BadReply(
+            f"token_ids: got {reprlib.repr(token_ids)}; needs an end at the first stop token (one "
+            f"of {reprlib.repr(sorted(stops))})"
+        )
+    if finish_reason == "stop" and last not in stops:
+        raise BadReply(
+            f"finish_reason: got 'stop' after the token {last}; needs one of the stop tokens that "
+            f"were sent, {reprlib.repr(sorted(stops))}"
+        )
+    if finish_reason == "length" and len(token_ids) < params.max_new_tokens:
+        raise BadReply(
+            f"finish_reason: got 'length' after {len(token_ids)} tokens; needs all "
+            f"{params.max_new_tokens} that were asked for; the server's --max-model-len may be too "
+            "small for the prompt and them"
+        )
