@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
@@ -80,10 +81,12 @@ def read_completion(body: bytes, prompt: Sequence[int], params: SamplingParams) 
     Raises BadReply, with what came and what was needed.
     """
     (choice,) = _read(_Choices, body).choices
-    if choice.prompt_token_ids != list(prompt):
+    echoed, sent = choice.prompt_token_ids, list(prompt)
+    if echoed != sent:
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(echoed, sent, strict=False))
         raise BadReply(
-            f"prompt_token_ids: got {reprlib.repr(choice.prompt_token_ids)}; needs the prompt that "
-            f"was sent, {reprlib.repr(list(prompt))}"
+            f"prompt_token_ids: got {len(echoed)} ids, of which the first {len(list(same))} "
+            f"are right; needs the {len(sent)} ids that were sent"
         )
     token_ids, logprobs = choice.token_ids, choice.logprobs.token_logprobs
     if not 1 <= len(token_ids) <= params.max_new_tokens or len(token_ids) != len(logprobs):

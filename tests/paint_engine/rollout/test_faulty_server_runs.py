@@ -1,0 +1,154 @@
+"""Training and evaluation with a server that is faulty from some reply on: the run is saved, ends
+with one message, and continues once the server is mended."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from paint_engine.files import read_jsonl
+from paint_engine.rollout import vllm_server
+
+Main = Callable[[Sequence[str]], int]
+TWELVE = (
+    *("NaN", "null", "wrong type", "id out of range", "too long", "too short", "missing key"),
+    *("no JSON", "changed prompt", "300 MB", "slow drip", "5 MB error"),
+)
+# As in the fixture `command`.
+TRAINING_TOKENS, EVALUATION_TOKENS = 12, 6
+
+
+@pytest.fixture
+def served(
+    command: list[str], server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """The arguments of a run with the server."""
+    monkeypatch.setattr(vllm_server, "_ANSWER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(vllm_server, "_TOKEN_TIMEOUT_S", 0.0)
+    (tmp_path / "adapters").mkdir()
+    place = ["--rollout.url", server.url, "--rollout.adapter_dir", str(tmp_path / "adapters")]
+    return [*command, "--rollout.engine", "vllm", "--rollout.max_sequences", "2", *place]
+
+
+def fail(server: Any, fault: str, num_tokens: int, after: int) -> None:
+    """The server is faulty after so many good completions of this length."""
+    server.fault, server.num_good = fault, 0
+
+    def applies(request: dict[str, Any]) -> bool:
+        if request["max_tokens"] != num_tokens:
+            return False
+        server.num_good += 1
+        return server.num_good > after
+
+    server.applies = applies
+
+
+def numbers(run: Path) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in line.items() if not name.startswith(("seconds", "tokens_"))}
+        for line in read_jsonl(run / "metrics.jsonl")
+    ]
+
+
+def check_ending(text: str, server: Any) -> None:
+    """What a run says that the server has ended."""
+    assert f"the rollout engine failed (the server at {server.url} " in text
+    assert "; saved " in text and "resume with: " in text
+    assert "Traceback" not in text and "error:" not in text
+    assert all(line.isprintable() for line in text.splitlines())
+
+
+def test_training_is_saved_and_continues(
+    served: list[str],
+    server: Any,
+    run_main: Main,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert run_main([*served, "--run.dir", str(tmp_path / "undisturbed")]) == 0
+    capfd.readouterr()
+    # In the third step of four, of three rollouts each.
+    fail(server, "null", TRAINING_TOKENS, after=7)
+    assert run_main(served) == 1
+    text = capfd.readouterr()
+    check_ending(text.out, server)
+    assert text.err.count("it is restarted once") == 1 and "Traceback" not in text.err
+    assert "step-2" in text.out and server.num_faults >= 2
+    # One wrong reply costs a restart.
+    fail(server, "changed prompt", TRAINING_TOKENS, after=1)
+    faulty, server.num_faults = server.applies, 0
+    server.applies = lambda request: server.num_faults == 0 and faulty(request)
+    assert run_main(["--resume", str(tmp_path / "run")]) == 0
+    assert server.num_faults == 1 and "it is restarted once" in capfd.readouterr().err
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "undisturbed")
+
+
+def test_finished_answers_of_an_evaluation_are_kept(
+    served: list[str],
+    server: Any,
+    run_main: Main,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    # Three problems with two answers each, before training.
+    fail(server, "slow drip", EVALUATION_TOKENS, after=3)
+    assert run_main(served) == 1
+    check_ending(capfd.readouterr().out, server)
+    kept = [
+        line
+        for file in (tmp_path / "run" / "evaluations").glob("step-0*")
+        for line in read_jsonl(file)
+        if "sample_index" in line
+    ]
+    assert len(kept) >= 2
+    asked: list[dict[str, Any]] = []
+    server.fault, server.applies = "null", lambda request: asked.append(request)
+    assert run_main(["--resume", str(tmp_path / "run")]) == 0
+    answers = [request for request in asked if request["max_tokens"] == EVALUATION_TOKENS]
+    # Those of step 0 that are left, and those after the last step.
+    assert len(answers) == 6 - len(kept) + 6
+
+
+@pytest.mark.skipif(
+    "PAINT_ALL_SERVERS" not in os.environ, reason="takes minutes; a sample is above"
+)
+@pytest.mark.parametrize("num_tokens", [TRAINING_TOKENS, EVALUATION_TOKENS])
+@pytest.mark.parametrize("fault", TWELVE)
+def test_each_of_the_twelve(
+    fault: str,
+    num_tokens: int,
+    served: list[str],
+    server: Any,
+    run_main: Main,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """PAINT_ALL_SERVERS=1 pytest -s prints a table of seconds and of the memory that each adds."""
+    fail(server, fault, num_tokens, after=1)
+    process, peak, ended = psutil.Process(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not ended.wait(0.01):
+            peak = max(peak, process.memory_info().rss)
+
+    began, before = time.monotonic(), process.memory_info().rss
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    code = run_main([*served, "--train.num_steps", "1"])
+    ended.set()
+    watcher.join()
+    seconds, added_mib = time.monotonic() - began, (peak - before) / 2**20
+    text = capfd.readouterr().out
+    last = next(line for line in text.splitlines() if "failed (" in line)
+    with capfd.disabled():
+        kind = "training" if num_tokens == TRAINING_TOKENS else "evaluation"
+        print(
+            f"| {fault} | {kind} | exit {code} | {seconds:.1f} s | {added_mib:.0f} MiB | {last} |"
+        )
+    assert code == 1 and seconds < 30
+    check_ending(text, server)
