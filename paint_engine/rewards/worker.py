@@ -21,6 +21,8 @@ from typing import Any
 _HERE = str(Path(__file__).parent)
 _MAX_ERROR_CHARS = 200
 _MAX_FRAMES = 8
+# Keys of this program that no reward needs. A user's function may need the hub's token.
+_KEY_VARIABLES = ("VLLM_API_KEY", "WANDB_API_KEY")
 # A child whose parent was killed ends by itself this long after its question's time is over.
 _ORPHAN_S = 5.0
 
@@ -159,6 +161,7 @@ class _Child:
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-c", self._SOURCE, json.dumps(sys.path), settings],
                 stdin=subprocess.DEVNULL,
+                env={k: v for k, v in os.environ.items() if k not in _KEY_VARIABLES},
                 stdout=2 if shows_output else output,
                 stderr=output,
                 pass_fds=(handle,),

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 
@@ -296,3 +297,22 @@ def test_other_real_numbers_are_numbers(value: object) -> None:
 
 def test_which_rewards_find_answers_is_known_without_loading_a_users_module() -> None:
     assert has_answers("math") and has_answers("first_box") and not has_answers("not_there:f")
+
+
+def test_the_childs_environment_has_no_keys_of_servers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = """
+import os
+
+def keys(problem, text):
+    names = ("VLLM_API_KEY", "WANDB_API_KEY", "KEY_OF_A_JUDGE")
+    return float(sum(2**place for place, name in enumerate(names) if name in os.environ))
+"""
+    (tmp_path / "key_counter.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("VLLM_API_KEY", "WANDB_API_KEY", "KEY_OF_A_JUDGE"):
+        monkeypatch.setenv(name, "s3cret")
+    with closing(open_reward("key_counter:keys", 5.0, print)) as reward:
+        # The user's own keys stay.
+        assert reward.judge(PROBLEM, "").reward == 4.0
