@@ -45,10 +45,13 @@ class Refused(Exception):
 
 
 def quoted(text: str | bytes) -> str:
-    """Returns the start of a server's text, without control characters."""
+    """Returns the start of a server's text, without control characters, and without the key, which
+    a server may repeat."""
     # A character has up to four bytes.
     start = text[: 4 * _MAX_QUOTED_CHARS + 4]
     whole = start.decode(errors="replace") if isinstance(start, bytes) else start
+    if key := read_key():
+        whole = whole.replace(key, f"({KEY_VARIABLE})")
     clean = printable(whole[: _MAX_QUOTED_CHARS + 1])
     return clean if len(clean) <= _MAX_QUOTED_CHARS else f"{clean[:_MAX_QUOTED_CHARS]}..."
 

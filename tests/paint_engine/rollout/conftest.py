@@ -141,7 +141,7 @@ BODIES: dict[str, bytes] = {
 EXCHANGES = (
     *("300 MB", "slow drip", "5 MB error", "slow headers", "endless chunks", "a chunk of 1 EB"),
     *("300 MB announced", "ends early", "redirect", "many headers", "tiny chunks", "no HTTP"),
-    *("a negative chunk", "refused"),
+    *("a negative chunk", "refused", "an echo of the headers"),
 )
 TWELVE = (
     *("NaN", "null", "wrong type", "id out of range", "too long", "too short", "missing key"),
@@ -230,6 +230,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(b"", 307, Location=f"{self.server.url}/v1/elsewhere")
             case "refused":
                 self._send(b'{"error": {"message": "too many tokens"}}', 400)
+            case "an echo of the headers":
+                self._send(json.dumps(dict(self.headers)).encode(), 401)
             case "no HTTP":
                 self._write(ESCAPES.encode() * 20 + b"\r\n\r\n")
 

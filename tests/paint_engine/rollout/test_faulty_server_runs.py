@@ -2,6 +2,8 @@
 with one message, and continues once the server is mended."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +37,7 @@ def served(
     return [*command, "--rollout.engine", "vllm", "--rollout.max_sequences", "2", *place]
 
 
-def fail(server: Any, fault: str, num_tokens: int, after: int) -> None:
+def fail(server: Any, fault: str | None, num_tokens: int, after: int) -> None:
     """The server is faulty after so many good completions of this length."""
     server.fault, server.num_good = fault, 0
 
@@ -114,8 +116,52 @@ def test_finished_answers_of_an_evaluation_are_kept(
     assert len(answers) == 6 - len(kept) + 6
 
 
+# Records whatever a run gives to W&B.
+WANDB = """
+import pathlib
+class Run:
+    def __init__(self, settings):
+        self.file = pathlib.Path(settings["dir"], "wandb.txt").open("a")
+        print(settings, file=self.file)
+    def log(self, *values, **named):
+        print(values, named, file=self.file)
+    def finish(self):
+        self.file.close()
+def init(**settings):
+    return Run(settings)
+"""
+
+
+def test_planted_keys_are_found_nowhere(served: list[str], server: Any, tmp_path: Path) -> None:
+    keys = {name: f"s3cret-{name}" for name in ("VLLM_API_KEY", "WANDB_API_KEY", "HF_TOKEN")}
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "wandb.py").write_text(WANDB)
+    path = os.pathsep.join((str(tmp_path / "modules"), *filter(None, sys.path)))
+    # First a whole run with its report, then one that the server ends, repeating the key.
+    for name, fault in (("whole", None), ("ended", "an echo of the headers")):
+        fail(server, fault, TRAINING_TOKENS, after=4)
+        settings = ["--run.dir", str(tmp_path / name), "--run.wandb_project", "paint"]
+        with (tmp_path / f"{name}.txt").open("wb") as log:
+            done = subprocess.run(
+                [sys.executable, "-m", "paint_engine.train", *served, *settings],
+                env=os.environ | keys | {"PYTHONPATH": path},
+                cwd=tmp_path,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        printed = (tmp_path / f"{name}.txt").read_text()
+        assert done.returncode == (0 if fault is None else 1), printed
+    assert "Bearer (VLLM_API_KEY)" in printed
+    (sent,) = {headers["Authorization"] for headers in server.headers}
+    assert sent == "Bearer s3cret-VLLM_API_KEY"
+    left = [file for file in tmp_path.rglob("*") if file.is_file()]
+    names = {file.name for file in left}
+    assert {"config.toml", "versions.json", "report.html", "metrics.jsonl", "wandb.txt"} <= names
+    assert [file for file in left if b"s3cret" in file.read_bytes()] == []
+
+
 @pytest.mark.skipif(
-    "PAINT_ALL_SERVERS" not in os.environ, reason="takes minutes; a sample is above"
+    "PAINT_ALL_SERVERS" not in os.environ, reason="takes a minute; set PAINT_ALL_SERVERS"
 )
 @pytest.mark.parametrize("num_tokens", [TRAINING_TOKENS, EVALUATION_TOKENS])
 @pytest.mark.parametrize("fault", TWELVE)

@@ -75,6 +75,7 @@ FAULTS = {
     "ends early": r"is gone \(ConnectionError: the reply ended 988 bytes early\)",
     "redirect": r"status 307 \(a redirect, which is not followed\)",
     "refused": r"refused a request \(status 400: .*too many tokens",
+    "an echo of the headers": "refused a request .status 401: ",
     "no HTTP": r"is gone \(BadStatusLine: .*x1b",
 }
 
