@@ -3,14 +3,24 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 VLLM := .venv-vllm
-VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check
-
 TRANSFORMERS4 := .venv-transformers4
 
-.PHONY: train test test-vllm test-transformers4 lint kernels-report clean help
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# The files of locks/ alone, each compared with its hash. They name what is needed, all of it.
+LOCKED := $(PIP_INSTALL) --require-hashes --no-deps
+# The package itself, built by the setuptools of the lock.
+ITSELF := $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+
+# $(call install_torch,PYTHON): the build for CPUs if an index has it, else the registry's.
+define install_torch
+$(1) $(LOCKED) --requirement locks/torch-cpu.txt || { \
+	echo "PyTorch's build for CPUs was not installed (above); installing locks/torch.txt" >&2; \
+	$(1) $(LOCKED) --requirement locks/torch.txt; }
+endef
+
+.PHONY: train test test-vllm test-transformers4 lint kernels-report lock clean help
 
 help:
 	@echo "make train           install, then run PAINT on the bundled tiny model (ARGS='--train.num_steps 10')"
@@ -19,6 +29,7 @@ help:
 	@echo "make test-transformers4  install transformers 4.57 beside it, then read exports with it"
 	@echo "make lint            ruff, pyright, import-linter"
 	@echo "make kernels-report  compile every Triton kernel for four GPUs, without one"
+	@echo "make lock            write the hashes of what the tests install, after a change of versions"
 	@echo "make clean           remove the virtual environment"
 
 train: $(VENV)/.installed
@@ -43,29 +54,34 @@ lint: $(VENV)/.installed-dev
 kernels-report: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.kernels_report $(ARGS)
 
+lock: $(VENV)/.installed-dev
+	$(BIN)/python .ci/lock.py
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) --editable '.[engine]'
+	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable '.[engine]'
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) --editable '.[dev]'
+$(VENV)/.installed-dev: pyproject.toml locks/torch-cpu.txt locks/torch.txt locks/dev.txt | $(BIN)/python
+	$(call install_torch,$(BIN)/python)
+	$(BIN)/python $(LOCKED) --requirement locks/dev.txt
+	$(BIN)/python $(ITSELF)
 	touch $(VENV)/.installed $@
 
 # Its own environment: vLLM pins other versions than constraints.txt.
-$(VLLM)/.installed: pyproject.toml constraints.txt requirements-vllm.txt
+$(VLLM)/.installed: pyproject.toml locks/torch-cpu.txt locks/torch.txt locks/vllm.txt
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM_PIP) --constraint constraints.txt torch
-	$(VLLM_PIP) --no-deps --requirement requirements-vllm.txt
-	$(VLLM_PIP) --no-deps --editable .
+	$(call install_torch,$(VLLM)/bin/python)
+	$(VLLM)/bin/python $(LOCKED) --requirement locks/vllm.txt
+	$(VLLM)/bin/python $(ITSELF)
 	touch $@
 
 # With what release 4 of transformers needs. PyTorch is read from .venv, after its own packages.
-$(TRANSFORMERS4)/.installed: requirements-transformers4.txt | $(VENV)/.installed-dev
+$(TRANSFORMERS4)/.installed: locks/transformers4.txt | $(VENV)/.installed-dev
 	$(PYTHON) -m venv $(TRANSFORMERS4)
-	$(TRANSFORMERS4)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-transformers4.txt
+	$(TRANSFORMERS4)/bin/python $(LOCKED) --requirement locks/transformers4.txt
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		"$$($(TRANSFORMERS4)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/engine.pth"
 	touch $@

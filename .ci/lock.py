@@ -1,0 +1,107 @@
+"""Writes `locks/`: every package that CI installs, with the hashes of all its published files.
+
+`make lock` runs it. Versions are decided in `constraints.txt` and the `requirements-*.txt`, and
+nowhere else; uv fills in what those leave open, for every platform and Python of the project, from
+the registry that uv is configured with.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+HEADER = """\
+# {what}
+# Written by `make lock` from pyproject.toml, constraints.txt and requirements-*.txt: change those.
+# Only wheels are installed, so that no package's setup.py runs.
+--only-binary :all:
+"""
+
+# PyTorch's own index has builds for CPUs, which no other registry lists. Their hashes are those of
+# `pip download --no-deps torch==VERSION+cpu` and `pip hash FILE`. This one is for Python 3.11 on
+# Linux, x86_64; where it does not fit, the build of locks/torch.txt is installed.
+TORCH_CPU = {"2.13.0": ["6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"]}
+
+# What a build of PyTorch decides: its version, the compiler of its kernels, CUDA's libraries.
+OF_TORCH = re.compile(r"(torch|triton|(nvidia|cuda)-.*)==")
+
+
+def pins(file: str) -> list[str]:
+    """The lines of a requirements file, without comments."""
+    return [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
+
+
+def package(requirement: str) -> str:
+    """The normalised name in a requirement."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
+
+
+def resolve(requirements: list[str], constraints: list[str], *options: str) -> list[str]:
+    """One entry per package that `requirements` need: version, platforms and hashes."""
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write("\n".join(constraints))
+        file.flush()
+        command = [sys.executable, "-m", "uv", "pip", "compile", "-", "--constraints", file.name]
+        command += ["--universal", "--python-version", "3.11", "--only-binary", ":all:"]
+        command += ["--generate-hashes", "--no-header", "--no-annotate", "--quiet", *options]
+        text = "\n".join(requirements)
+        done = subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True, check=True)
+    return re.split(r"^(?=\w)", done.stdout, flags=re.MULTILINE)[1:]
+
+
+def write(name: str, what: str, entries: list[str]) -> None:
+    (ROOT / "locks" / name).write_text(HEADER.format(what=what) + "".join(sorted(entries)))
+    print(f"locks/{name}: {len(entries)} packages")
+
+
+def main() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    needed = [*project["dependencies"], *extras["engine"], *extras["dev"], *build]
+    needed.remove("paint-engine[engine]")
+    constraints = pins("constraints.txt")
+
+    entries = resolve(needed, constraints)
+    write(
+        "dev.txt",
+        "The environment of `make test` and `make lint`, but for PyTorch.",
+        [entry for entry in entries if not OF_TORCH.match(entry)],
+    )
+    write(
+        "torch.txt",
+        "PyTorch as registries have it: on Linux the build for GPUs, with its libraries.",
+        [entry for entry in entries if OF_TORCH.match(entry)],
+    )
+
+    (torch,) = [pin.split("==")[1] for pin in constraints if package(pin) == "torch"]
+    if torch not in TORCH_CPU:
+        raise SystemExit(
+            f"no hash is known of torch {torch}+cpu: add it to TORCH_CPU in .ci/lock.py"
+        )
+    hashes = [f"--hash=sha256:{digest}" for digest in TORCH_CPU[torch]]
+    triton = [line for line in needed if package(line) == "triton"]
+    write(
+        "torch-cpu.txt",
+        "PyTorch for CPUs, where an index offers it.",
+        [" \\\n    ".join([f"torch=={torch}+cpu", *hashes]) + "\n", *resolve(triton, constraints)],
+    )
+
+    vllm = pins("requirements-vllm.txt")
+    write(
+        "vllm.txt",
+        "The environment of `make test-vllm`, but for PyTorch.",
+        resolve(vllm, [], "--no-deps"),
+    )
+
+    old = pins("requirements-transformers4.txt")
+    others = [pin for pin in constraints if package(pin) not in {package(pin) for pin in old}]
+    write("transformers4.txt", "What `make test-transformers4` installs.", resolve(old, others))
+
+
+if __name__ == "__main__":
+    main()
