@@ -41,6 +41,8 @@ _ANY_VALUE = {
 # peft loads the adapter, unless it was converted while it was saved.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _FIRST_NAMES = 3
+# What others write weights to.
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # An adapter's tensors in a file begin with this, and then the base's own names follow.
 PREFIX = "base_model.model."
 
@@ -142,13 +144,22 @@ def check_adapter(directory: Path, shape: PreTrainedModel, base_name: str) -> No
         )
 
 
+def require_weights(directory: Path) -> None:
+    """Raises ValueError unless the adapter has its weights in safetensors. Other files of weights
+    are pickles, which run what their author wrote, and are never opened."""
+    if (directory / ADAPTER_FILE).is_file():
+        return
+    others = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLES)
+    raise ValueError(
+        f"{directory} has no {ADAPTER_FILE}{f' (it holds {_some(others)})' if others else ''}; "
+        "needs peft's files with the weights in safetensors: they are never read from pickle; "
+        "save the adapter again with save_pretrained, where you trust its author"
+    )
+
+
 def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of an adapter's file, by its name. Reads all values."""
-    if not file.is_file():
-        raise ValueError(
-            f"{file.parent} has no {file.name}; needs peft's files with the weights in "
-            "safetensors; save the adapter again with save_pretrained"
-        )
+    require_weights(file.parent)
     broken = []
     try:
         with safe_open(file, framework="pt") as opened:

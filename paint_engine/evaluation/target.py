@@ -21,6 +21,7 @@ from paint_engine.checkpoint.adapters import (
     largest_rank,
     quiet_peft,
     read_adapter_config,
+    require_weights,
 )
 from paint_engine.checkpoint.choose import (
     choose_checkpoint,
@@ -153,11 +154,7 @@ def find_target(
         return Target(section)
     if not (found / ADAPTER_CONFIG_FILE).is_file():
         return Target(section, checkpoint=found)
-    if not (found / ADAPTER_FILE).is_file():
-        raise ValueError(
-            f"--adapter {adapter}: {found} has no {ADAPTER_FILE}; needs peft's files with the "
-            "weights in safetensors; save the adapter again with save_pretrained"
-        )
+    require_weights(found)
     return Target(section, adapter=found)
 
 

@@ -1,0 +1,162 @@
+"""Weights are read from safetensors alone: a pickle under any name is refused and never opened."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from peft import PeftModel
+
+from paint_engine import evaluate, export
+
+EVALUATION = (
+    *("--benchmarks", "tiny", "--num-problems", "1", "--num-samples", "1", "--max-new-tokens"),
+    *("4", "--thinking", "false", "--engine", "builtin", "--device", "cpu"),
+)
+
+
+class _Planted:
+    """Its pickle makes a file where it is loaded."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    return tmp_path / "the pickle was loaded"
+
+
+@pytest.fixture
+def plant(marker: Path) -> Callable[[Path], None]:
+    """Puts the pickle, as torch.save writes it, into a file."""
+
+    def into(file: Path) -> None:
+        torch.save({"base_model.model.lm_head.weight": _Planted(marker)}, file)
+        assert not marker.exists()
+
+    return into
+
+
+@pytest.fixture
+def adapter(lora_model: PeftModel, tmp_path: Path) -> Path:
+    lora_model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    return tmp_path / "adapter"
+
+
+def exit_code(command: ModuleType, *arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        command.main([str(argument) for argument in arguments])
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def test_the_planted_file_does_what_it_is_for(
+    tmp_path: Path, marker: Path, plant: Callable[[Path], None]
+) -> None:
+    plant(tmp_path / "adapter_model.bin")
+    torch.load(tmp_path / "adapter_model.bin", weights_only=False)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "adapter_model.ckpt"])
+def test_an_adapter_in_pickle_is_refused_and_named(
+    name: str,
+    adapter: Path,
+    marker: Path,
+    plant: Callable[[Path], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (adapter / "adapter_model.safetensors").unlink()
+    plant(adapter / name)
+    for arguments in (
+        (export, adapter, tmp_path / "out"),
+        (export, adapter, tmp_path / "out", "--form", "adapter"),
+        (evaluate, "--adapter", adapter, *EVALUATION, "--output", tmp_path / "out"),
+    ):
+        assert exit_code(*arguments) == 2
+        said = " ".join(capsys.readouterr().out.split())
+        assert "has no adapter_model.safetensors" in said and f"(it holds {name})" in said
+        assert "never read from pickle" in said and "save_pretrained" in said
+    assert not marker.exists() and not (tmp_path / "out").exists()
+
+
+def test_a_pickle_under_the_adapter_s_name_is_damage(
+    adapter: Path,
+    marker: Path,
+    plant: Callable[[Path], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plant(adapter / "adapter_model.safetensors")
+    for arguments in (
+        (export, adapter, tmp_path / "out"),
+        (export, adapter, tmp_path / "out", "--form", "adapter"),
+        (evaluate, "--adapter", adapter, *EVALUATION, "--output", tmp_path / "out"),
+    ):
+        assert exit_code(*arguments) == 2
+        assert "adapter_model.safetensors cannot be read" in " ".join(
+            capsys.readouterr().out.split()
+        )
+    assert not marker.exists()
+
+
+def _pickle_alone(base: Path, plant: Callable[[Path], None]) -> None:
+    (base / "model.safetensors").unlink()
+    plant(base / "pytorch_model.bin")
+
+
+def _pickle_renamed(base: Path, plant: Callable[[Path], None]) -> None:
+    plant(base / "model.safetensors")
+
+
+def _pickle_in_the_index(base: Path, plant: Callable[[Path], None]) -> None:
+    # A file of that kind is there, and it is not the one that the index names.
+    (base / "model.safetensors").rename(base / "unused.safetensors")
+    plant(base / "pytorch_model.bin")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("spoil", [_pickle_alone, _pickle_renamed, _pickle_in_the_index])
+def test_a_base_in_pickle_is_refused(
+    spoil: Callable[[Path, Callable[[Path], None]], None],
+    adapter: Path,
+    model_dir: Path,
+    marker: Path,
+    plant: Callable[[Path], None],
+    tmp_path: Path,
+    command: Sequence[str],
+    run_main: Callable[[Sequence[str]], int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = Path(shutil.copytree(model_dir, tmp_path / "base"))
+    spoil(base, plant)
+    assert exit_code(export, adapter, tmp_path / "out", "--model", base) == 2
+    assert exit_code(evaluate, "--model", base, *EVALUATION, "--output", tmp_path / "out") == 2
+    assert run_main([*command, "--model.name_or_path", str(base)]) == 2
+    # From three commands, each of which names the directory.
+    assert capsys.readouterr().out.count("error: ") == 3
+    assert not marker.exists()
+
+
+def test_a_pickle_beside_the_weights_is_left_alone(
+    adapter: Path, model_dir: Path, marker: Path, plant: Callable[[Path], None], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(model_dir, tmp_path / "base"))
+    for file in (
+        *(base / "pytorch_model.bin", base / "training_args.bin", base / "consolidated.00.pth"),
+        *(adapter / "adapter_model.bin", adapter / "optimizer.pt", adapter / "rng_state.pth"),
+    ):
+        plant(file)
+    export.main([str(adapter), str(tmp_path / "out"), "--model", str(base)])
+    assert not marker.exists()
+    written = {file.suffix for file in (tmp_path / "out").iterdir()}
+    assert written <= {".safetensors", ".json", ".jinja"}, written
