@@ -9,8 +9,11 @@ from types import ModuleType
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from paint_engine import evaluate, export
+from paint_engine.checkpoint.directory import file_names, seal
+from paint_engine.files import MANIFEST_FILE, STATE_FILE
 
 EVALUATION = (
     *("--benchmarks", "tiny", "--num-problems", "1", "--num-samples", "1", "--max-new-tokens"),
@@ -86,6 +89,24 @@ def test_an_adapter_in_pickle_is_refused_and_named(
         assert "has no adapter_model.safetensors" in said and f"(it holds {name})" in said
         assert "never read from pickle" in said and "save_pretrained" in said
     assert not marker.exists() and not (tmp_path / "out").exists()
+
+
+def test_a_run_s_adapter_in_pickle_is_refused_though_its_manifest_lists_it(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even one that does no harm: whoever can write into a run can write its manifest too."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-1"
+    shutil.copytree(adapter, checkpoint)
+    weights = checkpoint / "adapter_model.safetensors"
+    torch.save(load_file(weights), checkpoint / "adapter_model.bin")
+    weights.unlink()
+    (checkpoint / STATE_FILE).write_text(json.dumps({"state": {"step": 1}, "world_size": 1}))
+    manifest = seal(checkpoint, file_names(checkpoint))
+    (checkpoint / MANIFEST_FILE).write_text(json.dumps(manifest))
+    (tmp_path / "run" / "config.toml").write_text('[model]\nname_or_path = "tiny"\n')
+    assert exit_code(export, tmp_path / "run", tmp_path / "out") == 2
+    assert "(it holds adapter_model.bin)" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_pickle_under_the_adapter_s_name_is_damage(
