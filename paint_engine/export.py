@@ -141,7 +141,9 @@ def _export_adapter(checkpoint: Path, output_dir: Path, section: "ModelSection")
     rank = reserved_rank(largest_rank(config))
     served = f"{output_dir.resolve().name}={output_dir}"
     command = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
-    return [*lines, shlex.join([*command, "--lora-modules", served])]
+    # vLLM listens on all interfaces unless it is given one. The key stays out of the command line.
+    serve = shlex.join([*command, "--host", "127.0.0.1", "--lora-modules", served])
+    return [*lines, f'VLLM_API_KEY="${{VLLM_API_KEY:?}}" {serve}']
 
 
 if __name__ == "__main__":

@@ -282,8 +282,9 @@ def test_the_adapter_is_exported_as_it_is_with_the_command_that_serves_it(
     arguments = (tmp_path / "run", tmp_path / "out", "--form", "adapter", "--model", moved)
     assert run_export(*arguments) == 0
     printed = capsys.readouterr().out
-    command = f"vllm serve {moved} --enable-lora --max-lora-rank 8 --lora-modules"
-    assert f"{command} out={tmp_path / 'out'}\n" in printed
+    command = f"vllm serve {moved} --enable-lora --max-lora-rank 8 --host 127.0.0.1 --lora-modules"
+    key = 'VLLM_API_KEY="${VLLM_API_KEY:?}"'
+    assert f"\n{key} {command} out={tmp_path / 'out'}\n" in printed
     written = tmp_path / "run/checkpoints/step-1/adapter_model.safetensors"
     assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == written.read_bytes()
     adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
