@@ -17,7 +17,7 @@ from typing import Self
 from paint_engine.rewards.answers.units import Quantity, are_different_units, split_unit
 from paint_engine.rewards.boxes import extract_boxed
 from paint_engine.rewards.notation import normalize_answer, to_tex
-from paint_engine.rewards.worker import Worker
+from paint_engine.worker import Worker
 
 # Final answers are short; a longer one is degenerate text, and the parsers are superlinear in it.
 MAX_ANSWER_CHARS = 2000

@@ -14,8 +14,8 @@ from typing import Any
 
 from paint_engine.config.plugins import load_plugin
 from paint_engine.rewards.base import Reward, to_verdict
-from paint_engine.rewards.worker import StartFailed, Worker
 from paint_engine.types import Problem, Verdict
+from paint_engine.worker import StartFailed, Worker
 
 # A user's module may import libraries from a slow disk, or load a model.
 _START_LIMIT_S = 300.0

@@ -106,9 +106,10 @@ class Sampler:
     def take(self, step: int, num_steps: int) -> Sampled:
         """Returns this rank's completions of `step`, sampled now or ahead. With `ahead`, it then
         starts to sample the next step, if there is one. A collective call."""
-        future, self._pending = self._pending, None
         with self.timings.span("rollout"):
-            sampled = None if future is None else self._together(future.result)
+            sampled = None if self._pending is None else self._together(self._pending.result)
+        # Not before: a step that Ctrl-C ends while it waits leaves the engine at work.
+        self._pending = None
         if sampled is None:
             self.sync(step)
             with self.timings.span("rollout"):

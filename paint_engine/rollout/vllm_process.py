@@ -119,6 +119,8 @@ class OwnProcess:
         atexit.register(self._process.kill)
         # Otherwise this process would hold the other end open and not notice a death.
         theirs.close()
+        # Whether a call has not got its last answer. Ctrl-C may leave it so at any point.
+        self._is_answering = True
         try:
             self._answer()
         except EngineDied:
@@ -149,7 +151,7 @@ class OwnProcess:
 
     def _abandon(self) -> None:
         """Aborts the current batch and reads the messages that were sent in the meantime."""
-        answer = self._call(_ABANDON)
+        answer = self._send(_ABANDON)
         while isinstance(answer, _Batch):
             answer = self._answer()
 
@@ -161,6 +163,16 @@ class OwnProcess:
         atexit.unregister(self._process.kill)
 
     def _call(self, method: str, *args: Any) -> Any:
+        if self._is_answering:
+            # The rest of that answer would be taken for this call's.
+            self._process.kill()
+            raise EngineDied(
+                "a call of vLLM's process was interrupted, and the process ended for it"
+            )
+        self._is_answering = True
+        return self._send(method, *args)
+
+    def _send(self, method: str, *args: Any) -> Any:
         try:
             self._connection.send((method, args))
         except OSError as error:
@@ -172,6 +184,7 @@ class OwnProcess:
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             raise self._death() from error
+        self._is_answering = isinstance(answer, _Batch)
         if isinstance(answer, ValueError | EngineDied):
             raise answer
         return answer

@@ -255,6 +255,23 @@ def test_the_child_does_not_share_the_terminal_session() -> None:
         assert os.getsid(worker_pid(checker)) != os.getsid(0)
 
 
+def test_the_answer_of_an_interrupted_check_is_not_the_next_one_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with AnswerChecker() as checker:
+        worker_pid(checker)
+        with monkeypatch.context() as patched:
+            patched.setattr("paint_engine.worker.json.loads", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                checker.check(r"\frac12", boxed("0.5"))
+        assert checker.check(r"\frac12", boxed("0.6")).correct is False
+        assert checker.check(r"\frac12", boxed("0.5")).correct is True
+
+
+def interrupt(line: str) -> None:
+    raise KeyboardInterrupt
+
+
 def test_threads_share_one_checker(checker: AnswerChecker) -> None:
     verdicts: dict[int, bool] = {}
 

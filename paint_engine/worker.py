@@ -18,7 +18,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-_HERE = str(Path(__file__).parent)
+_HERE = Path(__file__).parent
 _MAX_ERROR_CHARS = 200
 _MAX_FRAMES = 8
 # Keys of this program that no reward needs. A user's function may need the hub's token.
@@ -88,22 +88,26 @@ class Worker:
     def start(self) -> None:
         """Starts the child, and waits until it is ready. Raises StartFailed."""
         with self._lock:
-            self._ready_child()
+            self._child = self._take_child()
 
     def ask(self, question: Any) -> Reply:
         """The answer, or why there is none. Raises StartFailed where a child has to start for it
         and does not."""
         with self._lock:
-            child = self._ready_child()
+            child = self._take_child()
             try:
                 reply = child.ask(question, self._timeout_s)
             except TimeoutError:
+                child.stop()
                 reply = Reply(error=f"{self._call} took longer than {self._timeout_s:g} s")
             except EOFError:
                 reply = Reply(error=f"{self._process} stopped (exit code {child.stop()})")
+            except BaseException:
+                child.stop()
+                raise
             else:
+                self._child = child
                 return reply
-            child.stop()
             # The replacement starts while the caller continues.
             self._child = self._new_child()
             return reply
@@ -118,20 +122,25 @@ class Worker:
     def _new_child(self) -> "_Child":
         return _Child(*self._command, self._timeout_s, shows_output=self._shows_output)
 
-    def _ready_child(self) -> "_Child":
-        if self._child is None or self._child.has_ended():
-            self._child = self._new_child()
-        child = self._child
+    def _take_child(self) -> "_Child":
+        """A child that waits for a question. The caller puts it back into `_child` after a whole
+        exchange.
+
+        Ctrl-C may arrive between any two instructions, and a notebook continues after it. The child
+        that it left in the middle of an exchange still owes an answer, which would be taken for the
+        next question's. So `_child` never holds such a child, whatever ends the exchange.
+        """
+        child, self._child = self._child, None
+        if child is None or child.has_ended():
+            child = self._new_child()
         try:
             child.wait_until_ready(self._start_limit_s)
         except (EOFError, TimeoutError) as error:
-            self._child = None
             raise StartFailed(
                 f"{self._process} did not start within {self._start_limit_s:.0f} s (exit code "
                 f"{child.stop()}); {self._advice}"
             ) from error
-        except StartFailed:
-            self._child = None
+        except BaseException:
             child.stop()
             raise
         return child
@@ -147,7 +156,7 @@ class _Child:
 
     _SOURCE = (
         "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-        "from paint_engine.rewards.worker import serve; serve(*json.loads(sys.argv[2]))"
+        "from paint_engine.worker import serve; serve(*json.loads(sys.argv[2]))"
     )
 
     def __init__(
@@ -264,7 +273,7 @@ def _describe(error: BaseException) -> Reply:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if str(Path(frame.filename).parent) != _HERE
+        if not Path(frame.filename).is_relative_to(_HERE)
     ]
     if not frames:
         return Reply(error=text)
