@@ -15,6 +15,7 @@ from paint_engine.files import (
     DATA_FILE,
     LAUNCH_FILE,
     VERSIONS_FILE,
+    WANDB_ID_FILE,
     unfinished_path,
     write_atomic,
 )
@@ -89,7 +90,7 @@ def _is_run(run_dir: Path) -> bool:
 def _is_empty(run_dir: Path) -> bool:
     """Whether no run is there. `config.toml` is the last file of a start: a start that a full disk
     ended may have left those before it."""
-    before = {LAUNCH_FILE, VERSIONS_FILE, DATA_FILE}
+    before = {LAUNCH_FILE, VERSIONS_FILE, DATA_FILE, WANDB_ID_FILE}
     before |= {unfinished_path(run_dir / name).name for name in (*before, CONFIG_FILE)}
     return run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= before
 

@@ -45,6 +45,7 @@ from paint_engine.files.names import (
     STATE_FILE,
     SUMMARY_FILE,
     VERSIONS_FILE,
+    WANDB_ID_FILE,
 )
 from paint_engine.files.output import (
     lossy_output,
@@ -79,6 +80,7 @@ __all__ = [
     "STATE_FILE",
     "SUMMARY_FILE",
     "VERSIONS_FILE",
+    "WANDB_ID_FILE",
     "WriteFailed",
     "append_lines",
     "flush",

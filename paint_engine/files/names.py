@@ -10,6 +10,8 @@ SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
 LAUNCH_FILE = ".launch"
 """names the launch by torchrun that has made the directory, for its restarts to find it by"""
+WANDB_ID_FILE = "wandb_id.txt"
+"""the run's id in W&B, with which a resumed run continues its curves"""
 CHECKPOINTS_DIRECTORY = "checkpoints"
 EVALUATIONS_DIRECTORY = "evaluations"
 

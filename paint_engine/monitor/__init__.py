@@ -7,6 +7,7 @@ from paint_engine.monitor.metrics import (
     NotFinite,
     check_finite,
     check_loggers,
+    wandb_id,
 )
 from paint_engine.monitor.progress import Progress
 from paint_engine.monitor.timings import Timings
@@ -19,4 +20,5 @@ __all__ = [
     "Timings",
     "check_finite",
     "check_loggers",
+    "wandb_id",
 ]

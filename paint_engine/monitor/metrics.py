@@ -6,6 +6,8 @@ nats; overlap, accuracy, mask ratios, masses and rates are fractions.
 """
 
 import math
+import re
+import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -18,11 +20,13 @@ from typing import Any, Self
 from paint_engine.files import (
     METRICS_FILE,
     SAMPLES_FILE,
+    WANDB_ID_FILE,
     WriteFailed,
     append_lines,
     json_line,
     open_jsonl,
     truncate_jsonl,
+    write_atomic,
     write_failure,
     writing,
 )
@@ -30,6 +34,7 @@ from paint_engine.files import (
 SKIPPED_STEPS = "skipped_steps"
 """the metric: optimizer steps so far that were skipped, because their gradient was not finite"""
 _TENSORBOARD, _WANDB = "tensorboard", "wandb"
+_WANDB_ID = re.compile(r"[0-9a-f]{16}")
 
 
 class NotFinite(Exception):
@@ -59,12 +64,14 @@ class MetricsWriter:
     Args:
         run_dir: an existing directory.
         tensorboard: also write event files to `run_dir/tensorboard`.
-        wandb_project: also log to this W&B project, under the run directory's name.
+        wandb_project: also log to this W&B project, under the run directory's name and the id in its
+            `wandb_id.txt`.
         config: the resolved configuration, which is sent to W&B.
         resume_step: the last step whose lines are kept.
 
     TensorBoard and W&B must be installed if they are requested (see `check_loggers`). Every method
-    raises WriteFailed.
+    raises WriteFailed. Raises ValueError if the directory holds an id of W&B that no run has
+    written.
     """
 
     def __init__(
@@ -169,11 +176,37 @@ def _open_tensorboard(run_dir: Path, resume_step: int) -> Any:
 def _open_wandb(run_dir: Path, project: str, config: dict[str, Any]) -> Any:
     import wandb  # pyright: ignore[reportMissingImports]
 
-    # The id makes a resumed run continue its own curves. W&B ignores the few steps it already has.
-    name = run_dir.resolve().name
+    # W&B ignores the few steps that it already has of a resumed run.
     return wandb.init(
-        project=project, name=name, id=name, resume="allow", dir=str(run_dir), config=config
+        project=project,
+        name=run_dir.resolve().name,
+        id=wandb_id(run_dir),
+        resume="allow",
+        dir=str(run_dir),
+        config=config,
     )
+
+
+def wandb_id(run_dir: Path) -> str:
+    """Returns the run's id in W&B: a random one, which the directory keeps, so that a resumed run
+    continues its own curves, and no run those of another one whose directory has the same name.
+
+    Raises ValueError for an id that no run has written, and WriteFailed.
+    """
+    path = run_dir / WANDB_ID_FILE
+    if not path.exists():
+        write_atomic(path, secrets.token_hex(8) + "\n")
+    # A run directory comes from anywhere: what it holds is data.
+    found = ""
+    if path.is_file():
+        with path.open("rb") as file:
+            found = file.read(64).decode(errors="replace").strip()
+    if not _WANDB_ID.fullmatch(found):
+        raise ValueError(
+            f"{path}: got {found!r}; needs the run's id in W&B, 16 of the characters 0-9 and a-f; "
+            "delete the file, and the resumed run gets a new one"
+        )
+    return found
 
 
 def _missing_package(setting: str, extra: str) -> str:

@@ -64,7 +64,7 @@ from paint_engine.model.attention import check_layers, choose_attention
 from paint_engine.model.probe import check_forward, logit_scale
 from paint_engine.model.sharding import checkpoint_activations, shard_model
 from paint_engine.model.stored import check_stored, set_generation_config
-from paint_engine.monitor import Timings, check_loggers
+from paint_engine.monitor import Timings, check_loggers, wandb_id
 from paint_engine.prompts.template import check_date, check_template, shows_date
 from paint_engine.recipes import recipe_of
 from paint_engine.rewards import Reward, open_reward
@@ -349,7 +349,10 @@ def build_run(command: CommandLine, world: World) -> Run:
         skipped=Skipped(**state.get("skipped", {})),
     )
     new = not resumes
-    together(lambda: world.is_main and _write_start(run, data, commit, new=new), (WriteFailed,))
+    together(
+        lambda: world.is_main and _write_start(run, data, commit, new=new),
+        (ValueError, WriteFailed),
+    )
     return run
 
 
@@ -371,6 +374,8 @@ def _write_start(run: Run, data: dict[str, Any], commit: str | None, *, new: boo
     if new:
         write_versions(run.run_dir, run.name, run.world.size, commit)
     write_data_record(run.run_dir, data)
+    if run.config.run.wandb_project is not None:
+        wandb_id(run.run_dir)
     path, settings = run.run_dir / CONFIG_FILE, to_toml(run.config)
     # A full disk must not keep a run from being resumed.
     if new or path.read_text(encoding="utf-8") != settings:

@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 
 from paint_engine.files import read_jsonl
-from paint_engine.monitor.metrics import MetricsWriter, NotFinite, check_finite, check_loggers
+from paint_engine.monitor.metrics import (
+    MetricsWriter,
+    NotFinite,
+    check_finite,
+    check_loggers,
+    wandb_id,
+)
 
 METRICS = {
     "loss": 0.0123,
@@ -121,10 +127,39 @@ def test_numbers_are_mirrored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         writer.write({"step": 5, "loss": 0.25}, [])
     assert calls == [
         (str(tmp_path / "tensorboard"), 5),
-        (tmp_path.name,),
+        (wandb_id(tmp_path),),
         ("loss", 0.25, 5),
         ("flushed",),
         ({"loss": 0.25}, 5),
         ("closed",),
         ("finished",),
     ]
+
+
+def test_runs_in_directories_of_one_name_have_ids_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, Any]] = []
+
+    def init(**settings: Any) -> SimpleNamespace:
+        started.append(settings)
+        return SimpleNamespace(finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for parent, resume_step in (("a", 0), ("b", 0), ("a", 3)):
+        run_dir = tmp_path / parent / "run"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        open_writer(run_dir, resume_step, wandb_project="paint").close()
+    first, second, resumed = started
+    assert first["id"] == resumed["id"] != second["id"]
+    assert [settings["name"] for settings in started] == ["run"] * 3
+    assert {settings["resume"] for settings in started} == {"allow"}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"../../other", b"0" * 17, b"0" * 5000, b"\x1b[2J\xff", b"a" * 15 + b"\n\nb"]
+)
+def test_an_id_that_no_run_has_written_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "wandb_id.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"wandb_id\.txt: got '.*'; needs the run's id in W&B"):
+        wandb_id(tmp_path)
