@@ -38,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             command = parse_command(given)
 
+            from paint_engine.prompts.renderer import start_renderer
+
+            # Its imports run beside those below.
+            start_renderer()
+
             from paint_engine.evaluation.run import run_evaluation
             from paint_engine.model.load import quiet_libraries
 

@@ -31,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(to_toml(command.config), soft_wrap=True, end="")
         return
 
+    from paint_engine.prompts.renderer import start_renderer
+
+    # Its imports run beside those below.
+    start_renderer()
+
     from paint_engine.distributed import barrier, init_world
     from paint_engine.model import pick_device
     from paint_engine.model.load import quiet_libraries

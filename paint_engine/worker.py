@@ -60,7 +60,7 @@ class Worker:
     advice: what to do where the child does not start.
     shows_output: what the child prints goes to this process's stderr; else nowhere.
 
-    The child starts with the first question, or with `start`. Threads take turns.
+    The child starts with the first question, or with `begin` or `start`. Threads take turns.
     """
 
     def __init__(
@@ -84,6 +84,12 @@ class Worker:
         self._shows_output = shows_output
         self._child: _Child | None = None
         self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """Starts the child, where there is none, without waiting for it."""
+        with self._lock:
+            if self._child is None:
+                self._child = self._new_child()
 
     def start(self) -> None:
         """Starts the child, and waits until it is ready. Raises StartFailed."""
@@ -178,10 +184,16 @@ class _Child:
             )
         self._replies = self._socket.makefile("r", encoding="utf-8")
         self._is_ready = False
+        self._owner = os.getpid()
         # At the latest when nobody holds the worker any more, or when this process ends.
-        self._finalizer = weakref.finalize(self, _end, self._process, self._socket, self._replies)
+        self._finalizer = weakref.finalize(
+            self, _end, self._process, self._socket, self._replies, self._owner
+        )
 
     def has_ended(self) -> bool:
+        """Whether it answers no more; in a fork of the process that started it, it never did."""
+        if self._owner != os.getpid():
+            return True
         # Not asked of the process: as long as nobody has waited for it, its process group, which
         # `stop` kills, cannot become another one's.
         self._socket.settimeout(0.0)
@@ -225,10 +237,15 @@ class _Child:
 
 
 def _end(
-    process: subprocess.Popen[bytes], connection: socket.socket, replies: TextIOWrapper
+    process: subprocess.Popen[bytes],
+    connection: socket.socket,
+    replies: TextIOWrapper,
+    owner: int,
 ) -> None:
     replies.close()
     connection.close()
+    if owner != os.getpid():
+        return
     # What the child has started too. A process that is ending keeps its own exit code; macOS
     # refuses the signal where no other one is left.
     with suppress(PermissionError):

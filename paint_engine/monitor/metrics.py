@@ -64,8 +64,8 @@ class MetricsWriter:
     Args:
         run_dir: an existing directory.
         tensorboard: also write event files to `run_dir/tensorboard`.
-        wandb_project: also log to this W&B project, under the run directory's name and the id in its
-            `wandb_id.txt`.
+        wandb_project: also log to this W&B project, under the run directory's name and the id
+            in its `wandb_id.txt`.
         config: the resolved configuration, which is sent to W&B.
         resume_step: the last step whose lines are kept.
 

@@ -4,11 +4,12 @@ where it fails, and reads from it how a turn ends."""
 import datetime
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
-from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.prompts.control import THOUGHT_MARKS, control_tokens, spelled_tokens
+from paint_engine.prompts.renderer import TemplateFailed, render_template
 
 _PROBE_QUESTION, _PROBE_ANSWER = "How much is 23519 + 1?", "It is 23520."
 _DATE_FUNCTION = "strftime_now"
@@ -38,24 +39,19 @@ def render(
     date: what a template that asks for the date gets, YYYY-MM-DD; None = the day of the call.
 
     Raises ValueError, with the template's own words, if it does not parse or refuses the messages,
-    and if the last message's text is not in the result.
+    if it exceeds a limit of the renderer, and if the last message's text is not in the result.
     """
-    own = {}
+    template, own = tokenizer.get_chat_template(), dict[str, Any]()
     if date is not None and shows_date(tokenizer):
-        template = tokenizer.get_chat_template()
-        own = {"chat_template": _DATE_MACRO + template, "start_date": _directives(date)}
+        template, own = _DATE_MACRO + template, {"start_date": _directives(date)}
+    own |= {"add_generation_prompt": add_generation_prompt, "enable_thinking": thinking}
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            enable_thinking=thinking,
-            tokenize=False,
-            **own,
-        )
-    except Exception as error:
-        # A template may raise anything.
-        raise ValueError(_failure(tokenizer, messages, error)) from error
-    assert isinstance(text, str)
+        text = _apply(tokenizer, template, messages, own)
+    except TemplateFailed as failure:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path} {failure}; correct "
+            "chat_template.jinja (or tokenizer_config.json) there, or use another model"
+        ) from failure
     if messages[-1]["content"].strip() not in text:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path} drops or changes the text of a "
@@ -66,22 +62,27 @@ def render(
     return text
 
 
-def _failure(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], error: Exception
+def _apply(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    own: dict[str, Any],
 ) -> str:
-    name = tokenizer.name_or_path
-    remedy = "correct chat_template.jinja (or tokenizer_config.json) there, or use another model"
-    if isinstance(error, TemplateSyntaxError):
-        return (
-            f"the chat template of {name} does not parse: {error.message} (line {error.lineno}); "
-            f"needs a Jinja template; {remedy}"
+    """Returns what the tokenizer's `apply_chat_template` does, bounded. Raises TemplateFailed.
+
+    own: what the template sees beside the messages and the special tokens.
+    """
+    if type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
+        return render_template(template, messages, tokenizer.special_tokens_map | own)
+    # Code that came with the model, and that the user trusts, does it in its own way.
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], chat_template=template, tokenize=False, **own
         )
-    roles = " and ".join(message["role"] for message in messages)
-    return (
-        f"the chat template of {name} refuses a conversation of {roles}: "
-        f"{error} ({type(error).__name__}); the prompts are one "
-        f"user message and the generation prompt, so it needs to take these; {remedy}"
-    )
+    except Exception as error:
+        raise TemplateFailed(f"failed in the tokenizer's own code: {error!r}") from error
+    assert isinstance(text, str)
+    return text
 
 
 def shows_date(tokenizer: PreTrainedTokenizerBase) -> bool:

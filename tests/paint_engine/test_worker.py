@@ -1,5 +1,6 @@
 """The exchange with a child process: Ctrl-C at any point, and several threads."""
 
+import os
 import random
 import signal
 import threading
@@ -76,3 +77,17 @@ def test_threads_get_their_own_answers_while_the_main_thread_is_interrupted(echo
                 while True:
                     assert echo.ask(["main"]) == Reply("main")
         assert [future.result() for future in futures] == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_of_the_process_has_a_child_of_its_own(echo: Worker) -> None:
+    assert echo.ask(["before"]) == Reply("before")
+    fork = os.fork()
+    if fork == 0:
+        answers = [echo.ask([number]) == Reply(number) for number in range(20)]
+        echo.close()
+        os._exit(0 if all(answers) else 1)
+    answers = [echo.ask([-number]) == Reply(-number) for number in range(20)]
+    _, status = os.waitpid(fork, 0)
+    assert all(answers) and status == 0
+    assert echo.ask(["after"]) == Reply("after")
