@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from paint_engine import require_engine
-from paint_engine.files import lossy_output
+from paint_engine.files import command_output
 
 
-@lossy_output()
+@command_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, then evaluates or compares.
 
@@ -20,13 +20,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     on it take seconds to import, so this comes after parsing.
     """
     require_engine()
-    from rich.console import Console
-
     from paint_engine.config import user_errors
     from paint_engine.evaluation.flags import parse_command, parse_comparison
+    from paint_engine.files.terminal import Terminal
 
     rank = int(os.environ.get("RANK", "0"))
-    console = Console(highlight=False, markup=False, quiet=rank > 0)
+    console = Terminal(quiet=rank > 0)
     given = sys.argv[1:] if argv is None else list(argv)
     with user_errors(console, rank):
         if given[:1] == ["compare"]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paint_engine import require_engine
+from paint_engine.files import command_output
 
 if TYPE_CHECKING:
     from paint_engine.checkpoint.merge import Survival
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, finds the checkpoint and its base, and exports.
 
@@ -66,12 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     require_engine()
     arguments = _parser().parse_args(argv)
-    from rich.console import Console
-
     from paint_engine.checkpoint import choose_checkpoint, find_base
     from paint_engine.config import user_errors
+    from paint_engine.files.terminal import Terminal
 
-    console = Console(highlight=False, markup=False)
+    console = Terminal()
     with user_errors(console):
         checkpoint = choose_checkpoint(arguments.source, arguments.checkpoint)
         section = find_base(checkpoint, arguments.model, arguments.revision)
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         else:
             lines = _export_adapter(checkpoint, arguments.output_dir, section)
-    console.print("\n".join(lines), soft_wrap=True)
+    console.say(*lines)
 
 
 def _export_merged(

@@ -4,13 +4,12 @@
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 from paint_engine import require_engine
-from paint_engine.files import lossy_output
+from paint_engine.files import command_output
 
 
-@lossy_output()
+@command_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, builds the run and trains.
 
@@ -19,12 +18,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     the refusal of a key or value do not wait for it.
     """
     require_engine()
-    from rich.console import Console
-
     from paint_engine.config import load_config, to_toml, user_errors
+    from paint_engine.files.terminal import Terminal
 
     rank = int(os.environ.get("RANK", "0"))
-    console = Console(highlight=False, markup=False, quiet=rank > 0)
+    console = Terminal(quiet=rank > 0)
     with user_errors(console, rank):
         command = load_config(sys.argv[1:] if argv is None else argv)
     if command.print_config:
@@ -44,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_libraries()
     if command.dry_run:
         with user_errors(console, rank):
-            plan_run(command, partial(console.print, soft_wrap=True))
+            plan_run(command, console.say)
         return
     # From here on, so that a scheduler's signal while the model is loaded is not lost.
     with StopRequest() as stop:
         with user_errors(console, rank):
             run = build_run(command, init_world(pick_device(command.config.train.device)))
-        console.print(f"run directory: {run.run_dir}", soft_wrap=True)
+        console.say(f"run directory: {run.run_dir}")
         stop.begin()
         run_training(run, console, stop)
     # The main rank writes to the end. A rank that left earlier would end the process group.

@@ -18,6 +18,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from paint_engine.files import printable_output
+
 _HERE = Path(__file__).parent
 _MAX_ERROR_CHARS = 200
 _MAX_FRAMES = 8
@@ -256,7 +258,7 @@ def _end(
 def serve(handle: int, timeout_s: float, factory: str, arguments: list[Any]) -> None:
     """Runs in the child: gets ready, then answers one line at a time until the parent's end
     closes."""
-    with socket.socket(fileno=handle) as connection:
+    with socket.socket(fileno=handle) as connection, printable_output():
         channel = connection.makefile("rw", encoding="utf-8")
 
         def send(value: Any) -> None:

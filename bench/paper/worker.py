@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from bench.measure import commit
 from bench.paper.plan import BASE, Job, arguments, overrides, preset_of
@@ -19,6 +18,7 @@ from paint_engine.config.command_line import load_config
 from paint_engine.distributed import init_world
 from paint_engine.evaluation.accuracy import correct_matrix
 from paint_engine.evaluation.store import read_evaluations
+from paint_engine.files.terminal import Terminal
 from paint_engine.model.load import pick_device
 from paint_engine.monitor.progress import Progress
 from paint_engine.training.build import build_run
@@ -71,7 +71,7 @@ def _evaluate_base(argv: list[str]) -> None:
     command = load_config(argv)
     with StopRequest() as stop:
         run = build_run(command, init_world(pick_device(command.config.train.device)))
-        evaluate_at(run, 0, Progress(Console(highlight=False)), stop)
+        evaluate_at(run, 0, Progress(Terminal()), stop)
         run.sampler.close()
 
 

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from rich.console import Console
-
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import LEAVES, build_config, toml_value, value_of
 from paint_engine.files import CONFIG_FILE, WriteFailed
+from paint_engine.files.terminal import Terminal
 
 DEFAULT_PRESET = "tiny"
 _PRESETS = Path(__file__).with_name("presets")
@@ -77,18 +76,19 @@ class CommandLine:
 
 
 @contextmanager
-def user_errors(console: Console, rank: int = 0) -> Iterator[None]:
+def user_errors(console: Terminal, rank: int = 0) -> Iterator[None]:
     """Ends the program with one message: with exit code 2 on a ValueError, which is a user's
     mistake, and with 1 where a file could not be written."""
     try:
         yield
     except (ValueError, WriteFailed) as error:
         # The mistake may have been found on this rank alone, whose console is quiet.
-        where = Console(stderr=True, highlight=False, markup=False) if rank else console
+        where = Terminal(stderr=True) if rank else console
         prefix = f"rank {rank}: " if rank else ""
         mistake = isinstance(error, ValueError)
-        again = "" if mistake else "\nsafe: all that was there before; give the same command again"
-        where.print(f"{prefix}error: {error}{again}", style="red", soft_wrap=True)
+        again = ["safe: all that was there before; give the same command again"]
+        lines = [f"{prefix}error: {error}", *([] if mistake else again)]
+        where.say(*lines, style="red")
         sys.exit(2 if mistake else 1)
 
 

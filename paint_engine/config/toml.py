@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import HIDDEN
+from paint_engine.files import is_hidden
 
 
 def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:
@@ -103,8 +104,9 @@ def toml_value(value: object) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(toml_value(item) for item in value)}]"
     assert isinstance(value, str), f"no TOML form for {value!r}"
-    # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+    # JSON's escapes are TOML's. What a terminal would obey is escaped too.
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(f"\\U{ord(c):08X}" if is_hidden(c) else c for c in text)
 
 
 def to_toml(config: Config) -> str:

@@ -2,6 +2,7 @@
 step."""
 
 import random
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -16,6 +17,7 @@ from paint_engine.data import ProblemSet, batch_requests
 from paint_engine.estimate.capacity import check_fits, device_memory_bytes
 from paint_engine.estimate.memory import GIB, Lengths, estimate_memory
 from paint_engine.estimate.model_shape import ModelShape, shape_of, step_flops
+from paint_engine.files import one_line
 from paint_engine.model import max_context
 from paint_engine.prompts.chat import encode_student_prompt, encode_teacher_prompt
 from paint_engine.prompts.masking import mask_solution
@@ -114,6 +116,11 @@ def prompt_lengths(
     return PromptLengths([len(prompt) for prompt in train_set.prompts], teacher)
 
 
+def _quoted(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str:
+    """Returns a prompt's text, of which no line looks like one of the report."""
+    return textwrap.indent(str(tokenizer.decode(list(prompt))), "| ", lambda line: True)
+
+
 def _first_batch(
     config: Config, tokenizer: PreTrainedTokenizerBase, train_set: ProblemSet, context: int
 ) -> list[str]:
@@ -121,8 +128,8 @@ def _first_batch(
     requests = batch_requests(config, train_set, 0)
     problem, student = requests[0].problem, requests[0].prompt_ids
     lines = [
-        f"# student's prompt of {problem.problem_id} ({len(student)} tokens)",
-        str(tokenizer.decode(list(student))),
+        f"# student's prompt of {one_line(problem.problem_id)} ({len(student)} tokens)",
+        _quoted(tokenizer, student),
     ]
     if recipe_of(config).uses_teacher:
         teacher = _teacher_prompt(config, tokenizer, problem, context)
@@ -130,14 +137,14 @@ def _first_batch(
             "",
             f"# teacher's prompt of the same problem at mask ratio {config.masking.rho_wrong} "
             f"({len(teacher)} tokens)",
-            str(tokenizer.decode(list(teacher))),
+            _quoted(tokenizer, teacher),
         ]
     if config.teacher.reason_first:
         request = _request(config, tokenizer, problem, context)
         lines += [
             "",
             f"# request for the teacher's rationale ({len(request)} tokens)",
-            str(tokenizer.decode(list(request))),
+            _quoted(tokenizer, request),
         ]
     others = [len(request.prompt_ids) for request in requests[1:]]
     if others:

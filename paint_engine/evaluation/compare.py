@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from paint_engine.checkpoint.directory import list_checkpoints, split_place
@@ -19,7 +18,8 @@ from paint_engine.evaluation.store import (
     read_evaluation,
     read_evaluations,
 )
-from paint_engine.files import CONFIG_FILE
+from paint_engine.files import CONFIG_FILE, one_line
+from paint_engine.files.terminal import Terminal
 
 Evaluations = Mapping[str, Evaluation]
 
@@ -219,7 +219,7 @@ def _record(differences: Mapping[str, Difference], macro: Estimate) -> dict[str,
 
 def _table(first: str, other: str, differences: Mapping[str, Difference], macro: Estimate) -> Table:
     table = Table(
-        title=f"{other} against {first}",
+        title=one_line(f"{other} against {first}"),
         caption="Avg@k in percent; 95% intervals by paired bootstrap over problems;\n"
         "gained: solved by more than half of the samples only after",
     )
@@ -234,13 +234,13 @@ def _table(first: str, other: str, differences: Mapping[str, Difference], macro:
     for name, d in differences.items():
         counts = str(len(d.gained)), str(len(d.lost))
         values = f"{100 * d.before:.1f}", f"{100 * d.after:.1f}"
-        table.add_row(name, *values, *interval(d.difference), *counts)
+        table.add_row(one_line(name), *values, *interval(d.difference), *counts)
     if len(differences) > 1:
         table.add_row("macro", "", "", *interval(macro), "", "")
     return table
 
 
-def run_comparison(arguments: argparse.Namespace, console: Console) -> None:
+def run_comparison(arguments: argparse.Namespace, console: Terminal) -> None:
     """Prints a table for each run after the first, and the problems that it gained and lost.
 
     arguments: `parse_comparison`'s.
@@ -254,12 +254,12 @@ def run_comparison(arguments: argparse.Namespace, console: Console) -> None:
         differences, macro = compare(before, after)
         found = notes(before, after)
         for note in found:
-            console.print(f"note: {arguments.first} and {other} {note}", soft_wrap=True)
+            console.say(f"note: {arguments.first} and {other} {note}")
         console.print(_table(arguments.first, other, differences, macro))
         for name, difference in differences.items():
             for label, problems in (("gained", difference.gained), ("lost", difference.lost)):
                 if problems:
-                    console.print(f"{name}, {label}: {', '.join(problems)}", soft_wrap=True)
+                    console.say(f"{name}, {label}: {', '.join(problems)}")
         records.append({"run": other, "notes": found, **_record(differences, macro)})
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from paint_engine.evaluation.target import (
     mismatched_prompts,
     skeleton,
 )
+from paint_engine.files.terminal import Terminal
 from paint_engine.model import check_vocabulary, load_tokenizer, max_context
 from paint_engine.prompts.chat import encode_student_prompt
 from paint_engine.prompts.template import check_date, check_template, shows_date
@@ -71,7 +72,7 @@ def make_plan(command: EvaluationCommand, world: World) -> Plan:
     check_target(target, engine)
     check_vocabulary(target.base.name_or_path, tokenizer, shape)
     prompts, dated = with_date(command.prompts, target, tokenizer)
-    say = print if world.is_main else lambda text: None
+    say = Terminal().say if world.is_main else lambda text: None
     # On by default is no wish of the user.
     asked = {} if section.thinking else {"--thinking": False}
     notes = mismatches(target, prompts) + check_template(tokenizer, asked, prompts.date)

@@ -18,7 +18,7 @@ from paint_engine.evaluation.accuracy import (
     pass_ks,
 )
 from paint_engine.evaluation.store import EvalSample, Evaluation
-from paint_engine.files import VERSIONS_FILE, present_versions, write_json
+from paint_engine.files import VERSIONS_FILE, one_line, present_versions, write_json
 from paint_engine.rewards import DEFAULT_REWARD, has_answers
 from paint_engine.rewards.checker import equal_answers
 
@@ -116,7 +116,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     table = Table(caption="percent, with 95% intervals\nby bootstrap over problems")
     table.add_column("")
     for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(one_line(name), justify="right", no_wrap=True)
     for key in results["macro"]:
         label = _LABELS.get(key, key[:1].upper() + key[1:] if key.startswith("avg") else key)
         table.add_row(label, *(_cell(key, column[key]) for column in columns.values()))

@@ -5,9 +5,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
-from functools import partial
-
-from rich.console import Console
 
 from paint_engine.distributed import (
     World,
@@ -37,6 +34,7 @@ from paint_engine.evaluation.store import (
 )
 from paint_engine.evaluation.target import build_engine
 from paint_engine.files import RESULTS_FILE, WriteFailed, write_json
+from paint_engine.files.terminal import Terminal
 from paint_engine.model import pick_device
 from paint_engine.monitor import NotFinite, Progress
 from paint_engine.rewards import Reward, RewardFailed, open_reward
@@ -46,7 +44,7 @@ from paint_engine.rollout import EngineDied, RolloutEngine, sampling_params
 _MEMORY_SHARES = {"cuda": 0.9, "cpu": 0.35}
 
 
-def run_evaluation(command: EvaluationCommand, console: Console) -> None:
+def run_evaluation(command: EvaluationCommand, console: Terminal) -> None:
     """Samples the missing answers of every benchmark, prints the table, writes `results.json`.
 
     A dead engine, a full disk and Ctrl-C end the program (exit codes 1, 1 and 130); the samples so
@@ -55,7 +53,7 @@ def run_evaluation(command: EvaluationCommand, console: Console) -> None:
 
     Raises ValueError, in terms of this command's flags, for a user's mistake.
     """
-    say = partial(console.print, soft_wrap=True)
+    say = console.say
     try:
         world = init_world(pick_device(command.arguments.device))
         plan = make_plan(command, world)
@@ -75,8 +73,8 @@ def run_evaluation(command: EvaluationCommand, console: Console) -> None:
         sys.exit(1)
     except WriteFailed as failure:
         say(
-            f"error: {failure}\nsafe: every answer that was finished before; the same command "
-            "resumes the evaluation",
+            f"error: {failure}",
+            "safe: every answer that was finished before; the same command resumes the evaluation",
             style="red",
         )
         sys.exit(1)
@@ -137,7 +135,7 @@ def answer_benchmarks(
         reward = open_reward(
             plan.command.reward.function,
             plan.command.reward.timeout_s,
-            lambda text: print(f"rank {world.rank}: {text}", file=sys.stderr),
+            lambda text: Terminal(stderr=True).say(f"rank {world.rank}: {text}"),
         )
         engine = build_engine(
             plan.target,
@@ -199,7 +197,7 @@ def answer_benchmark(
         return files.finish(time.monotonic() - started)
 
 
-def report_results(plan: Plan, evaluations: Sequence[Evaluation], console: Console) -> None:
+def report_results(plan: Plan, evaluations: Sequence[Evaluation], console: Terminal) -> None:
     """Prints the table and writes `results.json`. The main rank calls it."""
     results = {
         "model": plan.target.base.name_or_path,
@@ -210,4 +208,4 @@ def report_results(plan: Plan, evaluations: Sequence[Evaluation], console: Conso
     }
     write_json(plan.directory / RESULTS_FILE, results)
     console.print(results_table(results))
-    console.print(f"results: {plan.directory}", soft_wrap=True)
+    console.say(f"results: {plan.directory}")

@@ -48,9 +48,12 @@ from paint_engine.files.names import (
     WANDB_ID_FILE,
 )
 from paint_engine.files.output import (
-    lossy_output,
+    command_output,
+    printable_output,
 )
 from paint_engine.files.printable import (
+    is_hidden,
+    one_line,
     printable,
 )
 from paint_engine.files.versions import (
@@ -83,14 +86,17 @@ __all__ = [
     "WANDB_ID_FILE",
     "WriteFailed",
     "append_lines",
+    "command_output",
     "flush",
+    "is_hidden",
     "json_line",
-    "lossy_output",
     "make_unfinished",
     "new_directory",
+    "one_line",
     "open_jsonl",
     "present_versions",
     "printable",
+    "printable_output",
     "publish_directory",
     "read_jsonl",
     "recorded_commit",

@@ -1,11 +1,24 @@
-"""A command's output that does not end the command where it cannot be written."""
+"""A command's output: it shows what others wrote and does not obey it, and may be lost without
+ending the command."""
 
 import errno
 import os
+import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import TracebackType
 from typing import Any, TextIO, cast
+
+from paint_engine.files.printable import printable
+
+# What progress bars of libraries write: one that begins its line again, and one that moves up to
+# its line, in a write of its own.
+_LINE_START = "\r"
+_MOVE_UP = re.compile(r"\n*(\x1b\[A)+")
+# Colours and other controls of the terminal.
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 class _LossyOutput:
@@ -42,14 +55,54 @@ class _LossyOutput:
                 print(f"note: the output is lost from here on ({reason})", file=sys.stderr)
 
 
+class _PrintableOutput:
+    """A text stream that writes printable text. Libraries' colours are left out.
+
+    unescaped: the stream behind it, for a `Terminal`, which has controls of its own.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.unescaped = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unescaped, name)
+
+    def write(self, text: str) -> int:
+        if not _MOVE_UP.fullmatch(text):
+            start = _LINE_START if text.startswith(_LINE_START) else ""
+            text = start + printable(_CONTROL.sub("", text.removeprefix(start)))
+        return self.unescaped.write(text)
+
+
 @contextmanager
-def lossy_output() -> Iterator[None]:
-    """In a command: goes on without its output when that cannot be written, for a log on a full
-    disk is no reason to lose a run on another one."""
-    before = sys.stdout
-    sys.stdout = cast(TextIO, _LossyOutput(before))
+def printable_output() -> Iterator[None]:
+    """Whatever prints to standard output and error, a library's warning too, prints text that a
+    terminal only shows."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _PrintableOutput(stream)) for stream in before)
     try:
         yield
     finally:
+        sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def command_output() -> Iterator[None]:
+    """In a command: `printable_output`, which goes on without standard output when that cannot be
+    written, for a log on a full disk is no reason to lose a run on another one."""
+    before = sys.stdout
+    sys.stdout = cast(TextIO, _LossyOutput(before))
+    # Not put back: the interpreter calls it when the command has ended.
+    sys.excepthook = _show_exception
+    try:
+        with printable_output():
+            yield
+    finally:
         sys.stdout.flush()
         sys.stdout = before
+
+
+def _show_exception(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    sys.stderr.write(printable("".join(traceback.format_exception(kind, error, trace))))

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from paint_engine.files import one_line, printable_output
+from paint_engine.files.terminal import Terminal
 from paint_engine.monitor.metrics import SKIPPED_STEPS
 from paint_engine.recipes.display import Display
 
@@ -72,12 +74,12 @@ class Progress:
 
     def __init__(
         self,
-        console: Console | None = None,
+        console: Terminal | None = None,
         display: Display | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._console = console or Console()
+        self._console = console or Terminal()
         self._recipe_display = display
         self._clock = clock
 
@@ -106,14 +108,14 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Prints a line, above the live line if there is one."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.say(text)
 
     @contextmanager
     def evaluation(self, title: str, total: int) -> Iterator[Callable[[int, float], None]]:
         """Yields `advance(num_finished, correct_fraction)`. Its arguments are the number of newly
         finished samples, and the fraction of all finished samples that are correct."""
         meter = _Meter(total, 0, self._clock)
-        with _display(self._console, meter, f"{title}:", " samples") as show:
+        with _display(self._console, meter, f"{one_line(title)}:", " samples") as show:
 
             def advance(num_finished: int, correct_fraction: float) -> None:
                 meter.advance_to(meter.done + num_finished)
@@ -127,7 +129,7 @@ _Fields = list[tuple[str, str]]
 
 @contextmanager
 def _display(
-    console: Console, meter: _Meter, title: str, unit: str
+    console: Terminal, meter: _Meter, title: str, unit: str
 ) -> Iterator[Callable[[_Fields], None]]:
     # FORCE_COLOR makes rich treat a log file as a terminal, but cursor movements do not belong in a
     # file.
@@ -141,7 +143,7 @@ def _display(
 
 @contextmanager
 def _live_display(
-    console: Console, meter: _Meter, title: str, unit: str
+    console: Terminal, meter: _Meter, title: str, unit: str
 ) -> Iterator[Callable[[_Fields], None]]:
     fields: _Fields = []
 
@@ -164,13 +166,15 @@ def _live_display(
     def show(new_fields: _Fields) -> None:
         fields[:] = new_fields
 
-    with Live(get_renderable=render, console=console, refresh_per_second=LIVE_REFRESHES_PER_S):
+    live = Live(get_renderable=render, console=console, refresh_per_second=LIVE_REFRESHES_PER_S)
+    # rich takes over what is printed meanwhile, and would obey it.
+    with live, printable_output():
         yield show
 
 
 @contextmanager
 def _plain_display(
-    console: Console, meter: _Meter, title: str, unit: str
+    console: Terminal, meter: _Meter, title: str, unit: str
 ) -> Iterator[Callable[[_Fields], None]]:
     printed_at = -math.inf
     unprinted = ""
@@ -191,7 +195,7 @@ def _plain_display(
 
     def flush() -> None:
         nonlocal printed_at, unprinted
-        console.print(unprinted, markup=False, highlight=False, soft_wrap=True)
+        console.say(unprinted)
         printed_at, unprinted = meter.clock(), ""
 
     try:

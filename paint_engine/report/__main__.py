@@ -4,12 +4,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from paint_engine.config.command_line import user_errors
+from paint_engine.files import command_output
+from paint_engine.files.terminal import Terminal
 from paint_engine.report.page import write_report
 
 
+@command_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command. A user's mistake prints one message and exits with code 2."""
     parser = argparse.ArgumentParser(
@@ -22,8 +23,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if not arguments.run_dir.is_dir():
         parser.error(f"{arguments.run_dir} is not a directory; needs a run directory")
-    with user_errors(Console(highlight=False, markup=False)):
-        print(write_report(arguments.run_dir, trusted=arguments.recipe))
+    console = Terminal()
+    with user_errors(console):
+        console.say(str(write_report(arguments.run_dir, trusted=arguments.recipe)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
-from paint_engine.files import printable
+from paint_engine.files import one_line
 
 KEY_VARIABLE = "VLLM_API_KEY"
 """the environment variable with the server's key; vLLM reads the same one"""
@@ -52,7 +52,7 @@ def quoted(text: str | bytes) -> str:
     whole = start.decode(errors="replace") if isinstance(start, bytes) else start
     if key := read_key():
         whole = whole.replace(key, f"({KEY_VARIABLE})")
-    clean = printable(whole[: _MAX_QUOTED_CHARS + 1])
+    clean = one_line(whole[: _MAX_QUOTED_CHARS + 1])
     return clean if len(clean) <= _MAX_QUOTED_CHARS else f"{clean[:_MAX_QUOTED_CHARS]}..."
 
 

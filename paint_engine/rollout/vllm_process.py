@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from paint_engine.files import printable_output
 from paint_engine.rollout.adapter_files import WrittenWeights
 from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
 from paint_engine.rollout.vllm_core import Core, OnBatch
@@ -47,6 +48,11 @@ def _serve(
         del os.environ[name]
     os.environ.update(environment)
     threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+    with printable_output():
+        _answer_calls(connection, llm_args, head_size)
+
+
+def _answer_calls(connection: Any, llm_args: Mapping[str, Any], head_size: int) -> None:
     try:
         core = Core(llm_args, head_size)
     except EngineDied as death:

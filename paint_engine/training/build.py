@@ -1,7 +1,6 @@
 """Builds a run, in order: data, prompts, base, adapters, teacher, optimizer, directory, sampler."""
 
 import datetime
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +41,7 @@ from paint_engine.files import (
     write_atomic,
     write_versions,
 )
+from paint_engine.files.terminal import Terminal
 from paint_engine.model import (
     EmaTeacher,
     FixedTeacher,
@@ -201,7 +201,7 @@ def _open_reward(config: Config, warn: Callable[[str], object]) -> Reward:
 
 
 def _warner(world: World) -> Callable[[str], None]:
-    return lambda text: print(f"rank {world.rank}: {text}", file=sys.stderr)
+    return lambda text: Terminal(stderr=True).say(f"rank {world.rank}: {text}")
 
 
 def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
@@ -230,9 +230,11 @@ def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
         sets = (train_set, eval_set)
         check_same_data(command.resume, record, sets, allow_changed=allow, say=show)
     num_ranks = launched_ranks()
-    show(
-        describe(config, tokenizer, train_set, eval_set, model, device=device, num_ranks=num_ranks)
+    report = describe(
+        config, tokenizer, train_set, eval_set, model, device=device, num_ranks=num_ranks
     )
+    for line in report.split("\n"):
+        show(line)
     check_run_fits(config, tokenizer, train_set, model, device=device, num_ranks=num_ranks)
 
 
@@ -293,7 +295,7 @@ def build_run(command: CommandLine, world: World) -> Run:
     WriteFailed if the run's files cannot be written.
     """
     config, device = command.config, world.device
-    say = print if world.is_main else lambda text: None
+    say = Terminal().say if world.is_main else lambda text: None
     # The engine does not use the global generators. This makes libraries that do repeatable.
     set_seed(global_seed(config.train.seed))
     _check_before_loading(config, say)

@@ -4,14 +4,12 @@ import shlex
 import signal
 import sys
 from contextlib import nullcontext, suppress
-from functools import partial
-
-from rich.console import Console
 
 from paint_engine.checkpoint.directory import checkpoint_step, list_checkpoints
 from paint_engine.checkpoint.run_dir import start_again
 from paint_engine.distributed import gather_objects, together
 from paint_engine.files import WriteFailed
+from paint_engine.files.terminal import Terminal
 from paint_engine.monitor import MetricsWriter, NotFinite, Progress, check_finite
 from paint_engine.report import write_report
 from paint_engine.rewards import RewardFailed
@@ -87,22 +85,22 @@ def _launcher(run: Run) -> str:
     return f"{launcher} -m paint_engine.train"
 
 
-def what_is_safe(run: Run) -> str:
-    """What of the run is on the disk, and how to resume it, in a line or two."""
+def what_is_safe(run: Run) -> tuple[str, ...]:
+    """What of the run is on the disk, and how to resume it, as a line or two."""
     checkpoints = list_checkpoints(run.run_dir)
     if not checkpoints:
         again = f"{_launcher(run)} {start_again(run.run_dir)}"
         return (
             "no checkpoint is saved yet; the finished answers of evaluations are; start again "
-            f"with: {again}"
+            f"with: {again}",
         )
     saved = checkpoint_step(checkpoints[-1])
     later = f"; {run.step - saved} later steps are lost" if run.step > saved else ""
     directory = shlex.quote(str(run.run_dir))
     return (
         f"safe: all {saved} steps up to the newest checkpoint: {checkpoints[-1].name}, and the "
-        f"finished answers of evaluations{later}\n"
-        f"resume with: {_launcher(run)} --resume {directory}"
+        f"finished answers of evaluations{later}",
+        f"resume with: {_launcher(run)} --resume {directory}",
     )
 
 
@@ -115,20 +113,20 @@ def explain_weights(run: Run) -> str:
     return f"all weights are finite; the largest of the trained ones is {size:.3g}, in {name}"
 
 
-def finish(run: Run, console: Console) -> None:
+def finish(run: Run, console: Terminal) -> None:
     """Writes and prints the summary, and writes the report. For the main rank."""
     summary = summarise(run)
     print_summary(console, summary, write_report(run.run_dir, run.recipe))
 
 
-def run_training(run: Run, console: Console, stop: StopRequest) -> None:
+def run_training(run: Run, console: Terminal, stop: StopRequest) -> None:
     """Trains to the end or until a signal.
 
     The first signal finishes the step and saves. A second Ctrl-C stops at once; the run then
     resumes from its newest checkpoint. What cannot continue ends the program with one message, what
     is safe, how to resume, and exit code 1.
     """
-    say = partial(console.print, soft_wrap=True)
+    say = console.say
     resume = f"resume with: {_launcher(run)} --resume {shlex.quote(str(run.run_dir))}"
     try:
         writer = together(lambda: open_writer(run), (WriteFailed,))
@@ -136,11 +134,11 @@ def run_training(run: Run, console: Console, stop: StopRequest) -> None:
             try:
                 train(run, writer, Progress(console, run.recipe.display), stop)
             except Stopped as stopped:
-                say(f"stopped after step {run.step}; saved {save(run)}\n{resume}")
+                say(f"stopped after step {run.step}; saved {save(run)}", resume)
                 # A scheduler that takes the machine back is no failure; a user's Ctrl-C is 130.
                 sys.exit(0 if stopped.signal_number == signal.SIGTERM else 130)
             except EngineDied as death:
-                say(f"the rollout engine failed ({death}); saved {save(run)}\n{resume}")
+                say(f"the rollout engine failed ({death}); saved {save(run)}", resume)
                 sys.exit(1)
             except WriteFailed:
                 # Perhaps of another disk, such as the shared memory that vLLM reads.
@@ -149,13 +147,14 @@ def run_training(run: Run, console: Console, stop: StopRequest) -> None:
                 raise
             together(lambda: run.world.is_main and finish(run, console), (WriteFailed,))
     except NotFinite as failure:
-        say(f"error: {failure}; {explain_weights(run)}\n{what_is_safe(run)}", style="red")
+        say(f"error: {failure}; {explain_weights(run)}", *what_is_safe(run), style="red")
         sys.exit(1)
     except (SaveFailed, StepNotRecorded, WriteFailed, RewardFailed) as failure:
-        say(f"error: {failure}\n{what_is_safe(run)}", style="red")
+        say(f"error: {failure}", *what_is_safe(run), style="red")
         sys.exit(1)
     except KeyboardInterrupt:
-        say(f"interrupted; {what_is_safe(run)}")
+        first, *others = what_is_safe(run)
+        say(f"interrupted; {first}", *others)
         sys.exit(130)
     finally:
         run.sampler.close()

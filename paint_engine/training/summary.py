@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from paint_engine.evaluation.accuracy import (
     avg_at_k,
     best_step,
@@ -21,6 +19,7 @@ from paint_engine.evaluation.store import (
     read_evaluations,
 )
 from paint_engine.files import SUMMARY_FILE, write_json
+from paint_engine.files.terminal import Terminal
 from paint_engine.training.run import Run
 
 
@@ -96,7 +95,7 @@ def summarise(run: Run) -> dict[str, Any]:
     return summary
 
 
-def print_summary(console: Console, summary: dict[str, Any], report: Path) -> None:
+def print_summary(console: Terminal, summary: dict[str, Any], report: Path) -> None:
     """Prints the summary in a few lines."""
     for moment in ("before", "after"):
         if (value := summary[f"avg_at_k_{moment}"]) is not None:
@@ -115,4 +114,4 @@ def print_summary(console: Console, summary: dict[str, Any], report: Path) -> No
         f"time:          {summary['seconds']:.0f} s ({summary['seconds_train']:.0f} s for "
         f"{summary['num_steps']} steps, {summary['seconds_eval']:.0f} s for evaluation)"
     )
-    console.print(f"run directory: {summary['run_dir']}\nreport:        {report}", soft_wrap=True)
+    console.say(f"run directory: {summary['run_dir']}", f"report:        {report}")

@@ -1,5 +1,6 @@
 """The report of a dry run: from a config.json alone, with no weights anywhere."""
 
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,8 @@ def test_the_report_shows_the_settings_the_first_batch_and_the_memory(
     assert "at most 32,768 completion tokens" in report
     first = batch_indices(300, config.train.batch_size, config.train.seed, 0)[0]
     assert f"student's prompt of {train_set.problems[first].problem_id} (" in report
-    assert str(tokenizer.decode(list(train_set.prompts[first]))) in report
+    prompt = str(tokenizer.decode(list(train_set.prompts[first])))
+    assert textwrap.indent(prompt, "| ", lambda line: True) in report
     assert report.count("<|im_start|>assistant") == 2
     assert "...(omitted)..." in report
     assert "# 31 more rollouts in the first step" in report

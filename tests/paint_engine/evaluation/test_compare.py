@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from paint_engine.config.sections import EvalSection, PromptsSection
 from paint_engine.distributed import World
@@ -25,6 +24,7 @@ from paint_engine.evaluation.store import (
     evaluation_settings,
     fingerprints,
 )
+from paint_engine.files.terminal import Terminal
 from paint_engine.types import Problem
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -64,7 +64,7 @@ def run(tmp_path: Path) -> Run:
         printed = io.StringIO()
         file = tmp_path / "new" / "directory" / "o.json"
         arguments = [*(str(tmp_path / name) for name in names), "--json", str(file)]
-        compare.run_comparison(parse_comparison(arguments), Console(width=120, file=printed))
+        compare.run_comparison(parse_comparison(arguments), Terminal(width=120, file=printed))
         return json.loads(file.read_text()), printed.getvalue()
 
     return main

@@ -104,8 +104,8 @@ def test_a_library_that_gives_the_reason_as_text_fails_alike(write: str, tmp_pat
 def test_a_command_goes_on_without_its_output(tmp_path: Path) -> None:
     """A log on a full disk, to the end of the process."""
     program = (
-        "from paint_engine.files import lossy_output\n"
-        "with lossy_output():\n"
+        "from paint_engine.files import command_output\n"
+        "with command_output():\n"
         "    print('lost')\n"
         "    print(5000 * 'x', flush=True)\n"
         f"open({str(tmp_path / 'done')!r}, 'w').close()\n"

@@ -2,9 +2,9 @@ import io
 from collections.abc import Callable
 
 import pytest
-from rich.console import Console
 
 from paint_engine.config.schema import Config
+from paint_engine.files.terminal import Terminal
 from paint_engine.monitor.progress import PLAIN_INTERVAL_S, Progress
 from paint_engine.recipes import recipe_of
 from paint_engine.recipes.display import Display
@@ -36,7 +36,7 @@ class Clock:
         return self.now
 
 
-class Terminal(io.StringIO):
+class Screen(io.StringIO):
     def isatty(self) -> bool:
         return True
 
@@ -44,7 +44,7 @@ class Terminal(io.StringIO):
 def plain_training(num_steps: int, start_step: int, seconds: Callable[[int], float]) -> list[str]:
     clock = Clock()
     file = io.StringIO()
-    progress = Progress(Console(file=file, width=80), PAINT, clock=clock)
+    progress = Progress(Terminal(file=file, width=80), PAINT, clock=clock)
     with progress.training(num_steps, start_step) as update:
         for step in range(start_step + 1, num_steps + 1):
             clock.now += seconds(step)
@@ -81,7 +81,7 @@ def test_time_left_follows_the_latest_steps() -> None:
 
 def test_interrupted_training_prints_its_last_step() -> None:
     clock, file = Clock(), io.StringIO()
-    progress = Progress(Console(file=file), PAINT, clock=clock)
+    progress = Progress(Terminal(file=file), PAINT, clock=clock)
     with pytest.raises(KeyboardInterrupt), progress.training(40, 0) as update:
         for step in (1, 2):
             clock.now += 1
@@ -92,12 +92,12 @@ def test_interrupted_training_prints_its_last_step() -> None:
 
 def test_metrics_that_a_step_lacks_are_left_out() -> None:
     file = io.StringIO()
-    with Progress(Console(file=file), PAINT, clock=Clock()).training(1, 0) as update:
+    with Progress(Terminal(file=file), PAINT, clock=Clock()).training(1, 0) as update:
         update({"step": 1, "loss": 0.5})
     assert file.getvalue() == "step 1/1  loss 0.5000  0:00:00 elapsed  0:00:00 left\n"
     file = io.StringIO()
     grpo = {"step": 1, "loss": -0.01, "base_kl": 0.002, "reward": 0.375, "ratio": 1.01}
-    with Progress(Console(file=file), GRPO, clock=Clock()).training(1, 0) as update:
+    with Progress(Terminal(file=file), GRPO, clock=Clock()).training(1, 0) as update:
         update(grpo)
     assert "1/1  reward 0.38  loss -0.0100  base KL 0.0020 nats  0:00" in file.getvalue()
 
@@ -108,7 +108,7 @@ def test_metrics_that_a_step_lacks_are_left_out() -> None:
 )
 def test_a_loss_that_rounds_to_zero_has_no_sign(loss: float, shown: str) -> None:
     file = io.StringIO()
-    with Progress(Console(file=file), PAINT, clock=Clock()).training(1, 0) as update:
+    with Progress(Terminal(file=file), PAINT, clock=Clock()).training(1, 0) as update:
         update({"step": 1, "loss": loss})
     assert file.getvalue().startswith(f"step 1/1  loss {shown}  ")
 
@@ -118,7 +118,7 @@ def test_a_loss_that_rounds_to_zero_has_no_sign(loss: float, shown: str) -> None
 )
 def test_the_divergence_goes_by_its_name(divergence: str, label: str) -> None:
     file = io.StringIO()
-    progress = Progress(Console(file=file), display_of(divergence=divergence), clock=Clock())
+    progress = Progress(Terminal(file=file), display_of(divergence=divergence), clock=Clock())
     with progress.training(1, 0) as update:
         update({"step": 1, **METRICS})
     assert f"  loss 0.0123  {label} 0.0456 nats  overlap 62%" in file.getvalue()
@@ -129,7 +129,7 @@ def test_the_divergence_goes_by_its_name(divergence: str, label: str) -> None:
 def test_grpo_shows_rewards_first_and_no_loss_in_one_update(ratio: dict[str, float]) -> None:
     file = io.StringIO()
     grpo = {"loss": 0.0, **ratio, "accuracy": 0.5, "reward": 0.375, "zero_variance_groups": 2}
-    with Progress(Console(file=file), GRPO, clock=Clock()).training(1, 0) as update:
+    with Progress(Terminal(file=file), GRPO, clock=Clock()).training(1, 0) as update:
         update({"step": 1, **grpo})
     assert file.getvalue() == (
         "step 1/1  reward 0.38  groups without a signal 2  accuracy 50%  "
@@ -148,14 +148,14 @@ def test_a_loss_that_holds_a_kl_says_something() -> None:
         assert not display_of(name).loss_is_flat(grpo)
     assert not GRPO.loss_is_flat(grpo | {"ratio": 1.001})
     file = io.StringIO()
-    with Progress(Console(file=file), GRPO, clock=Clock()).training(1, 0) as update:
+    with Progress(Terminal(file=file), GRPO, clock=Clock()).training(1, 0) as update:
         update(grpo | {"base_kl": 0.052})
     assert "1/1  reward 0.38  loss 0.0021  base KL 0.0520 nats  0:00" in file.getvalue()
 
 
 def test_plain_evaluation_counts_samples() -> None:
     clock, file = Clock(), io.StringIO()
-    progress = Progress(Console(file=file, width=80), clock=clock)
+    progress = Progress(Terminal(file=file, width=80), clock=clock)
     with progress.evaluation("evaluating before", 1536) as advance:
         for correct in (0.5, 0.475):
             clock.now += 8.0
@@ -167,8 +167,8 @@ def test_plain_evaluation_counts_samples() -> None:
 
 
 def test_live_display_on_a_terminal() -> None:
-    clock, terminal = Clock(), Terminal()
-    console = Console(file=terminal, force_terminal=True, width=80, color_system=None, _environ={})
+    clock, terminal = Clock(), Screen()
+    console = Terminal(file=terminal, force_terminal=True, width=80, color_system=None, _environ={})
     with Progress(console, PAINT, clock=clock).training(40, 0) as update:
         for step in range(1, 41):
             clock.now += 2.0
@@ -181,11 +181,27 @@ def test_live_display_on_a_terminal() -> None:
 
 
 def test_live_time_left_counts_down_between_updates() -> None:
-    clock, terminal = Clock(), Terminal()
-    console = Console(file=terminal, force_terminal=True, width=80, color_system=None, _environ={})
+    clock, terminal = Clock(), Screen()
+    console = Terminal(file=terminal, force_terminal=True, width=80, color_system=None, _environ={})
     with Progress(console, clock=clock).evaluation("evaluating after", 100) as advance:
         clock.now += 10.0
         advance(50, 0.25)
         clock.now += 4.0
     assert "evaluating after: 50/100 samples" in terminal.getvalue()
     assert "0:00:14 elapsed  0:00:06 left" in terminal.getvalue()
+
+
+def test_what_is_printed_beside_the_live_line_is_not_obeyed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    screen = Screen()
+    monkeypatch.setattr("sys.stdout", screen)
+    progress = Progress(Terminal(force_terminal=True, width=80, color_system=None, _environ={}))
+    with progress.evaluation("\x1b[2J\x9b", 3) as advance:
+        print("hidden\r\x1b]8;;http://x\x1b\\shown\x1b]8;;\x1b\\\x9b2J")
+        progress.note("of \x1b]52;c;aGk=\x07 ours")
+        advance(1, 0.5)
+    text = screen.getvalue()
+    assert r"hidden\r\x1b]8;;http://x\x1b\shown\x1b]8;;\x1b\\x9b2J" in text
+    assert r"\x1b[2J\x9b: 1/3 samples" in text
+    assert "\x1b[2J" not in text and "\x1b]" not in text and "\x9b" not in text

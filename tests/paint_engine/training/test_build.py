@@ -261,7 +261,7 @@ def test_a_dry_run_shows_both_prompts_with_their_special_tokens_and_leaves_nothi
     command: list[str], run_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main([*command, "--dry-run", "--prompts.teacher_suffix", "Sure:"]) == 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().out.replace("\n| ", "\n")
     student, _, teacher = printed.partition("# teacher's prompt")
     opening = "<|im_start|>user\nProblem: Mia has "
     tail = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -297,10 +297,10 @@ def test_two_builds_of_one_configuration_are_equal(command: list[str], tmp_path:
     first, second = ([p.detach() for p in run.parameters] for run in runs)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert runs[0].train_set == runs[1].train_set
-    shown: list[str] = []
-    for line in lines:
-        plan_run(line, shown.append)
-    assert shown[0].replace("/a", "/b") == shown[1]
+    shown: list[list[str]] = [[], []]
+    for line, of_line in zip(lines, shown, strict=True):
+        plan_run(line, of_line.append)
+    assert [text.replace("/a", "/b") for text in shown[0]] == shown[1]
 
 
 def test_a_run_directory_that_cannot_be_made_is_named(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.config import templates
@@ -19,6 +18,7 @@ from paint_engine.evaluation.benchmarks import Benchmark
 from paint_engine.evaluation.flags import parse_arguments, prompts_of
 from paint_engine.evaluation.plan import load_benchmark
 from paint_engine.evaluation.store import evaluation_settings
+from paint_engine.files.terminal import Terminal
 from paint_engine.monitor.progress import Progress
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import Completion
@@ -90,7 +90,7 @@ def test_the_dry_run_shows_every_message(run: Run) -> None:
         device=torch.device("cpu"),
         num_ranks=1,
     )
-    messages = report.split(OPENING)[1:]
+    messages = report.replace("\n| ", "\n").split(OPENING)[1:]
     assert [message[:2] for message in messages] == ["Q ", "T ", "R "]
     assert "<(what the teacher writes of the solution before it scores)> Go." in messages[1]
     assert 'student_template = "Q {problem} {instruction}"' in report
@@ -101,7 +101,7 @@ def test_a_run_is_evaluated_with_the_student_s_message_and_its_record_says_so(ru
     texts = [decoded(run, prompt) for prompt in run.eval_set.prompts]
     problems = run.eval_set.problems
     assert texts == [f"{OPENING}Q {problem.problem} Go.{ANSWER}" for problem in problems]
-    evaluate_at(run, 0, Progress(Console(quiet=True)), StopRequest())
+    evaluate_at(run, 0, Progress(Terminal(quiet=True)), StopRequest())
     ((step, evaluation),) = present_evaluations(run).items()
     assert step == 0
     assert evaluation.settings["student_template"] == OWN["prompts.student_template"]
