@@ -10,6 +10,7 @@ from pathlib import Path
 from paint_engine.checkpoint.save import list_checkpoints
 from paint_engine.config.command_line import check_same_run, read_toml
 from paint_engine.config.schema import Config
+from paint_engine.config.trust import trust_flags
 from paint_engine.files import (
     CONFIG_FILE,
     DATA_FILE,
@@ -74,7 +75,7 @@ def choose_run_dir(
     new = f"runs/{name}-{stamp}-{_launch_id()}" if config.run.dir is None else config.run.dir
     run_dir, resumes = earlier or Path(new), earlier is not None
     if not resumes:
-        _make_run_dir(run_dir, replace=config.run.overwrite)
+        _make_run_dir(run_dir, config)
     elif (run_dir / CONFIG_FILE).is_file():
         check_same_run(run_dir, config, allow_data=allow_changed_data)
     if _UNDER_TORCHRUN in os.environ:
@@ -95,7 +96,8 @@ def _is_empty(run_dir: Path) -> bool:
     return run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= before
 
 
-def _make_run_dir(run_dir: Path, *, replace: bool) -> None:
+def _make_run_dir(run_dir: Path, config: Config) -> None:
+    replace = config.run.overwrite
     if run_dir.exists() and not _is_empty(run_dir):
         # Only a directory that looks like a run is replaced: a mistyped path loses no files.
         if replace and not _is_run(run_dir):
@@ -106,7 +108,8 @@ def _make_run_dir(run_dir: Path, *, replace: bool) -> None:
         is_around = Path.cwd().is_relative_to(run_dir.resolve())
         if not replace or is_around:
             raise ValueError(
-                f"run directory {run_dir} exists already; resume it with --resume {run_dir}, "
+                f"run directory {run_dir} exists already; resume it with "
+                f"{resume_again(run_dir, config)}, "
                 "choose another with --run.dir, or replace an earlier run with --run.overwrite true"
             )
         shutil.rmtree(run_dir)
@@ -118,9 +121,19 @@ def _make_run_dir(run_dir: Path, *, replace: bool) -> None:
         ) from error
 
 
-def start_again(run_dir: Path) -> str:
-    """The flags that start a run again that has no checkpoint yet. What its evaluations have
-    finished is kept."""
+def start_again(run_dir: Path, config: Config, *, overwrite: bool = False) -> str:
+    """The flags that start a run again that has no checkpoint to resume from.
+
+    overwrite: replace what is there; else what the evaluations have finished is kept.
+    """
     path = shlex.quote(str(run_dir))
     flags = f"--config {path}/{CONFIG_FILE} --run.dir {path}"
-    return f"{flags} --run.overwrite false --run.auto_resume true"
+    flags += (
+        f" --run.overwrite {str(overwrite).lower()} --run.auto_resume {str(not overwrite).lower()}"
+    )
+    return flags + trust_flags(config)
+
+
+def resume_again(run_dir: Path, config: Config) -> str:
+    """The flags that resume a run."""
+    return f"--resume {shlex.quote(str(run_dir))}{trust_flags(config)}"

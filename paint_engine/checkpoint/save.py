@@ -53,7 +53,6 @@ from paint_engine.checkpoint.directory import (
 from paint_engine.checkpoint.weights import gather_weights, write_weights
 from paint_engine.distributed import World, gather_objects, raise_together, together
 from paint_engine.files import (
-    CONFIG_FILE,
     MANIFEST_FILE,
     STATE_FILE,
     WriteFailed,
@@ -257,6 +256,7 @@ def load_checkpoint(
     world: World,
     warn: Callable[[str], object],
     ema: EmaTeacher | None = None,
+    replace_it: str = "--run.overwrite true",
 ) -> dict[str, Any] | None:
     """Restores the newest intact checkpoint and returns the state saved with it; None if there is
     no checkpoint.
@@ -265,6 +265,7 @@ def load_checkpoint(
     only on as many as saved them.
     warn: called on the main rank with a line about each damaged checkpoint that is skipped.
     ema: the teacher whose running mean is restored; without one, a saved mean is ignored.
+    replace_it: the flags that start the run again, for the message.
 
     Raises ValueError where every checkpoint is damaged, or where the newest intact one is of
     another model or lacks the running mean.
@@ -280,8 +281,7 @@ def load_checkpoint(
         names = ", ".join(path.name for path in checkpoints)
         raise ValueError(
             f"{run_dir} has no intact checkpoint: {names} are all damaged; restore one from a "
-            f"copy, or start again with --config {run_dir}/{CONFIG_FILE} --run.dir {run_dir} "
-            "--run.overwrite true"
+            f"copy, or start again with {replace_it}"
         )
     return None
 

@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from paint_engine.config.schema import Config
-from paint_engine.config.toml import LEAVES, build_config, toml_value, value_of
+from paint_engine.config.toml import (
+    LEAVES,
+    build_config,
+    recorded_config,
+    toml_value,
+    value_of,
+)
+from paint_engine.config.trust import check_granted, run_directory_of, trust_flags
 from paint_engine.files import CONFIG_FILE, WriteFailed
 from paint_engine.files.terminal import Terminal
 
@@ -51,6 +58,7 @@ _MAY_DIFFER_ON_RESUME = (
     "optim.max_skipped_steps",
     "run.samples_per_step",
     "run.tensorboard",
+    "run.wandb_project",
     "run.auto_resume",
 )
 _SECTIONS_MAY_DIFFER_ON_RESUME = ("checkpoint.", "eval.", "parallel.")
@@ -312,7 +320,7 @@ def _check_resumed(
                 "needs the same value, because a resumed run continues the same training: only "
                 f"{', '.join(_MAY_DIFFER_ON_RESUME)}, checkpoint.*, eval.* and parallel.* may "
                 f"change{data_too}; start a new run instead: --config {run_dir / CONFIG_FILE} "
-                f"--run.dir none --{key} VALUE"
+                f"--run.dir none{trust_flags(recorded)} --{key} VALUE"
             )
 
 
@@ -322,7 +330,8 @@ def check_same_run(run_dir: Path, config: Config, *, allow_data: bool = False) -
 
     allow_data: other values of data.* are accepted.
     """
-    recorded = build_config([(str(run_dir), read_toml(run_dir / CONFIG_FILE))])
+    # The command line alone says what is imported, so that nothing in the directory is.
+    recorded = recorded_config([(str(run_dir), read_toml(run_dir / CONFIG_FILE))])
     keys = (key for key in LEAVES if key not in ("run.dir", "run.overwrite"))
     _check_resumed(run_dir, config, recorded, keys, allow_data=allow_data)
 
@@ -336,10 +345,20 @@ def _resume(run_dir: Path, overrides: Mapping[str, Any], *, allow_data: bool) ->
         )
     # The run directory may have been moved since.
     layers = [(str(path), read_toml(path)), ("--resume", {"run.dir": str(run_dir)})]
-    recorded = build_config(layers)
-    config = build_config([*layers, ("command line", overrides)])
-    _check_resumed(run_dir, config, recorded, overrides, allow_data=allow_data)
-    return config
+    recorded, layers = recorded_config(layers), [*layers, ("command line", overrides)]
+    asked = recorded_config(layers)
+    check_granted(asked, overrides, f"--resume {run_dir}", resumes=True)
+    _check_resumed(run_dir, asked, recorded, overrides, allow_data=allow_data)
+    return build_config(layers)
+
+
+def _read_config(path: Path, overrides: Mapping[str, Any]) -> Config:
+    """Reads the file of `--config`: the user's own, or one of a run directory."""
+    layers = [*_layers(str(path), path), ("command line", overrides)]
+    if (run_dir := run_directory_of(path)) is not None:
+        source = f"--config {path} (of the run directory {run_dir})"
+        check_granted(recorded_config(layers), overrides, source, resumes=False)
+    return build_config(layers)
 
 
 def _preset_path(name: str, asked_by: str) -> Path:
@@ -377,12 +396,11 @@ def load_config(argv: Sequence[str], *, prog: str = "python -m paint_engine.trai
     preset = None
     if flags.resume is not None:
         config = _resume(flags.resume, overrides, allow_data=flags.allow_changed_data)
+    elif flags.config is not None:
+        config = _read_config(flags.config, overrides)
     else:
-        if flags.config is not None:
-            layers = _layers(str(flags.config), flags.config)
-        else:
-            preset = DEFAULT_PRESET if flags.preset is None else flags.preset
-            layers = _layers(f"preset {preset}", _preset_path(preset, "--preset"), (preset,))
+        preset = DEFAULT_PRESET if flags.preset is None else flags.preset
+        layers = _layers(f"preset {preset}", _preset_path(preset, "--preset"), (preset,))
         config = build_config([*layers, ("command line", overrides)])
     if flags.allow_changed_data and flags.resume is None and not config.run.auto_resume:
         raise ValueError(

@@ -37,29 +37,46 @@ def value_of(config: Config, key: str) -> Any:
 def build_config(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Config:
     """Builds a Config from (source, dotted keys and values) layers; later layers override.
 
+    Imports the recipe that the configuration names.
+
     Raises ValueError with a line for each refused value: its source, its key, the value and what is
     needed.
     """
-    merged = {key: (value, source) for source, flat in layers for key, value in flat.items()}
-    sources = {key: source for key, (_, source) in merged.items()}
+    values, sources = _merged(layers)
     try:
-        return Config.model_validate(_nested({key: value for key, (value, _) in merged.items()}))
+        return Config.model_validate(_nested(values))
     except ValidationError as error:
         raise ValueError(_explain(error, sources)) from error
 
 
-def recorded_config(flat: Mapping[str, Any]) -> Config:
-    """Builds a Config from the dotted keys that a run recorded, for display.
+def recorded_config(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Config:
+    """Builds a Config from the layers of a run's record, to read values from it.
 
     Each value is checked, but not how they fit together: an older version may have allowed that.
+    No recipe is imported.
 
-    Raises ValueError for a value that its section refuses.
+    Raises ValueError as `build_config` does.
     """
-    sections = {}
+    values, sources = _merged(layers)
+    tables, sections, refused = _nested(values), {}, []
     for name, field in Config.model_fields.items():
         assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        sections[name] = field.annotation.model_validate(_nested(flat).get(name, {}))
+        try:
+            sections[name] = field.annotation.model_validate(tables.get(name, {}))
+        except ValidationError as error:
+            refused.append(_explain(error, sources, (name,)))
+    if refused:
+        raise ValueError("\n".join(refused))
     return Config.model_construct(**sections)
+
+
+def _merged(
+    layers: Sequence[tuple[str, Mapping[str, Any]]],
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the value and the source of every key."""
+    merged = {key: (value, source) for source, flat in layers for key, value in flat.items()}
+    values = {key: value for key, (value, _) in merged.items()}
+    return values, {key: source for key, (_, source) in merged.items()}
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,10 +87,13 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tables
 
 
-def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
+def _explain(
+    error: ValidationError, sources: Mapping[str, str], section: tuple[str, ...] = ()
+) -> str:
+    """section: the one that was validated by itself."""
     lines = []
     for item in error.errors():
-        loc, message = item["loc"], item["msg"].removeprefix("Value error, ")
+        loc, message = (*section, *item["loc"]), item["msg"].removeprefix("Value error, ")
         # The index of a list's item follows the key itself.
         key = ".".join(str(part) for part in loc if isinstance(part, str))
         if key not in LEAVES:
@@ -107,6 +127,17 @@ def toml_value(value: object) -> str:
     # JSON's escapes are TOML's. What a terminal would obey is escaped too.
     text = json.dumps(value, ensure_ascii=False)
     return "".join(f"\\U{ord(c):08X}" if is_hidden(c) else c for c in text)
+
+
+def flag(key: str, value: object) -> str:
+    """Returns a value as `--key value` for a shell. The command line reads an equal value from it,
+    and all of it can be printed."""
+    text = value if isinstance(value, str) else toml_value(value)
+    if isinstance(value, str) and (not value.isprintable() or set(value) & {"'", '"'}):
+        # Quotes may be TOML's, which the command line removes. TOML has escapes for the rest.
+        escaped = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in value)
+        text = f'"{"".join(escaped)}"'
+    return f"--{key}{'=' if text.startswith('-') else ' '}{shlex.quote(text)}"
 
 
 def to_toml(config: Config) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from paint_engine.config.command_line import flatten
-from paint_engine.config.toml import LEAVES, recorded_config
+from paint_engine.config.toml import LEAVES, flag, recorded_config
 from paint_engine.files import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -115,10 +115,10 @@ def _recorded_recipe(
     name = str(known.get("objective.name", LEAVES["objective.name"].default))
     if ":" in name and name != trusted:
         raise ValueError(
-            f"{run_dir} was trained with the recipe {name}; its code runs only if you name the "
-            f"recipe; if you trust it, use --recipe {name}"
+            f"{run_dir} was trained with the recipe {name!r}; its code runs only if you name the "
+            f"recipe; if you trust it, use {flag('recipe', name)}"
         )
-    return recipe_of(recorded_config(known))
+    return recipe_of(recorded_config([(str(run_dir / CONFIG_FILE), known)]))
 
 
 def _contents(run: _Run) -> dict[str, Any]:

@@ -154,21 +154,25 @@ def _sampled_ahead(
 
 
 def _load_progress(
+    config: Config,
     run_dir: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     teacher: Teacher,
-    num_steps: int,
     world: World,
     say: Callable[[str], object],
 ) -> dict[str, Any]:
     """Loads the newest intact checkpoint and returns its state."""
     ema = teacher if isinstance(teacher, EmaTeacher) else None
-    state = load_checkpoint(run_dir, model, optimizer, world=world, warn=say, ema=ema)
+    replace_it = start_again(run_dir, config, overwrite=True)
+    state = load_checkpoint(
+        run_dir, model, optimizer, world=world, warn=say, ema=ema, replace_it=replace_it
+    )
+    num_steps = config.train.num_steps
     if state is None:
         raise ValueError(
             f"{run_dir} has no complete checkpoint under checkpoints/: the run stopped before its "
-            f"first; start it again with {start_again(run_dir)}"
+            f"first; start it again with {start_again(run_dir, config)}"
         )
     if num_steps < state["step"]:
         raise ValueError(
@@ -323,8 +327,7 @@ def build_run(command: CommandLine, world: World) -> Run:
         _check_same_commit(config, run_dir, commit)
         sets, allow = (train_set, eval_set), command.allow_changed_data
         check_same_data(run_dir, data, sets, allow_changed=allow, say=say)
-        num_steps = config.train.num_steps
-        state = _load_progress(run_dir, model, optimizer, teacher, num_steps, world, say)
+        state = _load_progress(config, run_dir, model, optimizer, teacher, world, say)
     longest = min(longest_sequence(config, tokenizer, train_set, eval_set), max_context(base))
     engine, eval_engine = make_engines(config, model, fixed, teacher, world, longest)
     params = sampling_params(config.rollout, model, tokenizer)

@@ -1,12 +1,11 @@
 """The training loop: steps, evaluations and checkpoints, to the end or to a stop."""
 
-import shlex
 import signal
 import sys
 from contextlib import nullcontext, suppress
 
 from paint_engine.checkpoint.directory import checkpoint_step, list_checkpoints
-from paint_engine.checkpoint.run_dir import start_again
+from paint_engine.checkpoint.run_dir import resume_again, start_again
 from paint_engine.distributed import gather_objects, together
 from paint_engine.files import WriteFailed
 from paint_engine.files.terminal import Terminal
@@ -85,22 +84,25 @@ def _launcher(run: Run) -> str:
     return f"{launcher} -m paint_engine.train"
 
 
+def _resume_with(run: Run) -> str:
+    return f"resume with: {_launcher(run)} {resume_again(run.run_dir, run.config)}"
+
+
 def what_is_safe(run: Run) -> tuple[str, ...]:
     """What of the run is on the disk, and how to resume it, as a line or two."""
     checkpoints = list_checkpoints(run.run_dir)
     if not checkpoints:
-        again = f"{_launcher(run)} {start_again(run.run_dir)}"
+        again = f"{_launcher(run)} {start_again(run.run_dir, run.config)}"
         return (
             "no checkpoint is saved yet; the finished answers of evaluations are; start again "
             f"with: {again}",
         )
     saved = checkpoint_step(checkpoints[-1])
     later = f"; {run.step - saved} later steps are lost" if run.step > saved else ""
-    directory = shlex.quote(str(run.run_dir))
     return (
         f"safe: all {saved} steps up to the newest checkpoint: {checkpoints[-1].name}, and the "
         f"finished answers of evaluations{later}",
-        f"resume with: {_launcher(run)} --resume {directory}",
+        _resume_with(run),
     )
 
 
@@ -127,7 +129,7 @@ def run_training(run: Run, console: Terminal, stop: StopRequest) -> None:
     is safe, how to resume, and exit code 1.
     """
     say = console.say
-    resume = f"resume with: {_launcher(run)} --resume {shlex.quote(str(run.run_dir))}"
+    resume = _resume_with(run)
     try:
         writer = together(lambda: open_writer(run), (WriteFailed,))
         with writer or nullcontext():
