@@ -41,6 +41,11 @@ def _parser() -> argparse.ArgumentParser:
         "--revision", metavar="R", help="of the base on the hub; default: the one it was trained on"
     )
     parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the base that --model names",
+    )
+    parser.add_argument(
         "--form",
         choices=("merged", "adapter"),
         default="merged",
@@ -75,7 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Terminal()
     with user_errors(console):
         checkpoint = choose_checkpoint(arguments.source, arguments.checkpoint)
-        section = find_base(checkpoint, arguments.model, arguments.revision)
+        section = find_base(
+            checkpoint,
+            arguments.model,
+            arguments.revision,
+            trust_remote_code=arguments.trust_remote_code,
+        )
 
         from paint_engine.model.load import quiet_libraries
 
@@ -142,6 +152,7 @@ def _export_adapter(checkpoint: Path, output_dir: Path, section: "ModelSection")
     rank = reserved_rank(largest_rank(config))
     served = f"{output_dir.resolve().name}={output_dir}"
     command = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
+    command += ["--trust-remote-code"] if section.trust_remote_code else []
     # vLLM listens on all interfaces unless it is given one. The key stays out of the command line.
     serve = shlex.join([*command, "--host", "127.0.0.1", "--lora-modules", served])
     return [*lines, f'VLLM_API_KEY="${{VLLM_API_KEY:?}}" {serve}']

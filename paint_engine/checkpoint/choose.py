@@ -11,6 +11,7 @@ from paint_engine.checkpoint.directory import (
     list_checkpoints,
 )
 from paint_engine.config.sections import ModelSection
+from paint_engine.config.toml import flag
 from paint_engine.files import (
     ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
@@ -85,21 +86,45 @@ def recorded_base(checkpoint: Path) -> ModelSection | None:
 
 
 def find_base(
-    checkpoint: Path, name_or_path: str | None, revision: str | None = None
+    checkpoint: Path,
+    name_or_path: str | None,
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> ModelSection:
     """The model that the checkpoint was trained from: `name_or_path` if given, else
     `recorded_base`, with its commit if it is of the hub.
 
     revision: of the hub; None = the recorded one, if `name_or_path` is None too.
+    trust_remote_code: as the command line says. What is recorded can neither allow it nor say whose
+        code that is.
 
-    Raises ValueError where neither names one.
+    Raises ValueError where neither names a model, and where the code of a recorded one would run
+    that the command line does not name.
     """
-    if name_or_path is not None:
+    recorded = recorded_base(checkpoint) if name_or_path is None or trust_remote_code else None
+    if name_or_path is None:
+        if recorded is None:
+            raise ValueError(
+                f"{checkpoint} is in no run directory, so it does not say which model it was "
+                "trained from, whose tokenizer is needed: give that with --model"
+            )
+        if recorded.trust_remote_code or trust_remote_code:
+            raise ValueError(_ask_for_code(checkpoint, recorded))
+        return recorded if revision is None else recorded.model_copy(update={"revision": revision})
+    if not trust_remote_code:
         return ModelSection(name_or_path=name_or_path, revision=revision)
-    recorded = recorded_base(checkpoint)
-    if recorded is None:
-        raise ValueError(
-            f"{checkpoint} is in no run directory, so it does not say which model it was "
-            "trained from, whose tokenizer is needed: give that with --model"
-        )
-    return recorded if revision is None else recorded.model_copy(update={"revision": revision})
+    # Of the record, the dtype and no more: the flags that `_ask_for_code` names change no number.
+    given = {"name_or_path": name_or_path, "revision": revision, "trust_remote_code": True}
+    return (recorded or ModelSection()).model_copy(update=given)
+
+
+def _ask_for_code(checkpoint: Path, base: ModelSection) -> str:
+    flags = ["--trust-remote-code", flag("model", base.name_or_path)]
+    if base.revision is not None:
+        flags.append(flag("revision", base.revision))
+    return (
+        f"{checkpoint} was trained from the model {base.name_or_path!r}, whose Python code would "
+        f"run: needs {' '.join(flags)} on this command line: the run's own files can neither allow "
+        "it nor name the model; check whose code that is, then give it"
+    )

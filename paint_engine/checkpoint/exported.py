@@ -13,7 +13,6 @@ from typing import Any
 
 from transformers import (
     CONFIG_MAPPING,
-    AutoConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -111,7 +110,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     file = directory / MODEL_CONFIG_FILE
     plain = file.read_text()
     _change(file, add_older_names)
-    if _rope(AutoConfig.from_pretrained(directory)) == _rope(model.config):
+    # Of the same class, so that no code of the directory is looked for.
+    if _rope(type(model.config).from_pretrained(directory)) == _rope(model.config):
         return True
     file.write_text(plain)
     return False

@@ -207,8 +207,13 @@ def load_whole(checkpoint: Path, section: ModelSection, dtype: torch.dtype) -> P
 
 
 def _own_weights(checkpoint: Path, section: ModelSection) -> PreTrainedModel:
-    own = section.model_copy(update={"name_or_path": str(checkpoint)})
-    return load_weights(str(checkpoint), own, None)
+    own, path = section.model_copy(update={"name_or_path": str(checkpoint)}), str(checkpoint)
+    if not section.trust_remote_code:
+        return load_weights(path, own, None)
+    # A checkpoint holds a copy of the base's code, which anybody may have changed since: what runs
+    # is the code of the model that the command line names. All trained weights are float32.
+    settings = read_settings(resolve_model(section, with_weights=False), section)
+    return load_weights(path, own, torch.float32, settings=settings)
 
 
 @torch.no_grad()

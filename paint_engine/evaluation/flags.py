@@ -181,7 +181,9 @@ def _add_machine(add: Callable[..., object]) -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if available"
     )
     add(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model that --model names",
     )
 
 

@@ -135,21 +135,23 @@ def find_target(
     model: "tiny", a directory or an id; None = the model that the adapter was trained from.
     adapter: a directory in peft's format, a checkpoint, or a run directory, which :last (the
         default), :best or :STEP may follow.
+    trust_remote_code: the code of `model` may run.
     revision: of a model from the hub; None = the one that the adapter was trained from, or the
         newest.
 
-    Raises ValueError where there is no such model or adapter.
+    Raises ValueError where there is no such model or adapter, or where code would run that the
+    command line has not named.
     """
     assert model is not None or adapter is not None
     found = None if adapter is None else find_adapter(adapter)
     if found is None:
-        section = ModelSection(name_or_path=model or "tiny", revision=revision)
+        section = ModelSection(
+            name_or_path=model or "tiny", revision=revision, trust_remote_code=trust_remote_code
+        )
     else:
-        section = find_base(found, model, revision)
-    update: dict[str, Any] = {"trust_remote_code": section.trust_remote_code or trust_remote_code}
+        section = find_base(found, model, revision, trust_remote_code=trust_remote_code)
     if dtype != "auto":
-        update["dtype"] = dtype
-    section = section.model_copy(update=update)
+        section = section.model_copy(update={"dtype": dtype})
     if found is None:
         return Target(section)
     if not (found / ADAPTER_CONFIG_FILE).is_file():
@@ -235,6 +237,12 @@ def default_directory(target: Target, deciding: Mapping[str, Any]) -> Path:
 def check_target(target: Target, engine: str) -> None:
     """Raises ValueError where the adapter does not fit its base, or where the engine cannot load
     it."""
+    if engine == "vllm" and target.checkpoint is not None and target.base.trust_remote_code:
+        raise ValueError(
+            f"--adapter {target.checkpoint} holds all weights and a copy of the model's code, "
+            "which vLLM would run in place of that of --model; use --engine builtin, or export it "
+            "and give the export as --model"
+        )
     if target.adapter is None:
         return
     check_adapter(target.adapter, causal_lm(skeleton(target)), target.base.name_or_path)
@@ -280,7 +288,10 @@ def _pieces(file: Path) -> Iterator[bytes]:
 
 def skeleton(target: Target) -> nn.Module:
     """The model on the meta device, without weights, for its context, head and stop tokens."""
-    section = target.base.model_copy(update={"name_or_path": target.weights, "revision": None})
+    section = target.base
+    # Where code is run, it is the base's, also for a checkpoint with a copy of it.
+    if not (section.trust_remote_code and target.checkpoint is not None):
+        section = section.model_copy(update={"name_or_path": target.weights, "revision": None})
     model = meta_model(Config(model=section, lora=LoraSection(enabled=False)))
     set_generation_config(causal_lm(model), target.weights)
     return model

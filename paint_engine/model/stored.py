@@ -68,6 +68,15 @@ def read_settings(path: str, section: ModelSection) -> PreTrainedConfig:
             "--model.name_or_path; a directory needs the model's config.json, undamaged"
         ) from error
     for config in (settings, settings.get_text_config()):
+        # A kernel of the hub, which transformers would fetch and run.
+        kernel = config._attn_implementation
+        if isinstance(kernel, str) and "/" in kernel and not section.trust_remote_code:
+            raise ValueError(
+                f"config.json of {name!r} names the attention {kernel!r}, which is code of the "
+                "hub; needs one of transformers' own; leave attn_implementation out of the file, "
+                "or run that code with --model.trust_remote_code true (--trust-remote-code in an "
+                "evaluation or export)"
+            )
         quantised = getattr(config, "quantization_config", None)
         if quantised is not None:
             found = quantised if isinstance(quantised, dict) else quantised.to_dict()
@@ -278,6 +287,7 @@ def load_weights(
     say: Callable[[str], object] = print,
     *,
     device: torch.device | None = None,
+    settings: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """Loads a causal language model from safetensors only.
 
@@ -285,10 +295,11 @@ def load_weights(
     dtype: of the weights; None = that of config.json.
     say: is called with a note if wrappers' prefixes were taken off the names.
     device: where the weights go; None = they stay on the CPU.
+    settings: None = those of the path's config.json.
 
     Raises ValueError unless the files fill every weight with finite numbers and hold no others.
     """
-    settings = read_settings(path, section)
+    settings = settings or read_settings(path, section)
     with _stored_tensors(path, section, cached_only=False) as tensors:
         _tell_prefixes(tensors, section, say)
         model = _fill(tensors, settings, section, dtype=dtype or stored_dtype(settings))
