@@ -35,7 +35,7 @@ _ANY_VALUE = {
     # Which steps initialised or trained the matrices, and notes. `_check_init` has more to say.
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision"),
-    *("auto_mapping", "inference_mode", "runtime_config", "megatron_core"),
+    *("auto_mapping", "inference_mode", "runtime_config"),
 }
 # Initialisations that leave the base as it is. The others subtract from the base's weights when
 # peft loads the adapter, unless it was converted while it was saved.
