@@ -132,7 +132,7 @@ def toml_value(value: object) -> str:
 def flag(key: str, value: object) -> str:
     """Returns a value as `--key value` for a shell. The command line reads an equal value from it,
     and all of it can be printed."""
-    text = value if isinstance(value, str) else toml_value(value)
+    text = value if isinstance(value, str) else "none" if value is None else toml_value(value)
     if isinstance(value, str) and (not value.isprintable() or set(value) & {"'", '"'}):
         # Quotes may be TOML's, which the command line removes. TOML has escapes for the rest.
         escaped = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in value)
