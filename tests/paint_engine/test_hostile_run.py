@@ -235,14 +235,6 @@ def test_no_command_imports_a_module_that_a_run_names(
     for command in TRAIN:
         assert run_command(command, runs, run_dir, run_main) == 2
         assert f"--{key} {value}" in capsys.readouterr().out
-    # Another module is another run's, which the command line starts or resumes by itself.
-    again = [
-        "--preset=tiny",
-        f"--run.dir={run_dir}",
-        "--run.auto_resume=true",
-        "--train.device=cpu",
-    ]
-    assert code_of(run_main, *again) == 2
     assert code_of(report, run_dir) == (2 if key == "objective.name" else 0)
     assert read_run(str(run_dir))
     assert not mark.exists()

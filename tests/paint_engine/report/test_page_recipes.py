@@ -266,7 +266,7 @@ def test_a_users_recipe_is_run_only_where_it_is_named(
     config = f'[objective]\nname = "{module}:Mine"\n[train]\nbatch_size = 32\n'
     (run / "config.toml").write_text(config)
     refused = re.escape(
-        f"error: {run} was trained with the recipe {module}:Mine; its code runs only if you name "
+        f"error: {run} was trained with the recipe '{module}:Mine'; its code runs only if you name "
         f"the recipe; if you trust it, use --recipe {module}:Mine"
     )
     for options in ([], ["--recipe", f"{module}:Other"], ["--recipe", "paint"]):
