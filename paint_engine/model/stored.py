@@ -56,7 +56,8 @@ def read_settings(path: str, section: ModelSection) -> PreTrainedConfig:
 
     path: what `resolve_model` returns for the section.
 
-    Raises ValueError if it cannot be read, and if it says that the weights are quantised.
+    Raises ValueError if it cannot be read, if it says that the weights are quantised, and if it
+    names code of the hub that is not trusted.
     """
     name = section.name_or_path
     try:
@@ -74,8 +75,7 @@ def read_settings(path: str, section: ModelSection) -> PreTrainedConfig:
             raise ValueError(
                 f"config.json of {name!r} names the attention {kernel!r}, which is code of the "
                 "hub; needs one of transformers' own; leave attn_implementation out of the file, "
-                "or run that code with --model.trust_remote_code true (--trust-remote-code in an "
-                "evaluation or export)"
+                "or trust the model's code"
             )
         quantised = getattr(config, "quantization_config", None)
         if quantised is not None:

@@ -311,6 +311,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "alora": ({"alora_invocation_tokens": [3]}, "LoRA settings alora_invocation_tokens = [3]"),
     "qalora": ({"use_qalora": True}, "LoRA settings use_qalora = true"),
     "replicated": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication = [[0, 2], [1, 2]]"),
+    "another module": ({"megatron_core": "theirs"}, 'LoRA settings megatron_core = "theirs"'),
     "a later peft's": ({"use_zora": {"depth": 2}}, 'LoRA settings use_zora = {"depth": 2}'),
     "task": ({"task_type": "SEQ_CLS"}, "is for the task SEQ_CLS (task_type in"),
     "no method": ({"peft_type": None}, "is of the method None"),

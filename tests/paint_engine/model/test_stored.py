@@ -16,6 +16,7 @@ from paint_engine.config.sections import ModelSection
 from paint_engine.model.stored import (
     check_stored,
     load_weights,
+    read_settings,
     refuse_prefixes,
     unwrapped_names,
     weight_files,
@@ -49,6 +50,12 @@ def renamed(change: Callable[[str], str]) -> Callable[[Weights], Weights]:
 
 def cast(name: str, dtype: torch.dtype) -> Callable[[Weights], Weights]:
     return lambda weights: weights | {name: weights[name].to(dtype)}
+
+
+def test_an_attention_that_is_code_of_the_hub_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    path, section = changed(model_dir, tmp_path / "m", attn_implementation="their/kernel:attend")
+    with pytest.raises(ValueError, match="names the attention 'their/kernel:attend', which is co"):
+        read_settings(path, section)
 
 
 NORM = "model.norm.weight"

@@ -111,7 +111,7 @@ def test_what_was_trained_before_is_kept_and_resumed(
     assert run_main([*argv, "--run.dir", str(whole)]) == 0
     assert run_main([*argv, "--train.num_steps", "1"]) == 0
     (own / "broken").touch()
-    resume = ["--resume", str(tmp_path / "run"), "--train.num_steps", "2"]
+    resume = ["--resume", str(tmp_path / "run"), "--train.num_steps", "2", *OWN]
     assert run_main(resume) == 1
     run_dir = tmp_path / "run"
     assert [step["step"] for step in read_jsonl(run_dir / "metrics.jsonl")] == [1]
