@@ -85,7 +85,7 @@ def test_a_recipe_is_named_by_its_module_and_class(module: str, tmp_path: Path) 
         recipe = recipe_of(config)
         assert (type(recipe).__module__, type(recipe).__name__) == (module, "Calm")
         assert isinstance(recipe, Recipe) and recipe.config is config
-        file = tmp_path / "config.toml"
+        file = tmp_path / "mine.toml"
         file.write_text(to_toml(config))
         assert load_config(["--config", str(file)]).config == config
 

@@ -75,7 +75,8 @@ def test_the_run_directory_holds_the_resolved_configuration(
     build_run(line, WORLD)
     file = tmp_path / "run" / "config.toml"
     assert file.read_text() == to_toml(line.config)
-    assert load_config(["--config", str(file)]).config == line.config
+    again = load_config(["--config", str(file), "--run.dir", str(tmp_path / "run")])
+    assert again.config == line.config
     assert read_toml(file)["train.num_steps"] == 4
 
 
