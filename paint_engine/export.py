@@ -73,33 +73,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     require_engine()
     arguments = _parser().parse_args(argv)
-    from paint_engine.checkpoint import choose_checkpoint, find_base
+    from paint_engine.checkpoint import choose_checkpoint, find_base, present
     from paint_engine.config import user_errors
     from paint_engine.files.terminal import Terminal
 
     console = Terminal()
     with user_errors(console):
         checkpoint = choose_checkpoint(arguments.source, arguments.checkpoint)
-        section = find_base(
-            checkpoint,
-            arguments.model,
-            arguments.revision,
-            trust_remote_code=arguments.trust_remote_code,
-        )
-
-        from paint_engine.model.load import quiet_libraries
-
-        quiet_libraries()
-        if arguments.form == "merged":
-            lines = _export_merged(checkpoint, arguments.output_dir, section, arguments.dtype)
-        elif arguments.dtype is not None:
-            raise ValueError(
-                f"--dtype {arguments.dtype}: --form adapter copies the adapter as it was trained; "
-                "leave one of the two out"
+        with present(checkpoint):
+            section = find_base(
+                checkpoint,
+                arguments.model,
+                arguments.revision,
+                trust_remote_code=arguments.trust_remote_code,
             )
-        else:
-            lines = _export_adapter(checkpoint, arguments.output_dir, section)
+
+            from paint_engine.model.load import quiet_libraries
+
+            quiet_libraries()
+            lines = _export(checkpoint, section, arguments)
     console.say(*lines)
+
+
+def _export(checkpoint: Path, section: "ModelSection", arguments: argparse.Namespace) -> list[str]:
+    """Returns the lines to print."""
+    if arguments.form == "merged":
+        return _export_merged(checkpoint, arguments.output_dir, section, arguments.dtype)
+    if arguments.dtype is not None:
+        raise ValueError(
+            f"--dtype {arguments.dtype}: --form adapter copies the adapter as it was trained; "
+            "leave one of the two out"
+        )
+    return _export_adapter(checkpoint, arguments.output_dir, section)
 
 
 def _export_merged(

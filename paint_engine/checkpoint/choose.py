@@ -2,6 +2,8 @@
 
 import json
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +60,27 @@ def choose_checkpoint(path: Path, which: str | None, given: str | None = None) -
             f"{given or f'--checkpoint {which}'}: {path} has no {which}; it has "
             f"{', '.join(there)}; give one of these, {' or '.join([*marked, 'last'])}"
         )
-    if damage := find_damage(chosen):
-        raise ValueError(f"{chosen} is damaged ({damage}): choose another checkpoint of its run")
+    with present(chosen):
+        if damage := find_damage(chosen):
+            raise ValueError(
+                f"{chosen} is damaged ({damage}): choose another checkpoint of its run"
+            )
     return chosen
+
+
+@contextmanager
+def present(checkpoint: Path | None) -> Iterator[None]:
+    """Around what reads a checkpoint, if there is one: raises ValueError in place of any other
+    exception if it was removed meanwhile, as by its run."""
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is None or checkpoint.is_dir():
+            raise
+        raise ValueError(
+            f"{checkpoint} was removed while it was read: its run keeps the newest checkpoints and "
+            "the best one; choose one of those, or raise checkpoint.keep when the run is resumed"
+        ) from error
 
 
 def recorded_section(checkpoint: Path, name: str) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from paint_engine.checkpoint.choose import recorded_section
+from paint_engine.checkpoint.choose import present, recorded_section
 from paint_engine.config.sections import ColumnsSection, EvalSection, PromptsSection
 from paint_engine.data import ProblemSet, spelled_note
 from paint_engine.data.rows import load_problems
@@ -59,7 +59,7 @@ def make_plan(command: EvaluationCommand, world: World) -> Plan:
 
     Raises ValueError for a user's mistake in a flag, the model, the adapter or the data.
     """
-    arguments, section = command.arguments, command.section
+    arguments = command.arguments
     engine = _choose_engine(command)
     target = find_target(
         arguments.model,
@@ -68,6 +68,14 @@ def make_plan(command: EvaluationCommand, world: World) -> Plan:
         trust_remote_code=arguments.trust_remote_code,
         revision=arguments.revision,
     )
+    with present(target.trained):
+        return _plan_for(command, world, engine, target)
+
+
+def _plan_for(
+    command: EvaluationCommand, world: World, engine: Literal["vllm", "builtin"], target: Target
+) -> Plan:
+    arguments, section = command.arguments, command.section
     tokenizer, shape = load_tokenizer(target.base), skeleton(target)
     check_target(target, engine)
     check_vocabulary(target.base.name_or_path, tokenizer, shape)
@@ -103,8 +111,7 @@ def with_date(
     check_date(tokenizer, prompts.date, "--date")
     if not shows_date(tokenizer):
         return prompts, []
-    trained = target.adapter or target.checkpoint
-    recorded = recorded_section(trained.resolve(), "prompts") if trained else None
+    recorded = recorded_section(target.trained.resolve(), "prompts") if target.trained else None
     date, source = prompts.date, "as --date says"
     if date is None:
         date, source = (recorded or {}).get("date"), "that of its training"
@@ -145,7 +152,7 @@ def mismatches(target: Target, prompts: PromptsSection) -> list[str]:
         ):
             flags += ["--instruction", trained_with.instruction]
         found.append(
-            f"{target.adapter or target.checkpoint} was trained with another student prompt than "
+            f"{target.trained} was trained with another student prompt than "
             f"this evaluation's; for the prompt of its training give {shlex.join(flags)}"
         )
     return found

@@ -89,6 +89,11 @@ class Target:
     checkpoint: Path | None = None
 
     @property
+    def trained(self) -> Path | None:
+        """The adapter or the checkpoint; None for a model as it is."""
+        return self.adapter or self.checkpoint
+
+    @property
     def weights(self) -> str:
         """The directory or the id of the model's weights, adapters apart."""
         if self.checkpoint is not None:
@@ -200,8 +205,7 @@ def mismatched_base(target: Target) -> str | None:
 def mismatched_prompts(target: Target, asked: PromptsSection) -> PromptsSection | None:
     """The prompts that the target was trained with, if its student prompt differs from the
     evaluation's; else, or without the run's configuration, None."""
-    trained = target.adapter or target.checkpoint
-    section = trained and recorded_section(trained.resolve(), "prompts")
+    section = target.trained and recorded_section(target.trained.resolve(), "prompts")
     if section is None:
         return None
     recorded = PromptsSection.model_validate(section)
@@ -220,7 +224,7 @@ def default_directory(target: Target, deciding: Mapping[str, Any]) -> Path:
 
     deciding: the target's identity and the settings, JSON-serialisable.
     """
-    trained = target.adapter or target.checkpoint
+    trained = target.trained
     if trained is None:
         # So that "." gets the directory's own name.
         name = Path(os.path.abspath(target.base.name_or_path)).name

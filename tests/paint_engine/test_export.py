@@ -19,9 +19,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import paint_engine.checkpoint
 from paint_engine import export
+from paint_engine.checkpoint import choose
 from paint_engine.checkpoint.choose import choose_checkpoint, find_base
-from paint_engine.checkpoint.directory import mark_best
+from paint_engine.checkpoint.directory import mark_best, remove_checkpoint
 from paint_engine.checkpoint.exported import add_older_names
 from paint_engine.checkpoint.save import save_checkpoint
 from paint_engine.config.sections import LoraSection, ModelSection
@@ -368,3 +370,30 @@ def test_a_full_disk_leaves_nothing_half_written(
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+@pytest.mark.parametrize("place", ["find_damage", "find_base"])
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_one_message(
+    place: str,
+    form: str,
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_run(tmp_path / "run", model_dir)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-1"
+    home = choose if place == "find_damage" else paint_engine.checkpoint
+    original = getattr(home, place)
+
+    def remove_first(*arguments: object) -> object:
+        result = None if place == "find_damage" else original(*arguments)
+        remove_checkpoint(checkpoint)
+        return result if place == "find_base" else original(*arguments)
+
+    monkeypatch.setattr(home, place, remove_first)
+    assert run_export(tmp_path / "run", tmp_path / "out", "--form", form) == 2
+    printed = capsys.readouterr().out
+    assert f"error: {checkpoint} was removed while it was read: its run keeps the" in printed
+    assert not (tmp_path / "out").exists()
