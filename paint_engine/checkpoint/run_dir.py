@@ -1,10 +1,11 @@
-"""The run directory: creates it, or finds the one to resume in."""
+"""The run directory: finds it, locks it, and empties it for a new run."""
 
 import datetime
 import os
 import shlex
 import shutil
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 from paint_engine.checkpoint.save import list_checkpoints
@@ -17,8 +18,11 @@ from paint_engine.files import (
     LAUNCH_FILE,
     VERSIONS_FILE,
     WANDB_ID_FILE,
+    DirectoryLock,
+    is_lock_file,
     unfinished_path,
     write_atomic,
+    writing,
 )
 
 _UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
@@ -61,27 +65,57 @@ def recorded_date(run_dir: Path) -> str | None:
     return read_toml(path).get("prompts.date") if path.is_file() else None
 
 
-def choose_run_dir(
-    config: Config, name: str, *, allow_changed_data: bool = False
-) -> tuple[Path, bool]:
-    """Returns the run's directory, created if it is new, and whether training resumes from a
-    checkpoint in it. One rank calls it.
+def lock_run_dir(
+    config: Config, name: str, *, resume: bool, allow_changed_data: bool = False
+) -> DirectoryLock:
+    """Returns the lock on the run's directory, which keeps every other run out of it. One rank
+    calls it, before anything is read there and before a model is loaded.
 
-    Raises ValueError if the directory exists and is neither resumed nor replaced, or if the run in
-    it was started with other settings; WriteFailed if nothing can be written to it.
+    name: the preset's, with which the names of new directories begin.
+    resume: the command has `--resume`; `config.run.dir` is the directory then.
+
+    Raises ValueError if another run is in the directory, or if it exists and is neither resumed nor
+    replaced; WriteFailed if nothing can be written to it.
     """
-    earlier = find_earlier(config, name)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     new = f"runs/{name}-{stamp}-{_launch_id()}" if config.run.dir is None else config.run.dir
-    run_dir, resumes = earlier or Path(new), earlier is not None
+    run_dir = find_earlier(config, name) or Path(new)
+    lock = DirectoryLock(run_dir, f"run directory {run_dir}", "choose another with --run.dir")
+    with ExitStack() as stack:
+        stack.enter_context(lock)
+        if resume:
+            # Another run may have replaced the one whose settings the command line has read.
+            if not (run_dir / CONFIG_FILE).is_file():
+                raise ValueError(
+                    f"--resume {run_dir}: {CONFIG_FILE} was removed after this command had read "
+                    "it; needs the directory of an earlier run; see who replaces it"
+                )
+            check_same_run(run_dir, config, allow_data=allow_changed_data)
+        elif find_earlier(config, name) is None:
+            _check_free(run_dir, config)
+        stack.pop_all()
+    return lock
+
+
+def prepare_run_dir(
+    config: Config, name: str, run_dir: Path, *, allow_changed_data: bool = False
+) -> bool:
+    """Empties the locked directory for a new run, or returns whether training resumes from a
+    checkpoint in it. One rank calls it, unless the command has `--resume`.
+
+    Raises ValueError if the run in the directory was started with other settings, and WriteFailed
+    if nothing can be written to it.
+    """
+    resumes = find_earlier(config, name) is not None
     if not resumes:
-        _make_run_dir(run_dir, config)
+        _check_free(run_dir, config)
+        _empty(run_dir)
     elif (run_dir / CONFIG_FILE).is_file():
         check_same_run(run_dir, config, allow_data=allow_changed_data)
     if _UNDER_TORCHRUN in os.environ:
         write_atomic(run_dir / LAUNCH_FILE, _launch_mark())
     # A run that stopped before its first checkpoint starts again and keeps its base evaluation.
-    return run_dir, resumes and bool(list_checkpoints(run_dir))
+    return resumes and bool(list_checkpoints(run_dir))
 
 
 def _is_run(run_dir: Path) -> bool:
@@ -93,32 +127,39 @@ def _is_empty(run_dir: Path) -> bool:
     ended may have left those before it."""
     before = {LAUNCH_FILE, VERSIONS_FILE, DATA_FILE, WANDB_ID_FILE}
     before |= {unfinished_path(run_dir / name).name for name in (*before, CONFIG_FILE)}
-    return run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= before
+    return {path.name for path in run_dir.iterdir() if not is_lock_file(path)} <= before
 
 
-def _make_run_dir(run_dir: Path, config: Config) -> None:
+def _check_free(run_dir: Path, config: Config) -> None:
+    """Raises ValueError unless a new run may start in the directory."""
     replace = config.run.overwrite
-    if run_dir.exists() and not _is_empty(run_dir):
-        # Only a directory that looks like a run is replaced: a mistyped path loses no files.
-        if replace and not _is_run(run_dir):
-            raise ValueError(
-                f"run directory {run_dir} is no earlier run of PAINT, and is not deleted; choose "
-                "another with --run.dir"
-            )
-        is_around = Path.cwd().is_relative_to(run_dir.resolve())
-        if not replace or is_around:
-            raise ValueError(
-                f"run directory {run_dir} exists already; resume it with "
-                f"{resume_again(run_dir, config)}, "
-                "choose another with --run.dir, or replace an earlier run with --run.overwrite true"
-            )
-        shutil.rmtree(run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    if _is_empty(run_dir):
+        return
+    # Only a directory that looks like a run is replaced: a mistyped path loses no files.
+    if replace and not _is_run(run_dir):
         raise ValueError(
-            f"run directory {run_dir} cannot be made ({error}): choose another with --run.dir"
-        ) from error
+            f"run directory {run_dir} is no earlier run of PAINT, and is not deleted; choose "
+            "another with --run.dir"
+        )
+    is_around = Path.cwd().is_relative_to(run_dir.resolve())
+    if not replace or is_around:
+        raise ValueError(
+            f"run directory {run_dir} exists already; resume it with "
+            f"{resume_again(run_dir, config)}, choose another with --run.dir, "
+            "or replace an earlier run with --run.overwrite true"
+        )
+
+
+def _empty(run_dir: Path) -> None:
+    """Deletes what is in the directory, but for the lock of this process. The files that make it a
+    run's go last: after a kill in between, it can still be replaced."""
+    last = (CONFIG_FILE, VERSIONS_FILE)
+    with writing(run_dir):
+        for path in sorted(run_dir.iterdir(), key=lambda path: path.name in last):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif not is_lock_file(path):
+                path.unlink()
 
 
 def start_again(run_dir: Path, config: Config, *, overwrite: bool = False) -> str:

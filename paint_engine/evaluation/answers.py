@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paint_engine.distributed import gather_objects, raise_together
 from paint_engine.evaluation.store import EvalSample, SampleFiles
-from paint_engine.files import WriteFailed
+from paint_engine.files import LockLost, WriteFailed
 from paint_engine.monitor import NotFinite
 from paint_engine.rewards import Reward, RewardFailed
 from paint_engine.rollout import (
@@ -101,7 +101,7 @@ def _judged(reward: Reward, rollout: Rollout, sample_index: int) -> EvalSample:
     )
 
 
-FAILURES = (RewardFailed, NotFinite, WriteFailed)
+FAILURES = (RewardFailed, NotFinite, WriteFailed, LockLost)
 """what `evaluate` raises on one rank, which `check_answers` then raises on all"""
 
 

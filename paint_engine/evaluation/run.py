@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 
+from paint_engine.checkpoint.choose import present
 from paint_engine.distributed import (
     World,
     barrier,
@@ -28,12 +29,11 @@ from paint_engine.evaluation.store import (
     Evaluation,
     SampleFiles,
     check_same_headers,
-    lock_directory,
     read_finished,
     read_unfinished,
 )
-from paint_engine.evaluation.target import build_engine
-from paint_engine.files import RESULTS_FILE, WriteFailed, write_json
+from paint_engine.evaluation.target import build_engine, compute_dtype_of
+from paint_engine.files import RESULTS_FILE, DirectoryLock, LockLost, WriteFailed, write_json
 from paint_engine.files.terminal import Terminal
 from paint_engine.model import pick_device
 from paint_engine.monitor import NotFinite, Progress
@@ -58,13 +58,15 @@ def run_evaluation(command: EvaluationCommand, console: Terminal) -> None:
         world = init_world(pick_device(command.arguments.device))
         plan = make_plan(command, world)
         with ExitStack() as stack:
-            found = find_complete(plan, world, stack)
+            if (lock := lock_output(plan, world)) is not None:
+                stack.enter_context(lock)
+            found = find_complete(plan, world)
             if complete := [name for name, evaluation in found.items() if evaluation is not None]:
                 say(f"{', '.join(complete)}: complete already, nothing was sampled")
-            evaluations = answer_benchmarks(plan, found, world, Progress(console))
+            evaluations = answer_benchmarks(plan, found, lock, world, Progress(console))
             together(
-                lambda: world.is_main and report_results(plan, evaluations, console),
-                (WriteFailed,),
+                lambda: lock and report_results(plan, evaluations, lock, console),
+                (WriteFailed, LockLost),
             )
     except ValueError as error:
         raise ValueError(own_flags(str(error))) from error
@@ -78,6 +80,9 @@ def run_evaluation(command: EvaluationCommand, console: Terminal) -> None:
             style="red",
         )
         sys.exit(1)
+    except LockLost as lost:
+        say(f"error: {lost}; this process writes nothing more there", style="red")
+        sys.exit(1)
     except (RewardFailed, NotFinite) as failure:
         say(f"error: {own_flags(str(failure))}", style="red")
         sys.exit(1)
@@ -87,45 +92,63 @@ def run_evaluation(command: EvaluationCommand, console: Terminal) -> None:
     barrier()
 
 
-def find_complete(plan: Plan, world: World, stack: ExitStack) -> dict[str, Evaluation | None]:
+def lock_output(plan: Plan, world: World) -> DirectoryLock | None:
+    """Returns the main rank's lock on the plan's directory; None on the others. A collective call.
+
+    Raises ValueError, before the weights are loaded, for a directory that is a training run's, in
+    which another process is at work, or that cannot be made; WriteFailed if it cannot be written.
+    """
+    directory = plan.directory
+
+    def take() -> DirectoryLock | None:
+        if not world.is_main:
+            return None
+        if is_training_run(directory):
+            raise ValueError(
+                f"--output {directory}: is the directory of a training run, whose records would be "
+                "mixed with this evaluation's; needs a directory of its own; give another one, or "
+                "leave out --output for one under evaluations"
+            )
+        return DirectoryLock(
+            directory, f"--output {directory}:", "give another directory with --output"
+        )
+
+    return together(take, (ValueError, WriteFailed))
+
+
+def find_complete(plan: Plan, world: World) -> dict[str, Evaluation | None]:
     """Returns the complete evaluation of each benchmark in the plan's directory, or None. A
     collective call.
 
-    stack: keeps the directory locked until it is closed.
-
-    Raises ValueError, before the weights are loaded, for samples of another evaluation, another
-    process at work in the directory, a directory that cannot be written or is a training run's, and
-    ranks that would not evaluate the same.
+    Raises ValueError, before the weights are loaded, for samples of another evaluation and ranks
+    that would not evaluate the same.
     """
     check_same_headers(plan.headers)
     found, error = {}, None
     try:
         if world.is_main:
-            if is_training_run(plan.directory):
-                raise ValueError(
-                    f"--output {plan.directory}: is the directory of a training run, whose records "
-                    "would be mixed with this evaluation's; needs a directory of its own; give "
-                    "another one, or leave out --output for one under evaluations"
-                )
-            stack.enter_context(lock_directory(plan.directory))
             for name, header in plan.headers.items():
                 found[name] = read_finished(plan.directory, name, header)
                 read_unfinished(plan.directory, name, header)
     except ValueError as refused:
         error = str(refused)
     except OSError as failure:
-        error = f"--output {plan.directory}: cannot be written ({failure}); give another directory"
+        error = f"--output {plan.directory}: cannot be read ({failure}); give another directory"
     raise_together(error)
     return gather_objects(found)[0]
 
 
 def answer_benchmarks(
-    plan: Plan, found: dict[str, Evaluation | None], world: World, progress: Progress
+    plan: Plan,
+    found: dict[str, Evaluation | None],
+    lock: DirectoryLock | None,
+    world: World,
+    progress: Progress,
 ) -> list[Evaluation]:
     """Returns every benchmark's evaluation. The weights, and a user's reward function, are loaded
     only if one is not complete.
 
-    found: `find_complete`'s.
+    found: `find_complete`'s. lock: `lock_output`'s.
     """
     pending = [name for name, evaluation in found.items() if evaluation is None]
     if pending:
@@ -137,20 +160,37 @@ def answer_benchmarks(
             plan.command.reward.timeout_s,
             lambda text: Terminal(stderr=True).say(f"rank {world.rank}: {text}"),
         )
-        engine = build_engine(
-            plan.target,
-            plan.shape,
-            world,
-            kind=plan.engine,
-            max_model_len=max(map(len, prompts)) + section.max_new_tokens,
-            max_sequences=section.max_sequences,
-            gpu_memory_utilization=share,
-            tensor_parallel_size=arguments.tensor_parallel_size,
-        )
+        with present(plan.target.trained):
+            engine = build_engine(
+                plan.target,
+                plan.shape,
+                world,
+                kind=plan.engine,
+                max_model_len=max(map(len, prompts)) + section.max_new_tokens,
+                max_sequences=section.max_sequences,
+                gpu_memory_utilization=share,
+                tensor_parallel_size=arguments.tensor_parallel_size,
+            )
         with closing(engine), closing(reward):
+            check_still_same(plan, world)
             for name in pending:
-                found[name] = answer_benchmark(plan, name, engine, reward, world, progress)
+                found[name] = answer_benchmark(plan, name, engine, reward, lock, world, progress)
     return [evaluation for evaluation in found.values() if evaluation is not None]
+
+
+def check_still_same(plan: Plan, world: World) -> None:
+    """Raises ValueError if other weights were trained into the place of the planned ones before
+    these were loaded, as by a run that replaces an earlier one. A collective call."""
+
+    def check() -> None:
+        identity = plan.target.identity(plan.engine, compute_dtype_of(plan.target, world.device))
+        if any(header.subject != identity for header in plan.headers.values()):
+            raise ValueError(
+                f"{plan.target.trained} has changed while this command loaded it; see which run "
+                "writes there, and give the same command again once it is done"
+            )
+
+    together(lambda: plan.target.trained and check(), (ValueError,))
 
 
 def answer_benchmark(
@@ -158,6 +198,7 @@ def answer_benchmark(
     name: str,
     engine: RolloutEngine,
     reward: Reward,
+    lock: DirectoryLock | None,
     world: World,
     progress: Progress,
 ) -> Evaluation:
@@ -165,12 +206,12 @@ def answer_benchmark(
     call.
 
     Raises RewardFailed if the reward function fails on every answer, NotFinite if the model does
-    not compute finite numbers, and WriteFailed.
+    not compute finite numbers, WriteFailed, and LockLost.
     """
     failure: Exception | None = None
     started, problem_set, section = time.monotonic(), plan.sets[name], plan.command.section
     with closing(
-        SampleFiles(plan.directory, name, plan.headers[name], world, replace=False)
+        SampleFiles(plan.directory, name, plan.headers[name], world, replace=False, lock=lock)
     ) as files:
         requests = all_requests(problem_set.problems, section.num_samples)
         mine = files.share(requests)
@@ -197,8 +238,11 @@ def answer_benchmark(
         return files.finish(time.monotonic() - started)
 
 
-def report_results(plan: Plan, evaluations: Sequence[Evaluation], console: Terminal) -> None:
+def report_results(
+    plan: Plan, evaluations: Sequence[Evaluation], lock: DirectoryLock, console: Terminal
+) -> None:
     """Prints the table and writes `results.json`. The main rank calls it."""
+    lock.check()
     results = {
         "model": plan.target.base.name_or_path,
         "adapter": plan.command.arguments.adapter,

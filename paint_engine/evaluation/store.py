@@ -6,13 +6,11 @@ them as complete. Any number of ranks can resume what another number began; rank
 need a directory on a shared file system.
 """
 
-import errno
-import fcntl
 import glob
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from io import FileIO
 from itertools import zip_longest
@@ -31,7 +29,8 @@ from paint_engine.distributed import (
 )
 from paint_engine.files import (
     EVALUATIONS_DIRECTORY,
-    LOCK_FILE,
+    DirectoryLock,
+    LockLost,
     WriteFailed,
     append_lines,
     json_line,
@@ -167,18 +166,28 @@ class SampleFiles:
     directory, name: the files are NAME.json, NAME.jsonl and NAME.rank-R.jsonl in the directory.
     header: the same on all ranks; compared with that of existing files.
     replace: delete samples with another header, instead of refusing them.
+    lock: the main rank's, on the directory or on the one around it. It is checked before each
+        write, which raises LockLost if it is lost.
 
     Raises ValueError if there are samples of another evaluation, and WriteFailed if the
     directory cannot be written.
     """
 
     def __init__(
-        self, directory: Path, name: str, header: Header, world: World, *, replace: bool
+        self,
+        directory: Path,
+        name: str,
+        header: Header,
+        world: World,
+        *,
+        replace: bool,
+        lock: DirectoryLock | None = None,
     ) -> None:
         self._directory = directory
         self._name = name
         self._header = header
         self._world = world
+        self._lock = lock
 
         def prepare() -> list[dict[str, Any]]:
             if not world.is_main:
@@ -220,8 +229,10 @@ class SampleFiles:
         """Appends samples of this rank. They are in the file when this returns, even if the process
         is killed next.
 
-        Raises WriteFailed; none of them is in the file then.
+        Raises WriteFailed and LockLost; none of them is in the file then.
         """
+        if self._lock is not None:
+            self._lock.check()
         append_lines(self._file, b"".join(json_line(sample.record()) for sample in group))
         self._finished |= {(s.problem_id, s.sample_index): s for s in group}
 
@@ -258,10 +269,12 @@ class SampleFiles:
         places = {name: place for place, name in enumerate(self._header.problems)}
         order = sorted(everything, key=lambda key: (places[key[0]], key[1]))
         evaluation = Evaluation(self._header, seconds, [everything[key] for key in order])
-        together(lambda: self._world.is_main and self._write(evaluation), (WriteFailed,))
+        together(lambda: self._world.is_main and self._write(evaluation), (WriteFailed, LockLost))
         return evaluation
 
     def _write(self, evaluation: Evaluation) -> None:
+        if self._lock is not None:
+            self._lock.check()
         head = self._directory / f"{self._name}.json"
         head.unlink(missing_ok=True)
         samples = self._directory / f"{self._name}.jsonl"
@@ -294,27 +307,6 @@ def read_unfinished(
         else:
             refuse_other(path, existing, header)
     return rows
-
-
-@contextmanager
-def lock_directory(directory: Path) -> Iterator[None]:
-    """Holds an exclusive lock on the directory, which is created if needed. The operating system
-    releases the lock of a killed process.
-
-    Raises ValueError if another process holds it, OSError if the directory cannot be written.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # Any other error: the file system has no locks. Two processes would only repeat work.
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(
-                    f"{directory}: another evaluation is running there; wait until it ends, or "
-                    "give another directory with --output"
-                ) from error
-        yield
 
 
 def refuse_other(file: Path, existing: dict[str, Any], header: Header) -> NoReturn:

@@ -25,6 +25,11 @@ from paint_engine.files.jsonl import (
     read_jsonl,
     truncate_jsonl,
 )
+from paint_engine.files.lock import (
+    DirectoryLock,
+    LockLost,
+    is_lock_file,
+)
 from paint_engine.files.names import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -34,7 +39,6 @@ from paint_engine.files.names import (
     DATA_FILE,
     EVALUATIONS_DIRECTORY,
     LAUNCH_FILE,
-    LOCK_FILE,
     MANIFEST_FILE,
     METRICS_FILE,
     MODEL_CONFIG_FILE,
@@ -72,7 +76,6 @@ __all__ = [
     "DATA_FILE",
     "EVALUATIONS_DIRECTORY",
     "LAUNCH_FILE",
-    "LOCK_FILE",
     "MANIFEST_FILE",
     "METRICS_FILE",
     "MODEL_CONFIG_FILE",
@@ -84,11 +87,14 @@ __all__ = [
     "SUMMARY_FILE",
     "VERSIONS_FILE",
     "WANDB_ID_FILE",
+    "DirectoryLock",
+    "LockLost",
     "WriteFailed",
     "append_lines",
     "command_output",
     "flush",
     "is_hidden",
+    "is_lock_file",
     "json_line",
     "make_unfinished",
     "new_directory",

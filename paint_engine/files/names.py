@@ -8,6 +8,8 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
+LOCK_FILE = ".lock"
+"""begins the name of the file that a directory holds while a run or an evaluation writes there"""
 LAUNCH_FILE = ".launch"
 """names the launch by torchrun that has made the directory, for its restarts to find it by"""
 WANDB_ID_FILE = "wandb_id.txt"
@@ -28,4 +30,3 @@ MODEL_CONFIG_FILE = "config.json"
 
 # In the directory of an evaluation by `paint_engine.evaluate`.
 RESULTS_FILE = "results.json"
-LOCK_FILE = ".lock"

@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from paint_engine.checkpoint.run_dir import (
-    choose_run_dir,
     find_earlier,
+    lock_run_dir,
+    prepare_run_dir,
     recorded_date,
     start_again,
 )
@@ -35,6 +37,7 @@ from paint_engine.distributed import World, gather_objects, launched_ranks, my_s
 from paint_engine.estimate import check_run_fits, describe
 from paint_engine.files import (
     CONFIG_FILE,
+    DirectoryLock,
     WriteFailed,
     recorded_commit,
     recorded_name,
@@ -122,22 +125,46 @@ def _with_date(command: CommandLine, tokenizer: PreTrainedTokenizerBase) -> Comm
     return replace(command, config=config.model_copy(update={"prompts": prompts}))
 
 
-def find_run_dir(command: CommandLine, world: World) -> tuple[Path, bool]:
+def _lock_run_dir(command: CommandLine, world: World) -> DirectoryLock | None:
+    """Returns the main rank's lock on the run's directory; None on the others. A collective call.
+
+    Raises ValueError on every rank if another run is in the directory.
+    """
+    name, resume, allow = (
+        command.preset or "run",
+        command.resume is not None,
+        command.allow_changed_data,
+    )
+
+    def take() -> DirectoryLock | None:
+        if not world.is_main:
+            return None
+        return lock_run_dir(command.config, name, resume=resume, allow_changed_data=allow)
+
+    return together(take, (ValueError, WriteFailed))
+
+
+def _find_run_dir(
+    command: CommandLine, world: World, lock: DirectoryLock | None
+) -> tuple[Path, bool]:
     """Returns the run's directory, the same on every rank, and whether training resumes there.
+
+    lock: the main rank's.
 
     Training resumes with `--resume`. If there is a checkpoint, it also resumes with
     `run.auto_resume` and after torchrun has restarted the processes.
     """
-    if command.resume is not None:
-        return command.resume, True
 
-    def choose() -> tuple[Path, bool] | None:
-        name, allow = command.preset or "run", command.allow_changed_data
-        if not world.is_main:
+    def prepare() -> tuple[Path, bool] | None:
+        if lock is None:
             return None
-        return choose_run_dir(command.config, name, allow_changed_data=allow)
+        if command.resume is not None:
+            return lock.directory, True
+        name, allow = command.preset or "run", command.allow_changed_data
+        run_dir = lock.directory
+        return run_dir, prepare_run_dir(command.config, name, run_dir, allow_changed_data=allow)
 
-    choice = gather_objects(together(choose, (ValueError, WriteFailed)))[0]
+    choice = gather_objects(together(prepare, (ValueError, WriteFailed)))[0]
     assert choice is not None
     return choice
 
@@ -293,11 +320,22 @@ def _build_sampler(
 
 
 def build_run(command: CommandLine, world: World) -> Run:
-    """Loads and builds everything. The run's files come last, so that a mistake leaves none.
+    """Locks the run's directory, then loads and builds everything. The run's files come last, so
+    that a mistake leaves none.
 
     Raises ValueError for mistakes in data, model, lengths, device, directory and sampler, and
     WriteFailed if the run's files cannot be written.
     """
+    with ExitStack() as stack:
+        if (lock := _lock_run_dir(command, world)) is not None:
+            stack.enter_context(lock)
+        run = _build_locked(command, world, lock)
+        # The run holds the lock from here on.
+        stack.pop_all()
+    return run
+
+
+def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None) -> Run:
     config, device = command.config, world.device
     say = Terminal().say if world.is_main else lambda text: None
     # The engine does not use the global generators. This makes libraries that do repeatable.
@@ -320,7 +358,7 @@ def build_run(command: CommandLine, world: World) -> Run:
     check_forward(model, attention, f"model {config.model.name_or_path}")
     teacher = make_teacher(config.teacher, model, fixed)
     optimizer = build_optimizer(model, config.optim)
-    run_dir, resumes = find_run_dir(command, world)
+    run_dir, resumes = _find_run_dir(command, world, lock)
     commit = hub_commit(config.model)
     state: dict[str, Any] = {"step": 0, "seconds_train": 0.0, "sampled_ahead": None}
     if resumes:
@@ -336,6 +374,7 @@ def build_run(command: CommandLine, world: World) -> Run:
         recipe=recipe_of(config),
         name=recorded_name(run_dir) if resumes else command.preset or "run",
         run_dir=run_dir,
+        lock=lock,
         world=world,
         tokenizer=tokenizer,
         model=model,

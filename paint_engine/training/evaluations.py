@@ -43,7 +43,11 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
     header = gather_objects(run.world.is_main and evaluation_header(run, step, checkpoint))[0]
     assert isinstance(header, Header)
     directory = evaluation_directory(run.run_dir)
-    with closing(SampleFiles(directory, f"step-{step}", header, run.world, replace=True)) as files:
+    run.check_lock()
+    name = f"step-{step}"
+    with closing(
+        SampleFiles(directory, name, header, run.world, replace=True, lock=run.lock)
+    ) as files:
         mine = files.share(all_requests(run.eval_set.problems, run.config.eval.num_samples))
         failure: Exception | None = None
 

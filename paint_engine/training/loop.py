@@ -7,7 +7,7 @@ from contextlib import nullcontext, suppress
 from paint_engine.checkpoint.directory import checkpoint_step, list_checkpoints
 from paint_engine.checkpoint.run_dir import resume_again, start_again
 from paint_engine.distributed import gather_objects, together
-from paint_engine.files import WriteFailed
+from paint_engine.files import LockLost, WriteFailed
 from paint_engine.files.terminal import Terminal
 from paint_engine.monitor import MetricsWriter, NotFinite, Progress, check_finite
 from paint_engine.report import write_report
@@ -55,7 +55,7 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
                 evaluate_at(run, run.step, progress, stop)
             metrics, samples = train_step(run, run.step)
             check_finite(metrics)
-            record_step(writer, metrics, samples)
+            record_step(run, writer, metrics, samples)
             run.step += 1
             run.seconds_train += metrics["seconds"]
             if run.skipped.in_a_row:
@@ -69,10 +69,15 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
 
 
 def record_step(
-    writer: MetricsWriter | None, metrics: dict[str, float], samples: list[dict[str, object]]
+    run: Run,
+    writer: MetricsWriter | None,
+    metrics: dict[str, float],
+    samples: list[dict[str, object]],
 ) -> None:
-    """Writes a step's metrics and samples. A collective: raises StepNotRecorded on every rank."""
+    """Writes a step's metrics and samples. A collective: raises StepNotRecorded on every rank, and
+    LockLost."""
     try:
+        run.check_lock()
         together(lambda: writer and writer.write(metrics, samples), (WriteFailed,))
     except WriteFailed as failure:
         raise StepNotRecorded(str(failure)) from failure
@@ -147,7 +152,11 @@ def run_training(run: Run, console: Terminal, stop: StopRequest) -> None:
                 with suppress(SaveFailed):
                     save(run)
                 raise
+            run.check_lock()
             together(lambda: run.world.is_main and finish(run, console), (WriteFailed,))
+    except LockLost as lost:
+        say(f"error: {lost}; this process writes nothing more there", style="red")
+        sys.exit(1)
     except NotFinite as failure:
         say(f"error: {failure}; {explain_weights(run)}", *what_is_safe(run), style="red")
         sys.exit(1)
@@ -161,3 +170,5 @@ def run_training(run: Run, console: Terminal, stop: StopRequest) -> None:
     finally:
         run.sampler.close()
         run.reward.close()
+        if run.lock is not None:
+            run.lock.release()

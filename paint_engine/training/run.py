@@ -10,8 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from paint_engine.checkpoint.save import save_checkpoint
 from paint_engine.config.schema import Config
 from paint_engine.data import ProblemSet
-from paint_engine.distributed import World, gather_objects, merge_shares, raise_together
-from paint_engine.files import WriteFailed
+from paint_engine.distributed import (
+    World,
+    gather_objects,
+    merge_shares,
+    raise_together,
+    together,
+)
+from paint_engine.files import DirectoryLock, LockLost, WriteFailed
 from paint_engine.model import EmaTeacher, FixedTeacher, Teacher, max_context
 from paint_engine.monitor import NotFinite, Timings
 from paint_engine.recipes import Recipe
@@ -37,13 +43,15 @@ class Run:
 
     `base` is the model before training. `teacher` scores the rollouts and is often the base. `name`
     is the preset's name, or "run" for a configuration file. `saved` is the step and the path of the
-    newest checkpoint that this process has written.
+    newest checkpoint that this process has written. `lock` is the main rank's, on the directory;
+    the others have None.
     """
 
     config: Config
     recipe: Recipe
     name: str
     run_dir: Path
+    lock: DirectoryLock | None
     world: World
     tokenizer: PreTrainedTokenizerBase
     model: nn.Module
@@ -86,6 +94,11 @@ class Run:
         """Sampling parameters of the evaluations."""
         return sampling_params(self.config.eval, self.model, self.tokenizer)
 
+    def check_lock(self) -> None:
+        """Before a write: raises LockLost on every rank if the directory is no longer this run's,
+        and WriteFailed if that cannot be told. A collective call."""
+        together(lambda: self.lock and self.lock.check(), (LockLost, WriteFailed))
+
 
 class SaveFailed(Exception):
     """A checkpoint could not be written; older ones are intact."""
@@ -98,8 +111,8 @@ class StepNotRecorded(Exception):
 def save(run: Run) -> Path:
     """Saves a checkpoint of the last finished step, unless there is one. A collective call.
 
-    Raises SaveFailed, and NotFinite if a trained weight is not finite: the checkpoint would be of
-    no use, and would push out an earlier one.
+    Raises SaveFailed, LockLost if the directory is no longer this run's, and NotFinite if a trained
+    weight is not finite: the checkpoint would be of no use, and would push out an earlier one.
     """
     if run.saved is not None and run.saved[0] == run.step:
         return run.saved[1]
@@ -117,6 +130,7 @@ def save(run: Run) -> Path:
     }
     keep = run.config.checkpoint.keep
     try:
+        run.check_lock()
         path = save_checkpoint(
             run.run_dir, run.model, run.optimizer, state, keep=keep, world=run.world, ema=run.ema
         )

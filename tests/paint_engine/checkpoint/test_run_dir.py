@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from paint_engine.checkpoint.run_dir import choose_run_dir
+from paint_engine.checkpoint.run_dir import lock_run_dir, prepare_run_dir
 from paint_engine.config.command_line import load_config
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import to_toml
@@ -20,10 +20,12 @@ def config_of(run_dir: Path | None, *extra: str) -> Config:
 
 def start(config: Config) -> tuple[Path, bool]:
     """What a run does with its directory up to its first step."""
-    run_dir, resumes = choose_run_dir(config, "tiny")
-    if not resumes:
-        write_versions(run_dir, "tiny", 1)
-    (run_dir / CONFIG_FILE).write_text(to_toml(config))
+    with lock_run_dir(config, "tiny", resume=False) as lock:
+        run_dir = lock.directory
+        resumes = prepare_run_dir(config, "tiny", run_dir)
+        if not resumes:
+            write_versions(run_dir, "tiny", 1)
+        (run_dir / CONFIG_FILE).write_text(to_toml(config))
     return run_dir, resumes
 
 
@@ -68,7 +70,7 @@ def test_a_restart_resumes_in_the_directory_of_its_own_launch(
     again = config_of(tmp_path / "run") if named else config
     if named:
         with pytest.raises(ValueError, match="exists already"):
-            choose_run_dir(again, "tiny")
+            start(again)
     else:
         assert start(again)[0] != run_dir
 
@@ -85,7 +87,7 @@ def test_a_restart_leaves_the_run_of_another_launch_alone(saved: bool, tmp_path:
     if saved:
         save_step(other)
     with pytest.raises(ValueError, match="exists already"):
-        choose_run_dir(config, "tiny")
+        start(config)
     assert (other / "metrics.jsonl").read_text() == "kept"
 
 
@@ -97,7 +99,7 @@ def test_auto_resume_starts_resumes_and_refuses_other_settings(tmp_path: Path) -
     assert start(config) == (tmp_path / "run", True)
     other = config_of(tmp_path / "run", "--run.auto_resume", "true", "--train.seed", "7")
     with pytest.raises(ValueError, match=r"--train\.seed"):
-        choose_run_dir(other, "tiny")
+        start(other)
     assert recorded_name(tmp_path / "run") == "tiny"
 
 
@@ -105,5 +107,5 @@ def test_auto_resume_does_not_take_a_directory_that_is_no_run(tmp_path: Path) ->
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("kept")
     with pytest.raises(ValueError, match="exists already"):
-        choose_run_dir(config_of(tmp_path / "run", "--run.auto_resume", "true"), "tiny")
+        start(config_of(tmp_path / "run", "--run.auto_resume", "true"))
     assert (tmp_path / "run" / "thesis.tex").exists()

@@ -306,31 +306,13 @@ def test_what_cannot_resume_is_refused_before_the_weights_are_loaded(
     assert main(*arguments, *both, "--output", partial.parent) == 2
     assert "temperature 1.0 and not 0.5" in capsys.readouterr().out
     assert main(*arguments, "--output", rows) == 2
-    assert f"--output {rows}: cannot be written" in capsys.readouterr().out
+    assert f"--output {rows}: cannot be made" in capsys.readouterr().out
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.toml").touch()
     assert main(*arguments, "--output", run) == 2
     assert f"--output {run}: is the directory of a training run" in capsys.readouterr().out
     assert [path.name for path in run.iterdir()] == ["config.toml"]
-
-
-def test_one_command_at_a_time_in_a_directory(
-    arguments: tuple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    code = (
-        "import pathlib, sys, paint_engine.evaluation.store as e\n"
-        "with e.lock_directory(pathlib.Path(sys.argv[1])):\n"
-        "    print('in', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", code, str(out)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None and other.stdout.readline() == b"in\n"
-        assert main(*arguments, "--output", out) == 2
-        assert f"{out}: another evaluation is running there" in capsys.readouterr().out
-        other.kill()
-    assert main(*arguments, "--output", out) == 0
 
 
 @pytest.mark.parametrize(

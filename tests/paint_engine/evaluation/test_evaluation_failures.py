@@ -44,8 +44,8 @@ def test_a_full_disk_keeps_the_answers_that_are_finished(
 ) -> None:
     assert main(*arguments, tmp_path / "whole") == 0
     directory, counts = small_disk / "evaluation", []
-    # No room for a first answer; for a part of them; for all, but not for a second copy of them.
-    for room in (0, 8_192, 8_192):
+    # No room for a first answer; for the lock and a part of them; for all, but for no second copy.
+    for room in (0, 12_288, 12_288):
         fill(room)
         capsys.readouterr()
         assert main(*arguments, directory) == 1

@@ -130,13 +130,14 @@ def test_a_prompt_longer_than_the_context_names_the_row_and_the_remedies(
 
 
 def test_a_teachers_prompt_that_never_fits_is_found_before_training(
-    command: list[str], run_main: Main, capsys: pytest.CaptureFixture[str]
+    command: list[str], run_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = build_run(load_config(command), WORLD)
     longest = max(map(len, run.train_set.prompts))
     # Room for every student's prompt, and not for a teacher's with the solution hidden.
     room = str(1024 - longest - 5)
-    text = refused(run_main, capsys, [*command, "--rollout.max_new_tokens", room])
+    other = ["--run.dir", str(tmp_path / "other"), "--rollout.max_new_tokens", room]
+    text = refused(run_main, capsys, [*command, *other])
     assert "the teacher's prompt takes" in text
     assert f"leaves {longest + 5}" in text
 

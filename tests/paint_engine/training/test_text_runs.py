@@ -111,6 +111,7 @@ def test_a_step_s_prompts_and_targets_have_no_control_tokens_from_data(
         for ids in (item.rollout.prompt_ids, view.prompt_ids):
             assert (ids.count(start), ids.count(end)) == (2, 1)
     sft = ["--run.overwrite", "true", "--rollout.max_new_tokens", "200"]
+    del run  # and with it the lock on the directory
     run = build_run(load_config([*argv, *SFT, "--eval.enabled", "false", *sft]), world)
     for item in sample_step(run, 0)[0]:
         ids = item.rollout.completion_ids
