@@ -207,6 +207,8 @@ def save_checkpoint(
     """
     target = checkpoint_directory(run_dir) / f"step-{int(state['step'])}"
     if gather_objects(target.is_dir())[0] and _damage(target, world) is None:
+        # The process that has written it may have been killed before it deleted older ones.
+        _prune(run_dir, target, keep, world)
         return target
     weights = gather_weights(model, keep=world.is_main)
     tensors = _state_tensors(model, optimizer, ema)
@@ -241,8 +243,12 @@ def save_checkpoint(
         if world.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    together(lambda: world.is_main and prune(run_dir, target, keep), (WriteFailed,))
+    _prune(run_dir, target, keep, world)
     return target
+
+
+def _prune(run_dir: Path, newest: Path, keep: int, world: World) -> None:
+    together(lambda: world.is_main and prune(run_dir, newest, keep), (WriteFailed,))
 
 
 # ---- loading -------------------------------------------------------------------------------------

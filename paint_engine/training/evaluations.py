@@ -5,7 +5,7 @@ import time
 from contextlib import closing, suppress
 from pathlib import Path
 
-from paint_engine.checkpoint.directory import mark_best
+from paint_engine.checkpoint.directory import mark_best, prune
 from paint_engine.distributed import any_rank, gather_objects, together
 from paint_engine.evaluation.accuracy import best_step
 from paint_engine.evaluation.answers import FAILURES, all_requests, check_answers, evaluate
@@ -34,10 +34,12 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
     """
     assert run.eval_set is not None and step in (0, run.step)
     started = time.monotonic()
+    checkpoint = save(run) if step > 0 else None
     if gather_objects(run.world.is_main and step in present_evaluations(run))[0]:
+        # A kill may have come between the evaluation's last file and the mark.
+        keep_best(run, step, checkpoint)
         return
     base = step == 0 and run.step > 0
-    checkpoint = save(run) if step > 0 else None
     if not base:
         run.sampler.sync(step)
     header = gather_objects(run.world.is_main and evaluation_header(run, step, checkpoint))[0]
@@ -65,7 +67,7 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
             stop.check_together()
         assert finished
         files.finish(time.monotonic() - started)
-    keep_best(run, step)
+    keep_best(run, step, checkpoint)
 
 
 def evaluation_header(run: Run, step: int, checkpoint: Path | None) -> Header:
@@ -131,8 +133,16 @@ def answer_all(
     return False
 
 
-def keep_best(run: Run, step: int) -> None:
-    """Marks the checkpoint that was just evaluated as best if no earlier one was better."""
-    best = gather_objects(run.world.is_main and best_step(present_evaluations(run)))[0]
-    marks = run.world.is_main and best == step > 0
-    together(lambda: marks and mark_best(run.run_dir, step), (WriteFailed,))
+def keep_best(run: Run, step: int, checkpoint: Path | None) -> None:
+    """Marks the checkpoint that was just evaluated as best if no earlier one was better, and
+    deletes the one that was.
+
+    checkpoint: that of the step; None for the base.
+    """
+
+    def mark() -> None:
+        if checkpoint is not None and best_step(present_evaluations(run)) == step:
+            mark_best(run.run_dir, step)
+            prune(run.run_dir, checkpoint, run.config.checkpoint.keep)
+
+    together(lambda: run.world.is_main and mark(), (WriteFailed,))

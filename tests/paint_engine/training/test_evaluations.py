@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from paint_engine.checkpoint import save
 from paint_engine.evaluation.accuracy import avg_at_k, correct_matrix, pass_at_k
 from paint_engine.evaluation.store import EvalSample, SampleFiles, read_evaluations
 from paint_engine.files import read_jsonl
@@ -90,6 +91,35 @@ def test_a_killed_evaluation_resumes_where_it_was(
             whole / "evaluations" / name
         ).read_bytes()
     assert not list(cut.glob("evaluations/*.rank-*"))
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(run_eval, "mark_best"), (run_eval, "prune"), (save, "prune")]
+)
+def test_a_kill_before_the_mark_or_the_pruning_changes_nothing(
+    module: Any, name: str, arguments: list[str], run_main: Main, tmp_path: Path
+) -> None:
+    """At the last step, after which no later evaluation or checkpoint comes."""
+    arguments = [*arguments, "--checkpoint.keep", "1", "--checkpoint.every", "1"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    original = getattr(module, name)
+
+    def ends(run_dir: Path, *rest: Any) -> None:
+        if rest[0] in (4, run_dir / "checkpoints" / "step-4"):
+            raise Killed
+        original(run_dir, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Every evaluation is the best so far.
+        patch.setattr(run_eval, "best_step", max)
+        assert run_main([*arguments, "--run.dir", str(whole)]) == 0
+        with pytest.MonkeyPatch.context() as kill, pytest.raises(Killed):
+            kill.setattr(module, name, ends)
+            run_main([*arguments, "--run.dir", str(cut)])
+        assert run_main(["--resume", str(cut)]) == 0
+    left = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (whole, cut)]
+    assert left == [["best", "step-4"]] * 2
+    assert (cut / "checkpoints" / "best").readlink() == Path("step-4")
 
 
 def test_with_other_settings_it_starts_afresh(
