@@ -19,6 +19,7 @@ from bench.kernels.figures import draw_kernels
 from bench.kernels.tables import kernel_shapes_table, kernels_first_table, kernels_table
 from bench.measure import ROOT
 from bench.paper.markdown import PAPER_TABLES, document
+from bench.soak.tables import kills_table, starts_table, steps_table
 from bench.step.tables import engine_table
 from bench.tables import (
     Result,
@@ -42,6 +43,9 @@ TABLES: dict[tuple[str, str], Table] = {
     ("logit_formats", ""): logit_formats_table,
     ("floor", ""): floor_table,
     ("engine", ""): engine_table,
+    ("soak", "steps"): steps_table,
+    ("soak", "kills"): kills_table,
+    ("soak", "starts"): starts_table,
     **PAPER_TABLES,
 }
 """keyed by the result's name and the view in the marker"""

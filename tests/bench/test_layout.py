@@ -9,7 +9,13 @@ BENCH = ROOT / "bench"
 FOLDERS = {path.parent.name for path in BENCH.glob("*/__init__.py")}
 SHARED = {"figures", "losses", "measure", "tables"}
 # The GPU check repeats a part of the comparison and of the step.
-MAY_IMPORT = {"gpu": {"kernels", "step"}, "kernels": set(), "paper": set(), "step": set()}
+MAY_IMPORT = {
+    "gpu": {"kernels", "step"},
+    "kernels": set(),
+    "paper": set(),
+    "soak": set(),
+    "step": set(),
+}
 
 
 def imported(path: Path) -> set[str]:

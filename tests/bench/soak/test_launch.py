@@ -1,0 +1,80 @@
+"""What the soak starts, finds and counts."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.soak import launch
+from bench.soak.server import complete
+from bench.soak.steps import own_bytes
+
+PARENT = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print("started", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[launch.Launch]:
+    """A process with a child in a session of its own, which does not end by itself."""
+    package = tmp_path / "fake" / "paint_engine"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "train.py").write_text(PARENT)
+    monkeypatch.setattr(launch, "ROOT", tmp_path / "fake")
+    started = launch.Launch(tmp_path / "work", [])
+    while "started" not in started.printed():
+        assert started.process.poll() is None, started.printed()
+        time.sleep(0.01)
+    yield started
+    started.kill_all()
+
+
+def test_a_scheduler_s_kill_leaves_no_child(family: launch.Launch) -> None:
+    assert len(family.alive()) == 2
+    family.kill_all()
+    assert family.process.returncode == -signal.SIGKILL
+    assert family.seconds_of_orphans() is not None
+
+
+def test_a_child_that_stays_is_told_and_ended(
+    family: launch.Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "ORPHAN_LIMIT_S", 0.05)
+    family.kill_main()
+    assert family.seconds_of_orphans() is None
+    assert family.alive() == []
+
+
+def test_names_in_shared_memory_are_those_of_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_SHARED_MEMORY", tmp_path)
+    for name in ("paint-812-5d1ba3c0-9fc3e08b", "torch_812_1", "paint-8123-a-b", "sem.loky"):
+        (tmp_path / name).touch()
+    assert sorted(launch.shared_memory({812})) == ["paint-812-5d1ba3c0-9fc3e08b", "torch_812_1"]
+
+
+def test_memory_of_a_process_is_counted_with_what_is_swapped_out() -> None:
+    before = own_bytes(os.getpid())
+    block = os.urandom(64 * 2**20)
+    assert own_bytes(os.getpid()) - before > 60 * 2**20
+    assert sys.getsizeof(block) > 64 * 2**20
+
+
+def test_completions_depend_on_weights_prompt_and_seed_alone() -> None:
+    request = {"prompt": [1, 2], "seed": 3, "max_tokens": 8, "top_k": 0}
+    first = complete(request, "a")
+    assert complete(dict(request), "a") == first
+    others = [complete(request, "b"), complete(request | {"seed": 4}, "a")]
+    others.append(complete(request | {"prompt": [1, 3]}, "a"))
+    assert all(other["token_ids"] != first["token_ids"] for other in others)
+    assert len(first["token_ids"]) == len(first["logprobs"]["token_logprobs"]) == 8
+    assert all(value <= 0 for value in first["logprobs"]["token_logprobs"])
