@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from bench.measure import environment
+from paint_engine.files import write_atomic
 from paint_engine.rewards.boxes import extract_boxed
 from paint_engine.rewards.checker import AnswerChecker
 
@@ -38,7 +39,7 @@ def main() -> None:
     text = json.dumps(result, indent=1, ensure_ascii=False)
     print(text)
     if options.output:
-        options.output.write_text(text + "\n", encoding="utf-8")
+        write_atomic(options.output, text + "\n")
 
 
 def compare_suite(math_verify: Path) -> dict[str, Any]:

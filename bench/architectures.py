@@ -21,6 +21,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from paint_engine.config.sections import ModelSection
+from paint_engine.files import write_json
 from paint_engine.model import load_base, load_tokenizer
 from paint_engine.model.forward import LOGIT_SCALE
 from paint_engine.model.probe import forward_error
@@ -141,7 +142,7 @@ def main() -> None:
         "outcomes": outcomes,
     }
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.output, result)
     print(json.dumps(result))
 
 

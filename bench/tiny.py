@@ -18,6 +18,8 @@ import peft
 import torch
 import transformers
 
+from paint_engine.files import write_json
+
 
 def run_seed(seed: int, parent: Path) -> dict[str, Any]:
     """Trains one seed and returns its summary. The run directory is temporary."""
@@ -51,7 +53,7 @@ def main() -> None:
         "runs": runs,
     }
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.output, result)
     print(json.dumps(result))
 
 

@@ -30,6 +30,7 @@ from bench.paper.plan import (
     sweep_runs,
     table_runs,
 )
+from paint_engine.files import write_atomic
 
 Record = dict[str, Any]
 Rates = dict[tuple[str, str], float]
@@ -43,9 +44,7 @@ def perform_job(job: Job) -> Record:
     shutil.rmtree(job.directory, ignore_errors=True)
     job.directory.mkdir(parents=True)
     record = perform(job)
-    unfinished = job.directory / f"{RESULT}.unfinished"
-    unfinished.write_text(json.dumps(record) + "\n")
-    unfinished.rename(job.directory / RESULT)
+    write_atomic(job.directory / RESULT, json.dumps(record) + "\n")
     return record
 
 

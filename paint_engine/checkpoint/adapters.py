@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from paint_engine.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, MODEL_CONFIG_FILE
+from paint_engine.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, MODEL_CONFIG_FILE, read_json
 
 # Fields of a LoRA configuration whose every value is computed exactly, adapter on and merged.
 _ANY_VALUE = {
@@ -54,11 +54,9 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     of LoRA that neither the built-in sampler nor a merge reproduces, by name.
     """
     file = directory / ADAPTER_CONFIG_FILE
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); save or copy it again") from error
-    method = config.get("peft_type") if isinstance(config, dict) else None
+    # In the hub's cache it is a link.
+    config = read_json(file.resolve(), dict[str, Any], remedy="save or copy it again")
+    method = config.get("peft_type")
     if method != "LORA":
         raise ValueError(
             f"the adapter {directory} is of the method {method} (peft_type in "
@@ -188,7 +186,7 @@ def _other_base(config: Mapping[str, Any], shape: PreTrainedModel) -> str | None
     found = _stored_config(name) if name else None
     if found is None:
         return None
-    there = json.loads(found.read_text())
+    there = read_json(found.resolve(), dict[str, Any], constants=True)
     sizes = there.get("text_config") or there
     for key, ours in (
         ("model_type", shape.config.model_type),

@@ -1,11 +1,12 @@
 """Finds the checkpoint that a user names, and the base model that it was trained from."""
 
-import json
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+from pydantic import BaseModel
 
 from paint_engine.checkpoint.directory import (
     best_checkpoint,
@@ -18,8 +19,15 @@ from paint_engine.files import (
     ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
     MANIFEST_FILE,
+    BadFile,
+    Record,
+    check_links,
+    read_bytes,
+    read_json,
     recorded_commit,
 )
+
+Section = TypeVar("Section", bound=BaseModel)
 
 
 def choose_checkpoint(path: Path, which: str | None, given: str | None = None) -> Path:
@@ -29,8 +37,11 @@ def choose_checkpoint(path: Path, which: str | None, given: str | None = None) -
     which: "last" (the default), "best" or "step-N"; only with a run directory.
     given: the flag as the user gave it, for messages; None = `--checkpoint`.
 
-    Raises ValueError where there is no such checkpoint, or where it is damaged.
+    Raises ValueError where there is no such checkpoint, where it is damaged, or where links lie in
+    it or in the run directory; ReadFailed where it cannot be read.
     """
+    if path.is_dir():
+        check_links(path.resolve())
     checkpoints = list_checkpoints(path)
     is_checkpoint = (path / MANIFEST_FILE).is_file()
     if which is None and not is_checkpoint and (path / ADAPTER_CONFIG_FILE).is_file():
@@ -68,6 +79,11 @@ def choose_checkpoint(path: Path, which: str | None, given: str | None = None) -
     return chosen
 
 
+class _AdapterConfig(Record):
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+
 @contextmanager
 def present(checkpoint: Path | None) -> Iterator[None]:
     """Around what reads a checkpoint, if there is one: raises ValueError in place of any other
@@ -83,24 +99,34 @@ def present(checkpoint: Path | None) -> Iterator[None]:
         ) from error
 
 
-def recorded_section(checkpoint: Path, name: str) -> dict[str, Any] | None:
-    """A section of the configuration of the checkpoint's run, as read from TOML; None where the
-    checkpoint is in no run directory."""
+def recorded_section(checkpoint: Path, name: str, kind: type[Section]) -> Section | None:
+    """A section of the configuration of the checkpoint's run; None where the checkpoint is in no
+    run directory. Raises BadFile."""
     config = checkpoint.parent.parent / CONFIG_FILE
-    return tomllib.loads(config.read_text()).get(name, {}) if config.is_file() else None
+    if not config.is_file():
+        return None
+    try:
+        sections = tomllib.loads(read_bytes(config).decode())
+        return kind.model_validate(sections.get(name, {}))
+    except BadFile:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise BadFile(
+            f"{config}: [{name}] is not what a run writes ({error}); restore it from a copy"
+        ) from error
 
 
 def recorded_base(checkpoint: Path) -> ModelSection | None:
     """The model that the checkpoint was trained from, by its run's configuration, else by the
     adapter's; None where neither names one."""
     adapter_config = checkpoint / ADAPTER_CONFIG_FILE
-    if (section := recorded_section(checkpoint, "model")) is not None:
-        recorded = ModelSection.model_validate(section)
+    if (recorded := recorded_section(checkpoint, "model", ModelSection)) is not None:
         commit = recorded_commit(checkpoint.parent.parent)
         return recorded if commit is None else recorded.model_copy(update={"revision": commit})
     if adapter_config.is_file():
-        settings = json.loads(adapter_config.read_text())
-        name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+        # Outside of a run directory it may be a link, as in the hub's cache.
+        settings = read_json(adapter_config.resolve(), _AdapterConfig)
+        name, revision = settings.base_model_name_or_path, settings.revision
         return ModelSection(name_or_path=name, revision=revision) if name else None
     return None
 

@@ -4,24 +4,29 @@ A checkpoint's `manifest.json` lists every other file's size and checksum, and i
 """
 
 import hashlib
-import json
-import re
-import shutil
-from pathlib import Path
+import os
+from pathlib import Path, PurePosixPath
 
 from paint_engine.files import (
     BEST_LINK,
     CHECKPOINTS_DIRECTORY,
     MANIFEST_FILE,
     STATE_FILE,
+    BadFile,
+    FileMissing,
+    check_best,
     flush,
-    unfinished_path,
+    is_checkpoint_name,
+    open_regular,
+    read_json,
+    reading,
+    remove_at_once,
+    remove_left_overs,
     write_link,
-    writing,
 )
 
 # Of each path below the checkpoint, [size in bytes, BLAKE2b checksum].
-Manifest = dict[str, list[int | str]]
+Manifest = dict[str, tuple[int, str]]
 
 
 def checkpoint_directory(run_dir: Path) -> Path:
@@ -35,12 +40,21 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Finished checkpoints, oldest first; `find_damage` tells whether one is still intact."""
-    # A user's copy, such as step-40-old, is not one of them.
-    found = [
-        p for p in checkpoint_directory(run_dir).glob("step-*") if re.fullmatch(r"step-\d+", p.name)
-    ]
-    return sorted((p for p in found if p.is_dir()), key=checkpoint_step)
+    """Finished checkpoints, oldest first; `find_damage` tells whether one is still intact.
+
+    Raises ReadFailed if the system refuses to list them: that there are none would be wrong.
+    """
+    directory = checkpoint_directory(run_dir)
+    try:
+        with reading(directory), os.scandir(directory) as entries:
+            found = [
+                directory / entry.name
+                for entry in entries
+                if is_checkpoint_name(entry.name) and entry.is_dir(follow_symlinks=False)
+            ]
+    except FileMissing:
+        return []
+    return sorted(found, key=checkpoint_step)
 
 
 def split_place(text: str) -> tuple[Path, str | None]:
@@ -61,44 +75,35 @@ def mark_best(run_dir: Path, step: int) -> None:
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint marked as best; None if there is none."""
+    """The checkpoint marked as best; None if there is none. Raises BadFile for a link to something
+    else than a checkpoint beside it."""
     link = checkpoint_directory(run_dir) / BEST_LINK
-    return link.parent / link.readlink() if link.is_symlink() and link.is_dir() else None
-
-
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Renames the checkpoint, then deletes it, so that a kill in between leaves nothing that looks
-    like a checkpoint. Raises WriteFailed."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
-    with writing(checkpoint):
-        if doomed.exists():
-            shutil.rmtree(doomed)
-        checkpoint.rename(doomed)
-    # On network storage a file that another process reads cannot be deleted yet; the next pruning
-    # deletes it.
-    shutil.rmtree(doomed, ignore_errors=True)
+    if not link.is_symlink():
+        return None
+    check_best(link)
+    return link.parent / link.readlink() if link.is_dir() else None
 
 
 def prune(run_dir: Path, newest: Path, keep: int) -> None:
-    """Deletes all but the best checkpoint and the newest `keep`, and unfinished directories.
+    """Deletes all but the best checkpoint and the newest `keep`, and what killed processes left.
 
     newest: the checkpoint just written. A later one was damaged and skipped when the run was
     resumed: it is not counted, and is replaced when the run reaches that step again.
+
+    Raises WriteFailed.
     """
     best, last = best_checkpoint(run_dir), checkpoint_step(newest)
     so_far = [path for path in list_checkpoints(run_dir) if checkpoint_step(path) <= last]
     for old in so_far[:-keep]:
         if old != best:
-            remove_checkpoint(old)
-    for pattern in (unfinished_path(Path("step-*")).name, ".step-*.removed"):
-        for left_over in newest.parent.glob(pattern):
-            shutil.rmtree(left_over, ignore_errors=True)
+            remove_at_once(old)
+    remove_left_overs(newest.parent)
 
 
-def _fingerprint(file: Path) -> list[int | str]:
-    with file.open("rb") as stream:
+def _fingerprint(file: Path) -> tuple[int, str]:
+    with open(open_regular(file, os.O_RDONLY), "rb") as stream:
         digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
-    return [file.stat().st_size, digest.hexdigest()]
+        return os.fstat(stream.fileno()).st_size, digest.hexdigest()
 
 
 def file_names(directory: Path) -> list[str]:
@@ -117,20 +122,23 @@ def find_damage(checkpoint: Path, rank: int = 0, num_ranks: int = 1) -> str | No
     """Returns what is wrong with a checkpoint's files, or None if they are what was written.
 
     rank: this one of `num_ranks`, each of which checks its share of the files.
+
+    Raises ReadFailed where the system refuses to read a file, which may be intact.
     """
-    if not (checkpoint / MANIFEST_FILE).is_file():
-        return f"{MANIFEST_FILE} is missing"
+    name = MANIFEST_FILE
     try:
-        manifest = json.loads((checkpoint / MANIFEST_FILE).read_bytes())
-        if not isinstance(manifest, dict) or STATE_FILE not in manifest:
+        manifest = read_json(checkpoint / name, dict[str, list[int | str]])
+        if STATE_FILE not in manifest:
             return f"{MANIFEST_FILE} does not list {STATE_FILE}"
         for name in sorted(manifest)[rank::num_ranks]:
-            if not (checkpoint / name).is_file():
-                return f"{name} is missing"
-            if _fingerprint(checkpoint / name) != manifest[name]:
-                return f"{name} is not what was written"
-    except ValueError:
-        return f"{MANIFEST_FILE} is not JSON"
-    except OSError as error:
-        return f"unreadable: {error}"
+            place = PurePosixPath(name)
+            if place.is_absolute() or ".." in place.parts or str(place) != name:
+                return f"{MANIFEST_FILE} lists {name!r}, which is no file of a checkpoint"
+            with reading(checkpoint / name):
+                if list(_fingerprint(checkpoint / name)) != manifest[name]:
+                    return f"{name} is not what was written"
+    except BadFile as error:
+        return str(error)
+    except FileMissing:
+        return f"{name} is missing"
     return None

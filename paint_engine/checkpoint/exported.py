@@ -28,6 +28,9 @@ from paint_engine.files import (
     ADAPTER_FILE,
     MODEL_CONFIG_FILE,
     new_directory,
+    read_json,
+    write_atomic,
+    write_json,
 )
 from paint_engine.model import is_on_hub, load_tokenizer, resolve_model
 
@@ -52,7 +55,8 @@ def export_merged(
     _check_new(output_dir)
     tokenizer = load_tokenizer(section)
     model = build_trained(checkpoint, section, survivals)
-    with new_directory(output_dir) as unfinished:
+    # The directory may be a link of the user's to another disk.
+    with new_directory(output_dir.resolve()) as unfinished:
         return save_model(model, tokenizer, unfinished)
 
 
@@ -73,9 +77,9 @@ def export_adapter(checkpoint: Path, output_dir: Path, section: ModelSection) ->
     on_hub = is_on_hub(section)
     config["base_model_name_or_path"] = section.name_or_path if on_hub else resolve_model(section)
     config["revision"] = section.revision
-    with new_directory(output_dir) as unfinished:
+    with new_directory(output_dir.resolve()) as unfinished:
         shutil.copyfile(checkpoint / ADAPTER_FILE, unfinished / ADAPTER_FILE)
-        (unfinished / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        write_json(unfinished / ADAPTER_CONFIG_FILE, config)
     return config
 
 
@@ -113,7 +117,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     # Of the same class, so that no code of the directory is looked for.
     if _rope(type(model.config).from_pretrained(directory)) == _rope(model.config):
         return True
-    file.write_text(plain)
+    write_atomic(file, plain)
     return False
 
 
@@ -124,8 +128,8 @@ def _rope(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _change(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    changed = change(json.loads(file.read_text()))
-    file.write_text(json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    changed = change(read_json(file, dict[str, Any], constants=True))
+    write_atomic(file, json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def add_older_names(config: dict[str, Any]) -> dict[str, Any]:

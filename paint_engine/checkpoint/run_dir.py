@@ -19,8 +19,11 @@ from paint_engine.files import (
     VERSIONS_FILE,
     WANDB_ID_FILE,
     DirectoryLock,
+    check_links,
+    finished_name,
     is_lock_file,
-    unfinished_path,
+    read_bytes,
+    reading,
     write_atomic,
     writing,
 )
@@ -42,7 +45,7 @@ def _is_ours(run_dir: Path) -> bool:
     """Returns whether this launch made the directory before torchrun restarted the processes."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     mark = run_dir / LAUNCH_FILE
-    return restarted and mark.is_file() and mark.read_text() == _launch_mark()
+    return restarted and mark.is_file() and read_bytes(mark) == _launch_mark().encode()
 
 
 def find_earlier(config: Config, name: str) -> Path | None:
@@ -50,13 +53,20 @@ def find_earlier(config: Config, name: str) -> Path | None:
     restart by torchrun, or with `run.auto_resume`. None if there is none.
 
     name: the preset's, with which the names of new directories begin.
+
+    Raises BadFile if there are links in it, and ReadFailed if it cannot be read.
     """
     if config.run.dir is None:
         found = filter(_is_ours, sorted(Path("runs").glob(f"{name}-*-{_launch_id()}")))
-        return next(found, None)
-    run_dir = Path(config.run.dir)
-    resumes = _is_ours(run_dir) or (config.run.auto_resume and _is_run(run_dir))
-    return run_dir if resumes else None
+        run_dir = next(found, None)
+    else:
+        run_dir = Path(config.run.dir)
+        with reading(run_dir):
+            resumes = _is_ours(run_dir) or (config.run.auto_resume and _is_run(run_dir))
+        run_dir = run_dir if resumes else None
+    if run_dir is not None:
+        check_links(run_dir)
+    return run_dir
 
 
 def recorded_date(run_dir: Path) -> str | None:
@@ -126,8 +136,9 @@ def _is_empty(run_dir: Path) -> bool:
     """Whether no run is there. `config.toml` is the last file of a start: a start that a full disk
     ended may have left those before it."""
     before = {LAUNCH_FILE, VERSIONS_FILE, DATA_FILE, WANDB_ID_FILE}
-    before |= {unfinished_path(run_dir / name).name for name in (*before, CONFIG_FILE)}
-    return {path.name for path in run_dir.iterdir() if not is_lock_file(path)} <= before
+    # A killed process may have left any of them unfinished.
+    names = {path.name for path in run_dir.iterdir() if not is_lock_file(path)}
+    return {name for name in names if finished_name(name) is None} <= before
 
 
 def _check_free(run_dir: Path, config: Config) -> None:

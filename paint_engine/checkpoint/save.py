@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -43,21 +44,28 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from paint_engine.checkpoint.directory import (
     Manifest,
     checkpoint_directory,
+    checkpoint_step,
     file_names,
     find_damage,
     list_checkpoints,
     prune,
-    remove_checkpoint,
     seal,
 )
 from paint_engine.checkpoint.weights import gather_weights, write_weights
 from paint_engine.distributed import World, gather_objects, raise_together, together
 from paint_engine.files import (
+    FILE_FAILURES,
     MANIFEST_FILE,
     STATE_FILE,
+    BadFile,
+    Record,
     WriteFailed,
     make_unfinished,
     publish_directory,
+    read_json,
+    reading,
+    remove_at_once,
+    remove_tree,
     unfinished_path,
     write_failure,
     write_json,
@@ -67,6 +75,16 @@ from paint_engine.model import EmaTeacher
 _SHARDS = "trainer"
 # A weight is filed as "weight/NAME", a moment as "exp_avg/NAME", a running mean as "ema/NAME".
 _WEIGHT, _EMA = "weight", "ema"
+# AdamW's; its count of steps has no dimension and is on the CPU.
+_STEPS = "step"
+_MOMENTS = {_STEPS, "exp_avg", "exp_avg_sq"}
+
+
+class _Saved(Record):
+    """`trainer_state.json`. What else `state` holds is checked by those who use it."""
+
+    state: dict[str, Any]
+    world_size: PositiveInt
 
 
 # ---- the state of one rank -----------------------------------------------------------------------
@@ -131,8 +149,10 @@ def _shard_files() -> Iterator[None]:
 
 
 def _damage(checkpoint: Path, world: World) -> str | None:
-    """The damage that the lowest rank found; None if no rank found any. A collective."""
-    found = gather_objects(find_damage(checkpoint, world.rank, world.size))
+    """The damage that the lowest rank found; None if no rank found any. A collective: raises
+    ReadFailed on every rank if the system refuses a file to any."""
+    own = together(lambda: find_damage(checkpoint, world.rank, world.size), FILE_FAILURES)
+    found = gather_objects(own)
     return next((damage for damage in found if damage is not None), None)
 
 
@@ -141,12 +161,9 @@ class _Saving:
     """One checkpoint while it is written. If one rank fails, all ranks give it up."""
 
     target: Path
+    unfinished: Path
     num_bytes: int
     free_bytes: int
-
-    @property
-    def unfinished(self) -> Path:
-        return unfinished_path(self.target)
 
     def attempt(self, write: Callable[[], object]) -> None:
         """Runs this rank's part. A collective; WriteFailed on every rank if any could not write."""
@@ -166,7 +183,7 @@ class _Saving:
         raise_together(error)
 
     def make_directory(self) -> None:
-        (make_unfinished(self.target) / _SHARDS).mkdir()
+        (make_unfinished(self.target, self.unfinished) / _SHARDS).mkdir()
 
     def write_shards(self, tensors: dict[str, Tensor], world: World) -> None:
         """Writes this rank's shards; one rank writes a tensor that all ranks hold."""
@@ -181,8 +198,8 @@ class _Saving:
     def finish(self, manifest: Manifest) -> None:
         write_json(self.unfinished / MANIFEST_FILE, manifest)
         if self.target.exists():
-            remove_checkpoint(self.target)
-        publish_directory(self.target)
+            remove_at_once(self.target)
+        publish_directory(self.unfinished, self.target)
 
 
 def save_checkpoint(
@@ -203,7 +220,8 @@ def save_checkpoint(
     keep: how many of the newest checkpoints are kept, in addition to the one marked as best.
     ema: the teacher whose running mean is saved with the weights.
 
-    Raises WriteFailed, on every rank, where any rank cannot write.
+    Raises WriteFailed, on every rank, where any rank cannot write, and ReadFailed where a
+    checkpoint of that step is there and cannot be read.
     """
     target = checkpoint_directory(run_dir) / f"step-{int(state['step'])}"
     if gather_objects(target.is_dir())[0] and _damage(target, world) is None:
@@ -214,8 +232,8 @@ def save_checkpoint(
     tensors = _state_tensors(model, optimizer, ema)
     # A DTensor counts all its shards, so this is the total over the ranks.
     num_bytes = sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values()))
-    saving = _Saving(target, num_bytes, shutil.disk_usage(run_dir).free)
-    unfinished, share = saving.unfinished, {}
+    unfinished, share = gather_objects(unfinished_path(target))[0], {}
+    saving = _Saving(target, unfinished, num_bytes, shutil.disk_usage(run_dir).free)
 
     def write_small_files() -> None:
         if not unfinished.is_dir():
@@ -241,7 +259,7 @@ def save_checkpoint(
         saving.attempt(lambda: world.is_main and saving.finish(manifest))
     except WriteFailed:
         if world.is_main:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            remove_tree(unfinished)
         raise
     _prune(run_dir, target, keep, world)
     return target
@@ -274,9 +292,10 @@ def load_checkpoint(
     replace_it: the flags that start the run again, for the message.
 
     Raises ValueError where every checkpoint is damaged, or where the newest intact one is of
-    another model or lacks the running mean.
+    another model, lacks the running mean or was not written by `save_checkpoint`; ReadFailed where
+    the system refuses to read one, which may be intact.
     """
-    checkpoints = gather_objects(list_checkpoints(run_dir))[0]
+    checkpoints = gather_objects(together(lambda: list_checkpoints(run_dir), FILE_FAILURES))[0]
     for checkpoint in reversed(checkpoints):
         damage = _damage(checkpoint, world)
         if damage is None:
@@ -299,34 +318,97 @@ def _restore(
     world: World,
     ema: EmaTeacher | None,
 ) -> dict[str, Any]:
-    reader = HuggingFaceStorageReader(str(checkpoint / _SHARDS))
-    stored = reader.read_metadata().state_dict_metadata
     parameters, means = _trained(model), _means(model, ema)
-    _check_same_model(checkpoint, stored, parameters)
-    _check_has_means(checkpoint, stored, means)
+    reader = HuggingFaceStorageReader(str(checkpoint / _SHARDS))
+
+    def read() -> tuple[_Saved, dict[str, TensorStorageMetadata]]:
+        saved = read_json(checkpoint / STATE_FILE, _Saved)
+        step = saved.state.get("step")
+        if type(step) is not int or step != checkpoint_step(checkpoint):
+            raise BadFile(
+                f"{checkpoint / STATE_FILE}: step: got {str(step)[:60]!r}; needs the step of "
+                f"{checkpoint.name}; {_REMEDY}"
+            )
+        with _readable(checkpoint):
+            stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        _check_same_model(checkpoint, stored, parameters)
+        _check_has_means(checkpoint, stored, means)
+        _check_entries(checkpoint, stored, parameters)
+        return saved, stored
+
+    saved, stored = together(read, (ValueError, *FILE_FAILURES))
     tensors: dict[str, Tensor] = {}
     optimizer.state.clear()
-    for entry, meta in stored.items():
-        assert isinstance(meta, TensorStorageMetadata), meta
+    for entry in stored:
         kind, _, name = entry.partition("/")
         parameter = parameters[name]
         if kind == _WEIGHT:
             tensors[entry] = parameter.detach()
         elif kind == _EMA:
-            if name not in means:
-                continue
-            tensors[entry] = means[name]
+            if name in means:
+                tensors[entry] = means[name]
         else:
-            # Adam's step count has no dimension and is on the CPU.
-            moment = torch.zeros_like(parameter.detach()) if meta.size else torch.zeros(())
+            moment = torch.zeros(()) if kind == _STEPS else torch.zeros_like(parameter.detach())
             tensors[entry] = optimizer.state[parameter][kind] = moment
-        assert tensors[entry].dtype == meta.properties.dtype, (entry, meta.properties)
-    with _shard_files():
-        load({**tensors}, storage_reader=reader, no_dist=world.size == 1)
-    record = json.loads((checkpoint / STATE_FILE).read_text())
-    if record["world_size"] == world.size:
-        _read_random_state(checkpoint / f"rng-{world.rank}.safetensors", world.device)
-    return record["state"]
+
+    def load_all() -> None:
+        with _readable(checkpoint), _shard_files():
+            load({**tensors}, storage_reader=reader, no_dist=world.size == 1)
+        if saved.world_size == world.size:
+            with _readable(file := checkpoint / f"rng-{world.rank}.safetensors"):
+                _read_random_state(file, world.device)
+
+    together(load_all, FILE_FAILURES)
+    return saved.state
+
+
+_REMEDY = (
+    "it was changed by hand, or another version has written it: restore it from a copy, or move "
+    "that checkpoint away to resume from the one before it"
+)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Around the libraries that read a checkpoint's tensors: whatever they raise is the file's
+    fault, for its checksum is right. Raises BadFile and ReadFailed."""
+    try:
+        with reading(path):
+            yield
+    except FILE_FAILURES:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {str(error)[:200]}"
+        raise BadFile(f"{path} cannot be read ({said}); {_REMEDY}") from error
+
+
+def _check_entries(
+    checkpoint: Path, stored: dict[str, Any], parameters: dict[str, nn.Parameter]
+) -> None:
+    """Raises BadFile unless every tensor has its place, its whole shape and its dtype, and each
+    weight all of its moments or, before the first step, none."""
+    kinds: dict[str, set[str]] = {}
+    for entry, meta in stored.items():
+        kind, _, name = entry.partition("/")
+        known = name in parameters and kind in {_WEIGHT, _EMA, *_MOMENTS}
+        shape = () if kind == _STEPS or not known else parameters[name].shape
+        dtype = torch.float32 if kind == _STEPS or not known else parameters[name].dtype
+        # A gap between the chunks of several ranks would keep what was there before.
+        filled = sum(chunk.sizes.numel() for chunk in meta.chunks) == meta.size.numel()
+        found = f"{tuple(meta.size)} of {meta.properties.dtype}"
+        if not known or meta.size != shape or meta.properties.dtype != dtype or not filled:
+            needed = f"{tuple(shape)} of {dtype}, whole" if known else "no such tensor"
+            raise BadFile(
+                f"{checkpoint / _SHARDS}: {entry!r} is {found}{'' if filled else ', in part'}; "
+                f"needs {needed}; {_REMEDY}"
+            )
+        kinds.setdefault(name, set()).add(kind)
+    for name, found in kinds.items():
+        if missing := sorted(_MOMENTS - found) if found & _MOMENTS else []:
+            raise BadFile(
+                f"{checkpoint / _SHARDS}: {name!r} has no {', '.join(missing)}; needs all of "
+                f"{', '.join(sorted(_MOMENTS))}; {_REMEDY}"
+            )
 
 
 def _check_same_model(

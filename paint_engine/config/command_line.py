@@ -26,7 +26,7 @@ from paint_engine.config.toml import (
     value_of,
 )
 from paint_engine.config.trust import check_granted, run_directory_of, trust_flags
-from paint_engine.files import CONFIG_FILE, WriteFailed
+from paint_engine.files import CONFIG_FILE, FILE_FAILURES, check_links, reading
 from paint_engine.files.terminal import Terminal
 
 DEFAULT_PRESET = "tiny"
@@ -86,10 +86,10 @@ class CommandLine:
 @contextmanager
 def user_errors(console: Terminal, rank: int = 0) -> Iterator[None]:
     """Ends the program with one message: with exit code 2 on a ValueError, which is a user's
-    mistake, and with 1 where a file could not be written."""
+    mistake, and with 1 where the system refused a file."""
     try:
         yield
-    except (ValueError, WriteFailed) as error:
+    except (ValueError, *FILE_FAILURES) as error:
         # The mistake may have been found on this rank alone, whose console is quiet.
         where = Terminal(stderr=True) if rank else console
         prefix = f"rank {rank}: " if rank else ""
@@ -216,8 +216,9 @@ def _read_file(path: Path) -> tuple[str | None, dict[str, Any]]:
             f"or name a preset: --preset {'|'.join(preset_names())}"
         )
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        with reading(path):
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: not valid TOML: {error}; needs lines such as `num_steps = 40` under [train], "
             "with text in quotes"
@@ -343,6 +344,7 @@ def _resume(run_dir: Path, overrides: Mapping[str, Any], *, allow_data: bool) ->
             f"--resume {run_dir}: no {CONFIG_FILE} there; needs the directory of an earlier run; "
             "check the path, or start a new run without --resume"
         )
+    check_links(run_dir)
     # The run directory may have been moved since.
     layers = [(str(path), read_toml(path)), ("--resume", {"run.dir": str(run_dir)})]
     recorded, layers = recorded_config(layers), [*layers, ("command line", overrides)]

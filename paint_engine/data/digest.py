@@ -11,11 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import NonNegativeInt
+
 from paint_engine.config.command_line import read_toml
 from paint_engine.config.schema import Config
 from paint_engine.data.problem_sets import ProblemSet
 from paint_engine.distributed import gather_objects, raise_together
-from paint_engine.files import CONFIG_FILE, DATA_FILE, write_json
+from paint_engine.files import (
+    CONFIG_FILE,
+    DATA_FILE,
+    Record,
+    checked,
+    read_json_if_there,
+    write_json,
+)
 from paint_engine.types import Problem
 
 _ROW_DIGITS = 6
@@ -26,6 +35,27 @@ _SELECTION = {
     _TRAIN: ("path", "split", "columns", "revision", "max_rows", "max_prompt_tokens"),
     _EVAL: ("path", "split", "columns", "revision", "num_problems"),
 }
+
+
+class _SetRecord(Record):
+    selection: dict[str, Any]
+    num_rows: NonNegativeInt
+    digest: str
+    row_digests: str
+
+
+class _DataRecord(Record):
+    train: _SetRecord
+    eval: _SetRecord | None = None
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """`data.json`, empty if there is none. Raises BadFile and ReadFailed."""
+    record = read_json_if_there(path, dict[str, Any])
+    if record is None:
+        return {}
+    checked(_DataRecord, record, str(path))
+    return record
 
 
 def _row_digest(problem: Problem) -> str:
@@ -126,9 +156,10 @@ def check_same_data(
     record, of a run of an earlier version, only the path is compared.
     """
     path = run_dir / DATA_FILE
-    recorded = json.loads(path.read_text()) if path.is_file() else {}
+    recorded = _read_record(path)
     found = _differences(recorded, record, sets, f"the run {run_dir}", "its resume")
-    before, now = read_toml(run_dir / CONFIG_FILE)["data.path"], record[_TRAIN]["selection"]["path"]
+    before = read_toml(run_dir / CONFIG_FILE).get("data.path")
+    now = record[_TRAIN]["selection"]["path"]
     if not recorded and before != now:
         found.append(f"the training data is {now}, and was {before}; no digest of it is recorded")
     if not found:
@@ -146,5 +177,5 @@ def check_same_data(
 def write_data_record(run_dir: Path, record: Mapping[str, Any]) -> None:
     """Writes `data.json`, unless it is there already."""
     path = run_dir / DATA_FILE
-    if not path.is_file() or json.loads(path.read_text()) != record:
+    if _read_record(path) != record:
         write_json(path, record)

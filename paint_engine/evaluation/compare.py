@@ -1,7 +1,6 @@
 """Compares evaluations: `python -m paint_engine.evaluate compare RUN_A RUN_B ...`."""
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from paint_engine.evaluation.store import (
     read_evaluation,
     read_evaluations,
 )
-from paint_engine.files import CONFIG_FILE, one_line
+from paint_engine.files import CONFIG_FILE, check_links, one_line, write_json, writing
 from paint_engine.files.terminal import Terminal
 
 Evaluations = Mapping[str, Evaluation]
@@ -48,7 +47,7 @@ def read_run(text: str) -> dict[str, Evaluation]:
     text: the directory of an evaluation, or of a training run, which :last (the default), :best or
         :STEP may follow.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is none, or if its files are not what an evaluation writes.
     """
     path, which = split_place(text)
     if not path.is_dir():
@@ -56,6 +55,7 @@ def read_run(text: str) -> dict[str, Evaluation]:
             f"{text}: no such directory; needs the directory of an evaluation (its --output), or a "
             "training run's, with :STEP, :best or :last after it"
         )
+    check_links(path)
     if evaluation_directory(path).is_dir():
         evaluations = read_evaluations(path)
         if not evaluations:
@@ -262,6 +262,6 @@ def run_comparison(arguments: argparse.Namespace, console: Terminal) -> None:
                     console.say(f"{name}, {label}: {', '.join(problems)}")
         records.append({"run": other, "notes": found, **_record(differences, macro)})
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"first": arguments.first, "others": records}, indent=2)
-        arguments.json.write_text(text + "\n")
+        with writing(arguments.json):
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(arguments.json, {"first": arguments.first, "others": records})

@@ -111,10 +111,11 @@ def with_date(
     check_date(tokenizer, prompts.date, "--date")
     if not shows_date(tokenizer):
         return prompts, []
-    recorded = recorded_section(target.trained.resolve(), "prompts") if target.trained else None
+    trained = target.trained
+    recorded = recorded_section(trained.resolve(), "prompts", PromptsSection) if trained else None
     date, source = prompts.date, "as --date says"
     if date is None:
-        date, source = (recorded or {}).get("date"), "that of its training"
+        date, source = recorded and recorded.date, "that of its training"
     if date is None:
         today = datetime.date.today().isoformat()
         date, source = gather_objects(today)[0], f"today's; --date {today} repeats it"

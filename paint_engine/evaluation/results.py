@@ -1,6 +1,5 @@
 """The results of an evaluation: the printed table, `results.json` and `versions.json`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,13 @@ from paint_engine.evaluation.accuracy import (
     pass_ks,
 )
 from paint_engine.evaluation.store import EvalSample, Evaluation
-from paint_engine.files import VERSIONS_FILE, one_line, present_versions, write_json
+from paint_engine.files import (
+    VERSIONS_FILE,
+    one_line,
+    present_versions,
+    read_json_if_there,
+    write_json,
+)
 from paint_engine.rewards import DEFAULT_REWARD, has_answers
 from paint_engine.rewards.checker import equal_answers
 
@@ -92,9 +97,8 @@ def _entry(estimate: Estimate) -> dict[str, Any]:
 
 def read_versions(directory: Path) -> list[dict[str, Any]]:
     """Returns the entries of a directory's `versions.json`, oldest first; empty if there is
-    none."""
-    file = directory / VERSIONS_FILE
-    return json.loads(file.read_text()) if file.is_file() else []
+    none. Raises BadFile and ReadFailed."""
+    return read_json_if_there(directory / VERSIONS_FILE, list[dict[str, Any]]) or []
 
 
 def add_versions(directory: Path, num_processes: int) -> None:

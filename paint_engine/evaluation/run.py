@@ -33,7 +33,16 @@ from paint_engine.evaluation.store import (
     read_unfinished,
 )
 from paint_engine.evaluation.target import build_engine, compute_dtype_of
-from paint_engine.files import RESULTS_FILE, DirectoryLock, LockLost, WriteFailed, write_json
+from paint_engine.files import (
+    FILE_FAILURES,
+    RESULTS_FILE,
+    DirectoryLock,
+    LockLost,
+    ReadFailed,
+    WriteFailed,
+    check_links,
+    write_json,
+)
 from paint_engine.files.terminal import Terminal
 from paint_engine.model import pick_device
 from paint_engine.monitor import NotFinite, Progress
@@ -66,14 +75,14 @@ def run_evaluation(command: EvaluationCommand, console: Terminal) -> None:
             evaluations = answer_benchmarks(plan, found, lock, world, Progress(console))
             together(
                 lambda: lock and report_results(plan, evaluations, lock, console),
-                (WriteFailed, LockLost),
+                (*FILE_FAILURES, LockLost),
             )
     except ValueError as error:
         raise ValueError(own_flags(str(error))) from error
     except EngineDied as death:
         say(f"the engine failed ({death}); the same command resumes the evaluation", style="red")
         sys.exit(1)
-    except WriteFailed as failure:
+    except (WriteFailed, ReadFailed) as failure:
         say(
             f"error: {failure}",
             "safe: every answer that was finished before; the same command resumes the evaluation",
@@ -120,18 +129,21 @@ def find_complete(plan: Plan, world: World) -> dict[str, Evaluation | None]:
     """Returns the complete evaluation of each benchmark in the plan's directory, or None. A
     collective call.
 
-    Raises ValueError, before the weights are loaded, for samples of another evaluation and ranks
-    that would not evaluate the same.
+    Raises ValueError, before the weights are loaded, for samples of another evaluation, links or
+    what no evaluation has written, and ranks that would not evaluate the same; ReadFailed where the
+    directory cannot be read.
     """
     check_same_headers(plan.headers)
-    found, error = {}, None
+    found: dict[str, Evaluation | None] = {}
+    error: str | Exception | None = None
     try:
         if world.is_main:
+            check_links(plan.directory)
             for name, header in plan.headers.items():
                 found[name] = read_finished(plan.directory, name, header)
                 read_unfinished(plan.directory, name, header)
-    except ValueError as refused:
-        error = str(refused)
+    except (ValueError, ReadFailed) as refused:
+        error = refused
     except OSError as failure:
         error = f"--output {plan.directory}: cannot be read ({failure}); give another directory"
     raise_together(error)
@@ -216,7 +228,7 @@ def answer_benchmark(
         requests = all_requests(problem_set.problems, section.num_samples)
         mine = files.share(requests)
         is_first = world.is_main and files.missing(requests)
-        together(lambda: is_first and add_versions(plan.directory, world.size), (WriteFailed,))
+        together(lambda: is_first and add_versions(plan.directory, world.size), FILE_FAILURES)
         left = "" if len(mine) == len(requests) else f" ({len(mine)} left for this process)"
         with progress.evaluation(f"{name}{left}", len(mine)) as advance:
             try:

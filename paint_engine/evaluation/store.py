@@ -8,14 +8,17 @@ need a directory on a shared file system.
 
 import glob
 import hashlib
-import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from io import FileIO
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
+
+from pydantic import PositiveInt
 
 from paint_engine.config import templates
 from paint_engine.config.sections import EvalSection, PromptsSection
@@ -29,13 +32,20 @@ from paint_engine.distributed import (
 )
 from paint_engine.files import (
     EVALUATIONS_DIRECTORY,
+    FILE_FAILURES,
+    BadFile,
     DirectoryLock,
+    FileMissing,
     LockLost,
+    Record,
     WriteFailed,
     append_lines,
+    checked,
     json_line,
     open_jsonl,
+    read_json,
     read_jsonl,
+    reading,
     write_atomic,
     write_json,
     writing,
@@ -46,6 +56,15 @@ from paint_engine.types import Problem
 _HEADER = "header"
 _NO_REWARD = ("reward", None)
 _REWARD_FUNCTION = "reward_function"
+_REMOVE = "restore the evaluation from a copy, or remove its files to sample it again"
+
+
+class _Settings(Record):
+    """What is read of an evaluation's settings."""
+
+    num_samples: PositiveInt
+    seed: int
+    reward_function: str = DEFAULT_REWARD
 
 
 @dataclass(frozen=True)
@@ -169,8 +188,8 @@ class SampleFiles:
     lock: the main rank's, on the directory or on the one around it. It is checked before each
         write, which raises LockLost if it is lost.
 
-    Raises ValueError if there are samples of another evaluation, and WriteFailed if the
-    directory cannot be written.
+    Raises ValueError if there are samples of another evaluation or what are none, and WriteFailed
+    if the directory cannot be written.
     """
 
     def __init__(
@@ -189,17 +208,16 @@ class SampleFiles:
         self._world = world
         self._lock = lock
 
-        def prepare() -> list[dict[str, Any]]:
+        def prepare() -> list[EvalSample]:
             if not world.is_main:
                 return []
             with writing(directory):
                 directory.mkdir(parents=True, exist_ok=True)
                 return read_unfinished(directory, name, header, replace=replace)
 
-        earlier = together(prepare, (ValueError, WriteFailed))
-        finished = [EvalSample(**row) for row in gather_objects(earlier)[0]]
+        finished = gather_objects(together(prepare, (ValueError, *FILE_FAILURES)))[0]
         self._finished = {(s.problem_id, s.sample_index): s for s in finished}
-        self._file = together(self._open, (WriteFailed,))
+        self._file = together(self._open, FILE_FAILURES)
 
     def _open(self) -> FileIO:
         path = self._directory / f"{self._name}.rank-{self._world.rank}.jsonl"
@@ -291,22 +309,44 @@ def _rank_files(directory: Path, name: str) -> list[Path]:
 
 def read_unfinished(
     directory: Path, name: str, header: Header, *, replace: bool = False
-) -> list[dict[str, Any]]:
-    """Returns the samples of an incomplete evaluation, as read from JSON.
+) -> list[EvalSample]:
+    """Returns the samples of an incomplete evaluation.
 
     replace: delete files with another header, instead of raising ValueError.
+
+    Raises BadFile for lines that are none of a header or samples of its problems.
     """
-    rows: list[dict[str, Any]] = []
+    found: list[EvalSample] = []
     for path in _rank_files(directory, name):
-        first, *samples = read_jsonl(path) or [{}]
-        existing = first.get(_HEADER)
-        if existing == asdict(header):
-            rows += samples
-        elif replace or existing is None:
+        first, *rows = read_jsonl(path) or [{}]
+        # A kill between the file and its first line has left it empty.
+        if not first:
+            path.unlink()
+            continue
+        existing = checked(Header, first.get(_HEADER), f"{path}:1: {_HEADER}", _REMOVE)
+        if existing == header:
+            found += _samples(path, rows, header, first_line=2)
+        elif replace:
             path.unlink()
         else:
-            refuse_other(path, existing, header)
-    return rows
+            refuse_other(path, asdict(existing), header)
+    return found
+
+
+def _samples(
+    path: Path, rows: Sequence[Mapping[str, Any]], header: Header, first_line: int
+) -> list[EvalSample]:
+    """The samples in these lines of a file. Raises BadFile for lines that are none."""
+    found = []
+    for number, row in enumerate(rows, start=first_line):
+        sample = checked(EvalSample, row, f"{path}:{number}", _REMOVE)
+        if sample.problem_id not in header.problems or sample.sample_index < 0:
+            raise BadFile(
+                f"{path}:{number}: got the sample {sample.sample_index} of {sample.problem_id!r}; "
+                f"needs one of the {len(header.problems)} problems of its header; {_REMOVE}"
+            )
+        found.append(sample)
+    return found
 
 
 def refuse_other(file: Path, existing: dict[str, Any], header: Header) -> NoReturn:
@@ -385,19 +425,42 @@ def read_finished(directory: Path, name: str, header: Header) -> Evaluation | No
 
 
 def read_evaluation(head: Path) -> Evaluation:
-    """Reads a complete evaluation by its NAME.json."""
-    fields = json.loads(head.read_text())
-    samples = [EvalSample(**row) for row in read_jsonl(head.with_suffix(".jsonl"))]
-    return Evaluation(seconds=fields.pop("seconds"), header=Header(**fields), samples=samples)
+    """Reads a complete evaluation by its NAME.json. Raises BadFile if it is none, and
+    ReadFailed."""
+    fields = read_json(head, dict[str, Any], remedy=_REMOVE)
+    seconds = checked(float, fields.pop("seconds", None), f"{head}: seconds", _REMOVE)
+    header = checked(Header, fields, str(head), _REMOVE)
+    settings = checked(_Settings, header.settings, f"{head}: settings", _REMOVE)
+    path = head.with_suffix(".jsonl")
+    samples = _samples(path, read_jsonl(path), header, first_line=1)
+    there = sorted((s.problem_id, s.sample_index) for s in samples)
+    needed = sorted((name, i) for name in header.problems for i in range(settings.num_samples))
+    if there != needed or not needed:
+        raise BadFile(
+            f"{path} has {len(there)} samples; needs each of the {settings.num_samples} samples of "
+            f"{len(header.problems)} problems once, according to {head.name}; {_REMOVE}"
+        )
+    return Evaluation(header, seconds, samples)
 
 
 def read_evaluations(run_dir: Path) -> dict[int, Evaluation]:
-    """Reads a training run's complete evaluations by step, in increasing order."""
-    found = {}
-    for head in evaluation_directory(run_dir).glob("step-*.json"):
-        evaluation = read_evaluation(head)
-        assert evaluation.header.step is not None, head
-        found[evaluation.header.step] = evaluation
+    """Reads a training run's complete evaluations by step, in increasing order. Raises BadFile for
+    what is none, and ReadFailed."""
+    found, directory = {}, evaluation_directory(run_dir)
+    try:
+        with reading(directory):
+            heads = [directory / name for name in os.listdir(directory)]
+    except FileMissing:
+        return {}
+    for head in heads:
+        if fnmatch(head.name, "step-*.json"):
+            evaluation = read_evaluation(head)
+            step = evaluation.header.step
+            if head.stem != f"step-{step}":
+                raise BadFile(
+                    f"{head}: step: got {step!r}; needs the step in the file's name; {_REMOVE}"
+                )
+            found[step] = evaluation
     return dict(sorted(found.items()))
 
 

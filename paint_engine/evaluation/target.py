@@ -205,10 +205,10 @@ def mismatched_base(target: Target) -> str | None:
 def mismatched_prompts(target: Target, asked: PromptsSection) -> PromptsSection | None:
     """The prompts that the target was trained with, if its student prompt differs from the
     evaluation's; else, or without the run's configuration, None."""
-    section = target.trained and recorded_section(target.trained.resolve(), "prompts")
-    if section is None:
+    trained = target.trained
+    recorded = trained and recorded_section(trained.resolve(), "prompts", PromptsSection)
+    if recorded is None:
         return None
-    recorded = PromptsSection.model_validate(section)
     same = student_text("{problem}", recorded) == student_text("{problem}", asked)
     return None if same else recorded
 

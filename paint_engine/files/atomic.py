@@ -1,7 +1,15 @@
-"""Files and directories that are whole or absent."""
+"""Files and directories that are whole or absent.
+
+They are written under a name that nobody can guess, so that no link can wait there, and renamed. A
+rename replaces a link at its target and does not follow it.
+
+Modes: files get 0666 and directories 0777, less the umask, as those of other programs do.
+"""
 
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from paint_engine.files.failures import writing
+
+_UNFINISHED = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.unfinished", re.DOTALL)
 
 
 def flush(path: Path) -> None:
@@ -24,13 +34,27 @@ def flush(path: Path) -> None:
 
 
 def unfinished_path(path: Path) -> Path:
-    """Returns the path at which a file or a directory is written before it is renamed to `path`."""
-    return path.with_name(f".{path.name}.unfinished")
+    """Returns a new path at which a file or a directory is written before it is renamed to
+    `path`."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.unfinished")
+
+
+def finished_name(name: str) -> str | None:
+    """The name that a file of this name would have got; None if it is none of `unfinished_path`."""
+    found = _UNFINISHED.fullmatch(name)
+    return None if found is None else found["name"]
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    """Writes all of the content; a single write may be short."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a file under another name and renames it to `path`. A kill or a full disk leaves the
-    earlier file at `path`, or none, but never a part.
+    earlier file at `path`, or none, but never a part. Removes what a killed process has left.
 
     content: text is encoded as UTF-8.
 
@@ -38,13 +62,17 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """
     unfinished = unfinished_path(path)
     with writing(path):
+        remove_left_overs(path.parent, path.name)
         try:
-            with unfinished.open("wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(unfinished, flags, 0o666)
+            try:
+                write_all(descriptor, content.encode() if isinstance(content, str) else content)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
             unfinished.replace(path)
-        except OSError:
+        except BaseException:
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
             raise
@@ -61,32 +89,84 @@ def write_link(path: Path, target: str) -> None:
     Raises WriteFailed."""
     unfinished = unfinished_path(path)
     with writing(path):
-        unfinished.unlink(missing_ok=True)
+        remove_left_overs(path.parent, path.name)
         unfinished.symlink_to(target, target_is_directory=True)
         unfinished.replace(path)
         flush(path.parent)
 
 
-def make_unfinished(path: Path) -> Path:
-    """Creates the empty directory that `publish_directory` renames to `path`; removes one that a
-    killed process has left."""
-    unfinished = unfinished_path(path)
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    unfinished.mkdir(parents=True)
+# ---- directories ---------------------------------------------------------------------------------
+
+
+def is_ours(path: Path) -> bool:
+    """Whether this user owns the file, the link or the directory itself."""
+    return path.lstat().st_uid == os.geteuid()
+
+
+def remove_left_overs(directory: Path, name: str | None = None) -> None:
+    """Removes what killed processes of this user have left unfinished in the directory.
+
+    name: only what would have become this file or directory; None = everything.
+    """
+    with os.scandir(directory) as entries:
+        found = [
+            entry
+            for entry in entries
+            if (finished := finished_name(entry.name)) is not None and name in (None, finished)
+        ]
+    for entry in found:
+        with suppress(OSError):
+            if is_ours(path := Path(entry.path)):
+                remove_tree(path)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a file, a link, or a directory with all that is in it. Links are not followed."""
+    if path.is_dir() and not path.is_symlink():
+        # On network storage a file that another process reads cannot be deleted yet.
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_at_once(path: Path) -> None:
+    """Renames a directory, then removes it, so that a kill in between leaves nothing of its name.
+    Raises WriteFailed."""
+    doomed = unfinished_path(path)
+    with writing(path):
+        path.rename(doomed)
+    remove_tree(doomed)
+
+
+def make_unfinished(path: Path, unfinished: Path | None = None) -> Path:
+    """Creates the empty directory that `publish_directory` renames to `path`; removes those that
+    killed processes have left.
+
+    unfinished: of `unfinished_path`, where several ranks agree on it; None = a new one.
+    """
+    unfinished = unfinished or unfinished_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_left_overs(path.parent, path.name)
+    unfinished.mkdir()
     return unfinished
 
 
-def publish_directory(path: Path) -> None:
-    """Renames the unfinished directory of `path`, whose files are flushed already, to `path`.
+def publish_directory(unfinished: Path, path: Path) -> None:
+    """Renames the unfinished directory, whose files are flushed already, to `path`.
 
     `path` does not exist, or is an empty directory.
     """
-    unfinished = unfinished_path(path)
     for directory in (*(p for p in unfinished.rglob("*") if p.is_dir()), unfinished):
         flush(directory)
     unfinished.rename(path)
     flush(path.parent)
+
+
+def _flush_files(directory: Path) -> list[Path]:
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    for file in files:
+        flush(file)
+    return files
 
 
 @contextmanager
@@ -101,10 +181,24 @@ def new_directory(path: Path) -> Iterator[Path]:
         unfinished = make_unfinished(path)
         try:
             yield unfinished
-            for file in unfinished.rglob("*"):
-                if file.is_file():
-                    flush(file)
-            publish_directory(path)
+            _flush_files(unfinished)
+            publish_directory(unfinished, path)
         except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            remove_tree(unfinished)
             raise
+
+
+@contextmanager
+def new_files(directory: Path) -> Iterator[Path]:
+    """Yields an empty directory, whose files replace those of the same names in `directory` when
+    the body ends, one by one. `directory` is created if needed. Raises WriteFailed."""
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        unfinished = make_unfinished(directory / "files")
+        try:
+            yield unfinished
+            for file in _flush_files(unfinished):
+                file.replace(directory / file.relative_to(unfinished))
+            flush(directory)
+        finally:
+            remove_tree(unfinished)

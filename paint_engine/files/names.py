@@ -16,6 +16,8 @@ WANDB_ID_FILE = "wandb_id.txt"
 """the run's id in W&B, with which a resumed run continues its curves"""
 CHECKPOINTS_DIRECTORY = "checkpoints"
 EVALUATIONS_DIRECTORY = "evaluations"
+TENSORBOARD_DIRECTORY = "tensorboard"
+WANDB_DIRECTORY = "wandb"
 
 # In `checkpoints`: step-N, and a link to the one with the best evaluation.
 BEST_LINK = "best"

@@ -1,7 +1,6 @@
 """The record of what a run was started with: command, threads, processes, packages."""
 
 import importlib.metadata
-import json
 import platform
 import sys
 from contextlib import suppress
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from paint_engine.files.atomic import write_json
 from paint_engine.files.names import VERSIONS_FILE
+from paint_engine.files.records import Record, read_json, read_json_if_there
 
 _COMMIT = "model_commit"
 _PACKAGES = (
@@ -23,6 +23,11 @@ _PACKAGES = (
     "math-verify",
     "safetensors",
 )
+
+
+class _Versions(Record):
+    preset: str
+    model_commit: str | None = None
 
 
 def present_versions(name: str, world_size: int) -> dict[str, object]:
@@ -53,10 +58,10 @@ def write_versions(
 def recorded_commit(run_dir: Path) -> str | None:
     """Returns the commit of the run's model that its `versions.json` records; None if the model is
     local."""
-    file = run_dir / VERSIONS_FILE
-    return json.loads(file.read_text()).get(_COMMIT) if file.is_file() else None
+    record = read_json_if_there(run_dir / VERSIONS_FILE, _Versions)
+    return None if record is None else record.model_commit
 
 
 def recorded_name(run_dir: Path) -> str:
     """The preset's name that the run's `versions.json` records."""
-    return json.loads((run_dir / VERSIONS_FILE).read_text())["preset"]
+    return read_json(run_dir / VERSIONS_FILE, _Versions).preset

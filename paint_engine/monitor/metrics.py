@@ -20,6 +20,8 @@ from typing import Any, Self
 from paint_engine.files import (
     METRICS_FILE,
     SAMPLES_FILE,
+    TENSORBOARD_DIRECTORY,
+    WANDB_DIRECTORY,
     WANDB_ID_FILE,
     WriteFailed,
     append_lines,
@@ -33,7 +35,6 @@ from paint_engine.files import (
 
 SKIPPED_STEPS = "skipped_steps"
 """the metric: optimizer steps so far that were skipped, because their gradient was not finite"""
-_TENSORBOARD, _WANDB = "tensorboard", "wandb"
 _WANDB_ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -70,7 +71,8 @@ class MetricsWriter:
         resume_step: the last step whose lines are kept.
 
     TensorBoard and W&B must be installed if they are requested (see `check_loggers`). Every method
-    raises WriteFailed. Raises ValueError if the directory holds an id of W&B that no run has
+    raises WriteFailed. The constructor raises BadFile for a file that is a link or whose last lines
+    are not those of steps, and ValueError if the directory holds an id of W&B that no run has
     written.
     """
 
@@ -91,10 +93,10 @@ class MetricsWriter:
             self._samples = stack.enter_context(open_lines(run_dir / SAMPLES_FILE))
             if tensorboard:
                 stack.enter_context(_quiet_threads())
-                with writing(run_dir / _TENSORBOARD):
+                with writing(run_dir / TENSORBOARD_DIRECTORY):
                     self._tensorboard = _open_tensorboard(run_dir, resume_step)
             if wandb_project is not None:
-                with writing(run_dir / _WANDB):
+                with writing(run_dir / WANDB_DIRECTORY):
                     self._wandb = _open_wandb(run_dir, wandb_project, config)
             self._stack = stack.pop_all()
 
@@ -109,22 +111,22 @@ class MetricsWriter:
         step = int(metrics["step"])
         numbers = {name: value for name, value in metrics.items() if name != "step"}
         if self._tensorboard is not None:
-            with writing(self._run_dir / _TENSORBOARD):
+            with writing(self._run_dir / TENSORBOARD_DIRECTORY):
                 for name, value in numbers.items():
                     self._tensorboard.add_scalar(name, value, step)
                 self._tensorboard.flush()
         if self._wandb is not None:
-            with writing(self._run_dir / _WANDB):
+            with writing(self._run_dir / WANDB_DIRECTORY):
                 self._wandb.log(numbers, step=step)
 
     def close(self) -> None:
         """Closes every file and finishes the W&B run. Writing afterwards is an error."""
         with self._stack:
             if self._tensorboard is not None:
-                with writing(self._run_dir / _TENSORBOARD):
+                with writing(self._run_dir / TENSORBOARD_DIRECTORY):
                     self._tensorboard.close()
             if self._wandb is not None:
-                with writing(self._run_dir / _WANDB):
+                with writing(self._run_dir / WANDB_DIRECTORY):
                     self._wandb.finish()
 
     def __enter__(self) -> Self:
@@ -154,8 +156,7 @@ def _quiet_threads() -> Iterator[None]:
 
 
 def _open_lines(path: Path, resume_step: int) -> FileIO:
-    if path.exists():
-        truncate_jsonl(path, resume_step)
+    truncate_jsonl(path, resume_step)
     return open_jsonl(path)
 
 
@@ -170,7 +171,7 @@ def check_loggers(*, tensorboard: bool, wandb_project: str | None) -> None:
 def _open_tensorboard(run_dir: Path, resume_step: int) -> Any:
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    return SummaryWriter(str(run_dir / _TENSORBOARD), purge_step=resume_step + 1)
+    return SummaryWriter(str(run_dir / TENSORBOARD_DIRECTORY), purge_step=resume_step + 1)
 
 
 def _open_wandb(run_dir: Path, project: str, config: dict[str, Any]) -> Any:

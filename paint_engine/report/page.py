@@ -7,7 +7,6 @@ Short, unfinished and interrupted runs get a report too; the page says what is m
 """
 
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -24,12 +23,18 @@ from paint_engine.files import (
     REPORT_FILE,
     SAMPLES_FILE,
     SUMMARY_FILE,
-    read_jsonl,
+    check_links,
     write_atomic,
 )
 from paint_engine.monitor import SKIPPED_STEPS
 from paint_engine.recipes import Recipe, recipe_of, recipe_that_recorded
 from paint_engine.report.figures import draw_curves
+from paint_engine.report.records import (
+    read_metrics,
+    read_samples,
+    read_settings,
+    read_summary,
+)
 from paint_engine.report.samples import (
     COLOR_BOUNDS,
     MAX_ANCHORS,
@@ -50,8 +55,9 @@ def write_report(
         names it.
 
     Raises:
-        ValueError: `run_dir` has none of those files, or names a recipe of a user's module that is
-            not `trusted`.
+        ValueError: `run_dir` has none of those files, links or others in their place, or names a
+            recipe of a user's module that is not `trusted`.
+        ReadFailed, WriteFailed: the system refuses a file.
     """
     run = _load(run_dir, recipe, trusted)
     template = resources.files("paint_engine.report").joinpath("template.html")
@@ -87,9 +93,9 @@ def _load(run_dir: Path, recipe: Recipe | None, trusted: str | None) -> _Run:
             f"{run_dir} contains none of {', '.join(names)}; needs a run directory; give the "
             "directory that training printed at its end"
         )
-    recorded = read_jsonl(metrics) if metrics.exists() else []
-    kept = read_jsonl(samples) if samples.exists() else []
-    settings = tomllib.loads(config.read_text("utf-8")) if config.exists() else None
+    check_links(run_dir)
+    recorded, kept = read_metrics(metrics), read_samples(samples)
+    settings = read_settings(config)
     if recipe is None:
         keys = {key for entry in (*recorded[:1], *kept[:1]) for key in entry}
         recipe = _recorded_recipe(run_dir, settings, keys, trusted)
@@ -98,7 +104,7 @@ def _load(run_dir: Path, recipe: Recipe | None, trusted: str | None) -> _Run:
         recipe=recipe,
         metrics=recorded,
         samples=kept,
-        summary=json.loads(summary.read_bytes()) if summary.exists() else None,
+        summary=read_summary(summary),
         config=settings,
     )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paint_engine.recipes.display import TokenColor
+from paint_engine.report.records import check_sample
 
 MAX_SAMPLES = 6
 MAX_TOKENS = 800
@@ -26,6 +27,7 @@ _NATS = (
 )
 _NUMBERS = (("clipped_mass", "clipped mass"), ("ratio", "ratio"), ("importance_weight", "weight"))
 _FLAGS = ("selected", "ratio_clipped_share")
+_COLUMNS = (*(name for name, _ in (*_NATS, *_NUMBERS)), *_FLAGS)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def choose_samples(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, An
 
 
 def view_sample(sample: Mapping[str, Any], settings: ViewSettings) -> SampleView:
-    """Converts an object of `samples.jsonl` for the page."""
+    """Converts an object of `samples.jsonl` for the page. Raises BadFile for another object."""
+    check_sample(sample, _COLUMNS, settings.color.key)
     return SampleView(
         step=sample["step"],
         problem_id=sample["problem_id"],

@@ -9,10 +9,10 @@ import hashlib
 import os
 import re
 import secrets
-import shutil
 import socket
 import tempfile
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch import nn
 from paint_engine.checkpoint.adapters import vllm_obstacles
 from paint_engine.checkpoint.weights import gather_weights, write_weights
 from paint_engine.distributed import World, gather_objects, raise_together
-from paint_engine.files import WriteFailed, write_failure
+from paint_engine.files import WriteFailed, is_ours, remove_tree, write_failure
 from paint_engine.model import compute_dtype
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -41,6 +41,32 @@ class WrittenWeights:
     directory: Path
 
 
+@dataclass(frozen=True)
+class _Access:
+    """Who may read the weights: the mode of a directory, and its group if it is another one."""
+
+    mode: int
+    group: int
+
+    @classmethod
+    def of(cls, directory: Path | None) -> "_Access":
+        """As of this directory, which the user has made; None = only the user."""
+        if directory is None:
+            return cls(0o700, os.getegid())
+        found = directory.stat()
+        # A server that may not list the directory may not read what is in it.
+        readers = sum(bits for bits in (0o050, 0o005) if found.st_mode & bits == bits)
+        return cls(0o700 | readers, found.st_gid)
+
+    def give(self, directory: Path) -> None:
+        """Gives a directory and its files this access, the directory last."""
+        for path in (*directory.iterdir(), directory):
+            # With a file's own group, the bits of the group would be others' rights.
+            if self.mode & 0o050 and path.stat().st_gid != self.group:
+                os.chown(path, -1, self.group)
+            path.chmod(self.mode if path.is_dir() else self.mode & 0o644)
+
+
 class WeightFiles:
     """Hands one run's weights to vLLM as files.
 
@@ -49,7 +75,7 @@ class WeightFiles:
 
     model: the student. Its adapters are written, or the whole model if it has none.
     adapter_dir: an existing directory; None = shared memory, or the temporary directory of a system
-        without it.
+        without it. Whoever may read adapter_dir may read the weights; in shared memory, the user.
     per_node: one rank of each node writes for that node; otherwise rank 0 writes for all.
 
     The constructor is a collective call. It raises ValueError if vLLM cannot load the adapters, or
@@ -71,9 +97,11 @@ class WeightFiles:
         self._serial = 0
         error = None
         if self._writes:
-            _remove_orphans(self._root.parent)
             try:
-                self._root.mkdir()
+                _remove_orphans(self._root.parent)
+                self._root.mkdir(0o700)
+                self._access = _Access.of(None if adapter_dir is None else self._root.parent)
+                self._access.give(self._root)
             except OSError as problem:
                 error = (
                     f"cannot create the directory for the weights of vLLM ({problem}); needs an "
@@ -102,8 +130,9 @@ class WeightFiles:
                 weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
             num_bytes = sum(tensor.nbytes for tensor in weights.values())
             try:
-                directory.mkdir()
+                directory.mkdir(0o700)
                 write_weights(self._model, weights, directory)
+                self._access.give(directory)
             except Exception as problem:
                 reason = write_failure(problem)
                 if reason is None:
@@ -157,8 +186,12 @@ def _remove_orphans(parent: Path) -> None:
     of a whole model occupy memory."""
     for directory in parent.glob("paint-*"):
         name = re.fullmatch(rf"paint-(\d+)-{_machine()}-[0-9a-f]{{8}}", directory.name)
-        if name is not None and not _is_alive(int(name[1])):
-            _remove(directory)
+        # Another user may have put a directory or a link of such a name there.
+        if name is None or _is_alive(int(name[1])):
+            continue
+        with suppress(FileNotFoundError):
+            if is_ours(directory):
+                remove_tree(directory)
 
 
 def _is_alive(pid: int) -> bool:
@@ -174,4 +207,4 @@ def _is_alive(pid: int) -> bool:
 
 def _remove(directory: Path | None) -> None:
     if directory is not None:
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_tree(directory)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from paint_engine.config.sections import PromptsSection
+from paint_engine.files import new_files, write_json
 from paint_engine.model import pick_device
 from paint_engine.model.load import TINY_BASE
 from paint_engine.prompts.chat import encode_chat, student_text, teacher_text
@@ -242,8 +243,9 @@ def main() -> None:
     started = time.monotonic()
     device = pick_device(arguments.device)
     model, tokenizer = pretrain(arguments.num_steps, size=arguments.size, device=device)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with new_files(output) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
     weights = (output / "model.safetensors").read_bytes()
     record = {
         "command": f"python -m paint_engine.tiny.pretrain --size {arguments.size}",
@@ -254,7 +256,7 @@ def main() -> None:
         "torch": torch.__version__,
         "num_threads": torch.get_num_threads(),
     }
-    (output / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(output / "pretraining.json", record)
     print(json.dumps(record))
 
 

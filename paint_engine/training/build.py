@@ -33,12 +33,24 @@ from paint_engine.data import (
     step_requests,
     write_data_record,
 )
-from paint_engine.distributed import World, gather_objects, launched_ranks, my_share, together
+from paint_engine.distributed import (
+    World,
+    gather_objects,
+    launched_ranks,
+    my_share,
+    raise_together,
+    together,
+)
 from paint_engine.estimate import check_run_fits, describe
 from paint_engine.files import (
     CONFIG_FILE,
+    FILE_FAILURES,
+    STATE_FILE,
+    BadFile,
     DirectoryLock,
     WriteFailed,
+    checked,
+    read_bytes,
     recorded_commit,
     recorded_name,
     write_atomic,
@@ -55,6 +67,7 @@ from paint_engine.model import (
     compute_dtype,
     hub_commit,
     is_on_hub,
+    lm_head_weight,
     load_base,
     load_tokenizer,
     make_teacher,
@@ -85,7 +98,7 @@ from paint_engine.rollout import (
 from paint_engine.rollout.choose import check_engine_has_teacher
 from paint_engine.seeds import adapter_seed, global_seed
 from paint_engine.training.optim import build_optimizer
-from paint_engine.training.run import Run, Skipped
+from paint_engine.training.run import Run, SavedProgress
 from paint_engine.types import Request
 
 
@@ -164,20 +177,36 @@ def _find_run_dir(
         run_dir = lock.directory
         return run_dir, prepare_run_dir(command.config, name, run_dir, allow_changed_data=allow)
 
-    choice = gather_objects(together(prepare, (ValueError, WriteFailed)))[0]
+    choice = gather_objects(together(prepare, (ValueError, *FILE_FAILURES)))[0]
     assert choice is not None
     return choice
 
 
 def _sampled_ahead(
-    state: dict[str, Any], requests: Callable[[int], list[Request]], world: World
+    progress: SavedProgress, requests: Callable[[int], list[Request]], num_tokens: int, world: World
 ) -> Sampled | None:
-    """Returns this rank's share of the completions that a checkpoint stores."""
-    ahead, step = state["sampled_ahead"], int(state["step"])
-    if ahead is None:
+    """Returns this rank's share of the completions that a checkpoint stores. A collective.
+
+    num_tokens: of the model's vocabulary.
+
+    Raises BadFile where they are none of this run's.
+    """
+    if progress.sampled_ahead is None:
         return None
-    completions = [Completion(tuple(ids), tuple(logprobs), cut) for ids, logprobs, cut in ahead[1]]
-    return Sampled(step, ahead[0], requests(step), my_share(completions, world))
+    (version, stored), step = progress.sampled_ahead, progress.step
+    own, mine = requests(step), my_share(stored, world)
+    fits = len(mine) == len(own) and version <= step
+    for ids, logprobs, _ in mine:
+        fits = fits and len(ids) == len(logprobs) > 0 and max(ids) < num_tokens
+    problem = (
+        f"{STATE_FILE} of step {step}: sampled_ahead: got {len(stored)} completions of the weights "
+        f"after {version} steps; needs one for each problem of the next step, with a "
+        f"log-probability for each of its tokens, and ids below {num_tokens}; it was changed by "
+        "hand: restore it from a copy, or move that checkpoint away to resume from the one before"
+    )
+    raise_together(None if fits else BadFile(problem))
+    completions = [Completion(tuple(ids), tuple(logprobs), cut) for ids, logprobs, cut in mine]
+    return Sampled(step, version, own, completions)
 
 
 def _load_progress(
@@ -188,7 +217,7 @@ def _load_progress(
     teacher: Teacher,
     world: World,
     say: Callable[[str], object],
-) -> dict[str, Any]:
+) -> SavedProgress:
     """Loads the newest intact checkpoint and returns its state."""
     ema = teacher if isinstance(teacher, EmaTeacher) else None
     replace_it = start_again(run_dir, config, overwrite=True)
@@ -201,12 +230,13 @@ def _load_progress(
             f"{run_dir} has no complete checkpoint under checkpoints/: the run stopped before its "
             f"first; start it again with {start_again(run_dir, config)}"
         )
-    if num_steps < state["step"]:
+    progress = checked(SavedProgress, state, f"{STATE_FILE} of step {state['step']}")
+    if num_steps < progress.step:
         raise ValueError(
-            f"train.num_steps is {num_steps}, but {run_dir} has already done {state['step']}: "
+            f"train.num_steps is {num_steps}, but {run_dir} has already done {progress.step}: "
             "give at least as many with --train.num_steps"
         )
-    return state
+    return progress
 
 
 def _check_before_loading(config: Config, say: Callable[[str], object]) -> None:
@@ -303,7 +333,8 @@ def _build_sampler(
     params: SamplingParams,
     train_set: ProblemSet,
     world: World,
-    state: dict[str, Any],
+    progress: SavedProgress,
+    num_tokens: int,
 ) -> Sampler:
     def requests(step: int) -> list[Request]:
         return step_requests(config, train_set, step, world)
@@ -315,7 +346,7 @@ def _build_sampler(
         ahead=config.rollout.ahead == 1,
         timings=Timings(),
         warn=_warner(world),
-        pending=_sampled_ahead(state, requests, world),
+        pending=_sampled_ahead(progress, requests, num_tokens, world),
     )
 
 
@@ -360,12 +391,12 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
     optimizer = build_optimizer(model, config.optim)
     run_dir, resumes = _find_run_dir(command, world, lock)
     commit = hub_commit(config.model)
-    state: dict[str, Any] = {"step": 0, "seconds_train": 0.0, "sampled_ahead": None}
+    progress = SavedProgress(step=0, seconds_train=0.0, sampled_ahead=None)
     if resumes:
         _check_same_commit(config, run_dir, commit)
         sets, allow = (train_set, eval_set), command.allow_changed_data
         check_same_data(run_dir, data, sets, allow_changed=allow, say=say)
-        state = _load_progress(config, run_dir, model, optimizer, teacher, world, say)
+        progress = _load_progress(config, run_dir, model, optimizer, teacher, world, say)
     longest = min(longest_sequence(config, tokenizer, train_set, eval_set), max_context(base))
     engine, eval_engine = make_engines(config, model, fixed, teacher, world, longest)
     params = sampling_params(config.rollout, model, tokenizer)
@@ -384,18 +415,19 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
         train_set=train_set,
         eval_set=eval_set,
         attention=attention,
-        sampler=_build_sampler(config, engine, params, train_set, world, state),
+        sampler=_build_sampler(
+            config, engine, params, train_set, world, progress, lm_head_weight(model).shape[0]
+        ),
         eval_engine=eval_engine,
         reward=reward,
-        step=int(state["step"]),
-        seconds_train=state["seconds_train"],
-        # An earlier version did not count them.
-        skipped=Skipped(**state.get("skipped", {})),
+        step=progress.step,
+        seconds_train=progress.seconds_train,
+        skipped=progress.skipped,
     )
     new = not resumes
     together(
         lambda: world.is_main and _write_start(run, data, commit, new=new),
-        (ValueError, WriteFailed),
+        (ValueError, *FILE_FAILURES),
     )
     return run
 
@@ -422,5 +454,5 @@ def _write_start(run: Run, data: dict[str, Any], commit: str | None, *, new: boo
         wandb_id(run.run_dir)
     path, settings = run.run_dir / CONFIG_FILE, to_toml(run.config)
     # A full disk must not keep a run from being resumed.
-    if new or path.read_text(encoding="utf-8") != settings:
+    if new or read_bytes(path) != settings.encode():
         write_atomic(path, settings)

@@ -1,6 +1,5 @@
 """Evaluations during training, and the checkpoint that evaluated best."""
 
-import json
 import time
 from contextlib import closing, suppress
 from pathlib import Path
@@ -12,13 +11,20 @@ from paint_engine.evaluation.answers import FAILURES, all_requests, check_answer
 from paint_engine.evaluation.benchmarks import benchmark_name
 from paint_engine.evaluation.store import (
     EvalSample,
+    Evaluation,
     Header,
     SampleFiles,
     evaluation_directory,
     evaluation_settings,
     fingerprints,
 )
-from paint_engine.files import ADAPTER_FILE, MANIFEST_FILE, MODEL_FILE, WriteFailed
+from paint_engine.files import (
+    ADAPTER_FILE,
+    FILE_FAILURES,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    read_json,
+)
 from paint_engine.monitor import Progress
 from paint_engine.training.interrupt import Stopped, StopRequest
 from paint_engine.training.run import Run, save
@@ -35,14 +41,19 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
     assert run.eval_set is not None and step in (0, run.step)
     started = time.monotonic()
     checkpoint = save(run) if step > 0 else None
-    if gather_objects(run.world.is_main and step in present_evaluations(run))[0]:
+    if gather_objects(step in _present(run))[0]:
         # A kill may have come between the evaluation's last file and the mark.
         keep_best(run, step, checkpoint)
         return
     base = step == 0 and run.step > 0
     if not base:
         run.sampler.sync(step)
-    header = gather_objects(run.world.is_main and evaluation_header(run, step, checkpoint))[0]
+    header = gather_objects(
+        together(
+            lambda: evaluation_header(run, step, checkpoint) if run.world.is_main else None,
+            FILE_FAILURES,
+        )
+    )[0]
     assert isinstance(header, Header)
     directory = evaluation_directory(run.run_dir)
     run.check_lock()
@@ -78,7 +89,7 @@ def evaluation_header(run: Run, step: int, checkpoint: Path | None) -> Header:
     assert run.eval_set is not None
     section, weights = run.config.eval, "base"
     if checkpoint is not None:
-        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text())
+        manifest = read_json(checkpoint / MANIFEST_FILE, dict[str, list[int | str]])
         weights = manifest[ADAPTER_FILE if ADAPTER_FILE in manifest else MODEL_FILE][1]
     return Header(
         benchmark_name(section.path),
@@ -145,4 +156,10 @@ def keep_best(run: Run, step: int, checkpoint: Path | None) -> None:
             mark_best(run.run_dir, step)
             prune(run.run_dir, checkpoint, run.config.checkpoint.keep)
 
-    together(lambda: run.world.is_main and mark(), (WriteFailed,))
+    together(lambda: run.world.is_main and mark(), FILE_FAILURES)
+
+
+def _present(run: Run) -> dict[int, Evaluation]:
+    """The complete evaluations on the main rank, none on others. A collective: raises BadFile and
+    ReadFailed on every rank."""
+    return together(lambda: present_evaluations(run) if run.world.is_main else {}, FILE_FAILURES)

@@ -7,7 +7,7 @@ from contextlib import nullcontext, suppress
 from paint_engine.checkpoint.directory import checkpoint_step, list_checkpoints
 from paint_engine.checkpoint.run_dir import resume_again, start_again
 from paint_engine.distributed import gather_objects, together
-from paint_engine.files import LockLost, WriteFailed
+from paint_engine.files import FILE_FAILURES, LockLost, ReadFailed, WriteFailed
 from paint_engine.files.terminal import Terminal
 from paint_engine.monitor import MetricsWriter, NotFinite, Progress, check_finite
 from paint_engine.report import write_report
@@ -95,7 +95,10 @@ def _resume_with(run: Run) -> str:
 
 def what_is_safe(run: Run) -> tuple[str, ...]:
     """What of the run is on the disk, and how to resume it, as a line or two."""
-    checkpoints = list_checkpoints(run.run_dir)
+    try:
+        checkpoints = list_checkpoints(run.run_dir)
+    except ReadFailed as failure:
+        return ("safe: what was saved before", str(failure))
     if not checkpoints:
         again = f"{_launcher(run)} {start_again(run.run_dir, run.config)}"
         return (
@@ -136,7 +139,7 @@ def run_training(run: Run, console: Terminal, stop: StopRequest) -> None:
     say = console.say
     resume = _resume_with(run)
     try:
-        writer = together(lambda: open_writer(run), (WriteFailed,))
+        writer = together(lambda: open_writer(run), FILE_FAILURES)
         with writer or nullcontext():
             try:
                 train(run, writer, Progress(console, run.recipe.display), stop)
@@ -153,14 +156,14 @@ def run_training(run: Run, console: Terminal, stop: StopRequest) -> None:
                     save(run)
                 raise
             run.check_lock()
-            together(lambda: run.world.is_main and finish(run, console), (WriteFailed,))
+            together(lambda: run.world.is_main and finish(run, console), FILE_FAILURES)
     except LockLost as lost:
         say(f"error: {lost}; this process writes nothing more there", style="red")
         sys.exit(1)
     except NotFinite as failure:
         say(f"error: {failure}; {explain_weights(run)}", *what_is_safe(run), style="red")
         sys.exit(1)
-    except (SaveFailed, StepNotRecorded, WriteFailed, RewardFailed) as failure:
+    except (SaveFailed, StepNotRecorded, RewardFailed, *FILE_FAILURES) as failure:
         say(f"error: {failure}", *what_is_safe(run), style="red")
         sys.exit(1)
     except KeyboardInterrupt:

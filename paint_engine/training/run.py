@@ -1,9 +1,11 @@
 """The state of a training run, and the checkpoint of its last finished step."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, Strict
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +19,7 @@ from paint_engine.distributed import (
     raise_together,
     together,
 )
-from paint_engine.files import DirectoryLock, LockLost, WriteFailed
+from paint_engine.files import FILE_FAILURES, DirectoryLock, LockLost, Record, WriteFailed
 from paint_engine.model import EmaTeacher, FixedTeacher, Teacher, max_context
 from paint_engine.monitor import NotFinite, Timings
 from paint_engine.recipes import Recipe
@@ -25,15 +27,32 @@ from paint_engine.rewards import Reward
 from paint_engine.rollout import RolloutEngine, Sampler, SamplingParams, sampling_params
 from paint_engine.training.finite import bad_weight
 
+# JSON has lists for tuples.
+_Completion = Annotated[tuple[list[NonNegativeInt], list[float], bool], Strict(False)]
+_Ahead = Annotated[tuple[NonNegativeInt, list[_Completion]], Strict(False)]
 
-@dataclass
-class Skipped:
+
+class Skipped(Record):
     """Optimizer steps that were skipped, because their gradient was not finite: of the whole run,
     up to now in a row, and the reason of the last."""
 
-    total: int = 0
-    in_a_row: int = 0
+    total: NonNegativeInt = 0
+    in_a_row: NonNegativeInt = 0
     last: str = ""
+
+
+class SavedProgress(Record):
+    """What a checkpoint stores beside the weights and the optimizer's moments.
+
+    sampled_ahead: the number of finished steps of the weights that sampled them, and the token ids,
+        log-probabilities and truncation of each completion of the next step, on all ranks.
+    skipped: an earlier version did not count them.
+    """
+
+    step: NonNegativeInt
+    seconds_train: NonNegativeFloat
+    sampled_ahead: _Ahead | None
+    skipped: Skipped = Skipped()
 
 
 @dataclass
@@ -126,7 +145,7 @@ def save(run: Run) -> Path:
         "seconds_train": run.seconds_train,
         "sampled_ahead": ahead
         and [ahead.weights_version, [[c.token_ids, c.logprobs, c.truncated] for c in completions]],
-        "skipped": asdict(run.skipped),
+        "skipped": run.skipped.model_dump(),
     }
     keep = run.config.checkpoint.keep
     try:
@@ -134,7 +153,7 @@ def save(run: Run) -> Path:
         path = save_checkpoint(
             run.run_dir, run.model, run.optimizer, state, keep=keep, world=run.world, ema=run.ema
         )
-    except WriteFailed as error:
+    except FILE_FAILURES as error:
         raise SaveFailed(str(error)) from error
     run.saved = run.step, path
     return path

@@ -3,6 +3,7 @@
 It imports once and forks the ranks; what they found goes into WORK_DIR/report.json.
 """
 
+import errno
 import json
 import os
 import random
@@ -19,12 +20,13 @@ from forked_ranks import fork, on_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from paint_engine.checkpoint import directory
 from paint_engine.checkpoint.directory import list_checkpoints
 from paint_engine.checkpoint.save import load_checkpoint, save_checkpoint
 from paint_engine.checkpoint.weights import whole
 from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World, barrier, gather_objects
-from paint_engine.files import WriteFailed
+from paint_engine.files import ReadFailed, WriteFailed
 from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
 from paint_engine.model.sharding import shard_model
@@ -134,6 +136,7 @@ def refuse_and_recover(world: World, work: Path, model_dir: Path) -> dict[str, A
         there = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
         errors[f"{rank} {limit}"] = [gather_objects(message), there]
     save_checkpoint(run_dir, model, optimizer, {"step": 2}, keep=2, world=world)
+    errors["unreadable"] = gather_objects(refuse_to_read(run_dir, model, optimizer, world))
     newest = run_dir / "checkpoints/step-2"
     if world.is_main:
         shard = sorted((newest / "trainer").iterdir())[-1]
@@ -143,6 +146,26 @@ def refuse_and_recover(world: World, work: Path, model_dir: Path) -> dict[str, A
     state = load_checkpoint(run_dir, model, optimizer, world=world, warn=warned.append)
     errors["truncated"] = gather_objects([state, len(warned)])
     return errors
+
+
+def refuse_to_read(
+    run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+) -> str:
+    """The last rank may not open its share of the files: the message of this rank."""
+
+    def refuse(path: Path, flags: int) -> int:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    original = directory.open_regular
+    if world.rank == world.size - 1:
+        directory.open_regular = refuse
+    try:
+        load_checkpoint(run_dir, model, optimizer, world=world, warn=print)
+        return "loaded"
+    except ReadFailed as error:
+        return str(error)
+    finally:
+        directory.open_regular = original
 
 
 def save_for_ever(run_dir: Path, model_dir: Path) -> None:

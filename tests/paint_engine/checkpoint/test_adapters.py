@@ -439,7 +439,7 @@ def test_a_configuration_that_cannot_be_read_is_named(
 ) -> None:
     train(bases / "tied", lora({}), tmp_path / "adapter")
     (tmp_path / "adapter/adapter_config.json").write_text("{")
-    assert "adapter_config.json cannot be read (" in refusal(tmp_path / "adapter")
+    assert "adapter_config.json: not valid JSON (" in refusal(tmp_path / "adapter")
 
 
 def test_a_bias_that_the_base_has_no_place_for_goes_out_as_an_adapter(

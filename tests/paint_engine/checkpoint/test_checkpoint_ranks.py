@@ -36,6 +36,9 @@ def test_a_rank_that_cannot_write_stops_every_rank_with_one_message(
 ) -> None:
     refused = dict(report["refused"])
     assert refused.pop("truncated") == [[{"step": 1}, 1], [{"step": 1}, 0]]
+    unreadable = refused.pop("unreadable")
+    assert len(set(unreadable)) == 1 and "step-2/" in unreadable[0]
+    assert "could not be read (Stale file handle" in unreadable[0]
     assert len(refused) == 3
     for messages, there in refused.values():
         assert len(messages) == 2 and messages[0] == messages[1]

@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, damage found, the newest and the best kept, everything restored bit
 for bit. At several ranks: test_checkpoint_ranks.py."""
 
+import errno
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +28,7 @@ from paint_engine.checkpoint.directory import (
 from paint_engine.checkpoint.save import load_checkpoint, save_checkpoint
 from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World
-from paint_engine.files import WriteFailed
+from paint_engine.files import BadFile, ReadFailed, WriteFailed, unfinished_path
 from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
 
@@ -221,7 +222,7 @@ def test_a_checkpoint_cut_short_is_ignored_and_replaced(
         patch.setattr(checkpoint, "seal", power_cut)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, model, optimizer, 3)
-    unfinished = tmp_path / "checkpoints" / ".step-3.unfinished"
+    (unfinished,) = (tmp_path / "checkpoints").glob(".step-3.*.unfinished")
     assert (unfinished / "adapter_model.safetensors").exists()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-1", "step-2"]
     resumed, its_optimizer = build(model_dir, lora=True)
@@ -229,7 +230,7 @@ def test_a_checkpoint_cut_short_is_ignored_and_replaced(
     assert all(torch.equal(t, before[n]) for n, t in trainable(resumed).items())
 
     (unfinished / "left-over").write_text("x")
-    stale = unfinished.with_name(".step-1.removed")
+    stale = unfinished_path(tmp_path / "checkpoints/step-1")
     stale.mkdir()
     target = save(tmp_path, model, optimizer, 3)
     assert not unfinished.exists() and not stale.exists()
@@ -355,7 +356,7 @@ def test_a_damaged_checkpoint_is_written_again_when_its_step_comes(
 
 
 def test_a_run_without_a_checkpoint_has_nothing_to_restore(model_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "checkpoints" / ".step-1.unfinished").mkdir(parents=True)
+    unfinished_path(tmp_path / "checkpoints/step-1").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-1-old").mkdir()
     assert load(tmp_path, *build(model_dir, lora=True)) == (None, [])
 
@@ -388,3 +389,125 @@ def test_a_full_disk_is_one_clear_error_and_older_checkpoints_stay_intact(
     assert load(small_disk, model, optimizer) == (1, [])
     save(small_disk, model, optimizer, 2, keep=1)
     assert load(small_disk, model, optimizer) == (2, [])
+
+
+def refusing(file: Path, number: int) -> Callable[..., int]:
+    """`os.open` as the system refuses one file: no rights, a stale handle, a faulty disk."""
+    original = os.open
+
+    def refuse(path: str | Path, *arguments: int) -> int:
+        if Path(path) == file:
+            raise OSError(number, os.strerror(number))
+        return original(path, *arguments)
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("name", ["manifest.json", "trainer_state.json"])
+def test_a_file_that_the_system_refuses_is_no_damage(
+    name: str, number: int, tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is neither passed over nor replaced; it is there when the file can be read."""
+    newest = tmp_path / "checkpoints/step-2"
+    content = {path: path.read_bytes() for path in newest.rglob("*") if path.is_file()}
+    said = rf"{name} could not be read.*{os.strerror(number)}"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refusing(newest / name, number))
+        for use in (lambda: load(tmp_path, *trained), lambda: save(tmp_path, *trained, 2)):
+            with pytest.raises(ReadFailed, match=said):
+                use()
+    assert content == {path: path.read_bytes() for path in newest.rglob("*") if path.is_file()}
+    assert load(tmp_path, *trained) == (2, [])
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_absent(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With none, a run would begin again."""
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ReadFailed, match="checkpoints could not be read"):
+        list_checkpoints(tmp_path)
+
+
+def test_a_manifest_names_files_of_its_checkpoint_alone(tmp_path: Path, trained: Trained) -> None:
+    newest = tmp_path / "checkpoints/step-2"
+    manifest = json.loads((newest / "manifest.json").read_text())
+    (tmp_path / "file").write_text("x")
+    for name in ("../../file", str(tmp_path / "file"), "trainer/../manifest.json", "./x"):
+        (newest / "manifest.json").write_text(json.dumps(manifest | {name: [1, "0"]}))
+        assert f"lists {name!r}, which is no file of a checkpoint" in str(find_damage(newest))
+    for text in ("[]", "{}", '{"trainer_state.json": 3}', 100_000 * "[", "NaN"):
+        (newest / "manifest.json").write_text(text)
+        assert "manifest.json" in str(find_damage(newest)), text
+    (newest / "manifest.json").unlink()
+    os.mkfifo(newest / "manifest.json")
+    assert "named pipe" in str(find_damage(newest))
+
+
+def reseal(checkpoint: Path) -> None:
+    """As one who crafts a checkpoint sees to its checksums."""
+    (checkpoint / "manifest.json").unlink()
+    sealed = checkpoint_files.seal(checkpoint, checkpoint_files.file_names(checkpoint))
+    (checkpoint / "manifest.json").write_text(json.dumps(sealed))
+
+
+def _rename(tensors: dict[str, Tensor]) -> None:
+    tensors["weight/of nothing"] = tensors.pop(min(tensors))
+
+
+def _reshape(tensors: dict[str, Tensor]) -> None:
+    tensors[min(tensors)] = torch.zeros(3, 3)
+
+
+def _round(tensors: dict[str, Tensor]) -> None:
+    tensors[min(tensors)] = tensors[min(tensors)].bfloat16()
+
+
+def _forget(tensors: dict[str, Tensor]) -> None:
+    del tensors[min(name for name in tensors if name.startswith("exp_avg_sq/"))]
+
+
+@pytest.mark.parametrize(
+    ("craft", "said"),
+    [
+        *((_rename, "another model"), (_reshape, "needs"), (_round, "needs")),
+        (_forget, "has no exp_avg_sq"),
+    ],
+)
+def test_a_crafted_shard_is_refused_by_tensor(
+    craft: Callable[[dict[str, Tensor]], None], said: str, tmp_path: Path, trained: Trained
+) -> None:
+    newest = tmp_path / "checkpoints/step-2"
+    (shard,) = (newest / "trainer").iterdir()
+    tensors = load_file(shard)
+    craft(tensors)
+    save_file(tensors, shard)
+    reseal(newest)
+    with pytest.raises(ValueError, match=said):
+        load(tmp_path, *trained)
+
+
+_HUGE = (1 << 62).to_bytes(8, "little") + b"{}"
+
+
+@pytest.mark.parametrize("content", [b"", b"\0", _HUGE, (2).to_bytes(8, "little") + b"[]"])
+@pytest.mark.parametrize("name", ["trainer/*.safetensors", "rng-0.safetensors"])
+def test_a_crafted_safetensors_file_is_refused_by_name(
+    name: str, content: bytes, tmp_path: Path, trained: Trained
+) -> None:
+    newest = tmp_path / "checkpoints/step-2"
+    (file,) = newest.glob(name)
+    file.write_bytes(content)
+    reseal(newest)
+    with pytest.raises(BadFile, match=r"step-2.* cannot be read \(.*from a copy"):
+        load(tmp_path, *trained)
+    # Whole, and without what belongs in it.
+    save_file({"torch": torch.zeros(3)}, file)
+    reseal(newest)
+    with pytest.raises(ValueError, match="step-2"):
+        load(tmp_path, *trained)

@@ -1,6 +1,7 @@
 """Weights handed over as files: new names, one set kept, nothing left behind."""
 
 import os
+import stat
 import subprocess
 import sys
 import warnings
@@ -18,6 +19,7 @@ from paint_engine.distributed import World
 from paint_engine.model.forward import autocast
 from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
+from paint_engine.rollout import adapter_files
 from paint_engine.rollout.adapter_files import WeightFiles
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -98,6 +100,7 @@ from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World
 from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
+from paint_engine.rollout import adapter_files
 from paint_engine.rollout.adapter_files import WeightFiles
 
 device = torch.device("cpu")
@@ -141,3 +144,51 @@ def test_what_a_killed_process_left_goes_and_nothing_else(
     assert all((tmp_path / name / "3" / "adapter_model.safetensors").exists() for name in kept)
     assert mine.write(2).directory.exists()
     mine.close()
+
+
+def modes(directory: Path) -> set[str]:
+    return {oct(stat.S_IMODE(path.stat().st_mode)) for path in (directory, *directory.iterdir())}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_whoever_may_read_the_named_directory_may_read_the_weights(
+    umask: int, lora_model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a server under another user must; in shared memory nobody else may."""
+    expected = {
+        0o755: {"0o755", "0o644"},
+        0o750: {"0o750", "0o640"},
+        0o711: {"0o700", "0o600"},
+        0o700: {"0o700", "0o600"},
+    }
+    before = os.umask(umask)
+    try:
+        for mode, found in expected.items():
+            tmp_path.chmod(mode)
+            files = WeightFiles(lora_model, WORLD, str(tmp_path), per_node=True)
+            assert modes(files.write(1).directory) == found, oct(mode)
+            files.close()
+        tmp_path.chmod(0o1777)
+        monkeypatch.setattr(adapter_files, "_SHARED_MEMORY", tmp_path)
+        files = WeightFiles(lora_model, WORLD, None, per_node=True)
+        written = files.write(1).directory
+        assert modes(written) == {"0o700", "0o600"}
+        assert modes(written.parent) == {"0o700"}
+        files.close()
+    finally:
+        os.umask(before)
+
+
+def test_a_link_with_the_name_of_a_left_over_is_not_followed(
+    lora_model: PeftModel, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("kept")
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    name = f"paint-{process.pid}-{adapter_files._machine()}-{8 * '0'}"
+    (tmp_path / name).symlink_to(outside)
+    WeightFiles(lora_model, WORLD, str(tmp_path), per_node=True).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["outside"]
+    assert (outside / "file").read_text() == "kept"
