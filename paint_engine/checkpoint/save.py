@@ -266,7 +266,7 @@ def save_checkpoint(
 
 
 def _prune(run_dir: Path, newest: Path, keep: int, world: World) -> None:
-    together(lambda: world.is_main and prune(run_dir, newest, keep), (WriteFailed,))
+    together(lambda: world.is_main and prune(run_dir, newest, keep), FILE_FAILURES)
 
 
 # ---- loading -------------------------------------------------------------------------------------

@@ -23,11 +23,12 @@ import paint_engine.checkpoint
 from paint_engine import export
 from paint_engine.checkpoint import choose
 from paint_engine.checkpoint.choose import choose_checkpoint, find_base
-from paint_engine.checkpoint.directory import mark_best, remove_checkpoint
+from paint_engine.checkpoint.directory import mark_best
 from paint_engine.checkpoint.exported import add_older_names
 from paint_engine.checkpoint.save import save_checkpoint
 from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World
+from paint_engine.files import remove_at_once
 from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
 
@@ -387,10 +388,10 @@ def test_a_checkpoint_that_its_run_removes_meanwhile_is_one_message(
     home = choose if place == "find_damage" else paint_engine.checkpoint
     original = getattr(home, place)
 
-    def remove_first(*arguments: object) -> object:
-        result = None if place == "find_damage" else original(*arguments)
-        remove_checkpoint(checkpoint)
-        return result if place == "find_base" else original(*arguments)
+    def remove_first(*arguments: object, **options: object) -> object:
+        result = None if place == "find_damage" else original(*arguments, **options)
+        remove_at_once(checkpoint)
+        return result if place == "find_base" else original(*arguments, **options)
 
     monkeypatch.setattr(home, place, remove_first)
     assert run_export(tmp_path / "run", tmp_path / "out", "--form", form) == 2
