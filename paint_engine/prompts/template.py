@@ -25,6 +25,10 @@ _DIRECTIVES = "aAbBcdDeFgGhHIjklmMnprRsStTuUVwWxXyYzZ"
 _PERCENT = "\ufdd0"
 
 
+class BadTemplate(ValueError):
+    """A chat template fails, exceeds a limit, or changes the text of a message."""
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, str]],
@@ -38,7 +42,7 @@ def render(
     thinking: the template's `enable_thinking`; templates without the switch ignore it.
     date: what a template that asks for the date gets, YYYY-MM-DD; None = the day of the call.
 
-    Raises ValueError, with the template's own words, if it does not parse or refuses the messages,
+    Raises BadTemplate, with the template's own words, if it does not parse or refuses the messages,
     if it exceeds a limit of the renderer, and if the last message's text is not in the result.
     """
     template, own = tokenizer.get_chat_template(), dict[str, Any]()
@@ -48,12 +52,12 @@ def render(
     try:
         text = _apply(tokenizer, template, messages, own)
     except TemplateFailed as failure:
-        raise ValueError(
+        raise BadTemplate(
             f"the chat template of {tokenizer.name_or_path} {failure}; correct "
             "chat_template.jinja (or tokenizer_config.json) there, or use another model"
         ) from failure
     if messages[-1]["content"].strip() not in text:
-        raise ValueError(
+        raise BadTemplate(
             f"the chat template of {tokenizer.name_or_path} drops or changes the text of a "
             f"{messages[-1]['role']} message: {messages[-1]['content'][:60]!r} is not in what it "
             f"writes, {text[-120:]!r}; needs a template that writes a message's content as it is; "

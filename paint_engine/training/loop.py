@@ -10,6 +10,7 @@ from paint_engine.distributed import gather_objects, together
 from paint_engine.files import FILE_FAILURES, LockLost, ReadFailed, WriteFailed
 from paint_engine.files.terminal import Terminal
 from paint_engine.monitor import MetricsWriter, NotFinite, Progress, check_finite
+from paint_engine.prompts.template import BadTemplate
 from paint_engine.report import write_report
 from paint_engine.rewards import RewardFailed
 from paint_engine.rollout import EngineDied
@@ -149,6 +150,9 @@ def run_training(run: Run, console: Terminal, stop: StopRequest) -> None:
                 sys.exit(0 if stopped.signal_number == signal.SIGTERM else 130)
             except EngineDied as death:
                 say(f"the rollout engine failed ({death}); saved {save(run)}", resume)
+                sys.exit(1)
+            except BadTemplate as failure:
+                say(f"error: {failure}; saved {save(run)}", resume, style="red")
                 sys.exit(1)
             except WriteFailed:
                 # Perhaps of another disk, such as the shared memory that vLLM reads.

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from paint_engine.data import batch_requests
-from paint_engine.distributed import gather_objects, merge_shares
+from paint_engine.distributed import gather_objects, merge_shares, together
 from paint_engine.prompts.anchors import overlap
 from paint_engine.prompts.target import encode_target
+from paint_engine.prompts.template import BadTemplate
 from paint_engine.recipes import StepContext
 from paint_engine.rollout import to_rollout
 from paint_engine.training.run import Run
@@ -20,6 +21,8 @@ def sample_step(run: Run, step: int) -> tuple[list[TrainExample], int]:
     the weights were that sampled them.
 
     step: counts from 0.
+
+    Raises EngineDied, RewardFailed, and BadTemplate on every rank.
     """
     config = run.config
     if not run.recipe.samples:
@@ -30,7 +33,9 @@ def sample_step(run: Run, step: int) -> tuple[list[TrainExample], int]:
         judge(run, to_rollout(run.tokenizer, request.problem, request.prompt_ids, completion))
         for request, completion in zip(sampled.requests, sampled.completions, strict=True)
     ]
-    prepared = run.recipe.prepare(step_context(run, step, sampled.requests), mine)
+    context = step_context(run, step, sampled.requests)
+    # A template may fail for what this step's teacher prompts contain, and then on one rank alone.
+    prepared = together(lambda: run.recipe.prepare(context, mine), (BadTemplate,))
     gathered = merge_shares(gather_objects(list(prepared)))
     errors = [example.verdict.error for example in gathered if example.verdict is not None]
     run.reward.check_some_judged(errors, f"step {step + 1}")

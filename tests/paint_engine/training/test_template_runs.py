@@ -1,9 +1,12 @@
 """Prompt templates in runs: each message that a model reads is its template's, in training, in the
 dry run and in evaluations, and an evaluation's record says so."""
 
+import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,8 @@ from paint_engine.evaluation.plan import load_benchmark
 from paint_engine.evaluation.store import evaluation_settings
 from paint_engine.files.terminal import Terminal
 from paint_engine.monitor.progress import Progress
+from paint_engine.prompts.template import BadTemplate
+from paint_engine.recipes import teacher_view
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import Completion
 from paint_engine.training.build import build_run
@@ -137,3 +142,26 @@ def test_the_evaluation_command_takes_a_message_and_checks_it(
     for wrong in ("{solution}", "Solve it."):
         with pytest.raises(ValueError, match=r"--student-template: got '.*'; needs "):
             parse_arguments([*fixed, "--student-template", wrong])
+
+
+def test_a_template_that_fails_within_a_step_ends_the_run_with_one_message(
+    command: list[str],
+    tmp_path: Path,
+    run_main: Callable[[list[str]], int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As for one partial solution only, so that no prompt at the start shows it."""
+    calls, original = itertools.count(), teacher_view.encode_teacher_prompt
+
+    def encode(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 4:
+            raise BadTemplate("the chat template of model refuses a conversation")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(teacher_view, "encode_teacher_prompt", encode)
+    assert run_main([*command, "--eval.enabled", "false", "--checkpoint.every", "0"]) == 1
+    printed = capsys.readouterr().out
+    assert "error: the chat template of model refuses a conversation; saved " in printed
+    assert "resume with: " in printed
+    assert (tmp_path / "run" / "checkpoints" / "step-1").is_dir()
