@@ -104,8 +104,9 @@ def run_evaluation(command: EvaluationCommand, console: Terminal) -> None:
 def lock_output(plan: Plan, world: World) -> DirectoryLock | None:
     """Returns the main rank's lock on the plan's directory; None on the others. A collective call.
 
-    Raises ValueError, before the weights are loaded, for a directory that is a training run's, in
-    which another process is at work, or that cannot be made; WriteFailed if it cannot be written.
+    Raises ValueError, before the weights are loaded, for a directory that is a training run's, that
+    holds links, in which another process is at work, or that cannot be made; WriteFailed if it
+    cannot be written.
     """
     directory = plan.directory
 
@@ -118,27 +119,28 @@ def lock_output(plan: Plan, world: World) -> DirectoryLock | None:
                 "mixed with this evaluation's; needs a directory of its own; give another one, or "
                 "leave out --output for one under evaluations"
             )
+        if directory.is_dir():
+            check_links(directory)
         return DirectoryLock(
             directory, f"--output {directory}:", "give another directory with --output"
         )
 
-    return together(take, (ValueError, WriteFailed))
+    return together(take, (ValueError, *FILE_FAILURES))
 
 
 def find_complete(plan: Plan, world: World) -> dict[str, Evaluation | None]:
     """Returns the complete evaluation of each benchmark in the plan's directory, or None. A
     collective call.
 
-    Raises ValueError, before the weights are loaded, for samples of another evaluation, links or
-    what no evaluation has written, and ranks that would not evaluate the same; ReadFailed where the
-    directory cannot be read.
+    Raises ValueError, before the weights are loaded, for samples of another evaluation, for what no
+    evaluation has written and for ranks that would not evaluate the same; ReadFailed where it
+    cannot be read.
     """
     check_same_headers(plan.headers)
     found: dict[str, Evaluation | None] = {}
     error: str | Exception | None = None
     try:
         if world.is_main:
-            check_links(plan.directory)
             for name, header in plan.headers.items():
                 found[name] = read_finished(plan.directory, name, header)
                 read_unfinished(plan.directory, name, header)

@@ -25,7 +25,7 @@ from paint_engine.files.names import (
 _CHECKPOINT = re.compile(r"step-\d+")
 _DIRECTORIES = (CHECKPOINTS_DIRECTORY, EVALUATIONS_DIRECTORY, TENSORBOARD_DIRECTORY)
 # W&B makes links of its own in its directory, and replaces them without following them.
-_NAMES = {*_DIRECTORIES, WANDB_DIRECTORY, LAUNCH_FILE, LOCK_FILE, WANDB_ID_FILE}
+_NAMES = {*_DIRECTORIES, WANDB_DIRECTORY, LAUNCH_FILE, WANDB_ID_FILE}
 _SUFFIXES = {".json", ".jsonl", ".toml", ".html"}
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
@@ -104,11 +104,16 @@ def _used(directory: Path) -> Iterator[tuple[Path, "os.DirEntry[str]"]]:
     top = sorted(_entries(directory), key=lambda entry: entry.name)
     is_checkpoint = is_checkpoint_name(directory.name)
     for entry in top:
-        if is_checkpoint or entry.name in _NAMES or Path(entry.name).suffix in _SUFFIXES:
+        if is_checkpoint or _is_used(entry.name):
             path = directory / entry.name
             yield path, entry
             if entry.is_dir(follow_symlinks=False) and entry.name != WANDB_DIRECTORY:
                 yield from _below(path)
+
+
+def _is_used(name: str) -> bool:
+    known = name in _NAMES or Path(name).suffix in _SUFFIXES
+    return known or name.startswith(LOCK_FILE)
 
 
 def _below(directory: Path) -> Iterator[tuple[Path, "os.DirEntry[str]"]]:

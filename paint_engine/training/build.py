@@ -48,7 +48,6 @@ from paint_engine.files import (
     STATE_FILE,
     BadFile,
     DirectoryLock,
-    WriteFailed,
     checked,
     read_bytes,
     recorded_commit,
@@ -154,7 +153,7 @@ def _lock_run_dir(command: CommandLine, world: World) -> DirectoryLock | None:
             return None
         return lock_run_dir(command.config, name, resume=resume, allow_changed_data=allow)
 
-    return together(take, (ValueError, WriteFailed))
+    return together(take, (ValueError, *FILE_FAILURES))
 
 
 def _find_run_dir(

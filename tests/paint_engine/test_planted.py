@@ -89,7 +89,7 @@ def commands(run_dir: Path, run_main: Main) -> dict[str, Callable[[], int]]:
     ("name", "target"),
     [
         *(("metrics.jsonl", "file"), ("samples.jsonl", "file"), ("config.toml", "file")),
-        *(("report.html", "file"), ("summary.json", "file"), (".lock", "file")),
+        *(("report.html", "file"), ("summary.json", "file"), (".lock-1", "file")),
         *(("checkpoints", "."), ("checkpoints/step-2", "step-2"), ("checkpoints/best", "step-2")),
         *(("evaluations", "."), ("tensorboard", "."), ("evaluations/step-2.jsonl", "file")),
         ("checkpoints/step-2/adapter_model.safetensors", "file"),
