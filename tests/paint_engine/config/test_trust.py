@@ -8,7 +8,12 @@ from typing import Any, get_args
 
 import pytest
 
-from paint_engine.checkpoint.run_dir import choose_run_dir, resume_again, start_again
+from paint_engine.checkpoint.run_dir import (
+    lock_run_dir,
+    prepare_run_dir,
+    resume_again,
+    start_again,
+)
 from paint_engine.config.command_line import load_config
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import LEAVES, flag, toml_value
@@ -188,6 +193,16 @@ def test_a_file_of_the_user_s_own_may_set_everything(hostile: Path, tmp_path: Pa
     assert run_directory_of(own) is None
     config = load_config(["--config", str(own)]).config
     assert config.reward.function == values_of(hostile)["reward.function"]
+
+
+def choose_run_dir(config: Config, name: str) -> tuple[Path, bool]:
+    """The run's directory, and whether training resumes there, as for a command without
+    `--resume`."""
+    lock = lock_run_dir(config, name, resume=False)
+    try:
+        return lock.directory, prepare_run_dir(config, name, lock.directory)
+    finally:
+        lock.release()
 
 
 def test_the_same_command_resumes_by_itself(hostile: Path) -> None:
