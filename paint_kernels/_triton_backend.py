@@ -24,6 +24,9 @@ MAX_BLOCK = 2048
 LOSS_MAX_BLOCK = 1024
 """4 per thread: with more, two tiles of logits and five sums make some variants spill registers
 (`python -m bench.kernels_report --all`)"""
+GROUPS = 256
+"""candidates of a row for clipped entries, each the largest of 8 lanes: two clipped entries share a
+group in one row of 256, which is then read once more"""
 NUM_WARPS = 8
 """of 32 threads; half as many on AMD, whose warps have 64"""
 
@@ -35,6 +38,8 @@ class RowStats(NamedTuple):
     rest: Float[Tensor, " R"]
     entropy: Float[Tensor, " R"]
     largest: Int[Tensor, " R"]
+    candidates: Int[Tensor, "R groups"]
+    """columns of large entries"""
 
 
 def launch(
@@ -73,16 +78,19 @@ def row_vectors(number: int, logits: Float[Tensor, "R V"]) -> tuple[Tensor, ...]
 def shifted_stats(logits: Float[Tensor, "R V"], temperature: float) -> RowStats:
     assert logits.stride(1) == 1
     maximum, rest, entropy = row_vectors(3, logits)
+    groups = min(GROUPS, MAX_BLOCK, triton.next_power_of_2(logits.shape[1]))
     largest = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
+    candidates = torch.empty(len(logits), groups, dtype=torch.int32, device=logits.device)
     launch(
         kernels.stats_kernel,
         logits,
-        *(logits, maximum, rest, entropy, largest),
+        *(logits, maximum, rest, entropy, largest, candidates),
         max_block=MAX_BLOCK,
         row_stride=logits.stride(0),
-        INVERSE_TEMPERATURE=1 / temperature,
+        inverse_temperature=1 / temperature,
+        GROUPS=groups,
     )
-    return RowStats(maximum, rest, entropy, largest)
+    return RowStats(maximum, rest, entropy, largest, candidates)
 
 
 def row_stats(logits: Float[Tensor, "R V"], temperature: float) -> TokenStats:
@@ -124,19 +132,22 @@ def row_loss(
         student_logits,
         *(student_logits, teacher_logits, written, marks),
         *(student.maximum, student.rest, student.largest, teacher.maximum, teacher.rest),
+        teacher.candidates,
         *(token_loss, divergence, clipped_mass),
         student_stride=student_logits.stride(0),
         teacher_stride=teacher_logits.stride(0),
         gradient_stride=written.stride(0),
         max_block=LOSS_MAX_BLOCK,
         INTERPOLATE=interpolated is not None,
-        INTERPOLATION_WEIGHT=settings.interpolation_weight,
+        interpolation_weight=settings.interpolation_weight,
         DIVERGENCE=settings.divergence,
-        JSD_WEIGHT=settings.jsd_weight,
-        CLIP=math.inf if settings.pointwise_clip is None else settings.pointwise_clip,
+        jsd_weight=settings.jsd_weight,
+        clip=math.inf if settings.pointwise_clip is None else settings.pointwise_clip,
+        HAS_CLIP=settings.pointwise_clip is not None,
         WITH_GRADIENT=gradient is not None,
-        GRADIENT_SCALE=gradient_scale,
-        INVERSE_TEMPERATURE=1 / settings.temperature,
+        gradient_scale=gradient_scale,
+        inverse_temperature=1 / settings.temperature,
+        GROUPS=teacher.candidates.shape[1],
     )
     return RowValues(token_loss, divergence, clipped_mass, student.entropy, teacher.entropy)
 
@@ -166,7 +177,7 @@ def row_logprobs(
             max_block=MAX_BLOCK,
             row_stride=logits.stride(0),
             gradient_stride=gradient.stride(0),
-            GRADIENT_SCALE=gradient_scale,
-            INVERSE_TEMPERATURE=1 / temperature,
+            gradient_scale=gradient_scale,
+            inverse_temperature=1 / temperature,
         )
     return logprobs, stats.entropy

@@ -82,7 +82,7 @@ def pointwise(
     inverse_student,  # 1 / (1 + rest_S), 0 in a masked row
     inverse_teacher,
     DIVERGENCE: tl.constexpr,
-    JSD_WEIGHT: tl.constexpr,
+    jsd_weight,
 ):
     """Returns p, q, d = log q - log p, f = gap + left, its parts, and slope = df / d log p.
 
@@ -105,14 +105,14 @@ def pointwise(
     else:
         tl.static_assert(DIVERGENCE == "jsd", "this divergence has no Triton formula")
         d = tl.minimum(tl.maximum(d, -LARGEST_LOG_RATIO), LARGEST_LOG_RATIO)
-        mixture = JSD_WEIGHT * q + (1.0 - JSD_WEIGHT) * p
-        student_log = -log1p(JSD_WEIGHT * expm1(d))  # log p - log m
-        teacher_log = -log1p((1.0 - JSD_WEIGHT) * expm1(-d))  # log q - log m
-        gap = JSD_WEIGHT * divergence_gap(q, mixture, teacher_log)
-        gap += (1.0 - JSD_WEIGHT) * divergence_gap(p, mixture, student_log)
+        mixture = jsd_weight * q + (1.0 - jsd_weight) * p
+        student_log = -log1p(jsd_weight * expm1(d))  # log p - log m
+        teacher_log = -log1p((1.0 - jsd_weight) * expm1(-d))  # log q - log m
+        gap = jsd_weight * divergence_gap(q, mixture, teacher_log)
+        gap += (1.0 - jsd_weight) * divergence_gap(p, mixture, student_log)
         f = gap
         left = tl.zeros_like(gap)
-        slope = (1.0 - JSD_WEIGHT) * p * student_log
+        slope = (1.0 - jsd_weight) * p * student_log
     return p, q, d, f, gap, left, slope
 
 
@@ -121,8 +121,9 @@ def gradient_of(p, q, d, slope, clipped, constant, DIVERGENCE: tl.constexpr):
     """Returns the gradient by x_S = z_S / T: g u - p sum(g u), where g is `slope` and u is 1 if
     unclipped.
 
-    `constant` is the row's sum of `constant_term`: of q over the unclipped entries (forward KL), of
-    p d over the unclipped and p over the clipped ones (reverse KL, where g = p (1 - d)), or of g u.
+    `constant` is the sum of q over the unclipped entries (forward KL), else the row's sum of
+    `constant_term`: of p d over the unclipped and p over the clipped ones (reverse KL, where
+    g = p (1 - d)), or of g u.
     """
     if DIVERGENCE == "forward_kl":
         return p * constant - tl.where(clipped, 0.0, q)
@@ -133,8 +134,8 @@ def gradient_of(p, q, d, slope, clipped, constant, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def constant_term(p, q, d, slope, clipped, DIVERGENCE: tl.constexpr):
-    if DIVERGENCE == "forward_kl":
-        return tl.where(clipped, 0.0, q)
+    """What an entry adds to the constant of `gradient_of`. Not called for the forward KL, whose
+    constant is 1 minus the clipped mass."""
     if DIVERGENCE == "reverse_kl":
         return p * tl.where(clipped, 1.0, d)
     return tl.where(clipped, 0.0, slope)

@@ -3,8 +3,8 @@
 Each lane of a tile keeps its own running maximum, so that statistics read a row once and lanes are
 merged only at the end. Every sum leaves the row's largest entry out, as in `_torch_backend`. Logits
 may have any float dtype. Row offsets are int64, because N x V passes 2^31 at 14,135 rows of
-151,936. Settings are constexpr: a Python float passed as an argument could turn the arithmetic into
-float64.
+151,936. Numbers that a trainer may schedule (temperature, weights, clip) are arguments, which
+Triton passes as float32: a new value compiles nothing.
 """
 
 # pyright: reportOperatorIssue=false, reportArgumentType=false
@@ -28,6 +28,8 @@ EMPTY = tl.constexpr(-1e30)
 """running maximum of a lane that has seen no finite logit"""
 FAR_BELOW = tl.constexpr(-2e30)
 """stands for -inf and for columns past the vocabulary"""
+MISSED_SHARE = tl.constexpr(1e-6)
+"""of the clipped mass: two orders of one sum differ by less, an entry without effect may be less"""
 
 
 @triton.jit
@@ -44,22 +46,22 @@ def load_target(
     num_columns,
     interpolated,
     INTERPOLATE: tl.constexpr,
-    INTERPOLATION_WEIGHT: tl.constexpr,
+    interpolation_weight,
 ):
     """Loads (1-k) z_T + k z_S if the row is interpolated (Eq. 12), with 0 times -inf taken as 0."""
     teacher = load_logits(teacher_row_ptr, columns, num_columns)
     if INTERPOLATE:
-        mixed = load_logits(student_row_ptr, columns, num_columns)
-        if INTERPOLATION_WEIGHT < 1.0:
-            mixed = (1.0 - INTERPOLATION_WEIGHT) * teacher + INTERPOLATION_WEIGHT * mixed
+        student = load_logits(student_row_ptr, columns, num_columns)
+        kept = tl.where(interpolation_weight < 1.0, teacher, 0.0)
+        mixed = (1.0 - interpolation_weight) * kept + interpolation_weight * student
         teacher = tl.where(interpolated, mixed, teacher)
     return teacher
 
 
 @triton.jit
-def scaled(logits, INVERSE_TEMPERATURE: tl.constexpr):
+def scaled(logits, inverse_temperature):
     """Returns z / T, finite throughout."""
-    return tl.where(logits == float("-inf"), FAR_BELOW, logits * INVERSE_TEMPERATURE)
+    return tl.where(logits == float("-inf"), FAR_BELOW, logits * inverse_temperature)
 
 
 @triton.jit
@@ -89,19 +91,34 @@ def merge_lanes(maximum, rest, energy, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def largest_of_groups(maximum, largest, num_columns, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns the column of the largest entry in each of GROUPS groups of lanes; num_columns where
+    a group has seen no finite logit. Neighbouring columns, such as those of the digits, are in
+    different groups."""
+    values = tl.reshape(maximum, [BLOCK // GROUPS, GROUPS])
+    columns = tl.reshape(largest, [BLOCK // GROUPS, GROUPS])
+    top = tl.max(values, axis=0)
+    column = tl.min(tl.where(values == top[None, :], columns, num_columns), axis=0)
+    return tl.where(top == EMPTY, num_columns, column)
+
+
+@triton.jit
 def stats_kernel(
     logits_ptr,  # (R, V)
     maximum_ptr,  # (R,)
     rest_ptr,  # (R,)
     entropy_ptr,  # (R,)
     largest_ptr,  # (R,) int32
+    candidates_ptr,  # (R, GROUPS) int32
     row_stride,
     num_columns,
-    INVERSE_TEMPERATURE: tl.constexpr,
+    inverse_temperature,
+    GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes the row maximum m of x = z / T, its column, the sum of exp(x - m) without it, and
-    the entropy."""
+    """Computes the row maximum m of x = z / T, its column, the sum of exp(x - m) without it, the
+    entropy, and the columns of GROUPS large entries of the row, the largest of BLOCK / GROUPS lanes
+    each."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     maximum = tl.full([BLOCK], EMPTY, tl.float32)
@@ -111,13 +128,15 @@ def stats_kernel(
     for start in range(0, num_columns, BLOCK):
         columns = start + lanes
         logits = load_logits(logits_ptr + row * row_stride, columns, num_columns)
-        x = scaled(logits, INVERSE_TEMPERATURE)
+        x = scaled(logits, inverse_temperature)
         maximum, largest, rest, energy = scan_tile(x, columns, maximum, largest, rest, energy)
     row_maximum, winner, row_rest, row_energy = merge_lanes(maximum, rest, energy, BLOCK)
     tl.store(maximum_ptr + row, row_maximum)
     tl.store(rest_ptr + row, row_rest)
     tl.store(entropy_ptr + row, log1p(row_rest) - row_energy / (1.0 + row_rest))
     tl.store(largest_ptr + row, tl.sum(tl.where(lanes == winner, largest, 0), axis=0))
+    candidates = largest_of_groups(maximum, largest, num_columns, GROUPS, BLOCK)
+    tl.store(candidates_ptr + row * GROUPS + tl.arange(0, GROUPS), candidates)
 
 
 @triton.jit
@@ -125,8 +144,8 @@ def target_stats(
     student_row_ptr,
     teacher_row_ptr,
     num_columns,
-    INTERPOLATION_WEIGHT: tl.constexpr,
-    INVERSE_TEMPERATURE: tl.constexpr,
+    interpolation_weight,
+    inverse_temperature,
     BLOCK: tl.constexpr,
 ):
     """Returns the maximum m of an interpolated target, and its sum of exp(x - m) without it."""
@@ -138,9 +157,9 @@ def target_stats(
     for start in range(0, num_columns, BLOCK):
         columns = start + lanes
         logits = load_target(
-            student_row_ptr, teacher_row_ptr, columns, num_columns, True, True, INTERPOLATION_WEIGHT
+            student_row_ptr, teacher_row_ptr, columns, num_columns, True, True, interpolation_weight
         )
-        x = scaled(logits, INVERSE_TEMPERATURE)
+        x = scaled(logits, inverse_temperature)
         maximum, largest, rest, energy = scan_tile(x, columns, maximum, largest, rest, energy)
     row_maximum, _, row_rest, _ = merge_lanes(maximum, rest, energy, BLOCK)
     return row_maximum, row_rest
@@ -159,10 +178,10 @@ def load_terms(
     inverse_teacher,
     interpolated,
     INTERPOLATE: tl.constexpr,
-    INTERPOLATION_WEIGHT: tl.constexpr,
+    interpolation_weight,
     DIVERGENCE: tl.constexpr,
-    JSD_WEIGHT: tl.constexpr,
-    INVERSE_TEMPERATURE: tl.constexpr,
+    jsd_weight,
+    inverse_temperature,
 ):
     """Loads a tile and returns its `pointwise` values."""
     student = load_logits(student_row_ptr, columns, num_columns)
@@ -173,17 +192,57 @@ def load_terms(
         num_columns,
         interpolated,
         INTERPOLATE,
-        INTERPOLATION_WEIGHT,
+        interpolation_weight,
     )
     return pointwise(
-        scaled(student, INVERSE_TEMPERATURE) - student_maximum,
-        scaled(teacher, INVERSE_TEMPERATURE) - teacher_maximum,
+        scaled(student, inverse_temperature) - student_maximum,
+        scaled(teacher, inverse_temperature) - teacher_maximum,
         log_ratio,
         inverse_student,
         inverse_teacher,
         DIVERGENCE,
-        JSD_WEIGHT,
+        jsd_weight,
     )
+
+
+@triton.jit
+def clipped_mass_at(
+    columns,
+    student_row_ptr,
+    teacher_row_ptr,
+    num_columns,
+    student_maximum,
+    teacher_maximum,
+    log_ratio,
+    inverse_student,
+    inverse_teacher,
+    interpolated,
+    clip,
+    INTERPOLATE: tl.constexpr,
+    interpolation_weight,
+    DIVERGENCE: tl.constexpr,
+    jsd_weight,
+    inverse_temperature,
+):
+    """Returns the target mass of those of the columns that are clipped."""
+    _p, q, _d, f, _gap, _left, _slope = load_terms(
+        student_row_ptr,
+        teacher_row_ptr,
+        columns,
+        num_columns,
+        student_maximum,
+        teacher_maximum,
+        log_ratio,
+        inverse_student,
+        inverse_teacher,
+        interpolated,
+        INTERPOLATE,
+        interpolation_weight,
+        DIVERGENCE,
+        jsd_weight,
+        inverse_temperature,
+    )
+    return tl.sum(tl.where(f > clip, q, 0.0), axis=0)
 
 
 @triton.jit
@@ -197,6 +256,7 @@ def loss_kernel(
     largest_ptr,  # (R,) int32, of the student
     teacher_maximum_ptr,  # (R,)
     teacher_rest_ptr,  # (R,)
+    candidates_ptr,  # (R, GROUPS) int32, of the teacher
     loss_ptr,  # (R,)
     divergence_ptr,  # (R,)
     clipped_mass_ptr,  # (R,)
@@ -204,25 +264,29 @@ def loss_kernel(
     teacher_stride,
     gradient_stride,
     num_columns,
+    interpolation_weight,
+    jsd_weight,
+    clip,  # inf for no clip
+    gradient_scale,
+    inverse_temperature,
     INTERPOLATE: tl.constexpr,
-    INTERPOLATION_WEIGHT: tl.constexpr,
     DIVERGENCE: tl.constexpr,
-    JSD_WEIGHT: tl.constexpr,
-    CLIP: tl.constexpr,  # inf for no clip
+    HAS_CLIP: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
-    GRADIENT_SCALE: tl.constexpr,
-    INVERSE_TEMPERATURE: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Computes loss, divergence and clipped mass of a row, and its gradient times GRADIENT_SCALE.
+    """Computes loss, divergence and clipped mass of a row, and its gradient times gradient_scale.
 
-    The gradient of the forward KL needs one number of the whole row, the unclipped target mass. It
-    is 1 where nothing is clipped. So the first loop already writes the gradient for that case, and
-    a second loop runs only for rows with a clipped entry. The other divergences always need both.
+    The gradient of the forward KL needs one number of the whole row, the target mass that is not
+    clipped. Clipped entries have a large target probability, so nearly always they are among the
+    teacher's candidates: the first loop writes the gradient for the mass that these predict. A
+    second loop runs for the rows whose clipped mass turns out to be another. The other divergences
+    always need both.
     """
-    HAS_CLIP: tl.constexpr = float("inf") > CLIP
-    GRADIENT_FACTOR: tl.constexpr = INVERSE_TEMPERATURE * GRADIENT_SCALE
-    NEEDS_CONSTANT: tl.constexpr = HAS_CLIP or DIVERGENCE != "forward_kl"
+    gradient_factor = inverse_temperature * gradient_scale
+    PREDICTS: tl.constexpr = WITH_GRADIENT and HAS_CLIP and DIVERGENCE == "forward_kl"
+    SUMS_CONSTANT: tl.constexpr = WITH_GRADIENT and DIVERGENCE != "forward_kl"
     row = tl.program_id(0).to(tl.int64)
     student_row_ptr = student_ptr + row * student_stride
     teacher_row_ptr = teacher_ptr + row * teacher_stride
@@ -239,8 +303,8 @@ def loss_kernel(
                 student_row_ptr,
                 teacher_row_ptr,
                 num_columns,
-                INTERPOLATION_WEIGHT,
-                INVERSE_TEMPERATURE,
+                interpolation_weight,
+                inverse_temperature,
                 BLOCK,
             )
     # A row without a finite logit on either side has loss 0.
@@ -249,6 +313,26 @@ def loss_kernel(
     inverse_teacher = tl.where(usable, 1.0 / (1.0 + teacher_rest), 0.0)
     log_ratio = log_ratio_of(student_rest, teacher_rest)
     largest = tl.load(largest_ptr + row)
+    predicted_mass = 0.0
+    if PREDICTS:
+        predicted_mass = clipped_mass_at(
+            tl.load(candidates_ptr + row * GROUPS + tl.arange(0, GROUPS)),
+            student_row_ptr,
+            teacher_row_ptr,
+            num_columns,
+            student_maximum,
+            teacher_maximum,
+            log_ratio,
+            inverse_student,
+            inverse_teacher,
+            interpolated,
+            clip,
+            INTERPOLATE,
+            interpolation_weight,
+            DIVERGENCE,
+            jsd_weight,
+            inverse_temperature,
+        )
 
     loss = tl.zeros([BLOCK], tl.float32)
     divergence = tl.zeros([BLOCK], tl.float32)
@@ -269,20 +353,21 @@ def loss_kernel(
             inverse_teacher,
             interpolated,
             INTERPOLATE,
-            INTERPOLATION_WEIGHT,
+            interpolation_weight,
             DIVERGENCE,
-            JSD_WEIGHT,
-            INVERSE_TEMPERATURE,
+            jsd_weight,
+            inverse_temperature,
         )
-        clipped = f > CLIP
+        clipped = f > clip
         divergence += gap
         if HAS_CLIP:
-            loss += tl.where(clipped, CLIP - left, gap)
+            loss += tl.where(clipped, clip - left, gap)
             clipped_mass += tl.where(clipped, q, 0.0)
-        if WITH_GRADIENT and NEEDS_CONSTANT:
+        if SUMS_CONSTANT:
             constant += constant_term(p, q, d, slope, clipped, DIVERGENCE)
         if WITH_GRADIENT and DIVERGENCE == "forward_kl":
-            gradient = (p - q) * GRADIENT_FACTOR
+            gradient = gradient_of(p, q, d, slope, clipped, 1.0 - predicted_mass, DIVERGENCE)
+            gradient *= gradient_factor
             inside = columns < num_columns
             total += tl.where(inside & (columns != largest), gradient, 0.0)
             tl.store(gradient_row_ptr + columns, gradient, mask=inside)
@@ -295,9 +380,12 @@ def loss_kernel(
         tl.store(loss_ptr + row, tl.sum(loss, axis=0))
     else:
         tl.store(loss_ptr + row, row_divergence)
-    if WITH_GRADIENT and NEEDS_CONSTANT:
+    if PREDICTS or SUMS_CONSTANT:
         row_constant = tl.sum(constant, axis=0)
-        if (DIVERGENCE != "forward_kl") | (row_clipped_mass > 0.0):
+        if PREDICTS:
+            row_constant = 1.0 - row_clipped_mass
+        missed = tl.abs(row_clipped_mass - predicted_mass) > MISSED_SHARE * row_clipped_mass
+        if SUMS_CONSTANT | missed:
             total = tl.zeros([BLOCK], tl.float32)
             for start in range(0, num_columns, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
@@ -313,14 +401,14 @@ def loss_kernel(
                     inverse_teacher,
                     interpolated,
                     INTERPOLATE,
-                    INTERPOLATION_WEIGHT,
+                    interpolation_weight,
                     DIVERGENCE,
-                    JSD_WEIGHT,
-                    INVERSE_TEMPERATURE,
+                    jsd_weight,
+                    inverse_temperature,
                 )
-                clipped = f > CLIP
+                clipped = f > clip
                 gradient = gradient_of(p, q, d, slope, clipped, row_constant, DIVERGENCE)
-                gradient *= GRADIENT_FACTOR
+                gradient *= gradient_factor
                 inside = columns < num_columns
                 total += tl.where(inside & (columns != largest), gradient, 0.0)
                 tl.store(gradient_row_ptr + columns, gradient, mask=inside)
@@ -341,21 +429,21 @@ def logprobs_gradient_kernel(
     row_stride,
     gradient_stride,
     num_columns,
-    GRADIENT_SCALE: tl.constexpr,
-    INVERSE_TEMPERATURE: tl.constexpr,
+    gradient_scale,
+    inverse_temperature,
     BLOCK: tl.constexpr,
 ):
-    """Computes (one_hot(token) - p) / T, times GRADIENT_SCALE."""
+    """Computes (one_hot(token) - p) / T, times gradient_scale."""
     row = tl.program_id(0).to(tl.int64)
     gradient_row_ptr = gradient_ptr + row * gradient_stride
     maximum = tl.load(maximum_ptr + row)
-    scale = -INVERSE_TEMPERATURE * GRADIENT_SCALE / (1.0 + tl.load(rest_ptr + row))
+    scale = -inverse_temperature * gradient_scale / (1.0 + tl.load(rest_ptr + row))
     token = tl.load(token_ids_ptr + row)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         logits = load_logits(logits_ptr + row * row_stride, columns, num_columns)
-        gradient = tl.exp(scaled(logits, INVERSE_TEMPERATURE) - maximum) * scale
+        gradient = tl.exp(scaled(logits, inverse_temperature) - maximum) * scale
         inside = columns < num_columns
         total += tl.where(inside & (columns != token), gradient, 0.0)
         tl.store(gradient_row_ptr + columns, gradient, mask=inside)

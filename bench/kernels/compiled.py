@@ -69,8 +69,8 @@ class Launch(NamedTuple):
     """keyword arguments, and num_warps"""
 
     def source(self) -> ASTSource:
-        """Returns the source with the types of a launch; arguments that 16 divides are specialised
-        as such."""
+        """Returns the source with the types of a launch; pointers and integers that 16 divides are
+        specialised as such."""
         settings = {name: self.settings[name] for name in self.settings if name != "num_warps"}
         names = self.kernel.arg_names
         values = dict(zip(names, self.arguments, strict=False)) | settings
@@ -82,6 +82,8 @@ class Launch(NamedTuple):
                 signature[name], constants[name] = "constexpr", value
                 continue
             signature[name] = mangle_type(value)
+            if isinstance(value, float):
+                continue
             if (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constants, attributes)
@@ -202,9 +204,14 @@ def widest_on_amd(assembly: str) -> dict[str, int]:
 
 
 def tile_bytes(ttir: str, access: str) -> int:
-    """Returns the bytes per column over all loads, or all stores, of a tile."""
-    pointers = re.findall(rf"tt\.{access} .*tensor<\d+x!tt\.ptr<[a-z]+(\d+)>>", ttir)
-    return sum(int(bits) // 8 for bits in pointers)
+    """Returns the bytes per column over all loads, or all stores, of a tile. A row's candidates are
+    fewer than a tile's columns."""
+    pointers = re.findall(r"tt\.(load|store) .*tensor<(\d+)x!tt\.ptr<[a-z]+(\d+)>>", ttir)
+    tile = max(int(columns) for _, columns, _ in pointers)
+    found = [
+        int(bits) // 8 for kind, columns, bits in pointers if (kind, int(columns)) == (access, tile)
+    ]
+    return sum(found)
 
 
 def row_offsets_are_64bit(ttir: str) -> bool:

@@ -118,6 +118,8 @@ class Row(NamedTuple):
 
     clipped: bool
     interpolated: bool
+    missed: bool = False
+    """a clipped entry that is not among the candidates, so that the row is read once more"""
 
     @property
     def name(self) -> str:
@@ -128,8 +130,14 @@ class Row(NamedTuple):
 def rows_of(variant: Variant) -> list[Row]:
     if variant.kernel != "loss_kernel":
         return [Row(False, False)]
-    clips = (False,) if variant.clip is None else (False, True)
-    return [Row(clip, mark) for clip in clips for mark in (False, True)[: 1 + variant.interpolates]]
+    predicts = variant.divergence == "forward_kl" and variant.gradient is not None
+    clips = [(False, False), (True, False), (True, True)][: 1 if variant.clip is None else 3]
+    return [
+        Row(clipped, interpolated, missed)
+        for clipped, missed in clips
+        for interpolated in (False, True)[: 1 + variant.interpolates]
+        if predicts or not missed
+    ]
 
 
 def call_launcher(variant: Variant, shape: tuple[int, int], row: Row) -> Tensor | None:
@@ -138,7 +146,10 @@ def call_launcher(variant: Variant, shape: tuple[int, int], row: Row) -> Tensor 
     student = torch.randn(shape, generator=generator)
     teacher = student + 0.01 * torch.randn(shape, generator=generator)
     if row.clipped:  # f is large where the KL's first argument has mass that the other lacks
-        (teacher if variant.divergence == "forward_kl" else student)[:, 7] += 20.0
+        first = teacher if variant.divergence == "forward_kl" else student
+        first[:, 7] += 20.0
+        if row.missed:  # of the same group, whose largest entry alone is a candidate
+            first[:, 7 + backend.GROUPS] += 19.0
     student, teacher = student.to(variant.logits), teacher.to(variant.logits)
     gradient = None if variant.gradient is None else torch.empty(shape, dtype=variant.gradient)
     temperature = variant.settings.temperature
