@@ -135,31 +135,66 @@ def logit_formats_table(result: Result) -> str:
     return f"{markdown(header, rows)}\n\n{caption}"
 
 
+def _floor_devices(result: Result) -> str:
+    return "; ".join(
+        f"{device['name']} {device['flops_per_s'] / 1e12:.0f} TFLOP/s and "
+        f"{device['bytes_per_s'] / 1e12:.1f} TB/s"
+        for device in result["devices"]
+    )
+
+
 def floor_table(result: Result) -> str:
-    """Returns a table of counted products and bytes, and the predicted time."""
+    """Returns a table of counted products and bytes, and the predicted time, of the first case."""
     header = ["", "rows per chunk", "three products", "row kernels", "other", "predicted", "ratio"]
     header.append("extra memory")
+    first, share = result["cases"][0], min(row["clipped_share"] for row in result["rows"])
     rows = [
         [
             f"Qwen3 {row['model'].upper()}, {row['device']}",
             number(row["rows_per_chunk"], 0),
             *(
                 f"{row[key] * 1e3:.0f} ms"
-                for key in ("gemms_s", "rows_s", "other_s", "predicted_s")
+                for key in ("products_s", "rows_s", "other_s", "predicted_s")
             ),
             f"{row['ratio_to_floor']:.2f}",
             f"{row['extra_bytes'] / 1e9:.1f} GB",
         ]
         for row in result["rows"]
+        if row["case"] == first and not row["trainable"] and row["clipped_share"] == share
     ]
-    devices = "; ".join(
-        f"{device['name']} {device['flops_per_s'] / 1e12:.0f} TFLOP/s and "
-        f"{device['bytes_per_s'] / 1e12:.1f} TB/s"
-        for device in result["devices"]
-    )
     caption = (
         f"Counted, not measured: N {result['num_tokens']:,}, V {result['vocab_size']:,}, rollouts "
-        f"of {result['rollout_tokens']:,} tokens, frozen bfloat16 head; {devices}; by "
+        f"{first}, {share:.0%} of rows clipped, frozen bfloat16 head; {_floor_devices(result)}; by "
+        "`python -m bench.floor`."
+    )
+    return f"{markdown(header, rows)}\n\n{caption}"
+
+
+def floor_lengths_table(result: Result) -> str:
+    """Returns the predicted time as a multiple of the bare products, by rollout lengths."""
+    shares = sorted({row["clipped_share"] for row in result["rows"]})
+    columns = [(trainable, share) for trainable in (False, True) for share in shares]
+    header = ["", "rollout lengths", "rows again"]
+    header += [
+        f"{'trainable' if trainable else 'frozen'}, {share:.0%} clipped"
+        for trainable, share in columns
+    ]
+    lines: dict[tuple[str, str, str], dict[tuple[bool, float], Result]] = {}
+    for row in result["rows"]:
+        line = lines.setdefault((row["device"], row["model"], row["case"]), {})
+        line[row["trainable"], row["clipped_share"]] = row
+    rows = [
+        [
+            f"Qwen3 {model.upper()}, {device}",
+            case,
+            number(line[columns[0]]["rows_redone"], 0),
+            *(f"{line[column]['ratio_to_floor']:.2f}" for column in columns),
+        ]
+        for (device, model, case), line in lines.items()
+    ]
+    caption = (
+        f"Predicted time over that of the bare products, three with a frozen head and four with a "
+        f"trainable one; N {result['num_tokens']:,}, V {result['vocab_size']:,}; by "
         "`python -m bench.floor`."
     )
     return f"{markdown(header, rows)}\n\n{caption}"

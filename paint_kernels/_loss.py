@@ -1,9 +1,9 @@
 """The loop over token chunks that every backend shares: no (N, V) tensor outlives a chunk.
 
-Which positions are interpolated depends on the entropies of a whole rollout. In a chunk of whole
-rollouts they are computed before the losses. For a rollout split over chunks they are known only
-after its last piece: its rows are first computed with the teacher's own target, and the selected
-ones (3%) again with the interpolated target.
+Which positions are interpolated depends on the entropies of a whole rollout, which are known in the
+chunk of its last row. There they are computed before the losses. The rows of a rollout that lie in
+earlier chunks are first computed with the teacher's own target, and the selected ones (3%) again
+with the interpolated target.
 """
 
 from __future__ import annotations
@@ -36,12 +36,17 @@ if TYPE_CHECKING:
 
 
 def finds_statistics_first(settings: LossSettings) -> bool:
-    """Returns whether a chunk of whole rollouts selects its positions before it computes its
-    losses.
+    """Returns whether a chunk selects the positions of the rollouts that end in it before it
+    computes its losses.
 
     In PyTorch this would exponentiate every row twice, which costs more than computing 3% again.
     """
     return settings.backend == "triton" and settings.interpolates
+
+
+def knows_ends(chunks: list[Chunk], settings: LossSettings) -> bool:
+    """Returns whether the positions are selected chunk by chunk, and not after the last one."""
+    return finds_statistics_first(settings) and all(chunk.ended is not None for chunk in chunks)
 
 
 @dataclass
@@ -90,22 +95,26 @@ class ChunkRows:
             self.gradient.zero_().scatter_(1, self.largest, written)
         return values
 
-    def keep_gradient(self) -> None:
+    def keep_gradient(self, before: Float[Tensor, "R V"] | None = None) -> None:
         if self.gradient is not None:
-            self.source.keep_gradient(self.rows, self.gradient)
+            self.source.keep_gradient(self.rows, self.gradient, before)
 
 
-def select_in_chunk(
-    chunk: Chunk,
-    ratio: Float[Tensor, " R"],
-    cu_seqlens: Int[Tensor, " B+1"],
-    settings: LossSettings,
+def select_ended(
+    chunk: Chunk, values: TokenValues, cu_seqlens: Int[Tensor, " B+1"], settings: LossSettings
 ) -> Bool[Tensor, " R"]:
-    if settings.top_fraction == 1:
-        return torch.ones_like(ratio, dtype=torch.bool)
-    assert chunk.rollouts is not None
-    bounds = cu_seqlens[chunk.rollouts.start : chunk.rollouts.stop + 1]
-    return select_top_fraction(ratio, bounds - bounds[0], settings.top_fraction)
+    """Selects the positions of the rollouts that end in the chunk, in all their rows. Returns the
+    selection in the chunk's rows."""
+    assert chunk.ended is not None
+    if chunk.span.start == chunk.span.stop:
+        return values.selected[chunk.rows]
+    _, _, student_entropy, teacher_entropy, _, _ = values.table
+    span, bounds = chunk.span, cu_seqlens[chunk.ended.start : chunk.ended.stop + 1]
+    ratio = entropy_ratio(
+        teacher_entropy[span], student_entropy[span], entropy_floor=settings.entropy_floor
+    )
+    values.selected[span] = select_top_fraction(ratio, bounds - bounds[0], settings.top_fraction)
+    return values.selected[chunk.rows]
 
 
 def run_loss(
@@ -116,30 +125,33 @@ def run_loss(
 ) -> TokenValues:
     """Computes all token values. The gradients stay in the source."""
     table = torch.empty(6, source.num_rows, dtype=source.dtype, device=source.device)
+    selected = torch.zeros(source.num_rows, dtype=torch.bool, device=source.device)
+    values = TokenValues(table, selected)
     token_loss, token_kl, student_entropy, teacher_entropy, ratio, clipped_mass = table
     device_bounds = cu_seqlens.to(source.device, non_blocking=True)
     everywhere = settings.interpolates and settings.top_fraction == 1
+    known = knows_ends(chunks, settings)
     for chunk in chunks:
         rows, interpolated = chunk.rows, None
         part = ChunkRows(source, rows, settings)
-        if everywhere or (chunk.rollouts is not None and finds_statistics_first(settings)):
+        if everywhere or known:
             student_entropy[rows], teacher_entropy[rows] = part.find_entropies()
-            chunk_ratio = entropy_ratio(
-                teacher_entropy[rows], student_entropy[rows], entropy_floor=settings.entropy_floor
-            )
-            interpolated = select_in_chunk(chunk, chunk_ratio, device_bounds, settings)
-        values = part.losses(interpolated)
-        token_loss[rows], token_kl[rows] = values.token_loss, values.token_kl
-        clipped_mass[rows] = values.clipped_mass
+        if everywhere:
+            interpolated = torch.ones_like(selected[rows])
+        elif known:
+            interpolated = select_ended(chunk, values, device_bounds, settings)
+        found = part.losses(interpolated)
+        token_loss[rows], token_kl[rows] = found.token_loss, found.token_kl
+        clipped_mass[rows] = found.clipped_mass
         if interpolated is None:
-            student_entropy[rows] = values.student_entropy
-            teacher_entropy[rows] = values.target_entropy
+            student_entropy[rows] = found.student_entropy
+            teacher_entropy[rows] = found.target_entropy
         part.keep_gradient()
     ratio.copy_(
         entropy_ratio(teacher_entropy, student_entropy, entropy_floor=settings.entropy_floor)
     )
-    selected = select_top_fraction(ratio, device_bounds, settings.top_fraction)
-    values = TokenValues(table, selected)
+    if everywhere or not known:
+        selected.copy_(select_top_fraction(ratio, device_bounds, settings.top_fraction))
     if settings.interpolates and not everywhere:
         redo_selected(source, chunks, cu_seqlens, settings, values)
     source.finish()
@@ -152,41 +164,40 @@ def rows_to_redo(
     selected: Bool[Tensor, " N"],
     settings: LossSettings,
 ) -> Int[Tensor, " S"]:
-    """Returns the selected rows of the rollouts that were split over chunks.
+    """Returns the selected rows that were computed before their selection was known.
 
-    On a GPU their number is not read, because the host would wait. It follows from the bounds if
-    those are on the host. Otherwise the list has the largest possible length, and rows that are not
-    selected fill it up: computing them again gives the same result.
+    On a GPU their number is not read, because the host would wait. The list has the largest length
+    that it can have, and rows that are not selected fill it up: computing them again gives the same
+    result.
     """
-    in_pieces = selected
-    if finds_statistics_first(settings):
-        in_pieces = selected.clone()
+    early = selected
+    if knows_ends(chunks, settings):
+        early = torch.zeros_like(selected)
         for chunk in chunks:
-            if chunk.rollouts is not None:
-                in_pieces[chunk.rows] = False
+            start = chunk.span.start
+            early[start : start + chunk.early_rows] = True
+        early &= selected
     if selected.device.type == "cpu":
-        return in_pieces.nonzero()[:, 0]
-    host_bounds = cu_seqlens.device.type == "cpu"
-    return selected_first(in_pieces, chunks, cu_seqlens, settings, host_bounds)
+        return early.nonzero()[:, 0]
+    return selected_first(early, most_early(chunks, cu_seqlens, len(selected), settings))
 
 
-def selected_first(
-    selected: Bool[Tensor, " N"],
-    chunks: list[Chunk],
-    cu_seqlens: Int[Tensor, " B+1"],
-    settings: LossSettings,
-    host_bounds: bool,
-) -> Int[Tensor, " S"]:
-    """Returns as many rows as can be selected, the selected ones first, without reading
-    `selected`."""
-    num_rollouts = len(cu_seqlens) - 1
-    count = min(len(selected), math.ceil(settings.top_fraction * len(selected)) + num_rollouts)
-    if host_bounds:
-        counts = selected_counts(cu_seqlens.diff(), settings.top_fraction)
-        for chunk in chunks:
-            if chunk.rollouts is not None:
-                counts[chunk.rollouts] = 0
-        count = int(counts.sum())
+def most_early(
+    chunks: list[Chunk], cu_seqlens: Int[Tensor, " B+1"], num_rows: int, settings: LossSettings
+) -> int:
+    """Returns the largest number of rows that `rows_to_redo` can have to return, from what the host
+    knows."""
+    if not knows_ends(chunks, settings):
+        num_rollouts = len(cu_seqlens) - 1
+        return min(num_rows, math.ceil(settings.top_fraction * num_rows) + num_rollouts)
+    counts = selected_counts(cu_seqlens.diff(), settings.top_fraction).tolist()
+    # Only the first of the rollouts that end in a chunk can begin before it.
+    pairs = [(chunk.ended, chunk.early_rows) for chunk in chunks if chunk.early_rows]
+    return sum(min(counts[ended.start], rows) for ended, rows in pairs if ended is not None)
+
+
+def selected_first(selected: Bool[Tensor, " N"], count: int) -> Int[Tensor, " S"]:
+    """Returns `count` rows, the selected ones first, without reading `selected`."""
     return torch.sort(selected.to(torch.uint8), descending=True, stable=True).indices[:count]
 
 
@@ -197,23 +208,23 @@ def redo_selected(
     settings: LossSettings,
     values: TokenValues,
 ) -> None:
-    """Computes the selected rows of split rollouts again, with the interpolated target."""
-    if finds_statistics_first(settings) and all(chunk.rollouts is not None for chunk in chunks):
+    """Computes the selected rows that came too early again, with the interpolated target."""
+    if knows_ends(chunks, settings) and not any(chunk.early_rows for chunk in chunks):
         return
     redone = rows_to_redo(chunks, cu_seqlens, values.selected, settings)
     for piece in row_slices(len(redone), source.rows_per_chunk):
-        rows = redone[piece]
+        rows, before = redone[piece], None
         if source.with_weight_gradient:
             old = ChunkRows(source, rows, settings)
             old.losses(None)
             assert old.gradient is not None
-            source.add_weight_gradient(rows, old.gradient, -1.0)
+            before = old.gradient.clone()
         part = ChunkRows(source, rows, settings)
         new = part.losses(values.selected[rows])
         token_loss, token_kl, _, _, _, clipped_mass = values.table
         token_loss[rows], token_kl[rows] = new.token_loss, new.token_kl
         clipped_mass[rows] = new.clipped_mass
-        part.keep_gradient()
+        part.keep_gradient(before)
 
 
 def run_weight_gradient(

@@ -133,11 +133,9 @@ class GradientProduct:
             # Twice, because a product of two rounded factors can pass the next power of two.
             self.hidden_scale = LARGEST_HALF / (2 * power_of_two_below(largest))
 
-    def head(
-        self, gradient: Float[Tensor, "R V"], rows: slice | Tensor, sign: float, out: Tensor
-    ) -> None:
-        """Adds sign * gradient.T @ (token weights * hidden states), over these rows, to `out`."""
-        weights = self.token_weights[rows, None] * sign
+    def head(self, gradient: Float[Tensor, "R V"], rows: slice | Tensor, out: Tensor) -> None:
+        """Adds gradient.T @ (token weights * hidden states), over these rows, to `out`."""
+        weights = self.token_weights[rows, None]
         hidden_states = self.hidden_states[rows].to(self.result_dtype) * weights
         if self.in_half:
             half = (hidden_states * self.hidden_scale).to(torch.float16)

@@ -68,8 +68,8 @@ def paint_loss(
     teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
     vocab_size, hidden_size = lm_head_weight.shape
     most = most_rows(vocab_size, hidden_size, lm_head_weight.device)
-    whole = _loss.finds_statistics_first(settings)
-    chunks = plan_chunks(cu_seqlens, len(student_hidden_states), most, whole=whole)
+    full = _loss.finds_statistics_first(settings)
+    chunks = plan_chunks(cu_seqlens, len(student_hidden_states), most, full=full)
     with no_autocast(student_hidden_states):
         source = HiddenSource(
             (student_hidden_states, lm_head_weight),
@@ -207,8 +207,8 @@ def paint_loss_from_logits(
     row_major = student_logits.stride(1) == teacher_logits.stride(1) == 1
     if settings.backend == "torch" or settings.teacher_top_k is not None or not row_major:
         most = most_rows(vocab_size, vocab_size, student_logits.device)
-    whole = _loss.finds_statistics_first(settings)
-    chunks = plan_chunks(cu_seqlens, num_rows, most, whole=whole)
+    full = _loss.finds_statistics_first(settings)
+    chunks = plan_chunks(cu_seqlens, num_rows, most, full=full)
     source = LogitsSource(
         student_logits,
         teacher_logits,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import bisect
 import math
 from typing import NamedTuple
 
@@ -14,14 +14,26 @@ CPU_CHUNK_ELEMENTS = 2**24
 GPU_MIN_CHUNK_ROWS, GPU_MAX_CHUNK_ROWS = 1024, 2048
 GEMM_TILE = (128, 256)
 """rows and columns of the result that one multiprocessor computes in a large half-precision GEMM"""
+HEAD_GROUP_ROWS = 8192
+"""rows of one half-precision product with the hidden states. Each reads and writes the head's whole
+gradient, 2.5 GB for Qwen3 8B; the float16 gradients of a group take as much. A float32 product
+itself takes longer than that traffic."""
 UNKNOWN_MULTIPROCESSORS = 132
 """an H100's, assumed where there is no GPU to ask (Triton's interpreter)"""
 
 
 class Chunk(NamedTuple):
     rows: slice
-    rollouts: slice | None
-    """the whole rollouts in the chunk, by their place in cu_seqlens; None for pieces of rollouts"""
+    ended: slice | None
+    """the rollouts whose last row is in the chunk, by their place in cu_seqlens; None where the
+    bounds are not known on the host"""
+    span: slice
+    """the rows of those rollouts, which may begin in an earlier chunk; empty if there are none"""
+
+    @property
+    def early_rows(self) -> int:
+        """The number of rows in `span` that lie in earlier chunks."""
+        return max(0, min(self.rows.start, self.span.stop) - self.span.start)
 
 
 def most_rows(vocab_size: int, hidden_size: int, device: torch.device) -> int:
@@ -53,32 +65,29 @@ def row_slices(num_rows: int, most: int) -> list[slice]:
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
-def plan_chunks(cu_seqlens: Tensor, num_rows: int, most: int, *, whole: bool) -> list[Chunk]:
-    """Divides the rows into chunks of at most `most`.
+def plan_chunks(cu_seqlens: Tensor, num_rows: int, most: int, *, full: bool) -> list[Chunk]:
+    """Divides the rows into chunks of at most `most`, wherever the rollouts begin and end.
 
-    With `whole`, a chunk takes as many consecutive rollouts as fit, and only longer ones are split.
-    That needs the values of the bounds, which are read on the CPU alone, where it does not wait.
-    With bounds on a GPU the rows are split anywhere, unless one chunk takes them all.
+    full: every chunk but the last has `most` rows, with which the product back to the hidden states
+        keeps every multiprocessor busy, whatever the lengths. Otherwise all have about the same
+        size. The bounds are read on the CPU alone, where that does not wait; with bounds on a GPU
+        it is not known where rollouts end, unless one chunk has them all.
     """
-    num_rollouts = len(cu_seqlens) - 1
-    if whole and num_rows <= most:
-        return [Chunk(slice(0, num_rows), slice(0, num_rollouts))]
-    if not whole or cu_seqlens.device.type != "cpu":
-        return [Chunk(rows, None) for rows in row_slices(num_rows, most)]
+    slices = row_slices(num_rows, most)
+    if full:
+        starts = range(0, num_rows, max(1, most))
+        slices = [slice(start, min(start + most, num_rows)) for start in starts]
+    if full and len(slices) == 1:
+        return [Chunk(slices[0], slice(0, len(cu_seqlens) - 1), slices[0])]
+    if not full or cu_seqlens.device.type != "cpu":
+        return [Chunk(rows, None, slice(0, 0)) for rows in slices]
     bounds = cu_seqlens.tolist()
-    chunks: list[Chunk] = []
-    first = 0
-    for index, (start, end) in enumerate(itertools.pairwise(bounds)):
-        if end - bounds[first] > most and index > first:
-            chunks.append(Chunk(slice(bounds[first], start), slice(first, index)))
-            first = index
-        if end - start > most:
-            for rows in row_slices(end - start, most):
-                chunks.append(Chunk(slice(start + rows.start, start + rows.stop), None))
-            first = index + 1
-    if first < num_rollouts:
-        chunks.append(Chunk(slice(bounds[first], num_rows), slice(first, num_rollouts)))
-    return [chunk for chunk in chunks if chunk.rows.stop > chunk.rows.start]
+    chunks = []
+    for rows in slices:
+        first = bisect.bisect_right(bounds, rows.start, lo=1) - 1
+        stop = bisect.bisect_right(bounds, rows.stop, lo=1) - 1
+        chunks.append(Chunk(rows, slice(first, stop), slice(bounds[first], bounds[stop])))
+    return chunks
 
 
 def largest_chunk(chunks: list[Chunk]) -> int:

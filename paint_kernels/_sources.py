@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paint_kernels._matmul import GradientProduct, compute_dtype, project
+from paint_kernels._plan import HEAD_GROUP_ROWS
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -35,7 +36,8 @@ class HiddenSource:
     """Computes logits from hidden states and heads, and keeps the gradients by the student's.
 
     Rows of `grad_hidden` belong to each token's unweighted loss, in float32 or better; the upstream
-    gradient scales them later. `grad_weight` is weighted by `token_weights`.
+    gradient scales them later. `grad_weight` is weighted by `token_weights`. The gradients by the
+    logits of several chunks are kept for it, in `gradient_buffer`, until they make a group.
     """
 
     def __init__(
@@ -63,9 +65,13 @@ class HiddenSource:
         self.logits_buffer = chunk_buffer(2 * size[0], size[1], self.dtype, self.device, backend)
         self.product = GradientProduct(*student, temperature, self.dtype)
         # PyTorch writes a row's gradient after it has read its logits, Triton while it reads them.
-        self.gradient_buffer = self.logits_buffer
+        self.gradient_buffer, self.group_rows = self.logits_buffer, rows_per_chunk
         if self.with_gradient and (backend == "triton" or self.product.dtype != self.dtype):
+            if with_weight_gradient and self.product.in_half:
+                self.group_rows = max(rows_per_chunk, min(HEAD_GROUP_ROWS, self.num_rows))
+            size = (self.group_rows, self.vocab_size)
             self.gradient_buffer = chunk_buffer(*size, self.product.dtype, self.device, backend)
+        self.group = slice(0, 0)
         self.gradient_scale = self.product.scale
         self.grad_hidden = self.student_hidden.new_empty(0, dtype=self.dtype)
         if with_hidden_gradient:
@@ -91,9 +97,25 @@ class HiddenSource:
 
     def gradient(self, rows: Rows, num_rows: int) -> Float[Tensor, "R V"] | None:
         """Returns the buffer for the gradient by the logits of these rows."""
-        return self.gradient_buffer[:num_rows] if self.with_gradient else None
+        if not self.with_gradient:
+            return None
+        kept = self.group.stop - self.group.start
+        follows = isinstance(rows, slice) and rows.start == self.group.stop
+        if not follows or kept + num_rows > self.group_rows:
+            self.add_group()
+            kept = 0
+        return self.gradient_buffer[kept : kept + num_rows]
 
-    def keep_gradient(self, rows: Rows, gradient: Float[Tensor, "R V"]) -> None:
+    def keep_gradient(
+        self,
+        rows: Rows,
+        gradient: Float[Tensor, "R V"],
+        before: Float[Tensor, "R V"] | None = None,
+    ) -> None:
+        """Takes the gradient by the logits of these rows.
+
+        before: what was kept for the same rows earlier, where `grad_weight` has it already.
+        """
         if self.with_hidden_gradient:
             if isinstance(rows, slice):
                 self.product.hidden(gradient, out=self.grad_hidden[rows])
@@ -101,14 +123,28 @@ class HiddenSource:
                 back = self.grad_hidden.new_empty(len(rows), self.grad_hidden.shape[1])
                 self.product.hidden(gradient, out=back)
                 self.grad_hidden[rows] = back
-        self.add_weight_gradient(rows, gradient, 1.0)
+        if not self.with_weight_gradient:
+            return
+        if isinstance(rows, slice):
+            is_first = self.group.start == self.group.stop
+            self.group = slice(rows.start if is_first else self.group.start, rows.stop)
+            if self.gradient_buffer is self.logits_buffer:
+                self.add_group()
+        else:
+            change = gradient if before is None else gradient.sub_(before)
+            self.product.head(change, rows, out=self.grad_weight)
 
-    def add_weight_gradient(self, rows: Rows, gradient: Float[Tensor, "R V"], sign: float) -> None:
-        if self.with_weight_gradient:
-            self.product.head(gradient, rows, sign, out=self.grad_weight)
+    def add_group(self) -> None:
+        """Adds the share of the rows whose gradients are kept to `grad_weight`."""
+        kept = self.group.stop - self.group.start
+        if kept:
+            self.product.head(self.gradient_buffer[:kept], self.group, out=self.grad_weight)
+        self.group = slice(self.group.stop, self.group.stop)
 
     def finish(self) -> None:
-        """Divides the gradients by the scale that they were accumulated in."""
+        """Adds what is kept, and divides the gradients by the scale that they were accumulated
+        in."""
+        self.add_group()
         if self.with_hidden_gradient:
             self.product.unscale_hidden(self.grad_hidden)
         if self.with_weight_gradient:
@@ -151,12 +187,14 @@ class LogitsSource:
             return self.grad_logits[rows]
         return self.grad_logits.new_empty(num_rows, self.vocab_size)
 
-    def keep_gradient(self, rows: Rows, gradient: Float[Tensor, "R V"]) -> None:
+    def keep_gradient(
+        self,
+        rows: Rows,
+        gradient: Float[Tensor, "R V"],
+        before: Float[Tensor, "R V"] | None = None,
+    ) -> None:
         if not isinstance(rows, slice):
             self.grad_logits[rows] = gradient
-
-    def add_weight_gradient(self, rows: Rows, gradient: Float[Tensor, "R V"], sign: float) -> None:
-        raise AssertionError("logits have no head")
 
     def finish(self) -> None:
         pass

@@ -116,6 +116,6 @@ def run_logprobs_weight_gradient(
         row_functions(backend).row_logprobs(
             logits, token_ids[rows], temperature, gradient, gradient_scale=gradients.product.scale
         )
-        gradients.product.head(gradient, rows, 1.0, out=grad_weight)
+        gradients.product.head(gradient, rows, out=grad_weight)
     gradients.product.unscale_head(grad_weight)
     return grad_weight

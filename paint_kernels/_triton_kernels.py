@@ -98,7 +98,7 @@ def largest_of_groups(maximum, largest, num_columns, GROUPS: tl.constexpr, BLOCK
     values = tl.reshape(maximum, [BLOCK // GROUPS, GROUPS])
     columns = tl.reshape(largest, [BLOCK // GROUPS, GROUPS])
     top = tl.max(values, axis=0)
-    column = tl.min(tl.where(values == top[None, :], columns, num_columns), axis=0)
+    column = tl.min(tl.where(values == tl.expand_dims(top, 0), columns, num_columns), axis=0)
     return tl.where(top == EMPTY, num_columns, column)
 
 

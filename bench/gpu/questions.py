@@ -294,7 +294,7 @@ def graph(job: Job) -> dict[str, Any]:
     inputs, rows = chunk_inputs(job.device, 1)
     source = source_of(inputs, rows)
     bounds = inputs.cu_seqlens.to(job.device)
-    chunks = [Chunk(slice(0, rows), slice(0, len(bounds) - 1))]
+    chunks = [Chunk(slice(0, rows), slice(0, len(bounds) - 1), slice(0, rows))]
 
     def work() -> None:
         _loss.run_loss(source, chunks, bounds, SETTINGS)

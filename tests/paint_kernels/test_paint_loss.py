@@ -244,7 +244,7 @@ def test_no_tensor_of_the_size_of_the_logits(build):
     with LargestTensor() as largest:
         settings = LossSettings(backend="torch")
         most = _plan.most_rows(300, 16, torch.device("cpu"))
-        chunks = _plan.plan_chunks(batch.cu_seqlens, 100, most, whole=False)
+        chunks = _plan.plan_chunks(batch.cu_seqlens, 100, most, full=False)
         source = HiddenSource(
             (batch.student.detach(), batch.weight),
             (batch.teacher, batch.weight),

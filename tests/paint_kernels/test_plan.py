@@ -1,4 +1,4 @@
-"""Chunks: every row once, whole rollouts together where they fit, nothing read on a GPU."""
+"""Chunks: every row once, full ones at any mixture of lengths, nothing read on a GPU."""
 
 import itertools
 
@@ -13,51 +13,54 @@ from paint_kernels._plan import most_rows, plan_chunks, row_slices
 
 @settings(deadline=None, derandomize=True, max_examples=200)
 @given(
-    lengths=st.lists(st.integers(0, 30), max_size=12), most=st.integers(1, 40), whole=st.booleans()
+    lengths=st.lists(st.integers(0, 30), max_size=12), most=st.integers(1, 40), full=st.booleans()
 )
-def test_every_row_once_and_whole_rollouts_where_they_fit(lengths, most, whole):
+def test_every_row_once_and_every_rollout_ends_once(lengths, most, full):
     bounds = list(itertools.accumulate(lengths, initial=0))
-    chunks = plan_chunks(torch.tensor(bounds), bounds[-1], most, whole=whole)
+    chunks = plan_chunks(torch.tensor(bounds), bounds[-1], most, full=full)
+    sizes = [chunk.rows.stop - chunk.rows.start for chunk in chunks]
     covered = [row for chunk in chunks for row in range(chunk.rows.start, chunk.rows.stop)]
     assert covered == list(range(bounds[-1]))
-    assert all(chunk.rows.stop - chunk.rows.start <= most for chunk in chunks)
+    assert max(sizes, default=0) <= most
+    if not full:
+        assert all(chunk.ended is None for chunk in chunks)
+        assert max(sizes, default=0) - min(sizes, default=0) <= max(1, len(sizes))
+        return
+    assert set(sizes[:-1]) <= {most}
+    ended = [place for chunk in chunks for place in range(chunk.ended.start, chunk.ended.stop)]
+    assert {place for place, length in enumerate(lengths) if length} <= set(ended)
+    assert len(ended) == len(set(ended))
     for chunk in chunks:
-        if chunk.rollouts is not None:
-            assert whole
-            assert bounds[chunk.rollouts.start] == chunk.rows.start
-            assert bounds[chunk.rollouts.stop] == chunk.rows.stop
-        elif whole:
-            inside = [
-                (start, end)
-                for start, end in itertools.pairwise(bounds)
-                if start <= chunk.rows.start and chunk.rows.stop <= end
-            ]
-            assert any(end - start > most for start, end in inside)
+        assert chunk.span == slice(bounds[chunk.ended.start], bounds[chunk.ended.stop])
+        early = [row for row in range(chunk.span.start, chunk.span.stop) if row < chunk.rows.start]
+        assert chunk.early_rows == len(early)
+        for place in range(chunk.ended.start + 1, chunk.ended.stop):
+            assert bounds[place] >= chunk.rows.start
 
 
-def test_neighbours_share_a_chunk():
-    chunks = plan_chunks(torch.tensor([0, 3, 3, 7, 9, 30, 32]), 32, 8, whole=True)
+def test_chunks_are_full_whatever_the_lengths():
+    chunks = plan_chunks(torch.tensor([0, 3, 3, 7, 9, 30, 32]), 32, 8, full=True)
     rows = [(chunk.rows.start, chunk.rows.stop) for chunk in chunks]
-    assert rows == [(0, 7), (7, 9), (9, 16), (16, 23), (23, 30), (30, 32)]
-    assert [chunk.rollouts for chunk in chunks] == [
+    assert rows == [(0, 8), (8, 16), (16, 24), (24, 32)]
+    assert [chunk.ended for chunk in chunks] == [
         slice(0, 3),
         slice(3, 4),
-        None,
-        None,
-        None,
-        slice(5, 6),
+        slice(4, 4),
+        slice(4, 6),
     ]
+    assert [chunk.early_rows for chunk in chunks] == [0, 1, 0, 15]
 
 
-def test_two_rollouts_that_fit_exactly_share_a_chunk():
-    chunks = plan_chunks(torch.tensor([0, 4, 8, 12]), 12, 8, whole=True)
-    assert [chunk.rollouts for chunk in chunks] == [slice(0, 2), slice(2, 3)]
+def test_rollouts_that_fill_chunks_are_not_computed_twice():
+    chunks = plan_chunks(torch.tensor([0, 4, 8, 16]), 16, 8, full=True)
+    assert [chunk.ended for chunk in chunks] == [slice(0, 2), slice(2, 3)]
+    assert [chunk.early_rows for chunk in chunks] == [0, 0]
 
 
 def test_bounds_that_are_not_on_the_host_are_not_read():
     bounds = torch.empty(4, device="meta")
-    assert [chunk.rollouts for chunk in plan_chunks(bounds, 20, 8, whole=True)] == [None] * 3
-    assert plan_chunks(bounds, 8, 8, whole=True)[0].rollouts == slice(0, 3)
+    assert [chunk.ended for chunk in plan_chunks(bounds, 20, 8, full=True)] == [None] * 3
+    assert plan_chunks(bounds, 8, 8, full=True)[0].ended == slice(0, 3)
 
 
 @pytest.mark.parametrize(
