@@ -306,9 +306,9 @@ def paint_loss(
         lm_head_weight: (V, H), the student's head, and the teacher's unless that has its own.
         cu_seqlens: (B+1,) int32 or int64, the bounds of the rollouts, from 0 to N. Rollouts may be
             empty. The bounds may be on the CPU or on the other inputs' device. On a GPU, pass them
-            on the CPU: rollouts that fit into a chunk of 1024 to 2048 rows then take three matrix
-            products, or four with a trainable head. For longer rollouts, and for bounds on the GPU,
-            which are not read, 3% of the rows are computed twice.
+            on the CPU: a chunk of 1024 to 2048 rows then takes three matrix products, or four with
+            a trainable head, and only selected rows whose rollout ends in a later chunk are
+            computed twice. With bounds on the GPU, which are not read, all selected rows are.
         teacher_lm_head_weight: (V, H_T); constant.
         vocab_size: number of rows of the heads that are real tokens; the rest are ignored.
         reduction: "sequence_mean", the mean over non-empty rollouts of their token means (Alg. 1

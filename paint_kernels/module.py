@@ -110,7 +110,7 @@ def pack(
             "positions."
         )
     # Indexing by a mask waits for the number of rows anyway, and with bounds on the host the loss
-    # keeps whole rollouts together.
+    # knows where rollouts end.
     lengths = loss_mask.sum(dim=1).cpu()
     cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     return hidden_states[loss_mask], cu_seqlens
