@@ -31,6 +31,7 @@ from paint_engine.evaluation.store import (
     check_same_headers,
     read_finished,
     read_unfinished,
+    remove_shares,
 )
 from paint_engine.evaluation.target import build_engine, compute_dtype_of
 from paint_engine.files import (
@@ -144,6 +145,8 @@ def find_complete(plan: Plan, world: World) -> dict[str, Evaluation | None]:
             for name, header in plan.headers.items():
                 found[name] = read_finished(plan.directory, name, header)
                 read_unfinished(plan.directory, name, header)
+                if found[name] is not None:
+                    remove_shares(plan.directory, name)
     except (ValueError, ReadFailed) as refused:
         error = refused
     except OSError as failure:

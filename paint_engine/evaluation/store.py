@@ -276,8 +276,7 @@ class SampleFiles:
         self.close()
         barrier()
         if self._world.is_main:
-            for path in _rank_files(self._directory, self._name):
-                path.unlink()
+            remove_shares(self._directory, self._name)
 
     def finish(self, seconds: float) -> Evaluation:
         """Writes and returns the whole evaluation, after every rank has appended its share. A
@@ -298,8 +297,14 @@ class SampleFiles:
         samples = self._directory / f"{self._name}.jsonl"
         write_atomic(samples, b"".join(json_line(s.record()) for s in evaluation.samples))
         write_json(head, asdict(evaluation.header) | {"seconds": evaluation.seconds})
-        for path in _rank_files(self._directory, self._name):
-            path.unlink()
+        remove_shares(self._directory, self._name)
+
+
+def remove_shares(directory: Path, name: str) -> None:
+    """Deletes the samples by rank, which a complete evaluation no longer needs. One that was killed
+    before this has left them."""
+    for path in _rank_files(directory, name):
+        path.unlink(missing_ok=True)
 
 
 def _rank_files(directory: Path, name: str) -> list[Path]:

@@ -17,6 +17,7 @@ from paint_engine.evaluation.store import (
     evaluation_directory,
     evaluation_settings,
     fingerprints,
+    remove_shares,
 )
 from paint_engine.files import (
     ADAPTER_FILE,
@@ -41,8 +42,10 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
     assert run.eval_set is not None and step in (0, run.step)
     started = time.monotonic()
     checkpoint = save(run) if step > 0 else None
+    directory, name = evaluation_directory(run.run_dir), f"step-{step}"
     if gather_objects(step in _present(run))[0]:
-        # A kill may have come between the evaluation's last file and the mark.
+        # A kill may have come between the evaluation's last file and these.
+        together(lambda: run.world.is_main and remove_shares(directory, name), FILE_FAILURES)
         keep_best(run, step, checkpoint)
         return
     base = step == 0 and run.step > 0
@@ -55,9 +58,7 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
         )
     )[0]
     assert isinstance(header, Header)
-    directory = evaluation_directory(run.run_dir)
     run.check_lock()
-    name = f"step-{step}"
     with closing(
         SampleFiles(directory, name, header, run.world, replace=True, lock=run.lock)
     ) as files:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from paint_engine.checkpoint import save
+from paint_engine.evaluation import store
 from paint_engine.evaluation.accuracy import avg_at_k, correct_matrix, pass_at_k
 from paint_engine.evaluation.store import EvalSample, SampleFiles, read_evaluations
 from paint_engine.files import read_jsonl
@@ -120,6 +121,31 @@ def test_a_kill_before_the_mark_or_the_pruning_changes_nothing(
     left = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (whole, cut)]
     assert left == [["best", "step-4"]] * 2
     assert (cut / "checkpoints" / "best").readlink() == Path("step-4")
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_a_kill_before_the_ranks_files_are_deleted_leaves_none(
+    step: int, arguments: list[str], run_main: Main, tmp_path: Path
+) -> None:
+    original = store.remove_shares
+
+    def ends(directory: Path, name: str) -> None:
+        if name == f"step-{step}":
+            raise Killed
+        original(directory, name)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(store, "remove_shares", ends)
+        run_main(arguments)
+    run = tmp_path / "run"
+    assert [path.name for path in run.glob("evaluations/*.rank-*")] == [f"step-{step}.rank-0.jsonl"]
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = asked(patch)
+        # Before the first checkpoint there is nothing to resume.
+        again = [*arguments, "--run.auto_resume", "true"] if step == 0 else ["--resume", str(run)]
+        assert run_main(again) == 0
+    assert drawn == [NUM_SAMPLES] * (2 - step // 2)
+    assert not list(run.glob("evaluations/*.rank-*"))
 
 
 def test_with_other_settings_it_starts_afresh(
