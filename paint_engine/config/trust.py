@@ -30,6 +30,11 @@ class _Widening:
     when: Callable[[Config], bool]
 
 
+def _is_own(name: str) -> bool:
+    """Whether the name is a user's own module:object, which is imported."""
+    return ":" in name
+
+
 # With trust_remote_code, the model's name and revision say whose code runs. Of the other keys, none
 # names a module, a server or a place to write: data.* and eval.* name rows to read, model.* without
 # trust_remote_code names weights to read, and --resume sets run.dir itself.
@@ -44,8 +49,8 @@ _WIDENING: Mapping[str, _Widening] = {
         "the version of that code",
         lambda c: c.model.trust_remote_code and c.model.revision is not None,
     ),
-    "objective.name": _Widening("imports this module", lambda c: ":" in c.objective.name),
-    "reward.function": _Widening("imports this module", lambda c: ":" in c.reward.function),
+    "objective.name": _Widening("imports this module", lambda c: _is_own(c.objective.name)),
+    "reward.function": _Widening("imports this module", lambda c: _is_own(c.reward.function)),
     "rollout.url": _Widening(
         "sends prompts and VLLM_API_KEY there; none = no server",
         lambda c: c.rollout.url is not None,

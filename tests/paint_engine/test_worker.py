@@ -14,6 +14,14 @@ import pytest
 from paint_engine.worker import Reply, Worker
 
 
+@pytest.fixture(autouse=True)
+def interrupts() -> Iterator[None]:
+    """Python's own handler of Ctrl-C: a shell's job in the background starts without one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def echo() -> Iterator[Worker]:
     """A worker that answers [value] with value."""

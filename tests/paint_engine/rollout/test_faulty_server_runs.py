@@ -25,6 +25,11 @@ TWELVE = (
 TRAINING_TOKENS, EVALUATION_TOKENS = 12, 6
 
 
+def places(server: Any, tmp_path: Path) -> list[str]:
+    """What a command line has to name each time."""
+    return ["--rollout.url", server.url, "--rollout.adapter_dir", str(tmp_path / "adapters")]
+
+
 @pytest.fixture
 def served(
     command: list[str], server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -33,7 +38,7 @@ def served(
     monkeypatch.setattr(vllm_server, "_ANSWER_TIMEOUT_S", 0.5)
     monkeypatch.setattr(vllm_server, "_TOKEN_TIMEOUT_S", 0.0)
     (tmp_path / "adapters").mkdir()
-    place = ["--rollout.url", server.url, "--rollout.adapter_dir", str(tmp_path / "adapters")]
+    place = places(server, tmp_path)
     return [*command, "--rollout.engine", "vllm", "--rollout.max_sequences", "2", *place]
 
 
@@ -85,7 +90,7 @@ def test_training_is_saved_and_continues(
     fail(server, "changed prompt", TRAINING_TOKENS, after=1)
     faulty, server.num_faults = server.applies, 0
     server.applies = lambda request: server.num_faults == 0 and faulty(request)
-    assert run_main(["--resume", str(tmp_path / "run")]) == 0
+    assert run_main(["--resume", str(tmp_path / "run"), *places(server, tmp_path)]) == 0
     assert server.num_faults == 1 and "it is restarted once" in capfd.readouterr().err
     assert numbers(tmp_path / "run") == numbers(tmp_path / "undisturbed")
 
@@ -110,7 +115,7 @@ def test_finished_answers_of_an_evaluation_are_kept(
     assert len(kept) >= 2
     asked: list[dict[str, Any]] = []
     server.fault, server.applies = "null", lambda request: asked.append(request)
-    assert run_main(["--resume", str(tmp_path / "run")]) == 0
+    assert run_main(["--resume", str(tmp_path / "run"), *places(server, tmp_path)]) == 0
     answers = [request for request in asked if request["max_tokens"] == EVALUATION_TOKENS]
     # Those of step 0 that are left, and those after the last step.
     assert len(answers) == 6 - len(kept) + 6
