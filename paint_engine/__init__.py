@@ -1,7 +1,9 @@
 """PAINT: on-policy self-distillation with partially revealed solutions."""
 
+import functools
 import importlib.util
 import sys
+from collections.abc import Callable, Sequence
 
 ENGINE_LIBRARIES = (
     "transformers",
@@ -24,7 +26,7 @@ ENGINE_LIBRARIES = (
 def require_engine() -> None:
     """Ends the program with one line and exit code 2 if a library of the engine is missing.
 
-    A command calls it before it imports anything else; nothing is imported here.
+    A command calls it before it imports any of them; nothing is imported here.
     """
     missing = [name for name in ENGINE_LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
@@ -34,3 +36,18 @@ def require_engine() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+def as_command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., None]:
+    """Makes a command of a function that takes the arguments: it runs where the engine's libraries
+    are installed, and what it prints obeys no control characters of others."""
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> None:
+        require_engine()
+        from paint_engine.files import command_output
+
+        with command_output():
+            main(argv)
+
+    return run

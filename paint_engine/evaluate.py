@@ -8,18 +8,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from paint_engine import require_engine
-from paint_engine.files import command_output
+from paint_engine import as_command
 
 
-@command_output()
+@as_command
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, then evaluates or compares.
 
     A user's mistake ends the program with one message and exit code 2. PyTorch and the libraries
     on it take seconds to import, so this comes after parsing.
     """
-    require_engine()
     from paint_engine.config import user_errors
     from paint_engine.evaluation.flags import parse_command, parse_comparison
     from paint_engine.files.terminal import Terminal

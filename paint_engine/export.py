@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paint_engine import require_engine
-from paint_engine.files import command_output
+from paint_engine import as_command
 
 if TYPE_CHECKING:
     from paint_engine.checkpoint.merge import Survival
@@ -64,14 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command_output()
+@as_command
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, finds the checkpoint and its base, and exports.
 
     A user's mistake ends the program with one message and exit code 2. PyTorch is imported last,
     since that takes seconds.
     """
-    require_engine()
     arguments = _parser().parse_args(argv)
     from paint_engine.checkpoint import choose_checkpoint, find_base, present
     from paint_engine.config import user_errors

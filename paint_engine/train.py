@@ -5,11 +5,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from paint_engine import require_engine
-from paint_engine.files import command_output
+from paint_engine import as_command
 
 
-@command_output()
+@as_command
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, builds the run and trains.
 
@@ -17,7 +16,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     on it take seconds to import, so this comes after parsing: help, the printed configuration and
     the refusal of a key or value do not wait for it.
     """
-    require_engine()
     from paint_engine.config import load_config, to_toml, user_errors
     from paint_engine.files.terminal import Terminal
 

@@ -4,13 +4,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from paint_engine import as_command
 from paint_engine.config.command_line import user_errors
-from paint_engine.files import command_output
 from paint_engine.files.terminal import Terminal
 from paint_engine.report.page import write_report
 
 
-@command_output()
+@as_command
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command. A user's mistake prints one message and exits with code 2."""
     parser = argparse.ArgumentParser(

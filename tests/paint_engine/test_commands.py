@@ -75,6 +75,15 @@ found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: (
     None if name in {missing!r} else found(name, package)
 )
+
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {missing!r}:
+            raise ModuleNotFoundError(name)
+
+
+sys.meta_path.insert(0, Missing())
 sys.argv = ["command", "--help"]
 runpy.run_module("paint_engine.{command}", run_name="__main__")
 """
@@ -82,12 +91,12 @@ runpy.run_module("paint_engine.{command}", run_name="__main__")
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "export"])
 def test_without_the_engine_s_libraries_a_command_says_what_to_install(command: str) -> None:
-    program = WITHOUT.format(missing={"peft", "rich"}, command=command)
+    program = WITHOUT.format(missing=set(ENGINE_LIBRARIES), command=command)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "error: the engine needs peft, rich, not installed here: run pip install '.[engine]' in "
-        "the clone\n"
+        f"error: the engine needs {', '.join(ENGINE_LIBRARIES)}, not installed here: run pip "
+        "install '.[engine]' in the clone\n"
     )
 
 
