@@ -55,6 +55,14 @@ class TokenValues:
     """token_loss, token_kl, student_entropy, teacher_entropy, entropy_ratio, clipped_mass"""
     selected: Bool[Tensor, " N"]
 
+    def select(self, rows: slice, cu_seqlens: Int[Tensor, " B+1"], settings: LossSettings) -> None:
+        """Fills in the entropy ratios and the selection of these rows, which are whole rollouts
+        with the bounds `cu_seqlens`, from their entropies."""
+        _, _, student_entropy, teacher_entropy, ratio, _ = self.table[:, rows]
+        floor = settings.entropy_floor
+        ratio.copy_(entropy_ratio(teacher_entropy, student_entropy, entropy_floor=floor))
+        self.selected[rows] = select_top_fraction(ratio, cu_seqlens, settings.top_fraction)
+
 
 class ChunkRows:
     """The logits of some rows, and what is computed from them."""
@@ -108,12 +116,8 @@ def select_ended(
     assert chunk.ended is not None
     if chunk.span.start == chunk.span.stop:
         return values.selected[chunk.rows]
-    _, _, student_entropy, teacher_entropy, _, _ = values.table
-    span, bounds = chunk.span, cu_seqlens[chunk.ended.start : chunk.ended.stop + 1]
-    ratio = entropy_ratio(
-        teacher_entropy[span], student_entropy[span], entropy_floor=settings.entropy_floor
-    )
-    values.selected[span] = select_top_fraction(ratio, bounds - bounds[0], settings.top_fraction)
+    bounds = cu_seqlens[chunk.ended.start : chunk.ended.stop + 1]
+    values.select(chunk.span, bounds - bounds[0], settings)
     return values.selected[chunk.rows]
 
 
@@ -127,7 +131,7 @@ def run_loss(
     table = torch.empty(6, source.num_rows, dtype=source.dtype, device=source.device)
     selected = torch.zeros(source.num_rows, dtype=torch.bool, device=source.device)
     values = TokenValues(table, selected)
-    token_loss, token_kl, student_entropy, teacher_entropy, ratio, clipped_mass = table
+    token_loss, token_kl, student_entropy, teacher_entropy, _, clipped_mass = table
     device_bounds = cu_seqlens.to(source.device, non_blocking=True)
     everywhere = settings.interpolates and settings.top_fraction == 1
     known = knows_ends(chunks, settings)
@@ -147,11 +151,8 @@ def run_loss(
             student_entropy[rows] = found.student_entropy
             teacher_entropy[rows] = found.target_entropy
         part.keep_gradient()
-    ratio.copy_(
-        entropy_ratio(teacher_entropy, student_entropy, entropy_floor=settings.entropy_floor)
-    )
     if everywhere or not known:
-        selected.copy_(select_top_fraction(ratio, device_bounds, settings.top_fraction))
+        values.select(slice(None), device_bounds, settings)
     if settings.interpolates and not everywhere:
         redo_selected(source, chunks, cu_seqlens, settings, values)
     source.finish()
