@@ -302,7 +302,9 @@ def test_a_program_that_the_holder_has_started_keeps_nothing(
             os.kill(other.pid, signal.SIGKILL)
             other.wait()
             elsewhere(monkeypatch)
-            take(tmp_path).release()
+            with take(tmp_path) as mine:
+                mine.check()
+                assert Path(f"/proc/{line.strip()}").exists()
         finally:
             os.kill(int(line), signal.SIGKILL)
 
