@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from exit_codes import exit_code
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
@@ -458,12 +459,4 @@ def run_ranks(
 def run_main() -> Callable[[Sequence[str]], int]:
     """The exit code of `python -m paint_engine.train` with these arguments."""
 
-    def run(argv: Sequence[str]) -> int:
-        try:
-            train.main(argv)
-        except SystemExit as stop:
-            assert isinstance(stop.code, int)
-            return stop.code
-        return 0
-
-    return run
+    return lambda argv: exit_code(train.main, *argv)

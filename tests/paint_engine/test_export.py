@@ -5,10 +5,12 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from exit_codes import exit_code
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -54,14 +56,7 @@ def make_run(
     return model
 
 
-def run_export(*arguments: object) -> int:
-    """The exit code."""
-    try:
-        export.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
-    return 0
+run_export = partial(exit_code, export.main)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from exit_codes import exit_code
 
 from paint_engine import evaluate, export
 from paint_engine.report import __main__ as report
@@ -61,15 +62,6 @@ def contents(directory: Path) -> dict[str, str]:
     return {
         str(p.relative_to(directory)): p.read_text() for p in directory.rglob("*") if p.is_file()
     }
-
-
-def exit_code(main: Callable[[Sequence[str]], object], *arguments: object) -> int:
-    try:
-        main([str(part) for part in arguments])
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
-    return 0
 
 
 def commands(run_dir: Path, run_main: Main) -> dict[str, Callable[[], int]]:

@@ -4,10 +4,10 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from exit_codes import exit_code
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -53,13 +53,6 @@ def adapter(lora_model: PeftModel, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def exit_code(command: ModuleType, *arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        command.main([str(argument) for argument in arguments])
-    assert isinstance(stop.value.code, int)
-    return stop.value.code
-
-
 def test_the_planted_file_does_what_it_is_for(
     tmp_path: Path, marker: Path, plant: Callable[[Path], None]
 ) -> None:
@@ -80,9 +73,9 @@ def test_an_adapter_in_pickle_is_refused_and_named(
     (adapter / "adapter_model.safetensors").unlink()
     plant(adapter / name)
     for arguments in (
-        (export, adapter, tmp_path / "out"),
-        (export, adapter, tmp_path / "out", "--form", "adapter"),
-        (evaluate, "--adapter", adapter, *EVALUATION, "--output", tmp_path / "out"),
+        (export.main, adapter, tmp_path / "out"),
+        (export.main, adapter, tmp_path / "out", "--form", "adapter"),
+        (evaluate.main, "--adapter", adapter, *EVALUATION, "--output", tmp_path / "out"),
     ):
         assert exit_code(*arguments) == 2
         said = " ".join(capsys.readouterr().out.split())
@@ -104,7 +97,7 @@ def test_a_run_s_adapter_in_pickle_is_refused_though_its_manifest_lists_it(
     manifest = seal(checkpoint, file_names(checkpoint))
     (checkpoint / MANIFEST_FILE).write_text(json.dumps(manifest))
     (tmp_path / "run" / "config.toml").write_text('[model]\nname_or_path = "tiny"\n')
-    assert exit_code(export, tmp_path / "run", tmp_path / "out") == 2
+    assert exit_code(export.main, tmp_path / "run", tmp_path / "out") == 2
     assert "(it holds adapter_model.bin)" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "out").exists()
 
@@ -118,9 +111,9 @@ def test_a_pickle_under_the_adapter_s_name_is_damage(
 ) -> None:
     plant(adapter / "adapter_model.safetensors")
     for arguments in (
-        (export, adapter, tmp_path / "out"),
-        (export, adapter, tmp_path / "out", "--form", "adapter"),
-        (evaluate, "--adapter", adapter, *EVALUATION, "--output", tmp_path / "out"),
+        (export.main, adapter, tmp_path / "out"),
+        (export.main, adapter, tmp_path / "out", "--form", "adapter"),
+        (evaluate.main, "--adapter", adapter, *EVALUATION, "--output", tmp_path / "out"),
     ):
         assert exit_code(*arguments) == 2
         assert "adapter_model.safetensors cannot be read" in " ".join(
@@ -160,8 +153,8 @@ def test_a_base_in_pickle_is_refused(
 ) -> None:
     base = Path(shutil.copytree(model_dir, tmp_path / "base"))
     spoil(base, plant)
-    assert exit_code(export, adapter, tmp_path / "out", "--model", base) == 2
-    assert exit_code(evaluate, "--model", base, *EVALUATION, "--output", tmp_path / "out") == 2
+    assert exit_code(export.main, adapter, tmp_path / "out", "--model", base) == 2
+    assert exit_code(evaluate.main, "--model", base, *EVALUATION, "--output", tmp_path / "out") == 2
     assert run_main([*command, "--model.name_or_path", str(base)]) == 2
     # From three commands, each of which names the directory.
     assert capsys.readouterr().out.count("error: ") == 3

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from exit_codes import exit_code
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,14 +31,7 @@ from paint_engine.rollout.choose import vllm_is_installed
 DEADLINE_S = 600.0
 
 
-def main(*argv: object) -> int:
-    """The exit code of the command with these arguments."""
-    try:
-        evaluate.main([str(part) for part in argv])
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
-    return 0
+main = partial(exit_code, evaluate.main)
 
 
 def numbers(directory: Path) -> dict[str, Any]:

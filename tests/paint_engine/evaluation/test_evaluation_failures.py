@@ -5,24 +5,18 @@ import errno
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from exit_codes import exit_code
 
 from paint_engine import evaluate
 from paint_engine.files import read_jsonl
 from paint_engine.rollout.builtin import BuiltinEngine
 
-
-def main(*argv: object) -> int:
-    """The exit code of the command with these arguments."""
-    try:
-        evaluate.main([str(part) for part in argv])
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
-    return 0
+main = partial(exit_code, evaluate.main)
 
 
 @pytest.fixture

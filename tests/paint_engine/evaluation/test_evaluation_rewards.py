@@ -3,10 +3,12 @@
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from exit_codes import exit_code
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine import evaluate as command
@@ -29,14 +31,7 @@ def length(problem, text):
 """
 
 
-def main(*argv: object) -> int:
-    """The exit code of the command with these arguments."""
-    try:
-        command.main([str(part) for part in argv])
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
-    return 0
+main = partial(exit_code, command.main)
 
 
 @pytest.fixture

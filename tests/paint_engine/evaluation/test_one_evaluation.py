@@ -3,10 +3,12 @@
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from exit_codes import exit_code
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -18,14 +20,7 @@ from paint_engine.files import DirectoryLock, lock
 Change = Callable[[Path], object]
 
 
-def main(*argv: object) -> int:
-    """The exit code of the command with these arguments."""
-    try:
-        evaluate.main([str(part) for part in argv])
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
-    return 0
+main = partial(exit_code, evaluate.main)
 
 
 @pytest.fixture
