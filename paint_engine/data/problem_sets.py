@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from paint_engine.config.schema import Config
 from paint_engine.data.rows import load_problems
 from paint_engine.distributed import World, my_share
-from paint_engine.prompts.chat import encode_student_prompt, encode_teacher_prompt
+from paint_engine.prompts.chat import encode_hidden_teacher_prompts, encode_student_prompts
 from paint_engine.prompts.control import spelled_tokens
-from paint_engine.prompts.rationale import encode_reason_prompt
+from paint_engine.prompts.rationale import encode_hidden_reason_prompts, encode_reason_prompt
 from paint_engine.prompts.target import target_text
 from paint_engine.recipes import recipe_of
 from paint_engine.seeds import problem_order, rollout_seed
@@ -51,20 +51,25 @@ def _check_length(
 
 
 def _check_teacher_prompts(
-    config: Config, tokenizer: PreTrainedTokenizerBase, problem: Problem, context: int
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    context: int,
 ) -> None:
-    """Checks one problem's teacher prompts with the whole solution hidden. A prompt that does not
+    """Checks the problems' teacher prompts with the whole solution hidden. A prompt that does not
     fit then never fits."""
     prompts, marker = config.prompts, config.masking.marker
-    teacher, _ = encode_teacher_prompt(tokenizer, problem, marker, prompts, marker=marker)
-    completion = config.rollout.max_new_tokens
-    _check_length(problem, len(teacher), context, completion, "teacher", "rollout.max_new_tokens")
+    shortest = encode_hidden_teacher_prompts(tokenizer, problems, prompts, marker=marker)
+    completion, key = config.rollout.max_new_tokens, "rollout.max_new_tokens"
+    for problem, teacher in zip(problems, shortest, strict=True):
+        _check_length(problem, len(teacher), context, completion, "teacher", key)
     if config.teacher.reason_first:
-        request, _ = encode_reason_prompt(
-            tokenizer, problem, marker, prompts, thinking=False, max_tokens=None, marker=marker
+        requests = encode_hidden_reason_prompts(
+            tokenizer, problems, prompts, thinking=False, marker=marker
         )
         rationale, key = config.teacher.reason_max_new_tokens, "teacher.reason_max_new_tokens"
-        _check_length(problem, len(request), context, rationale, "reasoning teacher", key)
+        for problem, request in zip(problems, requests, strict=True):
+            _check_length(problem, len(request), context, rationale, "reasoning teacher", key)
 
 
 def spelled_note(
@@ -146,17 +151,15 @@ def load_train_set(
         needs_answer=recipe.needs_answer,
     )
     limits = context, config.rollout.max_new_tokens
+    students = encode_student_prompts(
+        tokenizer, loaded.problems, prompts, thinking=prompts.student_thinking
+    )
     kept: list[Problem] = []
     kept_prompts: list[tuple[int, ...]] = []
-    for problem in loaded.problems:
-        student = encode_student_prompt(
-            tokenizer, problem, prompts, thinking=prompts.student_thinking
-        )
+    for problem, student in zip(loaded.problems, students, strict=True):
         if data.max_prompt_tokens is not None and len(student) > data.max_prompt_tokens:
             continue
         _check_length(problem, len(student), *limits, "student", "rollout.max_new_tokens")
-        if recipe.uses_teacher:
-            _check_teacher_prompts(config, tokenizer, problem, context)
         kept.append(problem)
         kept_prompts.append(student)
     if not kept:
@@ -164,6 +167,8 @@ def load_train_set(
             f"{data.path}: all {len(loaded.problems)} problems have prompts longer than "
             f"data.max_prompt_tokens = {data.max_prompt_tokens}; raise it"
         )
+    if recipe.uses_teacher:
+        _check_teacher_prompts(config, tokenizer, kept, context)
     num_long = len(loaded.problems) - len(kept)
     if loaded.num_skipped or num_long:
         long = f" and {num_long} with more than {data.max_prompt_tokens} prompt tokens"
@@ -201,12 +206,12 @@ def load_eval_set(
         say(f"{section.path}: skipped {loaded.num_skipped} bad rows")
     for note in spelled_note(section.path, tokenizer, loaded.problems):
         say(f"note: {note}")
-    encoded = []
-    for problem in loaded.problems:
-        ids = encode_student_prompt(tokenizer, problem, config.prompts, thinking=section.thinking)
-        limits = context, section.max_new_tokens
+    encoded = encode_student_prompts(
+        tokenizer, loaded.problems, config.prompts, thinking=section.thinking
+    )
+    limits = context, section.max_new_tokens
+    for problem, ids in zip(loaded.problems, encoded, strict=True):
         _check_length(problem, len(ids), *limits, "evaluation", "eval.max_new_tokens")
-        encoded.append(ids)
     return ProblemSet(loaded.problems, tuple(encoded), loaded.num_skipped, loaded.commit)
 
 

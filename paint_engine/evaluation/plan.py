@@ -31,7 +31,7 @@ from paint_engine.evaluation.target import (
 )
 from paint_engine.files.terminal import Terminal
 from paint_engine.model import check_vocabulary, load_tokenizer, max_context
-from paint_engine.prompts.chat import encode_student_prompt
+from paint_engine.prompts.chat import encode_student_prompts
 from paint_engine.prompts.template import check_date, check_template, shows_date
 from paint_engine.rollout import stop_notes, vllm_is_installed
 
@@ -188,12 +188,9 @@ def load_benchmark(
         say(f"{benchmark.path}: skipped {loaded.num_skipped} bad rows")
     for note in spelled_note(benchmark.path, tokenizer, loaded.problems):
         say(f"note: {note}")
-    ids = tuple(
-        encode_student_prompt(tokenizer, problem, prompts, thinking=section.thinking)
-        for problem in loaded.problems
-    )
+    ids = encode_student_prompts(tokenizer, loaded.problems, prompts, thinking=section.thinking)
     _check_context(benchmark.name, max(map(len, ids)), section.max_new_tokens, context)
-    return ProblemSet(loaded.problems, ids, loaded.num_skipped)
+    return ProblemSet(loaded.problems, tuple(ids), loaded.num_skipped)
 
 
 def _check_context(name: str, longest: int, max_new_tokens: int, context: int) -> None:

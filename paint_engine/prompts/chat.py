@@ -6,7 +6,8 @@ mask leaves nothing and the marker is empty, nothing is between the fences. With
 teacher, the prompt also shows the teacher's rationale of the solution.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +15,7 @@ from paint_engine.config.sections import PromptsSection
 from paint_engine.config.templates import PART_OF, fill
 from paint_engine.prompts.control import DataTexts
 from paint_engine.prompts.masking import mask_solution
-from paint_engine.prompts.template import render
+from paint_engine.prompts.template import render_each
 from paint_engine.types import Problem
 
 
@@ -57,6 +58,17 @@ def teacher_text(
     return fill(prompts.teacher_template, values | {"rationale": section})
 
 
+@dataclass(frozen=True)
+class UserMessage:
+    """The text of a user's message.
+
+    data: has hidden the texts in it that come from data.
+    """
+
+    text: str
+    data: DataTexts
+
+
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase,
     user_text: str,
@@ -74,22 +86,53 @@ def encode_chat(
 
     Raises ValueError if the chat template fails or drops the message.
     """
-    message = {"role": "user", "content": user_text}
-    text = render(tokenizer, [message], thinking=thinking, date=date)
-    return (data or DataTexts(tokenizer)).encode(text + suffix)
+    message = UserMessage(user_text, data or DataTexts(tokenizer))
+    (ids,) = encode_chats(tokenizer, [message], thinking=thinking, date=date, suffix=suffix)
+    return ids
+
+
+def encode_chats(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[UserMessage],
+    *,
+    thinking: bool,
+    date: str | None = None,
+    suffix: str = "",
+) -> list[tuple[int, ...]]:
+    """Returns what `encode_chat` returns for each message, sooner."""
+    conversations = [[{"role": "user", "content": message.text}] for message in messages]
+    texts = render_each(tokenizer, conversations, thinking=thinking, date=date)
+    return [
+        message.data.encode(text + suffix) for message, text in zip(messages, texts, strict=True)
+    ]
 
 
 def encode_student_prompt(
     tokenizer: PreTrainedTokenizerBase, problem: Problem, prompts: PromptsSection, *, thinking: bool
 ) -> tuple[int, ...]:
-    """Returns the token ids of the student's prompt for one problem.
+    """Returns the token ids of the student's prompt for one problem; see
+    `encode_student_prompts`."""
+    (ids,) = encode_student_prompts(tokenizer, [problem], prompts, thinking=thinking)
+    return ids
+
+
+def encode_student_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    prompts: PromptsSection,
+    *,
+    thinking: bool,
+) -> list[tuple[int, ...]]:
+    """Returns the token ids of the student's prompt for each problem.
 
     thinking: whether the student thinks; `prompts.student_thinking` in training, `eval.thinking` in
         evaluation.
     """
-    data = DataTexts(tokenizer)
-    text = student_text(data.hide(problem.problem), prompts)
-    return encode_chat(tokenizer, text, data, thinking=thinking, date=prompts.date)
+    messages = []
+    for problem in problems:
+        data = DataTexts(tokenizer)
+        messages.append(UserMessage(student_text(data.hide(problem.problem), prompts), data))
+    return encode_chats(tokenizer, messages, thinking=thinking, date=prompts.date)
 
 
 def hide_end(text: str, num_hidden: int, marker: str) -> str:
@@ -125,6 +168,50 @@ def shorten_to_fit(
     return encode(most)
 
 
+def _teacher_message(
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    shown: str,
+    prompts: PromptsSection,
+    *,
+    whole: bool,
+    rationale: str = "",
+) -> UserMessage:
+    data = DataTexts(tokenizer)
+    question, part = data.hide(problem.problem), data.hide(shown)
+    explained = data.hide(rationale)
+    return UserMessage(
+        teacher_text(question, part, prompts, whole=whole, rationale=explained), data
+    )
+
+
+def _encode_teacher_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[UserMessage], prompts: PromptsSection
+) -> list[tuple[int, ...]]:
+    return encode_chats(
+        tokenizer,
+        messages,
+        thinking=prompts.teacher_thinking,
+        date=prompts.date,
+        suffix=prompts.teacher_suffix,
+    )
+
+
+def encode_hidden_teacher_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    prompts: PromptsSection,
+    *,
+    marker: str,
+) -> list[tuple[int, ...]]:
+    """Returns the token ids of the teacher's prompt for each problem with the whole solution hidden
+    and no rationale, about the shortest that `encode_teacher_prompt` returns."""
+    messages = [
+        _teacher_message(tokenizer, problem, marker, prompts, whole=False) for problem in problems
+    ]
+    return _encode_teacher_messages(tokenizer, messages, prompts)
+
+
 def encode_teacher_prompt(
     tokenizer: PreTrainedTokenizerBase,
     problem: Problem,
@@ -150,24 +237,17 @@ def encode_teacher_prompt(
     whole, explained = partial_solution == problem.solution, rationale or ""
 
     def encode(solution_hidden: int, rationale_hidden: int) -> tuple[tuple[int, ...], str]:
-        data = DataTexts(tokenizer)
         shown = hide_end(partial_solution, solution_hidden, marker)
         left = rationale_hidden < len(explained)
-        text = teacher_text(
-            data.hide(problem.problem),
-            data.hide(shown),
+        message = _teacher_message(
+            tokenizer,
+            problem,
+            shown,
             prompts,
             whole=whole and solution_hidden == 0,
-            rationale=data.hide(hide_end(explained, rationale_hidden, marker)) if left else "",
+            rationale=hide_end(explained, rationale_hidden, marker) if left else "",
         )
-        ids = encode_chat(
-            tokenizer,
-            text,
-            data,
-            thinking=prompts.teacher_thinking,
-            date=prompts.date,
-            suffix=prompts.teacher_suffix,
-        )
+        (ids,) = _encode_teacher_messages(tokenizer, [message], prompts)
         return ids, shown
 
     found = shorten_to_fit(lambda hidden: encode(0, hidden), len(explained), max_tokens)

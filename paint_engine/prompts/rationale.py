@@ -7,7 +7,13 @@ from transformers import PreTrainedTokenizerBase
 
 from paint_engine.config.sections import PromptsSection
 from paint_engine.config.templates import fill
-from paint_engine.prompts.chat import encode_chat, hide_end, reference_values, shorten_to_fit
+from paint_engine.prompts.chat import (
+    UserMessage,
+    encode_chats,
+    hide_end,
+    reference_values,
+    shorten_to_fit,
+)
 from paint_engine.prompts.control import THOUGHT_MARKS, DataTexts
 from paint_engine.types import Problem
 
@@ -23,6 +29,33 @@ def reason_text(
     """
     values = reference_values(problem, partial_solution, prompts, whole=whole)
     return fill(prompts.reason_template, values)
+
+
+def _message(
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    shown: str,
+    prompts: PromptsSection,
+    *,
+    whole: bool,
+) -> UserMessage:
+    data = DataTexts(tokenizer)
+    question, part = data.hide(problem.problem), data.hide(shown)
+    return UserMessage(reason_text(question, part, prompts, whole=whole), data)
+
+
+def encode_hidden_reason_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    prompts: PromptsSection,
+    *,
+    thinking: bool,
+    marker: str,
+) -> list[tuple[int, ...]]:
+    """Returns the token ids of the prompt that asks for a rationale of each problem's solution,
+    with the whole solution hidden."""
+    messages = [_message(tokenizer, problem, marker, prompts, whole=False) for problem in problems]
+    return encode_chats(tokenizer, messages, thinking=thinking, date=prompts.date)
 
 
 def encode_reason_prompt(
@@ -49,10 +82,8 @@ def encode_reason_prompt(
 
     def encode(num_hidden: int) -> tuple[tuple[int, ...], str]:
         shown = hide_end(partial_solution, num_hidden, marker)
-        data = DataTexts(tokenizer)
-        question, part = data.hide(problem.problem), data.hide(shown)
-        text = reason_text(question, part, prompts, whole=whole and num_hidden == 0)
-        ids = encode_chat(tokenizer, text, data, thinking=thinking, date=prompts.date)
+        asked = _message(tokenizer, problem, shown, prompts, whole=whole and num_hidden == 0)
+        (ids,) = encode_chats(tokenizer, [asked], thinking=thinking, date=prompts.date)
         return ids, shown
 
     found = shorten_to_fit(encode, len(partial_solution), max_tokens)

@@ -6,6 +6,7 @@ from Python, and not from an endless loop or from text of any length.
 
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -17,6 +18,10 @@ _RENDER_LIMIT_S = 1.0
 # A single operation, such as 9**9**9, does not notice that limit. The process is then killed.
 _KILL_LIMIT_S = 10.0
 _START_LIMIT_S = 120.0
+# Of one exchange with the process, which takes longer than a short conversation.
+_MAX_CONVERSATIONS = 256
+# A longer exchange is answered in parts, each well within the limit at which the process is killed.
+_PART_S = 1.0
 # Above what the process takes when it has started: about 0.1 GB of memory, 0.5 GB of addresses.
 _MEMORY_LIMIT_BYTES = 2 << 30
 # Of what the template adds. System prompts with tools are the longest, at tens of thousands.
@@ -44,15 +49,23 @@ def start_renderer() -> None:
 
 
 def render_template(
-    template: str, messages: Sequence[Mapping[str, str]], values: Mapping[str, Any]
-) -> str:
-    """Returns the messages as the template writes them.
+    template: str, conversations: Sequence[Sequence[Mapping[str, str]]], values: Mapping[str, Any]
+) -> list[str]:
+    """Returns each conversation's messages as the template writes them.
 
     values: what the template sees beside the messages; JSON values.
 
-    Raises TemplateFailed.
+    Raises TemplateFailed for the first conversation that has no text.
     """
-    question = [template, messages, values]
+    texts: list[str] = []
+    while len(texts) < len(conversations):
+        some = conversations[len(texts) : len(texts) + _MAX_CONVERSATIONS]
+        texts += _render_some([template, some, values])
+    return texts
+
+
+def _render_some(question: list[Any]) -> list[str]:
+    """Returns the texts of the first conversations of a question, at least one."""
     try:
         reply = _renderer().ask(question)
         if reply.error is not None:
@@ -62,10 +75,10 @@ def render_template(
         raise TemplateFailed(f"was not rendered: {failure}") from failure
     if reply.error is not None:
         raise TemplateFailed(f"is endless or too large: {reply.error}; needs one {_NEEDED}")
-    text, failure = reply.value
+    texts, failure = reply.value
     if failure is not None:
         raise TemplateFailed(failure)
-    return text
+    return texts
 
 
 @cache
@@ -81,9 +94,10 @@ def _renderer() -> Worker:
     )
 
 
-def load_renderer() -> Callable[[list[Any]], list[str | None]]:
-    """Builds the function from [template, messages, values] to [text, failure], one of which is
-    None. The child process calls it."""
+def load_renderer() -> Callable[[list[Any]], list[Any]]:
+    """Builds the function from [template, conversations, values] to [texts, failure]: the texts of
+    the first conversations, as many as it has time for, and None; or why there is none for the
+    next. The child process calls it."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     if sys.platform == "linux":
@@ -94,8 +108,7 @@ def load_renderer() -> Callable[[list[Any]], list[str | None]]:
     def stop(*signalled: object) -> None:
         raise _TooSlow
 
-    def render(question: list[Any]) -> list[str | None]:
-        template, messages, values = question
+    def render(template: str, messages: list[dict[str, str]], values: dict[str, Any]) -> str:
         signal.setitimer(signal.ITIMER_PROF, _RENDER_LIMIT_S)
         try:
             (text,), _ = render_jinja_template(
@@ -103,20 +116,31 @@ def load_renderer() -> Callable[[list[Any]], list[str | None]]:
             )
         except Exception as error:
             # A template may raise anything.
-            return [None, _failure(error, messages)]
+            raise TemplateFailed(_failure(error, messages)) from error
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0.0)
         given = sum(len(message["content"]) for message in messages)
         if len(text) > _MAX_COPIES * given + _MAX_ADDED_CHARS:
-            return [
-                None,
+            raise TemplateFailed(
                 f"writes {len(text)} characters for a conversation of {given}; needs one that "
-                f"adds at most {_MAX_ADDED_CHARS}",
-            ]
-        return [text, None]
+                f"adds at most {_MAX_ADDED_CHARS}"
+            )
+        return text
+
+    def answer(question: list[Any]) -> list[Any]:
+        template, conversations, values = question
+        texts, end = [], time.monotonic() + _PART_S
+        for messages in conversations:
+            try:
+                texts.append(render(template, messages, values))
+            except TemplateFailed as failure:
+                return [[], str(failure)]
+            if time.monotonic() > end:
+                break
+        return [texts, None]
 
     signal.signal(signal.SIGPROF, stop)
-    return render
+    return answer
 
 
 def _failure(error: Exception, messages: Sequence[Mapping[str, str]]) -> str:

@@ -37,7 +37,26 @@ def render(
     date: str | None = None,
     add_generation_prompt: bool = True,
 ) -> str:
-    """Returns the messages as the chat template writes them.
+    """Returns the messages as the chat template writes them; see `render_each`."""
+    (text,) = render_each(
+        tokenizer,
+        [messages],
+        thinking=thinking,
+        date=date,
+        add_generation_prompt=add_generation_prompt,
+    )
+    return text
+
+
+def render_each(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    *,
+    thinking: bool,
+    date: str | None = None,
+    add_generation_prompt: bool = True,
+) -> list[str]:
+    """Returns the messages of each conversation as the chat template writes them.
 
     thinking: the template's `enable_thinking`; templates without the switch ignore it.
     date: what a template that asks for the date gets, YYYY-MM-DD; None = the day of the call.
@@ -50,43 +69,49 @@ def render(
         template, own = _DATE_MACRO + template, {"start_date": _directives(date)}
     own |= {"add_generation_prompt": add_generation_prompt, "enable_thinking": thinking}
     try:
-        text = _apply(tokenizer, template, messages, own)
+        texts = _apply(tokenizer, template, conversations, own)
     except TemplateFailed as failure:
         raise BadTemplate(
             f"the chat template of {tokenizer.name_or_path} {failure}; correct "
             "chat_template.jinja (or tokenizer_config.json) there, or use another model"
         ) from failure
-    if messages[-1]["content"].strip() not in text:
-        raise BadTemplate(
-            f"the chat template of {tokenizer.name_or_path} drops or changes the text of a "
-            f"{messages[-1]['role']} message: {messages[-1]['content'][:60]!r} is not in what it "
-            f"writes, {text[-120:]!r}; needs a template that writes a message's content as it is; "
-            "correct chat_template.jinja beside the model, or use another model"
-        )
-    return text
+    for (*_, last), text in zip(conversations, texts, strict=True):
+        if last["content"].strip() not in text:
+            raise BadTemplate(
+                f"the chat template of {tokenizer.name_or_path} drops or changes the text of a "
+                f"{last['role']} message: {last['content'][:60]!r} is not in what it writes, "
+                f"{text[-120:]!r}; needs a template that writes a message's content as it is; "
+                "correct chat_template.jinja beside the model, or use another model"
+            )
+    return texts
 
 
 def _apply(
     tokenizer: PreTrainedTokenizerBase,
     template: str,
-    messages: Sequence[Mapping[str, str]],
+    conversations: Sequence[Sequence[Mapping[str, str]]],
     own: dict[str, Any],
-) -> str:
-    """Returns what the tokenizer's `apply_chat_template` does, bounded. Raises TemplateFailed.
+) -> list[str]:
+    """Returns what the tokenizer's `apply_chat_template` does with each conversation, bounded.
+    Raises TemplateFailed.
 
     own: what the template sees beside the messages and the special tokens.
     """
     if type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
-        return render_template(template, messages, tokenizer.special_tokens_map | own)
+        return render_template(template, conversations, tokenizer.special_tokens_map | own)
     # Code that came with the model, and that the user trusts, does it in its own way.
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], chat_template=template, tokenize=False, **own
-        )
-    except Exception as error:
-        raise TemplateFailed(f"failed in the tokenizer's own code: {error!r}") from error
-    assert isinstance(text, str)
-    return text
+    texts = []
+    for messages in conversations:
+        plain = [dict(message) for message in messages]
+        try:
+            text = tokenizer.apply_chat_template(
+                plain, chat_template=template, tokenize=False, **own
+            )
+        except Exception as error:
+            raise TemplateFailed(f"failed in the tokenizer's own code: {error!r}") from error
+        assert isinstance(text, str)
+        texts.append(text)
+    return texts
 
 
 def shows_date(tokenizer: PreTrainedTokenizerBase) -> bool:

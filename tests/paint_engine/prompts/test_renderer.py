@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.prompts import renderer
-from paint_engine.prompts.template import check_template, render
+from paint_engine.prompts.template import check_template, render, render_each
 
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
 LONG = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -37,6 +37,30 @@ def test_the_text_is_the_tokenizer_s_own(
         messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
     )
     assert render(tokenizer, messages, thinking=thinking) == own
+
+
+def test_many_conversations_are_rendered_in_their_order(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    conversations = [hello(f"Question {i}") for i in range(600)]
+    texts = render_each(tokenizer, conversations, thinking=True)
+    assert texts[::97] == [render(tokenizer, c, thinking=True) for c in conversations[::97]]
+    assert ["Question 599" in text for text in texts] == [False] * 599 + [True]
+    assert render_each(tokenizer, [], thinking=True) == []
+
+
+def test_slow_conversations_are_rendered_in_parts(
+    hostile: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 12 times 0.2 s exceed this limit on an exchange.
+    monkeypatch.setattr(renderer, "_KILL_LIMIT_S", 2.0)
+    monkeypatch.setattr(renderer, "_renderer", cache(renderer._renderer.__wrapped__))
+    hostile.chat_template = (
+        "{% for i in range(50) %}{% for j in range(99999) %}{% endfor %}{% endfor %}" + PLAIN
+    )
+    conversations = [hello(f"{i}") for i in range(12)]
+    assert render_each(hostile, conversations, thinking=False) == [f"{i}" for i in range(12)]
+    renderer._renderer().close()
 
 
 def test_the_template_sees_the_special_tokens(hostile: PreTrainedTokenizerBase) -> None:
@@ -77,6 +101,8 @@ def test_a_template_that_is_endless_on_one_row_is_refused_at_that_row_in_any_thr
 ) -> None:
     hostile.chat_template = "{% if 'slow' in messages[0].content %}" + LONG + "{% endif %}" + PLAIN
     assert check_template(hostile, {}, None) == []
+    with pytest.raises(ValueError, match=r"models/hostile takes too long for a conversation"):
+        render_each(hostile, [hello("a"), hello("slow"), hello("b")], thinking=False)
     with ThreadPoolExecutor(2) as pool:
         slow = pool.submit(render, hostile, hello("slow"), thinking=False)
         quick = pool.submit(render, hostile, hello("quick"), thinking=False)
