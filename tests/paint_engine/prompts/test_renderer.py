@@ -56,7 +56,7 @@ def test_slow_conversations_are_rendered_in_parts(
     monkeypatch.setattr(renderer, "_KILL_LIMIT_S", 2.0)
     monkeypatch.setattr(renderer, "_renderer", cache(renderer._renderer.__wrapped__))
     hostile.chat_template = (
-        "{% for i in range(50) %}{% for j in range(99999) %}{% endfor %}{% endfor %}" + PLAIN
+        "{% for i in range(120) %}{% for j in range(99999) %}{% endfor %}{% endfor %}" + PLAIN
     )
     conversations = [hello(f"{i}") for i in range(12)]
     assert render_each(hostile, conversations, thinking=False) == [f"{i}" for i in range(12)]
