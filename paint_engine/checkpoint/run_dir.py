@@ -8,7 +8,7 @@ import socket
 from contextlib import ExitStack
 from pathlib import Path
 
-from paint_engine.checkpoint.save import list_checkpoints
+from paint_engine.checkpoint.directory import list_checkpoints
 from paint_engine.config.command_line import check_same_run, read_toml
 from paint_engine.config.schema import Config
 from paint_engine.config.trust import trust_flags

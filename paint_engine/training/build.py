@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from paint_engine.checkpoint.load import load_checkpoint
 from paint_engine.checkpoint.run_dir import (
     find_earlier,
     lock_run_dir,
@@ -19,7 +20,6 @@ from paint_engine.checkpoint.run_dir import (
     recorded_date,
     start_again,
 )
-from paint_engine.checkpoint.save import load_checkpoint
 from paint_engine.config.command_line import CommandLine
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import LEAVES, to_toml, value_of

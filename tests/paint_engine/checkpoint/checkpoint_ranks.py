@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from paint_engine.checkpoint import directory
 from paint_engine.checkpoint.directory import list_checkpoints
-from paint_engine.checkpoint.save import load_checkpoint, save_checkpoint
+from paint_engine.checkpoint.load import load_checkpoint
+from paint_engine.checkpoint.save import save_checkpoint
 from paint_engine.checkpoint.weights import whole
 from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World, barrier, gather_objects

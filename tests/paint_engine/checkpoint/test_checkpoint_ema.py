@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paint_engine.checkpoint.save import load_checkpoint, save_checkpoint
+from paint_engine.checkpoint.load import load_checkpoint
+from paint_engine.checkpoint.save import save_checkpoint
 from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World
 from paint_engine.model.load import load_base

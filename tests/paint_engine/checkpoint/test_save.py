@@ -25,7 +25,8 @@ from paint_engine.checkpoint.directory import (
     list_checkpoints,
     mark_best,
 )
-from paint_engine.checkpoint.save import load_checkpoint, save_checkpoint
+from paint_engine.checkpoint.load import load_checkpoint
+from paint_engine.checkpoint.save import save_checkpoint
 from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World
 from paint_engine.files import BadFile, ReadFailed, WriteFailed, unfinished_path

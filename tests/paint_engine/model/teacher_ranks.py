@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from paint_engine.checkpoint.save import load_checkpoint, save_checkpoint
+from paint_engine.checkpoint.load import load_checkpoint
+from paint_engine.checkpoint.save import save_checkpoint
 from paint_engine.checkpoint.weights import whole
 from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World, gather_objects

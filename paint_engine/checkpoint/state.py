@@ -1,0 +1,102 @@
+"""What a checkpoint holds of a run: tensors and their names, random generators, the small record.
+
+A weight is filed as "weight/NAME", a moment of the optimizer as "exp_avg/NAME", a running mean of
+an EMA teacher as "ema/NAME".
+"""
+
+import json
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import PositiveInt
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from paint_engine.checkpoint.directory import find_damage
+from paint_engine.distributed import World, gather_objects, together
+from paint_engine.files import FILE_FAILURES, Record
+from paint_engine.model import EmaTeacher
+
+SHARDS = "trainer"
+WEIGHT, EMA = "weight", "ema"
+# AdamW's; its count of steps has no dimension and is on the CPU.
+STEPS = "step"
+MOMENTS = {STEPS, "exp_avg", "exp_avg_sq"}
+
+
+class Saved(Record):
+    """`trainer_state.json`. What else `state` holds is checked by those who use it."""
+
+    state: dict[str, Any]
+    world_size: PositiveInt
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def running_means(model: nn.Module, ema: EmaTeacher | None) -> dict[str, Tensor]:
+    """The EMA teacher's running means, by the names of their weights."""
+    return {} if ema is None else dict(zip(trained_parameters(model), ema.shadow, strict=True))
+
+
+def state_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: EmaTeacher | None
+) -> dict[str, Tensor]:
+    """Weights, moments and running means: unsharded, or this rank's shards as DTensors."""
+    tensors = {f"{EMA}/{name}": mean for name, mean in running_means(model, ema).items()}
+    for name, parameter in trained_parameters(model).items():
+        tensors[f"{WEIGHT}/{name}"] = parameter.detach()
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{moment}/{name}"] = value
+    return tensors
+
+
+def write_random_state(file: Path, device: torch.device) -> None:
+    tensors = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    name, keys, *rest = np.random.get_state(legacy=True)
+    numpy_state = [name, np.asarray(keys).tolist(), *rest]
+    metadata = {"python": json.dumps(random.getstate()), "numpy": json.dumps(numpy_state)}
+    save_file(tensors, file, metadata=metadata)
+
+
+def read_random_state(file: Path, device: torch.device) -> None:
+    with safe_open(file, framework="pt") as stream:
+        metadata = stream.metadata()
+        torch.set_rng_state(stream.get_tensor("torch"))
+        if device.type == "cuda" and "cuda" in stream.keys():  # noqa: SIM118 (no container)
+            torch.cuda.set_rng_state(stream.get_tensor("cuda"), device)
+    version, keys, gauss = json.loads(metadata["python"])
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(json.loads(metadata["numpy"])))
+
+
+@contextmanager
+def shard_files() -> Iterator[None]:
+    """Wraps torch.distributed.checkpoint: drops its warning that there is no process group, and
+    raises the first rank's exception instead of CheckpointException."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as wrapped:
+            failure, _ = next(iter(wrapped.failures.values()))
+            raise failure from wrapped
+
+
+def damage_of(checkpoint: Path, world: World) -> str | None:
+    """The damage that the lowest rank found; None if no rank found any. A collective: raises
+    ReadFailed on every rank if the system refuses a file to any."""
+    own = together(lambda: find_damage(checkpoint, world.rank, world.size), FILE_FAILURES)
+    found = gather_objects(own)
+    return next((damage for damage in found if damage is not None), None)
