@@ -21,6 +21,7 @@ import errno
 import fcntl
 import json
 import os
+import random
 import re
 import shlex
 import socket
@@ -229,6 +230,10 @@ def _acquire(directory: Path, on_wait: Callable[[Holder | None], object]) -> Fil
                 return sight
             time.sleep(_POLL_S)
             continue
+        if last and not os.path.lexists(files[last]):
+            # Released, and the next holder may have begun with another number.
+            time.sleep(_POLL_S)
+            continue
         path = directory / f"{LOCK_FILE}-{last + 1}"
         try:
             # Fails if there is a file or a link of this name, and follows none.
@@ -238,14 +243,17 @@ def _acquire(directory: Path, on_wait: Callable[[Holder | None], object]) -> Fil
             time.sleep(_POLL_S)
             continue
         _sign(file)
-        # This process may have waited here while others have come and gone.
-        if max(_lock_files(directory), default=0) == last + 1:
+        # This process may have waited here while others have come and gone, and one has come whose
+        # number may be lower. Of two processes that create files, the later one to do so sees both.
+        if _lock_files(directory).keys() - files.keys() == {last + 1}:
             for number in files:
                 with suppress(OSError):
                     files[number].unlink()
             return file
         path.unlink(missing_ok=True)
         file.close()
+        # Both of two processes may have retreated.
+        time.sleep(random.uniform(0.0, _POLL_S))
 
 
 def _sign(file: FileIO) -> None:

@@ -271,6 +271,33 @@ def test_of_many_that_come_at_once_one_gets_it(
         winner.release()
 
 
+@pytest.mark.parametrize("gap", ["before the next number is chosen", "after it was chosen"])
+def test_a_holder_that_comes_while_another_one_looks_is_alone(
+    gap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"{lock.LOCK_FILE}-3").touch()
+    first = take(tmp_path)
+    assert lock_files(tmp_path) == [f"{lock.LOCK_FILE}-4"]
+    come = []
+
+    def look(*arguments: object) -> bool | None:
+        monkeypatch.undo()
+        first.release()
+        come.append(take(tmp_path))
+        return True if gap == "after it was chosen" else None
+
+    if gap == "after it was chosen":
+        monkeypatch.setattr(lock, "_find_living", lambda *arguments: None)
+        monkeypatch.setattr(os.path, "lexists", look)
+    else:
+        monkeypatch.setattr(lock, "_find_living", look)
+    with pytest.raises(ValueError, match=r"is in use by process \d+ "):
+        take(tmp_path)
+    come[0].check()
+    assert lock_files(tmp_path) == [f"{lock.LOCK_FILE}-1"]
+    come[0].release()
+
+
 def test_a_forked_child_keeps_nothing_and_removes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
