@@ -26,7 +26,14 @@ from paint_engine.config.toml import (
     value_of,
 )
 from paint_engine.config.trust import check_granted, run_directory_of, trust_flags
-from paint_engine.files import CONFIG_FILE, FILE_FAILURES, check_links, reading
+from paint_engine.files import (
+    CONFIG_FILE,
+    FILE_FAILURES,
+    ReadFailed,
+    WriteFailed,
+    check_links,
+    reading,
+)
 from paint_engine.files.terminal import Terminal
 
 DEFAULT_PRESET = "tiny"
@@ -86,18 +93,18 @@ class CommandLine:
 @contextmanager
 def user_errors(console: Terminal, rank: int = 0) -> Iterator[None]:
     """Ends the program with one message: with exit code 2 on a ValueError, which is a user's
-    mistake, and with 1 where the system refused a file."""
+    mistake, and with 1 where the system refused a file or another process took the directory."""
     try:
         yield
     except (ValueError, *FILE_FAILURES) as error:
         # The mistake may have been found on this rank alone, whose console is quiet.
         where = Terminal(stderr=True) if rank else console
         prefix = f"rank {rank}: " if rank else ""
-        mistake = isinstance(error, ValueError)
-        again = ["safe: all that was there before; give the same command again"]
-        lines = [f"{prefix}error: {error}", *([] if mistake else again)]
+        lines = [f"{prefix}error: {error}"]
+        if isinstance(error, WriteFailed | ReadFailed):
+            lines.append("safe: all that was there before; give the same command again")
         where.say(*lines, style="red")
-        sys.exit(2 if mistake else 1)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
 class _Parser(argparse.ArgumentParser):

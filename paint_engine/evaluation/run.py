@@ -75,8 +75,7 @@ def run_evaluation(command: EvaluationCommand, console: Terminal) -> None:
                 say(f"{', '.join(complete)}: complete already, nothing was sampled")
             evaluations = answer_benchmarks(plan, found, lock, world, Progress(console))
             together(
-                lambda: lock and report_results(plan, evaluations, lock, console),
-                (*FILE_FAILURES, LockLost),
+                lambda: lock and report_results(plan, evaluations, lock, console), FILE_FAILURES
             )
     except ValueError as error:
         raise ValueError(own_flags(str(error))) from error
@@ -90,10 +89,7 @@ def run_evaluation(command: EvaluationCommand, console: Terminal) -> None:
             style="red",
         )
         sys.exit(1)
-    except LockLost as lost:
-        say(f"error: {lost}; this process writes nothing more there", style="red")
-        sys.exit(1)
-    except (RewardFailed, NotFinite) as failure:
+    except (LockLost, RewardFailed, NotFinite) as failure:
         say(f"error: {own_flags(str(failure))}", style="red")
         sys.exit(1)
     except KeyboardInterrupt:

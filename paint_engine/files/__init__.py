@@ -23,6 +23,7 @@ from paint_engine.files.failures import (
     FILE_FAILURES,
     BadFile,
     FileMissing,
+    LockLost,
     ReadFailed,
     WriteFailed,
     reading,
@@ -42,11 +43,7 @@ from paint_engine.files.links import (
     is_checkpoint_name,
     open_regular,
 )
-from paint_engine.files.lock import (
-    DirectoryLock,
-    LockLost,
-    is_lock_file,
-)
+from paint_engine.files.lock import DirectoryLock, is_lock_file
 from paint_engine.files.names import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,

@@ -27,7 +27,11 @@ class BadFile(ValueError):
     short. The message names the file, what was found, what is needed and the remedy."""
 
 
-FILE_FAILURES = (WriteFailed, ReadFailed, BadFile)
+class LockLost(Exception):
+    """This process no longer holds the directory in which it writes. The message says why."""
+
+
+FILE_FAILURES = (WriteFailed, ReadFailed, BadFile, LockLost)
 """all of these, for ranks that must agree on them (`distributed.together`)"""
 
 _WRITE_REMEDIES = {

@@ -39,7 +39,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
-from paint_engine.files.failures import writing
+from paint_engine.files.failures import LockLost, writing
 from paint_engine.files.names import LOCK_FILE
 from paint_engine.files.printable import one_line
 
@@ -58,10 +58,6 @@ _NAME = re.compile(re.escape(LOCK_FILE) + r"-([1-9][0-9]*)")
 _MAX_RECORD_BYTES = 4096
 _MAX_COMMAND_CHARS = 200
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-
-
-class LockLost(Exception):
-    """This process no longer holds the directory in which it writes. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -175,13 +171,13 @@ class DirectoryLock:
         if newest <= _number(path):
             raise LockLost(
                 f"{self._name} was removed, moved or replaced while this process used it: its lock "
-                f"file {path.name} is gone"
+                f"file {path.name} is gone; this process writes nothing more there"
             )
         sight = _look(files[newest])
         raise LockLost(
             f"{self._name} was taken by {(sight and sight.holder) or 'another process'}; this "
             f"process had not renewed its lock for {_DEAD_AFTER_S:.0f} s, because it was suspended "
-            "or the file system did not answer"
+            "or the file system did not answer; it writes nothing more there"
         )
 
     def release(self) -> None:

@@ -170,6 +170,8 @@ def _find_run_dir(
     def prepare() -> tuple[Path, bool] | None:
         if lock is None:
             return None
+        # Loading the model takes minutes.
+        lock.check()
         if command.resume is not None:
             return lock.directory, True
         name, allow = command.preset or "run", command.allow_changed_data
@@ -446,6 +448,8 @@ def _write_start(run: Run, data: dict[str, Any], commit: str | None, *, new: boo
     """Writes what the run is started with. The configuration comes last: it makes the directory a
     run's. It is written after a resume too, so that the next resume uses this command's settings.
     """
+    if run.lock is not None:
+        run.lock.check()
     if new:
         write_versions(run.run_dir, run.name, run.world.size, commit)
     write_data_record(run.run_dir, data)

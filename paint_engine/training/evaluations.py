@@ -153,6 +153,8 @@ def keep_best(run: Run, step: int, checkpoint: Path | None) -> None:
     """
 
     def mark() -> None:
+        if run.lock is not None:
+            run.lock.check()
         if checkpoint is not None and best_step(present_evaluations(run)) == step:
             mark_best(run.run_dir, step)
             prune(run.run_dir, checkpoint, run.config.checkpoint.keep)

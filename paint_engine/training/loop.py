@@ -162,7 +162,7 @@ def run_training(run: Run, console: Terminal, stop: StopRequest) -> None:
             run.check_lock()
             together(lambda: run.world.is_main and finish(run, console), FILE_FAILURES)
     except LockLost as lost:
-        say(f"error: {lost}; this process writes nothing more there", style="red")
+        say(f"error: {lost}", style="red")
         sys.exit(1)
     except NotFinite as failure:
         say(f"error: {failure}; {explain_weights(run)}", *what_is_safe(run), style="red")

@@ -153,6 +153,8 @@ def save(run: Run) -> Path:
         path = save_checkpoint(
             run.run_dir, run.model, run.optimizer, state, keep=keep, world=run.world, ema=run.ema
         )
+    except LockLost:
+        raise
     except FILE_FAILURES as error:
         raise SaveFailed(str(error)) from error
     run.saved = run.step, path
