@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paint_engine import as_command
+from paint_engine.keys import with_key
 
 if TYPE_CHECKING:
     from paint_engine.checkpoint.merge import Survival
@@ -156,9 +157,9 @@ def _export_adapter(checkpoint: Path, output_dir: Path, section: "ModelSection")
     served = f"{output_dir.resolve().name}={output_dir}"
     command = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
     command += ["--trust-remote-code"] if section.trust_remote_code else []
-    # vLLM listens on all interfaces unless it is given one. The key stays out of the command line.
+    # vLLM listens on all interfaces unless it is given one.
     serve = shlex.join([*command, "--host", "127.0.0.1", "--lora-modules", served])
-    return [*lines, f'VLLM_API_KEY="${{VLLM_API_KEY:?}}" {serve}']
+    return [*lines, with_key(serve)]
 
 
 if __name__ == "__main__":

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from paint_engine.files import printable_output
+from paint_engine.keys import without_keys
 
 _HERE = Path(__file__).parent
 _MAX_ERROR_CHARS = 200
 _MAX_FRAMES = 8
-# Keys of this program that no reward needs. A user's function may need the hub's token.
-_KEY_VARIABLES = ("VLLM_API_KEY", "WANDB_API_KEY")
 # A child whose parent was killed ends by itself this long after its question's time is over.
 _ORPHAN_S = 5.0
 
@@ -37,13 +36,15 @@ class StartFailed(RuntimeError):
 class Reply:
     """The result of one question: Reply(value=True)
 
-    error: why there is no value: "KeyError: 'x'". location: the line that raised it,
+    error: why there is no value: "KeyError: 'x'". ended: because the child took too long and was
+    killed, or has crashed. location: the line that raised it,
     "my_module.py:12", and traceback: the frames down to it; both None if only code of
     this package raised it.
     """
 
     value: Any = None
     error: str | None = None
+    ended: bool = False
     location: str | None = None
     traceback: str | None = None
 
@@ -107,9 +108,11 @@ class Worker:
                 reply = child.ask(question, self._timeout_s)
             except TimeoutError:
                 child.stop()
-                reply = Reply(error=f"{self._call} took longer than {self._timeout_s:g} s")
+                error = f"{self._call} took longer than {self._timeout_s:g} s"
+                reply = Reply(error=error, ended=True)
             except EOFError:
-                reply = Reply(error=f"{self._process} stopped (exit code {child.stop()})")
+                error = f"{self._process} stopped (exit code {child.stop()})"
+                reply = Reply(error=error, ended=True)
             except BaseException:
                 child.stop()
                 raise
@@ -178,7 +181,7 @@ class _Child:
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-c", self._SOURCE, json.dumps(sys.path), settings],
                 stdin=subprocess.DEVNULL,
-                env={k: v for k, v in os.environ.items() if k not in _KEY_VARIABLES},
+                env=without_keys(),
                 stdout=2 if shows_output else output,
                 stderr=output,
                 pass_fds=(handle,),
@@ -228,7 +231,8 @@ class _Child:
             line = self._replies.readline()
         except ConnectionError:
             line = ""
-        if not line:
+        # A child that was killed while it answered has sent a part.
+        if not line.endswith("\n"):
             raise EOFError
         return json.loads(line)
 

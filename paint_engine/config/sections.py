@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from paint_engine.config import templates
+from paint_engine.keys import SERVER_KEY
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ def _is_server_url(text: str) -> str:
         raise PydanticCustomError(
             HIDDEN,
             "an address without user, password, query or fragment, such as http://node7:8000; a "
-            "server's key goes into the environment variable VLLM_API_KEY",
+            f"server's key goes into the environment variable {SERVER_KEY}",
         )
     try:
         parts = urlsplit(text)

@@ -20,6 +20,7 @@ from pathlib import Path
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import LEAVES, flag, value_of
 from paint_engine.files import CHECKPOINTS_DIRECTORY, CONFIG_FILE
+from paint_engine.keys import SERVER_KEY
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ _WIDENING: Mapping[str, _Widening] = {
     "objective.name": _Widening("imports this module", lambda c: _is_own(c.objective.name)),
     "reward.function": _Widening("imports this module", lambda c: _is_own(c.reward.function)),
     "rollout.url": _Widening(
-        "sends prompts and VLLM_API_KEY there; none = no server",
+        f"sends prompts and {SERVER_KEY} there; none = no server",
         lambda c: c.rollout.url is not None,
     ),
     "rollout.adapter_dir": _Widening(

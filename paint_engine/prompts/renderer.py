@@ -68,13 +68,14 @@ def _render_some(question: list[Any]) -> list[str]:
     """Returns the texts of the first conversations of a question, at least one."""
     try:
         reply = _renderer().ask(question)
-        if reply.error is not None:
+        if reply.ended:
             # The system may have ended the process for another one's memory.
             reply = _renderer().ask(question)
     except StartFailed as failure:
         raise TemplateFailed(f"was not rendered: {failure}") from failure
-    if reply.error is not None:
+    if reply.ended:
         raise TemplateFailed(f"is endless or too large: {reply.error}; needs one {_NEEDED}")
+    assert reply.error is None, reply.traceback or reply.error
     texts, failure = reply.value
     if failure is not None:
         raise TemplateFailed(failure)

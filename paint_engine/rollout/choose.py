@@ -7,11 +7,12 @@ from torch import nn
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import RolloutSection
 from paint_engine.distributed import World
+from paint_engine.keys import SERVER_KEY, read_key
 from paint_engine.model import FixedTeacher, Teacher, is_on_hub, resolve_model
 from paint_engine.recipes import draws
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import RolloutEngine
-from paint_engine.rollout.http import KEY_VARIABLE, is_sent_openly, read_key
+from paint_engine.rollout.http import is_sent_openly
 from paint_engine.rollout.vllm_engine import VllmEngine
 from paint_engine.rollout.vllm_server import ServerEngine
 
@@ -76,7 +77,7 @@ def server_notes(section: RolloutSection) -> list[str]:
     if url is None or read_key() is None or not is_sent_openly(url):
         return []
     return [
-        f"{KEY_VARIABLE} goes unencrypted to {url}, and so do prompts and completions; use a "
+        f"{SERVER_KEY} goes unencrypted to {url}, and so do prompts and completions; use a "
         "network that only the run's machines share, or https"
     ]
 

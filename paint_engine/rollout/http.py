@@ -5,7 +5,6 @@ import http.client
 import io
 import ipaddress
 import json
-import os
 import socket
 import ssl
 import threading
@@ -16,9 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from paint_engine.files import one_line
+from paint_engine.keys import SERVER_KEY, read_key
 
-KEY_VARIABLE = "VLLM_API_KEY"
-"""the environment variable with the server's key; vLLM reads the same one"""
 MAX_BODY_BYTES = 1 << 20
 """of a reply that is not a completion's"""
 # For connecting, TLS included.
@@ -51,21 +49,9 @@ def quoted(text: str | bytes) -> str:
     start = text[: 4 * _MAX_QUOTED_CHARS + 4]
     whole = start.decode(errors="replace") if isinstance(start, bytes) else start
     if key := read_key():
-        whole = whole.replace(key, f"({KEY_VARIABLE})")
+        whole = whole.replace(key, f"({SERVER_KEY})")
     clean = one_line(whole[: _MAX_QUOTED_CHARS + 1])
     return clean if len(clean) <= _MAX_QUOTED_CHARS else f"{clean[:_MAX_QUOTED_CHARS]}..."
-
-
-def read_key() -> str | None:
-    """Returns the server's key from the environment, without surrounding whitespace; None if there
-    is none. Raises ValueError, which does not show it, for a key that HTTP cannot send."""
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    if not all("!" <= char <= "~" for char in key):
-        raise ValueError(
-            f"{KEY_VARIABLE} (its value is not shown) has a space, a line break or a character "
-            "outside ASCII within it; needs visible ASCII characters alone; set it again"
-        )
-    return key or None
 
 
 def is_sent_openly(url: str) -> bool:
@@ -77,36 +63,36 @@ def is_sent_openly(url: str) -> bool:
     return parts.scheme == "http" and not is_local
 
 
-class Calls:
+class Requests:
     """Running requests that can be aborted together, from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._lines: set[socket.socket] = set()
+        self._open: set[socket.socket] = set()
         self._over = False
 
     @contextmanager
-    def counted(self, line: socket.socket) -> Iterator[None]:
+    def tracked(self, connection: socket.socket) -> Iterator[None]:
         """Returns a context in which the connection waits for its answer. Raises OSError once these
-        calls are aborted."""
+        requests are aborted."""
         with self._lock:
             if self._over:
                 raise ConnectionAbortedError("this request was aborted")
-            self._lines.add(line)
+            self._open.add(connection)
         try:
             yield
         finally:
             with self._lock:
-                self._lines.remove(line)
+                self._open.remove(connection)
 
-    def hang_up(self) -> None:
+    def abort(self) -> None:
         """Ends all of these requests, and any later ones, with an OSError."""
         with self._lock:
             self._over = True
-            for line in self._lines:
-                # The server may have closed the connection first.
+            for connection in self._open:
+                # The server may have closed it first.
                 with suppress(OSError):
-                    line.shutdown(socket.SHUT_RDWR)
+                    connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Incoming(io.RawIOBase):
@@ -115,8 +101,8 @@ class _Incoming(io.RawIOBase):
     A socket's own timeout bounds each packet, so a byte a second would never exceed it.
     """
 
-    def __init__(self, line: socket.socket, deadline: float, num_bytes: int) -> None:
-        self._line = line
+    def __init__(self, connection: socket.socket, deadline: float, num_bytes: int) -> None:
+        self._socket = connection
         self._deadline = deadline
         self._num_left = num_bytes
 
@@ -126,23 +112,26 @@ class _Incoming(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         if not self._num_left:
             raise BadReply("the reply is longer than anything that was asked for")
-        self._line.settimeout(_time_left(self._deadline))
-        count = self._line.recv_into(memoryview(buffer)[: self._num_left])
+        self._socket.settimeout(_time_left(self._deadline))
+        count = self._socket.recv_into(memoryview(buffer)[: self._num_left])
         self._num_left -= count
         return count
 
 
-class _BoundedLine:
+class _BoundedSocket:
     """A connection as http.client uses it."""
 
-    def __init__(self, line: socket.socket, deadline: float, num_bytes: int) -> None:
-        self._line = line
+    def __init__(self, connection: socket.socket, deadline: float, num_bytes: int) -> None:
+        self._socket = connection
         self._deadline = deadline
-        self._incoming = _Incoming(line, deadline, num_bytes)
+        self._incoming = _Incoming(connection, deadline, num_bytes)
 
     def sendall(self, data: bytes) -> None:
-        self._line.settimeout(_time_left(self._deadline))
-        self._line.sendall(data)
+        # With TLS, `sendall` would wait for the whole timeout at each packet.
+        rest = memoryview(data)
+        while rest:
+            self._socket.settimeout(_time_left(self._deadline))
+            rest = rest[self._socket.send(rest) :]
 
     def makefile(self, mode: str) -> io.BufferedReader:
         assert mode == "rb"
@@ -157,6 +146,25 @@ def _time_left(deadline: float) -> float:
     if left <= 0:
         raise TimeoutError
     return left
+
+
+def _connect_to_any(addresses: list[Any], deadline: float) -> socket.socket:
+    """Returns a connection to the first address that answers.
+
+    addresses: of `socket.getaddrinfo`. `socket.create_connection` would give each the whole time.
+    """
+    failure: OSError = OSError("the name has no address")
+    for family, kind, protocol, _, address in addresses:
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(_time_left(deadline))
+            connection.connect(address)
+        except OSError as error:
+            connection.close()
+            failure = error
+        else:
+            return connection
+    raise failure
 
 
 class Server:
@@ -186,11 +194,12 @@ class Server:
         *,
         timeout_s: float,
         max_bytes: int = MAX_BODY_BYTES,
-        calls: Calls | None = None,
+        requests: Requests | None = None,
     ) -> tuple[int, bytes]:
         """Returns status and body; of an error's body, the start.
 
-        timeout_s: bounds the whole exchange, from connecting to the body's last byte.
+        timeout_s: bounds the whole exchange, from connecting to the body's last byte. The lookup of
+            the host's name has the system's own bound.
         max_bytes: bounds the body of a success.
 
         Raises OSError or HTTPException if there is no whole reply in time, and BadReply for a
@@ -202,22 +211,24 @@ class Server:
         # machines.
         connection = http.client.HTTPConnection(self._host, self._port)
         with ExitStack() as stack:
-            line = self._connect(min(timeout_s, _CONNECT_TIMEOUT_S), stack)
-            stack.enter_context((calls or Calls()).counted(line))
-            connection.sock = _BoundedLine(line, deadline, max_bytes + _HEAD_BYTES)
             try:
+                opened = self._connect(deadline, stack)
+                stack.enter_context((requests or Requests()).tracked(opened))
+                connection.sock = _BoundedSocket(opened, deadline, max_bytes + _HEAD_BYTES)
                 connection.request(method, self._path + path, data, self._headers)
                 response = connection.getresponse()
                 return response.status, _read_body(response, max_bytes)
             except TimeoutError as error:
                 raise TimeoutError(f"no whole reply within {timeout_s:g} s") from error
 
-    def _connect(self, timeout_s: float, stack: ExitStack) -> socket.socket:
-        plain = socket.create_connection((self._host, self._port), timeout_s)
-        stack.enter_context(plain)
+    def _connect(self, deadline: float, stack: ExitStack) -> socket.socket:
+        addresses = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        deadline = min(deadline, time.monotonic() + _CONNECT_TIMEOUT_S)
+        plain = stack.enter_context(_connect_to_any(addresses, deadline))
         if self._tls is None:
             return plain
         # Unlike reading, a handshake has the socket's timeout as a whole.
+        plain.settimeout(_time_left(deadline))
         return stack.enter_context(self._tls.wrap_socket(plain, server_hostname=self._host))
 
     def request(

@@ -17,15 +17,15 @@ from peft import PeftModel
 from torch import nn
 
 from paint_engine.distributed import World, gather_objects, raise_together
+from paint_engine.keys import with_key
 from paint_engine.model import lm_head_weight
 from paint_engine.rollout.adapter_files import WeightFiles, WrittenWeights
 from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
 from paint_engine.rollout.http import (
-    KEY_VARIABLE,
     MAX_BODY_BYTES,
     BadReply,
-    Calls,
     Refused,
+    Requests,
     Server,
     quoted,
 )
@@ -91,7 +91,7 @@ class ServerEngine:
         self._command = serve_command(url, model_path, reserved_lora_rank(model))
         self._base_name = ""
         raise_together(self._unfit(model_path))
-        self._calls = Calls()
+        self._requests = Requests()
         self._closed = False
         self._files = WeightFiles(model, world, adapter_dir, per_node=False)
         self._written: WrittenWeights | None = None
@@ -123,7 +123,7 @@ class ServerEngine:
     def _probe(self) -> str | None:
         # With one candidate the processed log-probability is 0. The raw one hardly ever is.
         params = SamplingParams(1.0, 1.0, 1, 1, (), self._head_size)
-        completion = self._complete(self._base_name, (0,), 0, params, Calls())
+        completion = self._complete(self._base_name, (0,), 0, params, Requests())
         if completion.logprobs != (0.0,):
             return "returns raw log-probabilities, not those of the sampled distribution"
         return None
@@ -162,15 +162,15 @@ class ServerEngine:
         assert base or self._written is not None, "sync comes before generate"
         name = self._base_name if base or self._written is None else self._written.name
 
-        calls = self._calls = Calls()
+        requests = self._requests = Requests()
 
         def complete(index: int) -> Completion:
             with self._faults():
-                return self._complete(name, prompts[index], seeds[index], params, calls)
+                return self._complete(name, prompts[index], seeds[index], params, requests)
 
         # Checked only now: an earlier `close` did not see these calls, and a later one ends them.
         if self._closed:
-            calls.hang_up()
+            requests.abort()
         pool = ThreadPoolExecutor(self._max_sequences, thread_name_prefix="completions")
         completions: dict[int, Completion] = {}
         try:
@@ -183,7 +183,7 @@ class ServerEngine:
         finally:
             # After a failure the other answers are not needed.
             pool.shutdown(wait=False, cancel_futures=True)
-            calls.hang_up()
+            requests.abort()
         return [completions[index] for index in range(len(prompts))]
 
     @property
@@ -210,7 +210,7 @@ class ServerEngine:
         """Aborts the running requests, unloads the adapter if the server still answers, and deletes
         its files."""
         self._closed = True
-        self._calls.hang_up()
+        self._requests.abort()
         if self._world.is_main and self._written is not None:
             self._unload(self._written.name)
         self._files.close()
@@ -264,7 +264,12 @@ class ServerEngine:
             raise EngineDied(f"{name} sent a wrong reply: {error}") from error
 
     def _complete(
-        self, name: str, prompt: Sequence[int], seed: int, params: SamplingParams, calls: Calls
+        self,
+        name: str,
+        prompt: Sequence[int],
+        seed: int,
+        params: SamplingParams,
+        requests: Requests,
     ) -> Completion:
         """Returns the completion by the model or adapter of this name. Raises what `_faults`
         converts."""
@@ -276,7 +281,7 @@ class ServerEngine:
             max_bytes=MAX_BODY_BYTES
             + _TOKEN_BYTES * params.max_new_tokens
             + _PROMPT_TOKEN_BYTES * len(prompt),
-            calls=calls,
+            requests=requests,
         )
         return read_completion(body, prompt, params)
 
@@ -315,7 +320,7 @@ class ServerEngine:
 
 def serve_command(url: str, model_path: str, lora_rank: int) -> str:
     """Returns the shell command that starts the server of a run: on the address of `url` alone, and
-    with the key that the shell has in VLLM_API_KEY, which keeps it out of the list of processes."""
+    with the key."""
     parts = urlsplit(url)
     is_secure = parts.scheme == "https"
     host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
@@ -329,7 +334,5 @@ def serve_command(url: str, model_path: str, lora_rank: int) -> str:
     if is_secure:
         arguments |= {"ssl-certfile": "CERTIFICATE.pem", "ssl-keyfile": "KEY.pem"}
     flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in arguments.items())
-    return (
-        f'VLLM_ALLOW_RUNTIME_LORA_UPDATING=True {KEY_VARIABLE}="${{{KEY_VARIABLE}:?}}" '
-        f"vllm serve {shlex.quote(model_path)} --enable-lora {flags}"
-    )
+    serve = with_key(f"vllm serve {shlex.quote(model_path)} --enable-lora {flags}")
+    return f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True {serve}"

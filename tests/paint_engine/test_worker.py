@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -99,3 +100,38 @@ def test_a_fork_of_the_process_has_a_child_of_its_own(echo: Worker) -> None:
     _, status = os.waitpid(fork, 0)
     assert all(answers) and status == 0
     assert echo.ask(["after"]) == Reply("after")
+
+
+# The child's only socket is the one to its parent.
+_ENDS_WITHIN_A_REPLY = """
+import os, stat
+def make():
+    def answer(question):
+        for handle in range(3, 64):
+            try:
+                if stat.S_ISSOCK(os.fstat(handle).st_mode):
+                    os.write(handle, b'{"value": "cut sho')
+            except OSError:
+                pass
+        os._exit(3)
+    return answer
+"""
+
+
+def test_a_child_that_is_killed_while_it_answers_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ends_within_a_reply.py").write_text(_ENDS_WITHIN_A_REPLY)
+    monkeypatch.syspath_prepend(tmp_path)
+    worker = Worker(
+        "ends_within_a_reply:make",
+        [],
+        call="the answer",
+        process="the answering process",
+        timeout_s=60.0,
+        start_limit_s=60.0,
+        advice="look there",
+    )
+    reply = worker.ask("?")
+    worker.close()
+    assert reply == Reply(error="the answering process stopped (exit code 3)", ended=True)

@@ -1,14 +1,18 @@
 """Keys and addresses: what is sent to whom, and what is never shown."""
 
 import shlex
+import socket
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from paint_engine.config.sections import RolloutSection
+from paint_engine.keys import read_key
 from paint_engine.rollout.choose import server_notes
-from paint_engine.rollout.http import Server, quoted, read_key
+from paint_engine.rollout.http import Server, quoted
 from paint_engine.rollout.vllm_server import serve_command
 
 SECRET = "sk-s3cret-of-the-server"
@@ -100,3 +104,24 @@ def test_the_command_binds_an_address_and_needs_a_key(
     assert words[:2] == ["VLLM_ALLOW_RUNTIME_LORA_UPDATING=True", "VLLM_API_KEY=${VLLM_API_KEY:?}"]
     assert words[2:5] == ["vllm", "serve", path]
     assert "--max-lora-rank 16 --logprobs-mode processed_logprobs" in command
+
+
+def test_the_deadline_bounds_all_addresses_of_a_host_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with ExitStack() as stack:
+        deaf = stack.enter_context(socket.socket())
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        # Its queue is full then, and the system leaves further connections without an answer.
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(deaf.getsockname())
+        address = (socket.AF_INET, socket.SOCK_STREAM, 0, "", deaf.getsockname())
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **kind: [address] * 4)
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match=r"^no whole reply within 1 s$"):
+            Server("http://node7").request("GET", "/v1/models", timeout_s=1.0)
+        # 4 s with a timeout for each address.
+        assert time.monotonic() - began < 3.0
