@@ -1,11 +1,14 @@
 """Files and directories that are whole or absent.
 
 They are written under a name that nobody can guess, so that no link can wait there, and renamed. A
-rename replaces a link at its target and does not follow it.
+rename replaces a link at its target and does not follow it. While they are written they are locked
+(`flock`), so that nobody takes them for what a killed process has left. The directory of a
+checkpoint is not, which several ranks write: the run's own lock keeps others out of its place.
 
 Modes: files get 0666 and directories 0777, less the umask, as those of other programs do.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -45,6 +48,35 @@ def finished_name(name: str) -> str | None:
     return None if found is None else found["name"]
 
 
+@contextmanager
+def _held(descriptor: int) -> Iterator[None]:
+    """Locks an unfinished file or directory while it is written, and closes the descriptor then.
+
+    Between its creation and this lock it may be removed. Writing then fails at the rename.
+    """
+    try:
+        # Some network file systems have no locks. There, nobody removes what others left.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_held(path: Path) -> bool:
+    """Whether another process may be writing the unfinished file or directory."""
+    if path.is_symlink():
+        return False
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def write_all(descriptor: int, content: bytes) -> None:
     """Writes all of the content; a single write may be short."""
     rest = memoryview(content)
@@ -66,12 +98,10 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(unfinished, flags, 0o666)
-            try:
+            with _held(descriptor):
                 write_all(descriptor, content.encode() if isinstance(content, str) else content)
                 os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            unfinished.replace(path)
+                unfinished.replace(path)
         except BaseException:
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
@@ -116,7 +146,7 @@ def remove_left_overs(directory: Path, name: str | None = None) -> None:
         ]
     for entry in found:
         with suppress(OSError):
-            if is_ours(path := Path(entry.path)):
+            if is_ours(path := Path(entry.path)) and not _is_held(path):
                 remove_tree(path)
 
 
@@ -180,9 +210,10 @@ def new_directory(path: Path) -> Iterator[Path]:
     with writing(path):
         unfinished = make_unfinished(path)
         try:
-            yield unfinished
-            _flush_files(unfinished)
-            publish_directory(unfinished, path)
+            with _held(os.open(unfinished, os.O_RDONLY | os.O_CLOEXEC)):
+                yield unfinished
+                _flush_files(unfinished)
+                publish_directory(unfinished, path)
         except BaseException:
             remove_tree(unfinished)
             raise
@@ -196,9 +227,10 @@ def new_files(directory: Path) -> Iterator[Path]:
         directory.mkdir(parents=True, exist_ok=True)
         unfinished = make_unfinished(directory / "files")
         try:
-            yield unfinished
-            for file in _flush_files(unfinished):
-                file.replace(directory / file.relative_to(unfinished))
-            flush(directory)
+            with _held(os.open(unfinished, os.O_RDONLY | os.O_CLOEXEC)):
+                yield unfinished
+                for file in _flush_files(unfinished):
+                    file.replace(directory / file.relative_to(unfinished))
+                flush(directory)
         finally:
             remove_tree(unfinished)

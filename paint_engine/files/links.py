@@ -65,13 +65,16 @@ def _refuse_other(path: Path, mode: int, *, directory: bool = False) -> None:
     """Raises BadFile unless this is the mode of a regular file, or of a directory if allowed."""
     if stat.S_ISREG(mode) or (directory and stat.S_ISDIR(mode)):
         return
-    target = f" to {os.readlink(path)!r}" if stat.S_ISLNK(mode) else ""
-    raise BadFile(
-        f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'no file')}{target}; needs a regular file or a "
-        "directory of its own, since nothing outside of the directory is read or written through "
-        "it; remove it, or put what it stands for in its place. The run directory itself may be a "
-        "link to another disk"
-    )
+    needed = "a regular file" + (" or a directory of its own" if directory else "")
+    found, remedy = _KINDS.get(stat.S_IFMT(mode), "no file"), "remove it"
+    if stat.S_ISLNK(mode):
+        found += f" to {os.readlink(path)!r}"
+        needed += ", since nothing outside of the directory is read or written through it"
+        remedy += (
+            ", or put what it stands for in its place. The run directory itself may be a link to "
+            "another disk"
+        )
+    raise BadFile(f"{path} is {found}; needs {needed}; {remedy}")
 
 
 def check_links(directory: Path) -> None:

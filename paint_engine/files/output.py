@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, TextIO, cast
@@ -21,14 +21,25 @@ _MOVE_UP = re.compile(r"\n*(\x1b\[A)+")
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
-class _LossyOutput:
-    """A text stream that goes nowhere once the system has refused a write to it."""
+class _Output:
+    """A text stream with a `write` of its own in front of another stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        raise NotImplementedError
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+
+class _LossyOutput(_Output):
+    """A text stream that goes nowhere once the system has refused a write to it."""
 
     def write(self, text: str) -> int:
         with self._dropping():
@@ -55,23 +66,19 @@ class _LossyOutput:
                 print(f"note: the output is lost from here on ({reason})", file=sys.stderr)
 
 
-class _PrintableOutput:
-    """A text stream that writes printable text. Libraries' colours are left out.
+class _PrintableOutput(_Output):
+    """A text stream that writes printable text. Libraries' colours are left out."""
 
-    unescaped: the stream behind it, for a `Terminal`, which has controls of its own.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self.unescaped = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.unescaped, name)
+    @property
+    def unescaped(self) -> TextIO:
+        """The stream behind it, for a `Terminal`, which has controls of its own."""
+        return self._stream
 
     def write(self, text: str) -> int:
         if not _MOVE_UP.fullmatch(text):
             start = _LINE_START if text.startswith(_LINE_START) else ""
             text = start + printable(_CONTROL.sub("", text.removeprefix(start)))
-        return self.unescaped.write(text)
+        return self._stream.write(text)
 
 
 @contextmanager
@@ -88,10 +95,10 @@ def printable_output() -> Iterator[None]:
 
 @contextmanager
 def command_output() -> Iterator[None]:
-    """In a command: `printable_output`, which goes on without standard output when that cannot be
-    written, for a log on a full disk is no reason to lose a run on another one."""
-    before = sys.stdout
-    sys.stdout = cast(TextIO, _LossyOutput(before))
+    """In a command: `printable_output`, which goes on without an output that cannot be written, for
+    a log on a full disk is no reason to lose a run on another one."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _LossyOutput(stream)) for stream in before)
     # Not put back: the interpreter calls it when the command has ended.
     sys.excepthook = _show_exception
     try:
@@ -99,7 +106,7 @@ def command_output() -> Iterator[None]:
             yield
     finally:
         sys.stdout.flush()
-        sys.stdout = before
+        sys.stdout, sys.stderr = before
 
 
 def _show_exception(

@@ -102,23 +102,30 @@ def test_a_library_that_gives_the_reason_as_text_fails_alike(write: str, tmp_pat
         raise KeyError("of something else")
 
 
-def test_a_command_goes_on_without_its_output(tmp_path: Path) -> None:
+@pytest.mark.parametrize("both", [False, True])
+def test_a_command_goes_on_without_its_output(both: bool, tmp_path: Path) -> None:
     """A log on a full disk, to the end of the process."""
     program = (
+        "import sys\n"
         "from paint_engine.files import command_output\n"
         "with command_output():\n"
         "    print('lost')\n"
         "    print(5000 * 'x', flush=True)\n"
+        "    sys.stderr.writelines(['a warning\\n'])\n"
         f"open({str(tmp_path / 'done')!r}, 'w').close()\n"
     )
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", program],
+            stdout=full,
+            stderr=full if both else subprocess.PIPE,
+            text=True,
         )
     assert (done.returncode, (tmp_path / "done").exists()) == (0, True)
-    assert done.stderr.strip() == (
-        "note: the output is lost from here on (No space left on device)"
-    )
+    assert both or done.stderr.splitlines() == [
+        "note: the output is lost from here on (No space left on device)",
+        "a warning",
+    ]
 
 
 def test_a_link_is_replaced(tmp_path: Path) -> None:
@@ -143,6 +150,18 @@ def test_a_directory_appears_with_all_its_files(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
     with pytest.raises(OSError, match="not empty"):
         publish_directory_over(target)
+
+
+def test_what_a_living_process_writes_is_not_left_over(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with new_directory(target) as first:
+        (first / "file").write_text("first")
+        with new_directory(target) as second:
+            (second / "other").write_text("second")
+            assert (first / "file").read_text() == "first"
+        (target / "other").unlink()
+    assert (target / "file").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def publish_directory_over(target: Path) -> None:
