@@ -1,7 +1,7 @@
 """Checkpoints of a run: saved and restored on any number of ranks, chosen, checked and merged.
 
-What is exported here finds a checkpoint and imports no PyTorch; `save`, `load`, `weights` and `merge`
-do.
+What is exported here finds a checkpoint and imports no PyTorch; `save`, `load`, `weights` and
+`merge` do.
 """
 
 from paint_engine.checkpoint.choose import choose_checkpoint, find_base, present

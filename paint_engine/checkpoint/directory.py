@@ -118,6 +118,14 @@ def seal(unfinished: Path, names: list[str]) -> Manifest:
     return {name: _fingerprint(unfinished / name) for name in names}
 
 
+def _is_file_name(name: str) -> bool:
+    """Whether a file below a checkpoint can have this name."""
+    place = PurePosixPath(name)
+    inside = not place.is_absolute() and ".." not in place.parts and str(place) == name
+    # The system takes no null byte and at most 255 bytes a part; UTF-8 no lone surrogate.
+    return inside and name.isprintable() and all(len(p.encode()) <= 255 for p in place.parts)
+
+
 def find_damage(checkpoint: Path, rank: int = 0, num_ranks: int = 1) -> str | None:
     """Returns what is wrong with a checkpoint's files, or None if they are what was written.
 
@@ -131,8 +139,7 @@ def find_damage(checkpoint: Path, rank: int = 0, num_ranks: int = 1) -> str | No
         if STATE_FILE not in manifest:
             return f"{MANIFEST_FILE} does not list {STATE_FILE}"
         for name in sorted(manifest)[rank::num_ranks]:
-            place = PurePosixPath(name)
-            if place.is_absolute() or ".." in place.parts or str(place) != name:
+            if not _is_file_name(name):
                 return f"{MANIFEST_FILE} lists {name!r}, which is no file of a checkpoint"
             with reading(checkpoint / name):
                 if list(_fingerprint(checkpoint / name)) != manifest[name]:

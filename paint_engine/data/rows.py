@@ -228,6 +228,7 @@ def _dataset_rows(
     from huggingface_hub import is_offline_mode
 
     name, _, config_name = path.partition(":")
+    _refuse_packaged_builder(name, path, section)
     try:
         rows = datasets.load_dataset(name, config_name or None, split=split, revision=revision)
     except Exception as error:
@@ -247,6 +248,19 @@ def _dataset_rows(
         offline = is_offline_mode()
         _check_revision(revision, commit, path, section, offline=offline)
     return commit, ((f"{label}[{index}]", row) for index, row in enumerate(rows))
+
+
+def _refuse_packaged_builder(name: str, path: str, section: str) -> None:
+    """Raises ValueError for what `datasets` takes for one of its own readers ("csv", "pandas") and
+    not for a data set: they read whatever lies in the working directory, one of them pickles."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    if name in _PACKAGED_DATASETS_MODULES:
+        raise ValueError(
+            f"--{section}.path {path}: is the name of a file format in the package datasets; needs "
+            "a .jsonl, .json or .parquet file or the id of a data set; give the file itself, or "
+            f"./{name} for a directory of that name"
+        )
 
 
 def _commit_of(cache_files: Sequence[Mapping[str, str]]) -> str | None:

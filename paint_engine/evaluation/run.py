@@ -12,7 +12,6 @@ from paint_engine.distributed import (
     barrier,
     gather_objects,
     init_world,
-    raise_together,
     together,
 )
 from paint_engine.evaluation.answers import FAILURES, all_requests, check_answers, evaluate
@@ -134,21 +133,17 @@ def find_complete(plan: Plan, world: World) -> dict[str, Evaluation | None]:
     cannot be read.
     """
     check_same_headers(plan.headers)
-    found: dict[str, Evaluation | None] = {}
-    error: str | Exception | None = None
-    try:
-        if world.is_main:
-            for name, header in plan.headers.items():
-                found[name] = read_finished(plan.directory, name, header)
-                read_unfinished(plan.directory, name, header)
-                if found[name] is not None:
-                    remove_shares(plan.directory, name)
-    except (ValueError, ReadFailed) as refused:
-        error = refused
-    except OSError as failure:
-        error = f"--output {plan.directory}: cannot be read ({failure}); give another directory"
-    raise_together(error)
-    return gather_objects(found)[0]
+
+    def find() -> dict[str, Evaluation | None]:
+        found = {}
+        for name, header in plan.headers.items() if world.is_main else ():
+            found[name] = read_finished(plan.directory, name, header)
+            read_unfinished(plan.directory, name, header)
+            if found[name] is not None:
+                remove_shares(plan.directory, name)
+        return found
+
+    return gather_objects(together(find, (ValueError, *FILE_FAILURES)))[0]
 
 
 def answer_benchmarks(

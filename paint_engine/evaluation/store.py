@@ -302,9 +302,10 @@ class SampleFiles:
 
 def remove_shares(directory: Path, name: str) -> None:
     """Deletes the samples by rank, which a complete evaluation no longer needs. One that was killed
-    before this has left them."""
-    for path in _rank_files(directory, name):
-        path.unlink(missing_ok=True)
+    before this has left them. Raises WriteFailed."""
+    with writing(directory):
+        for path in _rank_files(directory, name):
+            path.unlink(missing_ok=True)
 
 
 def _rank_files(directory: Path, name: str) -> list[Path]:

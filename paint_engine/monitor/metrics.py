@@ -6,6 +6,7 @@ nats; overlap, accuracy, mask ratios, masses and rates are fractions.
 """
 
 import math
+import os
 import re
 import secrets
 import threading
@@ -23,10 +24,12 @@ from paint_engine.files import (
     TENSORBOARD_DIRECTORY,
     WANDB_DIRECTORY,
     WANDB_ID_FILE,
+    BadFile,
     WriteFailed,
     append_lines,
     json_line,
     open_jsonl,
+    read_bytes,
     truncate_jsonl,
     write_atomic,
     write_failure,
@@ -192,20 +195,17 @@ def wandb_id(run_dir: Path) -> str:
     """Returns the run's id in W&B: a random one, which the directory keeps, so that a resumed run
     continues its own curves, and no run those of another one whose directory has the same name.
 
-    Raises ValueError for an id that no run has written, and WriteFailed.
+    Raises BadFile for an id that no run has written, ReadFailed and WriteFailed.
     """
     path = run_dir / WANDB_ID_FILE
-    if not path.exists():
+    if not os.path.lexists(path):
         write_atomic(path, secrets.token_hex(8) + "\n")
     # A run directory comes from anywhere: what it holds is data.
-    found = ""
-    if path.is_file():
-        with path.open("rb") as file:
-            found = file.read(64).decode(errors="replace").strip()
+    found = read_bytes(path).decode(errors="replace").strip()
     if not _WANDB_ID.fullmatch(found):
-        raise ValueError(
-            f"{path}: got {found!r}; needs the run's id in W&B, 16 of the characters 0-9 and a-f; "
-            "delete the file, and the resumed run gets a new one"
+        raise BadFile(
+            f"{path}: got {found[:60]!r}; needs the run's id in W&B, 16 of the characters 0-9 and "
+            "a-f; delete the file, and the resumed run gets a new one"
         )
     return found
 

@@ -355,6 +355,18 @@ def test_datasets_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "failed with ValueError" in message and "(--data.split)" in message
 
 
+@pytest.mark.parametrize("path", ["pandas", "csv:x", "text"])
+def test_the_name_of_a_file_format_is_no_data_set(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` would read the working directory's files with it, of "pandas" a pickle."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.pkl").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    (tmp_path / "train.csv").write_text("problem,solution,answer\na,b,c\n")
+    assert f"--data.path {path}: is the name of a file format" in refusal(path)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_datasets_id_with_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

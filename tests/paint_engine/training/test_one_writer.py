@@ -95,7 +95,7 @@ def test_a_run_whose_lock_was_taken_writes_nothing_more(
     assert run_main(command) == 1
     printed = capsys.readouterr().out
     assert f"error: run directory {run_dir} was taken by process {os.getpid()} on other-" in printed
-    assert "this process writes nothing more there" in printed
+    assert "writes nothing more there" in printed
     assert content(run_dir) == states[0]
     assert len(read_jsonl(run_dir / "metrics.jsonl")) == (2 if place == "step" else 0)
 
