@@ -20,7 +20,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = (
-    *("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels"),
+    *("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "trl"),
     "flash-linear-attention",
 )
 

@@ -49,6 +49,11 @@ CHILD_PREFIX = "extra_bytes "
 GROUPS = ("PAINT", "forward KL", "JSD", "log-probabilities")
 
 
+def num_gemms(group: str) -> int:
+    """Returns the number of matrix products of the group's floor."""
+    return 2 if group == "log-probabilities" else 3
+
+
 def all_variants(device: torch.device) -> list[Variant]:
     """Returns every variant of every group, including those that cannot run here."""
     head_loss = functools.partial(our_loss, objective=PAINT)
@@ -56,7 +61,15 @@ def all_variants(device: torch.device) -> list[Variant]:
     reverse, jsd = replace(PAINT, divergence="reverse_kl"), replace(PAINT, divergence="jsd")
     ours = [
         our_variant("PAINT", "paint_loss", PAINT),
-        Variant("PAINT", "paint_loss, trainable head", with_head, PAINT, "ours", trains_head=True),
+        Variant(
+            "PAINT",
+            "paint_loss, trainable head",
+            with_head,
+            PAINT,
+            "ours",
+            trains_head=True,
+            extra_products=1,
+        ),
         our_variant("PAINT", "paint_loss, reverse KL", reverse),
         our_variant("PAINT", "paint_loss, JSD", jsd),
         our_variant("forward KL", "paint_loss", FORWARD_KL),
@@ -166,6 +179,7 @@ def check_all(
         extra_bytes, failed = probes.get(f"{variant.group}/{variant.name}", (0, ""))
         row: dict[str, Any] = {"variant": variant.name, "kind": variant.kind}
         row |= {"lacks": list(variant.lacks), "status": "measured"}
+        row["products"] = num_gemms(variant.group) + variant.extra_products
         rows.append(row)
         if variant.unavailable or failed:
             row.update(status="cannot run", reason=variant.unavailable or failed)
@@ -215,7 +229,7 @@ def time_all(
             row.update(status="left out", reason="the time budget was used up")
 
 
-def add_ratios(rows: list[dict[str, Any]], shape: Shape, num_gemms: int, on_gpu: bool) -> None:
+def add_ratios(rows: list[dict[str, Any]], shape: Shape, gemms: int, on_gpu: bool) -> None:
     """Adds the time relative to the floor and in GEMMs, and the bandwidth outside of GEMMs."""
     floor = next((row.get("median_ms") for row in rows if row["kind"] == "floor"), None)
     if floor is None:
@@ -224,9 +238,9 @@ def add_ratios(rows: list[dict[str, Any]], shape: Shape, num_gemms: int, on_gpu:
         if "median_ms" not in row:
             continue
         row["ratio_to_floor"] = row["median_ms"] / floor
-        row["gemm_equivalents"] = num_gemms * row["median_ms"] / floor
+        row["gemm_equivalents"] = gemms * row["median_ms"] / floor
         beyond_s = (row["median_ms"] - floor) / 1e3
-        whole_pass = row["kind"] == "ours" and "head_gradient_error" not in row and num_gemms == 3
+        whole_pass = row["kind"] == "ours" and "head_gradient_error" not in row and gemms == 3
         if on_gpu and whole_pass and beyond_s > 0:
             moved = ROW_BYTES * shape.num_tokens * shape.vocab_size
             row["row_kernel_bytes_per_s"] = moved / beyond_s
@@ -262,8 +276,7 @@ def measure_shape(
             continue
         rows = check_all(members, accuracy, probes, deadline)
         time_all(members, rows, inputs, deadline)
-        num_gemms = 2 if group == "log-probabilities" else 3
-        add_ratios(rows, shape, num_gemms, device.type == "cuda")
+        add_ratios(rows, shape, num_gemms(group), device.type == "cuda")
         groups.append(
             {
                 "group": group,

@@ -2,6 +2,8 @@
 
 A peer is imported only when it runs. `unavailable` gives the reason why it cannot run here: not
 installed, or another device is needed. `lacks` lists what `paint_loss` does and the peer does not.
+Products are counted in the sources of Liger 0.8.5, TRL 1.16.0, fla 0.6.0, cut-cross-entropy 25.1.1
+and quack 0.6.5, for a frozen head.
 """
 
 # pyright: reportMissingImports=false
@@ -29,6 +31,7 @@ WIDE = "float32 logits of bfloat16 states"
 LIGER_LACKS = (*NO_PAINT, "entropies")
 LIGER_CHUNKED_LACKS = (*LIGER_LACKS, WIDE, "frozen head without its gradient's cost")
 FLA_LACKS = (*LIGER_LACKS, WIDE, "temperature", "reverse KL, JSD")
+TRL_LACKS = (*NO_PAINT, "teacher's entropy")
 LOGPROB_LACKS = ("distillation", "entropies", "temperature")
 CCE_COMPILE_LACKS = (*LOGPROB_LACKS, "memory below the full logits")
 
@@ -54,6 +57,17 @@ def liger_chunked_jsd(beta: float, compiled: bool) -> torch.nn.Module:
 def liger_chunked_jsd_loss(inputs: Inputs, beta: float, compiled: bool) -> Tensor:
     loss = liger_chunked_jsd(beta, compiled)
     return loss(inputs.student, inputs.weight, inputs.teacher, inputs.weight, inputs.token_ids)
+
+
+def trl_chunked_loss(inputs: Inputs, beta: float) -> Tensor:
+    """Computes the loss of TRL's DistillationTrainer. It computes the logits again in the backward
+    pass, and for the JSD in a second forward pass too."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    roles = (inputs.student, inputs.weight, None, inputs.teacher, inputs.weight.detach(), None)
+    result = ChunkedDivergenceFunction.apply(*roles, beta)
+    assert result is not None
+    return result[0].mean()
 
 
 def fla_kl_loss(inputs: Inputs) -> Tensor:
@@ -90,16 +104,24 @@ def reason_against(package: str, distribution: str, needed: str, device: torch.d
 
 
 def peer(
-    name: str, objective: Objective, loss: Loss, lacks: tuple[str, ...], unavailable: str
+    name: str,
+    objective: Objective,
+    loss: Loss,
+    lacks: tuple[str, ...],
+    unavailable: str,
+    extra_products: int = 0,
 ) -> Variant:
     group = {FORWARD_KL: "forward KL", JSD: "JSD", LOGPROBS: "log-probabilities"}[objective]
     run = functools.partial(gradients, loss)
-    return Variant(group, name, run, objective, "peer", lacks, unavailable)
+    return Variant(
+        group, name, run, objective, "peer", lacks, unavailable, extra_products=extra_products
+    )
 
 
 def peers(device: torch.device) -> list[Variant]:
     liger_gpu = reason_against("liger_kernel", "liger-kernel", "gpu", device)
     liger = reason_against("liger_kernel", "liger-kernel", "any", device)
+    trl = reason_against("trl", "trl", "any", device)
     fla = reason_against("fla", "flash-linear-attention", "gpu", device)
     cce = reason_against("cut_cross_entropy", "cut-cross-entropy", "any", device)
     cce_gpu = reason_against("cut_cross_entropy", "cut-cross-entropy", "gpu", device)
@@ -111,23 +133,19 @@ def peers(device: torch.device) -> list[Variant]:
         for name, compiled in (("", False), (", compiled", True)):
             chunked = functools.partial(liger_chunked_jsd_loss, beta=beta, compiled=compiled)
             name = f"Liger chunked JSD{name}"
-            found.append(peer(name, objective, chunked, LIGER_CHUNKED_LACKS, liger))
+            # It computes the gradient of a frozen head too.
+            found.append(peer(name, objective, chunked, LIGER_CHUNKED_LACKS, liger, 1))
+        in_tiles = functools.partial(trl_chunked_loss, beta=beta)
+        again = 2 if objective == FORWARD_KL else 4
+        found.append(peer("TRL chunked divergence", objective, in_tiles, TRL_LACKS, trl, again))
     found.append(peer("fla fused KL", FORWARD_KL, fla_kl_loss, FLA_LACKS, fla))
     cce_fused = functools.partial(cce_loss, implementation="cce")
     cce_compiled = functools.partial(cce_loss, implementation="torch_compile")
-    found.append(
-        peer(
-            "cut-cross-entropy",
-            LOGPROBS,
-            cce_fused,
-            (*LOGPROB_LACKS, "gradients under its filter"),
-            cce_gpu,
-        )
-    )
-    found.append(
-        peer("cut-cross-entropy, torch_compile", LOGPROBS, cce_compiled, CCE_COMPILE_LACKS, cce)
-    )
-    found.append(
-        peer("quack", LOGPROBS, quack_loss, (*LOGPROB_LACKS, "token log-probabilities"), quack)
-    )
+    filtered = (*LOGPROB_LACKS, "gradients under its filter")
+    # It computes the logits again in the backward pass.
+    found.append(peer("cut-cross-entropy", LOGPROBS, cce_fused, filtered, cce_gpu, 1))
+    name = "cut-cross-entropy, torch_compile"
+    found.append(peer(name, LOGPROBS, cce_compiled, CCE_COMPILE_LACKS, cce))
+    quack_lacks = (*LOGPROB_LACKS, "token log-probabilities")
+    found.append(peer("quack", LOGPROBS, quack_loss, quack_lacks, quack))
     return found

@@ -33,7 +33,8 @@ def kernel_row(row: Result, with_bandwidth: bool) -> list[str]:
     bandwidth = row.get("row_kernel_bytes_per_s")
     extra_cell = [number(bandwidth and bandwidth / 1e12, 2)] if with_bandwidth else []
     error = "" if row["status"] == "failed accuracy" else gradient_error(row)
-    return [name, *cells, *extra_cell, memory, error, lacks]
+    products = number(row.get("products"), 0)
+    return [name, products, *cells, *extra_cell, memory, error, lacks]
 
 
 def describe(shape: Result, dtype: str) -> str:
@@ -46,7 +47,13 @@ def describe(shape: Result, dtype: str) -> str:
 def kernel_group_table(group: Result) -> str:
     """Variants that do equal work at one shape: median time, extra memory and accuracy."""
     with_bandwidth = any("row_kernel_bytes_per_s" in row for row in group["rows"])
-    header = [f"{group['group']}, forward and backward", "ms", "of floor", "GEMMs"]
+    header = [
+        f"{group['group']}, forward and backward",
+        "products",
+        "ms",
+        "of floor",
+        "in products",
+    ]
     header += ["row TB/s"] if with_bandwidth else []
     header += ["extra MB", "gradient error", "lacks"]
     rows = [kernel_row(row, with_bandwidth) for row in group["rows"]]
@@ -108,7 +115,7 @@ def kernel_shapes_table(result: Result) -> str:
                 f"{group['shape']['hidden']:,}",
                 f"{group['shape']['num_tokens']:,}",
                 "" if "median_ms" not in floor else milliseconds(floor["median_ms"]),
-                *(cells[1], cells[2], cells[4], cells[5]),
+                *(cells[2], cells[3], cells[5], cells[6]),
                 plain.get("reason", "") if time is None else milliseconds(time),
             ]
         )

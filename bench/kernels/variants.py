@@ -41,6 +41,9 @@ class Variant:
     unavailable: str = ""
     """why it cannot run on this machine"""
     trains_head: bool = False
+    extra_products: int = 0
+    """matrix products beyond the floor's, as large as each of these: logits computed again, or the
+    gradient of the head"""
     float32_rows: Callable[[Inputs], Tensor] | None = None
     """(N, H) gradient of the hidden states before it is rounded to their dtype"""
 

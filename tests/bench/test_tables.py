@@ -29,7 +29,8 @@ def shape(num_tokens: int) -> dict[str, Any]:
 
 
 def row(variant: str, kind: str, **values: Any) -> dict[str, Any]:
-    return {"variant": variant, "kind": kind, "lacks": [], "status": "measured", **values}
+    fixed = {"variant": variant, "kind": kind, "lacks": [], "status": "measured", "products": 3}
+    return {**fixed, **values}
 
 
 def group(num_tokens: int) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def group(num_tokens: int) -> dict[str, Any]:
     ours |= {"gradient_error": 1.7e-3, "gradient_error_before_rounding": 4e-4}
     wrong = row("wrong", "plain", lacks=["speed", "memory"], gradient_error=0.2)
     wrong |= {"status": "failed accuracy", "reason": "failed accuracy: 2.0e-01"}
-    absent = row("absent", "peer", status="cannot run", reason="not installed")
+    absent = row("absent", "peer", status="cannot run", reason="not installed", products=5)
     floor = row("gemms", "floor", median_ms=160.0, ratio_to_floor=1.0, gemm_equivalents=3.0)
     return {
         "group": "PAINT",
@@ -74,10 +75,10 @@ def scaling() -> dict[str, Any]:
 def test_a_group_says_what_was_measured_and_what_was_not() -> None:
     lines = kernel_group_table(group(32768)).splitlines()
     assert lines[3] == (
-        "| `paint_loss` | 190 | 1.19 | 3.56 | 2.90 | 3,500 | 4.0e-04, rounded 1.7e-03 |  |"
+        "| `paint_loss` | 3 | 190 | 1.19 | 3.56 | 2.90 | 3,500 | 4.0e-04, rounded 1.7e-03 |  |"
     )
-    assert lines[4] == "| wrong | failed accuracy: 2.0e-01 |  |  |  |  |  | speed, memory |"
-    assert lines[5] == "| absent | not installed |  |  |  |  |  |  |"
+    assert lines[4] == "| wrong | 3 | failed accuracy: 2.0e-01 |  |  |  |  |  | speed, memory |"
+    assert lines[5] == "| absent | 5 | not installed |  |  |  |  |  |  |"
     assert "a peer, takes 2.50 times as long" in lines[-1]
 
 
