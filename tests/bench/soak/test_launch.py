@@ -84,9 +84,12 @@ def test_names_in_shared_memory_are_those_of_the_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "_SHARED_MEMORY", tmp_path)
-    for name in ("paint-812-5d1ba3c0-9fc3e08b", "torch_812_1", "paint-8123-a-b", "sem.loky"):
+    for name in ("paint-812-s96417-5d1ba3c0-9fc3e08b", "torch_812_1", "paint-8123-a-b", "sem.loky"):
         (tmp_path / name).touch()
-    assert sorted(launch.shared_memory({812})) == ["paint-812-5d1ba3c0-9fc3e08b", "torch_812_1"]
+    assert sorted(launch.shared_memory({812})) == [
+        "paint-812-s96417-5d1ba3c0-9fc3e08b",
+        "torch_812_1",
+    ]
 
 
 def test_memory_of_a_process_is_counted_with_what_is_swapped_out() -> None:
