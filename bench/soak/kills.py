@@ -38,7 +38,7 @@ _LONGEST_S = {"checkpoint": 0.03, "evaluation": 0.003}
 _MOST_TIMES = {"checkpoint": 6, "evaluation": 2}
 _POLL_S = 0.001
 
-Prints = dict[str, tuple[int, ...]]
+FileStates = dict[str, tuple[int, ...]]
 """of files in a run directory: inode, size and time of the last change"""
 
 
@@ -65,39 +65,39 @@ def run_undisturbed(directory: Path, num_steps: int, variant: dict[str, str]) ->
     variant: settings, one of `variants`.
     """
     start = arguments(num_steps, frequent_saves(num_steps) | variant)
-    launch = Launch(directory, start)
-    try:
+    with Launch(directory, start) as launch:
         wait_for(launch, lambda: steps_recorded(launch.run_dir) > 0)
         seconds_start = time.monotonic() - launch.started
         seconds = launch.finish()
         end = end_of(launch.run_dir)
         return Undisturbed(start, resume_arguments(variant), end, seconds, seconds_start)
-    finally:
-        launch.kill_all()
 
 
 def wait_for(launch: Launch, happens: Callable[[], bool]) -> None:
-    """Waits until something has happened or the process has ended."""
-    while launch.process.poll() is None and not happens():
+    """Waits until something has happened or the process has ended. Raises RuntimeError if it
+    hangs."""
+    while launch.is_running() and not happens():
         time.sleep(_POLL_S)
 
 
 # ---- what a run directory looks like -------------------------------------------------------------
 
 
-def unfinished(run_dir: Path) -> Prints:
+def unfinished(run_dir: Path) -> FileStates:
     """Returns the checkpoints that are being written or deleted."""
     directory = checkpoint_directory(run_dir)
-    return _prints(directory.glob(".*")) if directory.is_dir() else {}
+    return _file_states(directory.glob(".*")) if directory.is_dir() else {}
 
 
-def working_files(run_dir: Path) -> Prints:
+def working_files(run_dir: Path) -> FileStates:
     """Returns the files that a run appends to, and those of an evaluation that is not finished."""
-    return _prints([run_dir / METRICS_FILE, *(run_dir / EVALUATIONS_DIRECTORY).glob("*.rank-*")])
+    return _file_states(
+        [run_dir / METRICS_FILE, *(run_dir / EVALUATIONS_DIRECTORY).glob("*.rank-*")]
+    )
 
 
-def _prints(paths: Any) -> Prints:
-    found: Prints = {}
+def _file_states(paths: Any) -> FileStates:
+    found: FileStates = {}
     for path in paths:
         # Whatever is listed may be gone by now.
         try:
@@ -108,17 +108,17 @@ def _prints(paths: Any) -> Prints:
     return found
 
 
-def finished_evaluations(run_dir: Path) -> Prints:
+def finished_evaluations(run_dir: Path) -> FileStates:
     """Returns the files that an evaluation writes last."""
-    return _prints((run_dir / EVALUATIONS_DIRECTORY).glob("step-*.json"))
+    return _file_states((run_dir / EVALUATIONS_DIRECTORY).glob("step-*.json"))
 
 
 @dataclass(frozen=True)
 class State:
     """What a run directory says of how far the run is."""
 
-    unfinished: Prints
-    working: Prints
+    unfinished: FileStates
+    working: FileStates
     steps: int
     checkpoint: int
 
@@ -219,7 +219,7 @@ class Rounds:
         # The killed one's children end while this one starts.
         self._wait_for_orphans()
         wait_s = wait_for_moment(launch, kind, self.wholes[variant], self.rng)
-        if launch.process.poll() is not None:
+        if not launch.is_running():
             launch.finish()
             return True
         launch.kill_main() if how == "main" else launch.kill_all()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 import psutil
 
@@ -22,7 +23,7 @@ LOG = "log.txt"
 REWARD = ("--reward.function", "bench.soak.reward:even_length")
 URL = "rollout.url"
 LIMIT_S = 1800.0
-"""of one process, which is far above what it takes: only a hang is to be ended"""
+"""of one process, which is far above what 1,000 steps take: only a hang is to be ended"""
 ORPHAN_LIMIT_S = 60.0
 """until what a killed process has started must have ended by itself"""
 _MARK = "PAINT_SOAK_MARK"
@@ -95,14 +96,27 @@ def arguments(num_steps: int, changed: Mapping[str, str]) -> list[str]:
 class Launch:
     """One process of `paint_engine.train`, whose output is appended to a log.
 
+    with Launch(directory, arguments(40, {})) as launch:
+        launch.finish()
+
     directory: the process works here; it is made.
     log: the log's name there.
+    limit_s: a process that takes longer than this hangs, and is ended.
 
-    What the process starts is found by a mark in its environment, also when the process has ended.
+    Whatever still runs at the end of the `with` is killed. What the process starts is found by a
+    mark in its environment, also when the process has ended.
     """
 
-    def __init__(self, directory: Path, command_line: Sequence[str], log: str = LOG) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        command_line: Sequence[str],
+        log: str = LOG,
+        *,
+        limit_s: float = LIMIT_S,
+    ) -> None:
         directory.mkdir(exist_ok=True)
+        self.limit_s = limit_s
         self.directory = directory
         self.run_dir = directory / RUN
         self.mark = secrets.token_hex(8)
@@ -123,26 +137,45 @@ class Launch:
                 start_new_session=True,
             )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill_all()
+
     def printed(self) -> str:
         """Returns what this process has printed so far."""
         return self.log.read_bytes()[self._log_begins :].decode(errors="replace")
 
-    def wait(self) -> int:
-        """Returns the exit code. Raises RuntimeError where the process takes longer than LIMIT_S,
-        and kills it."""
-        try:
-            return self.process.wait(LIMIT_S)
-        except subprocess.TimeoutExpired as error:
+    def is_running(self) -> bool:
+        """Returns whether the process has not ended yet. Raises RuntimeError where it has taken
+        longer than `limit_s`, and kills it."""
+        if self.process.poll() is not None:
+            return False
+        if time.monotonic() - self.started > self.limit_s:
             self.kill_all()
-            raise RuntimeError(f"a run took {LIMIT_S:.0f} s; see {self.log}") from error
+            # The log's directory goes with the soak.
+            raise RuntimeError(f"a run took more than {self.limit_s:.0f} s: {self._last_words()}")
+        return True
+
+    def wait(self) -> int:
+        """Returns the exit code. Raises RuntimeError as `is_running` does."""
+        while self.is_running():
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(self.started + self.limit_s - time.monotonic())
+        return self.process.returncode
+
+    def _last_words(self) -> str:
+        return self.printed()[-2000:]
 
     def finish(self) -> float:
         """Waits for the end; returns the seconds since the start. Raises RuntimeError unless the
         run ends well."""
         code = self.wait()
         if code != 0:
-            text = self.printed()[-2000:]
-            raise RuntimeError(f"a run that should end well has ended with code {code}: {text}")
+            raise RuntimeError(
+                f"a run that should end well has ended with code {code}: {self._last_words()}"
+            )
         return time.monotonic() - self.started
 
     def kill_main(self) -> None:

@@ -32,11 +32,11 @@ def intruders(whole: Undisturbed) -> dict[str, list[str]]:
 
 def outcome(first: Launch, second: Launch) -> dict[str, Any]:
     """Waits for both processes; returns how each has ended, what the refused one has said, and
-    whether both were at work in the directory."""
+    whether both were at work in the directory. Raises RuntimeError if one hangs."""
     pair, both = (first, second), False
-    while any(launch.process.poll() is None for launch in pair):
+    while any(launch.is_running() for launch in pair):
         entered = all(_ENTERED in launch.printed() for launch in pair)
-        both |= entered and all(launch.process.poll() is None for launch in pair)
+        both |= entered and all(launch.is_running() for launch in pair)
         time.sleep(0.02)
     refused = [launch for launch in pair if launch.process.returncode == REFUSED]
     message = refused[0].printed().strip() if len(refused) == 1 else ""
@@ -63,16 +63,10 @@ def is_right(case: dict[str, Any]) -> bool:
 
 def run_case(directory: Path, name: str, wait_s: float, whole: Undisturbed) -> dict[str, Any]:
     """Starts a run, and `wait_s` later a second process of this kind in its directory."""
-    first = Launch(directory, whole.start)
-    try:
+    with Launch(directory, whole.start) as first:
         wait_for(first, lambda: time.monotonic() - first.started >= wait_s)
-        second = Launch(directory, intruders(whole)[name], log=f"{name}.txt")
-        try:
+        with Launch(directory, intruders(whole)[name], log=f"{name}.txt") as second:
             found = outcome(first, second)
-        finally:
-            second.kill_all()
-    finally:
-        first.kill_all()
     return {
         "second": name,
         "wait_s": round(wait_s, 3),
@@ -83,15 +77,13 @@ def run_case(directory: Path, name: str, wait_s: float, whole: Undisturbed) -> d
 
 def run_pair_that_resumes(directory: Path, whole: Undisturbed) -> dict[str, Any]:
     """Kills a run after its first checkpoint, then resumes it by two processes at once."""
-    killed = Launch(directory, whole.start)
-    wait_for(killed, lambda: bool(list_checkpoints(killed.run_dir)))
-    killed.kill_all()
-    pair = [Launch(directory, whole.resume, log=f"{place}.txt") for place in (1, 2)]
-    try:
-        found = outcome(*pair)
-    finally:
-        for launch in pair:
-            launch.kill_all()
+    with Launch(directory, whole.start) as killed:
+        wait_for(killed, lambda: bool(list_checkpoints(killed.run_dir)))
+    with (
+        Launch(directory, whole.resume, log="1.txt") as first,
+        Launch(directory, whole.resume, log="2.txt") as second,
+    ):
+        found = outcome(first, second)
     return {
         "second": "two resumes at once",
         "wait_s": 0.0,

@@ -10,7 +10,14 @@ import psutil
 
 from bench.measure import progress
 from bench.soak.flat import MIB, judge_amount, judge_count
-from bench.soak.launch import Launch, arguments, shared_memory, steps_recorded, variants
+from bench.soak.launch import (
+    LIMIT_S,
+    Launch,
+    arguments,
+    shared_memory,
+    steps_recorded,
+    variants,
+)
 from bench.soak.server import serving
 from paint_engine.files import BEST_LINK, EVALUATIONS_DIRECTORY
 
@@ -47,12 +54,10 @@ def measure_one(
         "eval.every": str(max(1, num_steps // 4)),
         "eval.at_start": "false",
     }
-    launch = Launch(directory, arguments(num_steps, settings))
-    try:
+    limit_s = LIMIT_S * max(1, num_steps / 1000)
+    with Launch(directory, arguments(num_steps, settings), limit_s=limit_s) as launch:
         samples = take_samples(launch, num_steps, sample_every)
         seconds = launch.finish()
-    finally:
-        launch.kill_all()
     series = {name: [sample[name] for sample in samples] for name in samples[0]}
     return {"seconds": seconds, "verdicts": judge(series), "series": series}
 
@@ -67,10 +72,10 @@ def judge(series: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
 
 def take_samples(launch: Launch, num_steps: int, every: int) -> list[dict[str, int]]:
     """Returns a sample after every so many steps that the run has recorded, until its last step or
-    its end."""
+    its end. Raises RuntimeError if it hangs."""
     samples: list[dict[str, int]] = []
     done = 0
-    while done < num_steps and launch.process.poll() is None:
+    while done < num_steps and launch.is_running():
         time.sleep(0.02)
         recorded = steps_recorded(launch.run_dir)
         if recorded // every > done // every and recorded < num_steps:

@@ -1,6 +1,5 @@
 """Finds the checkpoint that a user names, and the base model that it was trained from."""
 
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +18,11 @@ from paint_engine.files import (
     ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
     MANIFEST_FILE,
-    BadFile,
     Record,
     check_links,
-    read_bytes,
+    checked,
     read_json,
+    read_tables,
     recorded_commit,
 )
 
@@ -105,15 +104,7 @@ def recorded_section(checkpoint: Path, name: str, kind: type[Section]) -> Sectio
     config = checkpoint.parent.parent / CONFIG_FILE
     if not config.is_file():
         return None
-    try:
-        sections = tomllib.loads(read_bytes(config).decode())
-        return kind.model_validate(sections.get(name, {}))
-    except BadFile:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise BadFile(
-            f"{config}: [{name}] is not what a run writes ({error}); restore it from a copy"
-        ) from error
+    return checked(kind, read_tables(config).get(name, {}), f"{config}: [{name}]")
 
 
 def recorded_base(checkpoint: Path) -> ModelSection | None:

@@ -1,6 +1,6 @@
 """Restores the newest intact checkpoint of a run. See `save` for what it holds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from paint_engine.checkpoint.directory import checkpoint_step, list_checkpoints
@@ -78,23 +77,52 @@ def _restore(
 ) -> dict[str, Any]:
     parameters, means = trained_parameters(model), running_means(model, ema)
     reader = HuggingFaceStorageReader(str(checkpoint / SHARDS))
+    saved, stored = together(
+        lambda: _read_record(checkpoint, reader, parameters, means), (ValueError, *FILE_FAILURES)
+    )
+    tensors = _destinations(stored, parameters, means, optimizer)
 
-    def read() -> tuple[Saved, dict[str, TensorStorageMetadata]]:
-        saved = read_json(checkpoint / STATE_FILE, Saved)
-        step = saved.state.get("step")
-        if type(step) is not int or step != checkpoint_step(checkpoint):
-            raise BadFile(
-                f"{checkpoint / STATE_FILE}: step: got {str(step)[:60]!r}; needs the step of "
-                f"{checkpoint.name}; {_REMEDY}"
-            )
-        with _readable(checkpoint):
-            stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
-        _check_same_model(checkpoint, stored, parameters)
-        _check_hasrunning_means(checkpoint, stored, means)
-        _check_entries(checkpoint, stored, parameters)
-        return saved, stored
+    def load_all() -> None:
+        with _readable(checkpoint), shard_files():
+            load({**tensors}, storage_reader=reader, no_dist=world.size == 1)
+        if saved.world_size == world.size:
+            with _readable(file := checkpoint / f"rng-{world.rank}.safetensors"):
+                read_random_state(file, world.device)
 
-    saved, stored = together(read, (ValueError, *FILE_FAILURES))
+    together(load_all, FILE_FAILURES)
+    return saved.state
+
+
+def _read_record(
+    checkpoint: Path,
+    reader: HuggingFaceStorageReader,
+    parameters: dict[str, nn.Parameter],
+    means: dict[str, Tensor],
+) -> tuple[Saved, dict[str, Any]]:
+    """The small record, and what the shards hold by entry, both checked against the model."""
+    saved = read_json(checkpoint / STATE_FILE, Saved)
+    step = saved.state.get("step")
+    if type(step) is not int or step != checkpoint_step(checkpoint):
+        raise BadFile(
+            f"{checkpoint / STATE_FILE}: step: got {str(step)[:60]!r}; needs the step of "
+            f"{checkpoint.name}; {_REMEDY}"
+        )
+    with _readable(checkpoint):
+        stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    _check_same_model(checkpoint, stored, parameters)
+    _check_has_running_means(checkpoint, stored, means)
+    _check_entries(checkpoint, stored, parameters)
+    return saved, stored
+
+
+def _destinations(
+    stored: Iterable[str],
+    parameters: dict[str, nn.Parameter],
+    means: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, Tensor]:
+    """Where each entry of the shards is loaded to: the weights, the means that are wanted, and new
+    moments, which replace those that the optimizer has."""
     tensors: dict[str, Tensor] = {}
     optimizer.state.clear()
     for entry in stored:
@@ -108,16 +136,7 @@ def _restore(
         else:
             moment = torch.zeros(()) if kind == STEPS else torch.zeros_like(parameter.detach())
             tensors[entry] = optimizer.state[parameter][kind] = moment
-
-    def load_all() -> None:
-        with _readable(checkpoint), shard_files():
-            load({**tensors}, storage_reader=reader, no_dist=world.size == 1)
-        if saved.world_size == world.size:
-            with _readable(file := checkpoint / f"rng-{world.rank}.safetensors"):
-                read_random_state(file, world.device)
-
-    together(load_all, FILE_FAILURES)
-    return saved.state
+    return tensors
 
 
 _REMEDY = (
@@ -186,7 +205,7 @@ def _check_same_model(
         )
 
 
-def _check_hasrunning_means(
+def _check_has_running_means(
     checkpoint: Path, stored: dict[str, Any], means: dict[str, Tensor]
 ) -> None:
     missing = [name for name in means if f"{EMA}/{name}" not in stored]

@@ -32,7 +32,7 @@ from paint_engine.files import (
     ReadFailed,
     WriteFailed,
     check_links,
-    reading,
+    read_tables,
 )
 from paint_engine.files.terminal import Terminal
 
@@ -212,8 +212,10 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_file(path: Path) -> tuple[str | None, dict[str, Any]]:
+def _read_file(path: Path, *, is_recorded: bool) -> tuple[str | None, dict[str, Any]]:
     """Returns the preset that a configuration file extends, and its own dotted keys and values.
+
+    is_recorded: it is a run directory's and no link. What the user names may be one.
 
     Raises ValueError with the file and the line, or with an unknown key and the most similar one.
     """
@@ -222,14 +224,8 @@ def _read_file(path: Path) -> tuple[str | None, dict[str, Any]]:
             f"{path}: no such file; needs a TOML configuration; check the path, "
             f"or name a preset: --preset {'|'.join(preset_names())}"
         )
-    try:
-        with reading(path):
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: not valid TOML: {error}; needs lines such as `num_steps = 40` under [train], "
-            "with text in quotes"
-        ) from error
+    remedy = "restore it from a copy" if is_recorded else "correct it there"
+    table = read_tables(path, remedy=remedy, follow_link=not is_recorded)
     parent = table.pop(_EXTENDS, None)
     if parent is not None and not isinstance(parent, str):
         raise ValueError(
@@ -255,7 +251,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
     Raises ValueError with the file and the line, or with an unknown key and the most similar one.
     """
-    parent, flat = _read_file(path)
+    parent, flat = _read_file(path, is_recorded=True)
     if parent is not None:
         raise ValueError(
             f"{path}: got {_EXTENDS} = {parent!r}; needs every value in the file itself, since a "
@@ -272,7 +268,7 @@ def _layers(
 
     followed: the presets on the way to this file.
     """
-    parent, flat = _read_file(path)
+    parent, flat = _read_file(path, is_recorded=False)
     if parent is None:
         return [(source, flat)]
     below = _preset_path(parent, f"{path}: {_EXTENDS}")

@@ -83,6 +83,7 @@ from paint_engine.files.records import (
     read_bytes,
     read_json,
     read_json_if_there,
+    read_tables,
 )
 from paint_engine.files.versions import (
     present_versions,
@@ -148,6 +149,7 @@ __all__ = [
     "read_json",
     "read_json_if_there",
     "read_jsonl",
+    "read_tables",
     "reading",
     "recorded_commit",
     "recorded_name",

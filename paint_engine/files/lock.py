@@ -34,7 +34,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cache
 from io import FileIO
 from pathlib import Path
 from typing import Any, Self
@@ -42,6 +41,7 @@ from typing import Any, Self
 from paint_engine.files.failures import LockLost, writing
 from paint_engine.files.names import LOCK_FILE
 from paint_engine.files.printable import one_line
+from paint_engine.files.processes import is_alive, machine, start_of
 
 # Interval at which a holder sets its file's time, and how long it may fail to do so. Network file
 # systems keep a file's attributes in a cache for some seconds.
@@ -67,8 +67,8 @@ class Holder:
     Holder("node7", 4711, "812345", "node7 5e1c... pid:[4026531836]", "2026-11-29 12:00:03",
            "train.py --preset tiny", locked=True)
 
-    started: when the process started, in the system's own unit; "" where the system does not tell.
-    place: where the process id is this process's: the machine since its start, and the namespace.
+    started: as `start_of` tells.
+    place: where the process id is this process's, as `machine` tells.
     since: UTC.
     locked: whether it holds a flock on the file.
     """
@@ -86,8 +86,8 @@ class Holder:
 
 
 @dataclass(frozen=True)
-class _Sight:
-    """What a look at a lock file shows.
+class _Observation:
+    """What a lock file shows at one moment.
 
     holder: None if the file does not tell, as in the moment after its creation or on a full disk.
     flocked: whether a process holds a flock on it; None if the file system has none.
@@ -100,8 +100,8 @@ class _Sight:
 
     def is_alive(self) -> bool | None:
         """Whether the holder lives; None if only time can tell."""
-        neighbour = self.holder if self.holder and self.holder.place == _place() else None
-        if neighbour and not _lives(neighbour):
+        neighbour = self.holder if self.holder and self.holder.place == machine() else None
+        if neighbour and not is_alive(neighbour.pid, neighbour.started):
             return False
         if self.flocked:
             return True
@@ -109,8 +109,8 @@ class _Sight:
         is_copy = neighbour and neighbour.locked and self.flocked is False
         return False if is_copy else None
 
-    def renews(self, before: "_Sight") -> bool:
-        """Whether the holder of an earlier look has set the file's time since."""
+    def renews(self, before: "_Observation") -> bool:
+        """Whether the holder of an earlier observation has set the file's time since."""
         return self.holder == before.holder and self.time_ns != before.time_ns
 
 
@@ -147,7 +147,7 @@ class DirectoryLock:
                 if path.is_dir():
                     raise
                 raise ValueError(f"{name} cannot be made ({error}); {remedy}") from error
-        if isinstance(got, _Sight):
+        if isinstance(got, _Observation):
             raise ValueError(
                 f"{name} is in use by {got.holder or 'another process'}; wait for it, stop it, or "
                 f"{remedy}"
@@ -173,9 +173,10 @@ class DirectoryLock:
                 f"{self._name} was removed, moved or replaced while this process used it: its lock "
                 f"file {path.name} is gone; this process writes nothing more there"
             )
-        sight = _look(files[newest])
+        observation = _observe(files[newest])
+        holder = observation.holder if observation else None
         raise LockLost(
-            f"{self._name} was taken by {(sight and sight.holder) or 'another process'}; this "
+            f"{self._name} was taken by {holder or 'another process'}; this "
             f"process had not renewed its lock for {_DEAD_AFTER_S:.0f} s, because it was suspended "
             "or the file system did not answer; it writes nothing more there"
         )
@@ -213,7 +214,7 @@ def _waiting(name: str, holder: Holder | None) -> str:
 # ---- taking the lock -----------------------------------------------------------------------------
 
 
-def _acquire(directory: Path, on_wait: Callable[[Holder | None], object]) -> FileIO | _Sight:
+def _acquire(directory: Path, on_wait: Callable[[Holder | None], object]) -> FileIO | _Observation:
     """This process's lock file, or that of another one, which lives."""
     patient_until = time.monotonic() + _PATIENCE_S
     while True:
@@ -221,9 +222,9 @@ def _acquire(directory: Path, on_wait: Callable[[Holder | None], object]) -> Fil
         directory.mkdir(parents=True, exist_ok=True)
         files = _lock_files(directory)
         last = max(files, default=0)
-        if last and (sight := _find_living(files[last], on_wait)) is not None:
+        if last and (observation := _find_living(files[last], on_wait)) is not None:
             if time.monotonic() > patient_until:
-                return sight
+                return observation
             time.sleep(_POLL_S)
             continue
         if last and not os.path.lexists(files[last]):
@@ -258,8 +259,8 @@ def _sign(file: FileIO) -> None:
     holder = Holder(
         host=socket.gethostname(),
         pid=os.getpid(),
-        started=_state_and_start(os.getpid())[1],
-        place=_place(),
+        started=start_of(os.getpid()),
+        place=machine(),
         since=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}",
         command=command[:_MAX_COMMAND_CHARS],
         locked=_flock(file),
@@ -355,24 +356,24 @@ def _is_at(path: Path, file: FileIO) -> bool:
         os.close(descriptor)
 
 
-def _find_living(path: Path, on_wait: Callable[[Holder | None], object]) -> _Sight | None:
+def _find_living(path: Path, on_wait: Callable[[Holder | None], object]) -> _Observation | None:
     """What shows that the file's holder lives; None if it does not, or if the file is gone."""
     before = None
     # Looks are counted, not seconds: both processes may have been suspended together.
     for num_looks in range(round(_DEAD_AFTER_S / _POLL_S)):
-        sight = _look(path)
-        if sight is None or (alive := sight.is_alive()) is False:
+        observation = _observe(path)
+        if observation is None or (alive := observation.is_alive()) is False:
             return None
-        if alive or (before is not None and sight.renews(before)):
-            return sight
-        before = sight
+        if alive or (before is not None and observation.renews(before)):
+            return observation
+        before = observation
         if num_looks == _LOOKS_IN_SILENCE:
-            on_wait(sight.holder)
+            on_wait(observation.holder)
         time.sleep(_POLL_S)
     return None
 
 
-def _look(path: Path) -> _Sight | None:
+def _observe(path: Path) -> _Observation | None:
     """Returns None for what is no regular file, or is gone."""
     try:
         status = path.lstat()
@@ -386,10 +387,10 @@ def _look(path: Path) -> _Sight | None:
         return None
     except OSError:
         # Another user's, which this one may not read.
-        return _Sight(None, None, status.st_mtime_ns)
+        return _Observation(None, None, status.st_mtime_ns)
     with open(descriptor, "rb") as file:
         holder = _parse(file.read(_MAX_RECORD_BYTES))
-        return _Sight(holder, _is_flocked(file.fileno()), os.fstat(descriptor).st_mtime_ns)
+        return _Observation(holder, _is_flocked(file.fileno()), os.fstat(descriptor).st_mtime_ns)
 
 
 def _is_flocked(descriptor: int) -> bool | None:
@@ -414,42 +415,3 @@ def _parse(record: bytes) -> Holder | None:
         return None
     is_pid = type(holder.pid) is int and 0 < holder.pid < 2**31
     return holder if is_pid and type(holder.locked) is bool else None
-
-
-# ---- processes -----------------------------------------------------------------------------------
-
-
-@cache
-def _place() -> str:
-    """The host, the kernel since its start and the namespace of process ids. Where the system does
-    not tell the last two, the host alone."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _lives(holder: Holder) -> bool:
-    try:
-        os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        # Another user's process.
-        pass
-    state, started = _state_and_start(holder.pid)
-    # Z: it has ended, and its parent has not asked for its exit code.
-    return state not in ("Z", "X") and (started == holder.started or not started)
-
-
-def _state_and_start(pid: int) -> tuple[str, str]:
-    """A process's state and the time of its start since that of the machine; "" where the system
-    does not tell."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return "", ""
-    # The name, in parentheses, may contain anything.
-    fields = text.rpartition(")")[2].split()
-    return fields[0], fields[19]

@@ -1,4 +1,4 @@
-"""Reads JSON that a run has written, and that may have been changed, cut or crafted since.
+"""Reads JSON and TOML that a run has written, and that may have been changed, cut or crafted since.
 
 What comes back has the declared types, or the file is refused by name, place and value.
 """
@@ -6,6 +6,7 @@ What comes back has the declared types, or the file is refused by name, place an
 import dataclasses
 import json
 import os
+import tomllib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -108,6 +109,25 @@ def read_json(path: Path, kind: type[T], *, remedy: str = _RESTORE, constants: b
     except ValueError as error:
         raise BadFile(f"{path}: not valid JSON ({error}); needs a whole file; {remedy}") from error
     return checked(kind, value, str(path), remedy)
+
+
+def read_tables(path: Path, *, remedy: str = _RESTORE, follow_link: bool = False) -> dict[str, Any]:
+    """Reads the tables of a file of TOML.
+
+    follow_link: the file may be a link, as one that the user names, but none of a run directory.
+
+    Raises BadFile if it is no TOML or not a regular file, ReadFailed if the system refuses it, and
+    FileMissing if there is none.
+    """
+    content = read_bytes(path.resolve() if follow_link else path)
+    try:
+        return tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        came = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise BadFile(
+            f"{path}: not valid TOML ({came}); needs lines such as `num_steps = 40` under [train], "
+            f"with text in quotes; {remedy}"
+        ) from error
 
 
 def read_json_if_there(path: Path, kind: type[T]) -> T | None:

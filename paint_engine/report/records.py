@@ -1,6 +1,5 @@
 """The files of a run directory as the report reads them, checked before anything is drawn."""
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +11,9 @@ from paint_engine.files import (
     FileMissing,
     Record,
     checked,
-    read_bytes,
     read_json_if_there,
     read_jsonl,
+    read_tables,
 )
 
 _REMEDY = "restore it from a copy, or remove it: the report says what is missing"
@@ -130,13 +129,9 @@ def read_summary(path: Path) -> dict[str, Any] | None:
 def read_settings(path: Path) -> dict[str, dict[str, Any]] | None:
     """The sections of `config.toml`, or None if there is none. Raises BadFile and ReadFailed."""
     try:
-        settings = tomllib.loads(read_bytes(path).decode())
+        settings = read_tables(path, remedy=_REMEDY)
     except FileMissing:
         return None
-    except BadFile:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise BadFile(f"{path}: not valid TOML: {error}; {_REMEDY}") from error
     checked(dict[str, dict[str, Any]], settings, str(path), _REMEDY)
     checked(_Train, settings.get("train", {}), f"{path}: [train]", _REMEDY)
     return settings

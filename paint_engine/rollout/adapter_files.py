@@ -9,7 +9,6 @@ import hashlib
 import os
 import re
 import secrets
-import socket
 import tempfile
 import weakref
 from contextlib import suppress
@@ -23,18 +22,17 @@ from paint_engine.checkpoint.adapters import vllm_obstacles
 from paint_engine.checkpoint.weights import gather_weights, write_weights
 from paint_engine.distributed import World, gather_objects, raise_together
 from paint_engine.files import WriteFailed, is_ours, remove_tree, write_failure
+from paint_engine.files.processes import is_alive, machine, start_of
 from paint_engine.model import compute_dtype
 
 _SHARED_MEMORY = Path("/dev/shm")
-# With two kernels or two containers of the same host name, one process id stands for two processes.
-_MACHINE_MARKS = (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid"))
 
 
 @dataclass(frozen=True)
 class WrittenWeights:
-    """WrittenWeights("paint-812-5d1ba3c0-9fc3e08b-7-v40", 7,
-    Path("/dev/shm/paint-812-5d1ba3c0-9fc3e08b/7")): the seventh set that process 812 wrote, with
-    the weights after 40 steps."""
+    """WrittenWeights("paint-812-s96417-5d1ba3c0-9fc3e08b-7-v40", 7,
+    Path("/dev/shm/paint-812-s96417-5d1ba3c0-9fc3e08b/7")): the seventh set that process 812 wrote,
+    which started at 96417, with the weights after 40 steps."""
 
     name: str
     serial: int
@@ -91,7 +89,8 @@ class WeightFiles:
         self._writes = world.writes_for_node if per_node else world.is_main
         # Random digits make the name unique among nodes that share adapter_dir, and for a run that
         # returns to a server that has seen it before.
-        names = gather_objects(f"paint-{os.getpid()}-{_machine()}-{secrets.token_hex(4)}")
+        writer_name = f"paint-{os.getpid()}-s{start_of(os.getpid())}-{_machine_digits()}"
+        names = gather_objects(f"{writer_name}-{secrets.token_hex(4)}")
         self._name = names[writer]
         self._root = _parent(adapter_dir) / self._name
         self._serial = 0
@@ -173,36 +172,25 @@ def _parent(adapter_dir: str | None) -> Path:
     return _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
 
 
-def _machine() -> str:
-    """Returns eight digits that identify the scope of a process id: host, boot and container."""
-    marks = [
-        os.readlink(m) if m.is_symlink() else m.read_text() for m in _MACHINE_MARKS if m.exists()
-    ]
-    return hashlib.sha256(repr([socket.gethostname(), *marks]).encode()).hexdigest()[:8]
+def _machine_digits() -> str:
+    """Returns eight digits that stand for the machine: of two containers with the same host name,
+    one process id stands for two processes."""
+    return hashlib.sha256(machine().encode()).hexdigest()[:8]
 
 
 def _remove_orphans(parent: Path) -> None:
     """Deletes what killed processes of this machine left. SIGKILL runs no finalizer, and the files
     of a whole model occupy memory."""
     for directory in parent.glob("paint-*"):
-        name = re.fullmatch(rf"paint-(\d+)-{_machine()}-[0-9a-f]{{8}}", directory.name)
+        name = re.fullmatch(
+            rf"paint-(\d+)-s(\d*)-{_machine_digits()}-[0-9a-f]{{8}}", directory.name
+        )
         # Another user may have put a directory or a link of such a name there.
-        if name is None or _is_alive(int(name[1])):
+        if name is None or is_alive(int(name[1]), name[2]):
             continue
         with suppress(FileNotFoundError):
             if is_ours(directory):
                 remove_tree(directory)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        # The process belongs to another user.
-        return True
-    return True
 
 
 def _remove(directory: Path | None) -> None:

@@ -88,7 +88,6 @@ from paint_engine.rollout import (
     RolloutEngine,
     Sampled,
     Sampler,
-    SamplingParams,
     make_engines,
     sampling_params,
     server_notes,
@@ -331,19 +330,21 @@ def _is_sharded(config: Config, world: World) -> bool:
 def _build_sampler(
     config: Config,
     engine: RolloutEngine,
-    params: SamplingParams,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     train_set: ProblemSet,
     world: World,
     progress: SavedProgress,
-    num_tokens: int,
 ) -> Sampler:
+    num_tokens = lm_head_weight(model).shape[0]
+
     def requests(step: int) -> list[Request]:
         return step_requests(config, train_set, step, world)
 
     return Sampler(
         engine,
         requests,
-        params,
+        sampling_params(config.rollout, model, tokenizer),
         ahead=config.rollout.ahead == 1,
         timings=Timings(),
         warn=_warner(world),
@@ -368,24 +369,16 @@ def build_run(command: CommandLine, world: World) -> Run:
 
 
 def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None) -> Run:
-    config, device = command.config, world.device
     say = Terminal().say if world.is_main else lambda text: None
     # The engine does not use the global generators. This makes libraries that do repeatable.
-    set_seed(global_seed(config.train.seed))
-    _check_before_loading(config, say)
-    reward = _open_reward(config, _warner(world))
-    tokenizer = load_tokenizer(config.model)
+    set_seed(global_seed(command.config.train.seed))
+    _check_before_loading(command.config, say)
+    reward = _open_reward(command.config, _warner(world))
+    tokenizer = load_tokenizer(command.config.model)
     command = _with_date(command, tokenizer)
     config = command.config
-    # Sharding moves each layer's shard to the device, which never holds the whole model.
-    on_cpu, trains_base = _is_sharded(config, world), not config.lora.enabled
-    base = load_base(config.model, device, trains_base=trains_base, on_cpu=on_cpu, say=say)
-    for note in _check_tokenizer(config, tokenizer, base):
-        say(f"note: {note}")
-    attention = choose_attention(base, config.model.attention, device, compute_dtype(base))
-    train_set = load_train_set(config, tokenizer, max_context(base), say)
-    eval_set = load_eval_set(config, tokenizer, max_context(base), say)
-    data = data_record(config, train_set, eval_set)
+    base, attention = _load_checked_base(config, tokenizer, world, say)
+    train_set, eval_set, data = _load_sets(config, tokenizer, base, say)
     model, fixed = _build_model(config, base, tokenizer, train_set, world)
     check_forward(model, attention, f"model {config.model.name_or_path}")
     teacher = make_teacher(config.teacher, model, fixed)
@@ -394,13 +387,11 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
     commit = hub_commit(config.model)
     progress = SavedProgress(step=0, seconds_train=0.0, sampled_ahead=None)
     if resumes:
-        _check_same_commit(config, run_dir, commit)
-        sets, allow = (train_set, eval_set), command.allow_changed_data
-        check_same_data(run_dir, data, sets, allow_changed=allow, say=say)
+        _check_same_start(command, run_dir, commit, data, (train_set, eval_set), say)
         progress = _load_progress(config, run_dir, model, optimizer, teacher, world, say)
     longest = min(longest_sequence(config, tokenizer, train_set, eval_set), max_context(base))
     engine, eval_engine = make_engines(config, model, fixed, teacher, world, longest)
-    params = sampling_params(config.rollout, model, tokenizer)
+    sampler = _build_sampler(config, engine, model, tokenizer, train_set, world, progress)
     run = Run(
         config=config,
         recipe=recipe_of(config),
@@ -416,9 +407,7 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
         train_set=train_set,
         eval_set=eval_set,
         attention=attention,
-        sampler=_build_sampler(
-            config, engine, params, train_set, world, progress, lm_head_weight(model).shape[0]
-        ),
+        sampler=sampler,
         eval_engine=eval_engine,
         reward=reward,
         step=progress.step,
@@ -433,15 +422,51 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
     return run
 
 
-def _check_same_commit(config: Config, run_dir: Path, commit: str | None) -> None:
+def _load_checked_base(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    say: Callable[[str], object],
+) -> tuple[PreTrainedModel, str]:
+    """Returns the base, which the tokenizer fits, and the attention over its packed sequences."""
+    # Sharding moves each layer's shard to the device, which never holds the whole model.
+    on_cpu, trains_base = _is_sharded(config, world), not config.lora.enabled
+    base = load_base(config.model, world.device, trains_base=trains_base, on_cpu=on_cpu, say=say)
+    for note in _check_tokenizer(config, tokenizer, base):
+        say(f"note: {note}")
+    return base, choose_attention(base, config.model.attention, world.device, compute_dtype(base))
+
+
+def _load_sets(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    base: nn.Module,
+    say: Callable[[str], object],
+) -> tuple[ProblemSet, ProblemSet | None, dict[str, Any]]:
+    """Returns the training and the evaluation set, and the record of their rows. A collective."""
+    train_set = load_train_set(config, tokenizer, max_context(base), say)
+    eval_set = load_eval_set(config, tokenizer, max_context(base), say)
+    return train_set, eval_set, data_record(config, train_set, eval_set)
+
+
+def _check_same_start(
+    command: CommandLine,
+    run_dir: Path,
+    commit: str | None,
+    data: dict[str, Any],
+    sets: tuple[ProblemSet, ProblemSet | None],
+    say: Callable[[str], object],
+) -> None:
     """Raises ValueError if a model of the hub is not at the commit that the run was started with,
-    as after a push to it."""
+    as after a push to it, or if rows of the data have changed since."""
     before = recorded_commit(run_dir)
     if before is not None and before != commit:
         raise ValueError(
-            f"{config.model.name_or_path} is at commit {commit}, and {run_dir} was started with "
-            f"{before}; a resumed run continues from the same base; give --model.revision {before}"
+            f"{command.config.model.name_or_path} is at commit {commit}, and {run_dir} was started "
+            f"with {before}; a resumed run continues from the same base; give --model.revision "
+            f"{before}"
         )
+    check_same_data(run_dir, data, sets, allow_changed=command.allow_changed_data, say=say)
 
 
 def _write_start(run: Run, data: dict[str, Any], commit: str | None, *, new: bool) -> None:

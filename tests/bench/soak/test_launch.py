@@ -4,14 +4,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from bench.soak import launch
+from bench.soak.kills import wait_for
 from bench.soak.server import complete
-from bench.soak.steps import own_bytes
+from bench.soak.starts import outcome
+from bench.soak.steps import own_bytes, take_samples
 
 PARENT = """
 import subprocess, sys, time
@@ -53,13 +55,41 @@ def test_a_child_that_stays_is_told_and_ended(
     assert family.alive() == []
 
 
+@pytest.mark.parametrize(
+    "wait",
+    [
+        launch.Launch.wait,
+        lambda hangs: wait_for(hangs, lambda: False),
+        lambda hangs: take_samples(hangs, num_steps=8, every=8),
+        lambda hangs: outcome(hangs, hangs),
+    ],
+    ids=["end", "moment", "samples", "outcome"],
+)
+def test_no_part_waits_for_ever_for_a_run_that_hangs(
+    wait: Callable[[launch.Launch], object], family: launch.Launch
+) -> None:
+    family.limit_s = time.monotonic() - family.started + 0.1
+    with pytest.raises(RuntimeError, match=r"took more than \d+ s: started"):
+        wait(family)
+    assert family.alive() == [] and not family.is_running()
+
+
+def test_an_exception_ends_what_was_started(family: launch.Launch) -> None:
+    with pytest.raises(KeyboardInterrupt), family:
+        raise KeyboardInterrupt
+    assert family.alive() == []
+
+
 def test_names_in_shared_memory_are_those_of_the_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "_SHARED_MEMORY", tmp_path)
-    for name in ("paint-812-5d1ba3c0-9fc3e08b", "torch_812_1", "paint-8123-a-b", "sem.loky"):
+    for name in ("paint-812-s96417-5d1ba3c0-9fc3e08b", "torch_812_1", "paint-8123-a-b", "sem.loky"):
         (tmp_path / name).touch()
-    assert sorted(launch.shared_memory({812})) == ["paint-812-5d1ba3c0-9fc3e08b", "torch_812_1"]
+    assert sorted(launch.shared_memory({812})) == [
+        "paint-812-s96417-5d1ba3c0-9fc3e08b",
+        "torch_812_1",
+    ]
 
 
 def test_memory_of_a_process_is_counted_with_what_is_swapped_out() -> None:

@@ -4,38 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from saved_runs import ALONE, Trained, build, take_step, trainable
 
 from paint_engine.checkpoint.load import load_checkpoint
 from paint_engine.checkpoint.save import save_checkpoint
-from paint_engine.config.sections import LoraSection, ModelSection
-from paint_engine.distributed import World
-from paint_engine.model.load import load_base
-from paint_engine.model.lora import add_lora
 from paint_engine.model.teacher import EmaTeacher
-
-CPU = torch.device("cpu")
-ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
-
-Trained = tuple[nn.Module, torch.optim.Optimizer]
-
-
-def build(model_dir: Path, *, seed: int = 0) -> Trained:
-    base = load_base(ModelSection(name_or_path=str(model_dir), dtype="float32"), CPU)
-    model = add_lora(base, LoraSection(rank=4, alpha=8), seed)
-    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-
-
-def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    """One step on a loss that reaches every adapter."""
-    ids = torch.randint(0, 300, (1, 12), generator=torch.Generator().manual_seed(seed))
-    model(input_ids=ids).logits.square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def test_a_running_mean_resumes_bit_for_bit_from_a_checkpoint(
@@ -46,7 +19,7 @@ def test_a_running_mean_resumes_bit_for_bit_from_a_checkpoint(
             take_step(*trained, seed)
             mean.update()
 
-    trained = build(model_dir)
+    trained = build(model_dir, lora=True)
     ema = EmaTeacher(trained[0], decay=0.75)
     train(trained, ema, (1, 2))
     save_checkpoint(tmp_path, *trained, {"step": 2}, keep=1, world=ALONE, ema=ema)
@@ -54,7 +27,7 @@ def test_a_running_mean_resumes_bit_for_bit_from_a_checkpoint(
     train(trained, ema, (3, 4))
 
     # Other initial adapters, so another initial mean.
-    resumed = build(model_dir, seed=5)
+    resumed = build(model_dir, lora=True, seed=5)
     its_ema = EmaTeacher(resumed[0], decay=0.75)
     assert not all(map(torch.equal, its_ema.shadow, at_two))
     state = load_checkpoint(tmp_path, *resumed, world=ALONE, warn=pytest.fail, ema=its_ema)
@@ -69,11 +42,11 @@ def test_a_running_mean_resumes_bit_for_bit_from_a_checkpoint(
 def test_a_mean_that_no_teacher_wants_is_left_in_the_checkpoint(
     model_dir: Path, tmp_path: Path
 ) -> None:
-    model, optimizer = build(model_dir)
+    model, optimizer = build(model_dir, lora=True)
     ema = EmaTeacher(model, decay=0.75)
     take_step(model, optimizer, 1)
     save_checkpoint(tmp_path, model, optimizer, {"step": 1}, keep=1, world=ALONE, ema=ema)
-    resumed, its_optimizer = build(model_dir, seed=5)
+    resumed, its_optimizer = build(model_dir, lora=True, seed=5)
     state = load_checkpoint(tmp_path, resumed, its_optimizer, world=ALONE, warn=pytest.fail)
     assert state == {"step": 1}
     assert all(torch.equal(t, trainable(model)[n]) for n, t in trainable(resumed).items())
@@ -86,10 +59,10 @@ def test_a_mean_that_no_teacher_wants_is_left_in_the_checkpoint(
 def test_a_checkpoint_without_the_mean_that_is_wanted_is_refused(
     model_dir: Path, tmp_path: Path
 ) -> None:
-    saved = build(model_dir)
+    saved = build(model_dir, lora=True)
     take_step(*saved, 1)
     save_checkpoint(tmp_path, *saved, {"step": 1}, keep=1, world=ALONE)
-    model, optimizer = build(model_dir, seed=5)
+    model, optimizer = build(model_dir, lora=True, seed=5)
     ema, before = EmaTeacher(model, decay=0.75), trainable(model)
     with pytest.raises(ValueError, match=r"step-1 holds no running mean.*--teacher\.weights"):
         load_checkpoint(tmp_path, model, optimizer, world=ALONE, warn=pytest.fail, ema=ema)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from paint_engine.config import command_line as cli
-from paint_engine.config.command_line import load_config, preset_names
+from paint_engine.config.command_line import load_config, preset_names, read_toml
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import LEAVES, to_toml, toml_value, value_of
+from paint_engine.files import BadFile
 
 PAPER_PRESETS = ("paint-qwen3-1.7b", "paint-qwen3-4b", "paint-qwen3-8b")
 
@@ -286,6 +287,18 @@ def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "my.toml"
     file.write_bytes("[run]\ndir = 'é'\n".encode("latin-1"))
     assert "my.toml: not valid TOML" in message_of("--config", str(file))
+
+
+def test_a_file_that_the_user_names_may_be_a_link_and_one_of_a_run_may_not(tmp_path: Path) -> None:
+    file, run_dir = tmp_path / "my.toml", tmp_path / "run"
+    file.write_text("[train]\nseed = 7\n")
+    link = tmp_path / "link.toml"
+    link.symlink_to(file)
+    assert load_config(["--config", str(link)]).config.train.seed == 7
+    run_dir.mkdir()
+    (run_dir / "config.toml").symlink_to(file)
+    with pytest.raises(BadFile, match=r"config\.toml is a symbolic link"):
+        read_toml(run_dir / "config.toml")
 
 
 def test_help_lists_presets_and_every_key_with_its_default(

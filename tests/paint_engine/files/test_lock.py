@@ -76,7 +76,7 @@ def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on this process is on another machine, which the process ids mean nothing to."""
-    monkeypatch.setattr(lock, "_place", lambda: "another machine")
+    monkeypatch.setattr(lock, "machine", lambda: "another machine")
 
 
 def suspended_holder(directory: Path, monkeypatch: pytest.MonkeyPatch) -> DirectoryLock:
@@ -249,7 +249,7 @@ def test_of_many_that_come_at_once_one_gets_it(
         directory = tmp_path / str(attempt)
         if killed:
             directory.mkdir()
-            record = lock.Holder("here", 2**31 - 1, "1", lock._place(), "then", "it", True)
+            record = lock.Holder("here", 2**31 - 1, "1", lock.machine(), "then", "it", True)
             (directory / ".lock-7").write_text(json.dumps(vars(record)))
         gate, got = threading.Barrier(6), []
 

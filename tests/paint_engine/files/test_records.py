@@ -1,4 +1,4 @@
-"""JSON of a run is read by declared types, or refused by file, place and value."""
+"""JSON and TOML of a run are read by declared types, or refused by file, place and value."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paint_engine.files import BadFile, Record, checked, read_json, read_json_if_there
+from paint_engine.files import (
+    BadFile,
+    FileMissing,
+    Record,
+    checked,
+    read_json,
+    read_json_if_there,
+    read_tables,
+)
 
 
 class Inner(Record):
@@ -77,3 +85,31 @@ def test_any_bytes_end_in_a_message(
     file.write_bytes(content)
     with pytest.raises(BadFile, match=r"a\.json"):
         read_json(file, Outer)
+
+
+def test_tables_come_back_and_a_link_is_followed_where_it_may_be(tmp_path: Path) -> None:
+    file, link = tmp_path / "a.toml", tmp_path / "b.toml"
+    link.symlink_to(file)
+    with pytest.raises(FileMissing, match=r"a\.toml could not be read"):
+        read_tables(file)
+    file.write_text('[train]\nseed = 1\n[run]\ndir = "é"\n', encoding="utf-8")
+    expected = {"train": {"seed": 1}, "run": {"dir": "é"}}
+    assert read_tables(file) == read_tables(link, follow_link=True) == expected
+    with pytest.raises(BadFile, match=r"b\.toml is a symbolic link to .*a\.toml"):
+        read_tables(link)
+
+
+@pytest.mark.parametrize(
+    ("content", "came"),
+    [
+        (b"[train]\nseed = \n", "line 2"),
+        (b"dir = '\xe9'\n", "can't decode byte 0xe9"),
+        (b"x = " + 100_000 * b"[", "nested too deeply"),
+    ],
+)
+def test_what_is_no_toml_is_named(content: bytes, came: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_bytes(content)
+    said = rf"a\.toml: not valid TOML \(.*{came}.*\); needs lines such as .*; mend it$"
+    with pytest.raises(BadFile, match=said):
+        read_tables(file, remedy="mend it")

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World
+from paint_engine.files.processes import start_of
 from paint_engine.model.forward import autocast
 from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
@@ -98,6 +99,7 @@ def test_an_exception_that_ends_the_process_leaves_nothing(tmp_path: Path, model
 import torch
 from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World
+from paint_engine.files.processes import start_of
 from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
 from paint_engine.rollout import adapter_files
@@ -120,27 +122,28 @@ def test_what_a_killed_process_left_goes_and_nothing_else(
     lora_model: PeftModel, tmp_path: Path
 ) -> None:
     mine = WeightFiles(lora_model, WORLD, str(tmp_path), per_node=True)
-    machine = mine.write(1).directory.parent.name.split("-")[2]
+    machine = mine.write(1).directory.parent.name.split("-")[3]
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    dead = f"paint-{process.pid}"
-    orphan = f"{dead}-{machine}-00c0ffee"
+    dead = f"paint-{process.pid}-s4711"
+    # Of a process that is gone, and of one whose id this process has got since.
+    orphans = [f"{dead}-{machine}-00c0ffee", f"paint-{os.getpid()}-s4711-{machine}-00c0ffee"]
     kept = [
         # Of a process that lives: this one, and init.
-        f"paint-{os.getpid()}-{machine}-00c0ffee",
-        f"paint-1-{machine}-00c0ffee",
+        f"paint-{os.getpid()}-s{start_of(os.getpid())}-{machine}-00c0ffee",
+        f"paint-1-s{start_of(1)}-{machine}-00c0ffee",
         # Of another machine, container or boot; and whatever is not ours.
         f"{dead}-{'0' * 8}-00c0ffee",
         f"{dead}-{machine}-00c0ffee.bak",
         f"{dead}-notes",
         "paint-runs",
     ]
-    for name in [orphan, *kept]:
+    for name in [*orphans, *kept]:
         (tmp_path / name / "3").mkdir(parents=True)
         (tmp_path / name / "3" / "adapter_model.safetensors").write_bytes(b"weights")
     other = WeightFiles(lora_model, WORLD, str(tmp_path), per_node=True)
     other.close()
-    assert not (tmp_path / orphan).exists()
+    assert not any((tmp_path / name).exists() for name in orphans)
     assert all((tmp_path / name / "3" / "adapter_model.safetensors").exists() for name in kept)
     assert mine.write(2).directory.exists()
     mine.close()
@@ -187,7 +190,7 @@ def test_a_link_with_the_name_of_a_left_over_is_not_followed(
     (outside / "file").write_text("kept")
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    name = f"paint-{process.pid}-{adapter_files._machine()}-{8 * '0'}"
+    name = f"paint-{process.pid}-s4711-{adapter_files._machine_digits()}-{8 * '0'}"
     (tmp_path / name).symlink_to(outside)
     WeightFiles(lora_model, WORLD, str(tmp_path), per_node=True).close()
     assert [path.name for path in tmp_path.iterdir()] == ["outside"]
