@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,10 @@ from paint_kernels._plan import row_slices
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-TOP_K_ROWS = 128
-"""rows ranked at a time: their int32 ranks take little memory beside the logits of a chunk"""
+TOP_K_ELEMENTS = 2**23
+"""ranked at a time: they take little memory beside the logits of a chunk"""
+TOP_K_TILE = 64
+"""columns of which the largest entry is found before any are ranked"""
 
 
 def rollout_ids(cu_seqlens: Int[Tensor, " B+1"], num_tokens: int) -> Int[Tensor, " N"]:
@@ -41,17 +44,53 @@ def selected_counts(lengths: Int[Tensor, " B"], top_fraction: float) -> Int[Tens
 
 def teacher_top_k_indices(logits: Float[Tensor, "R V"], k: int) -> Int[Tensor, "R k"]:
     """Returns the columns of the k largest entries of each row. Ties go to the lower column, an
-    order that torch.topk does not guarantee."""
-    vocab_size = logits.shape[1]
-    lower_first = torch.arange(vocab_size, 0, -1, device=logits.device, dtype=torch.int32)
-    indices = torch.empty(len(logits), k, dtype=torch.int64, device=logits.device)
-    for rows in row_slices(len(logits), TOP_K_ROWS):
+    order that torch.topk does not guarantee. NaN counts as the largest.
+
+    The k largest entries lie in the k tiles of columns whose largest entries are the k largest: a
+    better entry in another tile would leave k better ones outside. So one pass finds the largest
+    entry of every tile, and only k tiles of a row are ranked.
+    """
+    num_rows, vocab_size = logits.shape
+    num_ranked = min(vocab_size, k * TOP_K_TILE)
+    indices = torch.empty(num_rows, k, dtype=torch.int64, device=logits.device)
+    for rows in row_slices(num_rows, max(1, TOP_K_ELEMENTS // num_ranked)):
         part = logits[rows]
-        threshold = torch.topk(part, k, dim=-1).values[:, -1:]
-        rank = torch.where(part == threshold, lower_first, 0)
-        rank = torch.where(part > threshold, lower_first + vocab_size, rank)
-        indices[rows] = torch.topk(rank, k, dim=-1).indices
+        if num_ranked == vocab_size:
+            indices[rows] = ranked_top_k(part, None, k)
+            continue
+        tiles = ranked_top_k(tile_maxima(part), None, k).sort(dim=-1).values
+        columns = tiles[:, :, None] * TOP_K_TILE + torch.arange(TOP_K_TILE, device=logits.device)
+        columns = columns.flatten(1)
+        inside = columns < vocab_size
+        columns.clamp_(max=vocab_size - 1)
+        indices[rows] = columns.gather(1, ranked_top_k(part.gather(1, columns), inside, k))
     return indices
+
+
+def tile_maxima(logits: Float[Tensor, "R V"]) -> Float[Tensor, "R tiles"]:
+    num_whole = logits.shape[1] // TOP_K_TILE
+    split = num_whole * TOP_K_TILE
+    maxima = logits[:, :split].unflatten(1, (num_whole, TOP_K_TILE)).amax(dim=-1)
+    if split == logits.shape[1]:
+        return maxima
+    return torch.cat([maxima, logits[:, split:].amax(dim=-1, keepdim=True)], dim=1)
+
+
+def ranked_top_k(
+    values: Float[Tensor, "R C"], inside: Bool[Tensor, "R C"] | None, k: int
+) -> Int[Tensor, "R k"]:
+    """Returns the columns of the k largest values among those `inside`, at least k in each row."""
+    num_columns = values.shape[1]
+    lower_first = torch.arange(num_columns, 0, -1, device=values.device, dtype=torch.int32)
+    if inside is not None:
+        values = torch.where(inside, values, -math.inf)
+    threshold = torch.topk(values, k, dim=-1).values[:, -1:]
+    rank = torch.where(values == threshold, lower_first, 0)
+    above = (values > threshold) | values.isnan()
+    rank = torch.where(above, lower_first + num_columns, rank)
+    if inside is not None:
+        rank = torch.where(inside, rank, -1)
+    return torch.topk(rank, k, dim=-1).indices
 
 
 def entropy_ratio(

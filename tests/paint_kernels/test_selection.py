@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paint_kernels import entropy_ratio, reference, select_top_fraction
+from paint_kernels import entropy_ratio, reference, select_top_fraction, selection
 from paint_kernels.selection import selected_counts, teacher_top_k_indices
 
 
@@ -59,11 +59,30 @@ def test_entropy_ratio_and_its_floor():
         entropy_ratio(teacher, student, entropy_floor=0.0)
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
-@given(values=st.lists(st.integers(-2, 2), min_size=1, max_size=30), data=st.data())
-def test_top_k_breaks_ties_by_index(values, data):
-    k = data.draw(st.integers(1, len(values)))
-    logits = torch.tensor([values], dtype=torch.float32)
-    logits[logits == -2] = -math.inf
-    expected = sorted(range(len(values)), key=lambda index: (-values[index], index))[:k]
-    assert sorted(teacher_top_k_indices(logits, k)[0].tolist()) == sorted(expected)
+@pytest.mark.parametrize("tile", [1, 3, 64])
+def test_top_k_breaks_ties_by_index(monkeypatch, tile):
+    """Few distinct values: most comparisons are ties, within a tile and between tiles."""
+    monkeypatch.setattr(selection, "TOP_K_TILE", tile)
+    monkeypatch.setattr(selection, "TOP_K_ELEMENTS", 20)
+
+    @settings(deadline=None, derandomize=True, max_examples=100)
+    @given(values=st.lists(st.integers(-2, 2), min_size=1, max_size=30), data=st.data())
+    def check(values, data):
+        k = data.draw(st.integers(1, len(values)))
+        logits = torch.tensor([values, values[::-1], [0] * len(values)], dtype=torch.float32)
+        logits[logits == -2] = -math.inf
+        found = teacher_top_k_indices(logits, k).tolist()
+        for row, columns in zip(logits.tolist(), found, strict=True):
+            ranked = sorted(range(len(row)), key=lambda index: (-row[index], index))
+            assert sorted(columns) == sorted(ranked[:k])
+
+    check()
+
+
+@pytest.mark.parametrize("column", [0, 63, 64, 199])
+def test_top_k_counts_nan_as_the_largest(column):
+    logits = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
+    logits[1, column] = math.nan
+    found = teacher_top_k_indices(logits, 2)
+    assert column in found[1].tolist()
+    assert sorted(found[0].tolist()) == sorted(logits[0].topk(2).indices.tolist())
