@@ -6,11 +6,11 @@ distillation loss by one differentiable call whose memory does not grow with N x
     output = paint_loss(student_hidden, teacher_hidden, model.lm_head.weight, cu_seqlens)
     output.loss.backward()
 
-`reference` specifies the same functions in plain PyTorch. Nothing here depends on a configuration,
-a model library or a process group.
+`reference` and `reference_topk` specify the same functions in plain PyTorch. Nothing here depends
+on a configuration, a model library or a process group.
 """
 
-from paint_kernels import reference
+from paint_kernels import reference, reference_topk
 from paint_kernels._settings import LossOptions, LossSettings
 from paint_kernels._spinning import follow_load
 from paint_kernels._types import PaintLossOutput, TokenLogprobs, TokenStats
@@ -22,6 +22,7 @@ from paint_kernels.functional import (
 )
 from paint_kernels.module import PaintLoss
 from paint_kernels.selection import entropy_ratio, select_top_fraction
+from paint_kernels.topk import paint_loss_from_topk
 
 __all__ = [
     "LossOptions",
@@ -34,7 +35,9 @@ __all__ = [
     "follow_load",
     "paint_loss",
     "paint_loss_from_logits",
+    "paint_loss_from_topk",
     "reference",
+    "reference_topk",
     "select_top_fraction",
     "token_logprobs",
     "token_stats",

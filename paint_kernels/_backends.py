@@ -1,4 +1,4 @@
-"""Chooses the module that computes rows."""
+"""Chooses the modules that compute rows."""
 
 from types import ModuleType
 
@@ -12,3 +12,14 @@ def row_functions(backend: str) -> ModuleType:
     from paint_kernels import _torch_backend
 
     return _torch_backend
+
+
+def topk_functions(backend: str) -> ModuleType:
+    """Returns the module of products with a few rows of the head per token."""
+    if backend == "triton":
+        from paint_kernels import _triton_topk
+
+        return _triton_topk
+    from paint_kernels import _torch_topk
+
+    return _torch_topk

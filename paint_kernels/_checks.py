@@ -10,6 +10,8 @@ from torch import Tensor, nn
 BACKENDS = ("auto", "torch", "triton")
 REDUCTIONS = ("sequence_mean", "token_mean", "sum", "none")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+SUM_TOLERANCE = 0.01
+"""above 1, of probabilities whose logarithms may have been rounded to bfloat16"""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -188,6 +190,64 @@ def check_token_ids_values(token_ids: Tensor, vocab_size: int) -> None:
             )
     else:
         torch.ops.aten._assert_async.msg(good, "token_ids must lie within the vocabulary")
+
+
+def check_topk(token_ids: Tensor, logprobs: Tensor, num_tokens: int, device: torch.device) -> None:
+    """Checks types and shapes of a served teacher's top-k."""
+    for name, tensor in (("teacher_token_ids", token_ids), ("teacher_logprobs", logprobs)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is of type {type(tensor).__name__}: it must be a tensor.")
+    if token_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"teacher_token_ids is {token_ids.dtype}: it must be int32 or int64.")
+    check_float("teacher_logprobs", logprobs, "(N, K), one for each of teacher_token_ids", device)
+    if token_ids.shape != logprobs.shape or len(logprobs) != num_tokens or logprobs.shape[1] == 0:
+        raise ValueError(
+            f"teacher_token_ids has shape {tuple(token_ids.shape)}, teacher_logprobs "
+            f"{tuple(logprobs.shape)}: both must be ({num_tokens}, K), K >= 1, one row for each "
+            "hidden state. Fill rows with fewer ids up with the id -1."
+        )
+    if token_ids.device != device:
+        raise ValueError(
+            f"teacher_token_ids is on {token_ids.device}, other inputs on {device}: move them to "
+            "one device."
+        )
+
+
+def check_topk_values(token_ids: Tensor, logprobs: Tensor, vocab_size: int) -> None:
+    """Checks a served teacher's top-k. A GPU asserts this without a host sync."""
+    exists = token_ids >= 0
+    check_entries(
+        "teacher_token_ids",
+        token_ids,
+        (token_ids >= -1) & (token_ids < vocab_size),
+        f"ids must lie in 0..{vocab_size - 1}, the rows of the head; -1 fills up rows with fewer",
+    )
+    in_order = token_ids.sort(dim=-1).values
+    once = (in_order[:, 1:] != in_order[:, :-1]) | (in_order[:, 1:] < 0)
+    check_entries("teacher_token_ids", in_order[:, 1:], once, "an id must not come twice in a row")
+    probabilities = torch.where(exists, logprobs.double().exp(), 0.0)
+    check_entries(
+        "teacher_logprobs",
+        logprobs,
+        probabilities <= 1 + SUM_TOLERANCE,
+        "natural logarithms of probabilities are at most 0, and not NaN",
+    )
+    total = probabilities.sum(dim=-1, keepdim=True)
+    check_entries(
+        "the sum of the probabilities of teacher_logprobs",
+        total,
+        total <= 1 + SUM_TOLERANCE,
+        f"it must not exceed 1 by more than {SUM_TOLERANCE:.0%}, which rounding may cause",
+    )
+
+
+def check_entries(name: str, values: Tensor, good: Tensor, need: str) -> None:
+    """Checks that an (N, C) tensor is `good` throughout. A GPU asserts this without a host sync."""
+    if values.device.type != "cpu":
+        torch.ops.aten._assert_async.msg(good.all(), f"{name}: {need}")
+    elif not good.all():
+        row, column = (~good).nonzero()[0].tolist()
+        raise ValueError(f"{name} has {values[row, column].item()} in row {row}: {need}.")
 
 
 def resolve_vocab_size(vocab_size: int | None, available: int) -> int:

@@ -24,7 +24,6 @@ from paint_kernels.selection import (
     entropy_ratio,
     select_top_fraction,
     selected_counts,
-    teacher_top_k_indices,
 )
 
 if TYPE_CHECKING:
@@ -72,11 +71,7 @@ class ChunkRows:
         self.functions = row_functions(settings.backend)
         self.student, self.teacher = source.logits(rows)
         self.gradient = source.gradient(rows, len(self.student))
-        self.largest, self.stats = None, None
-        if settings.teacher_top_k is not None:
-            self.largest = teacher_top_k_indices(self.teacher, settings.teacher_top_k)
-            self.student = self.student.gather(1, self.largest)
-            self.teacher = self.teacher.gather(1, self.largest)
+        self.stats = None
 
     def find_entropies(self) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:
         """Computes the student's and the teacher's entropies."""
@@ -87,21 +82,15 @@ class ChunkRows:
 
     def losses(self, interpolated: Bool[Tensor, " R"] | None) -> RowValues:
         """Computes the values of the rows. Fills `gradient` unless it is None."""
-        written = self.gradient
-        if self.gradient is not None and self.largest is not None:
-            written = self.gradient.new_empty(self.student.shape)
-        values = self.functions.row_loss(
+        return self.functions.row_loss(
             self.student,
             self.teacher,
             interpolated,
             self.settings,
-            written,
+            self.gradient,
             gradient_scale=self.source.gradient_scale,
             stats=self.stats,
         )
-        if self.gradient is not None and self.largest is not None and written is not None:
-            self.gradient.zero_().scatter_(1, self.largest, written)
-        return values
 
     def keep_gradient(self, before: Float[Tensor, "R V"] | None = None) -> None:
         if self.gradient is not None:

@@ -9,7 +9,7 @@ pass has them for a reduced loss. For per-token losses the backward pass recompu
 import torch
 from torch import Tensor
 
-from paint_kernels import _loss
+from paint_kernels import _loss, _topk
 from paint_kernels._checks import check_cu_seqlens_values
 from paint_kernels._matmul import compute_dtype
 from paint_kernels._plan import largest_chunk, most_rows, plan_chunks
@@ -30,12 +30,12 @@ def no_second_derivative() -> None:
         )
 
 
-def _reduced(token_loss: Tensor, token_weights: Tensor | None) -> Tensor:
+def reduced(token_loss: Tensor, token_weights: Tensor | None) -> Tensor:
     # A copy, because the outputs of an operator must not share memory.
     return token_loss.clone() if token_weights is None else (token_loss * token_weights).sum()
 
 
-def _upstream(grad_loss: Tensor, token_weights: Tensor | None) -> Tensor:
+def upstream_of(grad_loss: Tensor, token_weights: Tensor | None) -> Tensor:
     """Returns the (N,) gradient of the final scalar by each token's loss."""
     return grad_loss if token_weights is None else grad_loss * token_weights
 
@@ -62,8 +62,10 @@ def paint_loss(
     """Returns loss, (6, N) token values, (N,) selected, grad_hidden, grad_weight (or empty).
 
     Rows of grad_hidden are unweighted, in float32 or better. They are rounded to the dtype of the
-    hidden states once, after the upstream gradient has scaled them.
+    hidden states once, after the upstream gradient has scaled them. The teacher's top-k has an
+    operator of its own.
     """
+    assert settings.teacher_top_k is None
     check_cu_seqlens_values(cu_seqlens, student_hidden_states.shape[0])
     teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
     vocab_size, hidden_size = lm_head_weight.shape
@@ -82,7 +84,7 @@ def paint_loss(
             backend=settings.backend,
         )
         values = _loss.run_loss(source, chunks, cu_seqlens, settings)
-    loss = _reduced(values.table[0], token_weights)
+    loss = reduced(values.table[0], token_weights)
     return loss, values.table, values.selected, source.grad_hidden, source.grad_weight
 
 
@@ -136,7 +138,7 @@ def _paint_loss_backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return tuple(grads)
     token_weights, grad_hidden, grad_weight, *redone = ctx.saved_tensors
-    upstream = _upstream(grad_loss, token_weights)
+    upstream = upstream_of(grad_loss, token_weights)
     if ctx.needs_input_grad[0]:
         grads[0] = scaled_rows(grad_hidden, upstream, ctx.hidden_dtype)
     if ctx.needs_input_grad[2]:
@@ -201,11 +203,17 @@ def paint_loss_from_logits(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns loss, (6, N) token values, (N,) selected, grad_logits (or empty)."""
     check_cu_seqlens_values(cu_seqlens, student_logits.shape[0])
+    if settings.teacher_top_k is not None:
+        values, gradient = _topk.run_teacher_top_k_of_logits(
+            student_logits, teacher_logits, cu_seqlens, settings, with_gradient=with_gradient
+        )
+        loss = reduced(values.table[0], token_weights)
+        return loss, values.table, values.selected, gradient
     num_rows, vocab_size = student_logits.shape
     # Logits and gradient exist whole already. Chunks only bound the copies that are made of them.
     most = max(1, num_rows)
     row_major = student_logits.stride(1) == teacher_logits.stride(1) == 1
-    if settings.backend == "torch" or settings.teacher_top_k is not None or not row_major:
+    if settings.backend == "torch" or not row_major:
         most = most_rows(vocab_size, vocab_size, student_logits.device)
     full = _loss.finds_statistics_first(settings)
     chunks = plan_chunks(cu_seqlens, num_rows, most, full=full)
@@ -216,7 +224,7 @@ def paint_loss_from_logits(
         with_gradient=with_gradient,
     )
     values = _loss.run_loss(source, chunks, cu_seqlens, settings)
-    loss = _reduced(values.table[0], token_weights)
+    loss = reduced(values.table[0], token_weights)
     return loss, values.table, values.selected, source.grad_logits
 
 
@@ -245,7 +253,9 @@ def _from_logits_backward(ctx, grad_loss, *_):
     grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_loss is not None and ctx.needs_input_grad[0]:
         token_weights, grad_logits = ctx.saved_tensors
-        grads[0] = scaled_rows(grad_logits, _upstream(grad_loss, token_weights), grad_logits.dtype)
+        grads[0] = scaled_rows(
+            grad_logits, upstream_of(grad_loss, token_weights), grad_logits.dtype
+        )
     return tuple(grads)
 
 

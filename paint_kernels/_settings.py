@@ -8,9 +8,9 @@ only plain values; with `takes_settings` it can still be written with a `LossSet
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import Parameter
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Self, TypedDict, TypeVar
 
 from paint_kernels._checks import BACKENDS, check_choice, check_clip, check_fraction, check_positive
 from paint_kernels._torch_divergences import DIVERGENCES
@@ -94,6 +94,12 @@ class LossSettings:
         """Returns the settings as keyword arguments of the public functions."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
+    @classmethod
+    def of_arguments(cls, values: Sequence[Any]) -> Self:
+        """Returns the settings that `arguments` has made positional."""
+        fields = dataclasses.fields(cls)
+        return cls(**{field.name: value for field, value in zip(fields, values, strict=True)})
+
     def arguments(self) -> tuple[Any, ...]:
         """Returns the settings as positional arguments of the operators."""
         return tuple(self.keywords().values())
@@ -120,16 +126,14 @@ def takes_settings(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     signature = inspect.signature(function)
     *others, _ = signature.parameters.values()
-    fields = dataclasses.fields(LossSettings)
     plain = [
         Parameter(field.name, Parameter.POSITIONAL_OR_KEYWORD, annotation=field.type)
-        for field in fields
+        for field in dataclasses.fields(LossSettings)
     ]
 
     @functools.wraps(function)
     def operator(*arguments: Any) -> Any:
-        values = zip(fields, arguments[len(others) :], strict=True)
-        settings = LossSettings(**{field.name: value for field, value in values})
+        settings = LossSettings.of_arguments(arguments[len(others) :])
         return function(*arguments[: len(others)], settings)
 
     operator.__signature__ = signature.replace(parameters=[*others, *plain])  # pyright: ignore

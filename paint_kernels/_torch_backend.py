@@ -177,12 +177,14 @@ def row_loss(
     *,
     gradient_scale: float = 1.0,
     stats: tuple[TokenStats, TokenStats] | None = None,
+    drops_last: bool = False,
 ) -> RowValues:
     """Returns the clipped divergence of each row. Fills `gradient` with that of its loss by the raw
     logits.
 
     `gradient`, which is multiplied by `gradient_scale`, may be `student_logits` itself: a block of
-    rows is read before it is written. `stats` is unused: the sums come with the exponentials.
+    rows is read before it is written. `stats` is unused: the sums come with the exponentials. With
+    `drops_last`, the last column belongs to both distributions, but adds no summand.
     """
     scratch = buffers(5, student_logits)
     values = RowValues(*scratch.new_empty(5, student_logits.shape[0]))
@@ -194,7 +196,9 @@ def row_loss(
         x_s, exp_s, x_t, exp_t, spare = scratch[:, : rows.stop - rows.start]
         s = shift(student, settings.temperature, x_s, exp_s)
         t = shift(teacher, settings.temperature, x_t, exp_t)
-        *terms, by_logits = _block_loss(s, t, spare, settings, gradient is not None)
+        *terms, by_logits = _block_loss(
+            s, t, spare, settings, gradient is not None, drops_last=drops_last
+        )
         if gradient is not None:
             scale = gradient_scale / settings.temperature
             gradient[rows] = by_logits if scale == 1 else by_logits.mul_(scale)
@@ -204,7 +208,13 @@ def row_loss(
 
 
 def _block_loss(
-    s: Shifted, t: Shifted, spare: Tensor, settings: LossSettings, with_gradient: bool
+    s: Shifted,
+    t: Shifted,
+    spare: Tensor,
+    settings: LossSettings,
+    with_gradient: bool,
+    *,
+    drops_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns token loss, divergence, clipped mass and, in a buffer, the gradient by z_S / T."""
     block = _block(s, t, spare)
@@ -214,6 +224,9 @@ def _block_loss(
     correction = 0.0
     if small is not None:
         correction = torch.where(small.holds & (token_kl < 0.05), small.sum - token_kl, 0.0)
+    if drops_last:
+        f[:, -1:], block.q[:, -1:] = 0.0, 0.0
+        token_kl = f.sum(dim=-1, keepdim=True)
     token_kl = torch.where(token_kl > INFINITE_DIVERGENCE, math.inf, token_kl + correction)
 
     token_loss, clipped_mass, unclipped = token_kl, torch.zeros_like(token_kl), None
@@ -223,6 +236,10 @@ def _block_loss(
         token_loss = f.clamp_(max=settings.pointwise_clip).sum(dim=-1, keepdim=True) + correction
         target_mass, unclipped_mass = unclipped_mass, block.q.mul_(unclipped).sum(-1, keepdim=True)
         clipped_mass = target_mass - unclipped_mass
+    if drops_last:
+        # To the gradient a dropped summand is a clipped one.
+        unclipped = spare.fill_(1.0) if unclipped is None else unclipped
+        unclipped[:, -1:] = 0.0
     if not with_gradient:
         return token_loss, token_kl, clipped_mass, f
 

@@ -42,6 +42,14 @@ class RowStats(NamedTuple):
     """columns of large entries"""
 
 
+def check_device(kernel: Any, tensor: Tensor) -> None:
+    if not tensor.is_cuda and isinstance(kernel, triton.JITFunction):
+        raise ValueError(
+            f'backend is "triton" for tensors on {tensor.device}: it needs CUDA tensors, or '
+            'TRITON_INTERPRET=1 set before Python starts. Use backend="torch" on a CPU.'
+        )
+
+
 def launch(
     kernel: Any,
     logits: Float[Tensor, "R V"],
@@ -50,11 +58,7 @@ def launch(
     **settings: Any,
 ) -> None:
     """Runs `kernel` with one program per row, on the GPU that holds `logits`."""
-    if not logits.is_cuda and isinstance(kernel, triton.JITFunction):
-        raise ValueError(
-            f'backend is "triton" for tensors on {logits.device}: it needs CUDA tensors, or '
-            'TRITON_INTERPRET=1 set before Python starts. Use backend="torch" on a CPU.'
-        )
+    check_device(kernel, logits)
     num_rows, num_columns = logits.shape
     if num_rows == 0:
         return

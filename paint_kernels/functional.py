@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 import torch
 from torch import Tensor
 
-from paint_kernels import _ops, _token_ops
+from paint_kernels import _ops, _token_ops, _topk_ops
 from paint_kernels._checks import (
     check_cu_seqlens,
     check_denominator,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
-def _as_autocast_would(tensor: Tensor) -> Tensor:
+def as_autocast_would(tensor: Tensor) -> Tensor:
     """Casts a float32 input as autocast does for torch.nn.functional.linear.
 
     The products with the head then run in half precision, for speed. They accumulate in float32.
@@ -40,7 +40,7 @@ def _as_autocast_would(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
-def _token_weights(
+def token_weights_of(
     cu_seqlens: Tensor,
     num_tokens: int,
     reduction: str,
@@ -115,14 +115,14 @@ def _check_hidden_states(
     return vocab_size, teacher_weight[:vocab_size]
 
 
-def _output(loss: Tensor, table: Tensor, selected: Tensor) -> PaintLossOutput:
+def output_of(loss: Tensor, table: Tensor, selected: Tensor) -> PaintLossOutput:
     token_loss, token_kl, student_entropy, teacher_entropy, ratio, clipped_mass = table.detach()
     return PaintLossOutput(
         loss, token_loss, token_kl, student_entropy, teacher_entropy, ratio, clipped_mass, selected
     )
 
 
-def _wants_gradient(tensor: Tensor) -> bool:
+def wants_gradient(tensor: Tensor) -> bool:
     return torch.is_grad_enabled() and tensor.requires_grad
 
 
@@ -156,7 +156,7 @@ def token_stats(
     check_projection("", hidden_states, weight, hidden_states.device)
     check_positive("temperature", temperature)
     weight = weight[: resolve_vocab_size(vocab_size, weight.shape[0])]
-    hidden_states, weight = _as_autocast_would(hidden_states), _as_autocast_would(weight)
+    hidden_states, weight = as_autocast_would(hidden_states), as_autocast_would(weight)
     dtype = compute_dtype(hidden_states, weight)
     backend = resolve_backend(backend, hidden_states.device, dtype)
     logsumexp, entropy = _token_ops.token_stats(
@@ -208,13 +208,13 @@ def token_logprobs(
             f"token_ids has shape {tuple(token_ids.shape)} on {token_ids.device}: it must be "
             f"({hidden_states.shape[0]},) on {device}, one id for each hidden state."
         )
-    hidden_states, weight = _as_autocast_would(hidden_states), _as_autocast_would(weight)
+    hidden_states, weight = as_autocast_would(hidden_states), as_autocast_would(weight)
     weight = weight[: resolve_vocab_size(vocab_size, weight.shape[0])]
     logprobs, entropy, _ = _token_ops.token_logprobs(
         hidden_states,
         weight,
         token_ids,
-        _wants_gradient(hidden_states),
+        wants_gradient(hidden_states),
         float(temperature),
         resolve_backend(backend, device, compute_dtype(hidden_states, weight)),
     )
@@ -261,11 +261,13 @@ def paint_loss_from_logits(
         student[:, :vocab_size],
         teacher[:, :vocab_size],
         cu_seqlens,
-        _token_weights(cu_seqlens, student.shape[0], reduction, denominator, dtype, student.device),
-        _wants_gradient(student),
+        token_weights_of(
+            cu_seqlens, student.shape[0], reduction, denominator, dtype, student.device
+        ),
+        wants_gradient(student),
         *settings.arguments(),
     )
-    return _output(loss, table, selected)
+    return output_of(loss, table, selected)
 
 
 @lists_options
@@ -334,22 +336,24 @@ def paint_loss(
     vocab_size, teacher_weight = _check_hidden_states(
         student, teacher, weight, teacher_lm_head_weight, cu_seqlens, vocab_size
     )
-    student, teacher, weight = (_as_autocast_would(t) for t in (student, teacher, weight))
+    student, teacher, weight = (as_autocast_would(t) for t in (student, teacher, weight))
     if teacher_weight is not None:
-        teacher_weight = _as_autocast_would(teacher_weight)
+        teacher_weight = as_autocast_would(teacher_weight)
     heads = [weight] if teacher_weight is None else [weight, teacher_weight]
     dtype = compute_dtype(student, teacher, *heads)
     settings = LossSettings(backend=resolve_backend(backend, student.device, dtype), **options)
     check_top_k(settings.teacher_top_k, vocab_size)
-    loss, table, selected, _, _ = _ops.paint_loss(
-        student,
-        teacher,
-        weight[:vocab_size],
-        teacher_weight,
-        cu_seqlens,
-        _token_weights(cu_seqlens, student.shape[0], reduction, denominator, dtype, student.device),
-        _wants_gradient(student),
-        _wants_gradient(weight),
-        *settings.arguments(),
+    token_weights = token_weights_of(
+        cu_seqlens, student.shape[0], reduction, denominator, dtype, student.device
     )
-    return _output(loss, table, selected)
+    inputs = student, teacher, weight[:vocab_size], teacher_weight, cu_seqlens, token_weights
+    with_gradients = wants_gradient(student), wants_gradient(weight)
+    if settings.teacher_top_k is not None:
+        loss, table, selected, _, _ = _topk_ops.paint_loss_teacher_top_k(
+            *inputs, any(with_gradients), *settings.arguments()
+        )
+    else:
+        loss, table, selected, _, _ = _ops.paint_loss(
+            *inputs, *with_gradients, *settings.arguments()
+        )
+    return output_of(loss, table, selected)

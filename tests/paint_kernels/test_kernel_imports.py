@@ -19,7 +19,8 @@ PROGRAM = """
 import sys
 import torch
 from paint_kernels import (
-    PaintLoss, paint_loss, paint_loss_from_logits, reference, token_logprobs, token_stats
+    PaintLoss, paint_loss, paint_loss_from_logits, paint_loss_from_topk, reference, token_logprobs,
+    token_stats
 )
 hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
 inputs = (hidden, hidden.detach() + 1, weight, torch.tensor([0, 5]))
@@ -27,6 +28,8 @@ for loss in (paint_loss, PaintLoss(reduction="none"), reference.paint_loss):
     loss(*inputs).loss.sum().backward()
 logits = torch.randn(5, 9, requires_grad=True)
 paint_loss_from_logits(logits, torch.randn(5, 9), inputs[3]).loss.backward()
+ids, logprobs = torch.tensor([[1, -1]] * 5), torch.full((5, 2), -1.0)
+paint_loss_from_topk(hidden, weight, ids, logprobs, inputs[3]).loss.backward()
 token_logprobs(hidden, weight, torch.arange(5)).logprobs.sum().backward()
 token_stats(hidden, weight)
 print(sorted({"triton", "jaxtyping", "numpy"} & sys.modules.keys()), hidden.grad.isfinite().all())

@@ -17,11 +17,21 @@ from paint_kernels import (
     PaintLoss,
     paint_loss,
     paint_loss_from_logits,
+    paint_loss_from_topk,
     reference,
+    reference_topk,
 )
 
 FIELDS = {field.name: field for field in dataclasses.fields(LossSettings)}
-OPERATORS = ("paint_loss", "paint_loss_weight_gradient", "paint_loss_from_logits")
+OPERATORS = (
+    "paint_loss",
+    "paint_loss_weight_gradient",
+    "paint_loss_from_logits",
+    "paint_loss_teacher_top_k",
+    "paint_loss_from_topk",
+    "support_hidden_gradient",
+    "support_weight_gradient",
+)
 
 
 def test_options_are_the_settings_but_the_backend():
@@ -35,8 +45,10 @@ def test_options_are_the_settings_but_the_backend():
         PaintLoss,
         paint_loss,
         paint_loss_from_logits,
+        paint_loss_from_topk,
         reference.paint_loss,
         reference.paint_loss_from_logits,
+        reference_topk.paint_loss_from_topk,
     ],
 )
 def test_a_signature_shows_every_option_with_its_default(function):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 HERE = Path(__file__).parent
@@ -24,7 +25,8 @@ def run(*command: str, **variables: str) -> str:
     return done.stdout
 
 
-def test_numerics():
+@pytest.mark.parametrize("cases", ["triton_cases.py", "triton_topk_cases.py"])
+def test_numerics(cases):
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    output = run("-m", "pytest", str(HERE / "triton_cases.py"), **interpreted)
+    output = run("-m", "pytest", str(HERE / cases), **interpreted)
     assert " passed" in output and "skipped" not in output

@@ -1,0 +1,237 @@
+"""Opaque operators for losses on the teacher's top-k, built like those of the loss in `_ops`.
+
+The forward pass keeps each token's gradient on its support, k numbers, and the backward pass
+computes those by the hidden states and the head from it.
+"""
+
+import torch
+from torch import Tensor
+
+from paint_kernels import _topk
+from paint_kernels._checks import check_cu_seqlens_values, check_topk_values
+from paint_kernels._matmul import compute_dtype
+from paint_kernels._ops import no_autocast, no_second_derivative, reduced, upstream_of
+from paint_kernels._settings import LossSettings, takes_settings
+
+
+@torch.library.custom_op("paint_kernels::paint_loss_teacher_top_k", mutates_args=())
+@takes_settings
+def paint_loss_teacher_top_k(
+    student_hidden_states: Tensor,
+    teacher_hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    teacher_lm_head_weight: Tensor | None,
+    cu_seqlens: Tensor,
+    token_weights: Tensor | None,
+    with_gradient: bool,
+    settings: LossSettings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns loss, (6, N) token values, (N,) selected, the (N, k) columns of the teacher's largest
+    logits, and the gradient by the student's logits there (or empty)."""
+    check_cu_seqlens_values(cu_seqlens, student_hidden_states.shape[0])
+    teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
+    with no_autocast(student_hidden_states):
+        ids, found = _topk.run_teacher_top_k(
+            (student_hidden_states, lm_head_weight),
+            (teacher_hidden_states, teacher_weight),
+            cu_seqlens,
+            settings,
+            with_gradient=with_gradient,
+        )
+    values = found.values
+    loss = reduced(values.table[0], token_weights)
+    return loss, values.table, values.selected, ids, found.gradient
+
+
+@paint_loss_teacher_top_k.register_fake
+def _(
+    student_hidden_states,
+    teacher_hidden_states,
+    lm_head_weight,
+    teacher_lm_head_weight,
+    cu_seqlens,
+    token_weights,
+    with_gradient,
+    *settings,
+):
+    num_tokens = student_hidden_states.shape[0]
+    tensors = [student_hidden_states, teacher_hidden_states, lm_head_weight]
+    if teacher_lm_head_weight is not None:
+        tensors.append(teacher_lm_head_weight)
+    dtype = compute_dtype(*tensors)
+    shape = num_tokens, LossSettings.of_arguments(settings).teacher_top_k
+    new = student_hidden_states.new_empty
+    return (
+        new((num_tokens,) if token_weights is None else (), dtype=dtype),
+        new((6, num_tokens), dtype=dtype),
+        new((num_tokens,), dtype=torch.bool),
+        new(shape, dtype=torch.int64),
+        new(shape if with_gradient else (0,), dtype=dtype),
+    )
+
+
+def _teacher_top_k_setup(ctx, inputs, output):
+    student, _, weight, _, _, token_weights, _, *settings = inputs
+    _, _, _, ids, gradient = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.settings, ctx.num_inputs = settings, len(inputs)
+    ctx.save_for_backward(token_weights, gradient, ids, student, weight)
+
+
+def _teacher_top_k_backward(ctx, grad_loss, *_):
+    no_second_derivative()
+    grads: list[Tensor | None] = [None] * ctx.num_inputs
+    if grad_loss is None:
+        return tuple(grads)
+    token_weights, gradient, ids, student, weight = ctx.saved_tensors
+    values = gradient * upstream_of(grad_loss, token_weights)[:, None]
+    if ctx.needs_input_grad[0]:
+        grads[0] = support_hidden_gradient(values, ids, student, weight, None, *ctx.settings)
+    if ctx.needs_input_grad[2]:
+        grads[2] = support_weight_gradient(values, ids, student, weight, None, *ctx.settings)
+    return tuple(grads)
+
+
+paint_loss_teacher_top_k.register_autograd(
+    _teacher_top_k_backward, setup_context=_teacher_top_k_setup
+)
+
+
+@torch.library.custom_op("paint_kernels::paint_loss_from_topk", mutates_args=())
+@takes_settings
+def paint_loss_from_topk(
+    student_hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    teacher_token_ids: Tensor,
+    teacher_logprobs: Tensor,
+    cu_seqlens: Tensor,
+    token_weights: Tensor | None,
+    with_hidden_gradient: bool,
+    with_weight_gradient: bool,
+    tail: str,
+    settings: LossSettings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns loss, (6, N) token values, (N,) selected, the gradient on the support, the tail's
+    log-sum-exp and its derivative by the hidden states. The last three may be empty."""
+    check_cu_seqlens_values(cu_seqlens, student_hidden_states.shape[0])
+    check_topk_values(teacher_token_ids, teacher_logprobs, lm_head_weight.shape[0])
+    with no_autocast(student_hidden_states):
+        found, rest = _topk.run_loss_from_topk(
+            (student_hidden_states, lm_head_weight),
+            teacher_token_ids.long(),
+            teacher_logprobs,
+            cu_seqlens,
+            tail,
+            settings,
+            with_hidden_gradient=with_hidden_gradient,
+            with_gradient=with_hidden_gradient or with_weight_gradient,
+        )
+    values = found.values
+    loss = reduced(values.table[0], token_weights)
+    empty = found.gradient.new_empty
+    logsumexp, hidden = (empty(0), empty(0)) if rest is None else (rest.logsumexp, rest.hidden)
+    return loss, values.table, values.selected, found.gradient, logsumexp, hidden
+
+
+@paint_loss_from_topk.register_fake
+def _(
+    student_hidden_states,
+    lm_head_weight,
+    teacher_token_ids,
+    teacher_logprobs,
+    cu_seqlens,
+    token_weights,
+    with_hidden_gradient,
+    with_weight_gradient,
+    tail,
+    *settings,
+):
+    num_tokens, num_ids = teacher_token_ids.shape
+    with_tail = tail != "renormalise"
+    with_gradient = with_hidden_gradient or with_weight_gradient
+    dtype = compute_dtype(student_hidden_states, lm_head_weight)
+    new = student_hidden_states.new_empty
+    hidden = student_hidden_states.shape if with_tail and with_hidden_gradient else (0,)
+    return (
+        new((num_tokens,) if token_weights is None else (), dtype=dtype),
+        new((6, num_tokens), dtype=dtype),
+        new((num_tokens,), dtype=torch.bool),
+        new((num_tokens, num_ids + with_tail) if with_gradient else (0,), dtype=dtype),
+        new((num_tokens,) if with_tail else (0,), dtype=dtype),
+        new(hidden, dtype=dtype),
+    )
+
+
+def _from_topk_setup(ctx, inputs, output):
+    student, weight, ids, _, _, token_weights, _, _, tail, *settings = inputs
+    _, _, _, gradient, logsumexp, hidden = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.settings, ctx.num_inputs = settings, len(inputs)
+    rest = (None, None) if tail == "renormalise" else (logsumexp, hidden)
+    ctx.save_for_backward(token_weights, gradient, ids, student, weight, *rest)
+
+
+def _from_topk_backward(ctx, grad_loss, *_):
+    no_second_derivative()
+    grads: list[Tensor | None] = [None] * ctx.num_inputs
+    if grad_loss is None:
+        return tuple(grads)
+    token_weights, gradient, ids, student, weight, logsumexp, hidden = ctx.saved_tensors
+    values = gradient * upstream_of(grad_loss, token_weights)[:, None]
+    if ctx.needs_input_grad[0]:
+        grads[0] = support_hidden_gradient(values, ids, student, weight, hidden, *ctx.settings)
+    if ctx.needs_input_grad[1]:
+        grads[1] = support_weight_gradient(values, ids, student, weight, logsumexp, *ctx.settings)
+    return tuple(grads)
+
+
+paint_loss_from_topk.register_autograd(_from_topk_backward, setup_context=_from_topk_setup)
+
+
+@torch.library.custom_op("paint_kernels::support_hidden_gradient", mutates_args=())
+@takes_settings
+def support_hidden_gradient(
+    values: Tensor,
+    token_ids: Tensor,
+    student_hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    tail_hidden: Tensor | None,
+    settings: LossSettings,
+) -> Tensor:
+    """Returns the gradient by the hidden states, in their dtype, from that on the support."""
+    gradient = torch.empty_like(student_hidden_states, memory_format=torch.contiguous_format)
+    ids = token_ids.long()
+    with no_autocast(values):
+        _topk.hidden_gradient(values, ids, lm_head_weight, tail_hidden, settings.backend, gradient)
+    return gradient
+
+
+@support_hidden_gradient.register_fake
+def _(values, token_ids, student_hidden_states, *rest):
+    return torch.empty_like(student_hidden_states, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("paint_kernels::support_weight_gradient", mutates_args=())
+@takes_settings
+def support_weight_gradient(
+    values: Tensor,
+    token_ids: Tensor,
+    student_hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    tail_logsumexp: Tensor | None,
+    settings: LossSettings,
+) -> Tensor:
+    """Returns the gradient by the head, in its dtype, from that on the support."""
+    student = student_hidden_states, lm_head_weight
+    with no_autocast(values):
+        gradient = _topk.weight_gradient(
+            values, token_ids.long(), student, tail_logsumexp, settings
+        )
+    return gradient.to(lm_head_weight.dtype)
+
+
+@support_weight_gradient.register_fake
+def _(values, token_ids, student_hidden_states, lm_head_weight, *rest):
+    return torch.empty_like(lm_head_weight, memory_format=torch.contiguous_format)
