@@ -23,8 +23,10 @@ from bench.kernels.compiled import (
     Compiled,
     compile_all,
     count_traffic,
+    launch_of,
     problems,
 )
+from bench.kernels.topk_variants import topk_launches
 from bench.kernels.traffic import VARIANTS, every_variant
 from bench.measure import commit, versions
 
@@ -76,7 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="compile every combination of settings")
     chosen = parser.parse_args(arguments)
     variants = every_variant() if chosen.all else VARIANTS
-    compiled, traffic = compile_all(variants), count_traffic()
+    launches = [*((variant.name, launch_of(variant)) for variant in variants), *topk_launches()]
+    compiled, traffic = compile_all(launches), count_traffic()
     if chosen.json is not None:
         report = {
             "name": "kernels_report",
@@ -91,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(compiled_table(compiled), traffic_table(traffic), sep="\n\n", end="\n\n")
     found = [problem for line in compiled for problem in problems(line)]
     names = ", ".join(architecture.name for architecture in ARCHITECTURES)
-    fine = f"{len(variants)} variants on {names}: nothing spilled, no float64, 64-bit row offsets"
+    fine = f"{len(launches)} variants on {names}: nothing spilled, no float64, 64-bit row offsets"
     print("\n".join(found) or fine)
     return int(bool(found))
 

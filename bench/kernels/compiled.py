@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import triton
@@ -263,8 +263,8 @@ def count_traffic() -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
-def compile_all(variants: Sequence[Variant]) -> list[Compiled]:
-    launches = [(variant.name, launch_of(variant)) for variant in variants]
+def compile_all(launches: Iterable[tuple[str, Launch]]) -> list[Compiled]:
+    """Compiles launches, each with the name of its variant, for every architecture."""
     return [
         compile_launch(launch, name, architecture)
         for name, launch in launches
