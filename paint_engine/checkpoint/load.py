@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.tensor import DTensor
 
 from paint_engine.checkpoint.directory import checkpoint_step, list_checkpoints
 from paint_engine.checkpoint.state import (
@@ -85,6 +86,7 @@ def _restore(
     def load_all() -> None:
         with _readable(checkpoint), shard_files():
             load({**tensors}, storage_reader=reader, no_dist=world.size == 1)
+        _check_values(checkpoint, tensors)
         if saved.world_size == world.size:
             with _readable(file := checkpoint / f"rng-{world.rank}.safetensors"):
                 read_random_state(file, world.device)
@@ -185,6 +187,24 @@ def _check_entries(
             raise BadFile(
                 f"{checkpoint / SHARDS}: {name!r} has no {', '.join(missing)}; needs all of "
                 f"{', '.join(sorted(MOMENTS))}; {_REMEDY}"
+            )
+
+
+def _check_values(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises BadFile for values in this rank's shards that no run saves: the optimizer divides by
+    what its count of steps gives, and takes the square root of the second moments."""
+    for entry, tensor in tensors.items():
+        kind = entry.partition("/")[0]
+        values = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        wrong, needed = ~values.isfinite(), "finite values"
+        if kind == STEPS:
+            wrong, needed = wrong | (values < 0) | (values != values.floor()), "a count of steps"
+        elif kind == "exp_avg_sq":
+            wrong, needed = wrong | (values < 0), "finite values of at least 0"
+        if wrong.any():
+            raise BadFile(
+                f"{checkpoint / SHARDS}: {entry!r} holds {values[wrong][0].item()}; needs "
+                f"{needed}; {_REMEDY}"
             )
 
 

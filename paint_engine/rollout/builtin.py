@@ -18,6 +18,7 @@ from paint_engine.model import causal_lm, compute_dtype
 from paint_engine.model.forward import backbone_states
 from paint_engine.model.rounding import is_rounding, relative_error, shares_half_the_digits
 from paint_engine.model.sharding import unsharded
+from paint_engine.monitor import NotFinite
 from paint_engine.rollout.engine import Completion, SamplingParams
 
 # Finished rows are dropped from the batch when they are this share of it. This is rare enough that
@@ -232,7 +233,8 @@ def _rows_are_independent(model: PreTrainedModel) -> bool:
     Attention masks padding out. A recurrent layer or a convolution has to skip it by code of its
     own, and has to keep its state in the cache. Not every architecture does.
 
-    Raises ValueError if the states by the cache are not those of the whole text, or not finite.
+    Raises ValueError if the states by the cache are not those of the whole text, and NotFinite if
+    these are not finite.
     """
     if hasattr(model, _INDEPENDENT):
         return getattr(model, _INDEPENDENT)
@@ -243,7 +245,7 @@ def _rows_are_independent(model: PreTrainedModel) -> bool:
     ids = torch.tensor([text], device=next(model.parameters()).device)
     whole = backbone_states(model, input_ids=ids, use_cache=False)[0, -3:]
     if not whole.isfinite().all():
-        raise ValueError(
+        raise NotFinite(
             f"the built-in sampler got a {type(model).__name__} whose hidden states are not "
             "finite: its weights or its adapter hold NaN or infinity; use another checkpoint"
         )
@@ -284,7 +286,8 @@ def generate(
         decodes one request at a time.
     on_batch: is called with the indices and the completions of each finished group.
 
-    Raises ValueError for a model whose cache the sampler cannot use.
+    Raises ValueError for a model whose cache the sampler cannot use, and NotFinite for one whose
+    hidden states are not finite.
     """
     assert len(prompts) == len(seeds)
     was_training = model.training

@@ -195,6 +195,31 @@ def test_a_crafted_shard_is_refused_by_tensor(
         load(tmp_path, *trained)
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "needed"),
+    [
+        *((kind, value, "finite") for kind in ("weight", "exp_avg") for value in ("nan", "inf")),
+        *(("exp_avg_sq", value, "at least 0") for value in ("nan", "-1.0")),
+        *(("step", value, "count of steps") for value in ("-1.0", "nan", "inf", "0.5")),
+    ],
+)
+def test_crafted_values_are_refused_by_tensor(
+    kind: str, value: str, needed: str, tmp_path: Path, trained: Trained
+) -> None:
+    """NaN would reach the sampler, and a count of -1 the optimizer's division by zero."""
+    newest = tmp_path / "checkpoints/step-2"
+    (shard,) = (newest / "trainer").iterdir()
+    tensors = load_file(shard)
+    name = min(name for name in tensors if name.startswith(kind + "/"))
+    tensors[name].view(-1)[-1] = float(value)
+    save_file(tensors, shard)
+    reseal(newest)
+    with pytest.raises(
+        BadFile, match=rf"trainer: '{kind}/.* holds {value}; needs .*{needed}.*copy"
+    ):
+        load(tmp_path, *trained)
+
+
 _HUGE = (1 << 62).to_bytes(8, "little") + b"{}"
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from paint_engine.model.forward import hidden_states
 from paint_engine.model.packing import pack_sequences
+from paint_engine.monitor import NotFinite
 from paint_engine.rollout import builtin
 from paint_engine.rollout.builtin import BuiltinEngine, generate
 from paint_engine.rollout.engine import Completion, SamplingParams
@@ -107,7 +108,7 @@ def test_a_cache_of_another_kind_is_refused_before_training(small_model: Build) 
 def test_states_that_are_not_finite_are_refused(small_model: Build) -> None:
     model = small_model("Qwen3")
     model.get_parameter("model.norm.weight").data[3] = float("nan")
-    with pytest.raises(ValueError, match="Qwen3ForCausalLM whose hidden states are not finite"):
+    with pytest.raises(NotFinite, match="Qwen3ForCausalLM whose hidden states are not finite"):
         generate(model, PROMPTS, SEEDS, PARAMS, max_sequences=4)
 
 
