@@ -89,7 +89,7 @@ def _restore(
         _check_values(checkpoint, tensors)
         if saved.world_size == world.size:
             with _readable(file := checkpoint / f"rng-{world.rank}.safetensors"):
-                read_random_state(file, world.device)
+                read_random_state(file, world.device, _REMEDY)
 
     together(load_all, FILE_FAILURES)
     return saved.state

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from paint_engine.checkpoint.directory import find_damage
+from paint_engine.checkpoint.generators import check_torch_state, numpy_state, python_state
 from paint_engine.distributed import World, gather_objects, together
 from paint_engine.files import FILE_FAILURES, Record
 from paint_engine.model import EmaTeacher
@@ -70,15 +71,18 @@ def write_random_state(file: Path, device: torch.device) -> None:
     save_file(tensors, file, metadata=metadata)
 
 
-def read_random_state(file: Path, device: torch.device) -> None:
+def read_random_state(file: Path, device: torch.device, remedy: str) -> None:
+    """Sets this process's generators. Raises BadFile for a state that none of them can have."""
     with safe_open(file, framework="pt") as stream:
-        metadata = stream.metadata()
-        torch.set_rng_state(stream.get_tensor("torch"))
+        metadata, on_cpu = stream.metadata(), stream.get_tensor("torch")
+        python = python_state(metadata["python"], file, remedy)
+        numpy = numpy_state(metadata["numpy"], file, remedy)
+        check_torch_state(on_cpu, file, remedy)
+        torch.set_rng_state(on_cpu)
         if device.type == "cuda" and "cuda" in stream.keys():  # noqa: SIM118 (no container)
             torch.cuda.set_rng_state(stream.get_tensor("cuda"), device)
-    version, keys, gauss = json.loads(metadata["python"])
-    random.setstate((version, tuple(keys), gauss))
-    np.random.set_state(tuple(json.loads(metadata["numpy"])))
+    random.setstate(python)
+    np.random.set_state(numpy)
 
 
 @contextmanager

@@ -229,3 +229,34 @@ def test_a_crafted_state_is_refused_by_field(
     assert run_main(["--resume", str(run_dir), "--train.num_steps", "3"]) == 2
     printed = capsys.readouterr().out
     assert "trainer_state.json" in printed and field in printed
+
+
+@pytest.mark.parametrize("name", ["trainer", "rng-0.safetensors"])
+def test_crafted_numbers_in_a_checkpoint_are_refused_before_they_are_used(
+    name: str, run_dir: Path, run_main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NaN in a trained weight; a state with which NumPy reads beyond its memory."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    from paint_engine.checkpoint.directory import file_names, seal
+
+    checkpoint = run_dir / "checkpoints/step-2"
+    (file,) = (checkpoint / name).iterdir() if name == "trainer" else [checkpoint / name]
+    tensors = load_file(file)
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    if name == "trainer":
+        tensors[max(tensors)].view(-1)[0] = torch.nan
+    else:
+        metadata["numpy"] = json.dumps(["MT19937", [0] * 624, 10**9, 0, 0.0])
+    save_file(tensors, file, metadata=metadata)
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "manifest.json").write_text(json.dumps(seal(checkpoint, file_names(checkpoint))))
+    assert run_main(["--resume", str(run_dir), "--train.num_steps", "3"]) == 2
+    printed = capsys.readouterr().out
+    said = (
+        "holds nan; needs finite values" if name == "trainer" else "numpy: position: got 10000000"
+    )
+    assert f"{checkpoint / name}: " in printed and said in printed
