@@ -58,7 +58,8 @@ def test_a_manifest_names_files_of_its_checkpoint_alone(tmp_path: Path, trained:
     newest = tmp_path / "checkpoints/step-2"
     manifest = json.loads((newest / "manifest.json").read_text())
     (tmp_path / "file").write_text("x")
-    for name in ("../../file", str(tmp_path / "file"), "trainer/../manifest.json", "./x"):
+    outside = ("../../file", str(tmp_path / "file"), "trainer/../manifest.json", "./x")
+    for name in (*outside, "a\0b", "\ud800", "a" * 300):
         (newest / "manifest.json").write_text(json.dumps(manifest | {name: [1, "0"]}))
         assert f"lists {name!r}, which is no file of a checkpoint" in str(find_damage(newest))
     for text in ("[]", "{}", '{"trainer_state.json": 3}', 100_000 * "[", "NaN"):
