@@ -40,6 +40,7 @@ from paint_engine.files import (
     EVALUATIONS_DIRECTORY,
     MANIFEST_FILE,
     MODEL_CONFIG_FILE,
+    check_no_devices,
 )
 from paint_engine.model import (
     causal_lm,
@@ -262,6 +263,7 @@ def _weights_digest(directory: Path) -> str:
     """A digest of each file's header and of pieces of every tensor. It differs for other weights,
     without reading all of them."""
     found = hashlib.sha256()
+    check_no_devices(directory)
     for file in sorted(directory.glob("*.safetensors")):
         found.update(file.name.encode())
         try:

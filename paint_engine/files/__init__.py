@@ -40,6 +40,7 @@ from paint_engine.files.jsonl import (
 from paint_engine.files.links import (
     check_best,
     check_links,
+    check_no_devices,
     is_checkpoint_name,
     open_regular,
 )
@@ -125,6 +126,7 @@ __all__ = [
     "append_lines",
     "check_best",
     "check_links",
+    "check_no_devices",
     "checked",
     "command_output",
     "finished_name",

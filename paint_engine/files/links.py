@@ -77,6 +77,24 @@ def _refuse_other(path: Path, mode: int, *, directory: bool = False) -> None:
     raise BadFile(f"{path} is {found}; needs {needed}; {remedy}")
 
 
+def check_no_devices(directory: Path) -> None:
+    """Raises BadFile where a pipe, a socket or a device lies in the directory, or a link to one:
+    the libraries that read a model wait for a pipe without end, or take it for no file. Other links
+    are followed, as those of the hub's cache."""
+    with reading(directory):
+        for entry in sorted(_entries(directory), key=lambda entry: entry.name):
+            try:
+                mode = entry.stat().st_mode
+            except OSError:
+                continue  # A link to nothing is no file.
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                found = _KINDS.get(stat.S_IFMT(mode), "no file")
+                raise BadFile(
+                    f"{directory / entry.name} is {found}; needs a regular file; remove it, or "
+                    "put the file in its place"
+                )
+
+
 def check_links(directory: Path) -> None:
     """Checks a run directory, a checkpoint or an evaluation before it is read or written.
 

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import ModelSection
-from paint_engine.files import ADAPTER_CONFIG_FILE
+from paint_engine.files import ADAPTER_CONFIG_FILE, check_no_devices
 from paint_engine.model.forward import _COMPUTE_DTYPE
 from paint_engine.model.lora import add_lora
 from paint_engine.model.probe import set_logit_scale
@@ -102,7 +102,8 @@ def resolve_model(section: ModelSection, *, with_weights: bool = True) -> str:
     pinned revision; otherwise the name itself.
 
     Raises ValueError for a directory that lacks the configuration, the tokenizer or the weights, or
-    that holds an adapter, for a revision that there is not, and for a revision of a directory.
+    that holds an adapter or a pipe, for a revision that there is not, and for a revision of a
+    directory.
     """
     name_or_path = section.name_or_path
     if section.revision is not None:
@@ -119,6 +120,7 @@ def resolve_model(section: ModelSection, *, with_weights: bool = True) -> str:
                 "in an evaluation or export)"
             )
         return name_or_path
+    check_no_devices(path)
     present = {file.name for file in path.iterdir()}
     if ADAPTER_CONFIG_FILE in present:
         # Beside a config.json, transformers would load the adapter without a word.

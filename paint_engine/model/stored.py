@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from paint_engine.config.sections import ModelSection
+from paint_engine.files import check_no_devices
 
 # What saving a wrapped model writes before all names (PEFT, DistributedDataParallel) or before the
 # names of a wrapped submodule (torch.compile, FSDP, activation checkpointing).
@@ -60,6 +61,8 @@ def read_settings(path: str, section: ModelSection) -> PreTrainedConfig:
     names code of the hub that is not trusted.
     """
     name = section.name_or_path
+    if Path(path).is_dir():
+        check_no_devices(Path(path))
     try:
         settings = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
     except Exception as error:

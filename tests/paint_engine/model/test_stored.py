@@ -1,6 +1,7 @@
 """Files that do not fill their model are refused, and nothing is initialised at random."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from paint_engine.config.sections import ModelSection
+from paint_engine.evaluation.target import find_target
+from paint_engine.files import BadFile
+from paint_engine.model.load import resolve_model
 from paint_engine.model.stored import (
     check_stored,
     load_weights,
@@ -265,3 +269,37 @@ def test_a_damaged_index_is_named(untied_model_dir: Path, tmp_path: Path) -> Non
     (tmp_path / "model" / "model.safetensors.index.json").write_text("{")
     with pytest.raises(ValueError, match=f"'{path}' could not be loaded .*damaged"):
         check_stored(path, section)
+
+
+GENERATION = "generation_config.json"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", GENERATION, "tokenizer.json"])
+def test_a_pipe_in_a_model_is_refused_and_does_not_hang(
+    name: str, model_dir: Path, tmp_path: Path
+) -> None:
+    path, section = changed(model_dir, tmp_path / "model")
+    (tmp_path / "model" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "model" / name)
+    target = find_target(path, None, "float32", trust_remote_code=False)
+    for use in (
+        lambda: resolve_model(section),
+        lambda: read_settings(path, section),
+        lambda: check_stored(path, section),
+        lambda: target.identity("builtin", torch.float32),
+    ):
+        with pytest.raises(BadFile, match=f"{name} is a named pipe; needs a regular file; remove"):
+            use()
+    (tmp_path / "model" / name).unlink()
+    (tmp_path / "model" / name).symlink_to("/dev/zero")
+    with pytest.raises(BadFile, match=f"{name} is a device"):
+        resolve_model(section)
+
+
+def test_links_of_the_hub_s_cache_are_followed(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for file in model_dir.iterdir():
+        (tmp_path / "model" / file.name).symlink_to(file)
+    (tmp_path / "model" / "README.md").symlink_to(tmp_path / "nowhere")
+    section = ModelSection(name_or_path=str(tmp_path / "model"), dtype="float32")
+    load_weights(resolve_model(section), section, None)
