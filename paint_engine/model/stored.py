@@ -161,6 +161,17 @@ def _open_tensors(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
         yield tensors
 
 
+def not_floats(tensors: Mapping[str, Any]) -> str | None:
+    """Which of the tensors hold numbers of another kind than float64, float32, float16 and
+    bfloat16, in words; None if none does.
+
+    tensors: by name, unread, as safetensors' `get_slice` gives them.
+    """
+    dtypes = {name: tensor.get_dtype() for name, tensor in tensors.items()}
+    others = [f"{name}: {dtype}" for name, dtype in dtypes.items() if dtype not in _FLOATS]
+    return f"{len(others)} tensors are no floats: {_first(others)}" if others else None
+
+
 @contextmanager
 def _without_report() -> Iterator[None]:
     """Silences transformers' report of missing and unused tensors, which ends here in an error."""
@@ -273,11 +284,8 @@ def _stored_tensors(
         )
     try:
         with _open_tensors(files) as tensors:
-            quantised = {n: t.get_dtype() for n, t in tensors.items()}
-            quantised = {n: dtype for n, dtype in quantised.items() if dtype not in _FLOATS}
-            if quantised:
-                listed = _first(f"{n}: {dtype}" for n, dtype in quantised.items())
-                raise _quantised(name, f"({len(quantised)} tensors are no floats: {listed})")
+            if others := not_floats(tensors):
+                raise _quantised(name, f"({others})")
             yield tensors
     except (OSError, SafetensorError) as error:
         raise load_failure("model", name, error) from error
