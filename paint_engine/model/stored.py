@@ -8,9 +8,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -21,12 +22,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from paint_engine.config.sections import ModelSection
-from paint_engine.files import check_no_devices
+from paint_engine.files import BadFile, Record, check_no_devices, checked, read_json
 
 # What saving a wrapped model writes before all names (PEFT, DistributedDataParallel) or before the
 # names of a wrapped submodule (torch.compile, FSDP, activation checkpointing).
@@ -327,11 +328,75 @@ def set_generation_config(model: PreTrainedModel, path: str) -> None:
     """Gives the model its generation_config.json, of which the stop tokens are used.
 
     Without that file, it keeps the settings that transformers derives from config.json.
+
+    Raises ValueError for a file that transformers cannot use or that cannot be fetched, and for
+    stop tokens outside of the model's vocabulary.
     """
     try:
-        model.generation_config = GenerationConfig.from_pretrained(path)
-    except OSError:
+        found = cached_file(
+            path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False
+        )
+    except OSError as error:
+        raise load_failure(GENERATION_CONFIG_NAME, path, error) from error
+    if found is not None:
+        model.generation_config = _read_generation_config(Path(found))
+    settings = model.generation_config
+    if settings is None:
         return
+    where = found or f"{path}: config.json"
+    stops = checked(_Stops, {"eos_token_id": settings.eos_token_id}, where, _ASK_AGAIN).eos_token_id
+    largest = max(stops if isinstance(stops, list) else [stops or 0], default=0)
+    num_tokens = model.config.get_text_config().vocab_size
+    if largest >= num_tokens:
+        raise BadFile(
+            f"{where}: eos_token_id: got {str(largest)[:60]}; needs ids below {num_tokens}, the "
+            f"size of the model's vocabulary; {_ASK_AGAIN}"
+        )
+
+
+_ASK_AGAIN = "correct it, or save or fetch the model again"
+_Token = Annotated[int, Field(ge=0)]
+
+
+class _Stops(Record):
+    eos_token_id: _Token | list[_Token] | None = None
+
+
+class _Generation(_Stops):
+    """What an export passes on. transformers takes values of any type."""
+
+    # Some published models have -1 for none.
+    bos_token_id: int | list[int] | None = None
+    pad_token_id: int | list[int] | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+def _read_generation_config(file: Path) -> GenerationConfig:
+    """Raises BadFile."""
+    # In the hub's cache it is a link.
+    values = read_json(file.resolve(), dict[str, Any], remedy=_ASK_AGAIN, constants=True)
+    checked(_Generation, values, str(file), _ASK_AGAIN)
+    # transformers sets every key as an attribute.
+    if taken := sorted(name for name in values if hasattr(GenerationConfig, name)):
+        raise BadFile(
+            f"{file}: got the key {taken[0][:60]!r}, which is not a setting; needs settings of "
+            f"transformers' GenerationConfig; {_ASK_AGAIN}"
+        )
+    try:
+        settings = GenerationConfig.from_dict(values)
+        settings.to_json_string()
+    except Exception as error:
+        # Each setting is checked in its own way, or fails where the file is written again.
+        raise BadFile(
+            f"{file}: transformers cannot use it ({type(error).__name__}: {str(error)[:200]}); "
+            f"needs settings of its GenerationConfig; {_ASK_AGAIN}"
+        ) from error
+    return settings
 
 
 def _wrapped(names: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from paint_engine.config.sections import ModelSection
 from paint_engine.evaluation.target import find_target
@@ -22,6 +22,7 @@ from paint_engine.model.stored import (
     load_weights,
     read_settings,
     refuse_prefixes,
+    set_generation_config,
     unwrapped_names,
     weight_files,
 )
@@ -272,6 +273,74 @@ def test_a_damaged_index_is_named(untied_model_dir: Path, tmp_path: Path) -> Non
 
 
 GENERATION = "generation_config.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        *(("[]", "got []"), ("5", "got 5"), ("[" * 100_000, "nested too deeply"), ("", "JSON")),
+        *((text, "not valid JSON") for text in (b"\xff\xfe", b"{", b'{"eos_token_id": "\xff"}')),
+        *(({"eos_token_id": stop}, "eos_token_id") for stop in ("x", [[1]], {"a": 1}, True, 1.5)),
+        *(({"eos_token_id": stop}, "eos_token_id") for stop in (10**30, -5, [3, 10**6], [-1])),
+        *(
+            ({"watermarking_config": value}, "transformers cannot use it")
+            for value in (5, {"a": 1})
+        ),
+        *(({name: "x"}, name) for name in ("temperature", "top_k", "top_p", "do_sample")),
+        *(({name: 5}, f"the key '{name}'") for name in ("to_json_file", "update", "__class__")),
+        ({"compile_config": 5, "pad_token_id": "x"}, "pad_token_id"),
+        ({"cache_implementation": "evil"}, "transformers cannot use it"),
+    ],
+)
+def test_a_crafted_generation_config_is_refused_by_name(
+    content: Any, said: str, model_dir: Path, tmp_path: Path
+) -> None:
+    path, section = changed(model_dir, tmp_path / "model")
+    text = json.dumps(content) if isinstance(content, dict) else content
+    file = tmp_path / "model" / GENERATION
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(BadFile) as refused:
+        load_weights(path, section, None)
+    message = str(refused.value)
+    assert message.startswith(str(file)) and said in message and len(message) < 600
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        # Of Qwen3, of Gemma 3 and of Llama 3, with ids of the test's vocabulary.
+        {
+            **{"bos_token_id": 3, "do_sample": True, "eos_token_id": [5, 3], "pad_token_id": 3},
+            **{"temperature": 0.6, "top_k": 20, "top_p": 0.95, "transformers_version": "4.51.0"},
+        },
+        {
+            **{"cache_implementation": "hybrid", "do_sample": True, "eos_token_id": [1, 16]},
+            **{"top_k": 64, "top_p": 0.95, "transformers_version": "4.50.0.dev0"},
+        },
+        {"_from_model_config": True, "eos_token_id": 5, "pad_token_id": -1, "temperature": 1},
+        {"eos_token_id": None, "chat_format": "chatml", "max_window_size": 6144},
+        {"eos_token_id": []},
+    ],
+)
+def test_settings_of_published_models_are_taken(
+    settings: dict[str, Any], model_dir: Path, tmp_path: Path
+) -> None:
+    path, section = changed(model_dir, tmp_path / "model")
+    (tmp_path / "model" / GENERATION).write_text(json.dumps(settings))
+    loaded = load_weights(path, section, None).generation_config
+    assert loaded is not None and loaded.eos_token_id == settings["eos_token_id"]
+
+
+def test_without_that_file_the_stop_tokens_of_config_json_are_checked(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    path, _ = changed(model_dir, tmp_path / "model")
+    (tmp_path / "model" / GENERATION).unlink(missing_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    set_generation_config(model, path)
+    model.generation_config.eos_token_id = 10**9
+    with pytest.raises(BadFile, match=r"model: config.json: eos_token_id: got 1000000000; needs"):
+        set_generation_config(model, path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", GENERATION, "tokenizer.json"])
