@@ -1,13 +1,13 @@
 """Checks an adapter in peft's format: that it is LoRA of a flavour that is computed exactly, that
 it fits its base tensor by tensor, and that vLLM can load it.
 
-peft itself skips tensors that fit nowhere, leaves the weights of missing ones random, and ignores
-settings that it does not know. vLLM ignores some settings that change what an adapter computes.
+peft itself skips tensors that fit nowhere, and leaves the weights of missing ones random. vLLM
+ignores some settings that change what an adapter computes.
 """
 
 import dataclasses
 import json
-import re
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
@@ -24,103 +25,22 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from paint_engine.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, MODEL_CONFIG_FILE, read_json
+from paint_engine.checkpoint.adapter_config import patterns_of, read_adapter_config
+from paint_engine.checkpoint.patterns import bad_pattern
+from paint_engine.files import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    MODEL_CONFIG_FILE,
+    BadFile,
+    read_json,
+)
+from paint_engine.model.stored import not_floats
 
-# Fields of a LoRA configuration whose every value is computed exactly, adapter on and merged.
-_ANY_VALUE = {
-    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora"),
-    *("target_modules", "exclude_modules", "target_parameters", "fan_in_fan_out"),
-    *("layers_to_transform", "layers_pattern", "bias", "lora_bias", "use_dora"),
-    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
-    # Which steps initialised or trained the matrices, and notes. `_check_init` has more to say.
-    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision"),
-    *("auto_mapping", "inference_mode", "runtime_config"),
-}
-# Initialisations that leave the base as it is. The others subtract from the base's weights when
-# peft loads the adapter, unless it was converted while it was saved.
-_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _FIRST_NAMES = 3
 # What others write weights to.
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # An adapter's tensors in a file begin with this, and then the base's own names follow.
 PREFIX = "base_model.model."
-
-
-def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """The configuration of an adapter of a flavour that is computed exactly.
-
-    Raises ValueError for a file that is not peft's, for a method other than LoRA, and for settings
-    of LoRA that neither the built-in sampler nor a merge reproduces, by name.
-    """
-    file = directory / ADAPTER_CONFIG_FILE
-    # In the hub's cache it is a link.
-    config = read_json(file.resolve(), dict[str, Any], remedy="save or copy it again")
-    method = config.get("peft_type")
-    if method != "LORA":
-        raise ValueError(
-            f"the adapter {directory} is of the method {method} (peft_type in "
-            f"{ADAPTER_CONFIG_FILE}); needs LORA; train such an adapter, or merge this one into "
-            "its base with peft's merge_and_unload, where the method allows it, and give the "
-            "merged model as --model"
-        )
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise ValueError(
-            f"the adapter {directory} is for the task {config['task_type']} (task_type in "
-            f"{ADAPTER_CONFIG_FILE}); needs CAUSAL_LM; give an adapter of a causal language model"
-        )
-    _check_init(directory, config)
-    _check_ranks(directory, config)
-    if unknown := _unusual_settings(config):
-        raise ValueError(
-            f"the adapter {directory} has the LoRA settings {', '.join(unknown)}, which are not "
-            "computed here; needs plain LoRA, rsLoRA or DoRA, with or without biases, "
-            "modules_to_save, patterns of ranks, target_parameters and trainable tokens; merge "
-            "it into its base with peft, where it can, and give the merged model as --model"
-        )
-    return config
-
-
-def _check_init(directory: Path, config: Mapping[str, Any]) -> None:
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init not in _PLAIN_INITS:
-        raise ValueError(
-            f"the adapter {directory} has init_lora_weights {init!r}, with which peft changes the "
-            "base's weights as it loads the adapter; needs an adapter of the base as it is; save "
-            "it with peft's path_initial_model_for_weight_conversion, or, if --model is the "
-            f"changed base already, set init_lora_weights to true in {ADAPTER_CONFIG_FILE}"
-        )
-
-
-def _check_ranks(directory: Path, config: Mapping[str, Any]) -> None:
-    patterns = config.get("rank_pattern") or {}
-    found = {"r": config.get("r"), **(patterns if isinstance(patterns, dict) else {"": patterns})}
-    for name, rank in found.items():
-        if type(rank) is not int or rank < 1:
-            raise ValueError(
-                f"the adapter {directory} has the rank {rank!r} for {name!r} in "
-                f"{ADAPTER_CONFIG_FILE}; needs positive integers; save or copy it again"
-            )
-
-
-def _unusual_settings(config: Mapping[str, Any]) -> list[str]:
-    """Settings beside `_ANY_VALUE` that are on, as "name = value". peft adds such a setting with
-    each new flavour, and versions that do not know it leave it out with a warning."""
-    defaults = {}
-    for field in dataclasses.fields(LoraConfig):
-        if field.default is not dataclasses.MISSING:
-            defaults[field.name] = field.default
-    return [
-        f"{name} = {json.dumps(value)[:60]}"
-        for name, value in sorted(config.items())
-        # An empty list, a zero and null are off.
-        if name not in _ANY_VALUE and value and value != defaults.get(name)
-    ]
-
-
-def largest_rank(config: Mapping[str, Any]) -> int:
-    """The largest rank of an adapter's matrices."""
-    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
 
 
 def check_adapter(directory: Path, shape: PreTrainedModel, base_name: str) -> None:
@@ -132,6 +52,9 @@ def check_adapter(directory: Path, shape: PreTrainedModel, base_name: str) -> No
     base_name: the base, for messages.
     """
     config = read_adapter_config(directory)
+    names = [name for name, _ in shape.named_modules(remove_duplicate=False)]
+    if (bad := bad_pattern(patterns_of(config), names)) is not None:
+        raise BadFile(f"{directory / ADAPTER_CONFIG_FILE}: {bad}; name the layers one by one")
     there = _read_shapes(directory / ADAPTER_FILE)
     problem = _other_base(config, shape) or _misfit(config, shape, there)
     if problem is not None:
@@ -161,8 +84,13 @@ def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     broken = []
     try:
         with safe_open(file, framework="pt") as opened:
-            shapes = {}
-            for name in opened.keys():  # noqa: SIM118
+            names, shapes = list(opened.keys()), {}
+            if others := not_floats({name: opened.get_slice(name) for name in names}):
+                raise BadFile(
+                    f"the adapter's {file} cannot be used ({others}); needs weights in float32, "
+                    "bfloat16 or float16; save the adapter in one of these"
+                )
+            for name in names:
                 tensor = opened.get_tensor(name)
                 shapes[name] = tuple(tensor.shape)
                 if not tensor.isfinite().all():
@@ -187,24 +115,28 @@ def _other_base(config: Mapping[str, Any], shape: PreTrainedModel) -> str | None
     if found is None:
         return None
     there = read_json(found.resolve(), dict[str, Any], constants=True)
-    sizes = there.get("text_config") or there
+    text = there.get("text_config")
+    sizes = text if isinstance(text, dict) and text else there
     for key, ours in (
         ("model_type", shape.config.model_type),
         ("vocab_size", shape.config.get_text_config().vocab_size),
     ):
         theirs = (there if key == "model_type" else sizes).get(key)
         if theirs is not None and theirs != ours:
-            return f"it was trained on a model of {key} {theirs}, and this one has {ours}"
+            trained = f"it was trained on a model of {key} {str(theirs)[:60]}"
+            return f"{trained}, and this one has {ours}"
     return None
 
 
 def _stored_config(name_or_path: str) -> Path | None:
     path = Path(name_or_path) / MODEL_CONFIG_FILE
-    if path.is_file():
+    # Unlike Path.is_file, False for a name that no file can have, and where others' files are.
+    if os.path.isfile(path):
         return path
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path):
+    try:
+        cached = try_to_load_from_cache(name_or_path, MODEL_CONFIG_FILE)
+    except HFValidationError:
         return None
-    cached = try_to_load_from_cache(name_or_path, MODEL_CONFIG_FILE)
     return Path(cached) if isinstance(cached, str) else None
 
 
@@ -219,17 +151,20 @@ def _misfit(
     settings |= {"init_lora_weights": False, "base_model_name_or_path": None, "revision": None}
     if (problem := _absent_tokens(config, shape)) is not None:
         return problem
+    absent = _absent_names(config, shape)
     try:
         with quiet_peft():
             fitted = get_peft_model(shape, LoraConfig(**settings), low_cpu_mem_usage=True)
             needed = get_peft_model_state_dict(fitted, save_embedding_layers=False)
-    except (TypeError, ValueError) as error:
-        return str(error)
-    # Adapters of earlier releases of transformers are converted, as peft does when it loads them.
-    tensors = {name: torch.empty(size, device="meta") for name, size in there.items()}
-    converted = convert_peft_adapter_state_dict_for_transformers(
-        fitted, fitted.peft_config["default"], tensors
-    )
+        # Those of earlier releases of transformers are converted, as peft does when it loads them.
+        tensors = {name: torch.empty(size, device="meta") for name, size in there.items()}
+        converted = convert_peft_adapter_state_dict_for_transformers(
+            fitted, fitted.peft_config["default"], tensors
+        )
+    except Exception as error:
+        # Settings and names that do not go together are found where they are used.
+        said = " ".join(str(error).split())[:300]
+        return absent or f"peft cannot put it there: {type(error).__name__}: {said}"
     found = {
         name.replace(".default.", ".").removesuffix(".default"): tuple(tensor.shape)
         for name, tensor in converted.items()
@@ -243,7 +178,7 @@ def _misfit(
         if name not in found or name not in placed or found[name] != tuple(placed[name].shape)
     ]
     if not wrong:
-        return None
+        return absent
     return f"{wrong[0]}; so for {len(wrong)} of {len(found.keys() | needed.keys())} tensors"
 
 
@@ -266,6 +201,23 @@ def _absent_tokens(config: Mapping[str, Any], shape: PreTrainedModel) -> str | N
     if largest < num_tokens:
         return None
     return f"it trains the token {largest}, and the base's vocabulary has {num_tokens}"
+
+
+def _absent_names(config: Mapping[str, Any], shape: PreTrainedModel) -> str | None:
+    """A name that nothing in the base has, which peft leaves out without a word. Among names of
+    target_modules, which often stand for several architectures, it is usual."""
+    modules = [name for name, _ in shape.named_modules(remove_duplicate=False)]
+    parameters = [f".{name}" for name, _ in shape.named_parameters(remove_duplicate=False)]
+    # As peft matches them.
+    for key, endings, present in (
+        ("modules_to_save", config.get("modules_to_save") or [], modules),
+        ("target_parameters", config.get("target_parameters") or [], parameters),
+    ):
+        for ending in endings:
+            end = ending if key == "modules_to_save" else f".{ending}"
+            if not any(name.endswith(end) for name in present):
+                return f"its {key} names {ending[:60]!r}, and the base has nothing of that name"
+    return None
 
 
 def _some(names: list[str]) -> str:

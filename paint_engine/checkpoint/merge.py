@@ -15,7 +15,7 @@ from paint_engine.checkpoint.adapters import PREFIX, check_adapter, quiet_peft, 
 from paint_engine.config.sections import ModelSection
 from paint_engine.files import ADAPTER_CONFIG_FILE
 from paint_engine.model import resolve_model
-from paint_engine.model.stored import empty_model, load_weights, read_settings
+from paint_engine.model.stored import check_finite, empty_model, load_weights, read_settings
 
 # Weights that are compared at once: what fits into a processor's cache.
 _PIECE = 1 << 16
@@ -229,6 +229,9 @@ def build_trained(
     if (checkpoint / ADAPTER_CONFIG_FILE).is_file():
         check_against_base(checkpoint, section)
         model = merge_adapter(load_weights(path, section, None), checkpoint, survivals)
+        # Finite adapters can have a product that is not.
+        merged = f"of {checkpoint}, merged into {section.name_or_path},"
+        check_finite(_convert(model, survivals[0].dtype), merged)
     else:
         model = _own_weights(checkpoint, section)
         trained = dict(model.named_parameters())

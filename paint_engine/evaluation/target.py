@@ -15,12 +15,11 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from paint_engine.checkpoint.adapter_config import largest_rank, read_adapter_config
 from paint_engine.checkpoint.adapters import (
     check_adapter,
     check_vllm_loads,
-    largest_rank,
     quiet_peft,
-    read_adapter_config,
     require_weights,
 )
 from paint_engine.checkpoint.choose import (

@@ -36,9 +36,14 @@ from transformers import (
 )
 
 from paint_engine import evaluate, export
-from paint_engine.checkpoint.adapters import check_vllm_loads, largest_rank, read_adapter_config
+from paint_engine.checkpoint import patterns
+from paint_engine.checkpoint.adapter_config import largest_rank, read_adapter_config
+from paint_engine.checkpoint.adapters import check_vllm_loads
+from paint_engine.checkpoint.merge import check_against_base
+from paint_engine.config.sections import ModelSection
 from paint_engine.distributed import World
 from paint_engine.evaluation.target import build_engine, find_target, skeleton
+from paint_engine.files import BadFile
 from paint_engine.rollout import RolloutEngine, SamplingParams
 
 IDS = torch.arange(3, 60)[None]
@@ -315,9 +320,15 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "a later peft's": ({"use_zora": {"depth": 2}}, 'LoRA settings use_zora = {"depth": 2}'),
     "task": ({"task_type": "SEQ_CLS"}, "is for the task SEQ_CLS (task_type in"),
     "no method": ({"peft_type": None}, "is of the method None"),
-    "no rank": ({"r": None}, "has the rank None for 'r' in adapter_config.json; needs"),
-    "odd ranks": ({"rank_pattern": [4]}, "has the rank [4] for '' in"),
-    "negative rank": ({"rank_pattern": {"q_proj": -1}}, "has the rank -1 for 'q_proj' in"),
+    "no rank": ({"r": None}, "adapter_config.json: r: got None; needs: a valid integer; save"),
+    "odd ranks": (
+        {"rank_pattern": [4]},
+        "adapter_config.json: rank_pattern: got [4]; needs: a valid dict",
+    ),
+    "negative rank": (
+        {"rank_pattern": {"q_proj": -1}},
+        "adapter_config.json: rank_pattern.q_proj: got -1; needs: great",
+    ),
     "odd layers": ({"layers_to_transform": 1, "target_modules": "q"}, "cannot be used when"),
     "far token": ({"trainable_token_indices": [9999]}, "it trains the token 9999, and the base's"),
 }
@@ -332,6 +343,111 @@ def test_other_settings_are_refused_by_name(
     file = tmp_path / "adapter/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     assert message in refusal(tmp_path / "adapter")
+
+
+@pytest.fixture(scope="module")
+def plain(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("plain") / "adapter"
+    train(bases / "tied", lora({}), directory)
+    return directory
+
+
+HUGE = 4611686018427387904
+CRAFTED: list[tuple[str, dict[str, Any]]] = [
+    *(("r", {"r": value}) for value in (HUGE, 10**30, True, 0, "4", 4.0)),
+    *(("rank_pattern", {"rank_pattern": v}) for v in (3, {"q_proj": HUGE}, {"q_proj": True})),
+    *(("rank_pattern, 1: got '", {"rank_pattern": {k: 4}}) for k in ("(", "(" * 5000, "a**")),
+    *(("alpha_pattern", {"alpha_pattern": v}) for v in (5, {"v": "x"}, {"v": 1e308}, {"(": 4})),
+    *(("lora_alpha", {"lora_alpha": value}) for value in (10**400, 1e308, "x", None, {}, True)),
+    *(("lora_dropout", {"lora_dropout": value}) for value in ("x", [1], -1, 2.0)),
+    *(("target_modules", {"target_modules": v}) for v in ("(", [5], 5, {"a": 1}, [["a"]])),
+    *(("exclude_modules", {"exclude_modules": value}) for value in ("(", 5, [5], "[b-a]")),
+    *(("layers_pattern", {"layers_pattern": v, "layers_to_transform": [0]}) for v in ("(", 5)),
+    *(("layers_to_transform", {"layers_to_transform": v}) for v in ("x", [10**30], -1)),
+    *(("modules_to_save", {"modules_to_save": v}) for v in (5, [5], ["nonexistent"], ["("])),
+    *(("target_parameters", {"target_parameters": value}) for value in (5, [5], ["x"])),
+    *(("token", {"trainable_token_indices": v}) for v in (5, ["a"], "abc", {"a": 5}, [-1])),
+    *(("'a'", {"trainable_token_indices": v}) for v in ({"a": [5]}, {"a": [5, 6]})),
+    *(("bias", {"bias": value}) for value in ("weird", 5, None)),
+    *(("use_rslora", {"use_rslora": value}) for value in ({"a": 1}, "yes", 1)),
+    *(("use_dora", {"use_dora": value}) for value in ("x", 1)),
+    ("fan_in_fan_out", {"fan_in_fan_out": "yes"}),
+    ("ensure_weight_tying", {"ensure_weight_tying": "x", "modules_to_save": ["lm_head"]}),
+    *(("init_lora_weights", {"init_lora_weights": v}) for v in ([1], None, "x" * 5000)),
+    *(("base_model_name_or_path", {"base_model_name_or_path": v}) for v in (5, [1], "/" * 5000)),
+    *((name, {name: 5}) for name in ("revision", "peft_version", "auto_mapping", "eva_config")),
+    *(("loftq_config", {"loftq_config": value}) for value in (5, {"a": 1})),
+    ("corda_config.a = 1", {"corda_config": {"a": 1}}),
+    ("xxx = 1, y = 1", {"x" * 100_000: 1, "y": 1}),
+    ("of the method ['LORA']", {"peft_type": ["LORA"]}),
+    ("task", {"task_type": {"a": "b" * 10_000}}),
+]
+
+
+@pytest.mark.parametrize("number", range(len(CRAFTED)))
+def test_a_crafted_setting_is_refused_in_a_short_message_with_its_name(
+    number: int, plain: Path, bases: Path, tmp_path: Path
+) -> None:
+    said, changes = CRAFTED[number]
+    adapter = shutil.copytree(plain, tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError) as refused:
+        check_against_base(adapter, ModelSection(name_or_path=str(bases / "tied")))
+    message = str(refused.value)
+    assert said in message and str(adapter) in message
+    assert len(message) < 1000 and "torch" not in message and "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_an_expression_that_explodes_is_refused_in_time(
+    name: str, plain: Path, bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "_TIME_LIMIT_S", 1.0)
+    adapter, explodes = shutil.copytree(plain, tmp_path / "adapter"), "(([a-z_.0-9])+)+!"
+    file = adapter / "adapter_config.json"
+    value = {explodes: 4} if name == "rank_pattern" else explodes
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(BadFile, match=f"{name}.*needs a regular expression .* within 1 s .*name"):
+        check_against_base(adapter, ModelSection(name_or_path=str(bases / "tied")))
+
+
+@pytest.mark.parametrize("name", ["/root/" + "a" * 300, "a--b", "../..", "a\0b", "a/b/c/d", "~"])
+def test_a_base_that_is_not_here_is_no_obstacle(
+    name: str, plain: Path, bases: Path, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(plain, tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    changes = {"base_model_name_or_path": name}
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    check_against_base(adapter, ModelSection(name_or_path=str(bases / "tied")))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F4", "F8_E8M0", "I32", "BOOL", "C64"])
+def test_weights_that_are_no_floats_are_refused(
+    dtype: str, plain: Path, bases: Path, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(plain, tmp_path / "adapter")
+    header = json.dumps({"x": {"dtype": dtype, "shape": [2], "data_offsets": [0, 0]}})
+    num_bytes = {"F4": 1, "I32": 8, "C64": 16}.get(dtype, 2)
+    header = header.replace("[0, 0]", f"[0, {num_bytes}]").encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(num_bytes)
+    (adapter / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(BadFile, match=rf"1 tensors are no floats: x: {dtype}\).*needs weights in"):
+        check_against_base(adapter, ModelSection(name_or_path=str(bases / "tied")))
+
+
+def test_an_update_that_overflows_is_not_exported(
+    bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(bases / "tied", lora({}), tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    large = {name: weight * 1e25 for name, weight in load_file(file).items()}
+    save_file(large, file, metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as ended:
+        export.main([str(tmp_path / "adapter"), str(tmp_path / "out")])
+    assert ended.value.code == 2 and not (tmp_path / "out").exists()
+    assert "has NaN or infinite values among its weights" in capsys.readouterr().out
 
 
 def test_settings_that_a_later_peft_adds_and_leaves_off_are_taken(
