@@ -18,6 +18,7 @@ from paint_engine.files import (
     LAUNCH_FILE,
     VERSIONS_FILE,
     WANDB_ID_FILE,
+    BadFile,
     DirectoryLock,
     check_links,
     finished_name,
@@ -168,9 +169,19 @@ def _empty(run_dir: Path) -> None:
     with writing(run_dir):
         for path in sorted(run_dir.iterdir(), key=lambda path: path.name in last):
             if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
+                _remove_directory(path)
             elif not is_lock_file(path):
                 path.unlink()
+
+
+def _remove_directory(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except RecursionError as error:
+        raise BadFile(
+            f"{path} holds directories in about a thousand others, and cannot be removed here; "
+            f"needs what a run writes; remove it with: rm -r {shlex.quote(str(path))}"
+        ) from error
 
 
 def start_again(run_dir: Path, config: Config, *, overwrite: bool = False) -> str:

@@ -76,6 +76,7 @@ from paint_engine.files.printable import (
     is_hidden,
     one_line,
     printable,
+    shown,
 )
 from paint_engine.files.records import (
     Record,
@@ -158,6 +159,7 @@ __all__ = [
     "remove_at_once",
     "remove_left_overs",
     "remove_tree",
+    "shown",
     "truncate_jsonl",
     "unfinished_path",
     "write_atomic",

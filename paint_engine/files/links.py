@@ -25,6 +25,8 @@ from paint_engine.files.names import (
 _CHECKPOINT = re.compile(r"step-\d+")
 _DIRECTORIES = (CHECKPOINTS_DIRECTORY, EVALUATIONS_DIRECTORY, TENSORBOARD_DIRECTORY)
 # W&B makes links of its own in its directory, and replaces them without following them.
+# A run's own are three deep.
+_MAX_DEPTH = 10
 _NAMES = {*_DIRECTORIES, WANDB_DIRECTORY, LAUNCH_FILE, WANDB_ID_FILE}
 _SUFFIXES = {".json", ".jsonl", ".toml", ".html"}
 _KINDS = {
@@ -138,11 +140,20 @@ def _is_used(name: str) -> bool:
 
 
 def _below(directory: Path) -> Iterator[tuple[Path, "os.DirEntry[str]"]]:
-    for entry in _entries(directory):
-        path = directory / entry.name
-        yield path, entry
-        if entry.is_dir(follow_symlinks=False):
-            yield from _below(path)
+    unread = [(directory, 1)]
+    while unread:
+        parent, depth = unread.pop()
+        if depth > _MAX_DEPTH:
+            raise BadFile(
+                f"{parent} is a directory in more than {_MAX_DEPTH} others below "
+                f"{directory.parent}; needs what a run writes, which is less deep; move "
+                f"{directory} elsewhere, or remove it"
+            )
+        for entry in _entries(parent):
+            path = parent / entry.name
+            yield path, entry
+            if entry.is_dir(follow_symlinks=False):
+                unread.append((path, depth + 1))
 
 
 def _entries(directory: Path) -> list["os.DirEntry[str]"]:

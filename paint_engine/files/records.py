@@ -15,11 +15,14 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create
 
 from paint_engine.files.failures import BadFile, FileMissing, reading
 from paint_engine.files.links import open_regular
+from paint_engine.files.printable import shown
 
 T = TypeVar("T")
 
 _MAX_BYTES = 1 << 30
-_SHOWN = 60
+# Deeper than anything that is written, and far from where Python's own functions give up.
+_MAX_DEPTH = 64
+_MAX_PLACE_CHARS = 200
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 _RESTORE = "restore it from a copy"
 
@@ -67,9 +70,27 @@ def parse_json(content: bytes | str, *, constants: bool = False) -> Any:
     Raises ValueError, for nesting that is too deep too.
     """
     try:
-        return json.loads(content, parse_constant=None if constants else _refuse_constant)
+        value = json.loads(content, parse_constant=None if constants else _refuse_constant)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    _refuse_deep(value)
+    return value
+
+
+def _refuse_deep(value: Any) -> None:
+    """Raises ValueError for what is nested so deeply that a later function of Python's (a copy,
+    `repr`) might not take it."""
+    level = [[value]]
+    for _ in range(_MAX_DEPTH + 1):
+        level = [
+            inner.values() if type(inner) is dict else inner
+            for outer in level
+            for inner in outer
+            if type(inner) in (dict, list)
+        ]
+        if not level:
+            return
+    raise ValueError(f"nested too deeply, with more than {_MAX_DEPTH} levels")
 
 
 def _refuse_constant(name: str) -> None:
@@ -87,8 +108,8 @@ def checked(kind: type[T], value: object, where: str, remedy: str = _RESTORE) ->
         found = _adapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the whole"
-        came = "nothing" if first["type"] == "missing" else repr(first["input"])[:_SHOWN]
+        place = ".".join(str(part) for part in first["loc"])[:_MAX_PLACE_CHARS] or "the whole"
+        came = "nothing" if first["type"] == "missing" else shown(first["input"])
         needed = first["msg"].removeprefix("Input should be ")
         raise BadFile(f"{where}: {place}: got {came}; needs: {needed}; {remedy}") from error
     if dataclasses.is_dataclass(kind):
@@ -121,13 +142,15 @@ def read_tables(path: Path, *, remedy: str = _RESTORE, follow_link: bool = False
     """
     content = read_bytes(path.resolve() if follow_link else path)
     try:
-        return tomllib.loads(content.decode())
+        tables = tomllib.loads(content.decode())
+        _refuse_deep(tables)
     except (ValueError, RecursionError) as error:
         came = "nested too deeply" if isinstance(error, RecursionError) else error
         raise BadFile(
             f"{path}: not valid TOML ({came}); needs lines such as `num_steps = 40` under [train], "
             f"with text in quotes; {remedy}"
         ) from error
+    return tables
 
 
 def read_json_if_there(path: Path, kind: type[T]) -> T | None:

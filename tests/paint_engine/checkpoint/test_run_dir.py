@@ -1,6 +1,7 @@
 """Which directory a start trains in: new, its own after a restart, or one that it was told of."""
 
 import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from paint_engine.checkpoint.run_dir import lock_run_dir, prepare_run_dir
 from paint_engine.config.command_line import load_config
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import to_toml
-from paint_engine.files import CONFIG_FILE, recorded_name, write_versions
+from paint_engine.files import CONFIG_FILE, BadFile, recorded_name, write_versions
 
 
 def config_of(run_dir: Path | None, *extra: str) -> Config:
@@ -109,3 +110,15 @@ def test_auto_resume_does_not_take_a_directory_that_is_no_run(tmp_path: Path) ->
     with pytest.raises(ValueError, match="exists already"):
         start(config_of(tmp_path / "run", "--run.auto_resume", "true"))
     assert (tmp_path / "run" / "thesis.tex").exists()
+
+
+def test_a_run_with_directories_that_are_too_deep_is_not_replaced(tmp_path: Path) -> None:
+    run_dir, _ = start(config_of(tmp_path / "run"))
+    path = run_dir
+    for _ in range(1500):
+        path /= "d"
+        path.mkdir()
+    with pytest.raises(BadFile, match=r"remove it with: rm -r .*/run/d$"):
+        start(config_of(run_dir, "--run.overwrite", "true"))
+    subprocess.run(["rm", "-r", run_dir / "d"], check=True)
+    start(config_of(run_dir, "--run.overwrite", "true"))

@@ -3,7 +3,8 @@
 import errno
 import os
 import stat
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from paint_engine.files import (
     read_bytes,
     read_jsonl,
     remove_left_overs,
+    remove_tree,
     truncate_jsonl,
     unfinished_path,
     write_atomic,
@@ -161,3 +163,38 @@ def test_lines_are_appended_where_they_were(tmp_path: Path) -> None:
     with open_jsonl(tmp_path / "lines.jsonl") as file:
         append_lines(file, b"{}\n")
     assert read_jsonl(tmp_path / "lines.jsonl") == [{}]
+
+
+@pytest.fixture
+def nest(tmp_path: Path) -> Iterator[Callable[[str, int], Path]]:
+    """Makes so many directories in each other, and removes them as Python would not."""
+    made = []
+
+    def make(name: str, depth: int) -> Path:
+        made.append(tmp_path / name)
+        os.makedirs(path := tmp_path / name)
+        for _ in range(depth):
+            path /= "d"
+            path.mkdir()
+        return tmp_path / name
+
+    yield make
+    subprocess.run(["rm", "-rf", *made], check=True)
+
+
+def test_directories_in_too_many_others_are_refused(
+    tmp_path: Path, nest: Callable[[str, int], Path]
+) -> None:
+    nest("tensorboard", 9)
+    check_links(tmp_path)
+    nest("evaluations", 900)
+    with pytest.raises(BadFile, match=r"in more than 10 others below .*; move .*/evaluations else"):
+        check_links(tmp_path)
+
+
+def test_a_left_over_that_is_too_deep_to_remove_stays(
+    tmp_path: Path, nest: Callable[[str, int], Path]
+) -> None:
+    left = nest(".step-1.0123456789abcdef.unfinished", 1500)
+    remove_tree(left)
+    assert left.is_dir()

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from paint_engine.files import is_hidden, one_line, printable, printable_output
+from paint_engine.files import is_hidden, one_line, printable, printable_output, shown
 from paint_engine.files.terminal import Terminal
 
 CLEAR, CLIPBOARD, LINK = (
@@ -122,3 +122,24 @@ def test_the_last_words_of_a_command_are_printable() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert done.returncode == 1 and "\nKeyError: " in done.stderr
     assert hidden(done.stderr) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("a\n", "'a\\n'"),
+        (10**40, str(10**40)),
+        ([-(16**6000)], "[an integer of about 7,225 digits]"),
+        ("a" * 10**6, "'" + 59 * "a" + "..."),
+        ({"a": 1.5, "b": [True, None]}, "{'a': 1.5, 'b': [True, None]}"),
+    ],
+)
+def test_a_value_is_shown_by_its_start(value: object, text: str) -> None:
+    assert shown(value) == text
+
+
+def test_a_value_that_is_nested_deeply_is_shown() -> None:
+    value: list[object] = []
+    for _ in range(100_000):
+        value = [value]
+    assert shown(value) == "[[[[[[[...]]]]]]]"

@@ -58,6 +58,8 @@ def test_what_fits_comes_back(tmp_path: Path) -> None:
         ('{"name": NaN}', "NaN has no JSON form"),
         ('{"name": "a"', "not valid JSON"),
         (100_000 * "[", "nested too deeply"),
+        (f"{65 * '['}{65 * ']'}", "nested too deeply, with more than 64 levels"),
+        (f"{64 * '['}{64 * ']'}", r"the whole: got \[\[\[\[\[\[\[\.\.\.\]"),
         ("[]", r"the whole: got \[\]"),
         ("9" * 5000, "not valid JSON"),
         ("\x00", "not valid JSON"),
@@ -105,6 +107,8 @@ def test_tables_come_back_and_a_link_is_followed_where_it_may_be(tmp_path: Path)
         (b"[train]\nseed = \n", "line 2"),
         (b"dir = '\xe9'\n", "can't decode byte 0xe9"),
         (b"x = " + 100_000 * b"[", "nested too deeply"),
+        (b"[" + 2_999 * b"a." + b"a]\n", "nested too deeply"),
+        (b"x = [{" + 2_999 * b"a." + b"a = 1}]\n", "nested too deeply"),
     ],
 )
 def test_what_is_no_toml_is_named(content: bytes, came: str, tmp_path: Path) -> None:
