@@ -33,6 +33,7 @@ from paint_engine.files import (
     WriteFailed,
     check_links,
     read_tables,
+    shown,
 )
 from paint_engine.files.terminal import Terminal
 
@@ -175,10 +176,16 @@ def _preset_listing() -> str:
     return "\n".join(f"  {name:{width}}  {first.lstrip('# ')}" for name, first in lines)
 
 
+_MAX_GUESSED_CHARS = 100
+"""a longer name is no misspelled one, and comparing it would take long"""
+
+
 def _guess(name: str, candidates: Iterable[str]) -> str:
     """Returns "; did you mean X?" for the candidate most similar to `name`, or "" if none is
     similar. Compares the whole name and its last dotted part, which may be one word of it or its
     initials (lr for learning_rate)."""
+    if len(name) > _MAX_GUESSED_CHARS:
+        return ""
     last = name.split(".")[-1]
 
     def likeness(candidate: str) -> tuple[float, float]:
@@ -198,7 +205,7 @@ def _refuse_unknown(key: str, source: str, candidates: Iterable[str]) -> NoRetur
     inside = [leaf for leaf in LEAVES if leaf.startswith(f"{section}.")]
     listing = f"; [{section}] has {', '.join(inside)}" if inside else ""
     raise ValueError(
-        f"{source}: got the unknown key {key!r}; needs a key that --help lists{listing}"
+        f"{source}: got the unknown key {shown(key)}; needs a key that --help lists{listing}"
         f"{_guess(key, candidates)}"
     )
 
@@ -229,7 +236,7 @@ def _read_file(path: Path, *, is_recorded: bool) -> tuple[str | None, dict[str, 
     parent = table.pop(_EXTENDS, None)
     if parent is not None and not isinstance(parent, str):
         raise ValueError(
-            f"{path}: {_EXTENDS}: got {parent!r}; needs a preset's name in quotes, such as "
+            f"{path}: {_EXTENDS}: got {shown(parent)}; needs a preset's name in quotes, such as "
             f'{_EXTENDS} = "{DEFAULT_PRESET}"; --help lists them'
         )
     flat = flatten(table)
@@ -237,7 +244,7 @@ def _read_file(path: Path, *, is_recorded: bool) -> tuple[str | None, dict[str, 
         section, _, last = key.rpartition(".")
         if section and last == _EXTENDS:
             raise ValueError(
-                f"{path}: got {_EXTENDS} in the section [{section}]; needs it above the first "
+                f"{path}: got {_EXTENDS} in the section [{section[:60]}]; needs it above the first "
                 "section, since it applies to the whole file; move the line to the top"
             )
         if key not in LEAVES and not (flat[key] == {} and key in _SECTIONS):
@@ -254,8 +261,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     parent, flat = _read_file(path, is_recorded=True)
     if parent is not None:
         raise ValueError(
-            f"{path}: got {_EXTENDS} = {parent!r}; needs every value in the file itself, since a "
-            f"preset may change after the run; start a new run with --config {path}"
+            f"{path}: got {_EXTENDS} = {shown(parent)}; needs every value in the file itself, since "
+            f"a preset may change after the run; start a new run with --config {path}"
         )
     return flat
 
@@ -293,7 +300,7 @@ def parse_value(text: str, key: str) -> Any:
     takes_text = _takes_text(LEAVES[key].annotation)
     # Lower case accepts Python's True and False.
     for attempt in (text,) if takes_text else (text, text.lower()):
-        with suppress(tomllib.TOMLDecodeError):
+        with suppress(tomllib.TOMLDecodeError, RecursionError):
             value = tomllib.loads(f"value = {attempt}")["value"]
             return text if takes_text and not isinstance(value, str) else value
     if not takes_text:
@@ -311,7 +318,8 @@ def _check_resumed(
         scheduled = key == "train.num_steps" and recorded.optim.schedule != "constant"
         if scheduled and before != now:
             raise ValueError(
-                f"--{key} with --resume: got {now!r}, but the run was started with {before!r} and "
+                f"--{key} with --resume: got {shown(now)}, but the run was started with "
+                f"{shown(before)} and "
                 f"a {recorded.optim.schedule} schedule, which depends on the number of steps; "
                 "needs the same value; start a new run instead"
             )
@@ -320,7 +328,8 @@ def _check_resumed(
         if not free and before != now:
             data_too = " (with --allow-changed-data, data.* too)" * key.startswith("data.")
             raise ValueError(
-                f"--{key} with --resume: got {now!r}, but the run was started with {before!r}; "
+                f"--{key} with --resume: got {shown(now)}, but the run was started with "
+                f"{shown(before)}; "
                 "needs the same value, because a resumed run continues the same training: only "
                 f"{', '.join(_MAY_DIFFER_ON_RESUME)}, checkpoint.*, eval.* and parallel.* may "
                 f"change{data_too}; start a new run instead: --config {run_dir / CONFIG_FILE} "
@@ -370,7 +379,7 @@ def _preset_path(name: str, asked_by: str) -> Path:
     names = preset_names()
     if name not in names:
         raise ValueError(
-            f"{asked_by}: got {name!r}; needs one of {', '.join(names)}{_guess(name, names)}"
+            f"{asked_by}: got {shown(name)}; needs one of {', '.join(names)}{_guess(name, names)}"
         )
     return _PRESETS / f"{name}.toml"
 

@@ -14,10 +14,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
 )
 from pydantic_core import PydanticCustomError
 
@@ -28,6 +24,12 @@ T = TypeVar("T")
 
 HIDDEN = "hidden"
 """the type of pydantic's error for a value that messages must not show"""
+# Of Linux, with room for what lies below a path; and of the domain name system.
+_MAX_NAME_BYTES = 255
+_MAX_PATH_BYTES = 3000
+_MAX_HOST_BYTES = 253
+# Python's own functions take a path part by part, and give up at about a thousand.
+_MAX_PATH_PARTS = 256
 ALL_LINEAR = "all-linear"
 """in place of names: every linear layer of the text decoder, as in peft"""
 
@@ -37,6 +39,21 @@ def _is_date(text: str) -> str:
         return datetime.date.fromisoformat(text).isoformat()
     except ValueError as error:
         raise ValueError("a date as YYYY-MM-DD, such as 2026-01-31") from error
+
+
+def _is_path(text: str) -> str:
+    parts = text.split("/")
+    try:
+        sizes = [len(part.encode()) for part in parts]
+    except UnicodeEncodeError as error:
+        raise ValueError("valid Unicode") from error
+    is_long = max(sizes) > _MAX_NAME_BYTES or sum(sizes) > _MAX_PATH_BYTES
+    if "\0" in text or is_long or len(parts) > _MAX_PATH_PARTS:
+        raise ValueError(
+            f"at most {_MAX_PATH_BYTES:,} bytes, of which at most {_MAX_NAME_BYTES} between two of "
+            f"at most {_MAX_PATH_PARTS} slashes, and no null character, as file systems need it"
+        )
+    return text
 
 
 def _is_server_url(text: str) -> str:
@@ -49,12 +66,19 @@ def _is_server_url(text: str) -> str:
         )
     try:
         parts = urlsplit(text)
-        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        host = parts.hostname or ""
+        whole = parts.scheme in ("http", "https") and len(host) > 0 and parts.port != 0
+        # As the lookup of the name will: each part has 1 to 63 characters. An address of IPv6 has
+        # no parts.
+        whole = whole and len(host.encode("idna")) <= _MAX_HOST_BYTES
     except ValueError:
         whole = False
     # urlsplit drops line breaks and tabs.
     if not whole or not all("!" <= char <= "~" for char in text):
-        raise ValueError("a server's address, such as http://node7:8000")
+        raise ValueError(
+            "a server's address, such as http://node7:8000, whose host name has 1 to 63 characters "
+            f"between its dots and at most {_MAX_HOST_BYTES} in all"
+        )
     return text
 
 
@@ -79,13 +103,34 @@ OrNone = Annotated[
     T | None,
     BeforeValidator(lambda v: None if isinstance(v, str) and v.lower() == "none" else v),
 ]
+# The bounds are far above what any run uses. They keep a slip, or a file made to harm, from sizing
+# a list, a loop or a time that no machine has.
+Steps = Annotated[int, Field(gt=0, le=10**9)]
+Interval = Annotated[int, Field(ge=0, le=10**9)]
+Tokens = Annotated[int, Field(gt=0, le=10**9)]
+Rows = Annotated[int, Field(gt=0, le=10**9)]
+Rollouts = Annotated[int, Field(gt=0, le=10**6)]
+NoneOrMore = Annotated[int, Field(ge=0, le=10**6)]
+Samples = Annotated[int, Field(gt=0, le=10**5)]
+Rank = Annotated[int, Field(gt=0, le=10**6)]
+Gpus = Annotated[int, Field(gt=0, le=10**4)]
+# NumPy's generator takes no larger one.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+# A third of the largest number of float32, in which they are used.
+Positive = Annotated[float, Field(gt=0, le=1e38)]
+NonNegative = Annotated[float, Field(ge=0, le=1e38)]
+# The system counts a wait in milliseconds, in 32 bits.
+Seconds = Annotated[float, Field(gt=0, le=1e6)]
+Gibibytes = Annotated[float, Field(gt=0, le=1e9)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
-TopK = Annotated[int, AfterValidator(_top_k_is_on_or_off)]
+TopK = Annotated[int, Field(le=10**9), AfterValidator(_top_k_is_on_or_off)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Date = Annotated[str, AfterValidator(_is_date)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1, max_length=4096)]
+# Of a file or a directory; or what a hub or an import looks up as one.
+PathText = Annotated[Text, AfterValidator(_is_path)]
 # Strict mode refuses the list that TOML gives for a tuple.
 TextTuple = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
 LayerNames = Annotated[
@@ -111,10 +156,10 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    name_or_path: Text = Field(
+    name_or_path: PathText = Field(
         default="tiny", description="'tiny', a model directory or a Hugging Face id"
     )
-    revision: OrNone[Text] = Field(
+    revision: OrNone[PathText] = Field(
         default=None, description="commit, tag or branch of a Hugging Face id; none = the newest"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -134,8 +179,8 @@ class ModelSection(Section):
 
 class LoraSection(Section):
     enabled: bool = Field(default=True, description="train adapters; false trains all weights")
-    rank: PositiveInt = Field(default=64, description="rank r of the adapters")
-    alpha: PositiveInt = Field(default=128, description="adapters are scaled by alpha / rank")
+    rank: Rank = Field(default=64, description="rank r of the adapters")
+    alpha: Rank = Field(default=128, description="adapters are scaled by alpha / rank")
     dropout: Decay = Field(default=0.0, description="dropout probability on the adapters' input")
     target_modules: LayerNames = Field(
         default=(ALL_LINEAR,),
@@ -155,14 +200,14 @@ class ColumnsSection(Section):
 
 
 class DataSection(Section):
-    path: Text = Field(
+    path: PathText = Field(
         default="tiny",
         description="'tiny', a .jsonl/.json/.parquet file, or a datasets id[:config]",
     )
-    revision: OrNone[Text] = Field(
+    revision: OrNone[PathText] = Field(
         default=None, description="commit, tag or branch of a datasets id; none = the newest"
     )
-    split: Text = Field(default="train", description="split of 'tiny' or of a datasets id")
+    split: PathText = Field(default="train", description="split of 'tiny' or of a datasets id")
     columns: ColumnsSection = Field(
         default=ColumnsSection(), description="names of columns that are not detected"
     )
@@ -170,10 +215,10 @@ class DataSection(Section):
         default="stop",
         description="at an unusable row, stop, or skip and count it; in evaluation data too",
     )
-    max_rows: OrNone[PositiveInt] = Field(
+    max_rows: OrNone[Rows] = Field(
         default=None, description="number of problems used, from the first; none = all"
     )
-    max_prompt_tokens: OrNone[PositiveInt] = Field(
+    max_prompt_tokens: OrNone[Tokens] = Field(
         default=None,
         description="drop problems with a longer student prompt, in tokens; none = drop none",
     )
@@ -232,13 +277,13 @@ class MaskingSection(Section):
 
 
 class RolloutSection(Section):
-    temperature: PositiveFloat = Field(default=1.1, description="sampling temperature")
+    temperature: Positive = Field(default=1.1, description="sampling temperature")
     top_p: TopP = Field(default=0.95, description="nucleus mass")
     top_k: TopK = Field(default=20, description="most likely tokens kept; -1 = all")
-    max_new_tokens: PositiveInt = Field(
+    max_new_tokens: Tokens = Field(
         default=1024, description="maximum length of a completion, in tokens"
     )
-    max_sequences: PositiveInt = Field(default=64, description="sequences decoded at once")
+    max_sequences: Rollouts = Field(default=64, description="sequences decoded at once")
     engine: Literal["auto", "vllm", "builtin"] = Field(
         default="auto",
         description="sampler in training and evaluation: auto = vLLM if it is installed or "
@@ -256,10 +301,10 @@ class RolloutSection(Section):
     gpu_memory_utilization: Fraction = Field(
         default=0.35, description="share of GPU memory for vLLM in this process"
     )
-    tensor_parallel_size: PositiveInt = Field(
+    tensor_parallel_size: Gpus = Field(
         default=1, description="GPUs per vLLM engine in these processes"
     )
-    adapter_dir: OrNone[Text] = Field(
+    adapter_dir: OrNone[PathText] = Field(
         default=None,
         description="directory through which vLLM receives the adapters; none = shared memory; a "
         "server on another node must see it too",
@@ -280,13 +325,13 @@ class TeacherSection(Section):
         description="the teacher first writes a rationale from the shown solution, which is then "
         "part of its prompt",
     )
-    reason_max_new_tokens: PositiveInt = Field(
+    reason_max_new_tokens: Tokens = Field(
         default=512, description="maximum length of a rationale, in tokens"
     )
 
 
 class ObjectiveSection(Section):
-    name: Text = Field(
+    name: PathText = Field(
         default="paint",
         description="the recipe: paint (and OPSD), sampled_token = policy gradient by "
         "log p_T - log p_S, grpo, sft = on the solutions; or module:Class of your own",
@@ -299,7 +344,7 @@ class ObjectiveSection(Section):
     jsd_weight: Fraction = Field(
         default=0.5, description="the teacher's weight in the mixture of jsd"
     )
-    pointwise_clip: OrNone[PositiveFloat] = Field(
+    pointwise_clip: OrNone[Positive] = Field(
         default=0.06,
         description="tau: upper bound of each vocabulary entry's KL term, in nats (Eq. 3)",
     )
@@ -310,7 +355,7 @@ class ObjectiveSection(Section):
     interpolation_weight: UnitInterval = Field(
         default=0.03, description="k: weight of the student's logits in those targets (Eq. 12)"
     )
-    temperature: PositiveFloat = Field(
+    temperature: Positive = Field(
         default=1.1,
         description="divides both roles' logits in the loss; does not follow rollout.temperature, "
         "unlike in OPSD's code",
@@ -318,15 +363,15 @@ class ObjectiveSection(Section):
     reduction: Literal["sequence_mean", "token_mean"] = Field(
         default="sequence_mean", description="mean over rollouts of token means, or over all tokens"
     )
-    entropy_floor: PositiveFloat = Field(
+    entropy_floor: Positive = Field(
         default=1e-6,
         description="lower bound of the student's entropy in the ratio, in nats (Eq. 9)",
     )
-    teacher_top_k: OrNone[PositiveInt] = Field(
+    teacher_top_k: OrNone[Tokens] = Field(
         default=None,
         description="restrict both roles to the teacher's k likeliest entries (none = all)",
     )
-    importance_cap: OrNone[PositiveFloat] = Field(
+    importance_cap: OrNone[Positive] = Field(
         default=None,
         description="in sampled_token and grpo, weight tokens by min(p_trainer / p_sampler, this); "
         "none = no correction of the sampler's mismatch",
@@ -334,16 +379,16 @@ class ObjectiveSection(Section):
 
 
 class GrpoSection(Section):
-    group_size: Annotated[int, Field(ge=2)] = Field(
+    group_size: Annotated[Rollouts, Field(ge=2)] = Field(
         default=8, description="rollouts of one problem; train.batch_size counts rollouts"
     )
     ratio_clip_low: Fraction = Field(
         default=0.2, description="the probability ratio is clipped below 1 - this"
     )
-    ratio_clip_high: PositiveFloat = Field(
+    ratio_clip_high: Positive = Field(
         default=0.28, description="the probability ratio is clipped above 1 + this"
     )
-    kl_weight: NonNegativeFloat = Field(
+    kl_weight: NonNegative = Field(
         default=0.0, description="weight of the KL to the base, by the k3 estimate"
     )
     scale_by_std: bool = Field(
@@ -354,39 +399,37 @@ class GrpoSection(Section):
         description="leave out the passes of groups whose rewards are all equal: without a KL "
         "their gradient is zero",
     )
-    num_updates: PositiveInt = Field(
+    num_updates: Rollouts = Field(
         default=1, description="optimizer steps on each batch of rollouts"
     )
 
 
 class RewardSection(Section):
-    function: Text = Field(
+    function: PathText = Field(
         default="math",
         description="judges a completion: math = the answer check, first_box = the first box as "
         "text (OPSD's), or module:function of (problem, completion text)",
     )
-    timeout_s: PositiveFloat = Field(
+    timeout_s: Seconds = Field(
         default=5.0, description="time limit for judging one completion, in seconds"
     )
 
 
 class OptimSection(Section):
-    learning_rate: PositiveFloat = Field(default=5e-6, description="AdamW's peak learning rate")
-    weight_decay: NonNegativeFloat = Field(
-        default=0.0, description="AdamW's decoupled weight decay"
-    )
+    learning_rate: Positive = Field(default=5e-6, description="AdamW's peak learning rate")
+    weight_decay: NonNegative = Field(default=0.0, description="AdamW's decoupled weight decay")
     beta1: Decay = Field(default=0.9, description="AdamW's decay of the first moment")
     beta2: Decay = Field(default=0.999, description="AdamW's decay of the second moment")
-    eps: PositiveFloat = Field(default=1e-8, description="AdamW's epsilon")
-    max_grad_norm: PositiveFloat = Field(
+    eps: Positive = Field(default=1e-8, description="AdamW's epsilon")
+    max_grad_norm: Positive = Field(
         default=0.1, description="gradients are scaled down to at most this L2 norm"
     )
-    max_skipped_steps: PositiveInt = Field(
+    max_skipped_steps: Steps = Field(
         default=3,
         description="an optimizer step is skipped if its gradient is NaN or infinite; so many in a "
         "row stop the run",
     )
-    warmup_steps: NonNegativeInt = Field(default=0, description="steps of linear warm-up")
+    warmup_steps: Interval = Field(default=0, description="steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
         description="learning rate after the warm-up; linear and cosine end at 0",
@@ -394,12 +437,12 @@ class OptimSection(Section):
 
 
 class TrainSection(Section):
-    num_steps: PositiveInt = Field(default=100, description="optimizer steps")
-    batch_size: PositiveInt = Field(default=32, description="rollouts per step")
-    max_tokens_per_microbatch: PositiveInt = Field(
+    num_steps: Steps = Field(default=100, description="optimizer steps")
+    batch_size: Rollouts = Field(default=32, description="rollouts per step")
+    max_tokens_per_microbatch: Tokens = Field(
         default=16384, description="maximum tokens per forward pass, prompts included"
     )
-    seed: NonNegativeInt = Field(default=0, description="seed of data order, adapters and sampling")
+    seed: Seed = Field(default=0, description="seed of data order, adapters and sampling")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto = a GPU if one is available"
     )
@@ -413,7 +456,7 @@ class ParallelSection(Section):
     activation_checkpointing: bool = Field(
         default=False, description="recompute each layer in the backward pass: slower, less memory"
     )
-    device_memory_gb: OrNone[PositiveFloat] = Field(
+    device_memory_gb: OrNone[Gibibytes] = Field(
         default=None,
         description="memory of one GPU that the estimate must fit, in GiB (80 for an 80 GB GPU); "
         "none = that of this machine",
@@ -422,23 +465,21 @@ class ParallelSection(Section):
 
 class EvalSection(Section):
     enabled: bool = Field(default=True, description="evaluate before, during and after training")
-    path: Text = Field(default="tiny", description="as data.path")
-    revision: OrNone[Text] = Field(default=None, description="as data.revision")
-    split: Text = Field(default="test", description="as data.split")
+    path: PathText = Field(default="tiny", description="as data.path")
+    revision: OrNone[PathText] = Field(default=None, description="as data.revision")
+    split: PathText = Field(default="test", description="as data.split")
     columns: ColumnsSection = Field(default=ColumnsSection(), description="as data.columns")
-    num_problems: OrNone[PositiveInt] = Field(
+    num_problems: OrNone[Rows] = Field(
         default=128, description="number of problems, from the first; none = all"
     )
-    num_samples: PositiveInt = Field(
-        default=12, description="completions per problem: the k of Avg@k"
-    )
-    temperature: PositiveFloat = Field(default=1.0, description="sampling temperature")
+    num_samples: Samples = Field(default=12, description="completions per problem: the k of Avg@k")
+    temperature: Positive = Field(default=1.0, description="sampling temperature")
     top_p: TopP = Field(default=0.95, description="nucleus mass")
     top_k: TopK = Field(default=-1, description="most likely tokens kept; -1 = all")
-    max_new_tokens: PositiveInt = Field(
+    max_new_tokens: Tokens = Field(
         default=38912, description="maximum length of a completion, in tokens"
     )
-    max_sequences: PositiveInt = Field(
+    max_sequences: Rollouts = Field(
         default=64,
         description="sequences that the built-in sampler decodes at once; vLLM has "
         "rollout.max_sequences",
@@ -446,7 +487,7 @@ class EvalSection(Section):
     thinking: bool = Field(
         default=True, description="chat template's thinking switch in evaluation"
     )
-    every: NonNegativeInt = Field(
+    every: Interval = Field(
         default=0, description="steps between evaluations; 0 = none during training"
     )
     at_start: bool = Field(default=True, description="evaluate before the first step")
@@ -454,16 +495,16 @@ class EvalSection(Section):
 
 
 class CheckpointSection(Section):
-    every: NonNegativeInt = Field(
+    every: Interval = Field(
         default=20, description="steps between checkpoints; 0 = only after the last step"
     )
-    keep: PositiveInt = Field(
+    keep: Steps = Field(
         default=2, description="newest checkpoints kept, in addition to the best evaluated one"
     )
 
 
 class RunSection(Section):
-    dir: OrNone[Text] = Field(
+    dir: OrNone[PathText] = Field(
         default=None, description="run directory; none = runs/<preset or name>-<UTC time>"
     )
     overwrite: bool = Field(default=False, description="replace an existing run directory")
@@ -471,10 +512,10 @@ class RunSection(Section):
         default=False,
         description="resume the run in run.dir if there is one, else start it: for requeued jobs",
     )
-    samples_per_step: NonNegativeInt = Field(
+    samples_per_step: NoneOrMore = Field(
         default=2, description="rollouts per step kept for the report"
     )
     tensorboard: bool = Field(default=False, description="also write TensorBoard event files")
-    wandb_project: OrNone[Text] = Field(
+    wandb_project: OrNone[PathText] = Field(
         default=None, description="also log to this Weights & Biases project"
     )

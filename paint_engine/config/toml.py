@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import HIDDEN
-from paint_engine.files import is_hidden
+from paint_engine.files import is_hidden, shown
 
 
 def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:
@@ -100,7 +100,7 @@ def _explain(
             lines.append(message)
             continue
         field = LEAVES[key]
-        got = "a value that is not shown" if item["type"] == HIDDEN else repr(item["input"])
+        got = "a value that is not shown" if item["type"] == HIDDEN else shown(item["input"])
         needed = re.sub(r"^\w+ should (be|have) | after validation.*", "", message)
         needed = needed.replace("valid tuple", "list of texts")
         example = toml_value(field.default)

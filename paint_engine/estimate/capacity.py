@@ -10,6 +10,8 @@ from paint_engine.estimate.memory import GIB, Lengths, MemoryEstimate, estimate_
 from paint_engine.estimate.model_shape import ModelShape
 
 _TOKEN_STEP = 256
+_MAX_VALUES = 256
+"""values tried of one setting; each takes an estimate of the memory"""
 _LEAST_UTILIZATION = 0.1
 """the smallest share of a GPU for vLLM; less holds no useful cache"""
 
@@ -38,7 +40,8 @@ def _alternatives(config: Config, lengths: Lengths) -> Iterator[list[tuple[str, 
     most = config.train.max_tokens_per_microbatch
     least = -(-longest // _TOKEN_STEP) * _TOKEN_STEP
     start = (most - 1) // _TOKEN_STEP * _TOKEN_STEP
-    yield [(tokens, value) for value in range(start, least - 1, -_TOKEN_STEP)]
+    stride = -(-max(start - least, 1) // (_MAX_VALUES * _TOKEN_STEP)) * _TOKEN_STEP
+    yield [(tokens, value) for value in (*range(start, least, -stride), least) if value <= start]
     if not config.parallel.activation_checkpointing:
         yield [("parallel.activation_checkpointing", True)]
     if config.parallel.shard != "full":

@@ -18,6 +18,7 @@ from paint_engine.config.command_line import parse_value
 from paint_engine.config.sections import INSTRUCTION, EvalSection, PromptsSection, RewardSection
 from paint_engine.config.toml import LEAVES
 from paint_engine.evaluation.benchmarks import KNOWN, Benchmark, parse_benchmarks
+from paint_engine.files import shown
 
 # The flag for each configuration key in other modules' messages, where the names differ.
 _FLAGS = {
@@ -255,7 +256,7 @@ def _named_as_flags(prefix: str = "") -> Iterator[None]:
         yield
     except ValidationError as error:
         lines = [
-            f"--{prefix}{str(item['loc'][0]).replace('_', '-')}: got {item['input']!r}; "
+            f"--{prefix}{str(item['loc'][0]).replace('_', '-')}: got {shown(item['input'])}; "
             f"{item['msg'].removeprefix('Value error, ').removeprefix('Input ')}"
             for item in error.errors()
         ]

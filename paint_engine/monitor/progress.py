@@ -24,6 +24,7 @@ LIVE_REFRESHES_PER_S = 4.0
 LIVE_COLUMNS = 90
 # Enough updates to average out one slow step, few enough to follow completions that grow longer.
 TIME_LEFT_WINDOW = 16
+_LONGEST_S = 1e12
 
 
 @dataclass
@@ -214,4 +215,7 @@ def _formatted(form: str, value: float) -> str:
 
 def _duration(seconds: float | None) -> str:
     """Returns "0:01:23", or "-:--:--" if it is not known yet."""
-    return "-:--:--" if seconds is None else str(timedelta(seconds=round(seconds)))
+    if seconds is None:
+        return "-:--:--"
+    # A run of the most steps that may be asked for would take longer than Python's dates reach.
+    return str(timedelta(seconds=round(min(seconds, _LONGEST_S))))

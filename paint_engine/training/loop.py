@@ -43,8 +43,11 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
         run.config.eval,
         run.config.checkpoint,
     )
-    evaluated = set(range(section.every, num_steps + 1, section.every)) if section.every else set()
-    evaluated |= {num_steps} if section.at_end else set()
+
+    def is_evaluated(step: int) -> bool:
+        regular = section.every > 0 and step > 0 and step % section.every == 0
+        return regular or (section.at_end and step == num_steps)
+
     if run.eval_set is not None and section.at_start:
         evaluate_at(run, 0, progress, stop)
     with progress.training(num_steps, run.step) as show:
@@ -52,7 +55,7 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
             stop.check_together()
             # An evaluation runs before the step that samples from the same weights. A stop during
             # it then loses no step, and a resumed run starts with it.
-            if run.eval_set is not None and run.step in evaluated:
+            if run.eval_set is not None and is_evaluated(run.step):
                 evaluate_at(run, run.step, progress, stop)
             metrics, samples = train_step(run, run.step)
             check_finite(metrics)
@@ -65,7 +68,7 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
             if checkpoint.every and run.step % checkpoint.every == 0:
                 save(run)
     save(run)
-    if run.eval_set is not None and num_steps in evaluated:
+    if run.eval_set is not None and is_evaluated(num_steps):
         evaluate_at(run, num_steps, progress, stop)
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from paint_engine.config.command_line import load_config
 from paint_engine.config.plugins import plugin_names
 from paint_engine.config.schema import Config
-from paint_engine.config.toml import LEAVES, build_config, to_toml, value_of
+from paint_engine.config.toml import LEAVES, build_config, recorded_config, to_toml, value_of
 from paint_engine.prompts.masking import PLACEMENTS
 from paint_engine.recipes.base import ATTRIBUTE, PACKAGE, recipe_class
 
@@ -108,12 +108,12 @@ text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
             "prompts.instruction": text,
             "prompts.teacher_suffix": st.text(st.characters(exclude_categories=["Cs"])),
             "data.columns.problem": st.none() | text,
-            "run.dir": st.none() | text,
+            "run.dir": st.none() | text.filter(lambda t: "\0" not in t and len(t) < 60),
             "lora.target_modules": st.lists(text, min_size=1).map(tuple),
             "lora.enabled": st.booleans(),
-            "objective.pointwise_clip": st.none() | st.floats(1e-300, 1e300),
+            "objective.pointwise_clip": st.none() | st.floats(1e-300, 1e38),
             "optim.learning_rate": st.floats(1e-12, 1e12),
-            "train.seed": st.integers(0, 2**63),
+            "train.seed": st.integers(0, 2**32 - 1),
             "eval.top_k": st.just(-1) | st.integers(1, 1000),
         },
     )
@@ -447,3 +447,75 @@ def test_an_address_that_no_server_has_is_refused(url: str) -> None:
 def test_addresses_of_servers(url: str) -> None:
     config = build_config([("command line", {"rollout.engine": "vllm", "rollout.url": url})])
     assert config.rollout.url == url
+
+
+def refused(key: str, value: object) -> str:
+    with pytest.raises(ValueError, match="their") as caught:
+        build_config([("their.toml", {key: value})])
+    return str(caught.value)
+
+
+def numbers() -> list[str]:
+    """The keys with a number."""
+    names = {key: str(field.annotation) for key, field in LEAVES.items()}
+    return [key for key, name in names.items() if "int" in name or "float" in name]
+
+
+@pytest.mark.parametrize("key", numbers())
+@pytest.mark.parametrize(
+    "value", [10**30, 16**6000, 10**400, 1e300], ids=["30", "hex", "400", "float"]
+)
+def test_no_number_is_without_a_bound(key: str, value: float) -> None:
+    """10**30 is a float's too, where a bound of 1e38 admits it."""
+    is_float = "float" in str(LEAVES[key].annotation)
+    if is_float and value == 10**30:
+        value = 10**39
+    message = refused(key, value)
+    assert message.startswith(f"their.toml: {key}: got ") and "; needs " in message
+    assert len(message) < 500 and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("train.num_steps", 10**7), ("train.batch_size", 65_536), ("eval.num_samples", 10_000)),
+        *(("rollout.max_new_tokens", 10**7), ("train.seed", 2**32 - 1), ("checkpoint.keep", 10**6)),
+        *(("train.max_tokens_per_microbatch", 10**8), ("optim.max_grad_norm", 1e30)),
+        *(("run.samples_per_step", 0), ("reward.timeout_s", 86_400.0), ("lora.alpha", 16_384)),
+    ],
+)
+def test_no_run_is_too_large(key: str, value: float) -> None:
+    assert value_of(build_config([("mine.toml", {key: value})]), key) == value
+
+
+PATHS = ("model.name_or_path", "data.path", "eval.path", "rollout.adapter_dir", "run.dir")
+
+
+@pytest.mark.parametrize("key", (*PATHS, "model.revision", "data.split", "run.wandb_project"))
+@pytest.mark.parametrize(
+    "path",
+    ["/" + 5000 * "a", 256 * "é", 1500 * "a/", 100 * (50 * "a" + "/"), "a\0b", "a\ud800"],
+    ids=["long", "long in bytes", "many", "long together", "null", "surrogate"],
+)
+def test_a_path_that_no_file_system_takes_is_refused(key: str, path: str) -> None:
+    message = refused(key, path)
+    assert message.startswith(f"their.toml: {key}: got ") and "; needs " in message
+    assert len(message) < 600
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize("path", [f"/{'/'.join(10 * ['a' * 200])}", f"/{255 * 'a'}", "Qwen/Qwen3"])
+def test_a_long_path_that_a_file_system_takes_is_accepted(key: str, path: str) -> None:
+    assert value_of(recorded_config([("mine.toml", {key: path})]), key) == path
+
+
+@pytest.mark.parametrize("host", [70 * "a", "a..b", ".a", f"{'a.' * 150}b", "xn--\u0378"])
+def test_a_host_that_no_lookup_takes_is_refused(host: str) -> None:
+    message = refused("rollout.url", f"http://{host}:8000")
+    assert "their.toml: rollout.url: got 'http://" in message and "1 to 63 characters" in message
+
+
+@pytest.mark.parametrize("host", [63 * "a", "node7.cluster.example.", "[::1]", "10.0.0.7"])
+def test_a_host_that_a_lookup_takes_is_accepted(host: str) -> None:
+    url = f"http://{host}:8000"
+    assert recorded_config([("mine.toml", {"rollout.url": url})]).rollout.url == url
