@@ -16,12 +16,12 @@ from fnmatch import fnmatch
 from io import FileIO
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
-from pydantic import PositiveInt
+from pydantic import Field
 
 from paint_engine.config import templates
-from paint_engine.config.sections import EvalSection, PromptsSection
+from paint_engine.config.sections import EvalSection, PromptsSection, Samples
 from paint_engine.distributed import (
     World,
     barrier,
@@ -46,6 +46,7 @@ from paint_engine.files import (
     read_json,
     read_jsonl,
     reading,
+    shown,
     write_atomic,
     write_json,
     writing,
@@ -59,10 +60,14 @@ _REWARD_FUNCTION = "reward_function"
 _REMOVE = "restore the evaluation from a copy, or remove its files to sample it again"
 
 
+# 30,000 years, so that a sum of them stays finite.
+_SECONDS: Any = Annotated[float, Field(ge=0, le=1e12)]
+
+
 class _Settings(Record):
     """What is read of an evaluation's settings."""
 
-    num_samples: PositiveInt
+    num_samples: Samples
     seed: int
     reward_function: str = DEFAULT_REWARD
 
@@ -392,7 +397,7 @@ def _differences(existing: dict[str, Any], header: Header) -> list[str]:
         old = existing[part]
         if part in ("settings", "subject"):
             differing += [
-                f"{key} {old.get(key)!r} and not {value.get(key)!r}"
+                f"{key} {shown(old.get(key))} and not {shown(value.get(key))}"
                 for key in sorted(old.keys() | value.keys())
                 if old.get(key) != value.get(key)
             ]
@@ -434,14 +439,16 @@ def read_evaluation(head: Path) -> Evaluation:
     """Reads a complete evaluation by its NAME.json. Raises BadFile if it is none, and
     ReadFailed."""
     fields = read_json(head, dict[str, Any], remedy=_REMOVE)
-    seconds = checked(float, fields.pop("seconds", None), f"{head}: seconds", _REMOVE)
+    seconds = checked(_SECONDS, fields.pop("seconds", None), f"{head}: seconds", _REMOVE)
     header = checked(Header, fields, str(head), _REMOVE)
     settings = checked(_Settings, header.settings, f"{head}: settings", _REMOVE)
     path = head.with_suffix(".jsonl")
     samples = _samples(path, read_jsonl(path), header, first_line=1)
-    there = sorted((s.problem_id, s.sample_index) for s in samples)
-    needed = sorted((name, i) for name in header.problems for i in range(settings.num_samples))
-    if there != needed or not needed:
+    # Compared by their number first: what the header says may be more than fits in memory.
+    num_needed = settings.num_samples * len(header.problems)
+    there = {(s.problem_id, s.sample_index) for s in samples}
+    is_whole = len(samples) == len(there) == num_needed > 0
+    if not is_whole or any(s.sample_index >= settings.num_samples for s in samples):
         raise BadFile(
             f"{path} has {len(there)} samples; needs each of the {settings.num_samples} samples of "
             f"{len(header.problems)} problems once, according to {head.name}; {_REMOVE}"

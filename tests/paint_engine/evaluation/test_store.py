@@ -6,6 +6,7 @@ import json
 import random
 import resource
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -28,10 +29,11 @@ from paint_engine.evaluation.store import (
     SampleFiles,
     evaluation_settings,
     fingerprints,
+    read_evaluation,
     read_finished,
     read_unfinished,
 )
-from paint_engine.files import WriteFailed, append_lines, read_jsonl
+from paint_engine.files import BadFile, WriteFailed, append_lines, read_jsonl
 from paint_engine.rewards.math import MathReward
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import Completion, sampling_params
@@ -378,3 +380,32 @@ def test_the_live_share_is_of_the_answers_before_a_kill_too(
     (out / "rows.rank-0.jsonl").write_text("".join(lines))
     command_line.main(arguments)
     assert "2/2 samples  correct 66.7%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "seconds", "said"),
+    [
+        (10**9, 1.0, r"bench\.json: settings: num_samples: got 1000000000; needs"),
+        (
+            10**5,
+            1.0,
+            r"bench\.jsonl has 12 samples; needs each of the 100000 samples of 4 problems",
+        ),
+        (2, 1.0, r"bench\.jsonl has 12 samples; needs each of the 2 samples"),
+        (3, 1e308, r"bench\.json: seconds: .*got 1e\+308; needs"),
+        (3, -1.0, r"bench\.json: seconds: .*got -1\.0; needs"),
+    ],
+)
+def test_a_header_that_promises_other_samples_is_refused_by_their_number(
+    num_samples: int, seconds: float, said: str, tmp_path: Path
+) -> None:
+    _whole(tmp_path)
+    head = tmp_path / "bench.json"
+    assert len(read_evaluation(head).samples) == 12
+    fields = json.loads(head.read_text()) | {"seconds": seconds}
+    fields["settings"]["num_samples"] = num_samples
+    head.write_text(json.dumps(fields))
+    start = time.perf_counter()
+    with pytest.raises(BadFile, match=said):
+        read_evaluation(head)
+    assert time.perf_counter() - start < 2.0
