@@ -5,6 +5,7 @@ import http.client
 import io
 import ipaddress
 import json
+import reprlib
 import socket
 import ssl
 import threading
@@ -52,6 +53,26 @@ def quoted(text: str | bytes) -> str:
         whole = whole.replace(key, f"({SERVER_KEY})")
     clean = one_line(whole[: _MAX_QUOTED_CHARS + 1])
     return clean if len(clean) <= _MAX_QUOTED_CHARS else f"{clean[:_MAX_QUOTED_CHARS]}..."
+
+
+class _Shown(reprlib.Repr):
+    """Takes the key out of texts and numbers before it shortens them: of a key that is cut, a part
+    would be left."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        return repr(quoted(x))
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python writes no number of more than 4,300 digits.
+        return quoted(repr(x)) if x.bit_length() < 10_000 else "a number of thousands of digits"
+
+    def repr_float(self, x: float, level: int) -> str:
+        return quoted(repr(x))
+
+
+def shown_value(value: object) -> str:
+    """Returns the start of a value of a server's reply, as `quoted` does of a text."""
+    return quoted(value if isinstance(value, str | bytes) else _Shown().repr(value))
 
 
 def is_sent_openly(url: str) -> bool:

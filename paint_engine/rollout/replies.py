@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from paint_engine.rollout.engine import Completion, SamplingParams
-from paint_engine.rollout.http import BadReply, quoted
+from paint_engine.rollout.http import BadReply, shown_value
 
 # A log-softmax in float32 may end a little above 0.
 _ROUNDING = 1e-4
@@ -59,9 +59,7 @@ def _read(kind: type[R], body: bytes) -> R:
     place = ".".join(map(str, first["loc"])) or "the reply"
     if first["type"] == "missing":
         raise BadReply(f"{place} is missing; the server's vLLM may be too old for it")
-    got = first["input"]
-    shown = quoted(got) if isinstance(got, str | bytes) else reprlib.repr(got)
-    raise BadReply(f"{place}: got {quoted(shown)}; {first['msg']}")
+    raise BadReply(f"{place}: got {shown_value(first['input'])}; {first['msg']}")
 
 
 def read_models(body: bytes) -> list[str]:
@@ -103,7 +101,7 @@ def _check_tokens(token_ids: list[int], logprobs: list[float], vocab_size: int) 
     for place, (token, logprob) in enumerate(zip(token_ids, logprobs, strict=True)):
         if not 0 <= token < vocab_size:
             raise BadReply(
-                f"token_ids.{place}: got {reprlib.repr(token)}; needs an id from 0 to "
+                f"token_ids.{place}: got {shown_value(token)}; needs an id from 0 to "
                 f"{vocab_size - 1}"
             )
         if not _IMPOSSIBLE < logprob <= _ROUNDING:
@@ -118,7 +116,7 @@ def _check_end(token_ids: list[int], finish_reason: str, params: SamplingParams)
     stops = set(params.stop_token_ids)
     if not stops.isdisjoint(inside):
         raise BadReply(
-            f"token_ids: got {reprlib.repr(token_ids)}; needs an end at the first stop token (one "
+            f"token_ids: got {shown_value(token_ids)}; needs an end at the first stop token (one "
             f"of {reprlib.repr(sorted(stops))})"
         )
     if finish_reason == "stop" and last not in stops:
