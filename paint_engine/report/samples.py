@@ -158,18 +158,27 @@ def hidden_span(solution: str, partial_solution: str, marker: str) -> tuple[int,
     """
     if partial_solution == solution:
         return len(solution), len(solution)
-    # A solution may contain the marker itself, so every occurrence is tried.
-    at = partial_solution.find(marker)
-    while at >= 0:
-        end = len(solution) - (len(partial_solution) - at - len(marker))
-        if (
-            at <= end
-            and solution.startswith(partial_solution[:at])
-            and solution[end:] == partial_solution[at + len(marker) :]
-        ):
-            return at, end
-        at = partial_solution.find(marker, at + 1)
-    return None
+    num_hidden = len(solution) - (len(partial_solution) - len(marker))
+    if num_hidden < 0:
+        return None
+    # A solution may contain the marker itself, so it is searched where both sides match.
+    most_after = _num_equal(solution[::-1], partial_solution[::-1])
+    first = max(0, len(partial_solution) - len(marker) - most_after)
+    last = _num_equal(solution, partial_solution)
+    at = partial_solution.find(marker, first, last + len(marker))
+    return None if at < 0 else (at, at + num_hidden)
+
+
+def _num_equal(first: str, second: str) -> int:
+    """Returns the number of characters with which both texts begin."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _view_tokens(sample: Mapping[str, Any], settings: ViewSettings) -> tuple[TokenView, ...]:

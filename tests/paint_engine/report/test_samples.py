@@ -1,3 +1,5 @@
+import time
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,3 +32,25 @@ def test_hidden_span_of_whole_and_of_unrelated_solutions() -> None:
     assert hidden_span("all of it", "something else" + MARKER, MARKER) is None
     quoting = f"writes {MARKER} itself"
     assert hidden_span(quoting, f"writes {MARKER} it{MARKER}", MARKER) == (25, 29)
+
+
+def test_many_markers_take_no_longer_than_the_text() -> None:
+    start = time.perf_counter()
+    many = 100_000 * MARKER
+    assert hidden_span(many + "x", many + "yz", MARKER) is None
+    assert hidden_span(many + "x", many + "x", MARKER) == (len(many) + 1, len(many) + 1)
+    assert hidden_span(many + "hidden" + many, many + MARKER + many, MARKER) is not None
+    assert time.perf_counter() - start < 1.0
+
+
+@settings(deadline=None, derandomize=True, max_examples=500)
+@given(*(3 * [st.text("ab", max_size=8)]))
+def test_hidden_span_finds_a_span_if_there_is_one(solution: str, partial: str, marker: str) -> None:
+    whole = range(len(solution) + 1)
+    spans = [(a, b) for a in whole for b in whole if a <= b]
+    fitting = [(a, b) for a, b in spans if solution[:a] + marker + solution[b:] == partial]
+    found = hidden_span(solution, partial, marker)
+    if partial == solution:
+        assert found == (len(solution), len(solution))
+    else:
+        assert found == (fitting[0] if fitting else None)
