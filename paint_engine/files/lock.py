@@ -38,7 +38,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
-from paint_engine.files.failures import LockLost, writing
+from paint_engine.files.failures import BadFile, LockLost, writing
 from paint_engine.files.names import LOCK_FILE
 from paint_engine.files.printable import one_line
 from paint_engine.files.processes import is_alive, machine, start_of
@@ -54,7 +54,9 @@ _PATIENCE_S = 3.0
 # Whoever looks at a lock file holds its flock for a moment.
 _FLOCK_ATTEMPTS = 50
 
-_NAME = re.compile(re.escape(LOCK_FILE) + r"-([1-9][0-9]*)")
+# A number goes up by one where a holder has died. A file with more digits is no lock.
+_MAX_NUMBER = 10**9 - 1
+_NAME = re.compile(re.escape(LOCK_FILE) + r"-([1-9][0-9]{0,8})")
 _MAX_RECORD_BYTES = 4096
 _MAX_COMMAND_CHARS = 200
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -222,6 +224,11 @@ def _acquire(directory: Path, on_wait: Callable[[Holder | None], object]) -> Fil
         directory.mkdir(parents=True, exist_ok=True)
         files = _lock_files(directory)
         last = max(files, default=0)
+        if last == _MAX_NUMBER:
+            raise BadFile(
+                f"{files[last]} has the last number that a lock may have, which no run reaches; "
+                "needs a lower one; see that no run is in the directory, then remove that file"
+            )
         if last and (observation := _find_living(files[last], on_wait)) is not None:
             if time.monotonic() > patient_until:
                 return observation

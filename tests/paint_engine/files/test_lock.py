@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from paint_engine.files import DirectoryLock, LockLost, WriteFailed, lock
+from paint_engine.files import BadFile, DirectoryLock, LockLost, WriteFailed, lock
 
 _HOLD = """
 import os, sys, time
@@ -365,6 +365,15 @@ def test_a_planted_lock_file_holds_nothing_and_is_not_followed(
         mine.check()
         assert ".lock-42" in lock_files(tmp_path / "run")
     assert precious.read_text() == "x"
+
+
+def test_a_number_that_no_run_reaches_is_no_lock_or_is_refused(tmp_path: Path) -> None:
+    (tmp_path / f".lock-{249 * '9'}").touch()
+    with take(tmp_path):
+        assert lock_files(tmp_path) == [".lock-1"]
+    (tmp_path / ".lock-999999999").touch()
+    with pytest.raises(BadFile, match=r"lock-999999999 has the last number .*; needs .*; see that"):
+        take(tmp_path)
 
 
 def test_a_link_in_the_place_of_the_next_lock_file_is_not_followed(
