@@ -1,6 +1,6 @@
 """Finds the checkpoint that a user names, and the base model that it was trained from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -118,7 +118,8 @@ def recorded_base(checkpoint: Path) -> ModelSection | None:
         # Outside of a run directory it may be a link, as in the hub's cache.
         settings = read_json(adapter_config.resolve(), _AdapterConfig)
         name, revision = settings.base_model_name_or_path, settings.revision
-        return ModelSection(name_or_path=name, revision=revision) if name else None
+        values = {"name_or_path": name, "revision": revision}
+        return checked(ModelSection, values, str(adapter_config.resolve())) if name else None
     return None
 
 
@@ -150,10 +151,16 @@ def find_base(
             raise ValueError(_ask_for_code(checkpoint, recorded))
         return recorded if revision is None else recorded.model_copy(update={"revision": revision})
     if not trust_remote_code:
-        return ModelSection(name_or_path=name_or_path, revision=revision)
+        return named_model({"name_or_path": name_or_path, "revision": revision})
     # Of the record, the dtype and no more: the flags that `_ask_for_code` names change no number.
     given = {"name_or_path": name_or_path, "revision": revision, "trust_remote_code": True}
-    return (recorded or ModelSection()).model_copy(update=given)
+    named = named_model(given)
+    return named if recorded is None else recorded.model_copy(update=given)
+
+
+def named_model(values: Mapping[str, object]) -> ModelSection:
+    """Returns the model that the command line names. Raises ValueError for what names none."""
+    return checked(ModelSection, dict(values), "--model, --revision", "check them")
 
 
 def _ask_for_code(checkpoint: Path, base: ModelSection) -> str:

@@ -25,6 +25,7 @@ from paint_engine.checkpoint.adapters import (
 from paint_engine.checkpoint.choose import (
     choose_checkpoint,
     find_base,
+    named_model,
     recorded_base,
     recorded_section,
 )
@@ -150,9 +151,8 @@ def find_target(
     assert model is not None or adapter is not None
     found = None if adapter is None else find_adapter(adapter)
     if found is None:
-        section = ModelSection(
-            name_or_path=model or "tiny", revision=revision, trust_remote_code=trust_remote_code
-        )
+        given = {"name_or_path": model, "revision": revision}
+        section = named_model(given | {"trust_remote_code": trust_remote_code})
     else:
         section = find_base(found, model, revision, trust_remote_code=trust_remote_code)
     if dtype != "auto":

@@ -110,7 +110,7 @@ def checked(kind: type[T], value: object, where: str, remedy: str = _RESTORE) ->
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])[:_MAX_PLACE_CHARS] or "the whole"
         came = "nothing" if first["type"] == "missing" else shown(first["input"])
-        needed = first["msg"].removeprefix("Input should be ")
+        needed = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         raise BadFile(f"{where}: {place}: got {came}; needs: {needed}; {remedy}") from error
     if dataclasses.is_dataclass(kind):
         assert isinstance(value, dict)
