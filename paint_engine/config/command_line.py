@@ -261,8 +261,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     parent, flat = _read_file(path, is_recorded=True)
     if parent is not None:
         raise ValueError(
-            f"{path}: got {_EXTENDS} = {shown(parent)}; needs every value in the file itself, since "
-            f"a preset may change after the run; start a new run with --config {path}"
+            f"{path}: got {_EXTENDS} = {shown(parent)}; needs every value in the file itself, "
+            f"since a preset may change after the run; start a new run with --config {path}"
         )
     return flat
 

@@ -172,7 +172,7 @@ def _style(axes: Axes, quantity: Quantity, lines: list[_Line]) -> None:
     ticks = MaxNLocator(4, min_n_ticks=3).tick_values(min(lowest, 0.0), highest or 1.0)
     axes.set_yticks(ticks)
     axes.set_ylim(ticks[0], ticks[-1])
-    axes.set_xlim(0, 1.02 * last_step)
+    axes.set_xlim(0, 1.02 * max(1.0, last_step))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     if quantity.percent:
         axes.yaxis.set_major_formatter(FuncFormatter(_percent_tick))

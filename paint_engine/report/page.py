@@ -24,6 +24,7 @@ from paint_engine.files import (
     SAMPLES_FILE,
     SUMMARY_FILE,
     check_links,
+    shown,
     write_atomic,
 )
 from paint_engine.monitor import SKIPPED_STEPS
@@ -193,7 +194,7 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
         facts.append(("answers not checked", f"{checker_errors:,.0f}"))
     if run.summary is None:
         if run.metrics and "seconds" in run.metrics[-1]:
-            seconds = sum(entry["seconds"] for entry in run.metrics)
+            seconds = sum(entry.get("seconds", 0.0) for entry in run.metrics)
             facts.append(("training", _duration(seconds)))
         return facts
     for label, key in (("training", "seconds_train"), ("evaluation", "seconds_eval")):
@@ -274,7 +275,13 @@ def _flatten(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]
 
 
 def _setting(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, default=str)
+    except ValueError:
+        # Python writes no number of more than 4,300 digits.
+        return shown(value)
 
 
 def _percent(fraction: float) -> str:

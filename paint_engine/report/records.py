@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, model_validator
 
+from paint_engine.config.sections import Rollouts, Steps
 from paint_engine.files import (
     BadFile,
     FileMissing,
@@ -19,26 +20,44 @@ from paint_engine.files import (
 _REMEDY = "restore it from a copy, or remove it: the report says what is missing"
 
 
+# What float32 holds is far below, and twice as much is still a number.
+Number = Annotated[float, Field(ge=-1e100, le=1e100)]
+Step = Annotated[int, Field(ge=0, le=10**15)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Share = Annotated[float, Field(ge=0, le=1)]
+# A little more than a whole, for what is rounded.
+Difference = Annotated[float, Field(ge=-1.001, le=1.001)]
+
+
 class _Step(Record):
-    step: NonNegativeInt
+    step: Step
 
 
 class _Summary(Record):
-    num_problems: NonNegativeInt
-    num_samples: NonNegativeInt
-    seconds_train: float
-    seconds_eval: float
-    avg_at_k_before: float | None
-    avg_at_k_after: float | None
-    paired_difference: float | None
-    paired_difference_ci95: Annotated[list[float], Field(min_length=2, max_length=2)] | None
-    pass_at_k_before: float | None = None
-    pass_at_k_after: float | None = None
+    num_problems: Count
+    num_samples: Count
+    seconds_train: Seconds
+    seconds_eval: Seconds
+    avg_at_k_before: Share | None
+    avg_at_k_after: Share | None
+    paired_difference: Difference | None
+    paired_difference_ci95: Annotated[list[Difference], Field(min_length=2, max_length=2)] | None
+    pass_at_k_before: Share | None = None
+    pass_at_k_after: Share | None = None
+    preset: str | None = None
+    seed: Count | None = None
+
+    @model_validator(mode="after")
+    def _check_interval(self) -> Self:
+        if (self.paired_difference is None) != (self.paired_difference_ci95 is None):
+            raise ValueError("paired_difference and paired_difference_ci95 both, or neither")
+        return self
 
 
 class _Train(Record):
-    num_steps: PositiveInt | None = None
-    batch_size: PositiveInt | None = None
+    num_steps: Steps | None = None
+    batch_size: Rollouts | None = None
 
 
 class _Anchor(Record):
@@ -47,7 +66,7 @@ class _Anchor(Record):
 
 
 class _Sample(Record):
-    step: NonNegativeInt
+    step: Step
     problem_id: str
     problem: str
     solution: str
@@ -58,16 +77,16 @@ class _Sample(Record):
 
 
 class _TeacherView(Record):
-    overlap: float
-    mask_ratio: float
+    overlap: Share
+    mask_ratio: Share
     partial_solution: str
     anchors: list[_Anchor]
     rationale: str = ""
 
 
 class _Reward(Record):
-    reward: float
-    advantage: float
+    reward: Number
+    advantage: Number
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -78,7 +97,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         where = f"{path}: entry {number}"
         checked(_Step, row, where, _REMEDY)
-        checked(dict[str, float], row, where, _REMEDY)
+        checked(dict[str, Number], row, where, _REMEDY)
     return rows
 
 
@@ -103,14 +122,15 @@ def check_sample(sample: Mapping[str, Any], columns: Sequence[str], color: str) 
     where = f"samples.jsonl: a sample of step {str(sample.get('step'))[:20]}"
     sample = dict(sample)
     checked(_Sample, sample, where, _REMEDY)
-    for key, kind in (("partial_solution", _TeacherView), ("reward", _Reward)):
-        if key in sample:
+    for kind in (_TeacherView, _Reward):
+        # A recipe records all of these, or none.
+        if kind.model_fields.keys() & sample.keys():
             checked(kind, sample, where, _REMEDY)
     there = {name: sample[name] for name in (color, *columns) if name in (color, *sample)}
     if "teacher_entropy" in there:
         there["student_entropy"] = sample.get("student_entropy")
     for name, values in there.items():
-        numbers = checked(list[float | bool], values, f"{where}: {name}", _REMEDY)
+        numbers = checked(list[Number | bool], values, f"{where}: {name}", _REMEDY)
         if len(numbers) != len(sample["tokens"]):
             raise BadFile(
                 f"{where}: {name}: got {len(numbers)} numbers; needs one for each of its "

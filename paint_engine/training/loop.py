@@ -1,5 +1,6 @@
 """The training loop: steps, evaluations and checkpoints, to the end or to a stop."""
 
+import shlex
 import signal
 import sys
 from contextlib import nullcontext, suppress
@@ -128,9 +129,21 @@ def explain_weights(run: Run) -> str:
 
 
 def finish(run: Run, console: Terminal) -> None:
-    """Writes and prints the summary, and writes the report. For the main rank."""
-    summary = summarise(run)
-    print_summary(console, summary, write_report(run.run_dir, run.recipe))
+    """Writes and prints the summary, and writes the report. For the main rank.
+
+    Training is over and saved by then: a report that cannot be made, as of records that were
+    changed while the run was stopped, is a message and no failure of the run.
+    """
+    summary, report = summarise(run), None
+    try:
+        report = write_report(run.run_dir, run.recipe)
+    except (ValueError, ArithmeticError, ReadFailed) as error:
+        again = f"python -m paint_engine.report {shlex.quote(str(run.run_dir))}"
+        console.say(
+            f"note: no report was made: {error}; the run is finished and saved; then make the "
+            f"report with: {again}"
+        )
+    print_summary(console, summary, report)
 
 
 def run_training(run: Run, console: Terminal, stop: StopRequest) -> None:

@@ -95,7 +95,7 @@ def summarise(run: Run) -> dict[str, Any]:
     return summary
 
 
-def print_summary(console: Terminal, summary: dict[str, Any], report: Path) -> None:
+def print_summary(console: Terminal, summary: dict[str, Any], report: Path | None) -> None:
     """Prints the summary in a few lines."""
     for moment in ("before", "after"):
         if (value := summary[f"avg_at_k_{moment}"]) is not None:
@@ -114,4 +114,6 @@ def print_summary(console: Terminal, summary: dict[str, Any], report: Path) -> N
         f"time:          {summary['seconds']:.0f} s ({summary['seconds_train']:.0f} s for "
         f"{summary['num_steps']} steps, {summary['seconds_eval']:.0f} s for evaluation)"
     )
-    console.say(f"run directory: {summary['run_dir']}", f"report:        {report}")
+    console.say(f"run directory: {summary['run_dir']}")
+    if report is not None:
+        console.say(f"report:        {report}")

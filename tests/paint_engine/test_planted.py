@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -149,6 +150,11 @@ def test_the_run_directory_itself_may_be_a_link(
     assert (run_dir / "checkpoints/step-3").is_dir() and (tmp_path / "link").is_symlink()
 
 
+SUMMARY = {
+    **{"num_problems": 3, "num_samples": 1, "seconds_train": 1.0, "seconds_eval": 1.0},
+    **{"avg_at_k_before": 0.5, "avg_at_k_after": 0.5},
+    **{"paired_difference": 0.1, "paired_difference_ci95": [0.0, 0.2]},
+}
 DEEP = 100_000 * "[" + 100_000 * "]"
 
 
@@ -185,6 +191,21 @@ def test_a_broken_record_stops_a_resume_with_its_name(
     [
         ("summary.json", '{"seed": 1}', "num_problems"),
         ("summary.json", DEEP, "nested too deeply"),
+        (
+            "summary.json",
+            json.dumps(SUMMARY | {"paired_difference_ci95": None}),
+            "both, or neither",
+        ),
+        ("summary.json", json.dumps(SUMMARY | {"paired_difference": None}), "both, or neither"),
+        ("summary.json", json.dumps(SUMMARY | {"seconds_train": 1e308}), "seconds_train"),
+        ("summary.json", json.dumps(SUMMARY | {"seed": "x"}), "seed"),
+        ("summary.json", json.dumps(SUMMARY | {"avg_at_k_after": 1e300}), "avg_at_k_after"),
+        ("metrics.jsonl", '{"step": 1, "loss": 1e308}\n{"step": 2, "loss": -1e308}\n', "1e+308"),
+        ("metrics.jsonl", f'{{"step": 1{300 * "0"}}}\n', "step"),
+        ("config.toml", f"[{2999 * 'a.'}a]\n", "nested too deeply"),
+        ("config.toml", f"x = [{{{2999 * 'a.'}a = 1}}]\n", "nested too deeply"),
+        ("config.toml", f"[train]\nnum_steps = 0x{6000 * 'f'}\n", "num_steps"),
+        ("config.toml", f"[train]\nnum_steps = {10**30}\n", "num_steps"),
         ("metrics.jsonl", '{"step": 1, "loss": "x"}\n', "loss"),
         ("metrics.jsonl", '{"loss": 1}\n', "step"),
         ("samples.jsonl", '{"step": 1}\n', "problem_id"),
@@ -260,3 +281,89 @@ def test_crafted_numbers_in_a_checkpoint_are_refused_before_they_are_used(
         "holds nan; needs finite values" if name == "trainer" else "numpy: position: got 10000000"
     )
     assert f"{checkpoint / name}: " in printed and said in printed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"partial_solution": None, "mask_ratio": None},
+        *({key: None} for key in ("overlap", "mask_ratio", "partial_solution", "anchors")),
+        *({"overlap": value} for value in ("x", 1e308, -0.5)),
+        *({"mask_ratio": 2.0}, {"anchors": [3]}, {"reward": 1e308, "advantage": 0.0}),
+        *({"reward": 1.0}, {"advantage": 1.0}, {"token_loss": [1e308]}),
+    ],
+)
+def test_a_sample_that_no_recipe_records_is_named(
+    change: dict[str, object], run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None takes a key away."""
+    rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert exit_code(report.main, run_dir) == 0
+    changed = [{k: v for k, v in (row | change).items() if v is not None} for row in rows]
+    (run_dir / "samples.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in changed))
+    capsys.readouterr()
+    assert exit_code(report.main, run_dir) == 2
+    assert "samples.jsonl: a sample of step 1: " in capsys.readouterr().out
+
+
+def test_a_run_ends_well_though_its_report_cannot_be_made(
+    run_dir: Path, run_main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    lines[0] = json.dumps(json.loads(lines[0]) | {"loss": 1e308})
+    (run_dir / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert run_main(["--resume", str(run_dir), "--train.num_steps", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "note: no report was made: " in printed and "1e+308" in printed
+    assert f"python -m paint_engine.report {run_dir}" in " ".join(printed.split())
+    assert "run directory:" in printed and (run_dir / "checkpoints/step-3").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("section", "line", "said"),
+    [
+        ("model", 'name_or_path = ""', "name_or_path: got ''"),
+        ("model", f'name_or_path = "/{5000 * "a"}"', "name_or_path: got '/aaa"),
+        ("data", f'path = "{5000 * "a"}.jsonl"', "data.path: got 'aaa"),
+        ("train", f"batch_size = {10**30}", "train.batch_size: got 1000"),
+        ("train", f"num_steps = 0x{6000 * 'f'}", "train.num_steps: got an integer of about 7,225"),
+        ("optim", f"learning_rate = 0x{6000 * 'f'}", "optim.learning_rate: got an integer of"),
+        ("prompts", "instruction = 3", "instruction: got 3"),
+    ],
+)
+def test_a_crafted_setting_is_refused_by_its_key(
+    section: str,
+    line: str,
+    said: str,
+    run_dir: Path,
+    run_main: Main,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    key, file = line.split(" = ")[0], run_dir / "config.toml"
+    tables = file.read_text().split("\n\n")
+    place = next(i for i, table in enumerate(tables) if table.startswith(f"[{section}]\n"))
+    kept = [old for old in tables[place].splitlines() if not old.startswith(f"{key} = ")]
+    tables[place] = "\n".join([*kept, line])
+    file.write_text("\n\n".join(tables))
+    reads = {"model": ("train", "evaluate", "export"), "prompts": ("train", "evaluate")}
+    for command in reads.get(section, ("train",)):
+        capsys.readouterr()
+        assert commands(run_dir, run_main)[command]() == 2, command
+        printed = " ".join(capsys.readouterr().out.split())
+        assert str(file) in printed and said in printed and "; needs" in printed, command
+        assert len(printed) < 1500 and "pydantic" not in printed
+
+
+def test_directories_that_are_too_deep_are_named(
+    run_dir: Path, run_main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run_dir / "evaluations"
+    for _ in range(1500):
+        path /= "d"
+        path.mkdir()
+    try:
+        for command, main in commands(run_dir, run_main).items():
+            assert main() == 2, command
+            assert "in more than 10 others" in capsys.readouterr().out, command
+    finally:
+        subprocess.run(["rm", "-r", run_dir / "evaluations" / "d"], check=True)
