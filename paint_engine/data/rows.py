@@ -14,6 +14,7 @@ that ends the text, or from the last box.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from paint_engine.config.sections import ColumnsSection
+from paint_engine.data.directories import check_directory, opened_columns
 from paint_engine.rewards.boxes import extract_boxed
 from paint_engine.types import Problem
 
@@ -101,7 +103,7 @@ def load_problems(
     Raises ValueError if a row cannot be used (with on_bad_row "stop"), if the source cannot be
     read, or if no problem is left.
     """
-    if revision is not None and (path == "tiny" or Path(path).expanduser().exists()):
+    if revision is not None and (path == "tiny" or _file_of(path).exists()):
         raise ValueError(
             f"--{section}.revision {revision}: --{section}.path {path} is no data set of the hub, "
             f"whose versions have names; leave out --{section}.revision"
@@ -140,12 +142,17 @@ def load_problems(
     return LoadedProblems(tuple(problems), num_skipped, commit)
 
 
+def _file_of(path: str) -> Path:
+    # pathlib's own raises RuntimeError for a user that this machine does not have.
+    return Path(os.path.expanduser(path))
+
+
 def _read_rows(
     path: str, split: str, section: str, revision: str | None
 ) -> tuple[str | None, Iterator[tuple[str, object]]]:
     """Returns the commit of a data set from the hub, and (place, row) pairs. A JSONL row is the
     bytes of its line, so a malformed one can be skipped."""
-    file = Path(path).expanduser()
+    file = _file_of(path)
     ending = file.suffix.lower()
     if not file.is_file():
         # An id has at most one slash, between owner and name.
@@ -155,7 +162,7 @@ def _read_rows(
                 f"--{section}.path {path}: there is no such file; needs a .jsonl, .json or "
                 f".parquet file, or a datasets id; check the path (relative to {Path.cwd()})"
             )
-        return _dataset_rows(str(file) if file.is_dir() else path, split, section, revision)
+        return _dataset_rows(path, split, section, revision)
     if ending not in _FILE_ENDINGS:
         raise ValueError(
             f"--{section}.path {path}: got the file ending {ending!r}; needs one of "
@@ -227,8 +234,18 @@ def _dataset_rows(
     import datasets
     from huggingface_hub import is_offline_mode
 
-    name, _, config_name = path.partition(":")
-    _refuse_packaged_builder(name, path, section)
+    directory, config_name = _file_of(path), ""
+    if directory.is_dir():
+        name = path
+    else:
+        name, _, config_name = path.partition(":")
+        directory = _file_of(name)
+    if "/" not in name:
+        _refuse_packaged_builder(name, path, section)
+    if directory.is_dir():
+        check_directory(directory, section)
+        # Whole, since ./json would be json, which is the name of a file format.
+        name = str(directory.absolute())
     try:
         rows = datasets.load_dataset(name, config_name or None, split=split, revision=revision)
     except Exception as error:
@@ -244,6 +261,7 @@ def _dataset_rows(
         ) from error
     label = Path(name).name if Path(name).is_dir() else name
     commit = None if Path(name).is_dir() else _commit_of(rows.cache_files)
+    rows = rows.remove_columns(opened_columns(rows.features))
     if revision is not None:
         offline = is_offline_mode()
         _check_revision(revision, commit, path, section, offline=offline)
@@ -255,7 +273,7 @@ def _refuse_packaged_builder(name: str, path: str, section: str) -> None:
     not for a data set: they read whatever lies in the working directory, one of them pickles."""
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
-    if name in _PACKAGED_DATASETS_MODULES:
+    if name.lower() in _PACKAGED_DATASETS_MODULES:
         raise ValueError(
             f"--{section}.path {path}: is the name of a file format in the package datasets; needs "
             "a .jsonl, .json or .parquet file or the id of a data set; give the file itself, or "
