@@ -135,6 +135,79 @@ def logit_formats_table(result: Result) -> str:
     return f"{markdown(header, rows)}\n\n{caption}"
 
 
+def real_logits_table(result: Result) -> str:
+    """Returns gradient errors by objective, and by the order and the share of the columns in
+    float16."""
+
+    def cell(found: Result) -> str:
+        return f"{found['error']:.1e} ({found['row_p99']:.1e})"
+
+    first = result["errors"][0]["products"]
+    by_power = [(row["order"], row["float16_share"], row["power"]) for row in first]
+    header = ["objective", "bfloat16"]
+    header += [
+        "float16" if share == 1 else f"{share:.4g}, {order}, power {power:g}"
+        for order, share, power in by_power
+    ]
+    rows = [
+        [line["objective"], cell(line["bfloat16"]), *map(cell, line["products"])]
+        for line in result["errors"]
+    ]
+    # A table of few rows and many columns is read better the other way round.
+    turned = [list(column) for column in zip(header, *rows, strict=True)]
+    clipped, missed = result["clipped_rows"], result["mispredicted_rows"]
+    caption = (
+        "Relative error of the gradient by the hidden states against float64, by norm (the 99th "
+        "percentile of its rows). The product with the head is emulated in bfloat16, in float16, "
+        "and in two classes: this share of the columns in float16, the others in float8. "
+        f"{result['num_tokens']:,} tokens of {result['model']}, V {result['vocab_size']:,}, H "
+        f"{result['hidden']:,}; the order comes from {result['order_tokens']:,} tokens of other "
+        f"solutions. {clipped / result['num_tokens']:.1%} of the rows have a clipped entry; of "
+        f"{missed / max(clipped, 1):.1%} of these the clipped mass is predicted wrong. Emulated on "
+        f"{made_by(result)}"
+    )
+    return f"{markdown(turned[0], turned[1:])}\n\n{caption}"
+
+
+def real_logits_predicted_table(result: Result) -> str:
+    """Returns the predicted time of the product in two classes at Qwen3-8B."""
+    header = [
+        "",
+        "in float16",
+        "exact",
+        "product",
+        "gradient",
+        "fast",
+        "of exact",
+        "three products",
+    ]
+    rows = [
+        [
+            row["device"],
+            f"{row['float16_share']:.3g}",
+            *(
+                f"{seconds * 1e3:.1f} ms"
+                for seconds in (
+                    row["exact_s"],
+                    -row["saved"]["product_s"],
+                    -row["saved"]["gradient_s"],
+                    row["fast_s"],
+                )
+            ),
+            f"{row['fast_s'] / row['exact_s']:.2f}",
+            f"{row['gemms_s'] * 1e3:.1f} ms",
+        ]
+        for row in result["predicted"]
+    ]
+    copies = result["predicted"][0]["extra_bytes"] / 1e9
+    caption = (
+        "Qwen3-8B, 32,768 tokens in rollouts of 1,024, frozen head, forward KL: predicted from "
+        "the counts of `bench.floor`, with float8 products at twice the rate of float16's. The "
+        f"copies of the head take {copies:.2f} GB at the first share."
+    )
+    return f"{markdown(header, rows)}\n\n{caption}"
+
+
 def _floor_devices(result: Result) -> str:
     return "; ".join(
         f"{device['name']} {device['flops_per_s'] / 1e12:.0f} TFLOP/s and "
