@@ -141,8 +141,8 @@ def _survival_line(survival: "Survival") -> str:
 
 
 def _export_adapter(checkpoint: Path, output_dir: Path, section: "ModelSection") -> list[str]:
-    from paint_engine.checkpoint.adapter_config import largest_rank
-    from paint_engine.checkpoint.adapters import tensor_names, vllm_obstacles
+    from paint_engine.checkpoint.adapters.config import largest_rank
+    from paint_engine.checkpoint.adapters.fit import tensor_names, vllm_obstacles
     from paint_engine.checkpoint.exported import export_adapter
     from paint_engine.rollout.vllm_core import reserved_rank
 

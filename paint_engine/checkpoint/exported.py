@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from paint_engine.checkpoint.adapter_config import read_adapter_config
+from paint_engine.checkpoint.adapters.config import read_adapter_config
 from paint_engine.checkpoint.merge import Survival, build_trained, check_against_base
 from paint_engine.config.sections import ModelSection
 from paint_engine.files import (

@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from paint_engine.checkpoint.adapters import PREFIX, check_adapter, quiet_peft, tensor_names
+from paint_engine.checkpoint.adapters.fit import PREFIX, check_adapter, quiet_peft, tensor_names
 from paint_engine.config.sections import ModelSection
 from paint_engine.files import ADAPTER_CONFIG_FILE
 from paint_engine.model import resolve_model

@@ -15,8 +15,8 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from paint_engine.checkpoint.adapter_config import largest_rank, read_adapter_config
-from paint_engine.checkpoint.adapters import (
+from paint_engine.checkpoint.adapters.config import largest_rank, read_adapter_config
+from paint_engine.checkpoint.adapters.fit import (
     check_adapter,
     check_vllm_loads,
     quiet_peft,

@@ -18,7 +18,7 @@ from pathlib import Path
 from peft import PeftModel
 from torch import nn
 
-from paint_engine.checkpoint.adapters import vllm_obstacles
+from paint_engine.checkpoint.adapters.fit import vllm_obstacles
 from paint_engine.checkpoint.weights import gather_weights, write_weights
 from paint_engine.distributed import World, gather_objects, raise_together
 from paint_engine.files import WriteFailed, is_ours, remove_tree, write_failure

@@ -28,7 +28,7 @@ def bad_pattern(patterns: Mapping[str, str], names: list[str]) -> str | None:
     if not tried:
         return None
     worker = Worker(
-        "paint_engine.checkpoint.patterns:load_matcher",
+        "paint_engine.checkpoint.adapters.patterns:load_matcher",
         [names],
         call="matching it with the model's names",
         process="the process that tries regular expressions",

@@ -37,8 +37,8 @@ from transformers import (
 
 from paint_engine import evaluate, export
 from paint_engine.checkpoint import patterns
-from paint_engine.checkpoint.adapter_config import largest_rank, read_adapter_config
-from paint_engine.checkpoint.adapters import check_vllm_loads
+from paint_engine.checkpoint.adapters.config import largest_rank, read_adapter_config
+from paint_engine.checkpoint.adapters.fit import check_vllm_loads
 from paint_engine.checkpoint.merge import check_against_base
 from paint_engine.config.sections import ModelSection
 from paint_engine.distributed import World

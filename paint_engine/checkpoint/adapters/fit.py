@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from paint_engine.checkpoint.adapter_config import patterns_of, read_adapter_config
-from paint_engine.checkpoint.patterns import bad_pattern
+from paint_engine.checkpoint.adapters.config import patterns_of, read_adapter_config
+from paint_engine.checkpoint.adapters.patterns import bad_pattern
 from paint_engine.files import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,

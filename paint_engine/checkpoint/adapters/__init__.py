@@ -1,0 +1,1 @@
+"""Adapters in peft's format: their configuration, and whether they fit their base and vLLM."""
