@@ -15,12 +15,14 @@ SUM_TOLERANCE = 0.01
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_number(name: str, value: float) -> None:
+def check_number(name: str, value: float | Tensor) -> None:
     if isinstance(value, str):
         raise ValueError(f"{name} is the string {value!r}: it must be a number.")
+    if isinstance(value, Tensor) and value.ndim:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be one number here.")
 
 
-def check_positive(name: str, value: float) -> None:
+def check_positive(name: str, value: float | Tensor) -> None:
     check_number(name, value)
     # Plain comparisons, which torch.compile can trace with symbolic numbers; NaN fails both.
     if not 0 < value < math.inf:
@@ -42,6 +44,25 @@ def check_clip(name: str, value: float | None) -> None:
     if isinstance(value, str) or (value is not None and not 0 < value < math.inf):
         raise ValueError(
             f"{name} is {value!r}: it must be a finite number above 0, or None to clip nothing."
+        )
+
+
+def check_softcap(name: str, value: float | None) -> None:
+    if value is None:
+        return
+    check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(
+            f"{name} is {value}: it must be a finite number above 0, or None for logits without a "
+            "cap."
+        )
+
+
+def check_chunk_rows(chunk_rows: int | None) -> None:
+    if isinstance(chunk_rows, float) or (chunk_rows is not None and chunk_rows < 1):
+        raise ValueError(
+            f"chunk_rows is {chunk_rows}: it must be an integer above 0, or None for a size that "
+            "fits the device."
         )
 
 
@@ -84,8 +105,10 @@ def local_tensor(name: str, tensor: Any) -> Tensor:
                 f"{name} is a module with LoRA adapters, whose update would be ignored: leave "
                 "lm_head out of the LoRA target modules, or pass the merged weight."
             )
+        bias = name.replace("weight", "bias")
+        also = "" if getattr(tensor, "bias", None) is None else f", and its bias as {bias}"
         raise ValueError(
-            f"{name} is the module {type(tensor).__name__}: pass its weight, a (V, H) tensor."
+            f"{name} is the module {type(tensor).__name__}: pass its weight, a (V, H) tensor{also}."
         )
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is of type {type(tensor).__name__}: it must be a torch.Tensor.")
@@ -137,6 +160,32 @@ def check_projection(
         )
 
 
+def check_bias(name: str, bias: Tensor, weight: Tensor) -> None:
+    """Checks the (V,) bias of a head with this (V, H) weight."""
+    if bias.shape != weight.shape[:1] or bias.dtype not in FLOATS or bias.device != weight.device:
+        raise ValueError(
+            f"{name} is {bias.dtype} of shape {tuple(bias.shape)} on {bias.device}: it must be "
+            f"floating point, ({weight.shape[0]},) on {weight.device}, one number for each row of "
+            "the head."
+        )
+
+
+def check_per_token(name: str, values: Tensor, shape: torch.Size, device: torch.device) -> None:
+    """Checks a constant tensor with one value for each token."""
+    if not isinstance(values, Tensor):
+        raise ValueError(f"{name} is of type {type(values).__name__}: it must be a tensor.")
+    if values.shape != shape or values.device != device or values.dtype.is_complex:
+        raise ValueError(
+            f"{name} is {values.dtype} of shape {tuple(values.shape)} on {values.device}: it must "
+            f"be {tuple(shape)} on {device}, one value for each token."
+        )
+    if values.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires a gradient, and the loss has none by it: detach it. For gradients by "
+            'weights, multiply the token losses of reduction="none".'
+        )
+
+
 def check_same_rows(name: str, student: Tensor, teacher: Tensor) -> None:
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(
@@ -145,10 +194,13 @@ def check_same_rows(name: str, student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor | None, device: torch.device) -> None:
     """Checks type and place. On the CPU the bounds can be read without waiting for a GPU."""
     if not isinstance(cu_seqlens, Tensor):
-        raise ValueError(f"cu_seqlens is of type {type(cu_seqlens).__name__}: it must be a tensor.")
+        raise ValueError(
+            f"cu_seqlens is of type {type(cu_seqlens).__name__}: it must be a tensor, the bounds "
+            "of the rollouts, unless labels of shape (B, T) are given."
+        )
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: it must be (B+1,), the bounds "
@@ -176,6 +228,17 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, num_tokens: int) -> None:
     else:
         torch.ops.aten._assert_async.msg(
             good, "cu_seqlens must start at 0, never decrease and end at N"
+        )
+
+
+def check_token_ids(token_ids: Tensor, hidden_states: Tensor) -> None:
+    if token_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"token_ids is {token_ids.dtype}: it must be int32 or int64.")
+    num_tokens, device = hidden_states.shape[0], hidden_states.device
+    if token_ids.shape != hidden_states.shape[:1] or token_ids.device != device:
+        raise ValueError(
+            f"token_ids has shape {tuple(token_ids.shape)} on {token_ids.device}: it must be "
+            f"({num_tokens},) on {device}, one id for each hidden state."
         )
 
 
@@ -248,6 +311,19 @@ def check_entries(name: str, values: Tensor, good: Tensor, need: str) -> None:
     elif not good.all():
         row, column = (~good).nonzero()[0].tolist()
         raise ValueError(f"{name} has {values[row, column].item()} in row {row}: {need}.")
+
+
+def check_temperatures_values(temperatures: Tensor) -> None:
+    """Checks the temperatures of tokens. A GPU asserts this without a host sync."""
+    good = ((temperatures > 0) & (temperatures < math.inf)).all()
+    if temperatures.device.type == "cpu":
+        if not good:
+            raise ValueError(
+                f"temperature spans {temperatures.min().item()}..{temperatures.max().item()}: "
+                "every token needs a finite number above 0."
+            )
+    else:
+        torch.ops.aten._assert_async.msg(good, "temperature must be finite and above 0 everywhere")
 
 
 def resolve_vocab_size(vocab_size: int | None, available: int) -> int:

@@ -54,12 +54,16 @@ class TokenValues:
     """token_loss, token_kl, student_entropy, teacher_entropy, entropy_ratio, clipped_mass"""
     selected: Bool[Tensor, " N"]
 
-    def select(self, rows: slice, cu_seqlens: Int[Tensor, " B+1"], settings: LossSettings) -> None:
-        """Fills in the entropy ratios and the selection of these rows, which are whole rollouts
-        with the bounds `cu_seqlens`, from their entropies."""
+    def find_ratios(self, rows: slice, settings: LossSettings) -> Float[Tensor, " R"]:
+        """Fills in the entropy ratios of these rows from their entropies."""
         _, _, student_entropy, teacher_entropy, ratio, _ = self.table[:, rows]
         floor = settings.entropy_floor
-        ratio.copy_(entropy_ratio(teacher_entropy, student_entropy, entropy_floor=floor))
+        return ratio.copy_(entropy_ratio(teacher_entropy, student_entropy, entropy_floor=floor))
+
+    def select(self, rows: slice, cu_seqlens: Int[Tensor, " B+1"], settings: LossSettings) -> None:
+        """Fills in the entropy ratios and the selection of these rows, which are whole rollouts
+        with the bounds `cu_seqlens`."""
+        ratio = self.find_ratios(rows, settings)
         self.selected[rows] = select_top_fraction(ratio, cu_seqlens, settings.top_fraction)
 
 
@@ -115,8 +119,12 @@ def run_loss(
     chunks: list[Chunk],
     cu_seqlens: Int[Tensor, " B+1"],
     settings: LossSettings,
+    given: Bool[Tensor, " N"] | None = None,
 ) -> TokenValues:
-    """Computes all token values. The gradients stay in the source."""
+    """Computes all token values. The gradients stay in the source.
+
+    given: the selection, from outside. It stands for a top fraction, which is to be 1 then.
+    """
     table = torch.empty(6, source.num_rows, dtype=source.dtype, device=source.device)
     selected = torch.zeros(source.num_rows, dtype=torch.bool, device=source.device)
     values = TokenValues(table, selected)
@@ -124,13 +132,17 @@ def run_loss(
     device_bounds = cu_seqlens.to(source.device, non_blocking=True)
     everywhere = settings.interpolates and settings.top_fraction == 1
     known = knows_ends(chunks, settings)
+    if given is not None:
+        selected.copy_(given)
+    elif everywhere:
+        selected.fill_(True)
     for chunk in chunks:
         rows, interpolated = chunk.rows, None
         part = ChunkRows(source, rows, settings)
         if everywhere or known:
             student_entropy[rows], teacher_entropy[rows] = part.find_entropies()
         if everywhere:
-            interpolated = torch.ones_like(selected[rows])
+            interpolated = selected[rows]
         elif known:
             interpolated = select_ended(chunk, values, device_bounds, settings)
         found = part.losses(interpolated)
@@ -140,7 +152,9 @@ def run_loss(
             student_entropy[rows] = found.student_entropy
             teacher_entropy[rows] = found.target_entropy
         part.keep_gradient()
-    if everywhere or not known:
+    if everywhere or given is not None:
+        values.find_ratios(slice(None), settings)
+    elif not known:
         values.select(slice(None), device_bounds, settings)
     if settings.interpolates and not everywhere:
         redo_selected(source, chunks, cu_seqlens, settings, values)
@@ -204,7 +218,7 @@ def redo_selected(
     redone = rows_to_redo(chunks, cu_seqlens, values.selected, settings)
     for piece in row_slices(len(redone), source.rows_per_chunk):
         rows, before = redone[piece], None
-        if source.with_weight_gradient:
+        if source.with_head_gradient:
             old = ChunkRows(source, rows, settings)
             old.losses(None)
             assert old.gradient is not None
@@ -217,13 +231,13 @@ def redo_selected(
         part.keep_gradient(before)
 
 
-def run_weight_gradient(
+def run_head_gradient(
     source: HiddenSource, selected: Bool[Tensor, " N"], settings: LossSettings
-) -> Float[Tensor, "V H"]:
-    """Computes the head's gradient for the token weights of `source`, with a given selection."""
+) -> None:
+    """Computes the head's gradients for the token weights of `source`, with a given selection.
+    They stay in the source."""
     for rows in row_slices(source.num_rows, source.rows_per_chunk):
         part = ChunkRows(source, rows, settings)
         part.losses(selected[rows] if settings.interpolates else None)
         part.keep_gradient()
     source.finish()
-    return source.grad_weight

@@ -6,14 +6,18 @@ backward passes work. The head's gradient sums over tokens, so it needs their we
 pass has them for a reduced loss. For per-token losses the backward pass recomputes the logits.
 """
 
+import inspect
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from paint_kernels import _loss, _topk
-from paint_kernels._checks import check_cu_seqlens_values
+from paint_kernels._checks import check_cu_seqlens_values, check_temperatures_values
+from paint_kernels._heads import Heads, Projection, logits_dtype
 from paint_kernels._matmul import compute_dtype
 from paint_kernels._plan import largest_chunk, most_rows, plan_chunks
-from paint_kernels._settings import LossSettings, takes_settings
+from paint_kernels._settings import LossSettings, takes_fields
 from paint_kernels._sources import HiddenSource, LogitsSource
 
 
@@ -40,26 +44,57 @@ def upstream_of(grad_loss: Tensor, token_weights: Tensor | None) -> Tensor:
     return grad_loss if token_weights is None else grad_loss * token_weights
 
 
+def rounded_product(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns gradient * factor (0-d) in another dtype, without a copy in its own."""
+    return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
+
+
 def scaled_rows(rows: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     # `out` casts on the fly. A product followed by a cast would hold a float32 copy.
     scaled = rows.new_empty(rows.shape, dtype=dtype)
     return torch.mul(rows, upstream[:, None], out=scaled)
 
 
-@torch.library.custom_op("paint_kernels::paint_loss", mutates_args=())
-@takes_settings
-def paint_loss(
+def _hidden_source(
     student_hidden_states: Tensor,
     teacher_hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    teacher_lm_head_weight: Tensor | None,
+    heads: Heads,
+    token_weights: Tensor | None,
+    temperatures: Tensor | None,
+    settings: LossSettings,
+    **wanted: Any,
+) -> HiddenSource:
+    return HiddenSource(
+        Projection(student_hidden_states, heads.student, temperatures),
+        Projection(teacher_hidden_states, heads.teacher, temperatures),
+        token_weights,
+        temperature=settings.temperature,
+        backend=settings.backend,
+        **wanted,
+    )
+
+
+def _rows_of_a_chunk(head: Tensor, settings: LossSettings) -> int:
+    vocab_size, hidden_size = head.shape
+    return settings.chunk_rows or most_rows(vocab_size, hidden_size, head.device)
+
+
+@takes_fields
+def _paint_loss(
+    student_hidden_states: Tensor,
+    teacher_hidden_states: Tensor,
+    heads: Heads,
     cu_seqlens: Tensor,
     token_weights: Tensor | None,
+    temperatures: Tensor | None,
+    given_selection: Tensor | None,
     with_hidden_gradient: bool,
     with_weight_gradient: bool,
+    with_bias_gradient: bool,
     settings: LossSettings,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns loss, (6, N) token values, (N,) selected, grad_hidden, grad_weight (or empty).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns loss, (6, N) token values, (N,) selected, and the gradients by the student's hidden
+    states, weight and bias, or empty tensors.
 
     Rows of grad_hidden are unweighted, in float32 or better. They are rounded to the dtype of the
     hidden states once, after the upstream gradient has scaled them. The teacher's top-k has an
@@ -67,169 +102,222 @@ def paint_loss(
     """
     assert settings.teacher_top_k is None
     check_cu_seqlens_values(cu_seqlens, student_hidden_states.shape[0])
-    teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
-    vocab_size, hidden_size = lm_head_weight.shape
-    most = most_rows(vocab_size, hidden_size, lm_head_weight.device)
+    if temperatures is not None:
+        check_temperatures_values(temperatures)
+    most = _rows_of_a_chunk(heads.lm_head_weight, settings)
     full = _loss.finds_statistics_first(settings)
     chunks = plan_chunks(cu_seqlens, len(student_hidden_states), most, full=full)
     with no_autocast(student_hidden_states):
-        source = HiddenSource(
-            (student_hidden_states, lm_head_weight),
-            (teacher_hidden_states, teacher_weight),
-            token_weights,
+        source = _hidden_source(
+            *(student_hidden_states, teacher_hidden_states, heads),
+            *(token_weights, temperatures, settings),
             rows_per_chunk=largest_chunk(chunks),
-            temperature=settings.temperature,
             with_hidden_gradient=with_hidden_gradient,
             with_weight_gradient=with_weight_gradient and token_weights is not None,
-            backend=settings.backend,
+            with_bias_gradient=with_bias_gradient and token_weights is not None,
         )
-        values = _loss.run_loss(source, chunks, cu_seqlens, settings)
+        values = _loss.run_loss(source, chunks, cu_seqlens, settings, given_selection)
     loss = reduced(values.table[0], token_weights)
-    return loss, values.table, values.selected, source.grad_hidden, source.grad_weight
+    by_head = source.grad_weight, source.grad_bias
+    return loss, values.table, values.selected, source.grad_hidden, *by_head
+
+
+PAINT_LOSS_INPUTS = tuple(inspect.signature(_paint_loss).parameters)
+paint_loss = torch.library.custom_op("paint_kernels::paint_loss", _paint_loss, mutates_args=())
 
 
 @paint_loss.register_fake
+@takes_fields
 def _(
     student_hidden_states,
     teacher_hidden_states,
-    lm_head_weight,
-    teacher_lm_head_weight,
+    heads: Heads,
     cu_seqlens,
     token_weights,
+    temperatures,
+    given_selection,
     with_hidden_gradient,
     with_weight_gradient,
+    with_bias_gradient,
     *settings,
 ):
     num_tokens = student_hidden_states.shape[0]
-    tensors = [student_hidden_states, teacher_hidden_states, lm_head_weight]
-    if teacher_lm_head_weight is not None:
-        tensors.append(teacher_lm_head_weight)
-    dtype = compute_dtype(*tensors)
+    dtype = logits_dtype(student_hidden_states, teacher_hidden_states, heads)
     new = student_hidden_states.new_empty
-    in_forward = with_weight_gradient and token_weights is not None
+    in_forward = token_weights is not None
     return (
         new((num_tokens,) if token_weights is None else (), dtype=dtype),
         new((6, num_tokens), dtype=dtype),
         new((num_tokens,), dtype=torch.bool),
         new(student_hidden_states.shape if with_hidden_gradient else (0,), dtype=dtype),
-        lm_head_weight.new_empty(lm_head_weight.shape, dtype=dtype)
-        if in_forward
-        else lm_head_weight.new_empty((0,)),
+        *empty_head_gradients(
+            heads.lm_head_weight,
+            dtype,
+            with_weight_gradient and in_forward,
+            with_bias_gradient and in_forward,
+        ),
+    )
+
+
+def empty_head_gradients(
+    weight: Tensor, dtype: torch.dtype, with_weight: bool, with_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients by a head's weight and bias, without values, as an operator's fake."""
+    return (
+        weight.new_empty(weight.shape if with_weight else (0,), dtype=dtype),
+        weight.new_empty((weight.shape[0] if with_bias else 0,), dtype=dtype),
     )
 
 
 def _paint_loss_setup(ctx, inputs, output):
-    student, teacher, weight, teacher_weight, _, token_weights, _, with_weight, *settings = inputs
-    _, _, selected, grad_hidden, grad_weight = output
+    given = dict(zip(PAINT_LOSS_INPUTS, inputs, strict=True))
+    heads = Heads(**{name: given[name] for name in Heads.__dataclass_fields__})
+    _, _, selected, grad_hidden, grad_weight, grad_bias = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.settings, ctx.num_inputs = settings, len(inputs)
-    ctx.hidden_dtype, ctx.weight_dtype = student.dtype, weight.dtype
-    ctx.with_weight = with_weight
-    redone = (None,) * 5
-    if with_weight and token_weights is None:
-        redone = (student, teacher, weight, teacher_weight, selected)
-    ctx.save_for_backward(token_weights, grad_hidden, grad_weight, *redone)
+    ctx.settings = inputs[PAINT_LOSS_INPUTS.index("with_bias_gradient") + 1 :]
+    ctx.dtypes = given["student_hidden_states"].dtype, heads.lm_head_weight.dtype
+    ctx.bias_dtype = None if heads.lm_head_bias is None else heads.lm_head_bias.dtype
+    redone = ()
+    by_head = given["with_weight_gradient"] or given["with_bias_gradient"]
+    if by_head and given["token_weights"] is None:
+        tensors, ctx.head_numbers = heads.arguments()[:4], heads.arguments()[4:]
+        hidden_states = given["student_hidden_states"], given["teacher_hidden_states"]
+        redone = (*hidden_states, *tensors, selected, given["temperatures"])
+    ctx.save_for_backward(given["token_weights"], grad_hidden, grad_weight, grad_bias, *redone)
 
 
 def _paint_loss_backward(ctx, grad_loss, *_):
     no_second_derivative()
-    grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_loss is None:
-        return tuple(grads)
-    token_weights, grad_hidden, grad_weight, *redone = ctx.saved_tensors
-    upstream = upstream_of(grad_loss, token_weights)
-    if ctx.needs_input_grad[0]:
-        grads[0] = scaled_rows(grad_hidden, upstream, ctx.hidden_dtype)
-    if ctx.needs_input_grad[2]:
-        if token_weights is None:
-            full = paint_loss_weight_gradient(*redone, upstream, *ctx.settings)
-            grads[2] = full.to(ctx.weight_dtype)
-        else:
-            scaled = grad_weight.new_empty(grad_weight.shape, dtype=ctx.weight_dtype)
-            grads[2] = torch.mul(grad_weight, grad_loss, out=scaled)
-    return tuple(grads)
+        return (None,) * len(PAINT_LOSS_INPUTS)
+    token_weights, grad_hidden, grad_weight, grad_bias, *redone = ctx.saved_tensors
+    needed = dict(zip(PAINT_LOSS_INPUTS, ctx.needs_input_grad, strict=True))
+    by_weight, by_bias = needed["lm_head_weight"], needed["lm_head_bias"]
+    upstream, factor = upstream_of(grad_loss, token_weights), grad_loss
+    grads: dict[str, Tensor] = {}
+    if needed["student_hidden_states"]:
+        grads["student_hidden_states"] = scaled_rows(grad_hidden, upstream, ctx.dtypes[0])
+    if redone and (by_weight or by_bias):
+        *inputs, selected, temperatures = redone
+        grad_weight, grad_bias = paint_loss_head_gradient(
+            *(*inputs, *ctx.head_numbers),
+            *(selected, upstream, temperatures),
+            *(by_weight, by_bias, *ctx.settings),
+        )
+        factor = grad_loss.new_ones(())
+    if by_weight:
+        grads["lm_head_weight"] = rounded_product(grad_weight, factor, ctx.dtypes[1])
+    if by_bias:
+        grads["lm_head_bias"] = rounded_product(grad_bias, factor, ctx.bias_dtype)
+    return tuple(grads.get(name) for name in PAINT_LOSS_INPUTS)
 
 
 paint_loss.register_autograd(_paint_loss_backward, setup_context=_paint_loss_setup)
 
 
-@torch.library.custom_op("paint_kernels::paint_loss_weight_gradient", mutates_args=())
-@takes_settings
-def paint_loss_weight_gradient(
+@torch.library.custom_op("paint_kernels::paint_loss_head_gradient", mutates_args=())
+@takes_fields
+def paint_loss_head_gradient(
     student_hidden_states: Tensor,
     teacher_hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    teacher_lm_head_weight: Tensor | None,
+    heads: Heads,
     selected: Tensor,
     token_weights: Tensor,
+    temperatures: Tensor | None,
+    with_weight_gradient: bool,
+    with_bias_gradient: bool,
     settings: LossSettings,
-) -> Tensor:
-    """Returns the gradient of sum(token_weights * token_loss) by the head, float32 or better."""
-    teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
-    vocab_size, hidden_size = lm_head_weight.shape
-    most = most_rows(vocab_size, hidden_size, lm_head_weight.device)
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of sum(token_weights * token_loss) by the student's weight and bias, or
+    empty tensors, float32 or better."""
+    most = _rows_of_a_chunk(heads.lm_head_weight, settings)
     with no_autocast(student_hidden_states):
-        source = HiddenSource(
-            (student_hidden_states, lm_head_weight),
-            (teacher_hidden_states, teacher_weight),
-            token_weights,
+        source = _hidden_source(
+            *(student_hidden_states, teacher_hidden_states, heads),
+            *(token_weights, temperatures, settings),
             rows_per_chunk=min(most, len(student_hidden_states)),
-            temperature=settings.temperature,
             with_hidden_gradient=False,
-            with_weight_gradient=True,
-            backend=settings.backend,
+            with_weight_gradient=with_weight_gradient,
+            with_bias_gradient=with_bias_gradient,
         )
-        return _loss.run_weight_gradient(source, selected, settings)
+        _loss.run_head_gradient(source, selected, settings)
+    return source.grad_weight, source.grad_bias
 
 
-@paint_loss_weight_gradient.register_fake
-def _(student_hidden_states, teacher_hidden_states, lm_head_weight, teacher_lm_head_weight, *rest):
-    tensors = [student_hidden_states, teacher_hidden_states, lm_head_weight]
-    if teacher_lm_head_weight is not None:
-        tensors.append(teacher_lm_head_weight)
-    return torch.empty_like(lm_head_weight, dtype=compute_dtype(*tensors))
+@paint_loss_head_gradient.register_fake
+@takes_fields
+def _(
+    student_hidden_states,
+    teacher_hidden_states,
+    heads: Heads,
+    selected,
+    token_weights,
+    temperatures,
+    with_weight_gradient,
+    with_bias_gradient,
+    *settings,
+):
+    dtype = logits_dtype(student_hidden_states, teacher_hidden_states, heads)
+    wanted = with_weight_gradient, with_bias_gradient
+    return empty_head_gradients(heads.lm_head_weight, dtype, *wanted)
 
 
 @torch.library.custom_op("paint_kernels::paint_loss_from_logits", mutates_args=())
-@takes_settings
+@takes_fields
 def paint_loss_from_logits(
     student_logits: Tensor,
     teacher_logits: Tensor,
     cu_seqlens: Tensor,
     token_weights: Tensor | None,
+    temperatures: Tensor | None,
+    given_selection: Tensor | None,
     with_gradient: bool,
     settings: LossSettings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns loss, (6, N) token values, (N,) selected, grad_logits (or empty)."""
     check_cu_seqlens_values(cu_seqlens, student_logits.shape[0])
+    if temperatures is not None:
+        check_temperatures_values(temperatures)
     if settings.teacher_top_k is not None:
         values, gradient = _topk.run_teacher_top_k_of_logits(
-            student_logits, teacher_logits, cu_seqlens, settings, with_gradient=with_gradient
+            *(student_logits, teacher_logits, temperatures, cu_seqlens, settings, given_selection),
+            with_gradient=with_gradient,
         )
         loss = reduced(values.table[0], token_weights)
         return loss, values.table, values.selected, gradient
     num_rows, vocab_size = student_logits.shape
     # Logits and gradient exist whole already. Chunks only bound the copies that are made of them.
-    most = max(1, num_rows)
     row_major = student_logits.stride(1) == teacher_logits.stride(1) == 1
-    if settings.backend == "torch" or not row_major:
+    copies = temperatures is not None or not row_major
+    most = settings.chunk_rows or max(1, num_rows)
+    if settings.chunk_rows is None and (settings.backend == "torch" or copies):
         most = most_rows(vocab_size, vocab_size, student_logits.device)
     full = _loss.finds_statistics_first(settings)
     chunks = plan_chunks(cu_seqlens, num_rows, most, full=full)
     source = LogitsSource(
         student_logits,
         teacher_logits,
+        temperatures,
         rows_per_chunk=largest_chunk(chunks),
         with_gradient=with_gradient,
     )
-    values = _loss.run_loss(source, chunks, cu_seqlens, settings)
+    values = _loss.run_loss(source, chunks, cu_seqlens, settings, given_selection)
     loss = reduced(values.table[0], token_weights)
     return loss, values.table, values.selected, source.grad_logits
 
 
 @paint_loss_from_logits.register_fake
-def _(student_logits, teacher_logits, cu_seqlens, token_weights, with_gradient, *settings):
+def _(
+    student_logits,
+    teacher_logits,
+    cu_seqlens,
+    token_weights,
+    temperatures,
+    given_selection,
+    with_gradient,
+    *settings,
+):
     num_tokens = student_logits.shape[0]
     dtype = compute_dtype(student_logits, teacher_logits)
     new = student_logits.new_empty

@@ -2,7 +2,7 @@
 
 `LossOptions` types the keyword arguments of the public functions. `LossSettings` is what those
 build from them once, and what every function below works with. An operator of torch.library takes
-only plain values; with `takes_settings` it can still be written with a `LossSettings`.
+only plain values; with `takes_fields` it can still be written with a `LossSettings`.
 """
 
 import dataclasses
@@ -12,7 +12,16 @@ from collections.abc import Callable, Sequence
 from inspect import Parameter
 from typing import Any, Self, TypedDict, TypeVar
 
-from paint_kernels._checks import BACKENDS, check_choice, check_clip, check_fraction, check_positive
+from torch import Tensor
+
+from paint_kernels._checks import (
+    BACKENDS,
+    check_choice,
+    check_chunk_rows,
+    check_clip,
+    check_fraction,
+    check_positive,
+)
 from paint_kernels._torch_divergences import DIVERGENCES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -21,7 +30,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class LossOptions(TypedDict, total=False):
     """The keyword arguments that become a `LossSettings`, which documents them."""
 
-    temperature: float
+    temperature: float | Tensor
     divergence: str
     jsd_weight: float
     pointwise_clip: float | None
@@ -31,12 +40,18 @@ class LossOptions(TypedDict, total=False):
     entropy_floor: float
 
 
+def without_temperature(options: LossOptions) -> dict[str, Any]:
+    """Returns the options that are the same for all tokens in any case."""
+    return {name: value for name, value in options.items() if name != "temperature"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossSettings:
     """The settings of one loss; the defaults are PAINT's (arXiv 2604.26573).
 
     Args:
-        temperature: T > 0, which divides the logits of both models.
+        temperature: T > 0, which divides the logits of both models. `paint_loss` and
+            `paint_loss_from_logits` also take an (N,) tensor, one for each token; constant.
         divergence: "forward_kl", KL(target, student); "reverse_kl", KL(student, target); or "jsd",
             the generalised Jensen-Shannon divergence of Agarwal et al. (arXiv 2306.13649).
         jsd_weight: b of the JSD, in (0, 1): the target's weight in the mixture and in the sum.
@@ -49,6 +64,9 @@ class LossSettings:
             (ties go to the lower index), and entropies to these distributions; None for no limit.
         entropy_floor: lower bound of H_S in the entropy ratio (Eq. 9), in nats.
         backend: "auto" (triton for CUDA tensors, torch elsewhere), "torch" or "triton".
+        chunk_rows: most tokens whose logits exist at a time; None plans for the device and the
+            head's size. A chunk takes 8 bytes per token and vocabulary entry, and 2 to 4 more for
+            the gradient on a GPU or with a softcap.
 
     Raises:
         ValueError: for a value that is out of its range.
@@ -63,6 +81,7 @@ class LossSettings:
     teacher_top_k: int | None = None
     entropy_floor: float = 1e-6
     backend: str = "auto"
+    chunk_rows: int | None = None
 
     def __post_init__(self) -> None:
         check_positive("temperature", self.temperature)
@@ -80,6 +99,7 @@ class LossSettings:
         check_fraction("interpolation_weight", self.interpolation_weight)
         check_positive("entropy_floor", self.entropy_floor)
         check_choice("backend", self.backend, BACKENDS)
+        check_chunk_rows(self.chunk_rows)
         # An int, a NumPy number or a 0-d tensor becomes the float that operators declare.
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -105,36 +125,66 @@ class LossSettings:
         return tuple(self.keywords().values())
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenSettings:
+    """The settings of `token_stats` and `token_logprobs`, as in `LossSettings`."""
+
+    temperature: float
+    backend: str
+    chunk_rows: int | None
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self.temperature, self.backend, self.chunk_rows
+
+
 def lists_options(function: Function) -> Function:
     """Shows `**options` in help() and inspect.signature() as the keyword arguments they are."""
     signature = inspect.signature(function)
     *others, _ = signature.parameters.values()
+    defaults = {field.name: field.default for field in dataclasses.fields(LossSettings)}
     options = [
-        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in dataclasses.fields(LossSettings)
-        if field.name in LossOptions.__annotations__
+        Parameter(name, Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
+        for name, annotation in LossOptions.__annotations__.items()
     ]
     function.__signature__ = signature.replace(parameters=[*others, *options])  # pyright: ignore
     return function
 
 
-def takes_settings(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes an operator's function of one whose last parameter is a `LossSettings`.
+def takes_fields(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes an operator's function of one with parameters that are dataclasses, as `LossSettings`.
 
-    The operator takes that parameter's fields as positional arguments, in the order of
-    `LossSettings.arguments`. torch.library reads its schema from the signature.
+    The operator takes the fields of such a parameter in its place, as positional arguments in their
+    order, which is that of the class's method `arguments`. torch.library reads its schema from the
+    signature.
     """
     signature = inspect.signature(function)
-    *others, _ = signature.parameters.values()
-    plain = [
-        Parameter(field.name, Parameter.POSITIONAL_OR_KEYWORD, annotation=field.type)
-        for field in dataclasses.fields(LossSettings)
-    ]
+    plain, kinds = [], []
+    for parameter in signature.parameters.values():
+        kind = parameter.annotation
+        if parameter.kind == Parameter.VAR_POSITIONAL:
+            continue
+        if not dataclasses.is_dataclass(kind):
+            plain.append(parameter)
+            kinds.append(None)
+            continue
+        fields = dataclasses.fields(kind)
+        kinds.append((kind, [field.name for field in fields]))
+        plain += [
+            Parameter(field.name, Parameter.POSITIONAL_OR_KEYWORD, annotation=field.type)
+            for field in fields
+        ]
 
     @functools.wraps(function)
     def operator(*arguments: Any) -> Any:
-        settings = LossSettings.of_arguments(arguments[len(others) :])
-        return function(*arguments[: len(others)], settings)
+        values = iter(arguments)
+        grouped = []
+        for pair in kinds:
+            if pair is None:
+                grouped.append(next(values))
+            else:
+                kind, names = pair
+                grouped.append(kind(**{name: next(values) for name in names}))
+        return function(*grouped, *values)
 
-    operator.__signature__ = signature.replace(parameters=[*others, *plain])  # pyright: ignore
+    operator.__signature__ = signature.replace(parameters=plain)  # pyright: ignore
     return operator

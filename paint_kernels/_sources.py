@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from paint_kernels._heads import Projection, add_bias_gradient, scale_rows
 from paint_kernels._matmul import GradientProduct, compute_dtype, project
 from paint_kernels._plan import HEAD_GROUP_ROWS
 
@@ -36,63 +37,82 @@ class HiddenSource:
     """Computes logits from hidden states and heads, and keeps the gradients by the student's.
 
     Rows of `grad_hidden` belong to each token's unweighted loss, in float32 or better; the upstream
-    gradient scales them later. `grad_weight` is weighted by `token_weights`. The gradients by the
-    logits of several chunks are kept for it, in `gradient_buffer`, until they make a group.
+    gradient scales them later. `grad_weight` and `grad_bias` are weighted by `token_weights`. The
+    gradients by the logits of several chunks are kept for `grad_weight`, in `gradient_buffer`,
+    until they make a group.
     """
 
     def __init__(
         self,
-        student: tuple[Float[Tensor, "N H"], Float[Tensor, "V H"]],
-        teacher: tuple[Float[Tensor, "N H_T"], Float[Tensor, "V H_T"]],
+        student: Projection,
+        teacher: Projection,
         token_weights: Float[Tensor, " N"] | None,
         *,
         rows_per_chunk: int,
         temperature: float,
         with_hidden_gradient: bool,
         with_weight_gradient: bool,
+        with_bias_gradient: bool = False,
         backend: str,
     ) -> None:
-        self.student_hidden, self.student_weight = student
-        self.teacher_hidden, self.teacher_weight = teacher
-        self.dtype = compute_dtype(*student, *teacher)
-        self.num_rows, self.vocab_size = len(self.student_hidden), len(self.student_weight)
-        self.device = self.student_weight.device
+        self.student, self.teacher = student, teacher
+        self.dtype = torch.promote_types(student.dtype, teacher.dtype)
+        hidden_states, weight = student.hidden_states, student.head.weight
+        self.num_rows, self.vocab_size = len(hidden_states), len(weight)
+        self.device = weight.device
         self.rows_per_chunk = rows_per_chunk
         self.with_hidden_gradient = with_hidden_gradient
         self.with_weight_gradient = with_weight_gradient
-        self.with_gradient = with_hidden_gradient or with_weight_gradient
+        self.with_bias_gradient = with_bias_gradient
+        self.with_head_gradient = with_weight_gradient or with_bias_gradient
+        self.with_gradient = with_hidden_gradient or self.with_head_gradient
         size = (rows_per_chunk, self.vocab_size)
         self.logits_buffer = chunk_buffer(2 * size[0], size[1], self.dtype, self.device, backend)
-        self.product = GradientProduct(*student, temperature, self.dtype)
+        self.product = GradientProduct(hidden_states, weight, temperature, self.dtype)
         # PyTorch writes a row's gradient after it has read its logits, Triton while it reads them.
+        # The slope of a cap needs the logits after their gradient.
+        in_place = backend == "torch" and student.head.softcap is None
         self.gradient_buffer, self.group_rows = self.logits_buffer, rows_per_chunk
-        if self.with_gradient and (backend == "triton" or self.product.dtype != self.dtype):
+        if self.with_gradient and not (in_place and self.product.dtype == self.dtype):
             if with_weight_gradient and self.product.in_half:
                 self.group_rows = max(rows_per_chunk, min(HEAD_GROUP_ROWS, self.num_rows))
             size = (self.group_rows, self.vocab_size)
             self.gradient_buffer = chunk_buffer(*size, self.product.dtype, self.device, backend)
         self.group = slice(0, 0)
         self.gradient_scale = self.product.scale
-        self.grad_hidden = self.student_hidden.new_empty(0, dtype=self.dtype)
-        if with_hidden_gradient:
+        self._prepare_results(token_weights)
+
+    def _prepare_results(self, token_weights: Float[Tensor, " N"] | None) -> None:
+        """Allocates the gradients that are wanted; the others stay empty."""
+        hidden_states, head = self.student.hidden_states, self.student.head
+        self.grad_hidden = hidden_states.new_empty(0, dtype=self.dtype)
+        self.grad_weight = head.weight.new_empty(0, dtype=self.dtype)
+        self.grad_bias = head.weight.new_empty(0, dtype=self.dtype)
+        if self.with_hidden_gradient:
             self.product.prepare_hidden()
-            self.grad_hidden = self.grad_hidden.new_empty(self.student_hidden.shape)
-        self.grad_weight = self.student_weight.new_empty(0)
-        if with_weight_gradient:
+            self.grad_hidden = self.grad_hidden.new_empty(hidden_states.shape)
+        if self.with_head_gradient:
             assert token_weights is not None
-            self.product.prepare_head(token_weights)
-            self.grad_weight = torch.zeros_like(self.student_weight, dtype=self.dtype)
+            self.weights = token_weights * self.student.factor
+        if self.with_weight_gradient:
+            self.product.prepare_head(self.weights)
+            self.grad_weight = torch.zeros_like(head.weight, dtype=self.dtype)
+        if self.with_bias_gradient:
+            self.grad_bias = head.weight.new_zeros(self.vocab_size, dtype=self.dtype)
 
     def logits(self, rows: Rows) -> tuple[Float[Tensor, "R V"], Float[Tensor, "R V"]]:
-        student, teacher = self.student_hidden[rows], self.teacher_hidden[rows]
+        student, teacher = self.student.hidden_states[rows], self.teacher.hidden_states[rows]
         both_logits = self.logits_buffer[: 2 * len(student)]
         student_logits, teacher_logits = both_logits.chunk(2)
-        if self.teacher_weight is self.student_weight and student.dtype == teacher.dtype:
+        weight, teacher_weight = self.student.head.weight, self.teacher.head.weight
+        if teacher_weight is weight and student.dtype == teacher.dtype:
             # One product of twice as many rows reads the shared head once.
-            project(torch.cat([student, teacher]), self.student_weight, out=both_logits)
+            project(torch.cat([student, teacher]), weight, out=both_logits)
         else:
-            project(student, self.student_weight, out=student_logits)
-            project(teacher, self.teacher_weight, out=teacher_logits)
+            project(student, weight, out=student_logits)
+            project(teacher, teacher_weight, out=teacher_logits)
+        self.student.from_product(student_logits, rows)
+        self.teacher.from_product(teacher_logits, rows)
         return student_logits, teacher_logits
 
     def gradient(self, rows: Rows, num_rows: int) -> Float[Tensor, "R V"] | None:
@@ -112,10 +132,15 @@ class HiddenSource:
         gradient: Float[Tensor, "R V"],
         before: Float[Tensor, "R V"] | None = None,
     ) -> None:
-        """Takes the gradient by the logits of these rows.
+        """Takes the gradient by the logits of these rows, the last that `logits` has computed.
 
-        before: what was kept for the same rows earlier, where `grad_weight` has it already.
+        before: what was kept for the same rows earlier, where the head's gradients have it already.
         """
+        slope = self.student.slope_(self.logits_buffer[: len(gradient)], rows)
+        if slope is not None:
+            gradient.mul_(slope)
+            if before is not None:
+                before.mul_(slope)
         if self.with_hidden_gradient:
             if isinstance(rows, slice):
                 self.product.hidden(gradient, out=self.grad_hidden[rows])
@@ -123,6 +148,9 @@ class HiddenSource:
                 back = self.grad_hidden.new_empty(len(rows), self.grad_hidden.shape[1])
                 self.product.hidden(gradient, out=back)
                 self.grad_hidden[rows] = back
+        change = gradient if before is None else gradient.sub_(before)
+        if self.with_bias_gradient:
+            add_bias_gradient(change, self.weights[rows], self.grad_bias)
         if not self.with_weight_gradient:
             return
         if isinstance(rows, slice):
@@ -131,7 +159,6 @@ class HiddenSource:
             if self.gradient_buffer is self.logits_buffer:
                 self.add_group()
         else:
-            change = gradient if before is None else gradient.sub_(before)
             self.product.head(change, rows, out=self.grad_weight)
 
     def add_group(self) -> None:
@@ -147,25 +174,29 @@ class HiddenSource:
         self.add_group()
         if self.with_hidden_gradient:
             self.product.unscale_hidden(self.grad_hidden)
+            scale_rows(self.grad_hidden, self.student.factor)
         if self.with_weight_gradient:
             self.product.unscale_head(self.grad_weight)
+        self.grad_bias.div_(self.product.scale)
 
 
 class LogitsSource:
     """Logits that the caller holds. Their gradient has their shape and dtype."""
 
-    with_weight_gradient = False
+    with_head_gradient = False
     gradient_scale = 1.0
 
     def __init__(
         self,
         student_logits: Float[Tensor, "N V"],
         teacher_logits: Float[Tensor, "N V"],
+        temperatures: Float[Tensor, " N"] | None = None,
         *,
         rows_per_chunk: int,
         with_gradient: bool,
     ) -> None:
         self.student_logits, self.teacher_logits = student_logits, teacher_logits
+        self.temperatures = temperatures
         self.with_gradient = with_gradient
         self.dtype = compute_dtype(student_logits, teacher_logits)
         self.device = student_logits.device
@@ -178,7 +209,12 @@ class LogitsSource:
         )
 
     def logits(self, rows: Rows) -> tuple[Float[Tensor, "R V"], Float[Tensor, "R V"]]:
-        return row_major(self.student_logits[rows]), row_major(self.teacher_logits[rows])
+        student, teacher = self.student_logits[rows], self.teacher_logits[rows]
+        if self.temperatures is not None:
+            temperatures = self.temperatures[rows, None]
+            # The caller's logits stay as they are. Divided, they are float32 or better.
+            student, teacher = student / temperatures, teacher / temperatures
+        return row_major(student), row_major(teacher)
 
     def gradient(self, rows: Rows, num_rows: int) -> Float[Tensor, "R V"] | None:
         if not self.with_gradient:
@@ -193,6 +229,8 @@ class LogitsSource:
         gradient: Float[Tensor, "R V"],
         before: Float[Tensor, "R V"] | None = None,
     ) -> None:
+        if self.temperatures is not None:
+            gradient.div_(self.temperatures[rows, None])
         if not isinstance(rows, slice):
             self.grad_logits[rows] = gradient
 

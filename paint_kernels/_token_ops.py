@@ -4,52 +4,64 @@ import torch
 from torch import Tensor
 
 from paint_kernels import _tokens
-from paint_kernels._checks import check_token_ids_values
-from paint_kernels._matmul import compute_dtype
-from paint_kernels._ops import no_autocast, no_second_derivative, scaled_rows
+from paint_kernels._checks import check_temperatures_values, check_token_ids_values
+from paint_kernels._heads import Head, Projection
+from paint_kernels._ops import (
+    empty_head_gradients,
+    no_autocast,
+    no_second_derivative,
+    scaled_rows,
+)
+from paint_kernels._settings import TokenSettings, takes_fields
 
 
 @torch.library.custom_op("paint_kernels::token_stats", mutates_args=())
+@takes_fields
 def token_stats(
-    hidden_states: Tensor, lm_head_weight: Tensor, temperature: float, backend: str
+    hidden_states: Tensor, head: Head, temperatures: Tensor | None, settings: TokenSettings
 ) -> Tensor:
     """Returns (2, N): logsumexp and entropy."""
+    if temperatures is not None:
+        check_temperatures_values(temperatures)
     with no_autocast(hidden_states):
-        return _tokens.run_stats(hidden_states, lm_head_weight, temperature, backend)
+        return _tokens.run_stats(Projection(hidden_states, head, temperatures), settings)
 
 
 @token_stats.register_fake
-def _(hidden_states, lm_head_weight, temperature, backend):
-    dtype = compute_dtype(hidden_states, lm_head_weight)
+@takes_fields
+def _(hidden_states, head: Head, temperatures, *settings):
+    dtype = Projection(hidden_states, head).dtype
     return hidden_states.new_empty((2, hidden_states.shape[0]), dtype=dtype)
 
 
 @torch.library.custom_op("paint_kernels::token_logprobs", mutates_args=())
+@takes_fields
 def token_logprobs(
     hidden_states: Tensor,
-    lm_head_weight: Tensor,
+    head: Head,
     token_ids: Tensor,
+    temperatures: Tensor | None,
     with_hidden_gradient: bool,
-    temperature: float,
-    backend: str,
+    settings: TokenSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (N,) log-probabilities, (N,) entropies, and grad_hidden (or empty)."""
-    check_token_ids_values(token_ids, lm_head_weight.shape[0])
+    check_token_ids_values(token_ids, head.weight.shape[0])
+    if temperatures is not None:
+        check_temperatures_values(temperatures)
     with no_autocast(hidden_states):
         values, grad_hidden = _tokens.run_logprobs(
-            hidden_states,
-            lm_head_weight,
+            Projection(hidden_states, head, temperatures),
             token_ids,
-            temperature,
-            backend,
+            settings,
             with_hidden_gradient=with_hidden_gradient,
         )
     return values[0].clone(), values[1].clone(), grad_hidden
 
 
 @token_logprobs.register_fake
-def _(hidden_states, lm_head_weight, token_ids, with_hidden_gradient, temperature, backend):
-    dtype = compute_dtype(hidden_states, lm_head_weight)
+@takes_fields
+def _(hidden_states, head: Head, token_ids, temperatures, with_hidden_gradient, *settings):
+    dtype = Projection(hidden_states, head).dtype
     num_tokens = hidden_states.shape[0]
     return (
         hidden_states.new_empty((num_tokens,), dtype=dtype),
@@ -59,48 +71,77 @@ def _(hidden_states, lm_head_weight, token_ids, with_hidden_gradient, temperatur
 
 
 def _token_logprobs_setup(ctx, inputs, output):
-    hidden_states, weight, token_ids, _, temperature, backend = inputs
+    hidden_states, weight, bias, scale, softcap, token_ids, temperatures, _, *settings = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.settings, ctx.hidden_dtype = (temperature, backend), hidden_states.dtype
-    redone = (None,) * 3
-    if ctx.needs_input_grad[1]:
-        redone = (hidden_states, weight, token_ids)
+    ctx.numbers, ctx.settings, ctx.num_inputs = (scale, softcap), settings, len(inputs)
+    ctx.hidden_dtype = hidden_states.dtype
+    redone = ()
+    if any(ctx.needs_input_grad[1:3]):
+        redone = (hidden_states, weight, bias, token_ids, temperatures)
     ctx.save_for_backward(output[2], *redone)
 
 
 def _token_logprobs_backward(ctx, grad_logprobs, *_):
     no_second_derivative()
     grad_hidden, *redone = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * 6
-    if grad_logprobs is not None and ctx.needs_input_grad[0]:
+    grads: list[Tensor | None] = [None] * ctx.num_inputs
+    if grad_logprobs is None:
+        return tuple(grads)
+    if ctx.needs_input_grad[0]:
         grads[0] = scaled_rows(grad_hidden, grad_logprobs, ctx.hidden_dtype)
-    if grad_logprobs is not None and ctx.needs_input_grad[1]:
-        full = token_logprobs_weight_gradient(*redone, grad_logprobs, *ctx.settings)
-        grads[1] = full.to(redone[1].dtype)
+    wanted = ctx.needs_input_grad[1:3]
+    if any(wanted):
+        hidden_states, weight, bias, token_ids, temperatures = redone
+        by_weight, by_bias = token_logprobs_head_gradient(
+            *(hidden_states, weight, bias, *ctx.numbers),
+            *(token_ids, temperatures, grad_logprobs, *wanted, *ctx.settings),
+        )
+        grads[1] = by_weight.to(weight.dtype) if wanted[0] else None
+        grads[2] = by_bias.to(bias.dtype) if wanted[1] else None
     return tuple(grads)
 
 
 token_logprobs.register_autograd(_token_logprobs_backward, setup_context=_token_logprobs_setup)
 
 
-@torch.library.custom_op("paint_kernels::token_logprobs_weight_gradient", mutates_args=())
-def token_logprobs_weight_gradient(
+@torch.library.custom_op("paint_kernels::token_logprobs_head_gradient", mutates_args=())
+@takes_fields
+def token_logprobs_head_gradient(
     hidden_states: Tensor,
-    lm_head_weight: Tensor,
+    head: Head,
     token_ids: Tensor,
+    temperatures: Tensor | None,
     token_weights: Tensor,
-    temperature: float,
-    backend: str,
-) -> Tensor:
-    """Returns the gradient of sum(token_weights * logprobs) by the head, float32 or better."""
+    with_weight_gradient: bool,
+    with_bias_gradient: bool,
+    settings: TokenSettings,
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of sum(token_weights * logprobs) by the head's weight and bias, or
+    empty tensors, float32 or better."""
     with no_autocast(hidden_states):
-        return _tokens.run_logprobs_weight_gradient(
-            hidden_states, lm_head_weight, token_ids, token_weights, temperature, backend
+        return _tokens.run_logprobs_head_gradient(
+            Projection(hidden_states, head, temperatures),
+            token_ids,
+            token_weights,
+            settings,
+            with_weight_gradient=with_weight_gradient,
+            with_bias_gradient=with_bias_gradient,
         )
 
 
-@token_logprobs_weight_gradient.register_fake
-def _(hidden_states, lm_head_weight, *rest):
-    dtype = compute_dtype(hidden_states, lm_head_weight)
-    return torch.empty_like(lm_head_weight, dtype=dtype)
+@token_logprobs_head_gradient.register_fake
+@takes_fields
+def _(
+    hidden_states,
+    head: Head,
+    token_ids,
+    temperatures,
+    token_weights,
+    with_weight_gradient,
+    with_bias_gradient,
+    *settings,
+):
+    dtype = Projection(hidden_states, head).dtype
+    wanted = with_weight_gradient, with_bias_gradient
+    return empty_head_gradients(head.weight, dtype, *wanted)

@@ -21,14 +21,15 @@ from torch import Tensor
 
 from paint_kernels import _torch_backend
 from paint_kernels._backends import row_functions, topk_functions
+from paint_kernels._heads import Projection, scale_rows
 from paint_kernels._loss import TokenValues
 from paint_kernels._matmul import compute_dtype
-from paint_kernels._settings import LossSettings
+from paint_kernels._settings import LossSettings, TokenSettings
 from paint_kernels._tokens import LogprobsGradient, logits_by_chunk
 from paint_kernels.selection import teacher_top_k_indices
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 TAILS = ("bucket", "renormalise", "drop")
 LEAST_TAIL = 1e-6
@@ -41,7 +42,7 @@ NOTHING = -1e29
 class SupportLoss:
     values: TokenValues
     gradient: Float[Tensor, "N K"]
-    """of each token's loss by the student's logits on the support; empty if it was not wanted"""
+    """of each token's loss by the student's h W^T on the support; empty if it was not wanted"""
 
 
 def support_loss(
@@ -49,6 +50,7 @@ def support_loss(
     teacher: Float[Tensor, "N K"],
     cu_seqlens: Int[Tensor, " B+1"],
     settings: LossSettings,
+    given: Bool[Tensor, " N"] | None = None,
     *,
     with_gradient: bool,
     gradient_scale: float = 1.0,
@@ -57,7 +59,7 @@ def support_loss(
     """Computes the loss of logits on a support, the same for both models in each row.
 
     Both are -inf where a row has fewer entries. K is small, so the row functions of PyTorch do for
-    every backend.
+    every backend. `given` is that of `run_loss`.
     """
     num_rows = len(student)
     table = torch.empty(6, num_rows, dtype=student.dtype, device=student.device)
@@ -65,7 +67,11 @@ def support_loss(
     values = TokenValues(table, selected)
     stats = _torch_backend.pair_stats(student, teacher, settings.temperature)
     table[2], table[3] = stats[0].entropy, stats[1].entropy
-    values.select(slice(None), cu_seqlens.to(student.device, non_blocking=True), settings)
+    if given is None:
+        values.select(slice(None), cu_seqlens.to(student.device, non_blocking=True), settings)
+    else:
+        values.find_ratios(slice(None), settings)
+        selected.copy_(given)
     gradient = student.new_empty(student.shape if with_gradient else (0,))
     found = _torch_backend.row_loss(
         student,
@@ -80,47 +86,63 @@ def support_loss(
     return SupportLoss(values, gradient)
 
 
+def of_tokens(settings: LossSettings) -> TokenSettings:
+    """Returns the settings for logits of one model."""
+    return TokenSettings(settings.temperature, settings.backend, settings.chunk_rows)
+
+
 def teacher_top_k(
-    hidden_states: Float[Tensor, "N H"], weight: Float[Tensor, "V H"], settings: LossSettings
+    teacher: Projection, settings: LossSettings
 ) -> tuple[Int[Tensor, "N k"], Float[Tensor, "N k"]]:
     """Returns the columns of the teacher's k largest logits, and these logits."""
     assert settings.teacher_top_k is not None
-    shape = len(hidden_states), settings.teacher_top_k
-    ids = torch.empty(shape, dtype=torch.int64, device=weight.device)
-    largest = torch.empty(shape, dtype=compute_dtype(hidden_states, weight), device=weight.device)
-    for rows, logits in logits_by_chunk(hidden_states, weight, settings.backend):
+    shape, device = (len(teacher.hidden_states), settings.teacher_top_k), teacher.head.weight.device
+    ids = torch.empty(shape, dtype=torch.int64, device=device)
+    largest = torch.empty(shape, dtype=teacher.dtype, device=device)
+    for rows, logits in logits_by_chunk(teacher, of_tokens(settings)):
         ids[rows] = teacher_top_k_indices(logits, settings.teacher_top_k)
         torch.gather(logits, 1, ids[rows], out=largest[rows])
     return ids, largest
 
 
 def run_teacher_top_k(
-    student: tuple[Float[Tensor, "N H"], Float[Tensor, "V H"]],
-    teacher: tuple[Float[Tensor, "N H_T"], Float[Tensor, "V H_T"]],
+    student: Projection,
+    teacher: Projection,
     cu_seqlens: Int[Tensor, " B+1"],
     settings: LossSettings,
+    given: Bool[Tensor, " N"] | None = None,
     *,
     with_gradient: bool,
 ) -> tuple[Int[Tensor, "N k"], SupportLoss]:
     """Computes the loss on the teacher's k largest logits, and returns their columns with it."""
-    dtype = compute_dtype(*student, *teacher)
-    ids, teacher_logits = teacher_top_k(*teacher, settings)
-    student_logits = topk_functions(settings.backend).gathered_logits(*student, ids)
+    dtype, every = torch.promote_types(student.dtype, teacher.dtype), slice(None)
+    ids, teacher_logits = teacher_top_k(teacher, settings)
+    gathered = topk_functions(settings.backend).gathered_logits
+    product = gathered(student.hidden_states, student.head.weight, ids).to(dtype)
+    student_logits = student.from_product(product, every, ids)
     loss = support_loss(
-        student_logits.to(dtype),
+        student_logits,
         teacher_logits.to(dtype),
         cu_seqlens,
         settings,
+        given,
         with_gradient=with_gradient,
     )
+    if with_gradient:
+        slope = student.slope_(student_logits, every)
+        if slope is not None:
+            loss.gradient.mul_(slope)
+        scale_rows(loss.gradient, student.factor)
     return ids, loss
 
 
 def run_teacher_top_k_of_logits(
     student_logits: Float[Tensor, "N V"],
     teacher_logits: Float[Tensor, "N V"],
+    temperatures: Float[Tensor, " N"] | None,
     cu_seqlens: Int[Tensor, " B+1"],
     settings: LossSettings,
+    given: Bool[Tensor, " N"] | None = None,
     *,
     with_gradient: bool,
 ) -> tuple[TokenValues, Tensor]:
@@ -128,13 +150,12 @@ def run_teacher_top_k_of_logits(
     assert settings.teacher_top_k is not None
     dtype = compute_dtype(student_logits, teacher_logits)
     ids = teacher_top_k_indices(teacher_logits, settings.teacher_top_k)
-    loss = support_loss(
-        student_logits.gather(1, ids).to(dtype),
-        teacher_logits.gather(1, ids).to(dtype),
-        cu_seqlens,
-        settings,
-        with_gradient=with_gradient,
-    )
+    student, teacher = (one.gather(1, ids).to(dtype) for one in (student_logits, teacher_logits))
+    if temperatures is not None:
+        student, teacher = student / temperatures[:, None], teacher / temperatures[:, None]
+    loss = support_loss(student, teacher, cu_seqlens, settings, given, with_gradient=with_gradient)
+    if with_gradient and temperatures is not None:
+        loss.gradient.div_(temperatures[:, None])
     size = student_logits.shape if with_gradient else (0,)
     gradient = torch.zeros(size, dtype=student_logits.dtype, device=student_logits.device)
     if with_gradient:
@@ -158,22 +179,22 @@ def covering_ids(ids: Int[Tensor, "N K"]) -> Int[Tensor, "N K"]:
 
 
 def split_support(
-    student: Float[Tensor, "N H"],
-    weight: Float[Tensor, "V H"],
+    projection: Projection,
     ids: Int[Tensor, "N K"],
     settings: LossSettings,
     *,
     with_hidden: bool,
 ) -> tuple[Float[Tensor, "N K"], Tail]:
     """Returns the student's logits of the ids, -inf where there is none, and the tail."""
-    gradients = LogprobsGradient(student, weight, 1.0, settings.backend)
+    student, in_chunks = projection.hidden_states, of_tokens(settings)
+    gradients = LogprobsGradient(projection, dataclasses.replace(in_chunks, temperature=1.0))
     logits_of_ids = student.new_empty(ids.shape, dtype=gradients.dtype)
     logsumexp = student.new_empty(len(student), dtype=gradients.dtype)
     hidden = student.new_empty(student.shape if with_hidden else (0,), dtype=gradients.dtype)
     covering = covering_ids(ids)
     if with_hidden:
         gradients.product.prepare_hidden()
-    for rows, logits in logits_by_chunk(student, weight, settings.backend):
+    for rows, logits in logits_by_chunk(projection, in_chunks):
         torch.gather(logits, 1, covering[rows], out=logits_of_ids[rows])
         logits.scatter_(1, covering[rows], -math.inf)
         stats = row_functions(settings.backend).row_stats(logits, settings.temperature)
@@ -217,7 +238,7 @@ def teacher_support(
 
 
 def run_loss_from_topk(
-    student: tuple[Float[Tensor, "N H"], Float[Tensor, "V H"]],
+    student: Projection,
     ids: Int[Tensor, "N K"],
     teacher_logprobs: Float[Tensor, "N K"],
     cu_seqlens: Int[Tensor, " B+1"],
@@ -232,12 +253,12 @@ def run_loss_from_topk(
     The gradient on the support is that by the raw logits of the ids, and by the log-sum-exp of the
     tail over T, which `Tail.hidden` has T times.
     """
-    dtype = compute_dtype(*student)
+    dtype = student.dtype
     with_tail = tail != "renormalise"
     target = teacher_support(ids, teacher_logprobs, with_tail=with_tail)
     rest = None
     if with_tail:
-        chosen, rest = split_support(*student, ids, settings, with_hidden=with_hidden_gradient)
+        chosen, rest = split_support(student, ids, settings, with_hidden=with_hidden_gradient)
         logits = torch.cat([chosen / settings.temperature, rest.logsumexp[:, None]], dim=1)
         # Nothing is left to the teacher where its ids are the whole vocabulary, and a row without
         # ids is a row without a distribution.
@@ -245,8 +266,8 @@ def run_loss_from_topk(
         target[:, -1].masked_fill_(absent, -math.inf)
         logits[:, -1].masked_fill_(absent, -math.inf)
     else:
-        logits = topk_functions(settings.backend).gathered_logits(*student, ids)
-        logits = logits / settings.temperature
+        gathered = topk_functions(settings.backend).gathered_logits
+        logits = gathered(student.hidden_states, student.head.weight, ids) / settings.temperature
     loss = support_loss(
         logits,
         target.to(dtype),
@@ -276,23 +297,24 @@ def hidden_gradient(
 def weight_gradient(
     values: Float[Tensor, "N K'"],
     ids: Int[Tensor, "N K"],
-    student: tuple[Float[Tensor, "N H"], Float[Tensor, "V H"]],
+    student: Projection,
     tail_logsumexp: Float[Tensor, " N"] | None,
     settings: LossSettings,
 ) -> Float[Tensor, "V H"]:
     """Computes the gradient by the head from that on the support, float32 or better. For a tail,
     the logits are computed again."""
-    num_ids, (hidden_states, weight) = ids.shape[1], student
-    gradient = torch.zeros(weight.shape, dtype=compute_dtype(*student), device=weight.device)
+    num_ids, weight = ids.shape[1], student.head.weight
+    gradient = torch.zeros(weight.shape, dtype=student.dtype, device=weight.device)
     if tail_logsumexp is not None:
-        gradients = LogprobsGradient(*student, 1.0, settings.backend)
+        in_chunks = of_tokens(settings)
+        gradients = LogprobsGradient(student, dataclasses.replace(in_chunks, temperature=1.0))
         gradients.product.prepare_head(values[:, num_ids])
         covering = covering_ids(ids)
-        for rows, logits in logits_by_chunk(*student, settings.backend):
+        for rows, logits in logits_by_chunk(student, in_chunks):
             logits.scatter_(1, covering[rows], -math.inf)
             shares = tail_shares(gradients, logits, tail_logsumexp[rows], settings)
             gradients.product.head(shares, rows, out=gradient)
         gradients.product.unscale_head(gradient)
     chosen = values[:, :num_ids]
-    topk_functions(settings.backend).add_head_gradient(chosen, hidden_states, ids, gradient)
+    topk_functions(settings.backend).add_head_gradient(chosen, student.hidden_states, ids, gradient)
     return gradient

@@ -4,38 +4,48 @@ The forward pass keeps each token's gradient on its support, k numbers, and the 
 computes those by the hidden states and the head from it.
 """
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
 from paint_kernels import _topk
-from paint_kernels._checks import check_cu_seqlens_values, check_topk_values
+from paint_kernels._checks import (
+    check_cu_seqlens_values,
+    check_temperatures_values,
+    check_topk_values,
+)
+from paint_kernels._heads import Head, Heads, Projection, logits_dtype
 from paint_kernels._matmul import compute_dtype
 from paint_kernels._ops import no_autocast, no_second_derivative, reduced, upstream_of
-from paint_kernels._settings import LossSettings, takes_settings
+from paint_kernels._settings import LossSettings, takes_fields
 
 
 @torch.library.custom_op("paint_kernels::paint_loss_teacher_top_k", mutates_args=())
-@takes_settings
+@takes_fields
 def paint_loss_teacher_top_k(
     student_hidden_states: Tensor,
     teacher_hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    teacher_lm_head_weight: Tensor | None,
+    heads: Heads,
     cu_seqlens: Tensor,
     token_weights: Tensor | None,
+    temperatures: Tensor | None,
+    given_selection: Tensor | None,
     with_gradient: bool,
     settings: LossSettings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns loss, (6, N) token values, (N,) selected, the (N, k) columns of the teacher's largest
-    logits, and the gradient by the student's logits there (or empty)."""
+    logits, and the gradient by the student's h W^T there (or empty)."""
     check_cu_seqlens_values(cu_seqlens, student_hidden_states.shape[0])
-    teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
+    if temperatures is not None:
+        check_temperatures_values(temperatures)
     with no_autocast(student_hidden_states):
         ids, found = _topk.run_teacher_top_k(
-            (student_hidden_states, lm_head_weight),
-            (teacher_hidden_states, teacher_weight),
+            Projection(student_hidden_states, heads.student, temperatures),
+            Projection(teacher_hidden_states, heads.teacher, temperatures),
             cu_seqlens,
             settings,
+            given_selection,
             with_gradient=with_gradient,
         )
     values = found.values
@@ -44,21 +54,20 @@ def paint_loss_teacher_top_k(
 
 
 @paint_loss_teacher_top_k.register_fake
+@takes_fields
 def _(
     student_hidden_states,
     teacher_hidden_states,
-    lm_head_weight,
-    teacher_lm_head_weight,
+    heads: Heads,
     cu_seqlens,
     token_weights,
+    temperatures,
+    given_selection,
     with_gradient,
     *settings,
 ):
     num_tokens = student_hidden_states.shape[0]
-    tensors = [student_hidden_states, teacher_hidden_states, lm_head_weight]
-    if teacher_lm_head_weight is not None:
-        tensors.append(teacher_lm_head_weight)
-    dtype = compute_dtype(*tensors)
+    dtype = logits_dtype(student_hidden_states, teacher_hidden_states, heads)
     shape = num_tokens, LossSettings.of_arguments(settings).teacher_top_k
     new = student_hidden_states.new_empty
     return (
@@ -71,12 +80,14 @@ def _(
 
 
 def _teacher_top_k_setup(ctx, inputs, output):
-    student, _, weight, _, _, token_weights, _, *settings = inputs
+    num_heads = len(fields(Heads))
+    student, _, weight, bias = inputs[:4]
+    _, token_weights, _, _, _, *settings = inputs[2 + num_heads :]
     _, _, _, ids, gradient = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.settings, ctx.num_inputs = settings, len(inputs)
-    ctx.save_for_backward(token_weights, gradient, ids, student, weight)
+    ctx.save_for_backward(token_weights, gradient, ids, student, weight, bias)
 
 
 def _teacher_top_k_backward(ctx, grad_loss, *_):
@@ -84,12 +95,15 @@ def _teacher_top_k_backward(ctx, grad_loss, *_):
     grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_loss is None:
         return tuple(grads)
-    token_weights, gradient, ids, student, weight = ctx.saved_tensors
+    token_weights, gradient, ids, student, weight, bias = ctx.saved_tensors
     values = gradient * upstream_of(grad_loss, token_weights)[:, None]
     if ctx.needs_input_grad[0]:
         grads[0] = support_hidden_gradient(values, ids, student, weight, None, *ctx.settings)
     if ctx.needs_input_grad[2]:
         grads[2] = support_weight_gradient(values, ids, student, weight, None, *ctx.settings)
+    if ctx.needs_input_grad[3]:
+        total = values.new_zeros(bias.shape).index_add(0, ids.flatten(), values.flatten())
+        grads[3] = total.to(bias.dtype)
     return tuple(grads)
 
 
@@ -99,7 +113,7 @@ paint_loss_teacher_top_k.register_autograd(
 
 
 @torch.library.custom_op("paint_kernels::paint_loss_from_topk", mutates_args=())
-@takes_settings
+@takes_fields
 def paint_loss_from_topk(
     student_hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -118,7 +132,7 @@ def paint_loss_from_topk(
     check_topk_values(teacher_token_ids, teacher_logprobs, lm_head_weight.shape[0])
     with no_autocast(student_hidden_states):
         found, rest = _topk.run_loss_from_topk(
-            (student_hidden_states, lm_head_weight),
+            Projection(student_hidden_states, Head(lm_head_weight)),
             teacher_token_ids.long(),
             teacher_logprobs,
             cu_seqlens,
@@ -191,7 +205,7 @@ paint_loss_from_topk.register_autograd(_from_topk_backward, setup_context=_from_
 
 
 @torch.library.custom_op("paint_kernels::support_hidden_gradient", mutates_args=())
-@takes_settings
+@takes_fields
 def support_hidden_gradient(
     values: Tensor,
     token_ids: Tensor,
@@ -214,7 +228,7 @@ def _(values, token_ids, student_hidden_states, *rest):
 
 
 @torch.library.custom_op("paint_kernels::support_weight_gradient", mutates_args=())
-@takes_settings
+@takes_fields
 def support_weight_gradient(
     values: Tensor,
     token_ids: Tensor,
@@ -224,7 +238,7 @@ def support_weight_gradient(
     settings: LossSettings,
 ) -> Tensor:
     """Returns the gradient by the head, in its dtype, from that on the support."""
-    student = student_hidden_states, lm_head_weight
+    student = Projection(student_hidden_states, Head(lm_head_weight))
     with no_autocast(values):
         gradient = _topk.weight_gradient(
             values, token_ids.long(), student, tail_logsumexp, settings

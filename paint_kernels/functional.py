@@ -2,136 +2,101 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Unpack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
 
 from paint_kernels import _ops, _token_ops, _topk_ops
 from paint_kernels._checks import (
+    check_chunk_rows,
     check_cu_seqlens,
-    check_denominator,
-    check_float,
-    check_positive,
-    check_projection,
-    check_same_rows,
+    check_token_ids,
     check_top_k,
     local_tensor,
     resolve_backend,
-    resolve_vocab_size,
+)
+from paint_kernels._heads import Head, Heads, Projection, logits_dtype
+from paint_kernels._inputs import (
+    TokenOptions,
+    as_autocast_would,
+    check_logits,
+    label_rows,
+    loss_weights,
+    resolve_head,
+    resolve_heads,
+    token_options,
 )
 from paint_kernels._matmul import compute_dtype
-from paint_kernels._settings import LossOptions, LossSettings, lists_options
+from paint_kernels._settings import (
+    LossOptions,
+    LossSettings,
+    TokenSettings,
+    lists_options,
+    without_temperature,
+)
 from paint_kernels._types import PaintLossOutput, TokenLogprobs, TokenStats
-from paint_kernels.selection import rollout_ids
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 
-def as_autocast_would(tensor: Tensor) -> Tensor:
-    """Casts a float32 input as autocast does for torch.nn.functional.linear.
-
-    The products with the head then run in half precision, for speed. They accumulate in float32.
-    """
-    device = tensor.device.type
-    if tensor.dtype != torch.float32 or not torch.is_autocast_enabled(device):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
-
-
-def token_weights_of(
-    cu_seqlens: Tensor,
-    num_tokens: int,
-    reduction: str,
-    denominator: float | Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor | None:
-    """Returns (N,) weights w with loss = sum(w * token_loss), or None for the reduction "none"."""
-    check_denominator(denominator, reduction)
-    if reduction == "none":
-        return None
-    cu_seqlens = cu_seqlens.to(device, non_blocking=True)
-    weights = torch.ones(num_tokens, dtype=dtype, device=device)
-    if reduction == "sum":
-        return weights
-    lengths = cu_seqlens.diff()
-    if reduction == "sequence_mean":
-        # Clamped: bounds that do not cover N are refused later, where their values are read.
-        ids = rollout_ids(cu_seqlens, num_tokens).clamp(max=max(lengths.shape[0] - 1, 0))
-        weights = weights / lengths[ids] if lengths.shape[0] else weights
-        count = (lengths > 0).sum().clamp(min=1)
-    else:
-        count = max(num_tokens, 1)
-    if denominator is not None:
-        count = denominator.detach() if isinstance(denominator, Tensor) else denominator
-        if isinstance(count, Tensor):
-            count = count.to(device, non_blocking=True)
-    return (weights / count).to(dtype)
+def _settings(
+    options: LossOptions, given: TokenOptions, backend: str, chunk_rows: int | None, vocab_size: int
+) -> LossSettings:
+    settings = LossSettings(
+        temperature=given.temperature,
+        backend=backend,
+        chunk_rows=chunk_rows,
+        **without_temperature(options),
+    )
+    check_top_k(settings.teacher_top_k, vocab_size)
+    # A selection from outside stands for all rows that the top fraction can have.
+    return settings if given.selected is None else replace(settings, top_fraction=1.0)
 
 
-def _check_logits(
-    student: Tensor, teacher: Tensor, cu_seqlens: Tensor, vocab_size: int | None
-) -> int:
-    """Checks both; returns the size of the vocabulary that they share."""
-    check_float("student_logits", student, "(N, V)", student.device)
-    check_float("teacher_logits", teacher, "(N, V)", student.device)
-    check_same_rows("logits", student, teacher)
-    check_cu_seqlens(cu_seqlens, student.device)
-    if vocab_size is None and student.shape[1] != teacher.shape[1]:
-        raise ValueError(
-            f"student_logits has {student.shape[1]} columns, teacher_logits {teacher.shape[1]}: "
-            "both need the same vocabulary. Set vocab_size to its size where one side is padded."
-        )
-    return resolve_vocab_size(vocab_size, min(student.shape[1], teacher.shape[1]))
-
-
-def _check_hidden_states(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor,
-    teacher_lm_head_weight: Tensor | None,
-    cu_seqlens: Tensor,
-    vocab_size: int | None,
-) -> tuple[int, Tensor | None]:
-    """Checks all; returns the shared size of the vocabulary, and the teacher's head cut to it."""
-    device = student.device
-    check_projection("student_", student, weight, device)
-    check_same_rows("hidden_states", student, teacher)
-    check_cu_seqlens(cu_seqlens, device)
-    if teacher_lm_head_weight is None:
-        check_projection("teacher_", teacher, weight, device)
-        return resolve_vocab_size(vocab_size, weight.shape[0]), None
-    teacher_weight = local_tensor("teacher_lm_head_weight", teacher_lm_head_weight).detach()
-    check_projection("teacher_", teacher, teacher_weight, device, "teacher_lm_head_weight")
-    if vocab_size is None and weight.shape[0] != teacher_weight.shape[0]:
-        raise ValueError(
-            f"lm_head_weight has {weight.shape[0]} rows, teacher_lm_head_weight "
-            f"{teacher_weight.shape[0]}: both need the same vocabulary. Set vocab_size to its size "
-            "where one head is padded."
-        )
-    vocab_size = resolve_vocab_size(vocab_size, min(weight.shape[0], teacher_weight.shape[0]))
-    return vocab_size, teacher_weight[:vocab_size]
-
-
-def output_of(loss: Tensor, table: Tensor, selected: Tensor) -> PaintLossOutput:
+def output_of(
+    loss: Tensor, table: Tensor, selected: Tensor, token_weights: Tensor | None
+) -> PaintLossOutput:
+    """token_weights: of the losses per token, which a reduced loss has in it already."""
     token_loss, token_kl, student_entropy, teacher_entropy, ratio, clipped_mass = table.detach()
+    if loss.ndim and token_weights is not None:
+        loss = loss * token_weights
     return PaintLossOutput(
         loss, token_loss, token_kl, student_entropy, teacher_entropy, ratio, clipped_mass, selected
     )
 
 
-def wants_gradient(tensor: Tensor) -> bool:
-    return torch.is_grad_enabled() and tensor.requires_grad
+def wants_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _token_settings(
+    hidden_states: Tensor,
+    head: Head,
+    temperature: float | Tensor,
+    chunk_rows: int | None,
+    backend: str,
+) -> tuple[Tensor | None, TokenSettings]:
+    """Returns the temperatures of the tokens, if each has its own, and the settings."""
+    check_chunk_rows(chunk_rows)
+    dtype = Projection(hidden_states, head).dtype
+    given = token_options(hidden_states, dtype, temperature=temperature)
+    backend = resolve_backend(backend, hidden_states.device, dtype)
+    return given.temperatures, TokenSettings(given.temperature, backend, chunk_rows)
 
 
 def token_stats(
     hidden_states: Float[Tensor, "N H"],
     lm_head_weight: Float[Tensor, "V H"],
     *,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, " N"] = 1.0,
+    lm_head_bias: Float[Tensor, " V"] | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     vocab_size: int | None = None,
+    chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> TokenStats:
     """Computes log-sum-exp and entropy of softmax(hidden_states @ lm_head_weight.T / temperature),
@@ -140,7 +105,8 @@ def token_stats(
     Args:
         hidden_states: (N, H), any float dtype.
         lm_head_weight: (V, H).
-        temperature: T, above 0.
+        temperature: T, above 0: a number, or (N,), one for each token.
+        lm_head_bias, logit_scale, logit_softcap, chunk_rows: as in `paint_loss`.
         vocab_size: rows of the head that are real tokens; the rest are ignored.
         backend: "auto", "torch" or "triton".
 
@@ -152,17 +118,15 @@ def token_stats(
         ValueError: for shapes, dtypes, devices or settings that do not fit.
     """
     hidden_states = local_tensor("hidden_states", hidden_states)
-    weight = local_tensor("lm_head_weight", lm_head_weight)
-    check_projection("", hidden_states, weight, hidden_states.device)
-    check_positive("temperature", temperature)
-    weight = weight[: resolve_vocab_size(vocab_size, weight.shape[0])]
-    hidden_states, weight = as_autocast_would(hidden_states), as_autocast_would(weight)
-    dtype = compute_dtype(hidden_states, weight)
-    backend = resolve_backend(backend, hidden_states.device, dtype)
-    logsumexp, entropy = _token_ops.token_stats(
-        hidden_states.detach(), weight.detach(), float(temperature), backend
-    )
-    return TokenStats(logsumexp, entropy)
+    given = Head(lm_head_weight, lm_head_bias, logit_scale, logit_softcap)
+    head = resolve_head(hidden_states, given, vocab_size)
+    hidden_states = as_autocast_would(hidden_states)
+    temperatures, settings = _token_settings(hidden_states, head, temperature, chunk_rows, backend)
+    with torch.no_grad():
+        stats = _token_ops.token_stats(
+            hidden_states, *head.arguments(), temperatures, *settings.arguments()
+        )
+    return TokenStats(*stats)
 
 
 def token_logprobs(
@@ -170,23 +134,28 @@ def token_logprobs(
     lm_head_weight: Float[Tensor, "V H"],
     token_ids: Int[Tensor, " N"],
     *,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, " N"] = 1.0,
+    lm_head_bias: Float[Tensor, " V"] | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     vocab_size: int | None = None,
+    chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> TokenLogprobs:
     """Computes the log-probability of each row's token under softmax(hidden_states @
     lm_head_weight.T / temperature).
 
-    Differentiable by `hidden_states` and, where it requires a gradient, by `lm_head_weight`; the
-    entropy is detached. What SFT, GRPO and sampled-token distillation need, without an (N, V)
-    tensor.
+    Differentiable by `hidden_states` and, where they require a gradient, by `lm_head_weight` and
+    `lm_head_bias`; the entropy is detached. What SFT, GRPO and sampled-token distillation need,
+    without an (N, V) tensor.
 
     Args:
         hidden_states: (N, H), any float dtype; row n predicts token_ids[n].
         lm_head_weight: (V, H).
         token_ids: (N,) int32 or int64, each a row of the head. The caller drops masked tokens; no
             id marks them.
-        temperature: T, above 0.
+        temperature: T, above 0: a number, or (N,), one for each token.
+        lm_head_bias, logit_scale, logit_softcap, chunk_rows: as in `paint_loss`.
         vocab_size: rows of the head that are real tokens; the rest are ignored.
         backend: "auto", "torch" or "triton".
 
@@ -197,26 +166,18 @@ def token_logprobs(
         ValueError: for shapes, dtypes, devices, ids or settings that do not fit.
     """
     hidden_states = local_tensor("hidden_states", hidden_states)
-    weight = local_tensor("lm_head_weight", lm_head_weight)
-    device = hidden_states.device
-    check_projection("", hidden_states, weight, device)
-    check_positive("temperature", temperature)
-    if token_ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"token_ids is {token_ids.dtype}: it must be int32 or int64.")
-    if token_ids.shape != hidden_states.shape[:1] or token_ids.device != device:
-        raise ValueError(
-            f"token_ids has shape {tuple(token_ids.shape)} on {token_ids.device}: it must be "
-            f"({hidden_states.shape[0]},) on {device}, one id for each hidden state."
-        )
-    hidden_states, weight = as_autocast_would(hidden_states), as_autocast_would(weight)
-    weight = weight[: resolve_vocab_size(vocab_size, weight.shape[0])]
+    given = Head(lm_head_weight, lm_head_bias, logit_scale, logit_softcap)
+    head = resolve_head(hidden_states, given, vocab_size)
+    check_token_ids(token_ids, hidden_states)
+    hidden_states = as_autocast_would(hidden_states)
+    temperatures, settings = _token_settings(hidden_states, head, temperature, chunk_rows, backend)
     logprobs, entropy, _ = _token_ops.token_logprobs(
         hidden_states,
-        weight,
+        *head.arguments(),
         token_ids,
+        temperatures,
         wants_gradient(hidden_states),
-        float(temperature),
-        resolve_backend(backend, device, compute_dtype(hidden_states, weight)),
+        *settings.arguments(),
     )
     return TokenLogprobs(logprobs, entropy.detach())
 
@@ -227,9 +188,12 @@ def paint_loss_from_logits(
     teacher_logits: Float[Tensor, "N V"],
     cu_seqlens: Int[Tensor, " B+1"],
     *,
+    token_weights: Float[Tensor, " N"] | None = None,
+    selected: Bool[Tensor, " N"] | None = None,
     vocab_size: int | None = None,
     reduction: str = "sequence_mean",
     denominator: float | Tensor | None = None,
+    chunk_rows: int | None = None,
     backend: str = "auto",
     **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
@@ -239,11 +203,13 @@ def paint_loss_from_logits(
     `paint_loss` there.
 
     Args:
-        student_logits: (N, V), any float dtype; only these get a gradient. -inf marks a token that
-            a model cannot produce. A row that is -inf throughout on either side has loss 0.
+        student_logits: (N, V), any float dtype; only these get a gradient. They are final: scaled
+            and capped as the model does. -inf marks a token that a model cannot produce. A row that
+            is -inf throughout on either side has loss 0.
         teacher_logits: (N, V), constant.
         cu_seqlens: (B+1,) int32 or int64, the bounds of the rollouts.
-        vocab_size, reduction, denominator, backend, options: as in `paint_loss`.
+        token_weights, selected, vocab_size, reduction, denominator, chunk_rows, backend, options:
+            as in `paint_loss`.
 
     Returns:
         PaintLossOutput, as `paint_loss`.
@@ -253,21 +219,25 @@ def paint_loss_from_logits(
     """
     student = local_tensor("student_logits", student_logits)
     teacher = local_tensor("teacher_logits", teacher_logits).detach()
-    vocab_size = _check_logits(student, teacher, cu_seqlens, vocab_size)
+    vocab_size = check_logits(student, teacher, cu_seqlens, vocab_size)
     dtype = compute_dtype(student, teacher)
-    settings = LossSettings(backend=resolve_backend(backend, student.device, dtype), **options)
-    check_top_k(settings.teacher_top_k, vocab_size)
-    loss, table, selected, _ = _ops.paint_loss_from_logits(
+    temperature = options.get("temperature", 1.0)
+    given = token_options(
+        student, dtype, token_weights=token_weights, temperature=temperature, selected=selected
+    )
+    backend = resolve_backend(backend, student.device, dtype)
+    settings = _settings(options, given, backend, chunk_rows, vocab_size)
+    loss, table, chosen, _ = _ops.paint_loss_from_logits(
         student[:, :vocab_size],
         teacher[:, :vocab_size],
         cu_seqlens,
-        token_weights_of(
-            cu_seqlens, student.shape[0], reduction, denominator, dtype, student.device
-        ),
+        loss_weights(student, cu_seqlens, reduction, denominator, given.weights, dtype),
+        given.temperatures,
+        given.selected,
         wants_gradient(student),
         *settings.arguments(),
     )
-    return output_of(loss, table, selected)
+    return output_of(loss, table, chosen, given.weights)
 
 
 @lists_options
@@ -275,12 +245,23 @@ def paint_loss(
     student_hidden_states: Float[Tensor, "N H"],
     teacher_hidden_states: Float[Tensor, "N H_T"],
     lm_head_weight: Float[Tensor, "V H"],
-    cu_seqlens: Int[Tensor, " B+1"],
+    cu_seqlens: Int[Tensor, " B+1"] | None = None,
     *,
+    labels: Int[Tensor, " N"] | Int[Tensor, "B T"] | None = None,
+    ignore_index: int = -100,
+    token_weights: Float[Tensor, " N"] | None = None,
+    selected: Bool[Tensor, " N"] | None = None,
+    lm_head_bias: Float[Tensor, " V"] | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     teacher_lm_head_weight: Float[Tensor, "V H_T"] | None = None,
+    teacher_lm_head_bias: Float[Tensor, " V"] | None = None,
+    teacher_logit_scale: float | None = None,
+    teacher_logit_softcap: float | None = None,
     vocab_size: int | None = None,
     reduction: str = "sequence_mean",
     denominator: float | Tensor | None = None,
+    chunk_rows: int | None = None,
     backend: str = "auto",
     **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
@@ -303,57 +284,96 @@ def paint_loss(
 
     Args:
         student_hidden_states: (N, H), any float dtype: the hidden states that predict the N packed
-            completion tokens.
-        teacher_hidden_states: (N, H_T), the teacher's for the same tokens; constant.
+            completion tokens. With `labels`, of their shape: (N, H) or (B, T, H).
+        teacher_hidden_states: (N, H_T), the teacher's for the same tokens, row by row; constant.
         lm_head_weight: (V, H), the student's head, and the teacher's unless that has its own.
         cu_seqlens: (B+1,) int32 or int64, the bounds of the rollouts, from 0 to N. Rollouts may be
             empty. The bounds may be on the CPU or on the other inputs' device. On a GPU, pass them
             on the CPU: a chunk of 1024 to 2048 rows then takes three matrix products, or four with
             a trainable head, and only selected rows whose rollout ends in a later chunk are
             computed twice. With bounds on the GPU, which are not read, all selected rows are.
+        labels: (N,) with `cu_seqlens`, or (B, T) without, one rollout a row. Rows whose label is
+            `ignore_index` are left out of everything: selection, means, lengths. Other labels have
+            no meaning here. Nothing is shifted: label i belongs to hidden state i, so it is the
+            token that this state predicts. Labels that are aligned with `input_ids`, as those of
+            transformers, are to be shifted by the caller (`labels[:, 1:]`, `hidden[:, :-1]`). The
+            values per token have the shape of `labels`, with 0 or False where one is ignored. The
+            host waits for the number of rows, where torch.compile breaks the graph unless
+            torch._dynamo.config.capture_dynamic_output_shape_ops is set.
+        ignore_index: the label of rows to leave out.
+        token_weights: (N,), or of the shape of `labels`: numbers that multiply the token losses.
+            They change no denominator, so 0 removes a token's gradient and keeps its place in the
+            means. Negative ones, as of advantages, are allowed. Constant. `token_loss` of the
+            result is without them.
+        selected: (N,) bool, or of the shape of `labels`: the positions that get the interpolated
+            target, in place of the top fraction, which is not used then. For callers that hold
+            parts of rollouts: rank the gathered ratios of `token_stats` with `select_top_fraction`.
+            The means of reduction="sequence_mean" are over the lengths that `cu_seqlens` gives.
+        lm_head_bias: (V,), the bias of the student's head; gets a gradient if it requires one.
+        logit_scale, logit_softcap: s and c of logits c * tanh(s * (h W^T + b) / c), and without a
+            cap s * (h W^T + b), in the order of transformers: Cohere has `logit_scale`, Granite
+            divides by `logits_scaling`, Gemma 2 has `final_logit_softcapping`. A weight does not
+            show whether its head has these; without them the loss is that of another model.
         teacher_lm_head_weight: (V, H_T); constant.
+        teacher_lm_head_bias, teacher_logit_scale, teacher_logit_softcap: the teacher's; constant.
+            Without a `teacher_lm_head_weight` they default to the student's, with one to none.
         vocab_size: number of rows of the heads that are real tokens; the rest are ignored.
         reduction: "sequence_mean", the mean over non-empty rollouts of their token means (Alg. 1
             line 17); "token_mean"; "sum"; or "none", where `loss` is (N,).
         denominator: a number or 0-d tensor that replaces the number of non-empty rollouts
             ("sequence_mean") or of tokens ("token_mean"). With micro-batches or data parallelism it
             is the global number.
+        chunk_rows: most tokens whose logits exist at a time, in place of a number that suits the
+            device and the head.
         backend: "auto" (triton for CUDA tensors, torch elsewhere), "torch" or "triton".
         options: the settings of the loss, described in `LossSettings`.
 
     Returns:
         PaintLossOutput. Its loss is differentiable by `student_hidden_states`, and by
-        `lm_head_weight` if that requires a gradient. All values are float32, or float64 for float64
-        inputs.
+        `lm_head_weight` and `lm_head_bias` if these require a gradient. All values are float32, or
+        float64 for float64 inputs.
 
     Raises:
         ValueError: for shapes, dtypes, devices, bounds or settings that do not fit. On a GPU the
-            values of the bounds are asserted on the device, so that the host does not wait.
+            values of bounds and temperatures are asserted on the device, so that the host does not
+            wait.
     """
     student = local_tensor("student_hidden_states", student_hidden_states)
     teacher = local_tensor("teacher_hidden_states", teacher_hidden_states).detach()
-    weight = local_tensor("lm_head_weight", lm_head_weight)
-    vocab_size, teacher_weight = _check_hidden_states(
-        student, teacher, weight, teacher_lm_head_weight, cu_seqlens, vocab_size
+    per_token: dict[str, Any] = {
+        "token_weights": token_weights,
+        "temperature": options.get("temperature", 1.0),
+        "selected": selected,
+    }
+    kept = None
+    if labels is not None:
+        kept = label_rows(labels, ignore_index, cu_seqlens)
+        student = kept.take("student_hidden_states", student)
+        teacher = kept.take("teacher_hidden_states", teacher)
+        per_token = {name: kept.take(name, values) for name, values in per_token.items()}
+        cu_seqlens = kept.cu_seqlens
+    heads = Heads(
+        *(lm_head_weight, lm_head_bias, teacher_lm_head_weight, teacher_lm_head_bias),
+        *(logit_scale, logit_softcap, teacher_logit_scale, teacher_logit_softcap),
     )
-    student, teacher, weight = (as_autocast_would(t) for t in (student, teacher, weight))
-    if teacher_weight is not None:
-        teacher_weight = as_autocast_would(teacher_weight)
-    heads = [weight] if teacher_weight is None else [weight, teacher_weight]
-    dtype = compute_dtype(student, teacher, *heads)
-    settings = LossSettings(backend=resolve_backend(backend, student.device, dtype), **options)
-    check_top_k(settings.teacher_top_k, vocab_size)
-    token_weights = token_weights_of(
-        cu_seqlens, student.shape[0], reduction, denominator, dtype, student.device
-    )
-    inputs = student, teacher, weight[:vocab_size], teacher_weight, cu_seqlens, token_weights
-    with_gradients = wants_gradient(student), wants_gradient(weight)
+    heads = resolve_heads(student, teacher, heads, vocab_size)
+    check_cu_seqlens(cu_seqlens, student.device)
+    assert cu_seqlens is not None
+    student, teacher = as_autocast_would(student), as_autocast_would(teacher)
+    dtype = logits_dtype(student, teacher, heads)
+    given = token_options(student, dtype, **per_token)
+    backend = resolve_backend(backend, student.device, dtype)
+    settings = _settings(options, given, backend, chunk_rows, heads.lm_head_weight.shape[0])
+    weights = loss_weights(student, cu_seqlens, reduction, denominator, given.weights, dtype)
+    inputs = student, teacher, *heads.arguments(), cu_seqlens, weights
+    inputs = *inputs, given.temperatures, given.selected
+    trained = (student, heads.lm_head_weight, heads.lm_head_bias)
+    with_gradients = [wants_gradient(tensor) for tensor in trained]
     if settings.teacher_top_k is not None:
-        loss, table, selected, _, _ = _topk_ops.paint_loss_teacher_top_k(
+        loss, table, chosen, *_ = _topk_ops.paint_loss_teacher_top_k(
             *inputs, any(with_gradients), *settings.arguments()
         )
     else:
-        loss, table, selected, _, _ = _ops.paint_loss(
-            *inputs, *with_gradients, *settings.arguments()
-        )
-    return output_of(loss, table, selected)
+        loss, table, chosen, *_ = _ops.paint_loss(*inputs, *with_gradients, *settings.arguments())
+    output = output_of(loss, table, chosen, given.weights)
+    return output if kept is None else kept.restore(output)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Unpack
 import torch
 from torch import Tensor
 
-from paint_kernels._settings import LossOptions, LossSettings, lists_options
+from paint_kernels._settings import LossOptions, LossSettings, lists_options, without_temperature
 from paint_kernels._types import PaintLossOutput, TokenLogprobs, TokenStats
 
 if TYPE_CHECKING:
@@ -36,16 +36,38 @@ def project(
         return hidden_states.to(dtype) @ weight.to(dtype).T
 
 
+def head_logits(
+    hidden_states: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    bias: Float[Tensor, " V"] | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Float[Tensor, "N V"]:
+    """Returns softcap * tanh(scale * (h W^T + b) / softcap), without a cap scale * (h W^T + b)."""
+    logits = project(hidden_states, weight)
+    if bias is not None:
+        logits = logits + bias.to(torch.promote_types(logits.dtype, bias.dtype))
+    logits = scale * logits
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def per_row(temperature: float | Tensor) -> float | Tensor:
+    """Returns a number as it is, and (N,) temperatures as a column."""
+    return temperature[:, None] if isinstance(temperature, Tensor) else temperature
+
+
 def masked_rows(logits: Float[Tensor, "N V"]) -> Bool[Tensor, " N"]:
     """Returns True for rows in which every logit is -inf, which define no distribution."""
     return (logits == -math.inf).all(dim=-1)
 
 
-def log_probabilities(logits: Float[Tensor, "N V"], temperature: float) -> Float[Tensor, "N V"]:
+def log_probabilities(
+    logits: Float[Tensor, "N V"], temperature: float | Float[Tensor, " N"]
+) -> Float[Tensor, "N V"]:
     """Returns log softmax(logits / temperature). Fully masked rows are uniform; no result uses
     them."""
     usable = torch.where(masked_rows(logits)[:, None], 0.0, logits)
-    return torch.log_softmax(usable / temperature, dim=-1)
+    return torch.log_softmax(usable / per_row(temperature), dim=-1)
 
 
 def entropy_of(log_p: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
@@ -140,8 +162,12 @@ def reduce_tokens(
     cu_seqlens: Int[Tensor, " B+1"],
     reduction: str,
     denominator: float | Tensor | None,
+    token_weights: Float[Tensor, " N"] | None = None,
 ) -> Tensor:
-    """Returns the loss of a batch; "sequence_mean" is Alg. 1 line 17."""
+    """Returns the loss of a batch; "sequence_mean" is Alg. 1 line 17. The weights multiply the
+    token losses and change no denominator."""
+    if token_weights is not None:
+        token_loss = token_loss * token_weights
     if reduction == "none":
         return token_loss
     if reduction == "sum":
@@ -160,13 +186,16 @@ def paint_loss_from_logits(
     teacher_logits: Float[Tensor, "N V"],
     cu_seqlens: Int[Tensor, " B+1"],
     *,
+    token_weights: Float[Tensor, " N"] | None = None,
+    selected: Bool[Tensor, " N"] | None = None,
     vocab_size: int | None = None,
     reduction: str = "sequence_mean",
     denominator: float | Tensor | None = None,
     **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
     """Computes the PAINT loss of (N, V) logits (Eq. 3, 8, 9, 12, 13, Alg. 1)."""
-    settings = LossSettings(**options)
+    temperature = options.get("temperature", 1.0)
+    settings = LossSettings(**without_temperature(options))
     student_logits = at_least_float32(student_logits[:, :vocab_size])
     teacher_logits = at_least_float32(teacher_logits[:, :vocab_size]).detach()
     if settings.teacher_top_k is not None:
@@ -175,17 +204,18 @@ def paint_loss_from_logits(
         teacher_logits = teacher_logits.gather(1, largest)
 
     student_masked, teacher_masked = masked_rows(student_logits), masked_rows(teacher_logits)
-    log_p_student = log_probabilities(student_logits, settings.temperature)
+    log_p_student = log_probabilities(student_logits, temperature)
     with torch.no_grad():
         student_entropy = entropy_of(log_p_student).masked_fill(student_masked, 0.0)
-        teacher_entropy = entropy_of(log_probabilities(teacher_logits, settings.temperature))
+        teacher_entropy = entropy_of(log_probabilities(teacher_logits, temperature))
         teacher_entropy = teacher_entropy.masked_fill(teacher_masked, 0.0)
         entropy_ratio = teacher_entropy / student_entropy.clamp(min=settings.entropy_floor)
-        selected = select_top_fraction(entropy_ratio, cu_seqlens, settings.top_fraction)
+        if selected is None:
+            selected = select_top_fraction(entropy_ratio, cu_seqlens, settings.top_fraction)
         target_logits = interpolate(
             teacher_logits, student_logits, selected, settings.interpolation_weight
         )
-        log_p_target = log_probabilities(target_logits, settings.temperature)
+        log_p_target = log_probabilities(target_logits, temperature)
 
     values = clipped_divergence(
         log_p_student,
@@ -198,7 +228,7 @@ def paint_loss_from_logits(
     usable = ~(student_masked | masked_rows(target_logits))
     token_loss, token_kl, clipped_mass = (torch.where(usable, value, 0.0) for value in values)
     return PaintLossOutput(
-        loss=reduce_tokens(token_loss, cu_seqlens, reduction, denominator),
+        loss=reduce_tokens(token_loss, cu_seqlens, reduction, denominator, token_weights),
         token_loss=token_loss.detach(),
         token_kl=token_kl,
         student_entropy=student_entropy,
@@ -209,45 +239,96 @@ def paint_loss_from_logits(
     )
 
 
+def kept_bounds(
+    kept: Bool[Tensor, ...], cu_seqlens: Int[Tensor, " B+1"] | None
+) -> Int[Tensor, " B+1"]:
+    """Returns the bounds of the rollouts in the kept rows: of the rows of (B, T), or of (N,) with
+    the bounds `cu_seqlens`."""
+    if cu_seqlens is None:
+        lengths = [int(row.sum()) for row in kept]
+    else:
+        lengths = [int(part.sum()) for part in kept.split(cu_seqlens.diff().tolist())]
+    return torch.tensor([0, *itertools.accumulate(lengths)])
+
+
 @lists_options
 def paint_loss(
     student_hidden_states: Float[Tensor, "N H"],
     teacher_hidden_states: Float[Tensor, "N H_T"],
     lm_head_weight: Float[Tensor, "V H"],
-    cu_seqlens: Int[Tensor, " B+1"],
+    cu_seqlens: Int[Tensor, " B+1"] | None = None,
     *,
+    labels: Int[Tensor, " N"] | Int[Tensor, "B T"] | None = None,
+    ignore_index: int = -100,
+    token_weights: Float[Tensor, " N"] | None = None,
+    selected: Bool[Tensor, " N"] | None = None,
+    lm_head_bias: Float[Tensor, " V"] | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     teacher_lm_head_weight: Float[Tensor, "V H_T"] | None = None,
+    teacher_lm_head_bias: Float[Tensor, " V"] | None = None,
+    teacher_logit_scale: float | None = None,
+    teacher_logit_softcap: float | None = None,
     vocab_size: int | None = None,
     reduction: str = "sequence_mean",
     denominator: float | Tensor | None = None,
     **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
     """Computes the PAINT loss of hidden states (N, H), (N, H_T) and heads (V, H), (V, H_T)."""
-    teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
-    return paint_loss_from_logits(
-        project(student_hidden_states, lm_head_weight),
-        project(teacher_hidden_states, teacher_weight).detach(),
+    student_head = (lm_head_weight, lm_head_bias, logit_scale, logit_softcap)
+    weight, bias, scale, softcap = student_head
+    if teacher_lm_head_weight is not None:
+        weight, bias, scale, softcap = teacher_lm_head_weight, None, 1.0, None
+    teacher_head = (
+        weight,
+        bias if teacher_lm_head_bias is None else teacher_lm_head_bias,
+        scale if teacher_logit_scale is None else teacher_logit_scale,
+        softcap if teacher_logit_softcap is None else teacher_logit_softcap,
+    )
+
+    kept = torch.ones_like(student_hidden_states[..., 0], dtype=torch.bool)
+    if labels is not None:
+        kept = labels != ignore_index
+        cu_seqlens = kept_bounds(kept, cu_seqlens)
+    assert cu_seqlens is not None
+    temperature = options.get("temperature", 1.0)
+    if isinstance(temperature, Tensor):
+        options["temperature"] = temperature[kept]
+    output = paint_loss_from_logits(
+        head_logits(student_hidden_states[kept], *student_head),
+        head_logits(teacher_hidden_states[kept], *teacher_head).detach(),
         cu_seqlens,
+        token_weights=None if token_weights is None else token_weights[kept],
+        selected=None if selected is None else selected[kept],
         vocab_size=vocab_size,
         reduction=reduction,
         denominator=denominator,
         **options,
     )
 
+    def spread(values: Tensor) -> Tensor:
+        return values.new_zeros(kept.shape).masked_scatter(kept, values)
+
+    return PaintLossOutput(*(value if value.ndim == 0 else spread(value) for value in output))
+
 
 def token_stats(
     hidden_states: Float[Tensor, "N H"],
     lm_head_weight: Float[Tensor, "V H"],
     *,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, " N"] = 1.0,
+    lm_head_bias: Float[Tensor, " V"] | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     vocab_size: int | None = None,
 ) -> TokenStats:
-    """Returns (N,) log-sum-exp and entropy of softmax(hidden_states @ lm_head_weight.T /
-    temperature)."""
+    """Returns (N,) log-sum-exp and entropy of softmax(logits / temperature), with the logits of
+    `head_logits`."""
+    head = (lm_head_weight, lm_head_bias, logit_scale, logit_softcap)
     with torch.no_grad():
-        logits = project(hidden_states, lm_head_weight)[:, :vocab_size]
+        logits = head_logits(hidden_states, *head)[:, :vocab_size]
         entropy = entropy_of(log_probabilities(logits, temperature))
-        return TokenStats(torch.logsumexp(logits / temperature, dim=-1), entropy)
+        return TokenStats(torch.logsumexp(logits / per_row(temperature), dim=-1), entropy)
 
 
 def token_logprobs(
@@ -255,11 +336,14 @@ def token_logprobs(
     lm_head_weight: Float[Tensor, "V H"],
     token_ids: Int[Tensor, " N"],
     *,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, " N"] = 1.0,
+    lm_head_bias: Float[Tensor, " V"] | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     vocab_size: int | None = None,
 ) -> TokenLogprobs:
     """Returns (N,) log-probabilities of `token_ids`, and the detached entropy."""
-    logits = project(hidden_states, lm_head_weight)[:, :vocab_size]
-    log_p = log_probabilities(logits, temperature)
+    head = (lm_head_weight, lm_head_bias, logit_scale, logit_softcap)
+    log_p = log_probabilities(head_logits(hidden_states, *head)[:, :vocab_size], temperature)
     logprobs = log_p.gather(1, token_ids.long()[:, None])[:, 0]
     return TokenLogprobs(logprobs, entropy_of(log_p.detach()))

@@ -68,7 +68,7 @@ def paint_loss_from_topk(
     **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
     """Computes the loss with one distribution per token."""
-    settings = LossSettings(**options)
+    settings = LossSettings(**options)  # pyright: ignore[reportArgumentType]
     logits = project(student_hidden_states, lm_head_weight)[:, :vocab_size]
     logprobs = at_least_float32(teacher_logprobs).detach().to(logits.dtype)
     every_p, every_q = [], []

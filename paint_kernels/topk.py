@@ -16,11 +16,12 @@ from paint_kernels._checks import (
     resolve_backend,
     resolve_vocab_size,
 )
+from paint_kernels._inputs import as_autocast_would, loss_weights
 from paint_kernels._matmul import compute_dtype
 from paint_kernels._settings import LossOptions, LossSettings, lists_options
 from paint_kernels._topk import TAILS
 from paint_kernels._types import PaintLossOutput
-from paint_kernels.functional import as_autocast_would, output_of, token_weights_of, wants_gradient
+from paint_kernels.functional import output_of, wants_gradient
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -67,7 +68,8 @@ def paint_loss_from_topk(
     Args:
         student_hidden_states: (N, H), any float dtype: the hidden states that predict the N packed
             completion tokens.
-        lm_head_weight: (V, H), the student's head.
+        lm_head_weight: (V, H), the student's head. Logits are its plain product with the hidden
+            states: a bias, a scale and a softcap, as `paint_loss` takes them, are not taken here.
         teacher_token_ids: (N, K) int32 or int64, rows of the head, no id twice in a row. The id -1
             fills up rows with fewer. A row without any id is a token with loss 0.
         teacher_logprobs: (N, K), any float dtype: natural logarithms of the teacher's
@@ -76,7 +78,8 @@ def paint_loss_from_topk(
         cu_seqlens: (B+1,) int32 or int64, the bounds of the rollouts, from 0 to N.
         tail: "bucket", "renormalise" or "drop".
         vocab_size, reduction, denominator, backend: as in `paint_loss`.
-        options: the settings of the loss, described in `LossSettings`, but for `teacher_top_k`.
+        options: the settings of the loss, described in `LossSettings`, but for `teacher_top_k`. The
+            temperature is a number.
 
     Returns:
         PaintLossOutput, as `paint_loss`, with the entropies of the distributions on the support.
@@ -96,7 +99,10 @@ def paint_loss_from_topk(
     vocab_size = resolve_vocab_size(vocab_size, weight.shape[0])
     student, weight = as_autocast_would(student), as_autocast_would(weight)
     dtype = compute_dtype(student, weight)
-    settings = LossSettings(backend=resolve_backend(backend, student.device, dtype), **options)
+    settings = LossSettings(
+        backend=resolve_backend(backend, student.device, dtype),
+        **options,  # pyright: ignore[reportArgumentType]  # refuses a tensor of temperatures
+    )
     if settings.teacher_top_k is not None:
         raise ValueError(
             f"teacher_top_k is {settings.teacher_top_k}: here the columns of teacher_token_ids are "
@@ -108,10 +114,10 @@ def paint_loss_from_topk(
         teacher_token_ids,
         teacher_logprobs.detach(),
         cu_seqlens,
-        token_weights_of(cu_seqlens, len(student), reduction, denominator, dtype, student.device),
+        loss_weights(student, cu_seqlens, reduction, denominator, None, dtype),
         wants_gradient(student),
         wants_gradient(weight),
         tail,
         *settings.arguments(),
     )
-    return output_of(loss, table, selected)
+    return output_of(loss, table, selected, None)

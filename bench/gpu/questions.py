@@ -27,6 +27,7 @@ from bench.losses import (
     our_loss,
 )
 from paint_kernels import LossSettings, _loss, _ops, _triton_backend
+from paint_kernels._heads import Head, Projection
 from paint_kernels._plan import Chunk, most_rows
 from paint_kernels._sources import HiddenSource, chunk_buffer
 
@@ -55,8 +56,8 @@ def inputs_of(num_tokens: int, rollout_tokens: int, device: torch.device) -> Inp
 
 def source_of(inputs: Inputs, rows: int) -> HiddenSource:
     return HiddenSource(
-        (inputs.student.detach(), inputs.weight),
-        (inputs.teacher, inputs.weight),
+        Projection(inputs.student.detach(), Head(inputs.weight)),
+        Projection(inputs.teacher, Head(inputs.weight)),
         None,
         rows_per_chunk=rows,
         temperature=SETTINGS.temperature,

@@ -25,6 +25,7 @@ from bench.losses import (
     plain_loss,
 )
 from paint_kernels import LossSettings
+from paint_kernels._heads import Heads
 
 FULL_LOGITS = ("memory below the full logits",)
 
@@ -73,15 +74,15 @@ def our_float32_rows(inputs: Inputs, objective: Objective) -> Tensor:
         backend="triton" if inputs.weight.is_cuda else "torch",
     )
     token_weights = torch.full_like(inputs.student[:, 0], 1 / num_tokens, dtype=torch.float32)
-    _, _, _, rows, _ = torch.ops.paint_kernels.paint_loss(
+    heads = Heads(inputs.weight)
+    _, _, _, rows, *_ = torch.ops.paint_kernels.paint_loss(
         inputs.student.detach(),
         inputs.teacher,
-        inputs.weight,
-        None,
+        *heads.arguments(),
         inputs.cu_seqlens,
         token_weights,
-        True,
-        False,
+        *(None, None),
+        *(True, False, False),
         *settings.arguments(),
     )
     return rows / num_tokens

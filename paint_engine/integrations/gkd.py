@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paint_engine.integrations.heads import check_plain_head
+from paint_engine.integrations.heads import head_settings
 from paint_engine.integrations.padded import padded_paint_loss, resolve_loss_settings
 from paint_engine.integrations.trainer import count_step, predicts_completion, student_states
 
@@ -44,8 +44,9 @@ class PaintGKDTrainer(GKDTrainer):
     ) -> None:
         self.loss_settings = resolve_loss_settings(loss_settings)
         super().__init__(*args, **kwargs)
-        check_plain_head(self.model, "student")
-        check_plain_head(self.accelerator.unwrap_model(self.teacher_model), "teacher")
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        self.loss_settings |= head_settings(self.model, "student")
+        self.loss_settings |= head_settings(teacher, "teacher")
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -64,6 +65,7 @@ class PaintGKDTrainer(GKDTrainer):
         student = student_states(model, ids, mask)
         teacher_model = self.accelerator.unwrap_model(self.teacher_model).eval()
         kept = predicts_completion(inputs["labels"])
+        head, teacher_head = (one.get_output_embeddings() for one in (self.model, teacher_model))
         # Trainer enables autocast only inside the model.
         with self.accelerator.autocast():
             with torch.no_grad():
@@ -71,10 +73,12 @@ class PaintGKDTrainer(GKDTrainer):
             output = padded_paint_loss(
                 student[:, :-1],
                 kept,
-                self.model.get_output_embeddings().weight,
+                head.weight,
                 teacher.last_hidden_state[:, :-1],
                 kept,
-                teacher_model.get_output_embeddings().weight,
+                teacher_head.weight,
+                student_bias=head.bias,
+                teacher_bias=teacher_head.bias,
                 # In evaluation Trainer weights micro-batches itself.
                 denominator=num_items_in_batch if self.model.training else None,
                 **self.loss_settings,

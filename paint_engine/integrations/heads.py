@@ -1,4 +1,4 @@
-"""The output head as the one matrix that `paint_loss` reads."""
+"""The output head as `paint_loss` takes it: one matrix, a bias, a scale, a cap."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-def check_plain_head(model: Any, role: str) -> None:
-    """Raises ValueError unless the model's logits are hidden states @ head.weight.T.
+def head_settings(model: Any, role: str) -> dict[str, Any]:
+    """Returns the scale and the cap of the model's logits, as keyword arguments of `paint_loss`.
+
+    Its own forward is asked, with a small head in place of its own. The head's bias is not in the
+    result: a sharded one is gathered for each loss.
 
     model: a causal language model of transformers, or a PeftModel around one.
-    role: what the message calls it, such as "student".
+    role: "student", or "teacher", whose arguments have other names.
+
+    Raises ValueError if the logits are not the function of hidden states and head that `paint_loss`
+    computes.
     """
     # Imported here: `paint_loss` on packed rows needs none of the engine's libraries.
     from paint_engine.model.forward import causal_lm
-    from paint_engine.model.probe import logit_scale
+    from paint_engine.model.probe import head_function
 
-    scale = logit_scale(causal_lm(model), f"the {role}")
-    if scale != 1.0:
-        raise ValueError(
-            f"the {role} multiplies its logits by {scale:g}; paint_loss needs logits that are a "
-            "plain product of hidden states and head, as in Qwen3 and Llama; use such a model"
-        )
+    function = head_function(causal_lm(model), f"the {role}")
+    prefix = "teacher_" if role == "teacher" else ""
+    return {f"{prefix}logit_scale": function.scale, f"{prefix}logit_softcap": function.softcap}
 
 
-def whole_head(weight: Float[Tensor, "V H"]) -> Float[Tensor, "V H"]:
-    """Returns the head's whole weight on each rank, gathered if FSDP2 shards it.
+def whole_head(weight: Float[Tensor, "V ..."]) -> Float[Tensor, "V ..."]:
+    """Returns the head's whole weight, or its bias, on each rank, gathered if FSDP2 shards it.
 
     The gradient is averaged over the ranks and sharded again. Call it after the model's forward.
     """

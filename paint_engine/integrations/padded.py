@@ -26,11 +26,11 @@ def resolve_loss_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
     Raises ValueError for an unknown name and for a reduction that no trainer can average.
     """
     resolved = {"reduction": "sequence_mean", **(settings or {})}
-    known = list(inspect.signature(PaintLoss).parameters)
+    known = [name for name in inspect.signature(PaintLoss).parameters if "logit_" not in name]
     if unknown := [name for name in resolved if name not in known]:
         raise ValueError(
             f"loss_settings has {', '.join(map(repr, unknown))}: it takes {', '.join(known)}. The "
-            "trainer computes the denominator itself."
+            "trainer computes the denominator itself, and asks the models for scales and caps."
         )
     if resolved["reduction"] not in REDUCTIONS:
         raise ValueError(
@@ -49,13 +49,15 @@ def padded_paint_loss(
     teacher_head: Float[Tensor, "V H_T"] | None,
     *,
     denominator: float | Tensor | None,
+    student_bias: Float[Tensor, " V"] | None = None,
+    teacher_bias: Float[Tensor, " V"] | None = None,
     **settings: Any,
 ) -> PaintLossOutput:
     """Computes `paint_loss` of one padded micro-batch.
 
     The masks are True on the positions whose hidden states predict the tokens of the loss; each row
     has the same number of them for the student and the teacher.
-    teacher_head: None if it is the student's.
+    teacher_head: None if it is the student's, and then its bias is too.
     denominator: rollouts or tokens of the whole step, by the reduction, divided by the number of
     ranks; None is this micro-batch's own count.
     """
@@ -72,7 +74,9 @@ def padded_paint_loss(
         teacher_hidden_states[teacher_mask],
         whole_head(student_head),
         pad(lengths.cumsum(0), (1, 0)).int(),
+        lm_head_bias=None if student_bias is None else whole_head(student_bias),
         teacher_lm_head_weight=None if teacher_head is None else whole_head(teacher_head),
+        teacher_lm_head_bias=None if teacher_bias is None else whole_head(teacher_bias),
         denominator=denominator,
         **settings,
     )

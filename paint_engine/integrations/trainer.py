@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from paint_engine.integrations.heads import check_plain_head
+from paint_engine.integrations.heads import head_settings
 from paint_engine.integrations.padded import padded_paint_loss, resolve_loss_settings
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ class PaintTrainer(Trainer):
     "sequence_mean" (the default: the mean over the rollouts of the step) or "token_mean". Both are
     exact over micro-batches and ranks.
 
-    Raises ValueError if the logits of a model are not hidden states times head, if there is neither
-    a teacher nor an adapter, or if a setting is unknown.
+    Raises ValueError if the logits of a model are not made of its hidden states and its head alone,
+    if there is neither a teacher nor an adapter, or if a setting is unknown.
     """
 
     # The denominator counts the whole step: do not divide by the number of micro-batches again.
@@ -88,10 +88,10 @@ class PaintTrainer(Trainer):
     ) -> None:
         self.loss_settings = resolve_loss_settings(loss_settings)
         super().__init__(*args, **kwargs)
-        check_plain_head(self.model, "student")
+        self.loss_settings |= head_settings(self.model, "student")
         self.teacher = teacher
         if teacher is not None:
-            check_plain_head(teacher, "teacher")
+            self.loss_settings |= head_settings(teacher, "teacher")
             self.teacher.requires_grad_(False).eval().to(self.args.device)
         elif not hasattr(self.model, "disable_adapter"):  # peft need not be installed
             raise ValueError(
@@ -116,15 +116,18 @@ class PaintTrainer(Trainer):
         teacher, teacher_head = self.teacher_states(
             inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
         )
+        head = self.model.get_output_embeddings()
         # Trainer enables autocast only inside the model.
         with self.accelerator.autocast():
             output = padded_paint_loss(
                 student[:, :-1],
                 predicts_completion(inputs["labels"]),
-                self.model.get_output_embeddings().weight,
+                head.weight,
                 teacher[:, :-1],
                 predicts_completion(inputs["teacher_labels"]),
-                teacher_head,
+                None if teacher_head is None else teacher_head.weight,
+                student_bias=head.bias,
+                teacher_bias=None if teacher_head is None else teacher_head.bias,
                 # In evaluation Trainer weights micro-batches itself.
                 denominator=num_items_in_batch if self.model.training else None,
                 **self.loss_settings,
@@ -134,13 +137,13 @@ class PaintTrainer(Trainer):
     @torch.no_grad()
     def teacher_states(
         self, input_ids: Int[Tensor, "B S"], attention_mask: Int[Tensor, "B S"]
-    ) -> tuple[Float[Tensor, "B S H_T"], Float[Tensor, "V H_T"] | None]:
+    ) -> tuple[Float[Tensor, "B S H_T"], nn.Linear | None]:
         """Returns the teacher's final hidden states, and its head if it is not the student's."""
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         with self.accelerator.autocast():
             if self.teacher is not None:
                 outputs = self.teacher.base_model(**batch)
-                return outputs.last_hidden_state, self.teacher.get_output_embeddings().weight
+                return outputs.last_hidden_state, self.teacher.get_output_embeddings()
             with self.model.disable_adapter():
                 outputs = self.model.get_base_model().base_model(**batch)
         return outputs.last_hidden_state, None

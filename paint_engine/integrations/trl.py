@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from paint_engine.integrations.heads import check_plain_head
+from paint_engine.integrations.heads import head_settings
 from paint_engine.integrations.padded import padded_paint_loss, resolve_loss_settings
 
 if importlib.util.find_spec("trl") is None:
@@ -45,9 +45,12 @@ class PaintDistillationTrainer(DistillationTrainer):
     ) -> None:
         resolved = resolve_loss_settings(loss_settings)
         super().__init__(*args, **kwargs)
-        self.loss_settings = {"temperature": self.temperature, **resolved}
-        check_plain_head(self.model, "student")
-        check_plain_head(self.accelerator.unwrap_model(self.teacher_model), "teacher")
+        self.loss_settings = {
+            "temperature": self.temperature,
+            **resolved,
+            **head_settings(self.model, "student"),
+            **head_settings(self.accelerator.unwrap_model(self.teacher_model), "teacher"),
+        }
 
     def _compute_loss(
         self, unwrapped_student: Any, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None
@@ -67,16 +70,21 @@ class PaintDistillationTrainer(DistillationTrainer):
             inputs["completion_ids"].shape[1],
         )
         kept = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
+        head, teacher_head = (
+            one.get_output_embeddings() for one in (unwrapped_student, teacher_model)
+        )
         # Trainer enables autocast only inside the model.
         with self.accelerator.autocast():
             student = self._get_last_hidden_state(unwrapped_student, *sequences)
             output = padded_paint_loss(
                 student,
                 kept,
-                unwrapped_student.get_output_embeddings().weight,
+                head.weight,
                 self._teacher_states(teacher_model, *sequences),
                 kept,
-                teacher_model.get_output_embeddings().weight,
+                teacher_head.weight,
+                student_bias=head.bias,
+                teacher_bias=teacher_head.bias,
                 denominator=self._denominator(num_items_in_batch, len(kept)),
                 **self.loss_settings,
             )

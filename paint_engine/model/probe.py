@@ -6,7 +6,7 @@ them, add a bias. A constant scale is put into the hidden states; anything else 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,8 @@ _NUM_STATES = 16
 _LENGTHS = (9, 5)
 # Factors on hidden states whose logits are about 1: a bias shows at 0, a cap at 50 or above at 100.
 _MAGNITUDES = (0.0, 1.0, 100.0)
+
+_SOFTCAP = "final_logit_softcapping"
 
 
 class _Output:
@@ -91,17 +93,32 @@ def _own_logits(
         return type(model).forward(model, input_ids=ids, use_cache=False).logits.double()
 
 
-@torch.no_grad()
-def logit_scale(model: PreTrainedModel, name: str) -> float:
-    """Returns the factor s of a model whose logits are s * hidden states @ head.weight.T.
+class HeadFunction(NamedTuple):
+    """Logits softcap * tanh(scale * (states @ weight.T + bias) / softcap), without a cap
+    scale * (states @ weight.T + bias)."""
 
-    It calls the model's own forward with given hidden states and a small head, so it reads no
-    weights and works on the meta device.
+    scale: float
+    softcap: float | None
 
-    name: what the message calls the model.
+    def __call__(self, product: Tensor) -> Tensor:
+        logits = self.scale * product
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    Raises ValueError if the logits are anything else.
-    """
+
+class _Probe(NamedTuple):
+    """What a model's forward made of given hidden states, times each of _MAGNITUDES, and a small
+    head."""
+
+    plain: Float[Tensor, "T R"]
+    """float64: the states, times 1, times the head"""
+    bias: Float[Tensor, " R"]
+    """float64; 0 where the model's head has none"""
+    own: dict[float, Float[Tensor, "T R"]]
+
+
+def _probe(model: PreTrainedModel, name: str) -> _Probe:
+    """Calls the model's own forward with given hidden states and a small head, so it reads no
+    weights and works on the meta device."""
     old = model.get_output_embeddings()
     if not isinstance(old, nn.Linear):
         raise ValueError(
@@ -118,9 +135,8 @@ def logit_scale(model: PreTrainedModel, name: str) -> float:
     for weight in head.parameters():
         weight.copy_(torch.randn(weight.shape, generator=generator) / width**0.5)
     states = torch.randn(1, _NUM_STATES, width, generator=generator)
-    plain = states.double() @ head.weight.double().T
     try:
-        own = {factor: _own_logits(model, head, factor * states) for factor in _MAGNITUDES}
+        own = {factor: _own_logits(model, head, factor * states)[0] for factor in _MAGNITUDES}
     except Exception as error:
         # The forward is not ours, and with trust_remote_code anybody's.
         raise ValueError(
@@ -128,22 +144,84 @@ def logit_scale(model: PreTrainedModel, name: str) -> float:
             f"output and its head alone ({type(error).__name__}: {error}); needs a causal "
             "language model such as Qwen3 or Llama"
         ) from error
-    scale = float((own[1.0] * plain).sum() / plain.square().sum())
-    for factor, logits in own.items():
-        expected = factor * scale * plain
-        error = float((logits - expected).abs().max() / max(1.0, factor) / plain.abs().max())
-        if not error <= _TOLERANCE[torch.float32] * abs(scale):
-            cause = "a bias" if factor == 0 else "a cap, as by final_logit_softcapping"
-            raise ValueError(
-                f"{name}: its logits are not its hidden states times its head (at hidden states "
-                f"times {factor:g} they differ by {error:.1e}, probably by {cause}); needs logits "
-                "that are that product or a constant multiple of it, as in Qwen3, Llama or "
-                "Granite; use such a model"
-            )
+    plain = states[0].double() @ head.weight.double().T
+    bias = plain.new_zeros(_NUM_ROWS) if head.bias is None else head.bias.double()
+    return _Probe(plain, bias, own)
+
+
+def _fitted(probe: _Probe, bias: Float[Tensor, " R"], softcap: float | None) -> HeadFunction:
+    """Returns the function whose scale fits the logits at hidden states times 1 best."""
+    logits, product = probe.own[1.0], probe.plain + bias
+    if softcap is not None:
+        logits = softcap * torch.atanh(logits / softcap)
+    scale = float((logits * product).sum() / product.square().sum())
     if abs(scale - 1) < _TOLERANCE[torch.float32]:
-        return 1.0
+        return HeadFunction(1.0, softcap)
     # The factor of float32 logits: rounding makes it exact where it is a power of two.
-    return float(torch.tensor(scale, dtype=torch.float32))
+    return HeadFunction(float(torch.tensor(scale, dtype=torch.float32)), softcap)
+
+
+def _misfit(
+    probe: _Probe, bias: Float[Tensor, " R"], function: HeadFunction
+) -> tuple[float, float] | None:
+    """Returns the first factor on the hidden states at which the model has other logits, and by how
+    much; None if it has the same."""
+    for factor, logits in probe.own.items():
+        expected = function(factor * probe.plain + bias)
+        error = float((logits - expected).abs().max() / max(1.0, factor) / probe.plain.abs().max())
+        if not error <= _TOLERANCE[torch.float32] * abs(function.scale):
+            return factor, error
+    return None
+
+
+@torch.no_grad()
+def logit_scale(model: PreTrainedModel, name: str) -> float:
+    """Returns the factor s of a model whose logits are s * hidden states @ head.weight.T.
+
+    It calls the model's own forward with given hidden states and a small head, so it reads no
+    weights and works on the meta device.
+
+    name: what the message calls the model.
+
+    Raises ValueError if the logits are anything else.
+    """
+    probe = _probe(model, name)
+    none = torch.zeros_like(probe.bias)
+    function = _fitted(probe, none, None)
+    if misfit := _misfit(probe, none, function):
+        factor, error = misfit
+        cause = "a bias" if factor == 0 else "a cap, as by final_logit_softcapping"
+        raise ValueError(
+            f"{name}: its logits are not its hidden states times its head (at hidden states "
+            f"times {factor:g} they differ by {error:.1e}, probably by {cause}); needs logits "
+            "that are that product or a constant multiple of it, as in Qwen3, Llama or "
+            "Granite; use such a model"
+        )
+    return function.scale
+
+
+@torch.no_grad()
+def head_function(model: PreTrainedModel, name: str) -> HeadFunction:
+    """Returns what a model makes of hidden states @ head.weight.T + head.bias, by its own forward.
+
+    The cap is that of `final_logit_softcapping` in its configuration; the scale is found without
+    its name. Both are tested as in `logit_scale`.
+
+    name: what the message calls the model.
+
+    Raises ValueError if the logits are anything else.
+    """
+    probe = _probe(model, name)
+    softcap = getattr(model.config.get_text_config(), _SOFTCAP, None)
+    function = _fitted(probe, probe.bias, None if softcap is None else float(softcap))
+    if misfit := _misfit(probe, probe.bias, function):
+        factor, error = misfit
+        raise ValueError(
+            f"{name}: its logits are not its hidden states times its head, with a bias, a scale "
+            f"and {_SOFTCAP} {softcap} (at hidden states times {factor:g} they differ by "
+            f"{error:.1e}); needs logits that are made so; use such a model"
+        )
+    return function
 
 
 def set_logit_scale(model: PreTrainedModel, name: str) -> None:

@@ -15,6 +15,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     TrainingArguments,
 )
 
@@ -239,19 +241,39 @@ def test_completions_of_different_lengths_are_refused(make_model, tmp_path):
         trainer.compute_loss(trainer.model, batch)
 
 
-def test_what_the_loss_would_get_wrong_is_refused(make_model, tmp_path):
+def other_head(kind: str, shape: dict[str, Any], seed: int) -> Any:
+    """A model that caps its logits, scales them or has a bias."""
+    torch.manual_seed(seed)
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    common = shape | layers | {"intermediate_size": 32, "pad_token_id": 0}
+    if kind == "cap":
+        model = Gemma2ForCausalLM(Gemma2Config(**common, final_logit_softcapping=0.5))
+    elif kind == "scale":
+        model = GraniteForCausalLM(GraniteConfig(**common, logits_scaling=4.0))
+    else:
+        del common["head_dim"]
+        model = PhiForCausalLM(PhiConfig(**common))
+        torch.nn.init.normal_(model.lm_head.bias)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "teachers"), [("cap", "scale"), ("scale", "bias"), ("bias", "cap")]
+)
+def test_heads_that_cap_scale_and_shift(make_model, flat_weights, tmp_path, kind, teachers):
     shape = make_model(0).config
     shape = {name: getattr(shape, name) for name in ("vocab_size", "hidden_size", "head_dim")}
-    capped = Gemma2ForCausalLM(Gemma2Config(**shape, num_hidden_layers=1, intermediate_size=32))
-    with pytest.raises(ValueError, match=r"the student: its logits are not .*a cap"):
-        make_trainer(capped, tmp_path, teacher=make_model(1))
-    with pytest.raises(ValueError, match=r"the teacher: its logits are not .*a cap"):
-        make_trainer(make_model(0), tmp_path, teacher=capped)
-    scaled = GraniteForCausalLM(
-        GraniteConfig(**shape, num_hidden_layers=1, intermediate_size=32, logits_scaling=4.0)
-    )
-    with pytest.raises(ValueError, match=r"the student multiplies its logits by 0\.25"):
-        make_trainer(scaled, tmp_path, teacher=make_model(1))
+    student, by_hand = (other_head(kind, shape, 0) for _ in range(2))
+    teacher = other_head(teachers, shape, 1)
+    start = flat_weights(student)
+    make_trainer(student, tmp_path, teacher=teacher).train()
+    train_by_hand(by_hand.train(), teacher)
+    assert relative_gap(flat_weights(student), flat_weights(by_hand), start) < TOLERANCE
+
+
+def test_what_the_loss_would_get_wrong_is_refused(make_model, tmp_path):
+    with pytest.raises(ValueError, match="asks the models for scales and caps"):
+        make_trainer(make_model(0), tmp_path, loss_settings={"logit_softcap": 30.0})
     adapted_head = get_peft_model(make_model(0, tied=False), LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="a head of type Linear"):
         make_trainer(adapted_head, tmp_path)

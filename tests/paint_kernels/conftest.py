@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from paint_kernels import LossSettings, PaintLossOutput, _matmul, reference
+from paint_kernels._heads import Heads
 
 TOLERANCE = 2e-4
 VALUES = (
@@ -28,16 +29,14 @@ class Batch:
     weight: Tensor
     teacher_weight: Tensor | None
     cu_seqlens: Tensor
+    bias: Tensor | None = None
+    teacher_bias: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> "Batch":
-        own = None if self.teacher_weight is None else self.teacher_weight.to(dtype)
-        return replace(
-            self,
-            student=self.student.detach().to(dtype),
-            teacher=self.teacher.to(dtype),
-            weight=self.weight.detach().to(dtype),
-            teacher_weight=own,
-        )
+        names = ("student", "teacher", "weight", "teacher_weight", "bias", "teacher_bias")
+        given = {name: getattr(self, name) for name in names}
+        cast = {name: one.detach().to(dtype) for name, one in given.items() if one is not None}
+        return replace(self, **cast)
 
     def double(self) -> "Batch":
         return self.to(torch.float64)
@@ -47,6 +46,7 @@ class Batch:
             self,
             student=self.student.detach().clone().requires_grad_(),
             weight=self.weight.detach().clone().requires_grad_(head),
+            bias=None if self.bias is None else self.bias.detach().clone().requires_grad_(head),
         )
 
     def loss(self, function: Callable[..., PaintLossOutput], **settings: Any) -> PaintLossOutput:
@@ -55,7 +55,9 @@ class Batch:
             self.teacher,
             self.weight,
             self.cu_seqlens,
+            lm_head_bias=self.bias,
             teacher_lm_head_weight=self.teacher_weight,
+            teacher_lm_head_bias=self.teacher_bias,
             **settings,
         )
 
@@ -67,11 +69,15 @@ def make_batch(
     hidden: int = 16,
     teacher_hidden: int | None = None,
     noise: float | None = None,
+    bias: bool = False,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Batch:
-    """Independent teachers, or with `noise` a teacher that far from the student: a small KL."""
+    """Independent teachers, or with `noise` a teacher that far from the student: a small KL.
+
+    bias: of both heads, if the teacher has its own.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -86,7 +92,11 @@ def make_batch(
         teacher = randn(num_tokens, teacher_hidden)
         teacher_weight = randn(vocab_size, teacher_hidden) * 0.7
     bounds = torch.tensor((0, *lengths)).cumsum(0).to(torch.int32).to(device)
-    return Batch(student, teacher, weight, teacher_weight, bounds)
+    batch = Batch(student, teacher, weight, teacher_weight, bounds)
+    if not bias:
+        return batch
+    own = None if teacher_hidden is None else randn(vocab_size)
+    return replace(batch, bias=randn(vocab_size), teacher_bias=own)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -100,9 +110,13 @@ def pointwise_terms(batch: Batch, **settings: Any) -> Tensor:
     """f(v) of every token and entry, float64, as the clip sees them."""
     batch, temperature = batch.double(), settings.get("temperature", 1.0)
     selected = batch.loss(reference.paint_loss, **settings).selected
-    student = reference.project(batch.student, batch.weight)
-    own = batch.weight if batch.teacher_weight is None else batch.teacher_weight
-    teacher = reference.project(batch.teacher, own)
+    numbers = settings.get("logit_scale", 1.0), settings.get("logit_softcap")
+    student = reference.head_logits(batch.student, batch.weight, batch.bias, *numbers)
+    teacher_head = (batch.weight, batch.bias, *numbers)
+    if batch.teacher_weight is not None:
+        own = settings.get("teacher_logit_scale", 1.0), settings.get("teacher_logit_softcap")
+        teacher_head = (batch.teacher_weight, batch.teacher_bias, *own)
+    teacher = reference.head_logits(batch.teacher, *teacher_head)
     weight = settings.get("interpolation_weight", 0.03)
     target = reference.interpolate(teacher, student, selected, weight)
     return reference.divergence_terms(
@@ -123,7 +137,8 @@ def clear_clip(terms: Tensor, around: float = 0.06) -> float:
 
 
 def gradients(output: PaintLossOutput, batch: Batch, upstream: Tensor) -> list[Tensor]:
-    wanted = [tensor for tensor in (batch.student, batch.weight) if tensor.requires_grad]
+    inputs = (batch.student, batch.weight, batch.bias)
+    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     return list(torch.autograd.grad(output.loss, wanted, upstream.to(output.loss)))
 
 
@@ -139,8 +154,9 @@ def check_against_reference(
     """Loss, every per-token value and every gradient, with an upstream gradient other than 1."""
     batch = batch.trainable(head)
     exact_batch = batch.double().trainable(head)
-    output = batch.loss(function, backend=backend, **settings)
+    chunk_rows = settings.pop("chunk_rows", None)
     exact = exact_batch.loss(reference.paint_loss, **settings)
+    output = batch.loss(function, backend=backend, chunk_rows=chunk_rows, **settings)
     assert torch.equal(output.selected, exact.selected)
     assert relative_error(output.loss, exact.loss) < tolerance
     for name in VALUES:
@@ -178,23 +194,36 @@ def clip_for() -> Callable[..., float]:
     return clip
 
 
-def operator_gradients(batch: Batch, **settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """By the hidden states, unweighted rows before their last rounding, and by the head; then both
-    in float64."""
+def operator_gradients(
+    batch: Batch,
+    *,
+    temperatures: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    **settings: Any,
+) -> tuple[Tensor, ...]:
+    """By the hidden states, unweighted rows before their last rounding, and by the head's weight
+    and, if it has one, bias; then all in float64."""
     own = {"temperature": 0.9, "top_fraction": 0.3, "interpolation_weight": 0.3, "backend": "torch"}
     arguments = LossSettings(**own | settings).keywords()
     token_weights = torch.linspace(0.1, 1.3, len(batch.student)).to(batch.student.device) / 1000
-    _, _, _, rows, head = torch.ops.paint_kernels.paint_loss(
-        *(batch.student, batch.teacher, batch.weight, batch.teacher_weight, batch.cu_seqlens),
-        *(token_weights, True, True),
+    tensors = (batch.weight, batch.bias, batch.teacher_weight, batch.teacher_bias)
+    has_bias = batch.bias is not None
+    _, _, _, *actual = torch.ops.paint_kernels.paint_loss(
+        *(batch.student, batch.teacher, *Heads(*tensors, scale, softcap).arguments()),
+        *(batch.cu_seqlens, token_weights, temperatures, None, True, True, has_bias),
         **arguments,
     )
     exact = batch.double().trainable()
-    del arguments["backend"]
+    del arguments["backend"], arguments["chunk_rows"]
+    if temperatures is not None:
+        arguments["temperature"] = temperatures
+    arguments |= {"logit_scale": scale, "logit_softcap": softcap}
     loss = exact.loss(reference.paint_loss, reduction="none", **arguments).loss
     (exact_rows,) = torch.autograd.grad(loss.sum(), exact.student, retain_graph=True)
-    (exact_head,) = torch.autograd.grad((loss * token_weights).sum(), exact.weight)
-    return rows, head, exact_rows, exact_head
+    by_head = [exact.weight] if exact.bias is None else [exact.weight, exact.bias]
+    exact_head = torch.autograd.grad((loss * token_weights).sum(), by_head)
+    return (*actual[: 2 + has_bias], exact_rows, *exact_head)
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,26 @@ def test_outliers_and_scales(build, error, dtype, scale, temperature, row_gradie
     assert error(head, exact_head) < 1e-3
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+@pytest.mark.parametrize("softcap", [None, 6.0])
+def test_heads_with_a_bias_a_scale_and_a_cap(build, error, dtype, scale, softcap, row_gradients):
+    """The factors of the chain rule are applied to float32 sums, so any scale fits float16."""
+    batch = build((5, 0, 8), 2000, noise=0.3, bias=True, dtype=dtype)
+    batch.student.mul_(1 / scale)
+    batch.teacher.mul_(1 / scale)
+    batch.bias.mul_(1 / scale)
+    temperatures = torch.logspace(-2, 2, 13)
+    for row, temperature in enumerate(temperatures):
+        batch.student[row] *= min(1.0, temperature)
+        batch.teacher[row] *= min(1.0, temperature)
+    settings = {"temperature": 1.0, "pointwise_clip": None, "scale": scale, "softcap": softcap}
+    found = row_gradients(batch, temperatures=temperatures, **settings)
+    for actual, expected in zip(found[:3], found[3:], strict=True):
+        assert actual.dtype == torch.float32
+        assert error(actual, expected) < 6e-4
+
+
 def test_one_rounding_to_the_dtype_of_the_inputs(build, error):
     """The delivered gradient is the exact one, rounded once, whatever the upstream gradient."""
     batch = build((5, 8), 2000, noise=0.3, dtype=torch.bfloat16)

@@ -1,5 +1,7 @@
 """What PyTorch asks of an operator: registration, compilation, autograd's corner cases, layouts."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from paint_kernels import (
     token_logprobs,
     token_stats,
 )
+from paint_kernels._heads import Heads
 
 OPTIONS = LossSettings(
     temperature=0.9, top_fraction=0.3, interpolation_weight=0.3, backend="torch"
@@ -26,15 +29,27 @@ def batch(build):
     return build((5, 0, 7), 61).trainable()
 
 
+def both_heads(batch, *, bias=None, **numbers):
+    return Heads(batch.weight, bias, batch.teacher_weight, **numbers).arguments()
+
+
+CAPPED = {"logit_scale": 0.7, "logit_softcap": 3.0, "teacher_logit_scale": 0.9}
+
+
 @pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("own_head", [True, False])
 @pytest.mark.parametrize("per_token", [True, False])
-def test_opcheck_paint_loss(build, head, own_head, per_token):
+@pytest.mark.parametrize("more", [True, False])
+def test_opcheck_paint_loss(build, head, own_head, per_token, more):
     batch = build((5, 0, 7), 61, teacher_hidden=9 if own_head else None).trainable(head)
     weights = None if per_token else torch.rand(12)
+    bias = torch.randn(61, requires_grad=head) if more else None
+    temperatures = torch.rand(12) + 0.5 if more else None
+    given = torch.arange(12) % 3 == 0 if more else None
     arguments = (
-        *(batch.student, batch.teacher, batch.weight, batch.teacher_weight, batch.cu_seqlens),
-        *(weights, True, head, *OPTIONS),
+        *(batch.student, batch.teacher, *both_heads(batch, bias=bias, **CAPPED if more else {})),
+        *(batch.cu_seqlens, weights, temperatures, given),
+        *(True, head, head and more, *OPTIONS),
     )
     torch.library.opcheck(_ops.paint_loss, arguments)
 
@@ -43,28 +58,37 @@ def test_opcheck_paint_loss(build, head, own_head, per_token):
 def test_opcheck_paint_loss_from_logits(batch, per_token):
     student, teacher = torch.randn(12, 61, requires_grad=True), torch.randn(12, 61)
     weights = None if per_token else torch.rand(12)
-    arguments = (student, teacher, batch.cu_seqlens, weights, True, *OPTIONS)
+    temperatures = torch.rand(12) + 0.5 if per_token else None
+    arguments = (student, teacher, batch.cu_seqlens, weights, temperatures, None, True, *OPTIONS)
     torch.library.opcheck(_ops.paint_loss_from_logits, arguments)
 
 
-def test_opcheck_the_others(batch):
-    ids = torch.arange(12)
-    weight = batch.weight.detach()
-    torch.library.opcheck(_token_ops.token_stats, (batch.student.detach(), weight, 0.9, "torch"))
+@pytest.mark.parametrize("more", [True, False])
+def test_opcheck_the_others(batch, more):
+    ids, weights = torch.arange(12), torch.rand(12)
+    temperatures = torch.rand(12) + 0.5 if more else None
+    settings = (0.9, "torch", 5 if more else None)
+    student, numbers = batch.student.detach(), (0.7, 3.0) if more else (1.0, None)
+    bias = torch.randn(61) if more else None
+    head = (batch.weight.detach(), bias, *numbers)
+    torch.library.opcheck(_token_ops.token_stats, (student, *head, temperatures, *settings))
     torch.library.opcheck(
-        _token_ops.token_logprobs, (batch.student, batch.weight, ids, True, 0.9, "torch")
-    )
-    torch.library.opcheck(
-        _token_ops.token_logprobs_weight_gradient,
-        (batch.student.detach(), weight, ids, torch.rand(12), 0.9, "torch"),
+        _token_ops.token_logprobs_head_gradient,
+        (student, *head, ids, temperatures, weights, True, more, *settings),
     )
     selected = torch.arange(12) % 3 == 0
+    heads = both_heads(dataclasses.replace(batch, weight=head[0]), bias=bias)
     torch.library.opcheck(
-        _ops.paint_loss_weight_gradient,
+        _ops.paint_loss_head_gradient,
         (
-            *(batch.student.detach(), batch.teacher, weight, None, selected, torch.rand(12)),
-            *OPTIONS,
+            *(student, batch.teacher, *heads),
+            *(selected, weights, temperatures, True, more, *OPTIONS),
         ),
+    )
+    trained = None if bias is None else bias.requires_grad_()
+    torch.library.opcheck(
+        _token_ops.token_logprobs,
+        (batch.student, batch.weight, trained, *numbers, ids, temperatures, True, *settings),
     )
 
 
@@ -106,6 +130,63 @@ def test_compiled_module_and_functions(batch):
         both_gradients(compiled, batch), both_gradients(function, batch), strict=True
     ):
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("teacher_top_k", [None, 5])
+def test_compiled_with_everything_that_a_trainer_gives(batch, reduction, teacher_top_k):
+    bias = torch.randn(61, requires_grad=True)
+    given = {
+        "token_weights": torch.rand(12),
+        "temperature": torch.rand(12) + 0.5,
+        "selected": torch.arange(12) % 3 == 0,
+    }
+    head = {"logit_scale": 0.7, "logit_softcap": 3.0}
+
+    def function(student, teacher, weight, bias, bounds):
+        loss = paint_loss(
+            *(student, teacher, weight, bounds),
+            lm_head_bias=bias,
+            reduction=reduction,
+            teacher_top_k=teacher_top_k,
+            chunk_rows=5,
+            **(given | head),
+        ).loss
+        tempered = {"lm_head_bias": bias, "temperature": given["temperature"], **head}
+        logprobs = token_logprobs(student, weight, torch.arange(12), **tempered).logprobs
+        entropy = token_stats(student, weight, **tempered).entropy
+        logits = student @ weight.T, teacher @ weight.T
+        from_logits = paint_loss_from_logits(*logits, bounds, **given).loss
+        return loss.sum() + logprobs.sum() + entropy.sum() + from_logits
+
+    inputs = (batch.student, batch.teacher, batch.weight, bias, batch.cu_seqlens)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    trained = (batch.student, batch.weight, bias)
+    expected, actual = function(*inputs), compiled(*inputs)
+    torch.testing.assert_close(actual, expected)
+    for one, other in zip(
+        torch.autograd.grad(actual, trained), torch.autograd.grad(expected, trained), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_compiled_labels(batch, padded):
+    """Their number of rows depends on values, which torch.compile allows on request."""
+    labels = torch.where(torch.arange(12) % 4 == 0, -100, 1)
+
+    def function(student, teacher, weight, bounds):
+        if padded:
+            student, teacher = student.view(3, 4, -1), teacher.view(3, 4, -1)
+            return paint_loss(student, teacher, weight, labels=labels.view(3, 4)).loss
+        return paint_loss(student, teacher, weight, bounds, labels=labels).loss
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        for actual, expected in zip(
+            both_gradients(compiled, batch), both_gradients(function, batch), strict=True
+        ):
+            torch.testing.assert_close(actual, expected)
 
 
 def test_compiled_with_lengths_that_change(build):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paint_kernels import LossSettings, _loss, _matmul, _plan, _torch_backend, paint_loss, reference
+from paint_kernels._heads import Head, Projection
 from paint_kernels._sources import HiddenSource
 from paint_kernels._torch_divergences import DIVERGENCES
 
@@ -246,8 +247,8 @@ def test_no_tensor_of_the_size_of_the_logits(build):
         most = _plan.most_rows(300, 16, torch.device("cpu"))
         chunks = _plan.plan_chunks(batch.cu_seqlens, 100, most, full=False)
         source = HiddenSource(
-            (batch.student.detach(), batch.weight),
-            (batch.teacher, batch.weight),
+            Projection(batch.student.detach(), Head(batch.weight)),
+            Projection(batch.teacher, Head(batch.weight)),
             None,
             rows_per_chunk=_plan.largest_chunk(chunks),
             temperature=1.0,

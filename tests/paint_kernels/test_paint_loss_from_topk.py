@@ -20,6 +20,7 @@ from paint_kernels import (
     reference,
     reference_topk,
 )
+from paint_kernels._heads import Head, Heads, Projection
 from paint_kernels._torch_divergences import DIVERGENCES
 
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=5).map(tuple)
@@ -231,13 +232,19 @@ def test_opcheck(build, tail, per_token):
 
 
 @pytest.mark.parametrize("own_head", [True, False])
-def test_opcheck_of_teacher_top_k_and_the_gradients(build, own_head):
-    batch = build((5, 0, 7), 61, teacher_hidden=9 if own_head else None).trainable()
+@pytest.mark.parametrize("more", [True, False])
+def test_opcheck_of_teacher_top_k_and_the_gradients(build, own_head, more):
+    batch = build((5, 0, 7), 61, teacher_hidden=9 if own_head else None, bias=more).trainable()
+    numbers = (0.7, 3.0) if more else (1.0, None)
+    heads = Heads(batch.weight, batch.bias, batch.teacher_weight, batch.teacher_bias, *numbers)
+    temperatures = torch.rand(12) + 0.5 if more else None
+    given = torch.arange(12) % 3 == 0 if more else None
     options = LossSettings(teacher_top_k=4, top_fraction=0.3, backend="torch").arguments()
-    tensors = batch.student, batch.teacher, batch.weight, batch.teacher_weight, batch.cu_seqlens
+    tensors = batch.student, batch.teacher, *heads.arguments(), batch.cu_seqlens
     for weights in (None, torch.rand(12)):
         torch.library.opcheck(
-            _topk_ops.paint_loss_teacher_top_k, (*tensors, weights, True, *options)
+            _topk_ops.paint_loss_teacher_top_k,
+            (*tensors, weights, temperatures, given, True, *options),
         )
     served = serve(batch, 4)
     student, weight = batch.student.detach(), batch.weight.detach()
@@ -313,7 +320,7 @@ def test_no_tensor_of_the_size_of_the_logits(build, tail):
             return result
 
     served, loss_settings = serve(build((60, 40), 300), 5), LossSettings(backend="torch")
-    student = served.student, served.weight
+    student = Projection(served.student, Head(served.weight))
     with LargestTensor() as largest:
         _topk.run_loss_from_topk(
             student,
@@ -330,7 +337,7 @@ def test_no_tensor_of_the_size_of_the_logits(build, tail):
 
 def test_teacher_top_k_makes_one_product(build, monkeypatch):
     """The teacher's, to find its largest logits; the rest are gathered rows of the head."""
-    from paint_kernels import _tokens
+    from paint_kernels import _heads
 
     rows = []
 
@@ -338,7 +345,7 @@ def test_teacher_top_k_makes_one_product(build, monkeypatch):
         rows.append(len(hidden_states))
         return torch.mm(hidden_states, weight.T, out=out)
 
-    monkeypatch.setattr(_tokens, "project", project)
+    monkeypatch.setattr(_heads, "project", project)
     batch = build((7, 0, 12), 203).trainable()
     batch.loss(paint_loss, teacher_top_k=5).loss.backward()
     assert sum(rows) == 19

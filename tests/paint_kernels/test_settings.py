@@ -25,17 +25,20 @@ from paint_kernels import (
 FIELDS = {field.name: field for field in dataclasses.fields(LossSettings)}
 OPERATORS = (
     "paint_loss",
-    "paint_loss_weight_gradient",
+    "paint_loss_head_gradient",
     "paint_loss_from_logits",
     "paint_loss_teacher_top_k",
     "paint_loss_from_topk",
     "support_hidden_gradient",
     "support_weight_gradient",
 )
+EXECUTION = ("backend", "chunk_rows")
+"""fields that are arguments of their own: how the loss is computed, and not which"""
 
 
-def test_options_are_the_settings_but_the_backend():
-    types = {name: field.type for name, field in FIELDS.items() if name != "backend"}
+def test_options_are_the_settings_but_those_of_the_execution():
+    types = {name: field.type for name, field in FIELDS.items() if name not in EXECUTION}
+    types["temperature"] = float | torch.Tensor
     assert typing.get_type_hints(LossOptions) == types
 
 
@@ -57,7 +60,7 @@ def test_a_signature_shows_every_option_with_its_default(function):
         parameter = parameters[name]
         assert parameter.kind == inspect.Parameter.KEYWORD_ONLY
         assert parameter.default == FIELDS[name].default
-        assert parameter.annotation == FIELDS[name].type
+        assert parameter.annotation == LossOptions.__annotations__[name]
     assert not any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 

@@ -25,6 +25,7 @@ from paint_kernels import (
     token_logprobs,
     token_stats,
 )
+from paint_kernels._heads import Heads
 from paint_kernels._torch_divergences import DIVERGENCES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,6 +79,50 @@ def test_every_vocabulary_and_kl(build, check, clip_for, vocab_size, noise, clip
 def test_settings_over_their_ranges(build, check, lengths, vocab_size, head, seed, **options):
     batch = build(lengths, vocab_size, seed=seed, device=DEVICE)
     check(paint_loss, batch, head=head, backend="triton", pointwise_clip=None, **options)
+
+
+# As above; the same cases as for PyTorch in test_heads.py.
+@settings(deadline=None, derandomize=True, max_examples=16, phases=[Phase.explicit, Phase.generate])
+@given(
+    lengths=st.lists(st.integers(0, 6), min_size=2, max_size=3).map(tuple),
+    vocab_size=st.integers(20, 200),
+    logit_scale=st.sampled_from([1.0, 0.25, 2.0]),
+    logit_softcap=st.sampled_from([None, 6.0]),
+    own_head=st.booleans(),
+    bias=st.booleans(),
+    by_token=st.booleans(),
+    selected=st.booleans(),
+    divergence=st.sampled_from(list(DIVERGENCES)),
+    teacher_top_k=st.sampled_from([None, 7]),
+    reduction=st.sampled_from(["sequence_mean", "none"]),
+    chunk_rows=st.sampled_from([None, 4]),
+    head=st.booleans(),
+    seed=st.integers(0, 50),
+)
+def test_heads_and_values_of_each_token(
+    build, check, lengths, vocab_size, own_head, bias, by_token, selected, head, seed, **options
+):
+    own, num_tokens = 9 if own_head else None, sum(lengths)
+    batch = build(lengths, vocab_size, teacher_hidden=own, bias=bias, seed=seed, device=DEVICE)
+    if own_head:
+        options |= {"teacher_logit_scale": 0.7, "teacher_logit_softcap": 5.0}
+    if selected:
+        options["selected"] = torch.arange(num_tokens, device=DEVICE) % 3 == 1
+    if by_token:
+        options["token_weights"] = torch.linspace(-1, 1, num_tokens, device=DEVICE)
+        options["temperature"] = torch.linspace(0.6, 1.6, num_tokens, device=DEVICE)
+    options |= {"top_fraction": 0.3, "interpolation_weight": 0.3, "pointwise_clip": None}
+    check(paint_loss, batch, head=head, backend="triton", **options)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_clipped_entries_of_capped_logits(build, check, clip_for, divergence):
+    batch = build((7, 0, 12), 301, bias=True, device=DEVICE)
+    options = {"divergence": divergence, "logit_scale": 0.7, "logit_softcap": 6.0}
+    options["temperature"] = torch.linspace(0.6, 1.6, 19, device=DEVICE)
+    tau = clip_for(batch, **options)
+    output = check(paint_loss, batch, backend="triton", pointwise_clip=tau, **options)
+    assert (output.clipped_mass > 0).any()
 
 
 def test_chunks_of_any_size_agree(build, error, monkeypatch):
@@ -203,6 +248,45 @@ def test_token_functions(build, error, vocab_size):
         assert error(actual, expected) < 2e-5
 
 
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_token_functions_of_other_heads(build, error, softcap):
+    batch = build((9,), bias=True, device=DEVICE)
+    ids, upstream = torch.arange(9, device=DEVICE), torch.linspace(0.5, 2, 9, device=DEVICE)
+    settings = {"temperature": torch.linspace(0.6, 1.6, 9, device=DEVICE), "logit_scale": 0.7}
+    settings["logit_softcap"] = softcap
+    found = []
+    for one, functions, more in (
+        (batch.trainable(), (token_logprobs, token_stats), {"backend": "triton", "chunk_rows": 4}),
+        (batch.double().trainable(), (reference.token_logprobs, reference.token_stats), {}),
+    ):
+        given = {"lm_head_bias": one.bias, **settings, **more}
+        logprobs, entropy = functions[0](one.student, one.weight, ids, **given)
+        inputs = (one.student, one.weight, one.bias)
+        grads = torch.autograd.grad(logprobs, inputs, upstream.to(logprobs))
+        stats = functions[1](one.student, one.weight, **given)
+        found.append((logprobs, entropy, *stats, *grads))
+    for actual, expected in zip(*found, strict=True):
+        assert error(actual, expected) < 2e-4
+
+
+def test_logits_with_a_temperature_for_each_token(error):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 3 * torch.randn(2, 12, 150, generator=generator).to(DEVICE)
+    options = {"pointwise_clip": None, "selected": torch.arange(12, device=DEVICE) % 2 == 0}
+    options["temperature"] = torch.linspace(0.6, 1.6, 12, device=DEVICE)
+    mine, wide, bounds = student.clone(), student.double(), torch.tensor([0, 5, 12])
+    output = paint_loss_from_logits(
+        mine.requires_grad_(), teacher, bounds, backend="triton", **options
+    )
+    exact = reference.paint_loss_from_logits(
+        wide.requires_grad_(), teacher.double(), bounds, **options
+    )
+    assert error(output.token_kl, exact.token_kl) < 2e-4
+    output.loss.backward()
+    exact.loss.backward()
+    assert error(mine.grad, wide.grad) < 2e-4
+
+
 def test_not_a_number_is_not_hidden():
     student = torch.randn(4, 150, device=DEVICE)
     student[2, 75] = math.nan
@@ -271,6 +355,24 @@ def test_half_precision_products(build, error, row_gradients, half_products_anyw
     rows, head, exact_rows, exact_head = row_gradients(batch, **options)
     assert error(rows, exact_rows) < 5e-4
     assert error(head, exact_head) < 5e-4
+
+
+@pytest.mark.parametrize("softcap", [None, 6.0])
+def test_half_precision_products_of_other_heads(
+    build, error, row_gradients, half_products_anywhere, softcap
+):
+    batch = build((7, 0, 12), 301, noise=0.3, bias=True, dtype=torch.bfloat16, device=DEVICE)
+    found = row_gradients(
+        batch,
+        temperatures=torch.linspace(0.1, 5.0, 19, device=DEVICE),
+        temperature=1.0,
+        scale=0.0625,
+        softcap=softcap,
+        pointwise_clip=None,
+        backend="triton",
+    )
+    for actual, expected in zip(found[:3], found[3:], strict=True):
+        assert error(actual, expected) < 5e-4
 
 
 def test_half_precision_log_probabilities(build, error, half_products_anywhere):
@@ -356,8 +458,8 @@ def test_opcheck(build, divergence):
     torch.library.opcheck(
         _ops.paint_loss,
         (
-            *(batch.student, batch.teacher, batch.weight, None, batch.cu_seqlens),
-            *(weights, True, True, *settings.arguments()),
+            *(batch.student, batch.teacher, *Heads(batch.weight).arguments()),
+            *(batch.cu_seqlens, weights, None, None, True, True, False, *settings.arguments()),
         ),
     )
 

@@ -43,8 +43,10 @@ from paint_engine.recipes import LossInputs, recipe_of
 from paint_engine.training.optim import build_optimizer
 from paint_engine.types import PackedSequences, TrainBatch, TrainExample
 from paint_kernels import _matmul, _sources
+from paint_kernels._heads import Heads, Projection
 from paint_kernels._ops import paint_loss
 from paint_kernels._plan import most_rows
+from paint_kernels._settings import takes_fields
 
 QWEN3: dict[str, Any] = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8}
 QWEN3_17B = QWEN3 | {
@@ -117,23 +119,26 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
+@takes_fields
 def gpu_loss(
     student: Tensor,
     teacher: Tensor,
-    weight: Tensor,
-    teacher_weight: Tensor | None,
+    heads: Heads,
     cu_seqlens: Tensor,
     token_weights: Tensor,
+    temperatures: Tensor | None,
+    given_selection: Tensor | None,
     with_hidden: bool,
     with_weight: bool,
+    with_bias: bool,
     *settings: object,
 ) -> tuple[Tensor, ...]:
     """The buffers of the loss on a GPU, filled by nobody."""
     num_rows = len(student)
-    rows = min(num_rows, most_rows(weight.shape[0], weight.shape[1], torch.device("meta")))
+    rows = min(num_rows, most_rows(*heads.lm_head_weight.shape, torch.device("meta")))
     source = _sources.HiddenSource(
-        (student, weight),
-        (teacher, weight if teacher_weight is None else teacher_weight),
+        Projection(student, heads.student),
+        Projection(teacher, heads.teacher),
         token_weights,
         rows_per_chunk=rows,
         temperature=1.1,
@@ -146,13 +151,14 @@ def gpu_loss(
     assert gradient is not None
     source.keep_gradient(slice(0, rows), gradient)
     source.finish()
-    new = source.student_hidden.new_empty
+    new = student.new_empty
     return (
         new((), dtype=torch.float32),
         new((6, num_rows), dtype=torch.float32),
         new((num_rows,), dtype=torch.bool),
         source.grad_hidden,
         source.grad_weight,
+        source.grad_bias,
     )
 
 

@@ -21,7 +21,13 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from paint_engine.model.forward import hidden_states, lm_head_weight
 from paint_engine.model.packing import pack_sequences
-from paint_engine.model.probe import check_forward, logit_scale, set_logit_scale
+from paint_engine.model.probe import (
+    HeadFunction,
+    check_forward,
+    head_function,
+    logit_scale,
+    set_logit_scale,
+)
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 48,
@@ -100,6 +106,25 @@ def test_a_bias_is_refused() -> None:
         logit_scale(model, "gptj")
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_scale_cap_and_bias_are_found(device: str) -> None:
+    config, scale = SCALED["cohere2"]
+    found = head_function(build(config, device), "cohere2")
+    assert found.softcap is None and found.scale == pytest.approx(scale, rel=1e-6)
+    for cap in (30.0, 200.0, None):
+        model = build(Gemma2Config(**SHAPE, final_logit_softcapping=cap), device)
+        assert head_function(model, "gemma2") == HeadFunction(1.0, cap)
+    gptj = GPTJConfig(vocab_size=48, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)
+    assert head_function(build(gptj, device), "gptj") == HeadFunction(1.0, None)
+
+
+def test_a_cap_that_is_not_applied_is_refused() -> None:
+    model = build(LlamaConfig(**SHAPE))
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match=r"a scale and final_logit_softcapping 30\.0"):
+        head_function(model, "llama")
+
+
 @pytest.mark.parametrize(
     ("forward", "message"),
     [
@@ -112,8 +137,9 @@ def test_an_own_forward_that_does_more_is_refused(
 ) -> None:
     model = build(LlamaConfig(**SHAPE))
     monkeypatch.setattr(type(model), "forward", forward(type(model).forward))
-    with pytest.raises(ValueError, match=message):
-        logit_scale(model, "llama")
+    for function in (logit_scale, head_function):
+        with pytest.raises(ValueError, match=message):
+            function(model, "llama")
 
 
 def _shifted(output: Any) -> Any:

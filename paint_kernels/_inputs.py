@@ -1,0 +1,281 @@
+"""From what callers pass to what the operators take: checked, cast, cut to the vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from paint_kernels._checks import (
+    check_bias,
+    check_cu_seqlens,
+    check_cu_seqlens_values,
+    check_denominator,
+    check_float,
+    check_per_token,
+    check_positive,
+    check_projection,
+    check_same_rows,
+    check_softcap,
+    local_tensor,
+    resolve_vocab_size,
+)
+from paint_kernels._heads import Head, Heads
+from paint_kernels._types import PaintLossOutput
+from paint_kernels.selection import rollout_ids
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+def as_autocast_would(tensor: Tensor) -> Tensor:
+    """Casts a float32 input as autocast does for torch.nn.functional.linear.
+
+    The products with the head then run in half precision, for speed. They accumulate in float32.
+    """
+    device = tensor.device.type
+    if tensor.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+class TokenOptions(NamedTuple):
+    """What callers may give for each token, checked: constant tensors with a row's value each."""
+
+    weights: Float[Tensor, " N"] | None
+    temperature: float
+    temperatures: Float[Tensor, " N"] | None
+    """in place of `temperature`, which is 1 then"""
+    selected: Bool[Tensor, " N"] | None
+
+
+def token_options(
+    like: Tensor,
+    dtype: torch.dtype,
+    *,
+    token_weights: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    selected: Tensor | None = None,
+) -> TokenOptions:
+    """Checks what is given for each row of `like`.
+
+    dtype: of the computation.
+    """
+    shape, device = like.shape[:1], like.device
+    temperatures = None
+    if token_weights is not None:
+        check_per_token("token_weights", token_weights, shape, device)
+        token_weights = token_weights.detach().to(dtype)
+    if isinstance(temperature, Tensor) and temperature.ndim:
+        check_per_token("temperature", temperature, shape, device)
+        temperature, temperatures = 1.0, temperature.detach().to(dtype)
+    else:
+        check_positive("temperature", temperature)
+    if selected is not None:
+        check_per_token("selected", selected, shape, device)
+        if selected.dtype != torch.bool:
+            raise ValueError(f"selected is {selected.dtype}: it must be bool.")
+    return TokenOptions(token_weights, float(temperature), temperatures, selected)
+
+
+def loss_weights(
+    rows: Tensor,
+    cu_seqlens: Tensor,
+    reduction: str,
+    denominator: float | Tensor | None,
+    token_weights: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """Returns (N,) weights w with loss = sum(w * token_loss), or None for the reduction "none".
+
+    rows: one for each token. token_weights: the caller's, which multiply the token losses and
+    change no denominator.
+    """
+    check_denominator(denominator, reduction)
+    if reduction == "none":
+        return None
+    num_tokens, device = rows.shape[0], rows.device
+    cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+    weights = torch.ones(num_tokens, dtype=dtype, device=device)
+    if token_weights is not None:
+        weights = token_weights.to(dtype)
+    if reduction == "sum":
+        return weights
+    lengths = cu_seqlens.diff()
+    if reduction == "sequence_mean":
+        # Clamped: bounds that do not cover N are refused later, where their values are read.
+        ids = rollout_ids(cu_seqlens, num_tokens).clamp(max=max(lengths.shape[0] - 1, 0))
+        weights = weights / lengths[ids] if lengths.shape[0] else weights
+        count = (lengths > 0).sum().clamp(min=1)
+    else:
+        count = max(num_tokens, 1)
+    if denominator is not None:
+        count = denominator.detach() if isinstance(denominator, Tensor) else denominator
+        if isinstance(count, Tensor):
+            count = count.to(device, non_blocking=True)
+    return (weights / count).to(dtype)
+
+
+def check_logits(
+    student: Tensor, teacher: Tensor, cu_seqlens: Tensor, vocab_size: int | None
+) -> int:
+    """Checks both; returns the size of the vocabulary that they share."""
+    check_float("student_logits", student, "(N, V)", student.device)
+    check_float("teacher_logits", teacher, "(N, V)", student.device)
+    check_same_rows("logits", student, teacher)
+    check_cu_seqlens(cu_seqlens, student.device)
+    if vocab_size is None and student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"student_logits has {student.shape[1]} columns, teacher_logits {teacher.shape[1]}: "
+            "both need the same vocabulary. Set vocab_size to its size where one side is padded."
+        )
+    return resolve_vocab_size(vocab_size, min(student.shape[1], teacher.shape[1]))
+
+
+def _check_head(role: str, head: Head) -> None:
+    """Checks what a head has beside its weight. `role` begins the arguments' names."""
+    check_positive(f"{role}logit_scale", head.scale)
+    check_softcap(f"{role}logit_softcap", head.softcap)
+    if head.bias is not None:
+        check_bias(f"{role}lm_head_bias", head.bias, head.weight)
+
+
+def resolve_head(hidden_states: Tensor, given: Head, vocab_size: int | None) -> Head:
+    """Checks a model's head, and cuts it to the vocabulary."""
+    weight = local_tensor("lm_head_weight", given.weight)
+    check_projection("", hidden_states, weight, hidden_states.device)
+    bias = _local("lm_head_bias", given.bias)
+    _check_head("", dataclasses.replace(given, weight=weight, bias=bias))
+    size = resolve_vocab_size(vocab_size, weight.shape[0])
+    numbers = _numbers(given.scale, given.softcap)
+    return Head(as_autocast_would(weight)[:size], _rows(bias, size), *numbers)
+
+
+def resolve_heads(student: Tensor, teacher: Tensor, given: Heads, vocab_size: int | None) -> Heads:
+    """Checks both heads, and cuts them to the vocabulary that they share.
+
+    student, teacher: hidden states.
+    """
+    device = student.device
+    heads = dataclasses.replace(
+        given,
+        lm_head_weight=local_tensor("lm_head_weight", given.lm_head_weight),
+        lm_head_bias=_local("lm_head_bias", given.lm_head_bias),
+        teacher_lm_head_weight=_local("teacher_lm_head_weight", given.teacher_lm_head_weight),
+        teacher_lm_head_bias=_local("teacher_lm_head_bias", given.teacher_lm_head_bias),
+    )
+    weight, own = heads.lm_head_weight, heads.teacher_lm_head_weight
+    name = "lm_head_weight" if own is None else "teacher_lm_head_weight"
+    check_projection("student_", student, weight, device)
+    check_same_rows("hidden_states", student, teacher)
+    check_projection("teacher_", teacher, heads.teacher.weight, device, name)
+    if own is not None and vocab_size is None and weight.shape[0] != own.shape[0]:
+        raise ValueError(
+            f"lm_head_weight has {weight.shape[0]} rows, teacher_lm_head_weight "
+            f"{own.shape[0]}: both need the same vocabulary. Set vocab_size to its size "
+            "where one head is padded."
+        )
+    _check_head("", heads.student)
+    _check_head("teacher_", heads.teacher)
+    size = resolve_vocab_size(vocab_size, min(weight.shape[0], heads.teacher.weight.shape[0]))
+    return Heads(
+        as_autocast_would(weight)[:size],
+        _rows(heads.lm_head_bias, size),
+        None if own is None else as_autocast_would(own.detach())[:size],
+        _rows(heads.teacher_lm_head_bias, size, constant=True),
+        *_numbers(heads.logit_scale, heads.logit_softcap),
+        *_numbers(heads.teacher_logit_scale, heads.teacher_logit_softcap),
+    )
+
+
+def _local(name: str, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else local_tensor(name, tensor)
+
+
+def _rows(bias: Tensor | None, size: int, *, constant: bool = False) -> Tensor | None:
+    # Not rounded under autocast: it enters no product.
+    if bias is None:
+        return None
+    return bias.detach()[:size] if constant else bias[:size]
+
+
+def _numbers(*values: float | None) -> tuple[Any, ...]:
+    """An int, a NumPy number or a 0-d tensor becomes the float that operators declare."""
+    return tuple(None if value is None else float(value) for value in values)
+
+
+class KeptRows(NamedTuple):
+    """The rows that labels or a mask keep, of tensors that begin with their shape."""
+
+    shape: torch.Size
+    """(N,) or (B, T)"""
+    indices: Int[Tensor, " M"]
+    """of the kept rows, in the flattened shape"""
+    cu_seqlens: Int[Tensor, " B+1"]
+    """of the kept rows, on the CPU"""
+
+    def take(self, name: str, values: Any) -> Any:
+        """Returns the kept rows of a tensor. Anything else, as a float temperature, stays."""
+        if not isinstance(values, Tensor) or values.ndim == 0:
+            return values
+        ndim = len(self.shape)
+        if values.shape[:ndim] != self.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(values.shape)}, the labels or the mask "
+                f"{tuple(self.shape)}: it must begin with theirs."
+            )
+        return values.flatten(0, ndim - 1)[self.indices]
+
+    def restore(self, output: PaintLossOutput) -> PaintLossOutput:
+        """Returns the values of all rows, in the labels' shape: 0, or False, where one is left
+        out."""
+        return PaintLossOutput(
+            *(value if value.ndim == 0 else self._spread(value) for value in output)
+        )
+
+    def _spread(self, values: Tensor) -> Tensor:
+        whole = values.new_zeros(self.shape.numel())
+        return whole.index_copy(0, self.indices, values).view(self.shape)
+
+
+def mask_rows(loss_mask: Tensor) -> KeptRows:
+    """Returns the rows at which the (B, T) mask is True; its own rows are the rollouts."""
+    if loss_mask.dtype != torch.bool or loss_mask.ndim != 2:
+        raise ValueError(
+            f"loss_mask is {loss_mask.dtype} of shape {tuple(loss_mask.shape)}: it must be bool "
+            "(B, T), True on kept positions."
+        )
+    return _kept(loss_mask, nn.functional.pad(loss_mask.sum(dim=1).cumsum(0), (1, 0)))
+
+
+def _kept(kept: Bool[Tensor, ...], bounds: Int[Tensor, " B+1"]) -> KeptRows:
+    # The host waits for the number of rows anyway, and with bounds there the loss knows where
+    # rollouts end.
+    return KeptRows(kept.shape, kept.flatten().nonzero()[:, 0], bounds.to(torch.int32).cpu())
+
+
+def label_rows(labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None) -> KeptRows:
+    """Returns the rows whose label is not `ignore_index`.
+
+    cu_seqlens: with (N,) labels, the bounds of the rollouts, ignored rows included. The rows of
+        (B, T) labels are the rollouts.
+    """
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int32, torch.int64):
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels is {kind}: it must be a tensor of int32 or int64.")
+    if labels.ndim != (2 if cu_seqlens is None else 1):
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}: it must be (B, T), one rollout a row, "
+            "without cu_seqlens, or (N,) with them."
+        )
+    kept = labels != ignore_index
+    if cu_seqlens is None:
+        return mask_rows(kept)
+    check_cu_seqlens(cu_seqlens, labels.device)
+    if not torch.compiler.is_compiling():
+        # A graph cannot branch on values. The operator checks the bounds that follow from these.
+        check_cu_seqlens_values(cu_seqlens, labels.shape[0])
+    before = nn.functional.pad(kept.cumsum(0), (1, 0))
+    return _kept(kept, before[cu_seqlens.to(labels.device).long()])
