@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paint_engine import as_command
+from paint_engine.files import argument_path, argument_text
 from paint_engine.keys import with_key
 
 if TYPE_CHECKING:
@@ -32,10 +33,13 @@ def _parser() -> argparse.ArgumentParser:
         "its adapter.",
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="CHECKPOINT_OR_RUN_DIR", type=Path)
-    parser.add_argument("output_dir", metavar="OUTPUT_DIR", type=Path, help="new or empty")
+    parser.add_argument("source", metavar="CHECKPOINT_OR_RUN_DIR", type=argument_path)
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", type=argument_path, help="new or empty")
     parser.add_argument(
-        "--model", metavar="BASE", help="the base, if it has moved since it was trained"
+        "--model",
+        metavar="BASE",
+        type=argument_text,
+        help="the base, if it has moved since it was trained",
     )
     parser.add_argument(
         "--revision", metavar="R", help="of the base on the hub; default: the one it was trained on"

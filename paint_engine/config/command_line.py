@@ -31,6 +31,7 @@ from paint_engine.files import (
     FILE_FAILURES,
     ReadFailed,
     WriteFailed,
+    argument_path,
     check_links,
     read_tables,
     shown,
@@ -139,11 +140,14 @@ def _parser(prog: str) -> _Parser:
     parser.add_argument(
         "--config",
         metavar="FILE.toml",
-        type=Path,
+        type=argument_path,
         help=f'sections as TOML tables; {_EXTENDS} = "NAME" above them starts from a preset',
     )
     parser.add_argument(
-        "--resume", metavar="RUN_DIR", type=Path, help="resume a run from its last checkpoint"
+        "--resume",
+        metavar="RUN_DIR",
+        type=argument_path,
+        help="resume a run from its last checkpoint",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
     parser.add_argument(

@@ -18,18 +18,15 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from paint_engine.config import templates
+from paint_engine.files import path_text
 from paint_engine.keys import SERVER_KEY
 
 T = TypeVar("T")
 
 HIDDEN = "hidden"
 """the type of pydantic's error for a value that messages must not show"""
-# Of Linux, with room for what lies below a path; and of the domain name system.
-_MAX_NAME_BYTES = 255
-_MAX_PATH_BYTES = 3000
+# Of the domain name system.
 _MAX_HOST_BYTES = 253
-# Python's own functions take a path part by part, and give up at about a thousand.
-_MAX_PATH_PARTS = 256
 ALL_LINEAR = "all-linear"
 """in place of names: every linear layer of the text decoder, as in peft"""
 
@@ -39,21 +36,6 @@ def _is_date(text: str) -> str:
         return datetime.date.fromisoformat(text).isoformat()
     except ValueError as error:
         raise ValueError("a date as YYYY-MM-DD, such as 2026-01-31") from error
-
-
-def _is_path(text: str) -> str:
-    parts = text.split("/")
-    try:
-        sizes = [len(part.encode()) for part in parts]
-    except UnicodeEncodeError as error:
-        raise ValueError("valid Unicode") from error
-    is_long = max(sizes) > _MAX_NAME_BYTES or sum(sizes) > _MAX_PATH_BYTES
-    if "\0" in text or is_long or len(parts) > _MAX_PATH_PARTS:
-        raise ValueError(
-            f"at most {_MAX_PATH_BYTES:,} bytes, of which at most {_MAX_NAME_BYTES} between two of "
-            f"at most {_MAX_PATH_PARTS} slashes, and no null character, as file systems need it"
-        )
-    return text
 
 
 def _is_server_url(text: str) -> str:
@@ -130,7 +112,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 # Of a file or a directory; or what a hub or an import looks up as one.
-PathText = Annotated[Text, AfterValidator(_is_path)]
+PathText = Annotated[Text, AfterValidator(path_text)]
 # Strict mode refuses the list that TOML gives for a tuple.
 TextTuple = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
 LayerNames = Annotated[

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 from pydantic import ValidationError
@@ -18,7 +17,7 @@ from paint_engine.config.command_line import parse_value
 from paint_engine.config.sections import INSTRUCTION, EvalSection, PromptsSection, RewardSection
 from paint_engine.config.toml import LEAVES
 from paint_engine.evaluation.benchmarks import KNOWN, Benchmark, parse_benchmarks
-from paint_engine.files import shown
+from paint_engine.files import argument_path, argument_text, shown
 
 # The flag for each configuration key in other modules' messages, where the names differ.
 _FLAGS = {
@@ -82,21 +81,31 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_subject(add: Callable[..., object]) -> None:
     """Adds the flags that select what is evaluated, and where the results go."""
-    add("--model", metavar="M", help="'tiny', a model directory or a Hugging Face id")
+    add(
+        "--model",
+        metavar="M",
+        type=argument_text,
+        help="'tiny', a model directory or a Hugging Face id",
+    )
     add(
         "--revision",
         metavar="R",
         help="commit, tag or branch of a Hugging Face id; default: the adapter's run's, else the "
         "newest",
     )
-    add("--adapter", metavar="A", help="directory in peft's format, or RUN_DIR[:last|:best|:STEP]")
+    add(
+        "--adapter",
+        metavar="A",
+        type=argument_text,
+        help="directory in peft's format, or RUN_DIR[:last|:best|:STEP]",
+    )
     names = ", ".join(benchmark.name for benchmark in KNOWN)
     add(
         "--benchmarks",
         required=True,
         help=f"comma-separated: {names}, [NAME=]FILE, [NAME=]ID:SPLIT or ID:CONFIG:SPLIT",
     )
-    add("--output", metavar="DIR", type=Path, help="default: evaluations/NAME-DIGEST")
+    add("--output", metavar="DIR", type=argument_path, help="default: evaluations/NAME-DIGEST")
     add("--problem-column", metavar="NAME", help="column of the question, if not detected")
     add("--answer-column", metavar="NAME", help="column of the answer, if not detected")
     add(
@@ -218,16 +227,20 @@ def parse_comparison(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "first", metavar="RUN_A", help="directory of an evaluation or of a training run"
+        "first",
+        metavar="RUN_A",
+        type=argument_text,
+        help="directory of an evaluation or of a training run",
     )
     parser.add_argument(
         "others",
         metavar="RUN_B",
+        type=argument_text,
         nargs="+",
         help="another; a training run may have :STEP, :best or :last (default) after it",
     )
     parser.add_argument(
-        "--json", metavar="FILE", type=Path, help="also write the numbers to this file"
+        "--json", metavar="FILE", type=argument_path, help="also write the numbers to this file"
     )
     return parser.parse_args(argv)
 

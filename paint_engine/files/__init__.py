@@ -72,6 +72,7 @@ from paint_engine.files.output import (
     command_output,
     printable_output,
 )
+from paint_engine.files.paths import argument_path, argument_text, path_text
 from paint_engine.files.printable import (
     is_hidden,
     one_line,
@@ -125,6 +126,8 @@ __all__ = [
     "Record",
     "WriteFailed",
     "append_lines",
+    "argument_path",
+    "argument_text",
     "check_best",
     "check_links",
     "check_no_devices",
@@ -144,6 +147,7 @@ __all__ = [
     "open_jsonl",
     "open_regular",
     "parse_json",
+    "path_text",
     "present_versions",
     "printable",
     "printable_output",

@@ -2,10 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from paint_engine import as_command
 from paint_engine.config.command_line import user_errors
+from paint_engine.files import argument_path
 from paint_engine.files.terminal import Terminal
 from paint_engine.report.page import write_report
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m paint_engine.report", description="Rebuild a run's report.html."
     )
-    parser.add_argument("run_dir", type=Path, help="the directory that training printed")
+    parser.add_argument("run_dir", type=argument_path, help="the directory that training printed")
     parser.add_argument(
         "--recipe", metavar="MODULE:CLASS", help="your own recipe of the run; its code is run"
     )
