@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paint_engine import as_command
-from paint_engine.files import argument_path, argument_text
 from paint_engine.keys import with_key
 
 if TYPE_CHECKING:
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from paint_engine.files import argument_path, argument_text
+
     parser = argparse.ArgumentParser(
         prog="python -m paint_engine.export",
         description="Exports a run's trained model: merged as a Hugging Face checkpoint, or as "
