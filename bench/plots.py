@@ -29,6 +29,8 @@ from bench.tables import (
     floor_lengths_table,
     floor_table,
     logit_formats_table,
+    real_logits_predicted_table,
+    real_logits_table,
     scaling_table,
     tiny_table,
 )
@@ -42,6 +44,8 @@ TABLES: dict[tuple[str, str], Table] = {
     ("kernels", "shapes"): kernel_shapes_table,
     ("scaling", ""): scaling_table,
     ("logit_formats", ""): logit_formats_table,
+    ("real_logits", ""): real_logits_table,
+    ("real_logits", "predicted"): real_logits_predicted_table,
     ("floor", ""): floor_table,
     ("floor", "lengths"): floor_lengths_table,
     ("engine", ""): engine_table,
