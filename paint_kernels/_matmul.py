@@ -22,6 +22,7 @@ from paint_kernels._half_heads import (
     largest_magnitude,
     power_of_two_below,
 )
+from paint_kernels._precision import full_precision
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -55,6 +56,7 @@ def half_product(
         torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
+@full_precision()
 def project(
     hidden_states: Float[Tensor, "R H"], weight: Float[Tensor, "V H"], out: Float[Tensor, "R V"]
 ) -> Float[Tensor, "R V"]:
@@ -99,6 +101,7 @@ class GradientProduct:
         if self.in_half and self.weight.dtype == torch.bfloat16:
             self.weight, self.weight_scale = half_head(self.weight)
 
+    @full_precision()
     def hidden(self, gradient: Float[Tensor, "R V"], out: Float[Tensor, "R H"]) -> None:
         if self.in_half:
             half_product(gradient, self.weight, out, add=False)
@@ -122,6 +125,7 @@ class GradientProduct:
             # Twice, because a product of two rounded factors can pass the next power of two.
             self.hidden_scale = LARGEST_HALF / (2 * power_of_two_below(largest))
 
+    @full_precision()
     def head(self, gradient: Float[Tensor, "R V"], rows: slice | Tensor, out: Tensor) -> None:
         """Adds gradient.T @ (token weights * hidden states), over these rows, to `out`."""
         weights = self.token_weights[rows, None]
