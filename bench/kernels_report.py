@@ -29,8 +29,8 @@ from bench.kernels.compiled import (
     launch_of,
     problems,
 )
-from bench.kernels.topk_variants import topk_launches
 from bench.kernels.limits import COUNTS, DEVICES, committed, counts_by_row, growth
+from bench.kernels.topk_variants import topk_launches
 from bench.kernels.traffic import VARIANTS, every_variant
 from bench.losses import QWEN3_VOCAB_SIZE
 from bench.measure import commit, versions

@@ -128,7 +128,8 @@ def stats_of_roles(
 
 def row_stats(logits: Float[Tensor, "R V"], temperature: float) -> TokenStats:
     (stats,) = stats_of_roles(logits, temperature)
-    logsumexp = stats.maximum * (1 / temperature) + torch.log1p(stats.rest)
+    maximum = stats.maximum.masked_fill(stats.maximum == kernels.EMPTY.value, -math.inf)
+    logsumexp = maximum * (1 / temperature) + torch.log1p(stats.rest)
     return TokenStats(logsumexp, stats.entropy)
 
 

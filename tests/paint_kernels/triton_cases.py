@@ -161,6 +161,36 @@ def test_masked_tokens(error):
             assert error(actual, expected) < 2e-4
 
 
+@pytest.mark.parametrize("temperature", [0.1, 200.0])
+def test_statistics_of_a_row_without_a_finite_logit(temperature):
+    logits = torch.randn(2, 70, device=DEVICE)
+    logits[1] = -math.inf
+    stats = _triton_backend.row_stats(logits, temperature)
+    assert stats.logsumexp.isfinite().tolist() == [True, False] and stats.logsumexp[1] < 0
+    assert stats.entropy[1] == 0
+
+
+@pytest.mark.parametrize("temperature", [0.3, 2.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_large_logits(error, divergence, temperature):
+    """Of magnitude 1e4: differences within a row are taken before anything rounds them."""
+    generator = torch.Generator().manual_seed(2)
+    student = torch.randn(6, 150, generator=generator).to(DEVICE) + 1e4
+    teacher = student + 0.5 * torch.randn(6, 150, generator=generator).to(DEVICE)
+    student[3:] -= 2e4
+    bounds = torch.tensor([0, 2, 6])
+    options = {"divergence": divergence, "temperature": temperature, "pointwise_clip": None}
+    options |= {"top_fraction": 0.3, "interpolation_weight": 0.0}
+    mine, wide = student.clone().requires_grad_(), student.double().requires_grad_()
+    output = paint_loss_from_logits(mine, teacher, bounds, backend="triton", **options)
+    exact = reference.paint_loss_from_logits(wide, teacher.double(), bounds, **options)
+    for name in ("token_loss", "student_entropy", "teacher_entropy"):
+        assert error(getattr(output, name), getattr(exact, name)) < 2e-4
+    (expected,) = torch.autograd.grad(exact.loss, wide)
+    (actual,) = torch.autograd.grad(output.loss, mine)
+    assert error(actual, expected) < 2e-4
+
+
 def test_confident_rows_keep_their_digits(build):
     batch = build((6, 6), 150, noise=0.02, device=DEVICE)
     batch.weight[:, 0] = 0.0
