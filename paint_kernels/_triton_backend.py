@@ -23,7 +23,7 @@ NUM_WARPS = 4
 """of 32 threads; half as many on AMD, whose warps have 64"""
 LANES = 32 * NUM_WARPS * 4
 """columns of float32 that the threads read with one load each, of 16 bytes; twice as many in half
-precision. Each is a lane of the kernels, with sums of its own."""
+precision, if rows are aligned. Each is a lane of the kernels, with sums of its own."""
 GROUPS = 256
 """candidates of a row for clipped entries, each the largest of 2 lanes: two clipped entries share a
 group in one row of 256, which is then read once more"""
@@ -74,7 +74,8 @@ def launch(
 
 
 def num_lanes(logits: Float[Tensor, "R V"]) -> int:
-    most = LANES * 4 // logits.element_size()
+    # Triton loads 16 bytes at once from rows whose stride it knows to be a multiple of 16.
+    most = LANES * 4 // logits.element_size() if logits.stride(0) % 16 == 0 else LANES
     return min(most, triton.next_power_of_2(logits.shape[1]))
 
 

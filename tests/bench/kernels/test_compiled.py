@@ -60,8 +60,8 @@ def test_every_kernel_is_sound_on_every_architecture(report):
     for line in compiled:
         assert line["spill_bytes"] == 0, line
         assert not line["float64"] and line["row_offsets_64bit"], line
-        # Only softmax_kernel sums nothing.
-        assert (line["shared_bytes"] > 0) is (line["kernel"] != "softmax_kernel"), line
+        sums = line["kernel"] not in ("softmax_kernel", "logprobs_gradient_kernel")
+        assert (line["shared_bytes"] > 0) is sums, line
         assert line["shared_bytes"] <= line["max_shared_bytes"], line
         assert line["registers"] > 0 and line["resident_blocks"] > 0, line
         if "ragged" not in line["variant"]:
@@ -155,7 +155,7 @@ def test_instructions_of_a_loop_are_counted_per_column(name):
         little, much = found[False, block], found[True, block]
         assert (little.special, much.special) == (1, 2)
         assert 2 < little.instructions < 12
-        assert 2 <= much.instructions - little.instructions < 10
+        assert 1 <= much.instructions - little.instructions < 10
         assert little.instructions <= found[False, 512].instructions
 
 
