@@ -28,7 +28,7 @@ help:
 	@echo "make test-vllm       install vLLM for CPUs beside it, then run the tests with the real engine"
 	@echo "make test-transformers4  install transformers 4.57 beside it, then read exports with it"
 	@echo "make lint            ruff, pyright, import-linter"
-	@echo "make kernels-report  compile every Triton kernel for four GPUs, without one"
+	@echo "make kernels-report  compile every Triton kernel for five GPUs, without one"
 	@echo "make lock            write the hashes of what the tests install, after a change of versions"
 	@echo "make clean           remove the virtual environment"
 

@@ -4,9 +4,10 @@
 
 Nothing runs. The chunks are those that `paint_loss` would compute, at several mixtures of rollout
 lengths. Matrix products are counted in floating-point operations by tiles of the result, so that
-multiprocessors without a tile count as lost time; everything else in bytes through device memory.
-Both are divided by published rates. `python -m bench.kernels` measures a GPU. The last line of
-stdout is JSON.
+multiprocessors without a tile count as lost time. The row kernels take the largest of three times:
+of their bytes through device memory, of their instructions, and of those in special-function units
+(bench.kernels.limits). Everything else is counted in bytes. All are divided by published rates.
+`python -m bench.kernels` measures a GPU. The last line of stdout is JSON.
 """
 
 import argparse
@@ -15,11 +16,12 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from bench import measure
+from bench.kernels.limits import DEVICES, Counts, Device, committed, counts_by_row
 from bench.losses import QWEN3_HIDDEN, QWEN3_VOCAB_SIZE
 from paint_kernels import LossSettings
 from paint_kernels._loss import most_early
@@ -40,18 +42,19 @@ EQUAL = "all 1,024"
 SETTINGS = LossSettings(backend="triton")
 LOGIT_BYTES = 4
 GRADIENT_BYTES = 2
-ROW_BYTES = 2 * LOGIT_BYTES + 2 * LOGIT_BYTES + GRADIENT_BYTES
-"""per vocabulary entry: both logits are read for the statistics, and again for loss and gradient"""
-REPEATED_ROW_BYTES = 2 * LOGIT_BYTES + GRADIENT_BYTES
-"""additional, per entry of a row whose clipped mass was predicted wrong: it is read once more"""
 REPEATED_SHARE = 0.01
 """of rows with a clipped entry: two clipped entries of a row share a group of columns in one of 256
 rows, and few rows have more than two"""
-CANDIDATE_BYTES = GROUPS * (4 + 4 + 2 * LOGIT_BYTES)
-"""per row: the teacher's candidates are written, read, and their two logits read"""
-INTERPOLATED_ROW_BYTES = 2 * LOGIT_BYTES
+SECTOR_BYTES = 32
+"""least that a load takes from memory"""
+CANDIDATE_BYTES = GROUPS * (4 * SECTOR_BYTES + 4 + 4 + 2 * SECTOR_BYTES)
+"""per row at most: one logit in four of the teacher's lanes is read again, its column is written
+and read, and both logits of that column are read"""
+DIVERGENCES = ("forward_kl", "jsd")
+ARCHITECTURE = "sm_90"
 HEAD_COPY_BYTES = 2 + 2 + 2
-"""per entry of the head: read to find the largest, read again, written in float16"""
+"""per entry of a trainable head: read to find the largest, read again, written in float16. The copy
+of a frozen one is kept."""
 GRAD_HIDDEN_BYTES = (4 + 4) + (4 + 2)
 """per entry of the hidden states' gradient: accumulated, then scaled into the result"""
 GRAD_HEAD_BYTES = 4 + 4
@@ -60,17 +63,6 @@ CLIPPED_SHARES = (0.02, 0.6)
 """of rows with a clipped entry: random logits of the tests, and a real model (33 to 63%)"""
 SMALL_KERNELS_PER_CHUNK, SMALL_KERNEL_S = 30, 3e-6
 """selection and bookkeeping: about the number in a trace on a CPU, at the time of one launch"""
-
-
-class Device(NamedTuple):
-    name: str
-    flops_per_s: float
-    """rate of the three bare products at N = 8192, H = 4096: 42 ms on an H100 (TRL, issue 7244)"""
-    bytes_per_s: float
-    """rate of a large device-to-device copy, counting bytes read and written"""
-
-
-DEVICES = (Device("H100", 7.28e14, 3.0e12), Device("H200", 7.28e14, 4.3e12))
 
 
 def drawn_lengths(name: str) -> Iterator[int]:
@@ -104,6 +96,31 @@ def product_s(rows: int, columns: int, inner: int, device: Device) -> float:
     return waves * flops / device.flops_per_s
 
 
+def row_kernels_s(divergence: str, clipped_share: float, device: Device) -> float:
+    """Predicts the time of both row kernels per logit of a model."""
+    counts = counts_by_row(committed(), ARCHITECTURE)
+    # What a row has once is counted by CANDIDATE_BYTES, for the length that rows have here.
+    found = {key: own._replace(bytes=round(own.bytes)) for key, own in counts.items()}
+    variant = f"{divergence}, fp32 logits, fp16 gradient"
+
+    def of(row: str) -> Counts:
+        return found["loss_kernel", variant, row]
+
+    plain = of("plain")
+    shares = [(SETTINGS.top_fraction, of("interpolated"), plain)]
+    if divergence == "forward_kl":
+        again = clipped_share * REPEATED_SHARE
+        shares.append((again, of("clipped and missed"), of("clipped")))
+    loss = Counts(
+        *(
+            own + sum(share * (more[i] - less[i]) for share, more, less in shares)
+            for i, own in enumerate(plain)
+        )
+    )
+    statistics = found["stats_kernel", "fp32 logits", "plain"]
+    return 2 * max(statistics.seconds(device).values()) + max(loss.seconds(device).values())
+
+
 def head_groups(chunks: list[Chunk], again: list[int]) -> list[int]:
     """Returns the rows of each product to a trainable head's gradient: as many whole chunks as make
     a group, and each piece that is computed again."""
@@ -114,7 +131,13 @@ def head_groups(chunks: list[Chunk], again: list[int]) -> list[int]:
 
 
 def count(
-    model: str, device: Device, case: str, *, trainable: bool = False, clipped_share: float
+    model: str,
+    device: Device,
+    case: str,
+    divergence: str,
+    *,
+    trainable: bool = False,
+    clipped_share: float,
 ) -> dict[str, Any]:
     """Counts one case with the chunks that `paint_loss` plans for it."""
     hidden, vocab = QWEN3_HIDDEN[model], QWEN3_VOCAB_SIZE
@@ -131,10 +154,10 @@ def count(
     products_s += sum(product_s(vocab, hidden, rows, device) for rows in groups)
     num_products = 3 + trainable
     gemms_s = num_products * 2 * NUM_TOKENS * hidden * vocab / device.flops_per_s
-    per_entry = ROW_BYTES + clipped_share * REPEATED_SHARE * REPEATED_ROW_BYTES
-    per_entry += SETTINGS.top_fraction * INTERPOLATED_ROW_BYTES
-    rows_s = sum(forward) * (per_entry * vocab + CANDIDATE_BYTES) / device.bytes_per_s
-    other_bytes = HEAD_COPY_BYTES * vocab * hidden + GRAD_HIDDEN_BYTES * NUM_TOKENS * hidden
+    per_logit_s = row_kernels_s(divergence, clipped_share, device)
+    rows_s = sum(forward) * (vocab * per_logit_s + CANDIDATE_BYTES / device.bytes_per_s)
+    other_bytes = HEAD_COPY_BYTES * trainable * vocab * hidden
+    other_bytes += GRAD_HIDDEN_BYTES * NUM_TOKENS * hidden
     other_bytes += GRAD_HEAD_BYTES * len(groups) * vocab * hidden
     other_s = other_bytes / device.bytes_per_s
     other_s += len(forward) * SMALL_KERNELS_PER_CHUNK * SMALL_KERNEL_S
@@ -147,6 +170,7 @@ def count(
         "model": model,
         "device": device.name,
         "case": case,
+        "divergence": divergence,
         "trainable": trainable,
         "clipped_share": clipped_share,
         "hidden": hidden,
@@ -170,10 +194,12 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
-    grid = itertools.product(DEVICES, QWEN3_HIDDEN, (False, True), CLIPPED_SHARES, CASES)
+    grid = itertools.product(
+        DEVICES, QWEN3_HIDDEN, DIVERGENCES, (False, True), CLIPPED_SHARES, CASES
+    )
     rows = [
-        count(model, device, case, trainable=trainable, clipped_share=share)
-        for device, model, trainable, share, case in grid
+        count(model, device, case, divergence, trainable=trainable, clipped_share=share)
+        for device, model, divergence, trainable, share, case in grid
     ]
     result = {
         "name": "floor",
@@ -186,7 +212,8 @@ def main() -> None:
     for row in rows:
         head = "trainable" if row["trainable"] else "frozen"
         print(
-            f"{row['device']} {row['model']:5} {head:9} {row['clipped_share']:3.0%} clipped, "
+            f"{row['device']} {row['model']:5} {row['divergence']:10} {head:9} "
+            f"{row['clipped_share']:3.0%} clipped, "
             f"{row['case']:22}: {row['rows_per_chunk']} rows per chunk, {row['rows_redone']} rows "
             f"again, products {row['products_s'] * 1e3:.0f} ms, rows {row['rows_s'] * 1e3:.0f} ms, "
             f"other {row['other_s'] * 1e3:.1f} ms, {row['ratio_to_floor']:.2f} times "

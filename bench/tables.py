@@ -135,6 +135,10 @@ def logit_formats_table(result: Result) -> str:
     return f"{markdown(header, rows)}\n\n{caption}"
 
 
+DIVERGENCES = {"forward_kl": "forward KL", "jsd": "JSD"}
+"""of the floor, in the words of its tables"""
+
+
 def real_logits_table(result: Result) -> str:
     """Returns gradient errors by objective, and by the order and the share of the columns in
     float16."""
@@ -223,7 +227,7 @@ def floor_table(result: Result) -> str:
     first, share = result["cases"][0], min(row["clipped_share"] for row in result["rows"])
     rows = [
         [
-            f"Qwen3 {row['model'].upper()}, {row['device']}",
+            f"Qwen3 {row['model'].upper()}, {row['device']}, {DIVERGENCES[row['divergence']]}",
             number(row["rows_per_chunk"], 0),
             *(
                 f"{row[key] * 1e3:.0f} ms"
@@ -246,16 +250,17 @@ def floor_table(result: Result) -> str:
 def floor_lengths_table(result: Result) -> str:
     """Returns the predicted time as a multiple of the bare products, by rollout lengths."""
     shares = sorted({row["clipped_share"] for row in result["rows"]})
-    columns = [(trainable, share) for trainable in (False, True) for share in shares]
+    columns = [("forward_kl", trainable, share) for trainable in (False, True) for share in shares]
+    # The JSD reads every row twice, whether an entry of it is clipped or not.
+    columns += [("jsd", trainable, shares[0]) for trainable in (False, True)]
     header = ["", "rollout lengths", "rows again"]
-    header += [
-        f"{'trainable' if trainable else 'frozen'}, {share:.0%} clipped"
-        for trainable, share in columns
-    ]
-    lines: dict[tuple[str, str, str], dict[tuple[bool, float], Result]] = {}
+    for divergence, trainable, share in columns:
+        head = "trainable" if trainable else "frozen"
+        header.append(f"JSD, {head}" if divergence == "jsd" else f"{head}, {share:.0%} clipped")
+    lines: dict[tuple[str, str, str], dict[tuple[str, bool, float], Result]] = {}
     for row in result["rows"]:
         line = lines.setdefault((row["device"], row["model"], row["case"]), {})
-        line[row["trainable"], row["clipped_share"]] = row
+        line[row["divergence"], row["trainable"], row["clipped_share"]] = row
     rows = [
         [
             f"Qwen3 {model.upper()}, {device}",
@@ -267,8 +272,8 @@ def floor_lengths_table(result: Result) -> str:
     ]
     caption = (
         f"Predicted time over that of the bare products, three with a frozen head and four with a "
-        f"trainable one; N {result['num_tokens']:,}, V {result['vocab_size']:,}; by "
-        "`python -m bench.floor`."
+        f"trainable one; forward KL where nothing is said; N {result['num_tokens']:,}, "
+        f"V {result['vocab_size']:,}; by `python -m bench.floor`."
     )
     return f"{markdown(header, rows)}\n\n{caption}"
 

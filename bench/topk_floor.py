@@ -103,7 +103,7 @@ def tail_work(hidden: int, device: Device, *, trainable: bool) -> Work:
     products_s = forward + sum(product_s(rows, hidden, vocab, device) for rows in chunks)
     softmax_bytes = LOGIT_BYTES + GRADIENT_BYTES
     row_bytes = NUM_TOKENS * vocab * (LOGIT_BYTES + softmax_bytes)
-    other_bytes = HEAD_COPY_BYTES * vocab * hidden
+    other_bytes = HEAD_COPY_BYTES * trainable * vocab * hidden
     if trainable:
         products_s += forward + sum(product_s(vocab, hidden, rows, device) for rows in chunks)
         row_bytes += NUM_TOKENS * vocab * softmax_bytes
@@ -126,7 +126,9 @@ def count_top_k(model: str, device: Device, case: str, *, trainable: bool) -> di
     work = Work(*(sum(values) for values in zip(*parts, strict=True)))
     rows_s = work.row_bytes / device.bytes_per_s
     other_s = work.other_bytes / device.bytes_per_s + work.num_kernels * SMALL_KERNEL_S
-    whole = count(model, device, EQUAL, trainable=trainable, clipped_share=CLIPPED_SHARE)
+    whole = count(
+        model, device, EQUAL, "forward_kl", trainable=trainable, clipped_share=CLIPPED_SHARE
+    )
     predicted_s = work.products_s + rows_s + other_s
     return {
         "model": model,

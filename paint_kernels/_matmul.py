@@ -16,6 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from paint_kernels._half_heads import (
+    LARGEST_HALF,
+    half_head,
+    largest_magnitude,
+    power_of_two_below,
+)
+from paint_kernels._precision import full_precision
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -23,8 +31,6 @@ WEIGHT_TILE = 2048
 """rows of the head in one product on a CPU: up to 1.4 times faster than all of them at once"""
 GRADIENT_SCALE = 256.0
 """of float16 gradients by the logits: keeps the entries of rare tokens above 6e-8, its smallest"""
-LARGEST_HALF = 2.0**14
-"""upper bound of scaled float16 copies, a quarter of the largest float16"""
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -50,6 +56,7 @@ def half_product(
         torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
+@full_precision()
 def project(
     hidden_states: Float[Tensor, "R H"], weight: Float[Tensor, "V H"], out: Float[Tensor, "R V"]
 ) -> Float[Tensor, "R V"]:
@@ -64,20 +71,6 @@ def project(
         tile = weight[start : start + WEIGHT_TILE].to(out.dtype)
         torch.mm(hidden_states, tile.T, out=out[:, start : start + WEIGHT_TILE])
     return out
-
-
-def power_of_two_below(x: Tensor) -> Tensor:
-    """Returns the scalar tensor 2^floor(log2(x)), or 1 for x = 0, without a host sync."""
-    _, exponent = torch.frexp(x.float())
-    return torch.where(x > 0, torch.ldexp(torch.ones_like(x.float()), exponent - 1), 1.0)
-
-
-def largest_magnitude(x: Tensor) -> Tensor:
-    """Returns max |x| as a scalar tensor, 0 for an empty x. Unlike abs(), copies nothing."""
-    if x.numel() == 0:
-        return x.new_zeros(())
-    low, high = torch.aminmax(x)
-    return torch.maximum(-low, high)
 
 
 class GradientProduct:
@@ -103,13 +96,12 @@ class GradientProduct:
         self.scale = GRADIENT_SCALE * temperature if self.in_half else 1.0
 
     def prepare_hidden(self) -> None:
-        """Copies a bfloat16 head to float16, times a power of two so that it fits."""
+        """Takes a float16 copy of a bfloat16 head, times a power of two so that it fits."""
         self.weight_scale = None
         if self.in_half and self.weight.dtype == torch.bfloat16:
-            self.weight_scale = LARGEST_HALF / power_of_two_below(largest_magnitude(self.weight))
-            half = torch.empty_like(self.weight, dtype=torch.float16)
-            self.weight = torch.mul(self.weight, self.weight_scale, out=half)
+            self.weight, self.weight_scale = half_head(self.weight)
 
+    @full_precision()
     def hidden(self, gradient: Float[Tensor, "R V"], out: Float[Tensor, "R H"]) -> None:
         if self.in_half:
             half_product(gradient, self.weight, out, add=False)
@@ -133,6 +125,7 @@ class GradientProduct:
             # Twice, because a product of two rounded factors can pass the next power of two.
             self.hidden_scale = LARGEST_HALF / (2 * power_of_two_below(largest))
 
+    @full_precision()
     def head(self, gradient: Float[Tensor, "R V"], rows: slice | Tensor, out: Tensor) -> None:
         """Adds gradient.T @ (token weights * hidden states), over these rows, to `out`."""
         weights = self.token_weights[rows, None]

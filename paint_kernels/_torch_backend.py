@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from paint_kernels._matmul import compute_dtype
+from paint_kernels._precision import full_precision
 from paint_kernels._settings import LossSettings
 from paint_kernels._spinning import follow_load
 from paint_kernels._torch_divergences import DIVERGENCES, Block
@@ -138,6 +139,7 @@ def log_ratio(student_rest: Tensor, teacher_rest: Tensor) -> Tensor:
     return torch.log1p((student_rest - teacher_rest) / (1 + teacher_rest))
 
 
+@full_precision()
 def row_stats(logits: Float[Tensor, "R V"], temperature: float) -> TokenStats:
     scratch = buffers(2, logits)
     logsumexp = logits.new_empty(logits.shape[0], dtype=scratch.dtype)
@@ -168,6 +170,7 @@ def interpolate(
     return torch.where(rows[:, None], mixed, teacher)
 
 
+@full_precision()
 def row_loss(
     student_logits: Float[Tensor, "R V"],
     teacher_logits: Float[Tensor, "R V"],
@@ -262,6 +265,7 @@ def _block(s: Shifted, t: Shifted, spare: Float[Tensor, "R V"]) -> Block:
     return Block(s.exponentials, scale, s.largest, q, d, g=s.x, spare=spare)
 
 
+@full_precision()
 def row_logprobs(
     logits: Float[Tensor, "R V"],
     token_ids: Int[Tensor, " R"],

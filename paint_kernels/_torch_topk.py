@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from paint_kernels._matmul import compute_dtype
+from paint_kernels._precision import full_precision
 from paint_kernels._spinning import follow_load
 from paint_kernels._torch_backend import row_blocks
 
@@ -33,6 +34,7 @@ def token_pieces(ids: Int[Tensor, "N K"], hidden_size: int) -> Iterator[slice]:
         yield slice(start, min(start + piece, len(ids)))
 
 
+@full_precision()
 def gathered_logits(
     hidden_states: Float[Tensor, "N H"], weight: Float[Tensor, "V H"], ids: Int[Tensor, "N K"]
 ) -> Float[Tensor, "N K"]:
@@ -45,6 +47,7 @@ def gathered_logits(
     return logits.masked_fill_(ids < 0, -math.inf)
 
 
+@full_precision()
 def hidden_gradient(
     values: Float[Tensor, "N K"],
     weight: Float[Tensor, "V H"],

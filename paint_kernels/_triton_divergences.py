@@ -2,7 +2,11 @@
 
 For student p, target q and d = log q - log p, the summand f is q d (forward KL), -p d (reverse KL)
 or b q log(q/m) + (1-b) p log(p/m) with m = b q + (1-b) p (JSD). A new divergence is a branch of
-`pointwise` that fills `slope`; the other two functions need a branch only for a better formula.
+`pointwise` that fills `weight`, and its gradient is that of `gradient_of`.
+
+A loop over the vocabulary is bound by the number of its instructions. Exponentials and logarithms
+are therefore those to base 2, which a GPU has as one instruction each, and all p and q of a row
+carry one factor, 1 + rest_T, which is divided out of the row's sums.
 """
 
 # pyright: reportOperatorIssue=false
@@ -10,10 +14,18 @@ or b q log(q/m) + (1-b) p log(p/m) with m = b q + (1-b) p (JSD). A new divergenc
 import triton
 import triton.language as tl
 
-MASKED = tl.constexpr(-5e29)
-"""below any finite logit minus its row's largest, and above what replaces -inf"""
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 LARGEST_LOG_RATIO = tl.constexpr(80.0)
-"""bound of |log q - log p|, where one side has no weight left and exponentials are still finite"""
+"""bound of |log q - log p| in the JSD, where one side has no weight left and exponentials are still
+finite"""
+MASKED_LOG_RATIO = tl.constexpr(1e37)
+"""stands for an infinite |log q - log p|: finite, so that its product with a probability of 0 is
+0"""
+INFINITE_DIVERGENCE = tl.constexpr(1e9)
+"""above any finite divergence, and below any with MASKED_LOG_RATIO at a probability above 1e-28"""
+NEAR = tl.constexpr(0.25)
+"""bound of |log q - log p| up to which a series is used: below it f, as it stands, loses digits"""
 
 
 @triton.jit
@@ -33,39 +45,6 @@ def log1p(x):
 
 
 @triton.jit
-def second_order(x):
-    """Returns x + exp(-x) - 1 = x^2/2 - x^3/6 + ..., for |x| < 0.5."""
-    series = -1.0 / 362880.0
-    series = 1.0 / 40320.0 + x * series
-    series = -1.0 / 5040.0 + x * series
-    series = 1.0 / 720.0 + x * series
-    series = -1.0 / 120.0 + x * series
-    series = 1.0 / 24.0 + x * series
-    series = -1.0 / 6.0 + x * series
-    series = 0.5 + x * series
-    return x * x * series
-
-
-@triton.jit
-def expm1(x):
-    """Returns exp(x) - 1, accurate in float32 even near 0."""
-    near = tl.abs(x) < 0.5
-    return tl.where(near, x + second_order(-tl.where(near, x, 0.0)), tl.exp(x) - 1.0)
-
-
-@triton.jit
-def divergence_gap(a, b, log_ratio):
-    """Returns a log(a/b) - a + b >= 0 from log(a/b), accurate in float32 even for a close to b.
-
-    Over a vocabulary -a + b sums to 0, so the sum of these is sum(a log(a/b)), without the
-    cancellation of its first-order terms.
-    """
-    near = tl.abs(log_ratio) < 0.5
-    series = a * second_order(tl.where(near, log_ratio, 0.0))
-    return tl.where(near, series, a * (log_ratio - 1.0) + b)
-
-
-@triton.jit
 def log_ratio_of(student_rest, teacher_rest):
     """Returns log((1 + rest_S) / (1 + rest_T)), as one logarithm if the sums are close."""
     change = (student_rest - teacher_rest) / (1.0 + teacher_rest)
@@ -75,67 +54,131 @@ def log_ratio_of(student_rest, teacher_rest):
 
 
 @triton.jit
+def between(x, bound):
+    """Returns x clamped to [-bound, bound]; NaN, as of two logits of -inf, becomes -bound."""
+    return tl.minimum(tl.maximum(x, -bound), bound)
+
+
+@triton.jit
+def kl_gap(f, left, log_ratio):
+    """Returns a log(a/b) - a + b >= 0 from f = a log(a/b), left = a - b and log(a/b), accurate in
+    float32 even for a close to b.
+
+    Over a vocabulary -a + b sums to 0, so the sum of these is sum(a log(a/b)), without the
+    cancellation of its first-order terms. With x = log(a/b) it is a (x^2/2 - x^3/6 + ...).
+    """
+    series = 1.0 / 720.0
+    series = -1.0 / 120.0 + log_ratio * series
+    series = 1.0 / 24.0 + log_ratio * series
+    series = -1.0 / 6.0 + log_ratio * series
+    series = 0.5 + log_ratio * series
+    return tl.where(tl.abs(log_ratio) < NEAR, f * log_ratio * series, f - left)
+
+
+@triton.jit
+def jsd_near(p, d, b):
+    """Returns f and log(p/m) of the JSD for |d| < NEAR, with relative errors below 2e-6.
+
+    They are p F(d) and -L(d), where L(d) = log(1 - b + b exp(d)) = b d + d^2 (g0 + g1 d + ...) and
+    F(d) = b d exp(d) - (1 - b + b exp(d)) L(d) = d^2 (f0 + f1 d + ...). n! times the coefficient of
+    d^n in L is the n-th cumulant of a coin that falls on 1 with probability b.
+    """
+    v = b * (1.0 - b)
+    skew = v * (1.0 - 2.0 * b)
+    g0 = v / 2.0
+    g1 = skew / 6.0
+    g2 = v * (1.0 - 6.0 * v) / 24.0
+    g3 = skew * (1.0 - 12.0 * v) / 120.0
+    g4 = v * (1.0 - 30.0 * v + 120.0 * v * v) / 720.0
+    # F = d^2 (v E - g - b d E g) with E = (exp(d) - 1) / d = 1 + d/2 + d^2/6 + ...
+    f0 = v - g0
+    f1 = v / 2.0 - g1 - b * g0
+    f2 = v / 6.0 - g2 - b * (g1 + g0 / 2.0)
+    f3 = v / 24.0 - g3 - b * (g2 + g1 / 2.0 + g0 / 6.0)
+    f4 = v / 120.0 - g4 - b * (g3 + g2 / 2.0 + g1 / 6.0 + g0 / 24.0)
+    f = p * d * d * (f0 + d * (f1 + d * (f2 + d * (f3 + d * f4))))
+    return f, -d * (b + d * (g0 + d * (g1 + d * (g2 + d * g3))))
+
+
+@triton.jit
+def jsd_terms(student, teacher, d, b):
+    """Returns p, q, f and log(p/m), from log2 p, log2 q and d.
+
+    With the larger of p and q, and r the smaller divided by it, m is the larger times a number
+    between the weight b or 1-b and 1, whose logarithm is accurate.
+    """
+    teacher_larger = d > 0.0
+    larger = tl.exp2(tl.maximum(student, teacher, propagate_nan=tl.PropagateNan.ALL))
+    ratio = tl.exp2(-tl.abs(d) * LOG2_E)
+    smaller = larger * ratio
+    p = tl.where(teacher_larger, smaller, larger)
+    q = tl.where(teacher_larger, larger, smaller)
+    weight_of_larger = tl.where(teacher_larger, b, 1.0 - b)
+    weighted_ratio = (1.0 - weight_of_larger) * ratio
+    mixture = weight_of_larger + weighted_ratio
+    mixture_log = LN_2 * tl.log2(mixture)  # log m - log of the larger
+    f = -larger * (mixture * mixture_log + weighted_ratio * tl.abs(d))
+    near_f, near_log = jsd_near(p, d, b)
+    near = tl.abs(d) < NEAR
+    student_log = -mixture_log - tl.maximum(d, 0.0)
+    return p, q, tl.where(near, near_f, f), tl.where(near, near_log, student_log)
+
+
+@triton.jit
 def pointwise(
-    student,  # x_S - m_S
-    teacher,  # x_T - m_T, of the target
-    log_ratio,
-    inverse_student,  # 1 / (1 + rest_S), 0 in a masked row
-    inverse_teacher,
+    student,  # z_S - m_S
+    teacher,  # z_T - m_T, of the target
+    log_ratio,  # log((1 + rest_S) / (1 + rest_T))
+    inverse_temperature,
     DIVERGENCE: tl.constexpr,
     jsd_weight,
 ):
-    """Returns p, q, d = log q - log p, f = gap + left, its parts, and slope = df / d log p.
+    """Returns p, q, f, its two parts gap + left, and weight.
 
-    `left` sums to 0 over a row. The KLs do not use `slope`.
+    All but weight carry the factor 1 + rest_T. `left` sums to 0 over a row. The gradient of an
+    unclipped f by log p, divided by p, is weight + 1 (reverse KL) or weight (JSD). The forward KL
+    does not use it.
     """
-    p = tl.exp(student) * inverse_student
-    q = tl.exp(teacher) * inverse_teacher
-    d = teacher - student + log_ratio
-    slope = d
+    d = (teacher - student) * inverse_temperature + log_ratio
+    scale = LOG2_E * inverse_temperature
+    student = student * scale - LOG2_E * log_ratio
+    teacher = teacher * scale
     if DIVERGENCE == "forward_kl":
-        d = tl.where(q == 0.0, 0.0, tl.where(student < MASKED, float("inf"), d))
+        d = between(d, MASKED_LOG_RATIO)
+        p, q = tl.exp2(student), tl.exp2(teacher)
         f = q * d
-        gap = tl.where(q == 0.0, p, divergence_gap(q, p, d))
         left = q - p
+        gap = kl_gap(f, left, d)
+        weight = d
     elif DIVERGENCE == "reverse_kl":
-        d = tl.where(p == 0.0, 0.0, tl.where(teacher < MASKED, float("-inf"), d))
-        f = -p * d
-        gap = tl.where(p == 0.0, q, divergence_gap(p, q, -d))
+        weight = -between(d, MASKED_LOG_RATIO)
+        p, q = tl.exp2(student), tl.exp2(teacher)
+        f = p * weight
         left = p - q
+        gap = kl_gap(f, left, weight)
     else:
         tl.static_assert(DIVERGENCE == "jsd", "this divergence has no Triton formula")
-        d = tl.minimum(tl.maximum(d, -LARGEST_LOG_RATIO), LARGEST_LOG_RATIO)
-        mixture = jsd_weight * q + (1.0 - jsd_weight) * p
-        student_log = -log1p(jsd_weight * expm1(d))  # log p - log m
-        teacher_log = -log1p((1.0 - jsd_weight) * expm1(-d))  # log q - log m
-        gap = jsd_weight * divergence_gap(q, mixture, teacher_log)
-        gap += (1.0 - jsd_weight) * divergence_gap(p, mixture, student_log)
-        f = gap
-        left = tl.zeros_like(gap)
-        slope = (1.0 - jsd_weight) * p * student_log
-    return p, q, d, f, gap, left, slope
+        p, q, f, student_log = jsd_terms(
+            student, teacher, between(d, LARGEST_LOG_RATIO), jsd_weight
+        )
+        gap, left = f, tl.zeros_like(f)
+        weight = (1.0 - jsd_weight) * student_log
+    return p, q, f, gap, left, weight
 
 
 @triton.jit
-def gradient_of(p, q, d, slope, clipped, constant, DIVERGENCE: tl.constexpr):
-    """Returns the gradient by x_S = z_S / T: g u - p sum(g u), where g is `slope` and u is 1 if
-    unclipped.
+def clipped_weight(weight, clipped, DIVERGENCE: tl.constexpr):
+    """Returns `weight`, or what stands for it in a clipped entry, whose f has no gradient."""
+    return tl.where(clipped, -1.0 if DIVERGENCE == "reverse_kl" else 0.0, weight)
 
-    `constant` is the sum of q over the unclipped entries (forward KL), else the row's sum of
-    `constant_term`: of p d over the unclipped and p over the clipped ones (reverse KL, where
-    g = p (1 - d)), or of g u.
+
+@triton.jit
+def gradient_of(p, q, weight, clipped, constant, DIVERGENCE: tl.constexpr):
+    """Returns the gradient by x_S = z_S / T, with the factor of p and q.
+
+    `constant` is the sum of q over the unclipped entries (forward KL), else the sum of p times
+    `clipped_weight`.
     """
     if DIVERGENCE == "forward_kl":
         return p * constant - tl.where(clipped, 0.0, q)
-    if DIVERGENCE == "reverse_kl":
-        return p * (constant - tl.where(clipped, 1.0, d))
-    return tl.where(clipped, 0.0, slope) - p * constant
-
-
-@triton.jit
-def constant_term(p, q, d, slope, clipped, DIVERGENCE: tl.constexpr):
-    """What an entry adds to the constant of `gradient_of`. Not called for the forward KL, whose
-    constant is 1 minus the clipped mass."""
-    if DIVERGENCE == "reverse_kl":
-        return p * tl.where(clipped, 1.0, d)
-    return tl.where(clipped, 0.0, slope)
+    return p * (clipped_weight(weight, clipped, DIVERGENCE) - constant)

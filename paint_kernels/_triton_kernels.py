@@ -1,10 +1,10 @@
 """The Triton row kernels: one program per row, the vocabulary in tiles, arithmetic in float32.
 
-Each lane of a tile keeps its own running maximum, so that statistics read a row once and lanes are
-merged only at the end. Every sum leaves the row's largest entry out, as in `_torch_backend`. Logits
-may have any float dtype. Row offsets are int64, because N x V passes 2^31 at 14,135 rows of
-151,936. Numbers that a trainer may schedule (temperature, weights, clip) are arguments, which
-Triton passes as float32: a new value compiles nothing.
+Statistics read a row once. Each lane of a tile keeps its own running maximum, that of a few entries
+of every tile, and lanes are merged at the end. The row's largest entry is left out of every sum, as
+in `_torch_backend`. Logits may have any float dtype. Row offsets are int64, because N x V passes
+2^31 at 14,135 rows of 151,936. Numbers that a trainer may schedule (temperature, weights, clip) are
+arguments, which Triton passes as float32: a new value compiles nothing.
 """
 
 # pyright: reportOperatorIssue=false, reportArgumentType=false
@@ -15,19 +15,27 @@ import triton
 import triton.language as tl
 
 from paint_kernels._triton_divergences import (
-    constant_term,
+    INFINITE_DIVERGENCE,
+    LN_2,
+    LOG2_E,
+    clipped_weight,
     gradient_of,
     log1p,
     log_ratio_of,
     pointwise,
 )
 
-# Below any logit, and far enough apart that exp(FAR_BELOW - EMPTY) is 0; finite, so that no
-# difference of two of them is NaN.
 EMPTY = tl.constexpr(-1e30)
-"""running maximum of a lane that has seen no finite logit"""
-FAR_BELOW = tl.constexpr(-2e30)
-"""stands for -inf and for columns past the vocabulary"""
+"""maximum where no finite logit has been seen: below any, and finite, so that no difference to it
+is NaN"""
+VANISHED = tl.constexpr(-200.0)
+"""exp2 of it is 0, and so is their product, which it would not be with -inf"""
+CANDIDATE_RANGE = tl.constexpr(8.0)
+"""natural units below its row's largest in which an entry is a candidate: what has 3e-4 of the
+largest probability is clipped at log ratios above 180 only, for a clip of 0.06"""
+STATS_LANE_TILE = tl.constexpr(4)
+"""entries of a lane in a tile of statistics: with fewer, the lane's old sums are rescaled for each
+few new entries"""
 MISSED_SHARE = tl.constexpr(1e-6)
 """of the clipped mass: two orders of one sum differ by less, an entry without effect may be less"""
 
@@ -59,110 +67,174 @@ def load_target(
 
 
 @triton.jit
-def scaled(logits, inverse_temperature):
-    """Returns z / T, finite throughout."""
-    return tl.where(logits == float("-inf"), FAR_BELOW, logits * inverse_temperature)
+def exponential(logits, maximum, scale):
+    """Returns t = (z - m) scale, for scale = log2(e) / T, and 2^t = exp((z - m) / T). NaN stays."""
+    below = (logits - maximum) * scale
+    t = tl.maximum(below, VANISHED, propagate_nan=tl.PropagateNan.ALL)
+    return t, tl.exp2(t)
 
 
 @triton.jit
-def scan_tile(x, columns, maximum, largest, rest, energy):
-    """Adds a tile to each lane's maximum m, the column of m, and the sums of exp(x - m) and
-    (x - m) exp(x - m), both without the maximum itself."""
-    # One exponential serves both cases: it shrinks the old sums, or it is the new summand.
-    above = x > maximum
-    distance = tl.where(above, maximum - x, x - maximum)
-    ratio = tl.exp(distance)
-    energy = tl.where(above, ratio * (energy + distance * (1.0 + rest)), energy + ratio * distance)
-    rest = tl.where(above, ratio * (1.0 + rest), rest + ratio)
-    return tl.where(above, x, maximum), tl.where(above, columns, largest), rest, energy
+def scan_tile(logits, start, maximum, largest_tile, total, energy, scale):
+    """Adds a tile, (entries of a lane, lanes), to each lane's maximum m, the tile that has it, and
+    the sums of 2^t and t 2^t for t = (z - m) log2(e) / T."""
+    higher = tl.maximum(tl.max(logits, axis=0), maximum)
+    t, ratio = exponential(maximum, higher, scale)
+    energy = ratio * (energy + t * total)
+    total = ratio * total
+    largest_tile = tl.where(higher > maximum, start, largest_tile)
+    t, exponentials = exponential(logits, tl.expand_dims(higher, 0), scale)
+    total += tl.sum(exponentials, axis=0)
+    energy += tl.sum(exponentials * t, axis=0)
+    return higher, largest_tile, total, energy
 
 
 @triton.jit
-def merge_lanes(maximum, rest, energy, BLOCK: tl.constexpr):
-    """Returns the row's maximum, the lane that holds it, and the row's two sums."""
-    lanes = tl.arange(0, BLOCK)
+def row_statistics(
+    student_row_ptr,
+    target_row_ptr,
+    num_columns,
+    interpolation_weight,
+    inverse_temperature,
+    INTERPOLATE: tl.constexpr,
+    LANES: tl.constexpr,
+    LANE_TILE: tl.constexpr,
+    LANE_COLUMNS: tl.constexpr,
+):
+    """Returns the row's largest logit m, its column, the sum of exp((z - m) / T) without it, the
+    entropy, and each lane's maximum and the tile that has it.
+
+    LANE_TILE: entries of a lane in one tile. LANE_COLUMNS: in the row, or more.
+    """
+    TILE: tl.constexpr = LANES * LANE_TILE
+    scale = LOG2_E * inverse_temperature
+    lanes = tl.arange(0, LANES)
+    maximum = tl.full([LANES], EMPTY, tl.float32)
+    largest_tile = tl.zeros([LANES], tl.int32)
+    total = tl.zeros([LANES], tl.float32)
+    energy = tl.zeros([LANES], tl.float32)
+    for start in range(0, num_columns, TILE):
+        logits = load_target(
+            student_row_ptr,
+            target_row_ptr,
+            start + tl.arange(0, TILE),
+            num_columns,
+            True,
+            INTERPOLATE,
+            interpolation_weight,
+        )
+        logits = tl.reshape(logits, [LANE_TILE, LANES])
+        maximum, largest_tile, total, energy = scan_tile(
+            logits, start, maximum, largest_tile, total, energy, scale
+        )
     row_maximum = tl.max(maximum, axis=0)
-    winner = tl.min(tl.where(maximum == row_maximum, lanes, BLOCK), axis=0)
-    distance = maximum - row_maximum
-    weight = tl.where(maximum == EMPTY, 0.0, tl.exp(distance))
-    row_rest = tl.sum(weight * (rest + tl.where(lanes == winner, 0.0, 1.0)), axis=0)
-    row_energy = tl.sum(weight * (energy + distance * (1.0 + rest)), axis=0)
-    return row_maximum, winner, row_rest, row_energy
+    winner = tl.min(tl.where(maximum == row_maximum, lanes, LANES), axis=0)
+    t, ratio = exponential(maximum, row_maximum, scale)
+    others = lanes != winner
+    rest = tl.sum(tl.where(others, ratio * total, 0.0), axis=0)
+    row_energy = tl.sum(tl.where(others, ratio * (energy + t * total), 0.0), axis=0)
+    # The sum of the lane with the largest entry is taken again without it. Subtracting 1 would
+    # cost a confident row its digits.
+    columns = winner + LANES * tl.arange(0, LANE_COLUMNS)
+    logits = load_target(
+        student_row_ptr,
+        target_row_ptr,
+        columns,
+        num_columns,
+        True,
+        INTERPOLATE,
+        interpolation_weight,
+    )
+    largest = tl.min(tl.where(logits == row_maximum, columns, num_columns), axis=0)
+    t, exponentials = exponential(logits, row_maximum, scale)
+    # Its 2^0 - 1 is 0, or NaN for a logit of inf.
+    rest += tl.sum(exponentials - tl.where(columns == largest, 1.0, 0.0), axis=0)
+    row_energy += tl.sum(exponentials * t, axis=0)
+    entropy = log1p(rest) - LN_2 * row_energy / (1.0 + rest)
+    largest = tl.where(largest < num_columns, largest, 0)
+    return row_maximum, largest, rest, entropy, maximum, largest_tile
 
 
 @triton.jit
-def largest_of_groups(maximum, largest, num_columns, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+def candidates_of(
+    row_ptr,
+    num_columns,
+    inverse_temperature,
+    row_maximum,
+    maximum,
+    largest_tile,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    LANE_TILE: tl.constexpr,
+):
     """Returns the column of the largest entry in each of GROUPS groups of lanes; num_columns where
-    a group has seen no finite logit. Neighbouring columns, such as those of the digits, are in
+    it is not near the row's largest. Neighbouring columns, such as those of the digits, are in
     different groups."""
-    values = tl.reshape(maximum, [BLOCK // GROUPS, GROUPS])
-    columns = tl.reshape(largest, [BLOCK // GROUPS, GROUPS])
+    lanes = tl.arange(0, LANES)
+    firsts = tl.reshape(largest_tile + lanes, [LANES // GROUPS, GROUPS])
+    values = tl.reshape(maximum, [LANES // GROUPS, GROUPS])
     top = tl.max(values, axis=0)
-    column = tl.min(tl.where(values == tl.expand_dims(top, 0), columns, num_columns), axis=0)
-    return tl.where(top == EMPTY, num_columns, column)
+    first = tl.min(tl.where(values == tl.expand_dims(top, 0), firsts, num_columns), axis=0)
+    near = (row_maximum - top) * inverse_temperature < CANDIDATE_RANGE
+    first = tl.where(near & (top != EMPTY), first, num_columns)
+    columns = tl.expand_dims(first, 0) + LANES * tl.expand_dims(tl.arange(0, LANE_TILE), 1)
+    logits = load_logits(row_ptr, columns, num_columns)
+    found = logits == tl.expand_dims(top, 0)
+    return tl.min(tl.where(found, columns, num_columns), axis=0)
 
 
 @triton.jit
 def stats_kernel(
-    logits_ptr,  # (R, V)
-    maximum_ptr,  # (R,)
-    rest_ptr,  # (R,)
-    entropy_ptr,  # (R,)
-    largest_ptr,  # (R,) int32
-    candidates_ptr,  # (R, GROUPS) int32
+    logits_ptr,  # (R, V), and as many rows of a second role `role_offset` entries behind them
+    maximum_ptr,  # (roles, row_capacity), and so are the next three
+    rest_ptr,
+    entropy_ptr,
+    largest_ptr,  # int32
+    candidates_ptr,  # (R, GROUPS) int32, of the last role
     row_stride,
+    role_offset,
+    row_capacity,
     num_columns,
     inverse_temperature,
     GROUPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    LANE_COLUMNS: tl.constexpr,
 ):
-    """Computes the row maximum m of x = z / T, its column, the sum of exp(x - m) without it, the
-    entropy, and the columns of GROUPS large entries of the row, the largest of BLOCK / GROUPS lanes
-    each."""
-    row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
-    maximum = tl.full([BLOCK], EMPTY, tl.float32)
-    largest = tl.zeros([BLOCK], tl.int32)
-    rest = tl.zeros([BLOCK], tl.float32)
-    energy = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, num_columns, BLOCK):
-        columns = start + lanes
-        logits = load_logits(logits_ptr + row * row_stride, columns, num_columns)
-        x = scaled(logits, inverse_temperature)
-        maximum, largest, rest, energy = scan_tile(x, columns, maximum, largest, rest, energy)
-    row_maximum, winner, row_rest, row_energy = merge_lanes(maximum, rest, energy, BLOCK)
+    """Computes the row's largest logit m, its column, the sum of exp((z - m) / T) without it, the
+    entropy, and for the last role the columns of at most GROUPS large entries, each the largest of
+    as many lanes. Program (i, j) has row i of role j."""
+    role = tl.program_id(1).to(tl.int64)
+    row_ptr = logits_ptr + role * role_offset + tl.program_id(0).to(tl.int64) * row_stride
+    row = role * row_capacity + tl.program_id(0)
+    row_maximum, largest, rest, entropy, maximum, largest_tile = row_statistics(
+        row_ptr,
+        row_ptr,
+        num_columns,
+        0.0,
+        inverse_temperature,
+        False,
+        LANES,
+        STATS_LANE_TILE,
+        LANE_COLUMNS,
+    )
     tl.store(maximum_ptr + row, row_maximum)
-    tl.store(rest_ptr + row, row_rest)
-    tl.store(entropy_ptr + row, log1p(row_rest) - row_energy / (1.0 + row_rest))
-    tl.store(largest_ptr + row, tl.sum(tl.where(lanes == winner, largest, 0), axis=0))
-    candidates = largest_of_groups(maximum, largest, num_columns, GROUPS, BLOCK)
-    tl.store(candidates_ptr + row * GROUPS + tl.arange(0, GROUPS), candidates)
-
-
-@triton.jit
-def target_stats(
-    student_row_ptr,
-    teacher_row_ptr,
-    num_columns,
-    interpolation_weight,
-    inverse_temperature,
-    BLOCK: tl.constexpr,
-):
-    """Returns the maximum m of an interpolated target, and its sum of exp(x - m) without it."""
-    lanes = tl.arange(0, BLOCK)
-    maximum = tl.full([BLOCK], EMPTY, tl.float32)
-    largest = tl.zeros([BLOCK], tl.int32)
-    rest = tl.zeros([BLOCK], tl.float32)
-    energy = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, num_columns, BLOCK):
-        columns = start + lanes
-        logits = load_target(
-            student_row_ptr, teacher_row_ptr, columns, num_columns, True, True, interpolation_weight
+    tl.store(rest_ptr + row, rest)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(largest_ptr + row, largest)
+    if role == tl.num_programs(1) - 1:
+        candidates = candidates_of(
+            row_ptr,
+            num_columns,
+            inverse_temperature,
+            row_maximum,
+            maximum,
+            largest_tile,
+            GROUPS,
+            LANES,
+            STATS_LANE_TILE,
         )
-        x = scaled(logits, inverse_temperature)
-        maximum, largest, rest, energy = scan_tile(x, columns, maximum, largest, rest, energy)
-    row_maximum, _, row_rest, _ = merge_lanes(maximum, rest, energy, BLOCK)
-    return row_maximum, row_rest
+        own_candidates_ptr = candidates_ptr + tl.program_id(0).to(tl.int64) * GROUPS
+        tl.store(own_candidates_ptr + tl.arange(0, GROUPS), candidates)
 
 
 @triton.jit
@@ -174,8 +246,6 @@ def load_terms(
     student_maximum,
     teacher_maximum,
     log_ratio,
-    inverse_student,
-    inverse_teacher,
     interpolated,
     INTERPOLATE: tl.constexpr,
     interpolation_weight,
@@ -183,7 +253,7 @@ def load_terms(
     jsd_weight,
     inverse_temperature,
 ):
-    """Loads a tile and returns its `pointwise` values."""
+    """Loads the columns, a tile or one, and returns their `pointwise` values."""
     student = load_logits(student_row_ptr, columns, num_columns)
     teacher = load_target(
         student_row_ptr,
@@ -195,54 +265,38 @@ def load_terms(
         interpolation_weight,
     )
     return pointwise(
-        scaled(student, inverse_temperature) - student_maximum,
-        scaled(teacher, inverse_temperature) - teacher_maximum,
+        student - student_maximum,
+        teacher - teacher_maximum,
         log_ratio,
-        inverse_student,
-        inverse_teacher,
+        inverse_temperature,
         DIVERGENCE,
         jsd_weight,
     )
 
 
 @triton.jit
-def clipped_mass_at(
-    columns,
-    student_row_ptr,
-    teacher_row_ptr,
-    num_columns,
-    student_maximum,
-    teacher_maximum,
-    log_ratio,
-    inverse_student,
-    inverse_teacher,
-    interpolated,
-    clip,
-    INTERPOLATE: tl.constexpr,
-    interpolation_weight,
+def largest_gradient(
+    p,
+    q,
+    clipped,
+    clipped_mass,
+    constant,
+    same_largest,
+    student_rest,
+    teacher_rest,
     DIVERGENCE: tl.constexpr,
-    jsd_weight,
-    inverse_temperature,
 ):
-    """Returns the target mass of those of the columns that are clipped."""
-    _p, q, _d, f, _gap, _left, _slope = load_terms(
-        student_row_ptr,
-        teacher_row_ptr,
-        columns,
-        num_columns,
-        student_maximum,
-        teacher_maximum,
-        log_ratio,
-        inverse_student,
-        inverse_teacher,
-        interpolated,
-        INTERPOLATE,
-        interpolation_weight,
-        DIVERGENCE,
-        jsd_weight,
-        inverse_temperature,
-    )
-    return tl.sum(tl.where(f > clip, q, 0.0), axis=0)
+    """Returns the gradient by x_S of the row's largest entry, which is minus the sum of the others.
+
+    In a confident row p and q are both close to 1, and their difference has few digits; in terms of
+    the rest it has all. `constant` is the row's sum of p times `clipped_weight`, relative to that
+    of this entry (not used by the forward KL).
+    """
+    if DIVERGENCE == "forward_kl":
+        by_rest = (teacher_rest - student_rest) / (1.0 + student_rest) / (1.0 + teacher_rest)
+        difference = tl.where(same_largest, by_rest, p - q)
+        return tl.where(clipped, p * (1.0 - clipped_mass), difference - p * clipped_mass)
+    return -p * constant
 
 
 @triton.jit
@@ -253,9 +307,10 @@ def loss_kernel(
     interpolated_ptr,  # (R,) int8
     student_maximum_ptr,  # (R,)
     student_rest_ptr,  # (R,)
-    largest_ptr,  # (R,) int32, of the student
+    student_largest_ptr,  # (R,) int32
     teacher_maximum_ptr,  # (R,)
     teacher_rest_ptr,  # (R,)
+    teacher_largest_ptr,  # (R,) int32
     candidates_ptr,  # (R, GROUPS) int32, of the teacher
     loss_ptr,  # (R,)
     divergence_ptr,  # (R,)
@@ -274,7 +329,8 @@ def loss_kernel(
     HAS_CLIP: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
     GROUPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    LANE_COLUMNS: tl.constexpr,
 ):
     """Computes loss, divergence and clipped mass of a row, and its gradient times gradient_scale.
 
@@ -284,7 +340,6 @@ def loss_kernel(
     second loop runs for the rows whose clipped mass turns out to be another. The other divergences
     always need both.
     """
-    gradient_factor = inverse_temperature * gradient_scale
     PREDICTS: tl.constexpr = WITH_GRADIENT and HAS_CLIP and DIVERGENCE == "forward_kl"
     SUMS_CONSTANT: tl.constexpr = WITH_GRADIENT and DIVERGENCE != "forward_kl"
     row = tl.program_id(0).to(tl.int64)
@@ -295,53 +350,73 @@ def loss_kernel(
     student_rest = tl.load(student_rest_ptr + row)
     teacher_maximum = tl.load(teacher_maximum_ptr + row)
     teacher_rest = tl.load(teacher_rest_ptr + row)
+    largest = tl.load(student_largest_ptr + row)
+    teacher_largest = tl.load(teacher_largest_ptr + row)
     interpolated = False
     if INTERPOLATE:
         interpolated = tl.load(interpolated_ptr + row) != 0
         if interpolated:
-            teacher_maximum, teacher_rest = target_stats(
+            teacher_maximum, teacher_largest, teacher_rest, _entropy, _m, _t = row_statistics(
                 student_row_ptr,
                 teacher_row_ptr,
                 num_columns,
                 interpolation_weight,
                 inverse_temperature,
-                BLOCK,
+                True,
+                LANES,
+                STATS_LANE_TILE,
+                LANE_COLUMNS,
             )
+    log_ratio = log_ratio_of(student_rest, teacher_rest)
     # A row without a finite logit on either side has loss 0.
     usable = (student_maximum != EMPTY) & (teacher_maximum != EMPTY)
-    inverse_student = tl.where(usable, 1.0 / (1.0 + student_rest), 0.0)
-    inverse_teacher = tl.where(usable, 1.0 / (1.0 + teacher_rest), 0.0)
-    log_ratio = log_ratio_of(student_rest, teacher_rest)
-    largest = tl.load(largest_ptr + row)
+    share = tl.where(usable, 1.0 / (1.0 + teacher_rest), 0.0)  # of the factor of p and q
+    factor = share * inverse_temperature * gradient_scale
+    threshold = clip * (1.0 + teacher_rest) if HAS_CLIP else float("inf")
+    own_p, own_q, own_f, _gap, _left, own_weight = load_terms(
+        student_row_ptr,
+        teacher_row_ptr,
+        largest,
+        num_columns,
+        student_maximum,
+        teacher_maximum,
+        log_ratio,
+        interpolated,
+        INTERPOLATE,
+        interpolation_weight,
+        DIVERGENCE,
+        jsd_weight,
+        inverse_temperature,
+    )
+    own_clipped = own_f > threshold
+    own_weight = clipped_weight(own_weight, own_clipped, DIVERGENCE)
     predicted_mass = 0.0
     if PREDICTS:
-        predicted_mass = clipped_mass_at(
-            tl.load(candidates_ptr + row * GROUPS + tl.arange(0, GROUPS)),
+        _p, candidate_q, candidate_f, _gap, _left, _weight = load_terms(
             student_row_ptr,
             teacher_row_ptr,
+            tl.load(candidates_ptr + row * GROUPS + tl.arange(0, GROUPS)),
             num_columns,
             student_maximum,
             teacher_maximum,
             log_ratio,
-            inverse_student,
-            inverse_teacher,
             interpolated,
-            clip,
             INTERPOLATE,
             interpolation_weight,
             DIVERGENCE,
             jsd_weight,
             inverse_temperature,
         )
+        clipped_q = tl.where(candidate_f > threshold, candidate_q, 0.0)
+        predicted_mass = share * tl.sum(clipped_q, axis=0)
 
-    loss = tl.zeros([BLOCK], tl.float32)
-    divergence = tl.zeros([BLOCK], tl.float32)
-    clipped_mass = tl.zeros([BLOCK], tl.float32)
-    constant = tl.zeros([BLOCK], tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, num_columns, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        p, q, d, f, gap, left, slope = load_terms(
+    loss = tl.zeros([LANES], tl.float32)
+    divergence = tl.zeros([LANES], tl.float32)
+    clipped_mass = tl.zeros([LANES], tl.float32)
+    constant = tl.zeros([LANES], tl.float32)
+    for start in range(0, num_columns, LANES):
+        columns = start + tl.arange(0, LANES)
+        p, q, f, gap, left, weight = load_terms(
             student_row_ptr,
             teacher_row_ptr,
             columns,
@@ -349,8 +424,6 @@ def loss_kernel(
             student_maximum,
             teacher_maximum,
             log_ratio,
-            inverse_student,
-            inverse_teacher,
             interpolated,
             INTERPOLATE,
             interpolation_weight,
@@ -358,38 +431,35 @@ def loss_kernel(
             jsd_weight,
             inverse_temperature,
         )
-        clipped = f > clip
+        clipped = f > threshold
         divergence += gap
         if HAS_CLIP:
-            loss += tl.where(clipped, clip - left, gap)
+            loss += tl.where(clipped, threshold - left, gap)
             clipped_mass += tl.where(clipped, q, 0.0)
         if SUMS_CONSTANT:
-            constant += constant_term(p, q, d, slope, clipped, DIVERGENCE)
+            relative = clipped_weight(weight, clipped, DIVERGENCE) - own_weight
+            constant += p * relative
         if WITH_GRADIENT and DIVERGENCE == "forward_kl":
-            gradient = gradient_of(p, q, d, slope, clipped, 1.0 - predicted_mass, DIVERGENCE)
-            gradient *= gradient_factor
-            inside = columns < num_columns
-            total += tl.where(inside & (columns != largest), gradient, 0.0)
-            tl.store(gradient_row_ptr + columns, gradient, mask=inside)
+            gradient = gradient_of(p, q, weight, clipped, 1.0 - predicted_mass, DIVERGENCE)
+            tl.store(gradient_row_ptr + columns, gradient * factor, mask=columns < num_columns)
 
-    row_divergence = tl.sum(divergence, axis=0)
-    row_clipped_mass = tl.sum(clipped_mass, axis=0)
+    row_divergence = tl.where(usable, share * tl.sum(divergence, axis=0), 0.0)
+    row_divergence = tl.where(row_divergence > INFINITE_DIVERGENCE, float("inf"), row_divergence)
+    row_clipped_mass = tl.where(usable, share * tl.sum(clipped_mass, axis=0), 0.0)
+    row_constant = share * tl.sum(constant, axis=0)
     tl.store(divergence_ptr + row, row_divergence)
     tl.store(clipped_mass_ptr + row, row_clipped_mass)
     if HAS_CLIP:
-        tl.store(loss_ptr + row, tl.sum(loss, axis=0))
+        tl.store(loss_ptr + row, tl.where(usable, share * tl.sum(loss, axis=0), 0.0))
     else:
         tl.store(loss_ptr + row, row_divergence)
     if PREDICTS or SUMS_CONSTANT:
-        row_constant = tl.sum(constant, axis=0)
-        if PREDICTS:
-            row_constant = 1.0 - row_clipped_mass
+        whole_constant = 1.0 - row_clipped_mass if PREDICTS else own_weight + row_constant
         missed = tl.abs(row_clipped_mass - predicted_mass) > MISSED_SHARE * row_clipped_mass
         if SUMS_CONSTANT | missed:
-            total = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, num_columns, BLOCK):
-                columns = start + tl.arange(0, BLOCK)
-                p, q, d, f, gap, left, slope = load_terms(
+            for start in range(0, num_columns, LANES):
+                columns = start + tl.arange(0, LANES)
+                p, q, f, gap, left, weight = load_terms(
                     student_row_ptr,
                     teacher_row_ptr,
                     columns,
@@ -397,8 +467,6 @@ def loss_kernel(
                     student_maximum,
                     teacher_maximum,
                     log_ratio,
-                    inverse_student,
-                    inverse_teacher,
                     interpolated,
                     INTERPOLATE,
                     interpolation_weight,
@@ -406,17 +474,24 @@ def loss_kernel(
                     jsd_weight,
                     inverse_temperature,
                 )
-                clipped = f > clip
-                gradient = gradient_of(p, q, d, slope, clipped, row_constant, DIVERGENCE)
-                gradient *= gradient_factor
-                inside = columns < num_columns
-                total += tl.where(inside & (columns != largest), gradient, 0.0)
-                tl.store(gradient_row_ptr + columns, gradient, mask=inside)
+                gradient = gradient_of(p, q, weight, f > threshold, whole_constant, DIVERGENCE)
+                tl.store(gradient_row_ptr + columns, gradient * factor, mask=columns < num_columns)
     if WITH_GRADIENT:
-        # A row's gradient adds up to 0: minus the sum of the others keeps its digits in a confident
-        # row. It is written last, so that tiles are stored whole, 8 bytes at a time.
+        own_gradient = largest_gradient(
+            share * own_p,
+            share * own_q,
+            own_clipped,
+            row_clipped_mass,
+            row_constant,
+            largest == teacher_largest,
+            student_rest,
+            teacher_rest,
+            DIVERGENCE,
+        )
+        own_gradient *= inverse_temperature * gradient_scale
+        # Written last, so that tiles are stored whole, 8 bytes at a time.
         tl.debug_barrier()
-        tl.store(gradient_row_ptr + largest, -tl.sum(total, axis=0))
+        tl.store(gradient_row_ptr + largest, tl.where(usable, own_gradient, 0.0))
 
 
 @triton.jit
@@ -425,27 +500,32 @@ def logprobs_gradient_kernel(
     gradient_ptr,  # (R, V), filled
     token_ids_ptr,  # (R,) int64
     maximum_ptr,  # (R,)
+    largest_ptr,  # (R,) int32
     rest_ptr,  # (R,)
     row_stride,
     gradient_stride,
     num_columns,
     gradient_scale,
     inverse_temperature,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Computes (one_hot(token) - p) / T, times gradient_scale."""
     row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * row_stride
     gradient_row_ptr = gradient_ptr + row * gradient_stride
     maximum = tl.load(maximum_ptr + row)
-    scale = -inverse_temperature * gradient_scale / (1.0 + tl.load(rest_ptr + row))
+    rest = tl.load(rest_ptr + row)
+    factor = -inverse_temperature * gradient_scale / (1.0 + rest)
+    scale = LOG2_E * inverse_temperature
+    for start in range(0, num_columns, LANES):
+        columns = start + tl.arange(0, LANES)
+        logits = load_logits(row_ptr, columns, num_columns)
+        gradient = tl.exp2((logits - maximum) * scale) * factor
+        tl.store(gradient_row_ptr + columns, gradient, mask=columns < num_columns)
+    # 1 - p as the sum of the others, which has the digits that the difference lacks near 0.
     token = tl.load(token_ids_ptr + row)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, num_columns, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        logits = load_logits(logits_ptr + row * row_stride, columns, num_columns)
-        gradient = tl.exp(scaled(logits, inverse_temperature) - maximum) * scale
-        inside = columns < num_columns
-        total += tl.where(inside & (columns != token), gradient, 0.0)
-        tl.store(gradient_row_ptr + columns, gradient, mask=inside)
+    exponential_of_token = tl.exp2((tl.load(row_ptr + token).to(tl.float32) - maximum) * scale)
+    is_largest = token == tl.load(largest_ptr + row)
+    others = tl.where(is_largest, rest, 1.0 + rest - exponential_of_token)
     tl.debug_barrier()
-    tl.store(gradient_row_ptr + token, -tl.sum(total, axis=0))
+    tl.store(gradient_row_ptr + token, -factor * others)

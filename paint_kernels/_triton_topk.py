@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from paint_kernels import _triton_topk_kernels as kernels
-from paint_kernels._triton_backend import NUM_WARPS, check_device
+from paint_kernels._triton_backend import check_device
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -19,6 +19,8 @@ ENTRIES = 16
 WIDTH_BLOCK = 256
 """columns of a tile: with 16 rows, 16 entries per thread"""
 SOFTMAX_BLOCK = 2048
+NUM_WARPS = 8
+"""of 32 threads; half as many on AMD, whose warps have 64"""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor, **settings: Any) -> None:

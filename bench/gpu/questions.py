@@ -32,7 +32,7 @@ from paint_kernels._plan import Chunk, most_rows
 from paint_kernels._sources import HiddenSource, chunk_buffer
 
 HIDDEN, VOCAB_SIZE = QWEN3_HIDDEN["8b"], QWEN3_VOCAB_SIZE
-BLOCKS, WARPS = (1024, 2048, 4096), (4, 8, 16)
+LANES, WARPS = (512, 1024, 2048), (2, 4, 8)
 CHUNK_ROWS = (512, 1024, 1536, 2048, 4096)
 NUM_TOKENS, NUM_CHUNKS = 16384, 8
 SETTINGS = LossSettings(
@@ -102,19 +102,18 @@ def verdict(name: str, before_ms: float, after_ms: float) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def tiles_of(block: int, num_warps: int) -> Iterator[None]:
-    """Launches all row kernels with this tile and number of warps."""
+def tiles_of(lanes: int, num_warps: int) -> Iterator[None]:
+    """Launches all row kernels with this number of lanes and warps."""
     with (
-        mock.patch.object(_triton_backend, "MAX_BLOCK", block),
-        mock.patch.object(_triton_backend, "LOSS_MAX_BLOCK", block),
+        mock.patch.object(_triton_backend, "LANES", lanes),
         mock.patch.object(_triton_backend, "NUM_WARPS", num_warps),
     ):
         yield
 
 
 def tiles(job: Job) -> dict[str, Any]:
-    """Measures which tile and number of warps is best for the row kernels, on one chunk of float32
-    logits."""
+    """Measures which number of lanes and warps is best for the row kernels, on one chunk of float32
+    logits. A tile of the loss has a column per lane, one of the statistics four."""
     inputs, rows = chunk_inputs(job.device, 1)
     source = source_of(inputs, rows)
     student, teacher = source.logits(slice(0, rows))
@@ -124,10 +123,9 @@ def tiles(job: Job) -> dict[str, Any]:
     t, scale = SETTINGS.temperature, source.gradient_scale
     stats = _triton_backend.pair_stats(student, teacher, t)
     measured = []
-    used = _triton_backend.MAX_BLOCK, _triton_backend.LOSS_MAX_BLOCK
-    for block in sorted({*BLOCKS, *used}):
+    for lanes in sorted({*LANES, _triton_backend.LANES}):
         for num_warps in sorted({*WARPS, _triton_backend.NUM_WARPS}):
-            with tiles_of(block, num_warps):
+            with tiles_of(lanes, num_warps):
                 stats_ms = milliseconds(
                     lambda: _triton_backend.pair_stats(student, teacher, t), job.device, 10
                 )
@@ -136,26 +134,25 @@ def tiles(job: Job) -> dict[str, Any]:
                 loss_ms = milliseconds(functools.partial(call, stats=stats), job.device, 10)
             speeds = 8e-6 * entries / stats_ms, 10e-6 * entries / loss_ms
             print(
-                f"  tile {block}, {num_warps} warps: statistics {stats_ms:.3f} ms "
+                f"  {lanes} lanes, {num_warps} warps: statistics {stats_ms:.3f} ms "
                 f"({speeds[0]:,.0f} GB/s), loss {loss_ms:.3f} ms ({speeds[1]:,.0f} GB/s)",
                 flush=True,
             )
-            row = {"block": block, "num_warps": num_warps, "stats_ms": stats_ms}
+            row = {"lanes": lanes, "num_warps": num_warps, "stats_ms": stats_ms}
             row |= {"loss_ms": loss_ms, "stats_gb_per_s": speeds[0], "loss_gb_per_s": speeds[1]}
             measured.append(row)
     return {"rows": rows, "measured": measured, **best_tiles(measured)}
 
 
 def best_tiles(measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the best tile of each kernel, which can be set separately."""
-    blocks = {"stats_ms": _triton_backend.MAX_BLOCK, "loss_ms": _triton_backend.LOSS_MAX_BLOCK}
+    """Returns the best choice for each kernel."""
+    used = {"lanes": _triton_backend.LANES, "num_warps": _triton_backend.NUM_WARPS}
+    now = next(row for row in measured if used.items() <= row.items())
     found = {}
-    for key, block in blocks.items():
-        used = {"block": block, "num_warps": _triton_backend.NUM_WARPS}
-        now = next(row for row in measured if used.items() <= row.items())
+    for key in ("stats_ms", "loss_ms"):
         best = min(measured, key=itemgetter(key))
-        name = f"{key.removesuffix('_ms')} with tile {best['block']}, {best['num_warps']} warps"
-        chosen = {"block": best["block"], "num_warps": best["num_warps"]}
+        name = f"{key.removesuffix('_ms')} with {best['lanes']} lanes, {best['num_warps']} warps"
+        chosen = {"lanes": best["lanes"], "num_warps": best["num_warps"]}
         found[name] = {**verdict(name, now[key], best[key]), **chosen}
     return found
 

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
+from bench.kernels.instructions import Pass, disassembled, passes_of
 from bench.kernels.traffic import Row, Variant, call_launcher, replaced_kernels
 from bench.measure import ROOT
 
@@ -40,13 +41,14 @@ class Architecture(NamedTuple):
     """resident blocks per multiprocessor"""
 
 
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; for gfx942 the
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; for AMD the
 # limits of LLVM's AMDGPU target.
 ARCHITECTURES = (
     Architecture("sm_80", GPUTarget("cuda", 80, 32), 163 * KIB, 16, 32),
     Architecture("sm_90", GPUTarget("cuda", 90, 32), 227 * KIB, 16, 32),
     Architecture("sm_100", GPUTarget("cuda", 100, 32), 227 * KIB, 16, 32),
     Architecture("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KIB, 8, 16),
+    Architecture("gfx950", GPUTarget("hip", "gfx950", 64), 160 * KIB, 8, 16),
 )
 SCHEDULERS = 4
 """per multiprocessor, on all of these architectures"""
@@ -67,6 +69,9 @@ class Launch(NamedTuple):
     arguments: tuple[Any, ...]
     settings: dict[str, Any]
     """keyword arguments, and num_warps"""
+    passes: tuple[str, ...] = ()
+    """the names of the kernel's passes over a row, in the order of its loops; none if they are not
+    counted"""
 
     def source(self) -> ASTSource:
         """Returns the source with the types of a launch; pointers and integers that 16 divides are
@@ -97,11 +102,11 @@ def launch_of(variant: Variant) -> Launch:
         def record(*arguments: Any, **settings: Any) -> None:
             launches[kernel.__name__] = Launch(kernel, arguments, settings)
 
-        return {(COMPILED_SHAPE[0],): record}
+        return {(COMPILED_SHAPE[0], 1): record}
 
     with replaced_kernels(recorder):
         call_launcher(variant, variant.shape(COMPILED_SHAPE), Row(False, False))
-    return launches[variant.kernel]
+    return launches[variant.kernel]._replace(passes=pass_names(variant))
 
 
 class Compiled(NamedTuple):
@@ -121,10 +126,23 @@ class Compiled(NamedTuple):
     widest_load_bytes: int
     widest_store_bytes: int
     tile_load_bytes: int
-    """per column, over the loads of all loops, after equal loads were merged"""
+    """per column, over the loads of all passes, after equal loads were merged"""
     tile_store_bytes: int
+    passes: dict[str, Pass]
+    """the passes over a row, see bench.kernels.instructions"""
     float64: bool
     row_offsets_64bit: bool
+
+
+def pass_names(variant: Variant) -> tuple[str, ...]:
+    """Returns the names of the kernel's passes over a row, in the order of its loops."""
+    if variant.kernel != "loss_kernel":
+        return ("statistics",) if variant.kernel == "stats_kernel" else ("gradient",)
+    names = ["interpolated statistics"] * variant.interpolates + ["loss"]
+    predicts = variant.divergence == "forward_kl"
+    if variant.gradient is not None and (variant.clip is not None or not predicts):
+        names.append("gradient again" if predicts else "gradient")
+    return tuple(names)
 
 
 def compile_launch(launch: Launch, variant: str, architecture: Architecture) -> Compiled:
@@ -145,6 +163,7 @@ def compile_launch(launch: Launch, variant: str, architecture: Architecture) -> 
     ttir = compiled.asm["ttir"]
     on_nvidia = architecture.target.backend == "cuda"
     assembly = compiled.asm["ptx" if on_nvidia else "amdgcn"]
+    code = disassembled(compiled.asm["cubin"]) if on_nvidia else assembly
     used = ptxas_usage(log.getvalue()) if on_nvidia else amd_usage(assembly)
     widest = widest_on_nvidia(assembly) if on_nvidia else widest_on_amd(assembly)
     return Compiled(
@@ -159,8 +178,9 @@ def compile_launch(launch: Launch, variant: str, architecture: Architecture) -> 
         resident_blocks=resident_blocks(used[0], num_warps, architecture),
         widest_load_bytes=widest["load"],
         widest_store_bytes=widest["store"],
-        tile_load_bytes=tile_bytes(ttir, "load"),
-        tile_store_bytes=tile_bytes(ttir, "store"),
+        tile_load_bytes=sum(bytes_of_passes(ttir, "load")),
+        tile_store_bytes=sum(bytes_of_passes(ttir, "store")),
+        passes=passes_of(code, launch.passes, bytes_of_passes(ttir, "load"), amd=not on_nvidia),
         float64=(".f64" if on_nvidia else "_f64") in assembly,
         row_offsets_64bit=row_offsets_are_64bit(ttir),
     )
@@ -203,15 +223,21 @@ def widest_on_amd(assembly: str) -> dict[str, int]:
     return widest
 
 
-def tile_bytes(ttir: str, access: str) -> int:
-    """Returns the bytes per column over all loads, or all stores, of a tile. A row's candidates are
-    fewer than a tile's columns."""
-    pointers = re.findall(r"tt\.(load|store) .*tensor<(\d+)x!tt\.ptr<[a-z]+(\d+)>>", ttir)
-    tile = max(int(columns) for _, columns, _ in pointers)
-    found = [
-        int(bits) // 8 for kind, columns, bits in pointers if (kind, int(columns)) == (access, tile)
-    ]
-    return sum(found)
+def bytes_of_passes(ttir: str, access: str) -> list[int]:
+    """Returns the bytes per column over all loads, or all stores, of each pass: a loop over the
+    tiles of a row."""
+    found, end = [], None
+    for line in ttir.splitlines():
+        if end is None and (loop := re.match(r"( *)(?:%\S+ = )?scf\.for ", line)):
+            end = loop[1] + "}"
+            found.append(0)
+        elif end is not None and line.startswith(end):
+            end = None
+        elif end and (
+            used := re.search(rf"tt\.{access} .*tensor<\d+x!tt\.ptr<[a-z]+(\d+)>>", line)
+        ):
+            found[-1] += int(used[1]) // 8
+    return found
 
 
 def row_offsets_are_64bit(ttir: str) -> bool:

@@ -30,3 +30,9 @@ def test_numerics(cases):
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     output = run("-m", "pytest", str(HERE / cases), **interpreted)
     assert " passed" in output and "skipped" not in output
+
+
+def test_memory_accesses():
+    """In the interpreter, which alone shows each access, whatever devices there are."""
+    output = run("-m", "pytest", str(HERE / "triton_memory_cases.py"), TRITON_INTERPRET="1")
+    assert " passed" in output and "skipped" not in output

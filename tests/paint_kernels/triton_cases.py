@@ -28,6 +28,8 @@ from paint_kernels import (
 from paint_kernels._heads import Heads
 from paint_kernels._torch_divergences import DIVERGENCES
 
+# The kernels let -inf - -inf be NaN where a bound replaces it. On a GPU that is silent.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MOST_ROWS = 9
 """of a chunk: of (7, 0, 1, 12) the last rollout has one row in the first chunk, and ends in the
@@ -40,8 +42,7 @@ LOW_CLIPS = dict.fromkeys(DIVERGENCES, 1e-3) | {"jsd": 1e-5}
 def small_tiles():
     """Several tiles, chunks and a ragged last one even at test sizes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_triton_backend, "MAX_BLOCK", 128)
-        patch.setattr(_triton_backend, "LOSS_MAX_BLOCK", 64)
+        patch.setattr(_triton_backend, "LANES", 32)
         # Some clipped entries are the largest of their group, and some are not.
         patch.setattr(_triton_backend, "GROUPS", 16)
         patch.setattr(_ops, "most_rows", lambda *_: MOST_ROWS)
@@ -203,6 +204,36 @@ def test_masked_tokens(error):
             (expected,) = torch.autograd.grad(exact.loss, wide, upstream)
             (actual,) = torch.autograd.grad(output.loss, mine, upstream.float())
             assert error(actual, expected) < 2e-4
+
+
+@pytest.mark.parametrize("temperature", [0.1, 200.0])
+def test_statistics_of_a_row_without_a_finite_logit(temperature):
+    logits = torch.randn(2, 70, device=DEVICE)
+    logits[1] = -math.inf
+    stats = _triton_backend.row_stats(logits, temperature)
+    assert stats.logsumexp.isfinite().tolist() == [True, False] and stats.logsumexp[1] < 0
+    assert stats.entropy[1] == 0
+
+
+@pytest.mark.parametrize("temperature", [0.3, 2.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_large_logits(error, divergence, temperature):
+    """Of magnitude 1e4: differences within a row are taken before anything rounds them."""
+    generator = torch.Generator().manual_seed(2)
+    student = torch.randn(6, 150, generator=generator).to(DEVICE) + 1e4
+    teacher = student + 0.5 * torch.randn(6, 150, generator=generator).to(DEVICE)
+    student[3:] -= 2e4
+    bounds = torch.tensor([0, 2, 6])
+    options = {"divergence": divergence, "temperature": temperature, "pointwise_clip": None}
+    options |= {"top_fraction": 0.3, "interpolation_weight": 0.0}
+    mine, wide = student.clone().requires_grad_(), student.double().requires_grad_()
+    output = paint_loss_from_logits(mine, teacher, bounds, backend="triton", **options)
+    exact = reference.paint_loss_from_logits(wide, teacher.double(), bounds, **options)
+    for name in ("token_loss", "student_entropy", "teacher_entropy"):
+        assert error(getattr(output, name), getattr(exact, name)) < 2e-4
+    (expected,) = torch.autograd.grad(exact.loss, wide)
+    (actual,) = torch.autograd.grad(output.loss, mine)
+    assert error(actual, expected) < 2e-4
 
 
 def test_confident_rows_keep_their_digits(build):

@@ -27,7 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def small_tiles():
     """Several tiles, chunks and a ragged last one even at test sizes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_triton_backend, "MAX_BLOCK", 128)
+        patch.setattr(_triton_backend, "LANES", 32)
         patch.setattr(_triton_topk, "ENTRIES", 4)
         patch.setattr(_triton_topk, "WIDTH_BLOCK", 8)
         patch.setattr(_triton_topk, "SOFTMAX_BLOCK", 64)

@@ -1,5 +1,6 @@
-"""Every kernel compiles for four architectures without spills or float64, and moves few bytes."""
+"""Every kernel compiles for five architectures without spills or float64, and moves few bytes."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -59,8 +60,8 @@ def test_every_kernel_is_sound_on_every_architecture(report):
     for line in compiled:
         assert line["spill_bytes"] == 0, line
         assert not line["float64"] and line["row_offsets_64bit"], line
-        # Only softmax_kernel sums nothing.
-        assert (line["shared_bytes"] > 0) is (line["kernel"] != "softmax_kernel"), line
+        sums = line["kernel"] not in ("softmax_kernel", "logprobs_gradient_kernel")
+        assert (line["shared_bytes"] > 0) is sums, line
         assert line["shared_bytes"] <= line["max_shared_bytes"], line
         assert line["registers"] > 0 and line["resident_blocks"] > 0, line
         if "ragged" not in line["variant"]:
@@ -126,6 +127,36 @@ def narrow_offset_kernel(x_ptr, y_ptr, row_stride, WIDE: tl.constexpr, BLOCK: tl
         offset = offset.to(tl.int64)
     columns = tl.arange(0, BLOCK)
     tl.store(y_ptr + offset + columns, tl.load(x_ptr + offset + columns))
+
+
+@triton.jit
+def loop_kernel(x_ptr, y_ptr, row_stride, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, row_stride, BLOCK):
+        x = tl.load(x_ptr + row * row_stride + start + tl.arange(0, BLOCK))
+        total += tl.exp2(x)
+        if WIDE:
+            total = tl.exp2(total) * x + x
+    tl.store(y_ptr + row * row_stride + tl.arange(0, BLOCK), total)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURE)
+def test_instructions_of_a_loop_are_counted_per_column(name):
+    """Of a load of 16 bytes by each thread: an exponential and a sum, or two of them and more. A
+    tile of twice the columns has as many per column."""
+    x, found = torch.empty(16), {}
+    for wide, block in itertools.product((False, True), (512, 1024)):
+        settings = {"row_stride": 4096, "WIDE": wide, "BLOCK": block, "num_warps": 4}
+        launch = Launch(loop_kernel, (x, x), settings, ("sum",))
+        line = compile_launch(launch, "planted", ARCHITECTURE[name])
+        found[wide, block] = line.passes["sum"]
+    for block in (512, 1024):
+        little, much = found[False, block], found[True, block]
+        assert (little.special, much.special) == (1, 2)
+        assert 2 < little.instructions < 12
+        assert 1 <= much.instructions - little.instructions < 10
+        assert little.instructions <= found[False, 512].instructions
 
 
 def compiled(kernel, architecture, *, wide=False, block=256, num_warps=4):
