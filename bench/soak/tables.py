@@ -9,7 +9,7 @@ from bench.tables import Result, markdown
 _LABELS = {
     "resident_bytes": "resident memory, MiB",
     "own_bytes": "memory of its own, swap included, MiB",
-    "children_bytes": "the reward's process, MiB",
+    "children_bytes": "its child processes, MiB",
     "open_files": "open files",
     "threads": "threads",
     "processes": "processes",
