@@ -18,15 +18,20 @@ if TYPE_CHECKING:
 
 ROW_ALIGNMENT = 64
 """elements to which rows of GPU buffers are padded, so that GEMMs and kernels read 16 bytes"""
+BUFFER_ROWS = 128
+"""rows to a multiple of which GPU buffers are made, so that batches of about one length use the
+same memory again; a batch of a whole chunk or more has the same sizes in any case"""
 
 
 def chunk_buffer(
     num_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device, backend: str
 ) -> Float[Tensor, "R V"]:
-    width = vocab_size
+    capacity, width = num_rows, vocab_size
     if backend == "triton":
+        capacity = -(-num_rows // BUFFER_ROWS) * BUFFER_ROWS
         width = -(-vocab_size // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    return torch.empty(num_rows, width, dtype=dtype, device=device)[:, :vocab_size]
+    buffer = torch.empty(capacity, width, dtype=dtype, device=device)
+    return buffer[:num_rows, :vocab_size]
 
 
 def row_major(logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from paint_kernels import _plan
 from paint_kernels._plan import most_rows, plan_chunks, row_slices
+from paint_kernels._sources import chunk_buffer
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)
@@ -85,3 +86,14 @@ def test_rows_have_bounds():
     assert most_rows(10**9, 64, torch.device("cpu")) == 1
     assert row_slices(0, 5) == []
     assert row_slices(11, 5) == [slice(0, 4), slice(4, 8), slice(8, 11)]
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_buffers_of_a_gpu_have_sizes_that_repeat(backend):
+    """Of batches smaller than a chunk; the memory of the last is then used again."""
+    sizes = set()
+    for num_rows in (257, 300, 384):
+        buffer = chunk_buffer(num_rows, 100, torch.float32, torch.device("cpu"), backend)
+        assert buffer.shape == (num_rows, 100) and buffer.stride(1) == 1
+        sizes.add(buffer.untyped_storage().nbytes())
+    assert len(sizes) == (1 if backend == "triton" else 3)
