@@ -259,7 +259,9 @@ def predicted(share: float) -> list[dict[str, Any]]:
     found = []
     entries = floor.NUM_TOKENS * QWEN3_VOCAB_SIZE
     for device in floor.DEVICES:
-        now = floor.count("8b", device, floor.EQUAL, "forward_kl", clipped_share=floor.CLIPPED_SHARES[0])
+        now = floor.count(
+            "8b", device, floor.EQUAL, "forward_kl", clipped_share=floor.CLIPPED_SHARES[0]
+        )
         back_s = 2 * entries * QWEN3_HIDDEN["8b"] / device.flops_per_s
         saved = {
             "product_s": back_s * (1 - share) / 2,

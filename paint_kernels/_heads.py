@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from paint_kernels._matmul import compute_dtype, project
+from paint_kernels._precision import full_precision
 
 BIAS_TILE = 2**14
 """columns of the gradient by the logits that are converted to float32 at a time"""
@@ -104,6 +105,7 @@ def scale_rows(rows: Tensor, factor: float | Tensor) -> None:
         rows.mul_(factor)
 
 
+@full_precision()
 def add_bias_gradient(gradient: Tensor, weights: Tensor, out: Tensor) -> None:
     """Adds the (V,) sum over rows of weights (R,) * gradient (R, V) to `out`, in its dtype."""
     for part, total in zip(gradient.split(BIAS_TILE, 1), out.split(BIAS_TILE), strict=True):

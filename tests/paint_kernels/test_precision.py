@@ -1,5 +1,7 @@
 """Settings of reduced precision change no result of the loss, and are as before afterwards."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -95,11 +97,13 @@ def test_settings_are_restored_after_an_error():
 def test_the_loss_is_the_same_to_the_last_bit(build, name):
     """With "medium", a CPU with bfloat16 instructions computes float32 products from them."""
     batch = build((5, 70), 4100, hidden=64, noise=0.1).trainable()
+    bias = torch.linspace(-1, 1, 4100).requires_grad_()
+    batch = replace(batch, bias=bias)
     options = {"pointwise_clip": None, "top_fraction": 0.3}
 
     def results():
         output = batch.loss(paint_loss, **options)
-        return (*output, *torch.autograd.grad(output.loss, (batch.student, batch.weight)))
+        return (*output, *torch.autograd.grad(output.loss, (batch.student, batch.weight, bias)))
 
     expected = results()
     SETTINGS[name]()
