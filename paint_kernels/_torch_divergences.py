@@ -70,7 +70,7 @@ def small_divergence(
     """
     torch.neg(log_ratio, out=spare).expm1_().add_(log_ratio)
     total = torch.linalg.vecdot(a, spare)[:, None]
-    return SmallDivergence(total, log_ratio.amin(dim=-1, keepdim=True) > -LARGEST_LOG_RATIO)
+    return SmallDivergence(total, total.isfinite())
 
 
 def forward_kl_terms(block: Block, settings: LossSettings) -> Terms:
@@ -80,7 +80,7 @@ def forward_kl_terms(block: Block, settings: LossSettings) -> Terms:
 
 
 def forward_kl_gradient(
-    block: Block, f: Tensor, unclipped: Tensor | None, unclipped_mass: Tensor
+    block: Block, f: Tensor, unclipped: Tensor | None, unclipped_mass: Tensor | float
 ) -> Tensor:
     """Returns p sum(q u) - q u. `block.q` holds q u by now, and `unclipped_mass` is its sum."""
     return torch.sub(block.exponentials.mul_(block.scale * unclipped_mass), block.q, out=block.g)
@@ -94,7 +94,7 @@ def reverse_kl_terms(block: Block, settings: LossSettings) -> Terms:
 
 
 def reverse_kl_gradient(
-    block: Block, f: Tensor, unclipped: Tensor | None, unclipped_mass: Tensor
+    block: Block, f: Tensor, unclipped: Tensor | None, unclipped_mass: Tensor | float
 ) -> Tensor:
     """Returns p C + f u - p (1 - u) with C = sum(p (1 - u) - f u).
 
@@ -119,7 +119,7 @@ def jsd_terms(block: Block, settings: LossSettings) -> Terms:
 
 
 def gradient_of_slope(
-    block: Block, f: Tensor, unclipped: Tensor | None, unclipped_mass: Tensor
+    block: Block, f: Tensor, unclipped: Tensor | None, unclipped_mass: Tensor | float
 ) -> Tensor:
     """Returns g u - p sum(g u), for a divergence that has left g in `block.g` and called
     `block.p()`."""
@@ -131,8 +131,8 @@ def gradient_of_slope(
 
 class Divergence(NamedTuple):
     terms: Callable[[Block, LossSettings], Terms]
-    gradient: Callable[[Block, Tensor, Tensor | None, Tensor], Tensor]
-    """takes the block, f (clipped by now), u (None without a clip) and sum(q u)"""
+    gradient: Callable[[Block, Tensor, Tensor | None, Tensor | float], Tensor]
+    """takes the block, f (clipped by now), u (None where nothing is clipped) and sum(q u)"""
 
 
 DIVERGENCES = {
