@@ -240,9 +240,10 @@ def _block_loss(
 
     token_loss, clipped_mass, unclipped = token_kl, torch.zeros_like(token_kl), None
     unclipped_mass: Tensor | float = 1.0
-    if _may_clip(f, settings.pointwise_clip):
-        unclipped = torch.le(f, settings.pointwise_clip, out=spare)
-        token_loss = f.clamp_(max=settings.pointwise_clip).sum(dim=-1, keepdim=True) + correction
+    clip = settings.pointwise_clip
+    if clip is not None and _may_exceed(f, clip):
+        unclipped = torch.le(f, clip, out=spare)
+        token_loss = f.clamp_(max=clip).sum(dim=-1, keepdim=True) + correction
         target_mass = block.q.sum(dim=-1, keepdim=True)
         unclipped_mass = block.q.mul_(unclipped).sum(dim=-1, keepdim=True)
         clipped_mass = target_mass - unclipped_mass
@@ -261,12 +262,10 @@ def _block_loss(
     return token_loss, token_kl, clipped_mass, gradient
 
 
-def _may_clip(f: Float[Tensor, "R V"], clip: float | None) -> bool:
+def _may_exceed(f: Float[Tensor, "R V"], clip: float) -> bool:
     """Returns whether the block may have an entry above the clip. A GPU is not asked, because the
     host would wait. On a CPU a block of a large vocabulary is one row, and many have none."""
-    if clip is None or f.device.type != "cpu":
-        return clip is not None
-    return f.numel() > 0 and bool(f.amax() > clip)
+    return f.device.type != "cpu" or (f.numel() > 0 and bool(f.amax() > clip))
 
 
 def _block(s: Shifted, t: Shifted, spare: Float[Tensor, "R V"], temperature: float) -> Block:
