@@ -162,28 +162,38 @@ def run_loss(
     return values
 
 
+def may_read(device: torch.device) -> bool:
+    """Returns whether the host may read values: it would wait for a GPU."""
+    return device.type == "cpu"
+
+
+def mark_early(
+    chunks: list[Chunk], selected: Bool[Tensor, " N"], settings: LossSettings
+) -> Bool[Tensor, " N"]:
+    """Marks the selected rows that were computed before their selection was known."""
+    if not knows_ends(chunks, settings):
+        return selected
+    early = torch.zeros_like(selected)
+    for chunk in chunks:
+        start = chunk.span.start
+        early[start : start + chunk.early_rows] = True
+    return early & selected
+
+
 def rows_to_redo(
+    early: Bool[Tensor, " N"],
     chunks: list[Chunk],
     cu_seqlens: Int[Tensor, " B+1"],
-    selected: Bool[Tensor, " N"],
     settings: LossSettings,
 ) -> Int[Tensor, " S"]:
-    """Returns the selected rows that were computed before their selection was known.
+    """Returns the marked rows.
 
-    On a GPU their number is not read, because the host would wait. The list has the largest length
-    that it can have, and rows that are not selected fill it up: computing them again gives the same
-    result.
+    Where their number may not be read, the list has the largest length that it can have, and other
+    rows fill it up: computing them again as they were computed gives the same result.
     """
-    early = selected
-    if knows_ends(chunks, settings):
-        early = torch.zeros_like(selected)
-        for chunk in chunks:
-            start = chunk.span.start
-            early[start : start + chunk.early_rows] = True
-        early &= selected
-    if selected.device.type == "cpu":
+    if may_read(early.device):
         return early.nonzero()[:, 0]
-    return selected_first(early, most_early(chunks, cu_seqlens, len(selected), settings))
+    return selected_first(early, most_early(chunks, cu_seqlens, len(early), settings))
 
 
 def most_early(
@@ -215,12 +225,14 @@ def redo_selected(
     """Computes the selected rows that came too early again, with the interpolated target."""
     if knows_ends(chunks, settings) and not any(chunk.early_rows for chunk in chunks):
         return
-    redone = rows_to_redo(chunks, cu_seqlens, values.selected, settings)
+    early = mark_early(chunks, values.selected, settings)
+    redone = rows_to_redo(early, chunks, cu_seqlens, settings)
+    known_before = values.selected & ~early
     for piece in row_slices(len(redone), source.rows_per_chunk):
         rows, before = redone[piece], None
         if source.with_head_gradient:
             old = ChunkRows(source, rows, settings)
-            old.losses(None)
+            old.losses(known_before[rows])
             assert old.gradient is not None
             before = old.gradient.clone()
         part = ChunkRows(source, rows, settings)

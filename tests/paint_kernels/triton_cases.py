@@ -141,32 +141,35 @@ def test_chunks_of_any_size_agree(build, error, monkeypatch):
             assert error(one, two) < 2e-6
 
 
-@pytest.mark.parametrize("host_bounds", [True, False])
-def test_a_gpu_does_not_read_how_many_rows_are_selected(build, check, monkeypatch, host_bounds):
+@pytest.mark.parametrize(
+    ("host_bounds", "lengths", "most"),
+    [(True, (7, 0, 1, 12), 9), (False, (7, 0, 1, 12), 9), (True, (10, 25, 25), 20)],
+)
+def test_a_gpu_does_not_read_how_many_rows_are_selected(
+    build, check, monkeypatch, host_bounds, lengths, most
+):
     """The list of rows that a GPU redoes, on any device: as long as the host's knowledge bounds it,
-    filled up with rows that are done again to the same result."""
-    lengths = []
+    filled up with rows that are done again to the same result, selected ones too."""
+    found = []
 
-    def rows_to_redo(chunks, cu_seqlens, selected, settings):
-        early = find(chunks, cu_seqlens, selected, settings)
-        marks = torch.zeros_like(selected)
-        marks[early] = True
-        most = _loss.most_early(chunks, cu_seqlens, len(selected), settings)
-        rows = _loss.selected_first(marks, most)
-        lengths.append((len(rows), len(early)))
+    def rows_to_redo(early, *known):
+        rows = find(early, *known)
+        found.append((len(rows), int(early.sum())))
         return rows
 
     find = _loss.rows_to_redo
     monkeypatch.setattr(_loss, "rows_to_redo", rows_to_redo)
+    monkeypatch.setattr(_loss, "may_read", lambda device: False)
+    monkeypatch.setattr(_ops, "most_rows", lambda *_: most)
     if not host_bounds:
         plan = partial(_plan.plan_chunks, full=False)
         monkeypatch.setattr(_ops, "plan_chunks", lambda *inputs, full: plan(*inputs))
-    batch = build((7, 0, 1, 12), device=DEVICE)
-    settings = {"top_fraction": 0.3, "interpolation_weight": 0.3, "pointwise_clip": None}
+    batch = build(lengths, device=DEVICE)
+    settings = {"top_fraction": 0.3, "interpolation_weight": 0.9, "pointwise_clip": None}
     check(paint_loss, batch, backend="triton", **settings)
-    ((listed, selected),) = lengths
-    # Of the first rollout of 12 tokens one row is in an earlier chunk, and may be selected or not.
-    assert selected <= listed <= 4 if host_bounds else listed > selected
+    ((listed, selected),) = found
+    # Of the rollout of 12 tokens one row is in an earlier chunk, and may be selected or not.
+    assert selected <= listed <= 4 if most == 9 and host_bounds else listed > selected
 
 
 @pytest.mark.parametrize("groups", [1, 128])
