@@ -13,8 +13,6 @@ of their bytes through device memory, of their instructions, and of those in spe
 import argparse
 import itertools
 import math
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import torch
 
 from bench import measure
 from bench.kernels.limits import DEVICES, Counts, Device, committed, counts_by_row
-from bench.losses import QWEN3_HIDDEN, QWEN3_VOCAB_SIZE
+from bench.losses import MIXTURES, QWEN3_HIDDEN, QWEN3_VOCAB_SIZE, bounds_of
 from paint_kernels import LossSettings
 from paint_kernels._loss import most_early
 from paint_kernels._plan import (
@@ -38,7 +36,6 @@ from paint_kernels._plan import (
 from paint_kernels._triton_backend import GROUPS
 
 NUM_TOKENS = 32768
-EQUAL = "all 1,024"
 SETTINGS = LossSettings(backend="triton")
 LOGIT_BYTES = 4
 GRADIENT_BYTES = 2
@@ -63,29 +60,6 @@ CLIPPED_SHARES = (0.02, 0.6)
 """of rows with a clipped entry: random logits of the tests, and a real model (33 to 63%)"""
 SMALL_KERNELS_PER_CHUNK, SMALL_KERNEL_S = 30, 3e-6
 """selection and bookkeeping: about the number in a trace on a CPU, at the time of one launch"""
-
-
-def drawn_lengths(name: str) -> Iterator[int]:
-    """Yields the rollout lengths of a case, without end."""
-    generator = random.Random(0)
-    while True:
-        yield {
-            EQUAL: lambda: 1024,
-            "all 1,100": lambda: 1100,
-            "uniform 200 to 1,024": lambda: generator.randint(200, 1024),
-            "lognormal around 1,500": lambda: round(generator.lognormvariate(math.log(1500), 0.6)),
-            "one of 32,768": lambda: NUM_TOKENS,
-        }[name]()
-
-
-CASES = (EQUAL, "all 1,100", "uniform 200 to 1,024", "lognormal around 1,500", "one of 32,768")
-
-
-def bounds_of(name: str) -> torch.Tensor:
-    """Returns the case's cu_seqlens, the last rollout cut to end at NUM_TOKENS."""
-    ends = itertools.accumulate(drawn_lengths(name))
-    inside = list(itertools.takewhile(lambda end: end < NUM_TOKENS, ends))
-    return torch.tensor([0, *inside, NUM_TOKENS])
 
 
 def product_s(rows: int, columns: int, inner: int, device: Device) -> float:
@@ -141,7 +115,7 @@ def count(
 ) -> dict[str, Any]:
     """Counts one case with the chunks that `paint_loss` plans for it."""
     hidden, vocab = QWEN3_HIDDEN[model], QWEN3_VOCAB_SIZE
-    most, bounds = most_rows(vocab, hidden, torch.device("meta")), bounds_of(case)
+    most, bounds = most_rows(vocab, hidden, torch.device("meta")), bounds_of(case, NUM_TOKENS)
     chunks = plan_chunks(bounds, NUM_TOKENS, most, full=True)
     redone = most_early(chunks, bounds, NUM_TOKENS, SETTINGS)
     again = [rows.stop - rows.start for rows in row_slices(redone, most)]
@@ -195,7 +169,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
     grid = itertools.product(
-        DEVICES, QWEN3_HIDDEN, DIVERGENCES, (False, True), CLIPPED_SHARES, CASES
+        DEVICES, QWEN3_HIDDEN, DIVERGENCES, (False, True), CLIPPED_SHARES, MIXTURES
     )
     rows = [
         count(model, device, case, divergence, trainable=trainable, clipped_share=share)
@@ -205,7 +179,7 @@ def main() -> None:
         "name": "floor",
         "num_tokens": NUM_TOKENS,
         "vocab_size": QWEN3_VOCAB_SIZE,
-        "cases": CASES,
+        "cases": MIXTURES,
         "devices": [device._asdict() for device in DEVICES],
         "rows": rows,
     }

@@ -1,7 +1,9 @@
 """Shapes, inputs and losses that several benchmarks share."""
 
+import itertools
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,17 +32,48 @@ DISAGREEMENT, ROWS_PER_DISAGREEMENT = 0.75, 64
 rows bring the mean KL to about 0.002 nats"""
 
 
+EQUAL = "all 1,024"
+MIXTURES = (EQUAL, "all 1,100", "uniform 200 to 1,024", "lognormal around 1,500", "one of 32,768")
+"""of rollout lengths, in tokens"""
+
+
+def drawn_lengths(mixture: str) -> Iterator[int]:
+    """Yields the rollout lengths of a mixture, without end."""
+    generator = random.Random(0)
+    while True:
+        yield {
+            EQUAL: lambda: 1024,
+            "all 1,100": lambda: 1100,
+            "uniform 200 to 1,024": lambda: generator.randint(200, 1024),
+            "lognormal around 1,500": lambda: round(generator.lognormvariate(math.log(1500), 0.6)),
+            "one of 32,768": lambda: 32768,
+        }[mixture]()
+
+
+def bounds_of(mixture: str, num_tokens: int) -> Tensor:
+    """Returns a mixture's cu_seqlens, int32, the last rollout cut to end at `num_tokens`."""
+    ends = itertools.accumulate(drawn_lengths(mixture))
+    inside = list(itertools.takewhile(lambda end: end < num_tokens, ends))
+    return torch.tensor([0, *inside, num_tokens], dtype=torch.int32)
+
+
 @dataclass(frozen=True)
 class Shape:
+    """mixture: of the rollout lengths; "" if all have `rollout_tokens`."""
+
     model: str
     num_tokens: int
     rollout_tokens: int
     hidden: int
     vocab_size: int
+    mixture: str = ""
 
-    @property
-    def num_rollouts(self) -> int:
-        return self.num_tokens // self.rollout_tokens
+    def cu_seqlens(self) -> Tensor:
+        """Returns the bounds of the rollouts, int32."""
+        if self.mixture:
+            return bounds_of(self.mixture, self.num_tokens)
+        assert self.num_tokens % self.rollout_tokens == 0, "all rollouts must have one length"
+        return torch.arange(0, self.num_tokens + 1, self.rollout_tokens, dtype=torch.int32)
 
 
 class Inputs(NamedTuple):
@@ -51,8 +84,7 @@ class Inputs(NamedTuple):
     weight: Tensor
     """(V, H), the head of both models"""
     cu_seqlens: Tensor
-    """(B+1,) int32 on the CPU; all rollouts have one length, so that the mean over rollouts of
-    token means equals the peers' mean over tokens"""
+    """(B+1,) int32 on the CPU"""
     token_ids: Tensor
     """(N,) int64: the token at each row's peak"""
 
@@ -78,9 +110,6 @@ Loss = Callable[[Inputs], Tensor]
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
     """Returns hidden states whose logits have one peak per row, and a teacher at a mean KL of about
     0.002 nats."""
-    assert shape.num_rollouts * shape.rollout_tokens == shape.num_tokens, (
-        "rollouts must have one length"
-    )
     generator = torch.Generator(device).manual_seed(0)
     options = {"generator": generator, "device": device}
     weight = torch.randn(shape.vocab_size, shape.hidden, **options)
@@ -98,9 +127,8 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Input
     student += direction * (peak - own_logit)[:, None]
     teacher = torch.randn(shape.num_tokens, shape.hidden, **options).mul_(TEACHER_NOISE)
     teacher += student + direction * (DISAGREEMENT * disagree)[:, None]
-    cu_seqlens = torch.arange(0, shape.num_tokens + 1, shape.rollout_tokens, dtype=torch.int32)
     student = student.to(dtype).requires_grad_()
-    return Inputs(student, teacher.to(dtype), weight, cu_seqlens, token_ids)
+    return Inputs(student, teacher.to(dtype), weight, shape.cu_seqlens(), token_ids)
 
 
 def gradients(loss: Loss, inputs: Inputs, *, trains_head: bool = False) -> Gradients:
@@ -111,6 +139,7 @@ def gradients(loss: Loss, inputs: Inputs, *, trains_head: bool = False) -> Gradi
 
 
 def our_loss(inputs: Inputs, objective: Objective) -> Tensor:
+    """Computes the mean over tokens, as the peers do."""
     return paint_loss(
         inputs.student,
         inputs.teacher,
@@ -122,6 +151,7 @@ def our_loss(inputs: Inputs, objective: Objective) -> Tensor:
         pointwise_clip=objective.pointwise_clip,
         top_fraction=objective.top_fraction,
         interpolation_weight=objective.interpolation_weight,
+        reduction="token_mean",
     ).loss
 
 

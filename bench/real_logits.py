@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench import floor, measure
-from bench.losses import QWEN3_HIDDEN, QWEN3_VOCAB_SIZE
+from bench.losses import EQUAL, QWEN3_HIDDEN, QWEN3_VOCAB_SIZE
 from bench.measure import progress
 from bench.tables import real_logits_predicted_table, real_logits_table
 from paint_engine.config.sections import PromptsSection
@@ -259,9 +259,7 @@ def predicted(share: float) -> list[dict[str, Any]]:
     found = []
     entries = floor.NUM_TOKENS * QWEN3_VOCAB_SIZE
     for device in floor.DEVICES:
-        now = floor.count(
-            "8b", device, floor.EQUAL, "forward_kl", clipped_share=floor.CLIPPED_SHARES[0]
-        )
+        now = floor.count("8b", device, EQUAL, "forward_kl", clipped_share=floor.CLIPPED_SHARES[0])
         back_s = 2 * entries * QWEN3_HIDDEN["8b"] / device.flops_per_s
         saved = {
             "product_s": back_s * (1 - share) / 2,

@@ -18,7 +18,6 @@ import torch
 from bench import measure
 from bench.floor import (
     DEVICES,
-    EQUAL,
     GRAD_HEAD_BYTES,
     GRADIENT_BYTES,
     HEAD_COPY_BYTES,
@@ -29,7 +28,7 @@ from bench.floor import (
     count,
     product_s,
 )
-from bench.losses import QWEN3_HIDDEN, QWEN3_VOCAB_SIZE
+from bench.losses import EQUAL, QWEN3_HIDDEN, QWEN3_VOCAB_SIZE
 from paint_kernels._plan import most_rows, row_slices
 from paint_kernels.selection import TOP_K_TILE
 

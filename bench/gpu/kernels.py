@@ -14,8 +14,14 @@ from bench.kernels import compare
 from bench.kernels.variants import Variant
 from bench.losses import QWEN3_VOCAB_SIZE, Shape
 
-GPU_SHAPES = (("8b", 32768, 0), ("1.7b", 32768, 30), ("8b", 4096, 30), ("8b", 131072, 45))
-"""model, tokens, and the seconds that have to remain"""
+GPU_SHAPES = (
+    ("8b", 32768, "", 0),
+    ("8b", 32768, "lognormal around 1,500", 30),
+    ("1.7b", 32768, "", 30),
+    ("8b", 4096, "", 30),
+    ("8b", 131072, "", 45),
+)
+"""model, tokens, mixture of lengths if they are not equal, and the seconds that have to remain"""
 PLAIN_MOST_TOKENS = 4096
 """with more tokens, plain PyTorch's full logits do not fit into 80 GB"""
 OURS = ("paint_loss", "paint_loss, bounds on the GPU", "paint_loss, trainable head")
@@ -31,8 +37,8 @@ def shapes_for(job: Job) -> list[tuple[Shape, float]]:
     if job.device.type == "cuda":
         shapes = GPU_SHAPES[:1] if job.quick else GPU_SHAPES
         return [
-            (compare.make_shape(model, n, QWEN3_VOCAB_SIZE), seconds)
-            for model, n, seconds in shapes
+            (compare.make_shape(model, n, QWEN3_VOCAB_SIZE, mixture), seconds)
+            for model, n, mixture, seconds in shapes
         ]
     num_tokens, vocab_size = (64, 2048) if job.quick else (512, QWEN3_VOCAB_SIZE)
     return [(compare.make_shape("cpu", num_tokens, vocab_size), 0.0)]
@@ -87,6 +93,7 @@ def line(group: dict[str, Any]) -> str:
     """Returns the speed, memory and error of `paint_loss` in one group, as text."""
     shape = group["shape"]
     head = f"{group['group']}, H {shape['hidden']}, N {shape['num_tokens']}"
+    head += f", rollouts {shape['mixture']}" if shape.get("mixture") else ""
     row = next((row for row in group["rows"] if row["variant"] == "paint_loss"), {})
     if "median_ms" not in row or "ratio_to_floor" not in row:
         return f"{head}: {row.get('reason', 'no time')}"

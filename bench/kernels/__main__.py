@@ -30,7 +30,7 @@ from bench.kernels.compare import (
     make_shape,
     run,
 )
-from bench.losses import QWEN3_VOCAB_SIZE
+from bench.losses import MIXTURES, QWEN3_VOCAB_SIZE
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -48,6 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=QWEN3_VOCAB_SIZE)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="by the names in the tables")
+    parser.add_argument("--lengths", choices=MIXTURES, help="of the rollouts; default: equal")
     parser.add_argument("--seconds-budget", type=float, default=float("inf"))
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
     arguments = parse(argv)
     device = torch.device(arguments.device)
     shapes = [
-        make_shape(model, num_tokens, arguments.vocab_size)
+        make_shape(model, num_tokens, arguments.vocab_size, arguments.lengths or "")
         for model in arguments.model
         for num_tokens in arguments.num_tokens
     ]

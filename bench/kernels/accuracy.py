@@ -117,7 +117,7 @@ class Accuracy:
 
     def __init__(self, inputs: Inputs, shape: Shape) -> None:
         self.inputs, self.num_tokens = inputs, shape.num_tokens
-        last = shape.num_rollouts - 1
+        last = len(inputs.cu_seqlens) - 2
         self.rollouts = sorted({0, last})
         rows = [range(*inputs.cu_seqlens[r : r + 2].tolist()) for r in self.rollouts]
         self.rows = torch.tensor([row for part in rows for row in part])
@@ -167,7 +167,8 @@ class Accuracy:
     def few_rollouts(self) -> Inputs:
         rows = self.rows.to(self.inputs.student.device)
         student = self.inputs.student.detach()[rows].requires_grad_()
-        cu_seqlens = self.inputs.cu_seqlens[: len(self.rollouts) + 1]
+        lengths = self.inputs.cu_seqlens.diff()[self.rollouts]
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         return Inputs(
             student,
             self.inputs.teacher[rows],

@@ -113,7 +113,9 @@ def in_own_processes(
         progress(f"  in another process: {', '.join(keys)}")
         command = [sys.executable, "-m", "bench.kernels", "--device", device.type]
         command += ["--model", shape.model, "--num-tokens", str(shape.num_tokens)]
-        command += ["--vocab-size", str(shape.vocab_size), "--child", *keys]
+        command += ["--vocab-size", str(shape.vocab_size)]
+        command += ["--lengths", shape.mixture] if shape.mixture else []
+        command += ["--child", *keys]
         done = subprocess.run(command, capture_output=True, text=True)
         lines = [line for line in done.stdout.splitlines() if line.startswith(CHILD_PREFIX)]
         for key, line in zip(keys, lines, strict=False):
@@ -140,7 +142,8 @@ def child(keys: list[str], shape: Shape, device: torch.device) -> None:
         # Two sizes, so that torch.compile makes the number of tokens dynamic here and not below.
         # On a CPU both are too small to move the peak.
         for rollout_tokens in (64, 128) if device.type == "cuda" else (4, 8):
-            tiny = replace(shape, num_tokens=2 * rollout_tokens, rollout_tokens=rollout_tokens)
+            sizes = {"num_tokens": 2 * rollout_tokens, "rollout_tokens": rollout_tokens}
+            tiny = replace(shape, **sizes, mixture="")
             variant.run(make_inputs(tiny, device, dtype))
         extra_bytes = 0
         if device.type == "cuda":
@@ -328,20 +331,22 @@ def ratios_to_plain(groups: list[dict[str, Any]]) -> dict[str, float]:
     return ratios
 
 
-def make_shape(model: str, num_tokens: int, vocab_size: int) -> Shape:
+def make_shape(model: str, num_tokens: int, vocab_size: int, mixture: str = "") -> Shape:
     """Returns eight rollouts for model `cpu`, rollouts of 1024 tokens for the others.
+
+    mixture: of `losses.MIXTURES`, in place of equal lengths.
 
     ValueError if `num_tokens` is not a multiple of the rollout length.
     """
     rollout_tokens = min(GPU_ROLLOUT_TOKENS, num_tokens)
     if model == "cpu":
         rollout_tokens = max(1, num_tokens // CPU_NUM_ROLLOUTS)
-    if num_tokens % rollout_tokens:
+    if num_tokens % rollout_tokens and not mixture:
         raise ValueError(
             f"--num-tokens: got {num_tokens}; all rollouts have one length, so it must be a "
             f"multiple of {GPU_ROLLOUT_TOKENS}, or of {CPU_NUM_ROLLOUTS} for --model cpu"
         )
-    return Shape(model, num_tokens, rollout_tokens, HIDDEN[model], vocab_size)
+    return Shape(model, num_tokens, rollout_tokens, HIDDEN[model], vocab_size, mixture)
 
 
 def choose(variants: list[Variant], groups: list[str], names: list[str] | None) -> list[Variant]:

@@ -38,8 +38,9 @@ def kernel_row(row: Result, with_bandwidth: bool) -> list[str]:
 
 
 def describe(shape: Result, dtype: str) -> str:
+    lengths = shape.get("mixture") or f"of {shape['rollout_tokens']:,}"
     return (
-        f"N {shape['num_tokens']:,} in rollouts of {shape['rollout_tokens']:,}, "
+        f"N {shape['num_tokens']:,} in rollouts {lengths}, "
         f"H {shape['hidden']:,}, V {shape['vocab_size']:,}, {dtype}"
     )
 
