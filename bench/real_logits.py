@@ -208,10 +208,10 @@ class Errors:
         self.difference, self.norm, self.rows = 0.0, 0.0, list[float]()
 
     def add(self, result: Tensor, exact: Tensor) -> None:
-        difference = (result - exact).norm(dim=1)
+        difference, norm = (result - exact).norm(dim=1), exact.norm(dim=1)
         self.difference += difference.square().sum().item()
-        self.norm += exact.norm(dim=1).square().sum().item()
-        self.rows += (difference / exact.norm(dim=1)).tolist()
+        self.norm += norm.square().sum().item()
+        self.rows += (difference[norm > 0] / norm[norm > 0]).tolist()
 
     def summary(self) -> dict[str, float]:
         rows = sorted(self.rows)

@@ -11,6 +11,7 @@ on a configuration, a model library or a process group.
 """
 
 from paint_kernels import reference, reference_topk
+from paint_kernels._half_heads import forget_half_heads
 from paint_kernels._settings import LossOptions, LossSettings
 from paint_kernels._spinning import follow_load
 from paint_kernels._types import PaintLossOutput, TokenLogprobs, TokenStats
@@ -33,6 +34,7 @@ __all__ = [
     "TokenStats",
     "entropy_ratio",
     "follow_load",
+    "forget_half_heads",
     "paint_loss",
     "paint_loss_from_logits",
     "paint_loss_from_topk",

@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,15 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_number(name: str, value: float | Tensor) -> None:
     if isinstance(value, str):
         raise ValueError(f"{name} is the string {value!r}: it must be a number.")
+    if not isinstance(value, Tensor | SupportsFloat | torch.SymFloat | torch.SymInt):
+        raise ValueError(f"{name} is {value!r}: it must be a number.")
     if isinstance(value, Tensor) and value.ndim:
         raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be one number here.")
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{name} is a tensor that requires a gradient, and none is computed for it: pass "
+            f"{name}.detach()."
+        )
 
 
 def check_positive(name: str, value: float | Tensor) -> None:
@@ -150,7 +157,7 @@ def check_projection(
     weight_name: str = "lm_head_weight",
 ) -> None:
     """Checks hidden states (N, H) and the head (V, H) that projects them to logits."""
-    check_float(f"{kind}hidden_states", hidden_states, "(N, H), the packed completions", device)
+    check_float(f"{kind}hidden_states", hidden_states, "(N, H), one row per token", device)
     check_float(weight_name, weight, "(V, H)", device)
     if hidden_states.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -232,6 +239,8 @@ def check_cu_seqlens_values(cu_seqlens: Tensor, num_tokens: int) -> None:
 
 
 def check_token_ids(token_ids: Tensor, hidden_states: Tensor) -> None:
+    if not isinstance(token_ids, Tensor):
+        raise ValueError(f"token_ids is of type {type(token_ids).__name__}: it must be a tensor.")
     if token_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"token_ids is {token_ids.dtype}: it must be int32 or int64.")
     num_tokens, device = hidden_states.shape[0], hidden_states.device
@@ -326,12 +335,18 @@ def check_temperatures_values(temperatures: Tensor) -> None:
         torch.ops.aten._assert_async.msg(good, "temperature must be finite and above 0 everywhere")
 
 
+def check_vocab_size(vocab_size: int | None) -> None:
+    if vocab_size is not None and (isinstance(vocab_size, float) or vocab_size < 1):
+        raise ValueError(f"vocab_size is {vocab_size}: it must be an integer above 0, or None.")
+
+
 def resolve_vocab_size(vocab_size: int | None, available: int) -> int:
     if vocab_size is None:
         return available
     if isinstance(vocab_size, float) or not 1 <= vocab_size <= available:
         raise ValueError(
-            f"vocab_size is {vocab_size}: it must be an integer in 1..{available}, the head's rows."
+            f"vocab_size is {vocab_size}: it must be an integer in 1..{available}, the size of the "
+            "vocabulary that was given."
         )
     return vocab_size
 

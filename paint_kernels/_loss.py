@@ -123,8 +123,9 @@ def run_loss(
 ) -> TokenValues:
     """Computes all token values. The gradients stay in the source.
 
-    given: the selection, from outside. It stands for a top fraction, which is to be 1 then.
+    given: the selection, from outside, with a top fraction of 1.
     """
+    assert given is None or not settings.interpolates or settings.top_fraction == 1
     table = torch.empty(6, source.num_rows, dtype=source.dtype, device=source.device)
     selected = torch.zeros(source.num_rows, dtype=torch.bool, device=source.device)
     values = TokenValues(table, selected)

@@ -304,7 +304,7 @@ def weight_gradient(
     """Computes the gradient by the head from that on the support, float32 or better. For a tail,
     the logits are computed again."""
     num_ids, weight = ids.shape[1], student.head.weight
-    gradient = torch.zeros(weight.shape, dtype=student.dtype, device=weight.device)
+    gradient = torch.zeros(weight.shape, dtype=values.dtype, device=weight.device)
     if tail_logsumexp is not None:
         in_chunks = of_tokens(settings)
         gradients = LogprobsGradient(student, dataclasses.replace(in_chunks, temperature=1.0))

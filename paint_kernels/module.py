@@ -6,6 +6,13 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import Tensor, nn
 
+from paint_kernels._checks import (
+    REDUCTIONS,
+    check_choice,
+    check_positive,
+    check_softcap,
+    check_vocab_size,
+)
 from paint_kernels._inputs import mask_rows
 from paint_kernels._settings import LossOptions, LossSettings, lists_options
 from paint_kernels._types import PaintLossOutput
@@ -43,6 +50,13 @@ class PaintLoss(nn.Module):
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__()
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_positive("logit_scale", logit_scale)
+        if teacher_logit_scale is not None:
+            check_positive("teacher_logit_scale", teacher_logit_scale)
+        check_softcap("logit_softcap", logit_softcap)
+        check_softcap("teacher_logit_softcap", teacher_logit_softcap)
+        check_vocab_size(vocab_size)
         self.arguments: dict[str, Any] = {
             "logit_scale": logit_scale,
             "logit_softcap": logit_softcap,

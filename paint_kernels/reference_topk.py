@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from paint_kernels._settings import LossOptions, LossSettings, lists_options
-from paint_kernels._topk import LEAST_TAIL
 from paint_kernels._types import PaintLossOutput
 from paint_kernels.reference import (
     at_least_float32,
@@ -28,6 +27,10 @@ from paint_kernels.reference import (
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+
+LEAST_TAIL = 1e-6
+"""of the teacher's probability: rounded log-probabilities leave no certain rest below it"""
 
 
 def student_support(

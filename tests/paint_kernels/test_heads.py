@@ -412,3 +412,9 @@ def test_a_head_whose_bias_can_be_seen(build):
             *(batch.student, batch.teacher, batch.weight, batch.cu_seqlens),
             teacher_lm_head_weight=layer,
         )
+
+
+def test_top_k_of_a_teacher_in_float64_trains_a_float32_head(build, check):
+    batch = build((5, 7), 61, dtype=torch.float32)
+    wide = dataclasses.replace(batch, teacher=batch.teacher.double())
+    check(paint_loss, wide, teacher_top_k=3, pointwise_clip=None)

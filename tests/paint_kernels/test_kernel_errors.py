@@ -201,3 +201,8 @@ def test_selection():
         select_top_fraction(torch.ones(3), torch.tensor([0, 3]), 1.5)
     with pytest.raises(ValueError, match=r"cu_seqlens is \[0, 2\]"):
         select_top_fraction(torch.ones(3), torch.tensor([0, 2]), 0.5)
+
+
+def test_token_ids_that_are_no_tensor_are_refused():
+    with pytest.raises(ValueError, match="token_ids is of type list: it must be a tensor"):
+        token_logprobs(torch.randn(3, 4), torch.randn(5, 4), [1, 2, 3])

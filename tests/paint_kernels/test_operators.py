@@ -18,9 +18,9 @@ from paint_kernels import (
 )
 from paint_kernels._heads import Heads
 
-OPTIONS = LossSettings(
-    temperature=0.9, top_fraction=0.3, interpolation_weight=0.3, backend="torch"
-).arguments()
+_OWN = LossSettings(temperature=0.9, top_fraction=0.3, interpolation_weight=0.3, backend="torch")
+OPTIONS = _OWN.arguments()
+WITH_SELECTION = dataclasses.replace(_OWN, top_fraction=1.0).arguments()
 REDUCTIONS = ("sequence_mean", "none")
 
 
@@ -49,7 +49,7 @@ def test_opcheck_paint_loss(build, head, own_head, per_token, more):
     arguments = (
         *(batch.student, batch.teacher, *both_heads(batch, bias=bias, **CAPPED if more else {})),
         *(batch.cu_seqlens, weights, temperatures, given),
-        *(True, head, head and more, *OPTIONS),
+        *(True, head, head and more, *(WITH_SELECTION if more else OPTIONS)),
     )
     torch.library.opcheck(_ops.paint_loss, arguments)
 

@@ -1,5 +1,7 @@
 """PaintLoss: packed and padded inputs."""
 
+import re
+
 import pytest
 import torch
 
@@ -60,3 +62,22 @@ def test_it_has_no_parameters_and_says_what_it_does():
     module = PaintLoss(top_fraction=0.1)
     assert not module.state_dict()
     assert "forward_kl" in repr(module) and "top_fraction=0.1" in repr(module)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"reduction": "bogus"}, "reduction is 'bogus'"),
+        ({"logit_scale": -1}, "logit_scale is -1"),
+        ({"logit_scale": None}, "logit_scale is None"),
+        ({"teacher_logit_scale": 0.0}, "teacher_logit_scale is 0.0"),
+        ({"logit_softcap": 0}, "logit_softcap is 0"),
+        ({"teacher_logit_softcap": "30"}, "teacher_logit_softcap is the string"),
+        ({"vocab_size": -3}, "vocab_size is -3"),
+        ({"temperature": None}, "temperature is None"),
+        ({"temperature": torch.ones((), requires_grad=True)}, "temperature.detach()"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_refused_when_the_module_is_built(options, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        PaintLoss(**options)
