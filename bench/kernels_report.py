@@ -30,6 +30,7 @@ from bench.kernels.compiled import (
     problems,
 )
 from bench.kernels.limits import COUNTS, DEVICES, committed, counts_by_row, growth
+from bench.kernels.shard_variants import shard_launches
 from bench.kernels.topk_variants import topk_launches
 from bench.kernels.traffic import VARIANTS, every_variant
 from bench.losses import QWEN3_VOCAB_SIZE
@@ -142,7 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     variants = every_variant() if chosen.all else VARIANTS
-    launches = [*((variant.name, launch_of(variant)) for variant in variants), *topk_launches()]
+    launches = [(variant.name, launch_of(variant)) for variant in variants]
+    launches += [*topk_launches(), *shard_launches()]
     compiled, traffic = compile_all(launches), count_traffic()
     report = {
         "name": "kernels_report",

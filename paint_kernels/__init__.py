@@ -7,7 +7,7 @@ distillation loss by one differentiable call whose memory does not grow with N x
     output.loss.backward()
 
 `reference` and `reference_topk` specify the same functions in plain PyTorch. Nothing here depends
-on a configuration, a model library or a process group.
+on a configuration or a model library. A process group is used only if the caller gives one.
 """
 
 from paint_kernels import reference, reference_topk

@@ -128,12 +128,50 @@ def local_tensor(name: str, tensor: Any) -> Tensor:
         return tensor
     if not all(placement.is_replicate() for placement in tensor.placements):
         raise ValueError(
-            f"{name} is a DTensor placed {tensor.placements}: it must be replicated. Call "
+            f"{name} is a DTensor placed {tensor.placements}: it must be replicated, or, if it is "
+            "of a head, sharded over the vocabulary by Shard(0) on a mesh of one dimension. Call "
             ".full_tensor() once per loss, or do not shard the head. A trainable head needs "
             ".full_tensor(grad_placements=[Partial('avg')] * mesh.ndim); otherwise each shard gets "
             "only the gradient of its own rank."
         )
     return tensor.to_local()
+
+
+def local_rows(name: str, tensor: Any) -> tuple[Tensor, Any]:
+    """Returns the rank's rows of a head as a plain tensor, and the process group that shares the
+    vocabulary if a DTensor says so."""
+    if not isinstance(tensor, Tensor) or type(tensor) in (Tensor, nn.Parameter):
+        return local_tensor(name, tensor), None
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(tensor, DTensor) and tensor.device_mesh.ndim == 1:
+        (placement,) = tensor.placements
+        if placement.is_shard(0):
+            return tensor.to_local(), tensor.device_mesh.get_group()
+    return local_tensor(name, tensor), None
+
+
+def one_group(given: Any, found: dict[str, Any]) -> Any:
+    """Returns the process group that shares the vocabulary, or None.
+
+    given: by the caller. found: of sharded tensors, by name.
+    """
+    if given is not None:
+        from torch.distributed import ProcessGroup
+
+        if not isinstance(given, ProcessGroup):
+            raise ValueError(
+                f"vocab_parallel_group is of type {type(given).__name__}: it must be a "
+                "torch.distributed.ProcessGroup of which this process is a member, or None."
+            )
+    groups = {"vocab_parallel_group": given} | found
+    groups = {name: group for name, group in groups.items() if group is not None}
+    if len({group.group_name for group in groups.values()}) > 1:
+        raise ValueError(
+            f"{' and '.join(groups)} have different process groups: one group must share the "
+            "vocabulary of all."
+        )
+    return next(iter(groups.values()), None)
 
 
 def check_float(name: str, tensor: Tensor, shape: str, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -61,7 +61,9 @@ def half_head(weight: Float[Tensor, "V H"]) -> tuple[Float[Tensor, "V H"], Float
     device: the returned scale is then NaN, and so are the gradients. A change of other rows alone
     by such means is not noticed; `forget_half_heads` is the remedy for both.
     """
-    if weight.requires_grad or weight.is_inference() or _is_capturing(weight):
+    # A subclass, such as the tensors without storage that estimate memory, has no address.
+    is_plain = type(weight) in (Tensor, nn.Parameter)
+    if not is_plain or weight.requires_grad or weight.is_inference() or _is_capturing(weight):
         return _copy(weight)
     owner = weight if weight._base is None else weight._base
     kept, key = _kept.get(weight.device), _key(weight)

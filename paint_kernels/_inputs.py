@@ -19,10 +19,12 @@ from paint_kernels._checks import (
     check_projection,
     check_same_rows,
     check_softcap,
-    local_tensor,
+    local_rows,
+    one_group,
     resolve_vocab_size,
 )
 from paint_kernels._heads import Head, Heads
+from paint_kernels._shards import WHOLE, Shard, resolve_shard
 from paint_kernels._types import PaintLossOutput
 from paint_kernels.selection import rollout_ids
 
@@ -118,20 +120,69 @@ def loss_weights(
     return (weights / count).to(dtype)
 
 
+class Parallel(NamedTuple):
+    """What callers give for a vocabulary that ranks share, and what the ranks must agree in."""
+
+    group: Any
+    """a torch.distributed.ProcessGroup, or None"""
+    settings: dict[str, Any]
+    tensors: dict[str, Any]
+    """what is no tensor is left out"""
+
+    def shard(
+        self,
+        num_rows: list[int],
+        vocab_size: int | None,
+        same: dict[str, Tensor],
+        *,
+        groups: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> Shard:
+        """Returns the rank's part of the vocabulary.
+
+        num_rows, same, settings: as in `resolve_shard`, beside what is kept here. groups: of
+            sharded tensors.
+        """
+        group = one_group(self.group, groups or {})
+        if group is None or group.size() == 1:
+            return WHOLE
+        device = next(iter(same.values())).device
+        given = {name: one for name, one in self.tensors.items() if isinstance(one, Tensor)}
+        same = same | {name: one.to(device) for name, one in given.items() if one.ndim}
+        equal = self.settings | (settings or {})
+        # Pyright takes what torch.compiler.disable returns for a decorator.
+        return resolve_shard(group, num_rows, vocab_size, same, equal)  # pyright: ignore
+
+
+def cut_size(shard: Shard, num_rows: int, vocab_size: int | None) -> int:
+    """Returns how many of the rank's rows belong to the vocabulary."""
+    if shard.is_whole:
+        return resolve_vocab_size(vocab_size, num_rows)
+    return min(num_rows, shard.size - shard.start)
+
+
 def check_logits(
-    student: Tensor, teacher: Tensor, cu_seqlens: Tensor, vocab_size: int | None
-) -> int:
-    """Checks both; returns the size of the vocabulary that they share."""
+    student: Tensor,
+    teacher: Tensor,
+    cu_seqlens: Tensor,
+    vocab_size: int | None,
+    parallel: Parallel,
+) -> tuple[int, Shard]:
+    """Checks both; returns the columns of the vocabulary that they share, and the rank's part."""
     check_float("student_logits", student, "(N, V)", student.device)
     check_float("teacher_logits", teacher, "(N, V)", student.device)
     check_same_rows("logits", student, teacher)
     check_cu_seqlens(cu_seqlens, student.device)
+    columns = [student.shape[1], teacher.shape[1]]
+    shard = parallel.shard(columns, vocab_size, {"student_logits": student[:, :0]})
+    if not shard.is_whole:
+        return cut_size(shard, columns[0], vocab_size), shard
     if vocab_size is None and student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"student_logits has {student.shape[1]} columns, teacher_logits {teacher.shape[1]}: "
             "both need the same vocabulary. Set vocab_size to its size where one side is padded."
         )
-    return resolve_vocab_size(vocab_size, min(student.shape[1], teacher.shape[1]))
+    return resolve_vocab_size(vocab_size, min(columns)), shard
 
 
 def _check_head(role: str, head: Head) -> None:
@@ -142,36 +193,56 @@ def _check_head(role: str, head: Head) -> None:
         check_bias(f"{role}lm_head_bias", head.bias, head.weight)
 
 
-def resolve_head(hidden_states: Tensor, given: Head, vocab_size: int | None) -> Head:
-    """Checks a model's head, and cuts it to the vocabulary."""
-    weight = local_tensor("lm_head_weight", given.weight)
-    check_projection("", hidden_states, weight, hidden_states.device)
-    bias = _local("lm_head_bias", given.bias)
+def resolve_head(
+    hidden_states: Tensor,
+    given: Head,
+    vocab_size: int | None,
+    parallel: Parallel,
+    kind: str = "",
+) -> tuple[Head, Shard]:
+    """Checks a model's head, and cuts it to the vocabulary. Returns the rank's part with it."""
+    local, groups = _local_rows(lm_head_weight=given.weight, lm_head_bias=given.bias)
+    weight, bias = local["lm_head_weight"], local["lm_head_bias"]
+    check_projection(kind, hidden_states, weight, hidden_states.device)
     _check_head("", dataclasses.replace(given, weight=weight, bias=bias))
-    size = resolve_vocab_size(vocab_size, weight.shape[0])
+    shard = parallel.shard(
+        *([len(weight)], vocab_size, {f"{kind}hidden_states": hidden_states}),
+        groups=groups,
+        settings=_described(given, local),
+    )
+    size = cut_size(shard, len(weight), vocab_size)
     numbers = _numbers(given.scale, given.softcap)
-    return Head(as_autocast_would(weight)[:size], _rows(bias, size), *numbers)
+    return Head(as_autocast_would(weight)[:size], _rows(bias, size), *numbers), shard
 
 
-def resolve_heads(student: Tensor, teacher: Tensor, given: Heads, vocab_size: int | None) -> Heads:
-    """Checks both heads, and cuts them to the vocabulary that they share.
+def resolve_heads(
+    student: Tensor, teacher: Tensor, given: Heads, vocab_size: int | None, parallel: Parallel
+) -> tuple[Heads, Shard]:
+    """Checks both heads, and cuts them to the vocabulary that they share. Returns the rank's part
+    with them.
 
     student, teacher: hidden states.
     """
     device = student.device
-    heads = dataclasses.replace(
-        given,
-        lm_head_weight=local_tensor("lm_head_weight", given.lm_head_weight),
-        lm_head_bias=_local("lm_head_bias", given.lm_head_bias),
-        teacher_lm_head_weight=_local("teacher_lm_head_weight", given.teacher_lm_head_weight),
-        teacher_lm_head_bias=_local("teacher_lm_head_bias", given.teacher_lm_head_bias),
-    )
+    tensors = {
+        field.name: getattr(given, field.name)
+        for field in dataclasses.fields(given)
+        if field.name.endswith(("weight", "bias"))
+    }
+    local, groups = _local_rows(**tensors)
+    heads = dataclasses.replace(given, **local)
     weight, own = heads.lm_head_weight, heads.teacher_lm_head_weight
     name = "lm_head_weight" if own is None else "teacher_lm_head_weight"
     check_projection("student_", student, weight, device)
     check_same_rows("hidden_states", student, teacher)
     check_projection("teacher_", teacher, heads.teacher.weight, device, name)
-    if own is not None and vocab_size is None and weight.shape[0] != own.shape[0]:
+    same = {"student_hidden_states": student, "teacher_hidden_states": teacher}
+    rows = [len(weight), len(heads.teacher.weight)]
+    settings = _described(given, local)
+    shard = parallel.shard(rows, vocab_size, same, groups=groups, settings=settings)
+    different = own is not None and weight.shape[0] != own.shape[0]
+    if shard.is_whole and vocab_size is None and different:
+        assert own is not None
         raise ValueError(
             f"lm_head_weight has {weight.shape[0]} rows, teacher_lm_head_weight "
             f"{own.shape[0]}: both need the same vocabulary. Set vocab_size to its size "
@@ -179,8 +250,8 @@ def resolve_heads(student: Tensor, teacher: Tensor, given: Heads, vocab_size: in
         )
     _check_head("", heads.student)
     _check_head("teacher_", heads.teacher)
-    size = resolve_vocab_size(vocab_size, min(weight.shape[0], heads.teacher.weight.shape[0]))
-    return Heads(
+    size = cut_size(shard, min(rows), vocab_size)
+    cut = Heads(
         as_autocast_would(weight)[:size],
         _rows(heads.lm_head_bias, size),
         None if own is None else as_autocast_would(own.detach())[:size],
@@ -188,10 +259,27 @@ def resolve_heads(student: Tensor, teacher: Tensor, given: Heads, vocab_size: in
         *_numbers(heads.logit_scale, heads.logit_softcap),
         *_numbers(heads.teacher_logit_scale, heads.teacher_logit_softcap),
     )
+    return cut, shard
 
 
-def _local(name: str, tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else local_tensor(name, tensor)
+def _local_rows(**tensors: Tensor | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the rank's rows of each tensor, and the process groups that share them."""
+    local: dict[str, Any] = dict.fromkeys(tensors)
+    groups = {}
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            local[name], groups[name] = local_rows(name, tensor)
+    return local, groups
+
+
+def _described(given: Head | Heads, local: dict[str, Any]) -> dict[str, Any]:
+    """Returns what must be equal on all ranks of the numbers and the tensors of heads."""
+    fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    numbers = {name: one for name, one in fields.items() if not isinstance(one, Tensor)}
+    trained = {
+        f"{name} is trained": one is not None and one.requires_grad for name, one in local.items()
+    }
+    return numbers | trained
 
 
 def _rows(bias: Tensor | None, size: int, *, constant: bool = False) -> Tensor | None:

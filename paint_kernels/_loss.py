@@ -72,7 +72,7 @@ class ChunkRows:
 
     def __init__(self, source: Source, rows: Rows, settings: LossSettings) -> None:
         self.source, self.rows, self.settings = source, rows, settings
-        self.functions = row_functions(settings.backend)
+        self.functions = row_functions(settings.backend, source.shard)
         self.student, self.teacher = source.logits(rows)
         self.gradient = source.gradient(rows, len(self.student))
         self.stats = None

@@ -18,6 +18,7 @@ from paint_kernels._heads import Heads, Projection, logits_dtype
 from paint_kernels._matmul import compute_dtype
 from paint_kernels._plan import largest_chunk, most_rows, plan_chunks
 from paint_kernels._settings import LossSettings, takes_fields
+from paint_kernels._shards import Shard
 from paint_kernels._sources import HiddenSource, LogitsSource
 
 
@@ -62,6 +63,7 @@ def _hidden_source(
     token_weights: Tensor | None,
     temperatures: Tensor | None,
     settings: LossSettings,
+    shard: Shard,
     **wanted: Any,
 ) -> HiddenSource:
     return HiddenSource(
@@ -70,13 +72,15 @@ def _hidden_source(
         token_weights,
         temperature=settings.temperature,
         backend=settings.backend,
+        shard=shard,
         **wanted,
     )
 
 
-def _rows_of_a_chunk(head: Tensor, settings: LossSettings) -> int:
-    vocab_size, hidden_size = head.shape
-    return settings.chunk_rows or most_rows(vocab_size, hidden_size, head.device)
+def _rows_of_a_chunk(head: Tensor, settings: LossSettings, shard: Shard) -> int:
+    num_rows, hidden_size = head.shape
+    width = shard.planned_width(num_rows)
+    return settings.chunk_rows or most_rows(width, hidden_size, head.device)
 
 
 @takes_fields
@@ -92,6 +96,7 @@ def _paint_loss(
     with_weight_gradient: bool,
     with_bias_gradient: bool,
     settings: LossSettings,
+    shard: Shard,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns loss, (6, N) token values, (N,) selected, and the gradients by the student's hidden
     states, weight and bias, or empty tensors.
@@ -104,13 +109,13 @@ def _paint_loss(
     check_cu_seqlens_values(cu_seqlens, student_hidden_states.shape[0])
     if temperatures is not None:
         check_temperatures_values(temperatures)
-    most = _rows_of_a_chunk(heads.lm_head_weight, settings)
+    most = _rows_of_a_chunk(heads.lm_head_weight, settings, shard)
     full = _loss.finds_statistics_first(settings)
     chunks = plan_chunks(cu_seqlens, len(student_hidden_states), most, full=full)
     with no_autocast(student_hidden_states):
         source = _hidden_source(
             *(student_hidden_states, teacher_hidden_states, heads),
-            *(token_weights, temperatures, settings),
+            *(token_weights, temperatures, settings, shard),
             rows_per_chunk=largest_chunk(chunks),
             with_hidden_gradient=with_hidden_gradient,
             with_weight_gradient=with_weight_gradient and token_weights is not None,
@@ -228,14 +233,15 @@ def paint_loss_head_gradient(
     with_weight_gradient: bool,
     with_bias_gradient: bool,
     settings: LossSettings,
+    shard: Shard,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of sum(token_weights * token_loss) by the student's weight and bias, or
     empty tensors, float32 or better."""
-    most = _rows_of_a_chunk(heads.lm_head_weight, settings)
+    most = _rows_of_a_chunk(heads.lm_head_weight, settings, shard)
     with no_autocast(student_hidden_states):
         source = _hidden_source(
             *(student_hidden_states, teacher_hidden_states, heads),
-            *(token_weights, temperatures, settings),
+            *(token_weights, temperatures, settings, shard),
             rows_per_chunk=min(most, len(student_hidden_states)),
             with_hidden_gradient=False,
             with_weight_gradient=with_weight_gradient,
@@ -274,6 +280,7 @@ def paint_loss_from_logits(
     given_selection: Tensor | None,
     with_gradient: bool,
     settings: LossSettings,
+    shard: Shard,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns loss, (6, N) token values, (N,) selected, grad_logits (or empty)."""
     check_cu_seqlens_values(cu_seqlens, student_logits.shape[0])
@@ -281,18 +288,21 @@ def paint_loss_from_logits(
         check_temperatures_values(temperatures)
     if settings.teacher_top_k is not None:
         values, gradient = _topk.run_teacher_top_k_of_logits(
-            *(student_logits, teacher_logits, temperatures, cu_seqlens, settings, given_selection),
+            *(student_logits, teacher_logits, temperatures, cu_seqlens, settings, shard),
+            given_selection,
             with_gradient=with_gradient,
         )
         loss = reduced(values.table[0], token_weights)
         return loss, values.table, values.selected, gradient
-    num_rows, vocab_size = student_logits.shape
+    num_rows, num_columns = student_logits.shape
     # Logits and gradient exist whole already. Chunks only bound the copies that are made of them.
     row_major = student_logits.stride(1) == teacher_logits.stride(1) == 1
-    copies = temperatures is not None or not row_major
+    # Ranks may have other layouts, but must have the same chunks.
+    copies = temperatures is not None or not row_major or not shard.is_whole
     most = settings.chunk_rows or max(1, num_rows)
     if settings.chunk_rows is None and (settings.backend == "torch" or copies):
-        most = most_rows(vocab_size, vocab_size, student_logits.device)
+        width = shard.planned_width(num_columns)
+        most = most_rows(width, width, student_logits.device)
     full = _loss.finds_statistics_first(settings)
     chunks = plan_chunks(cu_seqlens, num_rows, most, full=full)
     source = LogitsSource(
@@ -301,6 +311,7 @@ def paint_loss_from_logits(
         temperatures,
         rows_per_chunk=largest_chunk(chunks),
         with_gradient=with_gradient,
+        shard=shard,
     )
     values = _loss.run_loss(source, chunks, cu_seqlens, settings, given_selection)
     loss = reduced(values.table[0], token_weights)

@@ -8,9 +8,9 @@ only plain values; with `takes_fields` it can still be written with a `LossSetti
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from inspect import Parameter
-from typing import Any, Self, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from torch import Tensor
 
@@ -113,12 +113,6 @@ class LossSettings:
     def keywords(self) -> dict[str, Any]:
         """Returns the settings as keyword arguments of the public functions."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    @classmethod
-    def of_arguments(cls, values: Sequence[Any]) -> Self:
-        """Returns the settings that `arguments` has made positional."""
-        fields = dataclasses.fields(cls)
-        return cls(**{field.name: value for field, value in zip(fields, values, strict=True)})
 
     def arguments(self) -> tuple[Any, ...]:
         """Returns the settings as positional arguments of the operators."""

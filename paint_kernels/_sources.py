@@ -10,6 +10,7 @@ from torch import Tensor
 from paint_kernels._heads import Projection, add_bias_gradient, scale_rows
 from paint_kernels._matmul import GradientProduct, compute_dtype, project
 from paint_kernels._plan import HEAD_GROUP_ROWS
+from paint_kernels._shards import WHOLE, Shard
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -59,8 +60,9 @@ class HiddenSource:
         with_weight_gradient: bool,
         with_bias_gradient: bool = False,
         backend: str,
+        shard: Shard = WHOLE,
     ) -> None:
-        self.student, self.teacher = student, teacher
+        self.student, self.teacher, self.shard = student, teacher, shard
         self.dtype = torch.promote_types(student.dtype, teacher.dtype)
         hidden_states, weight = student.hidden_states, student.head.weight
         self.num_rows, self.vocab_size = len(hidden_states), len(weight)
@@ -174,12 +176,13 @@ class HiddenSource:
         self.group = slice(self.group.stop, self.group.stop)
 
     def finish(self) -> None:
-        """Adds what is kept, and divides the gradients by the scale that they were accumulated
-        in."""
+        """Adds what is kept, divides the gradients by the scale that they were accumulated in, and
+        sums those by the hidden states over the shards of the head."""
         self.add_group()
         if self.with_hidden_gradient:
             self.product.unscale_hidden(self.grad_hidden)
             scale_rows(self.grad_hidden, self.student.factor)
+            self.grad_hidden = self.shard.sum(self.grad_hidden)
         if self.with_weight_gradient:
             self.product.unscale_head(self.grad_weight)
         self.grad_bias.div_(self.product.scale)
@@ -199,8 +202,10 @@ class LogitsSource:
         *,
         rows_per_chunk: int,
         with_gradient: bool,
+        shard: Shard = WHOLE,
     ) -> None:
         self.student_logits, self.teacher_logits = student_logits, teacher_logits
+        self.shard = shard
         self.temperatures = temperatures
         self.with_gradient = with_gradient
         self.dtype = compute_dtype(student_logits, teacher_logits)

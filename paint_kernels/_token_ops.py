@@ -13,18 +13,23 @@ from paint_kernels._ops import (
     scaled_rows,
 )
 from paint_kernels._settings import TokenSettings, takes_fields
+from paint_kernels._shards import Shard
 
 
 @torch.library.custom_op("paint_kernels::token_stats", mutates_args=())
 @takes_fields
 def token_stats(
-    hidden_states: Tensor, head: Head, temperatures: Tensor | None, settings: TokenSettings
+    hidden_states: Tensor,
+    head: Head,
+    temperatures: Tensor | None,
+    settings: TokenSettings,
+    shard: Shard,
 ) -> Tensor:
     """Returns (2, N): logsumexp and entropy."""
     if temperatures is not None:
         check_temperatures_values(temperatures)
     with no_autocast(hidden_states):
-        return _tokens.run_stats(Projection(hidden_states, head, temperatures), settings)
+        return _tokens.run_stats(Projection(hidden_states, head, temperatures), settings, shard)
 
 
 @token_stats.register_fake
@@ -43,9 +48,10 @@ def token_logprobs(
     temperatures: Tensor | None,
     with_hidden_gradient: bool,
     settings: TokenSettings,
+    shard: Shard,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (N,) log-probabilities, (N,) entropies, and grad_hidden (or empty)."""
-    check_token_ids_values(token_ids, head.weight.shape[0])
+    check_token_ids_values(token_ids, shard.vocab_size(head.weight.shape[0]))
     if temperatures is not None:
         check_temperatures_values(temperatures)
     with no_autocast(hidden_states):
@@ -53,6 +59,7 @@ def token_logprobs(
             Projection(hidden_states, head, temperatures),
             token_ids,
             settings,
+            shard,
             with_hidden_gradient=with_hidden_gradient,
         )
     return values[0].clone(), values[1].clone(), grad_hidden
@@ -116,6 +123,7 @@ def token_logprobs_head_gradient(
     with_weight_gradient: bool,
     with_bias_gradient: bool,
     settings: TokenSettings,
+    shard: Shard,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of sum(token_weights * logprobs) by the head's weight and bias, or
     empty tensors, float32 or better."""
@@ -125,6 +133,7 @@ def token_logprobs_head_gradient(
             token_ids,
             token_weights,
             settings,
+            shard,
             with_weight_gradient=with_weight_gradient,
             with_bias_gradient=with_bias_gradient,
         )

@@ -12,6 +12,7 @@ from paint_kernels._heads import Projection, add_bias_gradient, scale_rows
 from paint_kernels._matmul import GradientProduct
 from paint_kernels._plan import most_rows, row_slices
 from paint_kernels._settings import TokenSettings
+from paint_kernels._shards import Shard
 from paint_kernels._sources import chunk_buffer
 
 if TYPE_CHECKING:
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
 
 
 def logits_by_chunk(
-    projection: Projection, settings: TokenSettings
+    projection: Projection, settings: TokenSettings, shard: Shard
 ) -> Iterator[tuple[slice, Float[Tensor, "R V"]]]:
     """Yields the logits of one model by chunks, in one buffer that the caller may overwrite."""
     weight, num_rows = projection.head.weight, len(projection.hidden_states)
     vocab_size, hidden_size = weight.shape
-    planned = settings.chunk_rows or most_rows(vocab_size, hidden_size, weight.device)
+    width = shard.planned_width(vocab_size)
+    planned = settings.chunk_rows or most_rows(width, hidden_size, weight.device)
     slices = row_slices(num_rows, planned)
     most = max((rows.stop - rows.start for rows in slices), default=0)
     buffer = chunk_buffer(most, vocab_size, projection.dtype, weight.device, settings.backend)
@@ -32,12 +34,14 @@ def logits_by_chunk(
         yield rows, projection.logits(rows, out=buffer[: rows.stop - rows.start])
 
 
-def run_stats(projection: Projection, settings: TokenSettings) -> Float[Tensor, "2 N"]:
+def run_stats(
+    projection: Projection, settings: TokenSettings, shard: Shard
+) -> Float[Tensor, "2 N"]:
     """Returns (2, N): logsumexp and entropy."""
     hidden_states = projection.hidden_states
     stats = hidden_states.new_empty(2, len(hidden_states), dtype=projection.dtype)
-    functions = row_functions(settings.backend)
-    for rows, logits in logits_by_chunk(projection, settings):
+    functions = row_functions(settings.backend, shard)
+    for rows, logits in logits_by_chunk(projection, settings, shard):
         stats[0, rows], stats[1, rows] = functions.row_stats(logits, settings.temperature)
     return stats
 
@@ -78,11 +82,12 @@ def run_logprobs(
     projection: Projection,
     token_ids: Int[Tensor, " N"],
     settings: TokenSettings,
+    shard: Shard,
     *,
     with_hidden_gradient: bool,
 ) -> tuple[Float[Tensor, "2 N"], Tensor]:
     """Returns (2, N) log-probabilities and entropies, and the unweighted gradient by the hidden
-    states."""
+    states, of the whole head."""
     gradients = LogprobsGradient(projection, settings)
     hidden_states = projection.hidden_states
     values = hidden_states.new_empty(2, len(hidden_states), dtype=gradients.dtype)
@@ -90,9 +95,9 @@ def run_logprobs(
     grad_hidden = hidden_states.new_empty(size, dtype=gradients.dtype)
     if with_hidden_gradient:
         gradients.product.prepare_hidden()
-    for rows, logits in logits_by_chunk(projection, settings):
+    for rows, logits in logits_by_chunk(projection, settings, shard):
         gradient = gradients.of(logits) if with_hidden_gradient else None
-        values[0, rows], values[1, rows] = row_functions(settings.backend).row_logprobs(
+        values[0, rows], values[1, rows] = row_functions(settings.backend, shard).row_logprobs(
             logits,
             token_ids[rows],
             settings.temperature,
@@ -105,6 +110,7 @@ def run_logprobs(
     if with_hidden_gradient:
         gradients.product.unscale_hidden(grad_hidden)
         scale_rows(grad_hidden, projection.factor)
+        grad_hidden = shard.sum(grad_hidden)
     return values, grad_hidden
 
 
@@ -113,6 +119,7 @@ def run_logprobs_head_gradient(
     token_ids: Int[Tensor, " N"],
     token_weights: Float[Tensor, " N"],
     settings: TokenSettings,
+    shard: Shard,
     *,
     with_weight_gradient: bool,
     with_bias_gradient: bool,
@@ -125,9 +132,9 @@ def run_logprobs_head_gradient(
     size = weight.shape if with_weight_gradient else (0,)
     grad_weight = weight.new_zeros(size, dtype=gradients.dtype)
     grad_bias = weight.new_zeros(len(weight) if with_bias_gradient else 0, dtype=gradients.dtype)
-    for rows, logits in logits_by_chunk(projection, settings):
+    for rows, logits in logits_by_chunk(projection, settings, shard):
         gradient = gradients.of(logits)
-        row_functions(settings.backend).row_logprobs(
+        row_functions(settings.backend, shard).row_logprobs(
             logits, token_ids[rows], settings.temperature, gradient, gradient_scale=scale
         )
         gradients.through_head(gradient, logits, rows)

@@ -25,8 +25,9 @@ from paint_kernels._heads import Projection, scale_rows
 from paint_kernels._loss import TokenValues
 from paint_kernels._matmul import compute_dtype
 from paint_kernels._settings import LossSettings, TokenSettings
+from paint_kernels._shards import WHOLE, Shard
 from paint_kernels._tokens import LogprobsGradient, logits_by_chunk
-from paint_kernels.selection import teacher_top_k_indices
+from paint_kernels.selection import ranked_top_k, teacher_top_k_indices
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -91,17 +92,34 @@ def of_tokens(settings: LossSettings) -> TokenSettings:
     return TokenSettings(settings.temperature, settings.backend, settings.chunk_rows)
 
 
+def top_k(
+    logits: Float[Tensor, "R V"], k: int, shard: Shard
+) -> tuple[Int[Tensor, "R k"], Float[Tensor, "R k"]]:
+    """Returns the token ids of the k largest logits of all ranks, and these logits. Ties go to the
+    lower id."""
+    columns = teacher_top_k_indices(logits, min(k, logits.shape[1]))
+    if shard.is_whole:
+        return columns, logits.gather(1, columns)
+    # Candidates in the order of their ids, because ties go to the first of them.
+    columns = columns.sort(dim=-1).values
+    own = torch.stack([(columns + shard.start).double(), logits.gather(1, columns).double()], dim=1)
+    own = torch.nn.functional.pad(own, (0, k - own.shape[2]), value=-1.0)
+    ids, values = shard.gather(own).unbind(2)
+    ids, values = (one.permute(1, 0, 2).flatten(1) for one in (ids, values))
+    chosen = ranked_top_k(values, ids >= 0, k)
+    return ids.gather(1, chosen).long(), values.gather(1, chosen).to(logits.dtype)
+
+
 def teacher_top_k(
-    teacher: Projection, settings: LossSettings
+    teacher: Projection, settings: LossSettings, shard: Shard
 ) -> tuple[Int[Tensor, "N k"], Float[Tensor, "N k"]]:
-    """Returns the columns of the teacher's k largest logits, and these logits."""
+    """Returns the token ids of the teacher's k largest logits, and these logits."""
     assert settings.teacher_top_k is not None
     shape, device = (len(teacher.hidden_states), settings.teacher_top_k), teacher.head.weight.device
     ids = torch.empty(shape, dtype=torch.int64, device=device)
     largest = torch.empty(shape, dtype=teacher.dtype, device=device)
-    for rows, logits in logits_by_chunk(teacher, of_tokens(settings)):
-        ids[rows] = teacher_top_k_indices(logits, settings.teacher_top_k)
-        torch.gather(logits, 1, ids[rows], out=largest[rows])
+    for rows, logits in logits_by_chunk(teacher, of_tokens(settings), shard):
+        ids[rows], largest[rows] = top_k(logits, settings.teacher_top_k, shard)
     return ids, largest
 
 
@@ -110,16 +128,19 @@ def run_teacher_top_k(
     teacher: Projection,
     cu_seqlens: Int[Tensor, " B+1"],
     settings: LossSettings,
+    shard: Shard,
     given: Bool[Tensor, " N"] | None = None,
     *,
     with_gradient: bool,
 ) -> tuple[Int[Tensor, "N k"], SupportLoss]:
-    """Computes the loss on the teacher's k largest logits, and returns their columns with it."""
+    """Computes the loss on the teacher's k largest logits, and returns their ids with it."""
     dtype, every = torch.promote_types(student.dtype, teacher.dtype), slice(None)
-    ids, teacher_logits = teacher_top_k(teacher, settings)
+    ids, teacher_logits = teacher_top_k(teacher, settings, shard)
     gathered = topk_functions(settings.backend).gathered_logits
-    product = gathered(student.hidden_states, student.head.weight, ids).to(dtype)
-    student_logits = student.from_product(product, every, ids)
+    rows = shard.local_ids(ids, len(student.head.weight))
+    product = gathered(student.hidden_states, student.head.weight, rows).to(dtype)
+    student_logits = student.from_product(product, every, rows.clamp(min=0))
+    student_logits = shard.sum(student_logits.masked_fill_(rows < 0, 0.0))
     loss = support_loss(
         student_logits,
         teacher_logits.to(dtype),
@@ -142,6 +163,7 @@ def run_teacher_top_k_of_logits(
     temperatures: Float[Tensor, " N"] | None,
     cu_seqlens: Int[Tensor, " B+1"],
     settings: LossSettings,
+    shard: Shard,
     given: Bool[Tensor, " N"] | None = None,
     *,
     with_gradient: bool,
@@ -149,8 +171,11 @@ def run_teacher_top_k_of_logits(
     """Returns the values of the loss, and the gradient by the student's logits (or empty)."""
     assert settings.teacher_top_k is not None
     dtype = compute_dtype(student_logits, teacher_logits)
-    ids = teacher_top_k_indices(teacher_logits, settings.teacher_top_k)
-    student, teacher = (one.gather(1, ids).to(dtype) for one in (student_logits, teacher_logits))
+    ids, teacher = top_k(teacher_logits, settings.teacher_top_k, shard)
+    columns = shard.local_ids(ids, student_logits.shape[1])
+    index, foreign = columns.clamp(min=0), columns < 0
+    student = shard.sum(student_logits.gather(1, index).to(dtype).masked_fill_(foreign, 0.0))
+    teacher = teacher.to(dtype)
     if temperatures is not None:
         student, teacher = student / temperatures[:, None], teacher / temperatures[:, None]
     loss = support_loss(student, teacher, cu_seqlens, settings, given, with_gradient=with_gradient)
@@ -159,7 +184,7 @@ def run_teacher_top_k_of_logits(
     size = student_logits.shape if with_gradient else (0,)
     gradient = torch.zeros(size, dtype=student_logits.dtype, device=student_logits.device)
     if with_gradient:
-        gradient.scatter_(1, ids, loss.gradient.to(gradient.dtype))
+        gradient.scatter_add_(1, index, own_values(loss.gradient, columns).to(gradient.dtype))
     return loss.values, gradient
 
 
@@ -182,22 +207,23 @@ def split_support(
     projection: Projection,
     ids: Int[Tensor, "N K"],
     settings: LossSettings,
+    shard: Shard,
     *,
     with_hidden: bool,
 ) -> tuple[Float[Tensor, "N K"], Tail]:
-    """Returns the student's logits of the ids, -inf where there is none, and the tail."""
+    """Returns the student's logits of the ids, -inf where there is none, and the tail. Its
+    derivative is by the rank's own rows of the head."""
     student, in_chunks = projection.hidden_states, of_tokens(settings)
     gradients = LogprobsGradient(projection, dataclasses.replace(in_chunks, temperature=1.0))
     logits_of_ids = student.new_empty(ids.shape, dtype=gradients.dtype)
     logsumexp = student.new_empty(len(student), dtype=gradients.dtype)
     hidden = student.new_empty(student.shape if with_hidden else (0,), dtype=gradients.dtype)
-    covering = covering_ids(ids)
+    own = shard.local_ids(ids, len(projection.head.weight))
     if with_hidden:
         gradients.product.prepare_hidden()
-    for rows, logits in logits_by_chunk(projection, in_chunks):
-        torch.gather(logits, 1, covering[rows], out=logits_of_ids[rows])
-        logits.scatter_(1, covering[rows], -math.inf)
-        stats = row_functions(settings.backend).row_stats(logits, settings.temperature)
+    for rows, logits in logits_by_chunk(projection, in_chunks, shard):
+        logits_of_ids[rows] = take_support(logits, own[rows])
+        stats = row_functions(settings.backend, shard).row_stats(logits, settings.temperature)
         logsumexp[rows] = stats.logsumexp
         if with_hidden:
             shares = tail_shares(gradients, logits, logsumexp[rows], settings)
@@ -205,7 +231,22 @@ def split_support(
     if with_hidden:
         gradients.product.unscale_hidden(hidden)
     logsumexp.masked_fill_(logsumexp < NOTHING, -math.inf)
+    logits_of_ids = shard.sum(logits_of_ids)
     return logits_of_ids.masked_fill_(ids < 0, -math.inf), Tail(logsumexp, hidden)
+
+
+def take_support(logits: Float[Tensor, "R V"], ids: Int[Tensor, "R K"]) -> Float[Tensor, "R K"]:
+    """Returns the logits of the ids, 0 where there is none, and overwrites them by -inf."""
+    covering = covering_ids(ids)
+    found = logits.gather(1, covering)
+    # A row without an id, of which `covering` has the first column, keeps all.
+    logits.scatter_(1, covering, torch.where((ids >= 0).any(dim=1, keepdim=True), -math.inf, found))
+    return found.masked_fill_(ids < 0, 0.0)
+
+
+def own_values(values: Float[Tensor, "N K"], ids: Int[Tensor, "N K"]) -> Float[Tensor, "N K"]:
+    """Returns the values, 0 where there is no id."""
+    return values.masked_fill(ids < 0, 0.0)
 
 
 def tail_shares(
@@ -244,6 +285,7 @@ def run_loss_from_topk(
     cu_seqlens: Int[Tensor, " B+1"],
     tail: str,
     settings: LossSettings,
+    shard: Shard = WHOLE,
     *,
     with_hidden_gradient: bool,
     with_gradient: bool,
@@ -258,7 +300,9 @@ def run_loss_from_topk(
     target = teacher_support(ids, teacher_logprobs, with_tail=with_tail)
     rest = None
     if with_tail:
-        chosen, rest = split_support(student, ids, settings, with_hidden=with_hidden_gradient)
+        chosen, rest = split_support(
+            student, ids, settings, shard, with_hidden=with_hidden_gradient
+        )
         logits = torch.cat([chosen / settings.temperature, rest.logsumexp[:, None]], dim=1)
         # Nothing is left to the teacher where its ids are the whole vocabulary, and a row without
         # ids is a row without a distribution.
@@ -267,7 +311,11 @@ def run_loss_from_topk(
         logits[:, -1].masked_fill_(absent, -math.inf)
     else:
         gathered = topk_functions(settings.backend).gathered_logits
-        logits = gathered(student.hidden_states, student.head.weight, ids) / settings.temperature
+        rows = shard.local_ids(ids, len(student.head.weight))
+        logits = gathered(student.hidden_states, student.head.weight, rows)
+        if not shard.is_whole:
+            logits = shard.sum(own_values(logits, rows)).masked_fill_(ids < 0, -math.inf)
+        logits = logits / settings.temperature
     loss = support_loss(
         logits,
         target.to(dtype),
@@ -286,12 +334,28 @@ def hidden_gradient(
     weight: Float[Tensor, "V H"],
     tail_hidden: Float[Tensor, "N H"] | None,
     backend: str,
-    out: Float[Tensor, "N H"],
-) -> None:
-    """Computes the gradient by the hidden states from that on the support."""
-    num_ids = ids.shape[1]
+    shard: Shard,
+    dtype: torch.dtype,
+) -> Float[Tensor, "N H"]:
+    """Returns the gradient by the hidden states, in `dtype`, from that on the support."""
+    num_ids, own = ids.shape[1], shard.local_ids(ids, len(weight))
     rest = None if tail_hidden is None else (tail_hidden, values[:, num_ids])
-    topk_functions(backend).hidden_gradient(values[:, :num_ids], weight, ids, rest, out)
+    # Shares of several ranks are rounded when they have been added up.
+    shape, summed = (len(ids), weight.shape[1]), dtype if shard.is_whole else values.dtype
+    out = torch.empty(shape, dtype=summed, device=weight.device)
+    chosen = own_values(values[:, :num_ids], own)
+    topk_functions(backend).hidden_gradient(chosen, weight, own, rest, out)
+    return shard.sum(out).to(dtype)
+
+
+def bias_gradient(
+    values: Float[Tensor, "N K"], ids: Int[Tensor, "N K"], bias: Float[Tensor, " V"], shard: Shard
+) -> Float[Tensor, " V"]:
+    """Returns the gradient by the head's bias, in its dtype, from that on the support."""
+    own = shard.local_ids(ids, len(bias))
+    total = values.new_zeros(bias.shape)
+    total.index_add_(0, own.clamp(min=0).flatten(), own_values(values, own).flatten())
+    return total.to(bias.dtype)
 
 
 def weight_gradient(
@@ -300,21 +364,22 @@ def weight_gradient(
     student: Projection,
     tail_logsumexp: Float[Tensor, " N"] | None,
     settings: LossSettings,
+    shard: Shard,
 ) -> Float[Tensor, "V H"]:
     """Computes the gradient by the head from that on the support, float32 or better. For a tail,
     the logits are computed again."""
     num_ids, weight = ids.shape[1], student.head.weight
+    own = shard.local_ids(ids, len(weight))
     gradient = torch.zeros(weight.shape, dtype=values.dtype, device=weight.device)
     if tail_logsumexp is not None:
         in_chunks = of_tokens(settings)
         gradients = LogprobsGradient(student, dataclasses.replace(in_chunks, temperature=1.0))
         gradients.product.prepare_head(values[:, num_ids])
-        covering = covering_ids(ids)
-        for rows, logits in logits_by_chunk(student, in_chunks):
-            logits.scatter_(1, covering[rows], -math.inf)
+        for rows, logits in logits_by_chunk(student, in_chunks, shard):
+            take_support(logits, own[rows])
             shares = tail_shares(gradients, logits, tail_logsumexp[rows], settings)
             gradients.product.head(shares, rows, out=gradient)
         gradients.product.unscale_head(gradient)
-    chosen = values[:, :num_ids]
-    topk_functions(settings.backend).add_head_gradient(chosen, student.hidden_states, ids, gradient)
+    chosen = own_values(values[:, :num_ids], own)
+    topk_functions(settings.backend).add_head_gradient(chosen, student.hidden_states, own, gradient)
     return gradient

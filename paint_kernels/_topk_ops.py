@@ -19,6 +19,7 @@ from paint_kernels._heads import Head, Heads, Projection, logits_dtype
 from paint_kernels._matmul import compute_dtype
 from paint_kernels._ops import no_autocast, no_second_derivative, reduced, upstream_of
 from paint_kernels._settings import LossSettings, takes_fields
+from paint_kernels._shards import Shard
 
 
 @torch.library.custom_op("paint_kernels::paint_loss_teacher_top_k", mutates_args=())
@@ -33,6 +34,7 @@ def paint_loss_teacher_top_k(
     given_selection: Tensor | None,
     with_gradient: bool,
     settings: LossSettings,
+    shard: Shard,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns loss, (6, N) token values, (N,) selected, the (N, k) columns of the teacher's largest
     logits, and the gradient by the student's h W^T there (or empty)."""
@@ -45,6 +47,7 @@ def paint_loss_teacher_top_k(
             Projection(teacher_hidden_states, heads.teacher, temperatures),
             cu_seqlens,
             settings,
+            shard,
             given_selection,
             with_gradient=with_gradient,
         )
@@ -64,11 +67,12 @@ def _(
     temperatures,
     given_selection,
     with_gradient,
-    *settings,
+    settings: LossSettings,
+    *shard,
 ):
     num_tokens = student_hidden_states.shape[0]
     dtype = logits_dtype(student_hidden_states, teacher_hidden_states, heads)
-    shape = num_tokens, LossSettings.of_arguments(settings).teacher_top_k
+    shape = num_tokens, settings.teacher_top_k
     new = student_hidden_states.new_empty
     return (
         new((num_tokens,) if token_weights is None else (), dtype=dtype),
@@ -102,8 +106,8 @@ def _teacher_top_k_backward(ctx, grad_loss, *_):
     if ctx.needs_input_grad[2]:
         grads[2] = support_weight_gradient(values, ids, student, weight, None, *ctx.settings)
     if ctx.needs_input_grad[3]:
-        total = values.new_zeros(bias.shape).index_add(0, ids.flatten(), values.flatten())
-        grads[3] = total.to(bias.dtype)
+        shard = Shard(*ctx.settings[-len(fields(Shard)) :])
+        grads[3] = _topk.bias_gradient(values, ids, bias, shard)
     return tuple(grads)
 
 
@@ -125,11 +129,13 @@ def paint_loss_from_topk(
     with_weight_gradient: bool,
     tail: str,
     settings: LossSettings,
+    shard: Shard,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns loss, (6, N) token values, (N,) selected, the gradient on the support, the tail's
     log-sum-exp and its derivative by the hidden states. The last three may be empty."""
     check_cu_seqlens_values(cu_seqlens, student_hidden_states.shape[0])
-    check_topk_values(teacher_token_ids, teacher_logprobs, lm_head_weight.shape[0])
+    vocab_size = shard.vocab_size(lm_head_weight.shape[0])
+    check_topk_values(teacher_token_ids, teacher_logprobs, vocab_size)
     with no_autocast(student_hidden_states):
         found, rest = _topk.run_loss_from_topk(
             Projection(student_hidden_states, Head(lm_head_weight)),
@@ -138,6 +144,7 @@ def paint_loss_from_topk(
             cu_seqlens,
             tail,
             settings,
+            shard,
             with_hidden_gradient=with_hidden_gradient,
             with_gradient=with_hidden_gradient or with_weight_gradient,
         )
@@ -213,13 +220,15 @@ def support_hidden_gradient(
     lm_head_weight: Tensor,
     tail_hidden: Tensor | None,
     settings: LossSettings,
+    shard: Shard,
 ) -> Tensor:
     """Returns the gradient by the hidden states, in their dtype, from that on the support."""
-    gradient = torch.empty_like(student_hidden_states, memory_format=torch.contiguous_format)
     ids = token_ids.long()
     with no_autocast(values):
-        _topk.hidden_gradient(values, ids, lm_head_weight, tail_hidden, settings.backend, gradient)
-    return gradient
+        return _topk.hidden_gradient(
+            *(values, ids, lm_head_weight, tail_hidden, settings.backend, shard),
+            student_hidden_states.dtype,
+        )
 
 
 @support_hidden_gradient.register_fake
@@ -236,12 +245,13 @@ def support_weight_gradient(
     lm_head_weight: Tensor,
     tail_logsumexp: Tensor | None,
     settings: LossSettings,
+    shard: Shard,
 ) -> Tensor:
     """Returns the gradient by the head, in its dtype, from that on the support."""
     student = Projection(student_hidden_states, Head(lm_head_weight))
     with no_autocast(values):
         gradient = _topk.weight_gradient(
-            values, token_ids.long(), student, tail_logsumexp, settings
+            values, token_ids.long(), student, tail_logsumexp, settings, shard
         )
     return gradient.to(lm_head_weight.dtype)
 

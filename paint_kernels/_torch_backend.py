@@ -40,6 +40,8 @@ TILE = 1024
 LOG_2 = math.log(2)
 NEGATIVE_INFINITY = -1e38
 """replaces -inf in differences, so that 0 * -inf does not occur; its exponential is 0"""
+SMALL_DIVERGENCE = 0.05
+"""in nats, below which a row's divergence is summed without its first-order terms"""
 INFINITE_DIVERGENCE = 1e9
 """above any finite divergence, and below any with NEGATIVE_INFINITY at a probability of 1e-29 or
 more"""
@@ -50,10 +52,10 @@ class Shifted(NamedTuple):
 
     x: Float[Tensor, "R V"]
     exponentials: Float[Tensor, "R V"]
-    """exp(x / T), and 0 at the largest entry"""
-    largest: Int[Tensor, "R 1"]
+    """exp(x / T), and 0 at the largest entry if its column is given"""
+    largest: Int[Tensor, "R 1"] | None
     maximum: Float[Tensor, "R 1"]
-    """of z / T"""
+    """of z"""
     rest: Float[Tensor, "R 1"]
     """float64: sum of exp(x / T) over all entries but the largest"""
     entropy: Float[Tensor, "R 1"]
@@ -108,29 +110,48 @@ def shift(
     """Computes the softmax of the rows in the two buffers.
 
     The entropy is H = log1p(s) - t / (1 + s), where s is the sum of exp(x / T) and t the sum of
-    x / T exp(x / T), both over all entries but the largest. x is not divided by T, because a
-    rounding of it is as large as a small difference of two models. On a CPU exp2 runs four times
-    faster than exp.
+    x / T exp(x / T), both over all entries but the largest.
     """
     maximum, largest = row_argmax(logits)
     maximum = maximum.to(x.dtype)
-    finite_maximum = torch.where(maximum == -math.inf, 0.0, maximum)
-    if logits.dtype == x.dtype:
-        torch.sub(logits, finite_maximum, out=x)
-    else:
-        x.copy_(logits).sub_(finite_maximum)
-    lowest = NEGATIVE_INFINITY * min(temperature, 1.0)
-    if x.device.type != "cpu":
-        x.clamp_(min=lowest)
-    torch.mul(x, 1 / (LOG_2 * temperature), out=exponentials).exp2_()
+    exponentiate(logits, maximum, temperature, x, exponentials, bounds=x.device.type != "cpu")
     exponentials.scatter_(1, largest, 0.0)
     rest = row_sum(exponentials)
     energy = torch.linalg.vecdot(exponentials, x)[:, None]
     # On a CPU a look at the result is cheaper than to bound every entry: -inf gives 0 * -inf.
     if x.device.type == "cpu" and energy.isnan().any():
-        energy = torch.linalg.vecdot(exponentials, x.clamp_(min=lowest))[:, None]
+        energy = torch.linalg.vecdot(exponentials, x.clamp_(min=lowest(temperature)))[:, None]
     entropy = torch.log1p(rest) - energy / ((1 + rest) * temperature)
-    return Shifted(x, exponentials, largest, maximum / temperature, rest, entropy.to(x.dtype))
+    return Shifted(x, exponentials, largest, maximum, rest, entropy.to(x.dtype))
+
+
+def lowest(temperature: float) -> float:
+    """Returns what stands for an x of -inf."""
+    return NEGATIVE_INFINITY * min(temperature, 1.0)
+
+
+def exponentiate(
+    logits: Float[Tensor, "R V"],
+    maximum: Float[Tensor, "R 1"],
+    temperature: float,
+    x: Float[Tensor, "R V"],
+    exponentials: Float[Tensor, "R V"],
+    *,
+    bounds: bool,
+) -> None:
+    """Computes x = z - m and exp(x / T) in the two buffers. bounds: replaces an x of -inf.
+
+    x is not divided by T, because a rounding of it is as large as a small difference of two models.
+    On a CPU exp2 runs four times faster than exp.
+    """
+    finite_maximum = torch.where(maximum == -math.inf, 0.0, maximum)
+    if logits.dtype == x.dtype:
+        torch.sub(logits, finite_maximum, out=x)
+    else:
+        x.copy_(logits).sub_(finite_maximum)
+    if bounds:
+        x.clamp_(min=lowest(temperature))
+    torch.mul(x, 1 / (LOG_2 * temperature), out=exponentials).exp2_()
 
 
 def buffers(number: int, logits: Float[Tensor, "R V"]) -> Float[Tensor, "number R V"]:
@@ -153,7 +174,7 @@ def row_stats(logits: Float[Tensor, "R V"], temperature: float) -> TokenStats:
     for rows in row_blocks(logits):
         x, exponentials = scratch[:, : rows.stop - rows.start]
         shifted = shift(logits[rows], temperature, x, exponentials)
-        logsumexp[rows] = (shifted.maximum + torch.log1p(shifted.rest))[:, 0]
+        logsumexp[rows] = (shifted.maximum / temperature + torch.log1p(shifted.rest))[:, 0]
         entropy[rows] = shifted.entropy[:, 0]
     return TokenStats(logsumexp, entropy)
 
@@ -226,27 +247,23 @@ def _block_loss(
     drops_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns token loss, divergence, clipped mass and, in a buffer, the gradient by z_S / T."""
-    block = _block(s, t, spare, settings.temperature)
+    block = distributions(s, t, spare, settings.temperature)
     divergence = DIVERGENCES[settings.divergence]
     f, small = divergence.terms(block, settings)
-    token_kl = f.sum(dim=-1, keepdim=True)
+    total = f.sum(dim=-1, keepdim=True)
     correction = 0.0
     if small is not None:
-        correction = torch.where(small.holds & (token_kl < 0.05), small.sum - token_kl, 0.0)
+        correction = small_correction(total, small.sum, small.holds)
     if drops_last:
         f[:, -1:], block.q[:, -1:] = 0.0, 0.0
-        token_kl = f.sum(dim=-1, keepdim=True)
-    token_kl = torch.where(token_kl > INFINITE_DIVERGENCE, math.inf, token_kl + correction)
-
-    token_loss, clipped_mass, unclipped = token_kl, torch.zeros_like(token_kl), None
+        total = f.sum(dim=-1, keepdim=True)
+    token_loss = token_kl = corrected_divergence(total, correction)
+    clipped_mass, unclipped = torch.zeros_like(total), None
     unclipped_mass: Tensor | float = 1.0
-    clip = settings.pointwise_clip
-    if clip is not None and _may_exceed(f, clip):
-        unclipped = torch.le(f, clip, out=spare)
-        token_loss = f.clamp_(max=clip).sum(dim=-1, keepdim=True) + correction
-        target_mass = block.q.sum(dim=-1, keepdim=True)
-        unclipped_mass = block.q.mul_(unclipped).sum(dim=-1, keepdim=True)
-        clipped_mass = target_mass - unclipped_mass
+    if (found := clip(block, f, settings.pointwise_clip)) is not None:
+        token_loss = found.sum + correction
+        unclipped, unclipped_mass = found.unclipped, found.unclipped_mass
+        clipped_mass = found.clipped_mass
     if drops_last:
         # To the gradient a dropped summand is a clipped one.
         unclipped = spare.fill_(1.0) if unclipped is None else unclipped
@@ -257,9 +274,40 @@ def _block_loss(
 
     gradient = divergence.gradient(block, f, unclipped, unclipped_mass)
     # A row's gradient adds up to 0, so its largest entry is minus the sum of the others.
+    assert s.largest is not None
     gradient.scatter_(1, s.largest, 0.0)
     gradient.scatter_(1, s.largest, -gradient.sum(dim=-1, keepdim=True))
     return token_loss, token_kl, clipped_mass, gradient
+
+
+def small_correction(total: Tensor, small_sum: Tensor, holds: Tensor) -> Tensor:
+    """Returns what to add to a row's sum of f, where that is small."""
+    return torch.where(holds & (total < SMALL_DIVERGENCE), small_sum - total, 0.0)
+
+
+def corrected_divergence(total: Tensor, correction: Tensor | float) -> Tensor:
+    return torch.where(total > INFINITE_DIVERGENCE, math.inf, total + correction)
+
+
+class Clipped(NamedTuple):
+    sum: Float[Tensor, "R 1"]
+    """of the clipped f"""
+    unclipped: Float[Tensor, "R V"]
+    """1 where f is not clipped, else 0"""
+    unclipped_mass: Float[Tensor, "R 1"]
+    """the target's"""
+    clipped_mass: Float[Tensor, "R 1"]
+
+
+def clip(block: Block, f: Float[Tensor, "R V"], pointwise_clip: float | None) -> Clipped | None:
+    """Clips f, and takes the clipped entries out of `block.q`. None if the block has none."""
+    if pointwise_clip is None or not _may_exceed(f, pointwise_clip):
+        return None
+    unclipped = torch.le(f, pointwise_clip, out=block.spare)
+    total = f.clamp_(max=pointwise_clip).sum(dim=-1, keepdim=True)
+    target_mass = block.q.sum(dim=-1, keepdim=True)
+    unclipped_mass = block.q.mul_(unclipped).sum(dim=-1, keepdim=True)
+    return Clipped(total, unclipped, unclipped_mass, target_mass - unclipped_mass)
 
 
 def _may_exceed(f: Float[Tensor, "R V"], clip: float) -> bool:
@@ -268,12 +316,12 @@ def _may_exceed(f: Float[Tensor, "R V"], clip: float) -> bool:
     return f.device.type != "cpu" or (f.numel() > 0 and bool(f.amax() > clip))
 
 
-def _block(s: Shifted, t: Shifted, spare: Float[Tensor, "R V"], temperature: float) -> Block:
+def distributions(s: Shifted, t: Shifted, spare: Float[Tensor, "R V"], temperature: float) -> Block:
     """Makes both distributions, in the buffers of `s` and `t`."""
     # A row without a finite logit on either side has loss 0: both distributions are set to 0.
     usable = (s.maximum != -math.inf) & (t.maximum != -math.inf)
     dtype = s.x.dtype
-    q = t.exponentials.scatter_(1, t.largest, 1.0)
+    q = t.exponentials if t.largest is None else t.exponentials.scatter_(1, t.largest, 1.0)
     q.mul_(torch.where(usable, 1 / (1 + t.rest), 0.0).to(dtype))
     scale = torch.where(usable, 1 / (1 + s.rest), 0.0).to(dtype)
     d = t.x.sub_(s.x)
@@ -306,6 +354,7 @@ def row_logprobs(
         entropy[rows] = shifted.entropy[:, 0]
         if gradient is not None:
             # The largest entry's exponential, 1, is not in `rest`.
+            assert shifted.largest is not None
             exponentials.scatter_(1, shifted.largest, 1.0)
             others = torch.where(
                 ids == shifted.largest, shifted.rest, 1 + shifted.rest - exponentials.gather(1, ids)

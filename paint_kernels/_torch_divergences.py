@@ -31,9 +31,10 @@ class Block:
     """The distributions of a block of rows, in buffers that a divergence overwrites."""
 
     exponentials: Float[Tensor, "R V"]
-    """exp((z_S - m) / T) with the row's largest logit m, but 0 at m; times `scale` they are p"""
+    """exp((z_S - m) / T) with the row's largest logit m, but 0 at m if its column is given; times
+    `scale` they are p"""
     scale: Float[Tensor, "R 1"]
-    largest: Int[Tensor, "R 1"]
+    largest: Int[Tensor, "R 1"] | None
     """column of m"""
     q: Float[Tensor, "R V"]
     d: Float[Tensor, "R V"]
@@ -43,7 +44,9 @@ class Block:
 
     def p(self) -> Float[Tensor, "R V"]:
         """Turns the exponentials into the student's probabilities, in place. Call it once."""
-        return self.exponentials.scatter_(1, self.largest, 1.0).mul_(self.scale)
+        if self.largest is not None:
+            self.exponentials.scatter_(1, self.largest, 1.0)
+        return self.exponentials.mul_(self.scale)
 
 
 class SmallDivergence(NamedTuple):
@@ -79,10 +82,17 @@ def forward_kl_terms(block: Block, settings: LossSettings) -> Terms:
     return Terms(block.d.mul_(block.q), small)
 
 
+def forward_kl_slopes(block: Block, f: Tensor, unclipped: Tensor | None) -> Tensor:
+    """Returns -q u. `block.q` holds q u by now."""
+    block.p()
+    return block.q.neg_()
+
+
 def forward_kl_gradient(
     block: Block, f: Tensor, unclipped: Tensor | None, unclipped_mass: Tensor | float
 ) -> Tensor:
-    """Returns p sum(q u) - q u. `block.q` holds q u by now, and `unclipped_mass` is its sum."""
+    """Returns p sum(q u) - q u, with one pass less than `gradient_of_slopes`. `unclipped_mass` is
+    the sum of q u."""
     return torch.sub(block.exponentials.mul_(block.scale * unclipped_mass), block.q, out=block.g)
 
 
@@ -93,18 +103,12 @@ def reverse_kl_terms(block: Block, settings: LossSettings) -> Terms:
     return Terms(block.d.mul_(p), small)
 
 
-def reverse_kl_gradient(
-    block: Block, f: Tensor, unclipped: Tensor | None, unclipped_mass: Tensor | float
-) -> Tensor:
-    """Returns p C + f u - p (1 - u) with C = sum(p (1 - u) - f u).
-
-    This equals g u - p sum(g u), without the cancellation in p - p sum(p).
-    """
-    p = block.exponentials
+def reverse_kl_slopes(block: Block, f: Tensor, unclipped: Tensor | None) -> Tensor:
+    """Returns g u - p = f u - p (1 - u), without the cancellation in p - p sum(p)."""
     if unclipped is not None:
         f.mul_(unclipped)
-        f.sub_(unclipped.neg_().add_(1).mul_(p))
-    return f.sub_(p.mul_(f.sum(dim=-1, keepdim=True)))
+        f.sub_(unclipped.neg_().add_(1).mul_(block.exponentials))
+    return f
 
 
 def jsd_terms(block: Block, settings: LossSettings) -> Terms:
@@ -118,25 +122,35 @@ def jsd_terms(block: Block, settings: LossSettings) -> Terms:
     return Terms(f, None)
 
 
-def gradient_of_slope(
-    block: Block, f: Tensor, unclipped: Tensor | None, unclipped_mass: Tensor | float
-) -> Tensor:
-    """Returns g u - p sum(g u), for a divergence that has left g in `block.g` and called
-    `block.p()`."""
-    g, p = block.g, block.exponentials
-    if unclipped is not None:
-        g.mul_(unclipped)
-    return g.sub_(p.mul_(g.sum(dim=-1, keepdim=True)))
+def jsd_slopes(block: Block, f: Tensor, unclipped: Tensor | None) -> Tensor:
+    """Returns g u."""
+    return block.g if unclipped is None else block.g.mul_(unclipped)
+
+
+def gradient_of_slopes(slopes: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def gradient(
+        block: Block, f: Tensor, unclipped: Tensor | None, unclipped_mass: Tensor | float
+    ) -> Tensor:
+        h = slopes(block, f, unclipped)
+        return h.sub_(block.exponentials.mul_(h.sum(dim=-1, keepdim=True)))
+
+    return gradient
 
 
 class Divergence(NamedTuple):
     terms: Callable[[Block, LossSettings], Terms]
+    slopes: Callable[[Block, Tensor, Tensor | None], Tensor]
+    """takes the block, f (clipped by now) and u (None where nothing is clipped); returns h, with
+    which the gradient is h - p sum(h), and leaves p in `block.exponentials`. h is g u, or g u - c p
+    for some number c."""
     gradient: Callable[[Block, Tensor, Tensor | None, Tensor | float], Tensor]
-    """takes the block, f (clipped by now), u (None where nothing is clipped) and sum(q u)"""
+    """takes these and sum(q u)"""
 
 
 DIVERGENCES = {
-    "forward_kl": Divergence(forward_kl_terms, forward_kl_gradient),
-    "reverse_kl": Divergence(reverse_kl_terms, reverse_kl_gradient),
-    "jsd": Divergence(jsd_terms, gradient_of_slope),
+    "forward_kl": Divergence(forward_kl_terms, forward_kl_slopes, forward_kl_gradient),
+    "reverse_kl": Divergence(
+        reverse_kl_terms, reverse_kl_slopes, gradient_of_slopes(reverse_kl_slopes)
+    ),
+    "jsd": Divergence(jsd_terms, jsd_slopes, gradient_of_slopes(jsd_slopes)),
 }

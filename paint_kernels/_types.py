@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
 
 
 class PaintLossOutput(NamedTuple):
@@ -45,6 +45,21 @@ class TokenLogprobs(NamedTuple):
 
     logprobs: Float[Tensor, " N"]
     entropy: Float[Tensor, " N"]
+
+
+class ShardStats(NamedTuple):
+    """The softmax of R rows relative to their largest logits m: p = exp((z - m) / T) / (1 + rest).
+
+    Of the columns of one rank, or of all ranks together.
+    """
+
+    maximum: Float[Tensor, " R"]
+    """m, not divided by T; -inf where there is no finite logit"""
+    rest: Float[Tensor, " R"]
+    """float64: the sum of exp((z - m) / T) over all entries but the largest"""
+    entropy: Float[Tensor, " R"]
+    largest: Int[Tensor, " R"]
+    """column of m among the rank's; -1 where another rank has it"""
 
 
 class RowValues(NamedTuple):

@@ -19,6 +19,7 @@ from paint_kernels._checks import (
 )
 from paint_kernels._heads import Head, Heads, Projection, logits_dtype
 from paint_kernels._inputs import (
+    Parallel,
     TokenOptions,
     as_autocast_would,
     check_logits,
@@ -40,6 +41,7 @@ from paint_kernels._types import PaintLossOutput, TokenLogprobs, TokenStats
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+    from torch.distributed import ProcessGroup
 
 
 def _settings(
@@ -97,6 +99,7 @@ def token_stats(
     logit_softcap: float | None = None,
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
+    vocab_parallel_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> TokenStats:
     """Computes log-sum-exp and entropy of softmax(hidden_states @ lm_head_weight.T / temperature),
@@ -108,6 +111,8 @@ def token_stats(
         temperature: T, above 0: a number, or (N,), one for each token.
         lm_head_bias, logit_scale, logit_softcap, chunk_rows: as in `paint_loss`.
         vocab_size: rows of the head that are real tokens; the rest are ignored.
+        vocab_parallel_group: as in `paint_loss`. Collectives: a gather of a few numbers, and for
+            each chunk one of (R, 3).
         backend: "auto", "torch" or "triton".
 
     Returns:
@@ -119,12 +124,17 @@ def token_stats(
     """
     hidden_states = local_tensor("hidden_states", hidden_states)
     given = Head(lm_head_weight, lm_head_bias, logit_scale, logit_softcap)
-    head = resolve_head(hidden_states, given, vocab_size)
+    alike = {"temperature": temperature, "chunk_rows": chunk_rows}
+    head, shard = resolve_head(
+        *(hidden_states, given, vocab_size),
+        Parallel(vocab_parallel_group, alike, {"temperature": temperature}),
+    )
     hidden_states = as_autocast_would(hidden_states)
     temperatures, settings = _token_settings(hidden_states, head, temperature, chunk_rows, backend)
     with torch.no_grad():
         stats = _token_ops.token_stats(
-            hidden_states, *head.arguments(), temperatures, *settings.arguments()
+            *(hidden_states, *head.arguments(), temperatures),
+            *(*settings.arguments(), *shard.arguments()),
         )
     return TokenStats(*stats)
 
@@ -140,6 +150,7 @@ def token_logprobs(
     logit_softcap: float | None = None,
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
+    vocab_parallel_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> TokenLogprobs:
     """Computes the log-probability of each row's token under softmax(hidden_states @
@@ -157,6 +168,9 @@ def token_logprobs(
         temperature: T, above 0: a number, or (N,), one for each token.
         lm_head_bias, logit_scale, logit_softcap, chunk_rows: as in `paint_loss`.
         vocab_size: rows of the head that are real tokens; the rest are ignored.
+        vocab_parallel_group: as in `paint_loss`; `token_ids` are those of the whole vocabulary.
+            Collectives: a gather of a few numbers, for each chunk one of (R, 4), and a sum of the
+            (N, H) gradient. A head's gradient takes a gather for each chunk in the backward pass.
         backend: "auto", "torch" or "triton".
 
     Returns:
@@ -167,8 +181,12 @@ def token_logprobs(
     """
     hidden_states = local_tensor("hidden_states", hidden_states)
     given = Head(lm_head_weight, lm_head_bias, logit_scale, logit_softcap)
-    head = resolve_head(hidden_states, given, vocab_size)
     check_token_ids(token_ids, hidden_states)
+    alike = {"temperature": temperature, "chunk_rows": chunk_rows}
+    alike["with_gradient"] = wants_gradient(hidden_states)
+    tensors = {"token_ids": token_ids, "temperature": temperature}
+    parallel = Parallel(vocab_parallel_group, alike, tensors)
+    head, shard = resolve_head(hidden_states, given, vocab_size, parallel)
     hidden_states = as_autocast_would(hidden_states)
     temperatures, settings = _token_settings(hidden_states, head, temperature, chunk_rows, backend)
     logprobs, entropy, _ = _token_ops.token_logprobs(
@@ -178,6 +196,7 @@ def token_logprobs(
         temperatures,
         wants_gradient(hidden_states),
         *settings.arguments(),
+        *shard.arguments(),
     )
     return TokenLogprobs(logprobs, entropy.detach())
 
@@ -194,6 +213,7 @@ def paint_loss_from_logits(
     reduction: str = "sequence_mean",
     denominator: float | Tensor | None = None,
     chunk_rows: int | None = None,
+    vocab_parallel_group: ProcessGroup | None = None,
     backend: str = "auto",
     **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
@@ -210,6 +230,8 @@ def paint_loss_from_logits(
         cu_seqlens: (B+1,) int32 or int64, the bounds of the rollouts.
         token_weights, selected, vocab_size, reduction, denominator, chunk_rows, backend, options:
             as in `paint_loss`.
+        vocab_parallel_group: as in `paint_loss`. Logits are then this rank's columns, and so is
+            their gradient; there is no (N, H) gradient to sum.
 
     Returns:
         PaintLossOutput, as `paint_loss`.
@@ -219,23 +241,29 @@ def paint_loss_from_logits(
     """
     student = local_tensor("student_logits", student_logits)
     teacher = local_tensor("teacher_logits", teacher_logits).detach()
-    vocab_size = check_logits(student, teacher, cu_seqlens, vocab_size)
+    per_token: dict[str, Any] = {
+        "token_weights": token_weights,
+        "temperature": options.get("temperature", 1.0),
+        "selected": selected,
+    }
+    alike = {**options, "reduction": reduction, "chunk_rows": chunk_rows}
+    alike["with_gradient"] = wants_gradient(student)
+    parallel = Parallel(vocab_parallel_group, alike, {"cu_seqlens": cu_seqlens, **per_token})
+    columns, shard = check_logits(student, teacher, cu_seqlens, vocab_size, parallel)
     dtype = compute_dtype(student, teacher)
-    temperature = options.get("temperature", 1.0)
-    given = token_options(
-        student, dtype, token_weights=token_weights, temperature=temperature, selected=selected
-    )
+    given = token_options(student, dtype, **per_token)
     backend = resolve_backend(backend, student.device, dtype)
-    settings = _settings(options, given, backend, chunk_rows, vocab_size)
+    settings = _settings(options, given, backend, chunk_rows, shard.vocab_size(columns))
     loss, table, chosen, _ = _ops.paint_loss_from_logits(
-        student[:, :vocab_size],
-        teacher[:, :vocab_size],
+        student[:, :columns],
+        teacher[:, :columns],
         cu_seqlens,
         loss_weights(student, cu_seqlens, reduction, denominator, given.weights, dtype),
         given.temperatures,
         given.selected,
         wants_gradient(student),
         *settings.arguments(),
+        *shard.arguments(),
     )
     return output_of(loss, table, chosen, given.weights)
 
@@ -262,6 +290,7 @@ def paint_loss(
     reduction: str = "sequence_mean",
     denominator: float | Tensor | None = None,
     chunk_rows: int | None = None,
+    vocab_parallel_group: ProcessGroup | None = None,
     backend: str = "auto",
     **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
@@ -325,6 +354,19 @@ def paint_loss(
             is the global number.
         chunk_rows: most tokens whose logits exist at a time, in place of a number that suits the
             device and the head.
+        vocab_parallel_group: the process group whose ranks share the vocabulary. `lm_head_weight`
+            and all other tensors of heads are then this rank's rows of them: contiguous, in the
+            order of the ranks, not always equally many. Everything else is the same on every rank,
+            and so is the result. The gradient by the hidden states is the whole one on every rank:
+            do not sum it over the group again. `vocab_size` counts the whole vocabulary, whose
+            padding is at the end of the last ranks. A DTensor head with Shard(0) on a mesh of one
+            dimension gives its group by itself. Collectives: a gather of a few numbers, for which
+            the host waits; for each chunk a gather of (R, 6) and a sum of (R, 7) numbers, and a
+            gather of (R, 3) where targets are interpolated; the same for rows that are computed
+            again; and one sum of the (N, H) gradient. With `teacher_top_k`: a gather of (R, 2k) for
+            each chunk, a sum of (N, k), and the gradient's in the backward pass. A backward pass
+            that computes a head's gradient of losses per token takes a gather and a sum for each
+            chunk.
         backend: "auto" (triton for CUDA tensors, torch elsewhere), "torch" or "triton".
         options: the settings of the loss, described in `LossSettings`.
 
@@ -356,14 +398,18 @@ def paint_loss(
         *(lm_head_weight, lm_head_bias, teacher_lm_head_weight, teacher_lm_head_bias),
         *(logit_scale, logit_softcap, teacher_logit_scale, teacher_logit_softcap),
     )
-    heads = resolve_heads(student, teacher, heads, vocab_size)
     check_cu_seqlens(cu_seqlens, student.device)
+    alike = {**options, "reduction": reduction, "chunk_rows": chunk_rows}
+    alike["with_gradient"] = wants_gradient(student)
+    parallel = Parallel(vocab_parallel_group, alike, {"cu_seqlens": cu_seqlens, **per_token})
+    heads, shard = resolve_heads(student, teacher, heads, vocab_size, parallel)
     assert cu_seqlens is not None
     student, teacher = as_autocast_would(student), as_autocast_would(teacher)
     dtype = logits_dtype(student, teacher, heads)
     given = token_options(student, dtype, **per_token)
     backend = resolve_backend(backend, student.device, dtype)
-    settings = _settings(options, given, backend, chunk_rows, heads.lm_head_weight.shape[0])
+    whole_size = shard.vocab_size(heads.lm_head_weight.shape[0])
+    settings = _settings(options, given, backend, chunk_rows, whole_size)
     weights = loss_weights(student, cu_seqlens, reduction, denominator, given.weights, dtype)
     inputs = student, teacher, *heads.arguments(), cu_seqlens, weights
     inputs = *inputs, given.temperatures, given.selected
@@ -371,9 +417,11 @@ def paint_loss(
     with_gradients = [wants_gradient(tensor) for tensor in trained]
     if settings.teacher_top_k is not None:
         loss, table, chosen, *_ = _topk_ops.paint_loss_teacher_top_k(
-            *inputs, any(with_gradients), *settings.arguments()
+            *inputs, any(with_gradients), *settings.arguments(), *shard.arguments()
         )
     else:
-        loss, table, chosen, *_ = _ops.paint_loss(*inputs, *with_gradients, *settings.arguments())
+        loss, table, chosen, *_ = _ops.paint_loss(
+            *inputs, *with_gradients, *settings.arguments(), *shard.arguments()
+        )
     output = output_of(loss, table, chosen, given.weights)
     return output if kept is None else kept.restore(output)

@@ -20,6 +20,7 @@ from paint_kernels.functional import paint_loss
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+    from torch.distributed import ProcessGroup
 
 
 class PaintLoss(nn.Module):
@@ -27,7 +28,7 @@ class PaintLoss(nn.Module):
 
     Args:
         logit_scale, logit_softcap, teacher_logit_scale, teacher_logit_softcap, vocab_size,
-            reduction, chunk_rows, backend: as in `paint_loss`.
+            reduction, chunk_rows, vocab_parallel_group, backend: as in `paint_loss`.
         options: the settings of the loss, described in `LossSettings`; the temperature is a number
             here.
 
@@ -46,6 +47,7 @@ class PaintLoss(nn.Module):
         vocab_size: int | None = None,
         reduction: str = "sequence_mean",
         chunk_rows: int | None = None,
+        vocab_parallel_group: ProcessGroup | None = None,
         backend: str = "auto",
         **options: Unpack[LossOptions],
     ) -> None:
@@ -64,6 +66,7 @@ class PaintLoss(nn.Module):
             "teacher_logit_softcap": teacher_logit_softcap,
             "vocab_size": vocab_size,
             "reduction": reduction,
+            "vocab_parallel_group": vocab_parallel_group,
         }
         # Refuses a setting out of its range at once, and a temperature that is no number.
         self.settings = LossSettings(

@@ -10,13 +10,12 @@ from paint_kernels import _topk_ops
 from paint_kernels._checks import (
     check_choice,
     check_cu_seqlens,
-    check_projection,
     check_topk,
     local_tensor,
     resolve_backend,
-    resolve_vocab_size,
 )
-from paint_kernels._inputs import as_autocast_would, loss_weights
+from paint_kernels._heads import Head
+from paint_kernels._inputs import Parallel, as_autocast_would, loss_weights, resolve_head
 from paint_kernels._matmul import compute_dtype
 from paint_kernels._settings import LossOptions, LossSettings, lists_options
 from paint_kernels._topk import TAILS
@@ -25,6 +24,7 @@ from paint_kernels.functional import output_of, wants_gradient
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+    from torch.distributed import ProcessGroup
 
 
 @lists_options
@@ -39,6 +39,7 @@ def paint_loss_from_topk(
     vocab_size: int | None = None,
     reduction: str = "sequence_mean",
     denominator: float | Tensor | None = None,
+    vocab_parallel_group: ProcessGroup | None = None,
     backend: str = "auto",
     **options: Unpack[LossOptions],
 ) -> PaintLossOutput:
@@ -78,6 +79,10 @@ def paint_loss_from_topk(
         cu_seqlens: (B+1,) int32 or int64, the bounds of the rollouts, from 0 to N.
         tail: "bucket", "renormalise" or "drop".
         vocab_size, reduction, denominator, backend: as in `paint_loss`.
+        vocab_parallel_group: as in `paint_loss`; `teacher_token_ids` are those of the whole
+            vocabulary. Collectives: a gather of a few numbers, a sum of (N, K), but for
+            "renormalise" a gather of (R, 3) for each chunk, and in the backward pass a sum of the
+            (N, H) gradient.
         options: the settings of the loss, described in `LossSettings`, but for `teacher_top_k`. The
             temperature is a number.
 
@@ -91,13 +96,15 @@ def paint_loss_from_topk(
             device, so that the host does not wait.
     """
     student = local_tensor("student_hidden_states", student_hidden_states)
-    weight = local_tensor("lm_head_weight", lm_head_weight)
-    check_projection("student_", student, weight, student.device)
     check_topk(teacher_token_ids, teacher_logprobs, len(student), student.device)
     check_cu_seqlens(cu_seqlens, student.device)
     check_choice("tail", tail, TAILS)
-    vocab_size = resolve_vocab_size(vocab_size, weight.shape[0])
-    student, weight = as_autocast_would(student), as_autocast_would(weight)
+    alike = {**options, "reduction": reduction, "tail": tail}
+    alike["with_gradient"] = wants_gradient(student)
+    tensors = {"cu_seqlens": cu_seqlens, "teacher_token_ids": teacher_token_ids}
+    parallel = Parallel(vocab_parallel_group, alike, tensors)
+    head, shard = resolve_head(student, Head(lm_head_weight), vocab_size, parallel, "student_")
+    student, weight = as_autocast_would(student), head.weight
     dtype = compute_dtype(student, weight)
     settings = LossSettings(
         backend=resolve_backend(backend, student.device, dtype),
@@ -110,7 +117,7 @@ def paint_loss_from_topk(
         )
     loss, table, selected, *_ = _topk_ops.paint_loss_from_topk(
         student,
-        weight[:vocab_size],
+        weight,
         teacher_token_ids,
         teacher_logprobs.detach(),
         cu_seqlens,
@@ -119,5 +126,6 @@ def paint_loss_from_topk(
         wants_gradient(weight),
         tail,
         *settings.arguments(),
+        *shard.arguments(),
     )
     return output_of(loss, table, selected, None)

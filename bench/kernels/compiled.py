@@ -12,8 +12,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import triton
 from torch import Tensor
@@ -107,6 +109,32 @@ def launch_of(variant: Variant) -> Launch:
     with replaced_kernels(recorder):
         call_launcher(variant, variant.shape(COMPILED_SHAPE), Row(False, False))
     return launches[variant.kernel]._replace(passes=pass_names(variant))
+
+
+class Recorder:
+    """Stands for a kernel: `Recorder(...)[grid](...)` adds the arguments to `launches`."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def record(*arguments: Any, **settings: Any) -> None:
+            self.launches.append(Launch(self.kernel, arguments, settings))
+
+        return record
+
+
+def recorded(launchers: ModuleType, call: Callable[[], None]) -> Launch:
+    """Returns what a function of `launchers` passes to its kernel, without running that."""
+    launches: list[Launch] = []
+    recorders = {
+        name: Recorder(value, launches) if name.endswith("_kernel") else value
+        for name, value in vars(launchers.kernels).items()
+    }
+    with patch.object(launchers, "kernels", SimpleNamespace(**recorders)):
+        call()
+    (launch,) = launches
+    return launch
 
 
 class Compiled(NamedTuple):

@@ -1,13 +1,10 @@
 """The launches of the kernels for losses on the teacher's top-k, recorded without running them."""
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import Any
-from unittest.mock import patch
 
 import torch
 
-from bench.kernels.compiled import Launch
+from bench.kernels.compiled import Launch, recorded
 from bench.losses import QWEN3_VOCAB_SIZE
 from paint_kernels import _triton_topk as launchers
 
@@ -62,22 +59,4 @@ CALLS: dict[str, Callable[[], None]] = {
 def topk_launches() -> Iterator[tuple[str, Launch]]:
     """Yields the name of every variant and what the launcher passes to its kernel."""
     for name, call in CALLS.items():
-        launches: list[Launch] = []
-        recorders = {kernel: Recorder(kernel, launches) for kernel in KERNELS}
-        with patch.object(launchers, "kernels", SimpleNamespace(**recorders)):
-            call()
-        (launch,) = launches
-        yield name, launch
-
-
-class Recorder:
-    """Stands for a kernel: `Recorder(...)[grid](...)` adds the arguments to `launches`."""
-
-    def __init__(self, kernel: str, launches: list[Launch]) -> None:
-        self.kernel, self.launches = getattr(launchers.kernels, kernel), launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def record(*arguments: Any, **settings: Any) -> None:
-            self.launches.append(Launch(self.kernel, arguments, settings))
-
-        return record
+        yield name, recorded(launchers, call)

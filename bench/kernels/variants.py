@@ -26,6 +26,7 @@ from bench.losses import (
 )
 from paint_kernels import LossSettings
 from paint_kernels._heads import Heads
+from paint_kernels._shards import WHOLE
 
 FULL_LOGITS = ("memory below the full logits",)
 
@@ -83,7 +84,7 @@ def our_float32_rows(inputs: Inputs, objective: Objective) -> Tensor:
         token_weights,
         *(None, None),
         *(True, False, False),
-        *settings.arguments(),
+        *(*settings.arguments(), *WHOLE.arguments()),
     )
     return rows / num_tokens
 

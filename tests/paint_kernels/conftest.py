@@ -10,6 +10,7 @@ from torch import Tensor
 
 from paint_kernels import LossSettings, PaintLossOutput, _matmul, reference
 from paint_kernels._heads import Heads
+from paint_kernels._shards import WHOLE
 
 TOLERANCE = 2e-4
 VALUES = (
@@ -212,7 +213,7 @@ def operator_gradients(
     _, _, _, *actual = torch.ops.paint_kernels.paint_loss(
         *(batch.student, batch.teacher, *Heads(*tensors, scale, softcap).arguments()),
         *(batch.cu_seqlens, token_weights, temperatures, None, True, True, has_bias),
-        **arguments,
+        *(*arguments.values(), *WHOLE.arguments()),
     )
     exact = batch.double().trainable()
     del arguments["backend"], arguments["chunk_rows"]

@@ -121,13 +121,15 @@ def mesh(tmp_path):
 
 
 def test_dtensor_heads(build, mesh):
+    """Sharded over the vocabulary on several ranks: test_vocab_parallel.py."""
     batch = build()
-    sharded = distribute_tensor(batch.weight, mesh, [Shard(0)])
+    sharded = distribute_tensor(batch.weight, mesh, [Shard(1)])
     with pytest.raises(ValueError, match=r"lm_head_weight is a DTensor .* \.full_tensor\(\)"):
         dataclasses.replace(batch, weight=sharded).loss(paint_loss)
-    whole = distribute_tensor(batch.weight, mesh, [Replicate()])
-    output = dataclasses.replace(batch, weight=whole).loss(paint_loss)
-    assert torch.equal(output.loss, batch.loss(paint_loss).loss)
+    for placement in (Replicate(), Shard(0)):
+        whole = distribute_tensor(batch.weight, mesh, [placement])
+        output = dataclasses.replace(batch, weight=whole).loss(paint_loss)
+        assert torch.equal(output.loss, batch.loss(paint_loss).loss)
 
 
 def test_triton_on_a_cpu():

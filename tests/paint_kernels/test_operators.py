@@ -17,10 +17,11 @@ from paint_kernels import (
     token_stats,
 )
 from paint_kernels._heads import Heads
+from paint_kernels._shards import WHOLE
 
 _OWN = LossSettings(temperature=0.9, top_fraction=0.3, interpolation_weight=0.3, backend="torch")
-OPTIONS = _OWN.arguments()
-WITH_SELECTION = dataclasses.replace(_OWN, top_fraction=1.0).arguments()
+OPTIONS = _OWN.arguments() + WHOLE.arguments()
+WITH_SELECTION = dataclasses.replace(_OWN, top_fraction=1.0).arguments() + WHOLE.arguments()
 REDUCTIONS = ("sequence_mean", "none")
 
 
@@ -67,7 +68,7 @@ def test_opcheck_paint_loss_from_logits(batch, per_token):
 def test_opcheck_the_others(batch, more):
     ids, weights = torch.arange(12), torch.rand(12)
     temperatures = torch.rand(12) + 0.5 if more else None
-    settings = (0.9, "torch", 5 if more else None)
+    settings = (0.9, "torch", 5 if more else None, *WHOLE.arguments())
     student, numbers = batch.student.detach(), (0.7, 3.0) if more else (1.0, None)
     bias = torch.randn(61) if more else None
     head = (batch.weight.detach(), bias, *numbers)

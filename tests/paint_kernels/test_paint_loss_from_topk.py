@@ -21,6 +21,7 @@ from paint_kernels import (
     reference_topk,
 )
 from paint_kernels._heads import Head, Heads, Projection
+from paint_kernels._shards import WHOLE
 from paint_kernels._torch_divergences import DIVERGENCES
 
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=5).map(tuple)
@@ -225,6 +226,7 @@ def test_opcheck(build, tail, per_token):
     served = serve(build((5, 0, 7), 61), 6).trainable()
     weights = None if per_token else torch.rand(12)
     options = LossSettings(temperature=0.9, top_fraction=0.3, backend="torch").arguments()
+    options += WHOLE.arguments()
     tensors = (served.student, served.weight, served.ids, served.logprobs, served.cu_seqlens)
     torch.library.opcheck(
         _topk_ops.paint_loss_from_topk, (*tensors, weights, True, True, tail, *options)
@@ -240,6 +242,7 @@ def test_opcheck_of_teacher_top_k_and_the_gradients(build, own_head, more):
     temperatures = torch.rand(12) + 0.5 if more else None
     given = torch.arange(12) % 3 == 0 if more else None
     options = LossSettings(teacher_top_k=4, top_fraction=0.3, backend="torch").arguments()
+    options += WHOLE.arguments()
     tensors = batch.student, batch.teacher, *heads.arguments(), batch.cu_seqlens
     for weights in (None, torch.rand(12)):
         torch.library.opcheck(

@@ -21,6 +21,7 @@ from paint_kernels import (
     reference,
     reference_topk,
 )
+from paint_kernels._shards import Shard
 
 FIELDS = {field.name: field for field in dataclasses.fields(LossSettings)}
 OPERATORS = (
@@ -65,10 +66,10 @@ def test_a_signature_shows_every_option_with_its_default(function):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_an_operator_takes_the_settings_as_its_last_arguments(name):
+def test_an_operator_takes_settings_and_shard_as_its_last_arguments(name):
     operator = getattr(torch.ops.paint_kernels, name).default
-    last = operator._schema.arguments[-len(FIELDS) :]
-    assert [argument.name for argument in last] == list(FIELDS)
+    names = [*FIELDS, *Shard.__dataclass_fields__]
+    assert [argument.name for argument in operator._schema.arguments[-len(names) :]] == names
 
 
 def names_spelled(node):

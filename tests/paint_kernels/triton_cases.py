@@ -26,6 +26,7 @@ from paint_kernels import (
     token_stats,
 )
 from paint_kernels._heads import Heads
+from paint_kernels._shards import WHOLE
 from paint_kernels._torch_divergences import DIVERGENCES
 
 # The kernels let -inf - -inf be NaN where a bound replaces it. On a GPU that is silent.
@@ -493,7 +494,8 @@ def test_opcheck(build, divergence):
         _ops.paint_loss,
         (
             *(batch.student, batch.teacher, *Heads(batch.weight).arguments()),
-            *(batch.cu_seqlens, weights, None, None, True, True, False, *settings.arguments()),
+            *(batch.cu_seqlens, weights, None, None, True, True, False),
+            *(*settings.arguments(), *WHOLE.arguments()),
         ),
     )
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
-from paint_kernels import LossSettings, _ops, _triton_backend, paint_loss
+from paint_kernels import LossSettings, _ops, _triton_backend, _triton_shards, paint_loss
 from paint_kernels._torch_divergences import DIVERGENCES
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
@@ -163,6 +163,28 @@ def test_losses(columns, divergence, dtypes):
             _triton_backend.row_loss(student, teacher, interpolated, settings, gradient)
             _triton_backend.row_loss(student, teacher, interpolated, settings, None)
         assert sanitizer.num_accesses > 6 * rows * columns
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("columns", VOCAB_SIZES)
+def test_columns_of_a_rank(columns, divergence):
+    """With the row's largest entry and token among them, and elsewhere."""
+    rows, outputs = 2, ("sums_ptr", "gradient_ptr")
+    for student, teacher in layouts(rows, columns):
+        settings = LossSettings(divergence=divergence, pointwise_clip=1e-3, backend="triton")
+        stats = _triton_shards.local_stats(student, 1.0)
+        target = _triton_shards.local_stats(teacher, 1.0)
+        largest = torch.tensor([columns - 1, -1])
+        given = student, teacher, stats._replace(largest=largest), target, settings
+        gradient = torch.full((rows, columns + 3), torch.nan)[:, :columns]
+        with sanitized(*outputs) as sanitizer:
+            _, _, _, _, _, slopes, own = _triton_shards.local_sums(*given)
+            _triton_shards.fill_gradient(*given, slopes + own, own, gradient, 1.0)
+        assert sanitizer.num_accesses > 5 * rows * columns
+        assert gradient.isfinite().all()
+        with sanitized(*outputs):
+            _triton_shards.fill_logprobs_gradient(student, stats, largest, own, 1.0, gradient, 1.0)
         assert gradient.isfinite().all()
 
 

@@ -18,6 +18,7 @@ from paint_kernels import (
     paint_loss,
     paint_loss_from_topk,
 )
+from paint_kernels._shards import WHOLE
 from paint_kernels._torch_divergences import DIVERGENCES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,6 +139,7 @@ def test_teacher_top_k(build, check, divergence, head):
 def test_opcheck(build, tail):
     served = serve(build((5, 0, 7), 61, device=DEVICE), 6).trainable()
     options = LossSettings(temperature=0.9, top_fraction=0.3, backend="triton").arguments()
+    options += WHOLE.arguments()
     tensors = (served.student, served.weight, served.ids, served.logprobs, served.cu_seqlens)
     weights = torch.rand(12, device=DEVICE)
     torch.library.opcheck(

@@ -14,11 +14,16 @@ import triton.language as tl
 
 from bench import kernels_report
 from bench.kernels.compiled import ARCHITECTURES, Launch, compile_launch, problems
+from bench.kernels.shard_variants import KERNELS as SHARD_KERNELS
 from bench.kernels.topk_variants import KERNELS as TOP_K_KERNELS
 from bench.kernels.traffic import KERNELS, VARIANTS, every_variant
 
 ROOT = Path(__file__).parents[3]
 FORWARD_KL = "forward_kl, fp32 logits, fp16 gradient"
+WITHOUT_SUMS = (
+    *("softmax_kernel", "logprobs_gradient_kernel"),
+    *("shard_gradient_kernel", "shard_logprobs_gradient_kernel"),
+)
 ARCHITECTURE = {architecture.name: architecture for architecture in ARCHITECTURES}
 
 
@@ -55,12 +60,12 @@ def test_every_kernel_is_sound_on_every_architecture(report):
     compiled = report["compiled"]
     found = {(line["kernel"], line["architecture"]) for line in compiled}
     assert len(KERNELS) >= 3
-    every = (*KERNELS, *TOP_K_KERNELS)
+    every = (*KERNELS, *TOP_K_KERNELS, *SHARD_KERNELS)
     assert found == {(kernel, name) for kernel in every for name in ARCHITECTURE}
     for line in compiled:
         assert line["spill_bytes"] == 0, line
         assert not line["float64"] and line["row_offsets_64bit"], line
-        sums = line["kernel"] not in ("softmax_kernel", "logprobs_gradient_kernel")
+        sums = line["kernel"] not in WITHOUT_SUMS
         assert (line["shared_bytes"] > 0) is sums, line
         assert line["shared_bytes"] <= line["max_shared_bytes"], line
         assert line["registers"] > 0 and line["resident_blocks"] > 0, line
