@@ -330,6 +330,7 @@ def _check_resumed(
         free = key in _MAY_DIFFER_ON_RESUME or key.startswith(_SECTIONS_MAY_DIFFER_ON_RESUME)
         free = free or (allow_data and key.startswith("data."))
         if not free and before != now:
+            # Only what this command line grants is repeated, never what the directory asks for.
             data_too = " (with --allow-changed-data, data.* too)" * key.startswith("data.")
             raise ValueError(
                 f"--{key} with --resume: got {shown(now)}, but the run was started with "
@@ -337,7 +338,7 @@ def _check_resumed(
                 "needs the same value, because a resumed run continues the same training: only "
                 f"{', '.join(_MAY_DIFFER_ON_RESUME)}, checkpoint.*, eval.* and parallel.* may "
                 f"change{data_too}; start a new run instead: --config {run_dir / CONFIG_FILE} "
-                f"--run.dir none{trust_flags(recorded)} --{key} VALUE"
+                f"--run.dir none{trust_flags(config, but=key)} --{key} VALUE"
             )
 
 

@@ -76,13 +76,16 @@ _OWN_FILE = (
 )
 
 
-def trust_flags(config: Config) -> str:
+def trust_flags(config: Config, *, but: str = "") -> str:
     """Returns the flags with which a command resumes or repeats this run from its recorded file,
-    each after a space: " --reward.function my_module:my_reward"; "" if it needs none."""
+    each after a space: " --reward.function my_module:my_reward"; "" if it needs none.
+
+    but: a key that is left out.
+    """
     return "".join(
         f" {flag(key, value_of(config, key))}"
         for key, rule in _WIDENING.items()
-        if rule.when(config)
+        if rule.when(config) and key != but
     )
 
 

@@ -242,6 +242,27 @@ def test_no_command_imports_a_module_that_a_run_names(
     assert mark.exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "name", "own"), [("reward.function", "judge", "math"), ("objective.name", "R", "opsd")]
+)
+def test_what_a_run_asks_for_is_not_advised_to_who_declines_it(
+    key: str,
+    name: str,
+    own: str,
+    runs: Path,
+    run_dir: Path,
+    plugin: str,
+    mark: Path,
+    run_main: Main,
+    capsys: Any,
+) -> None:
+    change(run_dir, **{key.replace(".", "__"): f"{plugin}:{name}"})
+    assert run_command("dry run", runs, run_dir, run_main, f"--{key}", own) == 2
+    printed = capsys.readouterr().out
+    assert f"--run.dir none --{key} VALUE" in printed and f"--{key} {plugin}" not in printed
+    assert not mark.exists()
+
+
 # ---- a server ------------------------------------------------------------------------------------
 
 
