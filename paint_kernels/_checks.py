@@ -58,10 +58,9 @@ def check_softcap(name: str, value: float | None) -> None:
     if value is None:
         return
     check_number(name, value)
-    if not 0 < value < math.inf:
+    if not value > 0:
         raise ValueError(
-            f"{name} is {value}: it must be a finite number above 0, or None for logits without a "
-            "cap."
+            f"{name} is {value}: it must be a number above 0, or inf for logits without a cap."
         )
 
 

@@ -1,5 +1,6 @@
 """The output head of a model: from hidden states to logits, and the gradient's way back."""
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -112,13 +113,19 @@ def add_bias_gradient(gradient: Tensor, weights: Tensor, out: Tensor) -> None:
         total += weights @ part.to(out.dtype)
 
 
+def cap_or_none(softcap: float | None) -> float | None:
+    """Returns None for a cap of inf, which says that there is none."""
+    return None if softcap == math.inf else softcap
+
+
 @dataclass(frozen=True)
 class Heads:
     """The heads of both models, as callers give them and operators take them: tensors, then
     numbers.
 
     What is None of the teacher is the student's if the teacher has no weight of its own, else
-    nothing: no bias, a scale of 1, no cap. Shapes and bounds are those of `Head`.
+    nothing: no bias, a scale of 1, no cap. A cap of inf is none. Shapes and bounds are those of
+    `Head`.
     """
 
     lm_head_weight: Tensor
@@ -132,7 +139,8 @@ class Heads:
 
     @property
     def student(self) -> Head:
-        return Head(self.lm_head_weight, self.lm_head_bias, self.logit_scale, self.logit_softcap)
+        softcap = cap_or_none(self.logit_softcap)
+        return Head(self.lm_head_weight, self.lm_head_bias, self.logit_scale, softcap)
 
     @property
     def teacher(self) -> Head:
@@ -143,7 +151,8 @@ class Heads:
             "scale": self.teacher_logit_scale,
             "softcap": self.teacher_logit_softcap,
         }
-        return replace(like, **{name: one for name, one in given.items() if one is not None})
+        like = replace(like, **{name: one for name, one in given.items() if one is not None})
+        return replace(like, softcap=cap_or_none(like.softcap))
 
     def arguments(self) -> tuple[Tensor | float | None, ...]:
         """Returns the fields as positional arguments of the operators."""

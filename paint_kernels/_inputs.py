@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from paint_kernels._checks import (
     one_group,
     resolve_vocab_size,
 )
-from paint_kernels._heads import Head, Heads
+from paint_kernels._heads import Head, Heads, cap_or_none
 from paint_kernels._shards import WHOLE, Shard, resolve_shard
 from paint_kernels._types import PaintLossOutput
 from paint_kernels.selection import rollout_ids
@@ -193,6 +194,20 @@ def _check_head(role: str, head: Head) -> None:
         check_bias(f"{role}lm_head_bias", head.bias, head.weight)
 
 
+def _check_own_head(heads: Heads) -> None:
+    """Refuses a teacher's own head whose logits might be another function of its product than the
+    caller has in mind: two models of one kind have both a scale or a cap."""
+    if heads.teacher_lm_head_weight is None:
+        return
+    for name, plain, without in (("logit_scale", 1, "1"), ("logit_softcap", None, "inf")):
+        value = getattr(heads, name)
+        if value not in (plain, math.inf) and getattr(heads, f"teacher_{name}") is None:
+            raise ValueError(
+                f"{name} is {value}, and the teacher has a head of its own without "
+                f"teacher_{name}: pass the teacher's, or {without} if its logits have none."
+            )
+
+
 def resolve_head(
     hidden_states: Tensor,
     given: Head,
@@ -211,7 +226,7 @@ def resolve_head(
         settings=_described(given, local),
     )
     size = cut_size(shard, len(weight), vocab_size)
-    numbers = _numbers(given.scale, given.softcap)
+    numbers = _numbers(given.scale, cap_or_none(given.softcap))
     return Head(as_autocast_would(weight)[:size], _rows(bias, size), *numbers), shard
 
 
@@ -248,6 +263,7 @@ def resolve_heads(
             f"{own.shape[0]}: both need the same vocabulary. Set vocab_size to its size "
             "where one head is padded."
         )
+    _check_own_head(heads)
     _check_head("", heads.student)
     _check_head("teacher_", heads.teacher)
     size = cut_size(shard, min(rows), vocab_size)

@@ -345,7 +345,8 @@ def paint_loss(
             show whether its head has these; without them the loss is that of another model.
         teacher_lm_head_weight: (V, H_T); constant.
         teacher_lm_head_bias, teacher_logit_scale, teacher_logit_softcap: the teacher's; constant.
-            Without a `teacher_lm_head_weight` they default to the student's, with one to none.
+            Without a `teacher_lm_head_weight` they default to the student's. With one, give a scale
+            and a cap where the student's are given; 1 and inf say that there is none.
         vocab_size: number of rows of the heads that are real tokens; the rest are ignored.
         reduction: "sequence_mean", the mean over non-empty rollouts of their token means (Alg. 1
             line 17); "token_mean"; "sum"; or "none", where `loss` is (N,).

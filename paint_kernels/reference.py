@@ -48,7 +48,7 @@ def head_logits(
     if bias is not None:
         logits = logits + bias.to(torch.promote_types(logits.dtype, bias.dtype))
     logits = scale * logits
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return logits if softcap in (None, math.inf) else softcap * torch.tanh(logits / softcap)
 
 
 def per_row(temperature: float | Tensor) -> float | Tensor:

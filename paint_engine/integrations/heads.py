@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -29,7 +30,9 @@ def head_settings(model: Any, role: str) -> dict[str, Any]:
 
     function = head_function(causal_lm(model), f"the {role}")
     prefix = "teacher_" if role == "teacher" else ""
-    return {f"{prefix}logit_scale": function.scale, f"{prefix}logit_softcap": function.softcap}
+    # None would be the student's, or refused beside a teacher's own head.
+    softcap = math.inf if function.softcap is None else function.softcap
+    return {f"{prefix}logit_scale": function.scale, f"{prefix}logit_softcap": softcap}
 
 
 def whole_head(weight: Float[Tensor, "V ..."]) -> Float[Tensor, "V ..."]:

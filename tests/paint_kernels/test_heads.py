@@ -1,6 +1,7 @@
 """Heads with a bias, a scale and a softcap, and what a caller gives for each token, in PyTorch."""
 
 import dataclasses
+import math
 import re
 
 import pytest
@@ -121,7 +122,16 @@ def test_the_teacher_defaults_to_the_student_only_without_its_own_head(build):
     again = dataclasses.replace(batch, teacher_weight=batch.weight.clone(), teacher_bias=batch.bias)
     for other in (spelled, again.loss(paint_loss, **head, **own)):
         torch.testing.assert_close(other.token_kl, shared.token_kl)
-    plain = dataclasses.replace(batch, teacher_weight=batch.weight.clone()).loss(paint_loss, **head)
+    apart = dataclasses.replace(batch, teacher_weight=batch.weight.clone())
+    for missing, said in (("scale", "0.5"), ("softcap", "2.0")):
+        given = {name: value for name, value in own.items() if missing not in name}
+        message = (
+            rf"^logit_{missing} is {said}, and the teacher has a head of its own without teacher"
+        )
+        with pytest.raises(ValueError, match=message):
+            apart.loss(paint_loss, **head, **given)
+    none = {"teacher_logit_scale": 1, "teacher_logit_softcap": math.inf}
+    plain = apart.loss(paint_loss, **head, **none)
     entropy = token_stats(batch.teacher, batch.weight).entropy
     torch.testing.assert_close(plain.teacher_entropy, entropy)
     assert Heads(batch.weight, batch.bias, batch.weight).teacher == Head(batch.weight)
@@ -357,7 +367,7 @@ def test_the_gradient_of_a_bias_in_parts(monkeypatch, error):
     ("settings", "message"),
     [
         ({"logit_scale": 0.0}, "logit_scale is 0.0: it must be a finite number above 0"),
-        ({"logit_softcap": -1.0}, "logit_softcap is -1.0: it must be a finite number above 0, or"),
+        ({"logit_softcap": -1.0}, "logit_softcap is -1.0: it must be a number above 0, or inf for"),
         ({"teacher_logit_scale": -2}, "teacher_logit_scale is -2"),
         ({"teacher_logit_softcap": 0}, "teacher_logit_softcap is 0"),
         ({"lm_head_bias": torch.ones(61, 1)}, "lm_head_bias is torch.float32 of shape (61, 1)"),
