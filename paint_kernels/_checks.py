@@ -6,6 +6,7 @@ from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "torch", "triton")
 REDUCTIONS = ("sequence_mean", "token_mean", "sum", "none")
@@ -118,6 +119,12 @@ def local_tensor(name: str, tensor: Any) -> Tensor:
         )
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is of type {type(tensor).__name__}: it must be a torch.Tensor.")
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise ValueError(
+            f"{name} has a tangent of forward-mode differentiation, which would be lost: the "
+            "losses have first derivatives by backward only. Use loss.backward() or "
+            "torch.autograd.grad."
+        )
     if type(tensor) in (Tensor, nn.Parameter):
         return tensor
     # Imported here because it is slow, and plain tensors do not get this far.

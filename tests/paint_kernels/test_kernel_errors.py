@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -208,3 +209,20 @@ def test_selection():
 def test_token_ids_that_are_no_tensor_are_refused():
     with pytest.raises(ValueError, match="token_ids is of type list: it must be a tensor"):
         token_logprobs(torch.randn(3, 4), torch.randn(5, 4), [1, 2, 3])
+
+
+# PyTorch's own, of its rules for forward mode.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+def test_forward_mode_differentiation_is_refused():
+    student, head, bounds = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 3])
+
+    def loss(hidden):
+        return paint_loss(hidden, student, head, bounds).loss
+
+    with pytest.raises(ValueError, match="student_hidden_states has a tangent of forward-mode"):
+        torch.func.jvp(loss, (student,), (torch.ones(3, 4),))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(head, torch.ones(5, 4))
+        with pytest.raises(ValueError, match=r"backward only\. Use loss\.backward"):
+            token_logprobs(student, dual, torch.arange(3))
+        paint_loss(student, student, head, bounds)
