@@ -66,7 +66,7 @@ def test_no_other_module_derives_a_seed() -> None:
     }
     assert {argument for argument in given if "seed" in argument} == {
         "seed",
-        "global_seed(config.train.seed)",
+        "global_seed(command.config.train.seed)",
         "dropout_seed(config.train.seed, step, run.world.rank)",
     }
     # The estimate of the longest prompt, which no run draws from.
