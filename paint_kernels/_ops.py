@@ -107,8 +107,7 @@ def _paint_loss(
     """
     assert settings.teacher_top_k is None
     check_cu_seqlens_values(cu_seqlens, student_hidden_states.shape[0])
-    if temperatures is not None:
-        check_temperatures_values(temperatures)
+    check_temperatures_values(temperatures)
     most = _rows_of_a_chunk(heads.lm_head_weight, settings, shard)
     full = _loss.finds_statistics_first(settings)
     chunks = plan_chunks(cu_seqlens, len(student_hidden_states), most, full=full)
@@ -284,8 +283,7 @@ def paint_loss_from_logits(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns loss, (6, N) token values, (N,) selected, grad_logits (or empty)."""
     check_cu_seqlens_values(cu_seqlens, student_logits.shape[0])
-    if temperatures is not None:
-        check_temperatures_values(temperatures)
+    check_temperatures_values(temperatures)
     if settings.teacher_top_k is not None:
         values, gradient = _topk.run_teacher_top_k_of_logits(
             *(student_logits, teacher_logits, temperatures, cu_seqlens, settings, shard),

@@ -26,8 +26,7 @@ def token_stats(
     shard: Shard,
 ) -> Tensor:
     """Returns (2, N): logsumexp and entropy."""
-    if temperatures is not None:
-        check_temperatures_values(temperatures)
+    check_temperatures_values(temperatures)
     with no_autocast(hidden_states):
         return _tokens.run_stats(Projection(hidden_states, head, temperatures), settings, shard)
 
@@ -52,8 +51,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (N,) log-probabilities, (N,) entropies, and grad_hidden (or empty)."""
     check_token_ids_values(token_ids, shard.vocab_size(head.weight.shape[0]))
-    if temperatures is not None:
-        check_temperatures_values(temperatures)
+    check_temperatures_values(temperatures)
     with no_autocast(hidden_states):
         values, grad_hidden = _tokens.run_logprobs(
             Projection(hidden_states, head, temperatures),

@@ -39,8 +39,7 @@ def paint_loss_teacher_top_k(
     """Returns loss, (6, N) token values, (N,) selected, the (N, k) columns of the teacher's largest
     logits, and the gradient by the student's h W^T there (or empty)."""
     check_cu_seqlens_values(cu_seqlens, student_hidden_states.shape[0])
-    if temperatures is not None:
-        check_temperatures_values(temperatures)
+    check_temperatures_values(temperatures)
     with no_autocast(student_hidden_states):
         ids, found = _topk.run_teacher_top_k(
             Projection(student_hidden_states, heads.student, temperatures),
