@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -21,7 +22,7 @@ _MOVE_UP = re.compile(r"\n*(\x1b\[A)+")
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
-class _Output:
+class _Output(ABC):
     """A text stream with a `write` of its own in front of another stream."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -30,8 +31,8 @@ class _Output:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def write(self, text: str) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def write(self, text: str) -> int: ...
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:

@@ -371,4 +371,7 @@ def test_links_of_the_hub_s_cache_are_followed(model_dir: Path, tmp_path: Path) 
         (tmp_path / "model" / file.name).symlink_to(file)
     (tmp_path / "model" / "README.md").symlink_to(tmp_path / "nowhere")
     section = ModelSection(name_or_path=str(tmp_path / "model"), dtype="float32")
-    load_weights(resolve_model(section), section, None)
+    linked = load_weights(resolve_model(section), section, None)
+    whole = load_weights(str(model_dir), section, None)
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(linked.state_dict()[name], weight)
