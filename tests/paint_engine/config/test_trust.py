@@ -214,7 +214,9 @@ def test_the_same_command_resumes_by_itself(hostile: Path) -> None:
     with pytest.raises(ValueError, match=r"needs the same value") as caught:
         choose_run_dir(plain, "tiny")
     assert not Path("imported").exists()
-    assert "model.trust_remote_code true" in str(caught.value).partition("start a new run")[2]
+    # The command did not allow the model's code: it is not told to.
+    advice = str(caught.value).partition("start a new run")[2]
+    assert "--model.trust_remote_code VALUE" in advice and "true" not in advice
     same = load_config(shlex.split(start_again(hostile, record_of(hostile)))).config
     assert choose_run_dir(same, "run") == (hostile, False)
 
