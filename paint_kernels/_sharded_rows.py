@@ -82,7 +82,7 @@ class ShardedRows:
         given = student_logits, target_logits, student, target, settings
         sums = self.shard.sum(self.functions.local_sums(*given))
         clipped, total, small_sum, far, clipped_mass, others, own = sums.unbind()
-        correction = small_correction(total, small_sum, far == 0)
+        correction = small_correction(total, small_sum - total, far == 0)
         token_kl = corrected_divergence(total, correction)
         token_loss = token_kl if settings.pointwise_clip is None else clipped + correction
         if gradient is not None:

@@ -20,7 +20,12 @@ from paint_kernels._matmul import compute_dtype
 from paint_kernels._precision import full_precision
 from paint_kernels._settings import LossSettings
 from paint_kernels._spinning import follow_load
-from paint_kernels._torch_divergences import DIVERGENCES, Block
+from paint_kernels._torch_divergences import (
+    DIVERGENCES,
+    Block,
+    Tiles,
+    whole_tiles,
+)
 from paint_kernels._types import RowValues, TokenStats
 
 if TYPE_CHECKING:
@@ -34,14 +39,17 @@ for _dtype in (torch.float32, torch.float64):
     for _function in (torch.exp, torch.log1p, torch.expm1, torch.tanh):
         _function(torch.ones(1, dtype=_dtype))
 
-BLOCK_ELEMENTS = 2**18
-"""float32 elements of a block: five buffers of 1 MiB are live"""
-TILE = 1024
+BLOCK_ELEMENTS = 2**20
+"""float32 elements of a block: five buffers of 4 MiB are live, in the last cache. With fewer rows,
+the calls for a row's few numbers take as long as those for its entries."""
 LOG_2 = math.log(2)
 NEGATIVE_INFINITY = -1e38
 """replaces -inf in differences, so that 0 * -inf does not occur; its exponential is 0"""
 SMALL_DIVERGENCE = 0.05
 """in nats, below which a row's divergence is summed without its first-order terms"""
+HEAVY = 200.0
+"""in 1/nats. Rounding changes a probability p by about 1e-7 p, and many below p change a divergence
+D by about 1e-7 sqrt(p), at random: by 2e-5 D where p is (200 D)^2."""
 INFINITE_DIVERGENCE = 1e9
 """above any finite divergence, and below any with NEGATIVE_INFINITY at a probability of 1e-29 or
 more"""
@@ -59,6 +67,10 @@ class Shifted(NamedTuple):
     rest: Float[Tensor, "R 1"]
     """float64: sum of exp(x / T) over all entries but the largest"""
     entropy: Float[Tensor, "R 1"]
+    tile_maxima: Float[Tensor, "R tiles"] | None = None
+    """of x, by whole tiles; None if they are not known"""
+    tile_sums: Float[Tensor, "R tiles"] | None = None
+    """of the exponentials"""
 
 
 def row_blocks(logits: Float[Tensor, "R V"]) -> Iterator[slice]:
@@ -72,33 +84,36 @@ def row_blocks(logits: Float[Tensor, "R V"]) -> Iterator[slice]:
         yield slice(start, min(start + block, num_rows))
 
 
-def row_argmax(x: Float[Tensor, "R V"]) -> tuple[Float[Tensor, "R 1"], Int[Tensor, "R 1"]]:
-    """Returns row maxima and their columns, by tiles: on a CPU much faster than max(dim=-1)."""
-    num_columns = x.shape[1]
-    whole = num_columns - num_columns % TILE
-    if whole == 0 or x.device.type != "cpu":
-        return x.max(dim=-1, keepdim=True)
-    tiles = x[:, :whole].unflatten(1, (-1, TILE)).amax(dim=-1)
-    if whole < num_columns:
-        tiles = torch.cat([tiles, x[:, whole:].amax(dim=-1, keepdim=True)], dim=1)
-    maximum, tile = tiles.max(dim=-1, keepdim=True)
-    columns = tile * TILE + torch.arange(TILE, device=x.device)
-    columns.clamp_(max=num_columns - 1)
+def row_argmax(
+    x: Float[Tensor, "R V"],
+) -> tuple[Float[Tensor, "R 1"], Int[Tensor, "R 1"], Float[Tensor, "R tiles"] | None]:
+    """Returns row maxima, their columns, and the maxima of whole tiles where they are used: on a
+    CPU that is much faster than max(dim=-1)."""
+    tiles, last = whole_tiles(x)
+    if tiles.shape[1] == 0 or x.device.type != "cpu":
+        return *x.max(dim=-1, keepdim=True), None
+    whole_maxima = maxima = tiles.amax(dim=-1)
+    if last.shape[1] > 0:
+        maxima = torch.cat([maxima, last.amax(dim=-1, keepdim=True)], dim=1)
+    maximum, tile = maxima.max(dim=-1, keepdim=True)
+    size = tiles.shape[2]
+    columns = tile * size + torch.arange(size, device=x.device)
+    columns.clamp_(max=x.shape[1] - 1)
     within = x.gather(1, columns).argmax(dim=-1, keepdim=True)
-    return maximum, columns.gather(1, within)
+    return maximum, columns.gather(1, within), whole_maxima
 
 
-def row_sum(x: Float[Tensor, "R V"]) -> Float[Tensor, "R 1"]:
+def row_sum(x: Float[Tensor, "R V"]) -> tuple[Float[Tensor, "R 1"], Float[Tensor, "R tiles"]]:
     """Returns row sums in float64 of float32 sums over tiles, with an error near 1e-10 instead of
-    1e-7.
+    1e-7, and the sums of the whole tiles.
 
     The error of a normaliser enters log p~ - log p_S of every entry of its row, and so shifts the
     row's divergence by the same amount: 1e-7 is a thousandth of a small divergence.
     """
-    whole = x.shape[1] - x.shape[1] % TILE
-    total = x[:, whole:].sum(dim=-1, keepdim=True, dtype=torch.float64)
-    tiles = x[:, :whole].unflatten(1, (-1, TILE)).sum(dim=-1)
-    return total + tiles.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    tiles, last = whole_tiles(x)
+    sums = tiles.sum(dim=-1)
+    total = last.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    return total + sums.sum(dim=-1, keepdim=True, dtype=torch.float64), sums
 
 
 def shift(
@@ -112,17 +127,18 @@ def shift(
     The entropy is H = log1p(s) - t / (1 + s), where s is the sum of exp(x / T) and t the sum of
     x / T exp(x / T), both over all entries but the largest.
     """
-    maximum, largest = row_argmax(logits)
+    maximum, largest, maxima = row_argmax(logits)
     maximum = maximum.to(x.dtype)
     exponentiate(logits, maximum, temperature, x, exponentials, bounds=x.device.type != "cpu")
     exponentials.scatter_(1, largest, 0.0)
-    rest = row_sum(exponentials)
+    rest, sums = row_sum(exponentials)
     energy = torch.linalg.vecdot(exponentials, x)[:, None]
     # On a CPU a look at the result is cheaper than to bound every entry: -inf gives 0 * -inf.
     if x.device.type == "cpu" and energy.isnan().any():
         energy = torch.linalg.vecdot(exponentials, x.clamp_(min=lowest(temperature)))[:, None]
-    entropy = torch.log1p(rest) - energy / ((1 + rest) * temperature)
-    return Shifted(x, exponentials, largest, maximum, rest, entropy.to(x.dtype))
+    entropy = (torch.log1p(rest) - energy / ((1 + rest) * temperature)).to(x.dtype)
+    tile_maxima = None if maxima is None else maxima - maximum
+    return Shifted(x, exponentials, largest, maximum, rest, entropy, tile_maxima, sums)
 
 
 def lowest(temperature: float) -> float:
@@ -249,11 +265,12 @@ def _block_loss(
     """Returns token loss, divergence, clipped mass and, in a buffer, the gradient by z_S / T."""
     block = distributions(s, t, spare, settings.temperature)
     divergence = DIVERGENCES[settings.divergence]
-    f, small = divergence.terms(block, settings)
+    f = divergence.terms(block, settings)
     total = f.sum(dim=-1, keepdim=True)
     correction = 0.0
-    if small is not None:
-        correction = small_correction(total, small.sum, small.holds)
+    if divergence.residual is not None and _may_be_small(total):
+        residual = divergence.residual(block, light_tiles(s, t, total, settings.temperature))
+        correction = small_correction(total, residual, residual.isfinite())
     if drops_last:
         f[:, -1:], block.q[:, -1:] = 0.0, 0.0
         total = f.sum(dim=-1, keepdim=True)
@@ -266,7 +283,7 @@ def _block_loss(
         clipped_mass = found.clipped_mass
     if drops_last:
         # To the gradient a dropped summand is a clipped one.
-        unclipped = spare.fill_(1.0) if unclipped is None else unclipped
+        unclipped = block.d.fill_(1.0) if unclipped is None else unclipped
         unclipped[:, -1:] = 0.0
         unclipped_mass = block.q.sum(dim=-1, keepdim=True)
     if not with_gradient:
@@ -280,9 +297,36 @@ def _block_loss(
     return token_loss, token_kl, clipped_mass, gradient
 
 
-def small_correction(total: Tensor, small_sum: Tensor, holds: Tensor) -> Tensor:
-    """Returns what to add to a row's sum of f, where that is small."""
-    return torch.where(holds & (total < SMALL_DIVERGENCE), small_sum - total, 0.0)
+def small_correction(total: Tensor, residual: Tensor, holds: Tensor) -> Tensor:
+    """Returns what to add to a row's sum of f, where that is small.
+
+    holds: where no exponential of the residual overflows.
+    """
+    return torch.where(holds & (total < SMALL_DIVERGENCE), residual, 0.0)
+
+
+def _may_be_small(total: Float[Tensor, "R 1"]) -> bool:
+    """Returns whether a row of the block may have a small divergence. A GPU is not asked."""
+    return total.device.type != "cpu" or bool((total < SMALL_DIVERGENCE).any())
+
+
+def light_tiles(
+    s: Shifted, t: Shifted, total: Float[Tensor, "R 1"], temperature: float
+) -> Tiles | None:
+    """Tells the tiles whose probabilities are small enough to a divergence of `total`, and what
+    they add to the sum of p - q. None if they are not known."""
+    if s.tile_maxima is None or t.tile_maxima is None:
+        return None
+    least = (HEAVY * total.double().clamp(min=0)).square()
+    heavy, masses = [], []
+    for role in (s, t):
+        # A tile with the largest entry, whose x is 0, lacks it in its sum.
+        bound = temperature * (least * (1 + role.rest)).clamp(max=1).log()
+        heavy.append(role.tile_maxima >= bound)
+        masses.append(role.tile_sums / (1 + role.rest))
+    either = heavy[0] | heavy[1]
+    light = torch.where(either, 0.0, masses[0] - masses[1]).sum(dim=-1, keepdim=True)
+    return Tiles(either, light)
 
 
 def corrected_divergence(total: Tensor, correction: Tensor | float) -> Tensor:
@@ -303,7 +347,7 @@ def clip(block: Block, f: Float[Tensor, "R V"], pointwise_clip: float | None) ->
     """Clips f, and takes the clipped entries out of `block.q`. None if the block has none."""
     if pointwise_clip is None or not _may_exceed(f, pointwise_clip):
         return None
-    unclipped = torch.le(f, pointwise_clip, out=block.spare)
+    unclipped = torch.le(f, pointwise_clip, out=block.d)
     total = f.clamp_(max=pointwise_clip).sum(dim=-1, keepdim=True)
     target_mass = block.q.sum(dim=-1, keepdim=True)
     unclipped_mass = block.q.mul_(unclipped).sum(dim=-1, keepdim=True)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from paint_kernels._settings import LossSettings
 
+TILE = 256
+"""columns whose sums and largest entries are kept, on a CPU"""
 LARGEST_LOG_RATIO = 80.0
 """bound of |log q - log p|, where one side has no weight left and exponentials are still finite"""
 
@@ -41,6 +43,7 @@ class Block:
     g: Float[Tensor, "R V"]
     """free to keep df / d log p until the gradient is computed"""
     spare: Float[Tensor, "R V"]
+    """takes f"""
 
     def p(self) -> Float[Tensor, "R V"]:
         """Turns the exponentials into the student's probabilities, in place. Call it once."""
@@ -49,37 +52,55 @@ class Block:
         return self.exponentials.mul_(self.scale)
 
 
-class SmallDivergence(NamedTuple):
-    """The sum of f, without the rounding errors that outweigh a small divergence."""
+class Tiles(NamedTuple):
+    """What is known of the whole tiles of a block's rows. A last part of a tile is not in it."""
 
-    sum: Float[Tensor, "R 1"]
-    holds: Bool[Tensor, "R 1"]
-    """where no exponential overflows"""
-
-
-class Terms(NamedTuple):
-    f: Float[Tensor, "R V"]
-    small: SmallDivergence | None
+    heavy: Bool[Tensor, "R tiles"]
+    """with an entry whose rounding matters to the row's divergence, or its largest entry"""
+    light: Float[Tensor, "R 1"]
+    """float64: sum of p - q over the other tiles"""
 
 
-def small_divergence(
-    a: Float[Tensor, "R V"], log_ratio: Float[Tensor, "R V"], spare: Float[Tensor, "R V"]
-) -> SmallDivergence:
-    """Returns the sum of a (x + exp(-x) - 1) = a log(a/b) - a + b, where x = log(a/b) and -a + b
-    sums to 0.
+def whole_tiles(x: Float[Tensor, "R V"]) -> tuple[Float[Tensor, "R tiles TILE"], Tensor]:
+    """Returns the whole tiles, and the columns after them."""
+    whole = x.shape[1] - x.shape[1] % TILE
+    return x[:, :whole].unflatten(1, (-1, TILE)), x[:, whole:]
 
-    An error of x, from rounded logits, enters this sum multiplied by x, but enters the sum of a x
-    undiminished.
+
+def residual(
+    a: Float[Tensor, "R V"],
+    log_ratio: Float[Tensor, "R V"],
+    scratch: Float[Tensor, "R V"],
+    heavy: Bool[Tensor, "R tiles"] | None,
+    light: Float[Tensor, "R 1"] | float,
+) -> Float[Tensor, "R 1"]:
+    """Returns the sum of b - a = a (exp(-x) - 1), where x = log(a/b), as it follows from x.
+
+    It is 0 but for the error of the normalisers, which the sum of a x has too, with the other sign.
+    That error outweighs a small divergence, and in the sum of a x + b - a every error of x is
+    multiplied by x. It comes from the rounding of the few large exponentials. Tiles without one are
+    taken from their sums, b - a, which saves most calls of the slowest function of the loss.
+
+    heavy: the other tiles; None for all. light: the sum of b - a over the light ones.
     """
-    torch.neg(log_ratio, out=spare).expm1_().add_(log_ratio)
-    total = torch.linalg.vecdot(a, spare)[:, None]
-    return SmallDivergence(total, total.isfinite())
+    if heavy is None:
+        return torch.linalg.vecdot(a, torch.neg(log_ratio, out=scratch).expm1_())[:, None]
+    (a_tiles, a_last), (x_tiles, x_last) = whole_tiles(a), whole_tiles(log_ratio)
+    total = light + (a_last * x_last.neg().expm1_()).sum(dim=-1, keepdim=True)
+    row, tile = heavy.nonzero(as_tuple=True)
+    products = x_tiles[row, tile].neg_().expm1_().mul_(a_tiles[row, tile])
+    total[:, 0].index_add_(0, row, products.sum(dim=-1, dtype=torch.float64))
+    return total.to(a.dtype)
 
 
-def forward_kl_terms(block: Block, settings: LossSettings) -> Terms:
+def forward_kl_terms(block: Block, settings: LossSettings) -> Tensor:
     """Returns f = q d, whose slope g is -q."""
-    small = small_divergence(block.q, block.d, block.spare)
-    return Terms(block.d.mul_(block.q), small)
+    return torch.mul(block.q, block.d, out=block.spare)
+
+
+def forward_kl_residual(block: Block, tiles: Tiles | None) -> Tensor:
+    heavy, light = (None, 0.0) if tiles is None else tiles
+    return residual(block.q, block.d, block.g, heavy, light)
 
 
 def forward_kl_slopes(block: Block, f: Tensor, unclipped: Tensor | None) -> Tensor:
@@ -96,11 +117,14 @@ def forward_kl_gradient(
     return torch.sub(block.exponentials.mul_(block.scale * unclipped_mass), block.q, out=block.g)
 
 
-def reverse_kl_terms(block: Block, settings: LossSettings) -> Terms:
-    """Returns f = -p d, whose slope g is p (1 - d)."""
-    p = block.p()
-    small = small_divergence(p, block.d.neg_(), block.spare)
-    return Terms(block.d.mul_(p), small)
+def reverse_kl_terms(block: Block, settings: LossSettings) -> Tensor:
+    """Returns f = -p d, whose slope g is p (1 - d). Changes the sign of d."""
+    return torch.mul(block.p(), block.d.neg_(), out=block.spare)
+
+
+def reverse_kl_residual(block: Block, tiles: Tiles | None) -> Tensor:
+    heavy, light = (None, 0.0) if tiles is None else tiles
+    return residual(block.exponentials, block.d, block.g, heavy, -light)
 
 
 def reverse_kl_slopes(block: Block, f: Tensor, unclipped: Tensor | None) -> Tensor:
@@ -111,15 +135,14 @@ def reverse_kl_slopes(block: Block, f: Tensor, unclipped: Tensor | None) -> Tens
     return f
 
 
-def jsd_terms(block: Block, settings: LossSettings) -> Terms:
+def jsd_terms(block: Block, settings: LossSettings) -> Tensor:
     """Returns f = b q log(q / m) + (1-b) p log(p / m) with m = b q + (1-b) p. Fills g = (1-b) p
     log(p / m)."""
     b, p, d, g = settings.jsd_weight, block.p(), block.d, block.g
     d.clamp_(min=-LARGEST_LOG_RATIO, max=LARGEST_LOG_RATIO)
     torch.expm1(d, out=g).mul_(b).log1p_().neg_()  # log p - log m
-    f = d.add_(g).mul_(block.q).mul_(b)
-    f.add_(g.mul_(p).mul_(1 - b))
-    return Terms(f, None)
+    f = torch.add(d, g, out=block.spare).mul_(block.q).mul_(b)
+    return f.add_(g.mul_(p).mul_(1 - b))
 
 
 def jsd_slopes(block: Block, f: Tensor, unclipped: Tensor | None) -> Tensor:
@@ -138,7 +161,10 @@ def gradient_of_slopes(slopes: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Divergence(NamedTuple):
-    terms: Callable[[Block, LossSettings], Terms]
+    terms: Callable[[Block, LossSettings], Tensor]
+    """returns f"""
+    residual: Callable[[Block, Tiles | None], Tensor] | None
+    """what to add to the sum of f where that is small; called next, if at all"""
     slopes: Callable[[Block, Tensor, Tensor | None], Tensor]
     """takes the block, f (clipped by now) and u (None where nothing is clipped); returns h, with
     which the gradient is h - p sum(h), and leaves p in `block.exponentials`. h is g u, or g u - c p
@@ -148,9 +174,12 @@ class Divergence(NamedTuple):
 
 
 DIVERGENCES = {
-    "forward_kl": Divergence(forward_kl_terms, forward_kl_slopes, forward_kl_gradient),
-    "reverse_kl": Divergence(
-        reverse_kl_terms, reverse_kl_slopes, gradient_of_slopes(reverse_kl_slopes)
+    "forward_kl": Divergence(
+        *(forward_kl_terms, forward_kl_residual, forward_kl_slopes, forward_kl_gradient)
     ),
-    "jsd": Divergence(jsd_terms, jsd_slopes, gradient_of_slopes(jsd_slopes)),
+    "reverse_kl": Divergence(
+        *(reverse_kl_terms, reverse_kl_residual, reverse_kl_slopes),
+        gradient_of_slopes(reverse_kl_slopes),
+    ),
+    "jsd": Divergence(jsd_terms, None, jsd_slopes, gradient_of_slopes(jsd_slopes)),
 }

@@ -61,22 +61,23 @@ def local_sums(
     sums = scratch.new_empty(7, len(student_logits), dtype=torch.float64)
     for rows in row_blocks(student_logits):
         block = _block(student_logits, target_logits, student, target, rows, settings, scratch)
-        f, small = DIVERGENCES[settings.divergence].terms(block, settings)
+        divergence = DIVERGENCES[settings.divergence]
+        f = divergence.terms(block, settings)
         total = f.sum(dim=-1, keepdim=True)
+        small_sum, far = total, torch.zeros_like(total)
+        if divergence.residual is not None:
+            small_sum = total + divergence.residual(block, None)
+            far = (~small_sum.isfinite()).to(total.dtype)
         clipped = clip(block, f, settings.pointwise_clip)
         unclipped = None if clipped is None else clipped.unclipped
-        slopes = DIVERGENCES[settings.divergence].slopes(block, f, unclipped)
+        slopes = divergence.slopes(block, f, unclipped)
         largest = student.largest[rows, None]
         own = _entries(slopes, largest)
         _put(slopes, largest, torch.zeros_like(own))
-        nothing = torch.zeros_like(total)
-        clipped_sum, clipped_mass = total, nothing
+        clipped_sum, clipped_mass = total, torch.zeros_like(total)
         if clipped is not None:
             clipped_sum, clipped_mass = clipped.sum, clipped.clipped_mass
-        small_sum, far = total, nothing
-        if small is not None:
-            small_sum, far = small.sum, (~small.holds).to(total.dtype)
-        parts = clipped_sum, total, small_sum, far, clipped_mass, row_sum(slopes), own
+        parts = clipped_sum, total, small_sum, far, clipped_mass, row_sum(slopes)[0], own
         for value, part in zip(sums, parts, strict=True):
             value[rows] = part[:, 0]
     return sums
@@ -102,7 +103,7 @@ def fill_gradient(
     scale = gradient_scale / settings.temperature
     for rows in row_blocks(student_logits):
         block = _block(student_logits, target_logits, student, target, rows, settings, scratch)
-        f, _ = DIVERGENCES[settings.divergence].terms(block, settings)
+        f = DIVERGENCES[settings.divergence].terms(block, settings)
         clipped = clip(block, f, settings.pointwise_clip)
         unclipped = None if clipped is None else clipped.unclipped
         by_logits = DIVERGENCES[settings.divergence].slopes(block, f, unclipped)

@@ -14,6 +14,7 @@ from paint_kernels import (
     PaintLoss,
     _plan,
     _torch_backend,
+    _torch_divergences,
     paint_loss,
     paint_loss_from_logits,
     reference,
@@ -32,7 +33,7 @@ def small_chunks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_plan, "CPU_CHUNK_ELEMENTS", 1500)
         patch.setattr(_torch_backend, "BLOCK_ELEMENTS", 600)
-        patch.setattr(_torch_backend, "TILE", 64)
+        patch.setattr(_torch_divergences, "TILE", 64)
         yield
 
 

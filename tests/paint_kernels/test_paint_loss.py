@@ -5,7 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paint_kernels import LossSettings, _loss, _matmul, _plan, _torch_backend, paint_loss, reference
+from paint_kernels import (
+    LossSettings,
+    _loss,
+    _matmul,
+    _plan,
+    _torch_backend,
+    _torch_divergences,
+    paint_loss,
+    reference,
+)
 from paint_kernels._heads import Head, Projection
 from paint_kernels._sources import HiddenSource
 from paint_kernels._torch_divergences import DIVERGENCES
@@ -21,7 +30,7 @@ def small_chunks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_plan, "CPU_CHUNK_ELEMENTS", 1500)
         patch.setattr(_torch_backend, "BLOCK_ELEMENTS", 600)
-        patch.setattr(_torch_backend, "TILE", 64)
+        patch.setattr(_torch_divergences, "TILE", 64)
         patch.setattr(_matmul, "WEIGHT_TILE", 48)
         yield
 
@@ -260,11 +269,14 @@ def test_no_tensor_of_the_size_of_the_logits(build):
     assert 0 < largest.numel <= 300 * 16
 
 
-def test_small_divergences_of_a_large_vocabulary_keep_their_digits(build, error):
-    """At a KL near 1e-4 an error of 1e-7 in a row's normalisers would be a thousandth of it."""
-    batch = build((6,), 40_000, noise=0.004)
-    options = {"pointwise_clip": None, "top_fraction": 0.0}
+@pytest.mark.parametrize("noise", [0.004, 0.02, 0.1])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_small_divergences_of_a_large_vocabulary_keep_their_digits(build, error, divergence, noise):
+    """At a KL near 1e-4 an error of 1e-7 in a row's normalisers would be a thousandth of it. The
+    larger the divergence, the fewer tiles are summed entry by entry."""
+    batch = build((6,), 40_000, noise=noise)
+    options = {"divergence": divergence, "pointwise_clip": None, "top_fraction": 0.0}
     output = batch.loss(paint_loss, **options)
     exact = batch.double().loss(reference.paint_loss, **options)
-    assert exact.token_kl.mean() < 2e-4
+    assert exact.token_kl.mean() < 3 * noise**2
     assert error(output.token_kl, exact.token_kl) < 5e-5

@@ -5,7 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paint_kernels import _plan, _torch_backend, reference, token_logprobs, token_stats
+from paint_kernels import (
+    _plan,
+    _torch_backend,
+    _torch_divergences,
+    reference,
+    token_logprobs,
+    token_stats,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -13,7 +20,7 @@ def small_chunks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_plan, "CPU_CHUNK_ELEMENTS", 900)
         patch.setattr(_torch_backend, "BLOCK_ELEMENTS", 400)
-        patch.setattr(_torch_backend, "TILE", 32)
+        patch.setattr(_torch_divergences, "TILE", 32)
         yield
 
 
