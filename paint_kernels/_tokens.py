@@ -26,7 +26,7 @@ def logits_by_chunk(
     weight, num_rows = projection.head.weight, len(projection.hidden_states)
     vocab_size, hidden_size = weight.shape
     width = shard.planned_width(vocab_size)
-    planned = settings.chunk_rows or most_rows(width, hidden_size, weight.device)
+    planned = settings.chunk_rows or most_rows(width, hidden_size, weight.device, 1)
     slices = row_slices(num_rows, planned)
     most = max((rows.stop - rows.start for rows in slices), default=0)
     buffer = chunk_buffer(most, vocab_size, projection.dtype, weight.device, settings.backend)
