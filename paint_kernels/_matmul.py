@@ -126,15 +126,18 @@ class GradientProduct:
             self.hidden_scale = LARGEST_HALF / (2 * power_of_two_below(largest))
 
     @full_precision()
-    def head(self, gradient: Float[Tensor, "R V"], rows: slice | Tensor, out: Tensor) -> None:
-        """Adds gradient.T @ (token weights * hidden states), over these rows, to `out`."""
+    def head(
+        self, gradient: Float[Tensor, "R V"], rows: slice | Tensor, out: Tensor, *, add: bool
+    ) -> None:
+        """Computes out <- gradient.T @ (token weights * hidden states), over these rows, or adds it
+        to `out`."""
         weights = self.token_weights[rows, None]
         hidden_states = self.hidden_states[rows].to(self.result_dtype) * weights
         if self.in_half:
             half = (hidden_states * self.hidden_scale).to(torch.float16)
-            half_product(gradient.T, half, out, add=True)
+            half_product(gradient.T, half, out, add=add)
         else:
-            out.addmm_(gradient.T, hidden_states)
+            torch.addmm(out, gradient.T, hidden_states, beta=float(add), out=out)
 
     def unscale_head(self, grad_weight: Float[Tensor, "V H"]) -> None:
         if self.in_half:

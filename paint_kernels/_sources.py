@@ -9,7 +9,7 @@ from torch import Tensor
 
 from paint_kernels._heads import Projection, add_bias_gradient, scale_rows
 from paint_kernels._matmul import GradientProduct, compute_dtype, project
-from paint_kernels._plan import HEAD_GROUP_ROWS
+from paint_kernels._plan import head_group_rows
 from paint_kernels._shards import WHOLE, Shard
 
 if TYPE_CHECKING:
@@ -39,13 +39,95 @@ def row_major(logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
+class LogitGradients:
+    """Holds the gradients by the logits of some rows, and sums them up to the head's gradient.
+
+    Each product for `grad_weight` reads and writes all of it. In half precision that takes longer
+    than the product over one chunk, so the rows of several chunks are kept until they make a group.
+    """
+
+    def __init__(
+        self,
+        projection: Projection,
+        product: GradientProduct,
+        *,
+        rows_per_chunk: int,
+        backend: str,
+        with_weight_gradient: bool = False,
+    ) -> None:
+        num_rows, head = len(projection.hidden_states), projection.head
+        self.projection, self.product, self.backend = projection, product, backend
+        # PyTorch writes a row's gradient after it has read its logits, Triton while it reads them.
+        # The slope of a cap needs the logits after their gradient.
+        in_place = backend == "torch" and head.softcap is None
+        self.in_place = in_place and product.dtype == product.result_dtype
+        self.group_rows = rows_per_chunk
+        if with_weight_gradient and product.in_half:
+            self.group_rows = head_group_rows(rows_per_chunk, num_rows)
+        self.buffer = None
+        self.group = slice(0, 0)
+        size = head.weight.shape if with_weight_gradient else (0,)
+        self.grad_weight = torch.empty(size, dtype=product.result_dtype, device=head.weight.device)
+        self.is_written = False
+
+    def of(self, logits: Float[Tensor, "R V"], rows: Rows) -> Float[Tensor, "R V"]:
+        """Returns where the gradient by these logits is to be written, in the dtype and scale of
+        the products with it: in place, or in a buffer."""
+        if self.in_place:
+            return logits
+        if self.buffer is None:
+            size = self.group_rows, logits.shape[1]
+            self.buffer = chunk_buffer(*size, self.product.dtype, logits.device, self.backend)
+        kept = self.group.stop - self.group.start
+        follows = isinstance(rows, slice) and rows.start == self.group.stop
+        if not follows or kept + len(logits) > self.group_rows:
+            self.add_group()
+            kept = 0
+        assert kept + len(logits) <= self.group_rows
+        return self.buffer[kept : kept + len(logits)]
+
+    def through_head(
+        self, gradient: Float[Tensor, "R V"], logits: Float[Tensor, "R V"], rows: Rows
+    ) -> None:
+        """Turns the gradient by the logits into that by h W^T over `Projection.factor`."""
+        slope = self.projection.slope_(logits, rows)
+        if slope is not None:
+            gradient.mul_(slope)
+
+    def add(self, gradient: Float[Tensor, "R V"], rows: Rows) -> None:
+        """Takes the gradient that `of` has last given the place for, for `grad_weight`."""
+        if self.in_place or not isinstance(rows, slice):
+            self._add_product(gradient, rows)
+        elif self.group.start == self.group.stop:
+            self.group = rows
+        else:
+            self.group = slice(self.group.start, rows.stop)
+
+    def add_group(self) -> None:
+        """Adds the share of the rows whose gradients are kept to `grad_weight`."""
+        kept = self.group.stop - self.group.start
+        if kept:
+            assert self.buffer is not None
+            self._add_product(self.buffer[:kept], self.group)
+        self.group = slice(self.group.stop, self.group.stop)
+
+    def _add_product(self, gradient: Float[Tensor, "R V"], rows: Rows) -> None:
+        self.product.head(gradient, rows, out=self.grad_weight, add=self.is_written)
+        self.is_written = True
+
+    def finish(self) -> None:
+        """Adds what is kept, and divides `grad_weight` by the scale of the products."""
+        self.add_group()
+        if not self.is_written:
+            self.grad_weight.zero_()
+        self.product.unscale_head(self.grad_weight)
+
+
 class HiddenSource:
     """Computes logits from hidden states and heads, and keeps the gradients by the student's.
 
     Rows of `grad_hidden` belong to each token's unweighted loss, in float32 or better; the upstream
-    gradient scales them later. `grad_weight` and `grad_bias` are weighted by `token_weights`. The
-    gradients by the logits of several chunks are kept for `grad_weight`, in `gradient_buffer`,
-    until they make a group.
+    gradient scales them later. `grad_weight` and `grad_bias` are weighted by `token_weights`.
     """
 
     def __init__(
@@ -76,16 +158,13 @@ class HiddenSource:
         size = (rows_per_chunk, self.vocab_size)
         self.logits_buffer = chunk_buffer(2 * size[0], size[1], self.dtype, self.device, backend)
         self.product = GradientProduct(hidden_states, weight, temperature, self.dtype)
-        # PyTorch writes a row's gradient after it has read its logits, Triton while it reads them.
-        # The slope of a cap needs the logits after their gradient.
-        in_place = backend == "torch" and student.head.softcap is None
-        self.gradient_buffer, self.group_rows = self.logits_buffer, rows_per_chunk
-        if self.with_gradient and not (in_place and self.product.dtype == self.dtype):
-            if with_weight_gradient and self.product.in_half:
-                self.group_rows = max(rows_per_chunk, min(HEAD_GROUP_ROWS, self.num_rows))
-            size = (self.group_rows, self.vocab_size)
-            self.gradient_buffer = chunk_buffer(*size, self.product.dtype, self.device, backend)
-        self.group = slice(0, 0)
+        self.gradients = LogitGradients(
+            student,
+            self.product,
+            rows_per_chunk=rows_per_chunk,
+            backend=backend,
+            with_weight_gradient=with_weight_gradient,
+        )
         self.gradient_scale = self.product.scale
         self._prepare_results(token_weights)
 
@@ -93,7 +172,7 @@ class HiddenSource:
         """Allocates the gradients that are wanted; the others stay empty."""
         hidden_states, head = self.student.hidden_states, self.student.head
         self.grad_hidden = hidden_states.new_empty(0, dtype=self.dtype)
-        self.grad_weight = head.weight.new_empty(0, dtype=self.dtype)
+        self.grad_weight = self.gradients.grad_weight
         self.grad_bias = head.weight.new_empty(0, dtype=self.dtype)
         if self.with_hidden_gradient:
             self.product.prepare_hidden()
@@ -103,7 +182,6 @@ class HiddenSource:
             self.weights = token_weights * self.student.factor
         if self.with_weight_gradient:
             self.product.prepare_head(self.weights)
-            self.grad_weight = torch.zeros_like(head.weight, dtype=self.dtype)
         if self.with_bias_gradient:
             self.grad_bias = head.weight.new_zeros(self.vocab_size, dtype=self.dtype)
 
@@ -126,12 +204,7 @@ class HiddenSource:
         """Returns the buffer for the gradient by the logits of these rows."""
         if not self.with_gradient:
             return None
-        kept = self.group.stop - self.group.start
-        follows = isinstance(rows, slice) and rows.start == self.group.stop
-        if not follows or kept + num_rows > self.group_rows:
-            self.add_group()
-            kept = 0
-        return self.gradient_buffer[kept : kept + num_rows]
+        return self.gradients.of(self.logits_buffer[:num_rows], rows)
 
     def keep_gradient(
         self,
@@ -158,33 +231,18 @@ class HiddenSource:
         change = gradient if before is None else gradient.sub_(before)
         if self.with_bias_gradient:
             add_bias_gradient(change, self.weights[rows], self.grad_bias)
-        if not self.with_weight_gradient:
-            return
-        if isinstance(rows, slice):
-            is_first = self.group.start == self.group.stop
-            self.group = slice(rows.start if is_first else self.group.start, rows.stop)
-            if self.gradient_buffer is self.logits_buffer:
-                self.add_group()
-        else:
-            self.product.head(change, rows, out=self.grad_weight)
-
-    def add_group(self) -> None:
-        """Adds the share of the rows whose gradients are kept to `grad_weight`."""
-        kept = self.group.stop - self.group.start
-        if kept:
-            self.product.head(self.gradient_buffer[:kept], self.group, out=self.grad_weight)
-        self.group = slice(self.group.stop, self.group.stop)
+        if self.with_weight_gradient:
+            self.gradients.add(change, rows)
 
     def finish(self) -> None:
         """Adds what is kept, divides the gradients by the scale that they were accumulated in, and
         sums those by the hidden states over the shards of the head."""
-        self.add_group()
         if self.with_hidden_gradient:
             self.product.unscale_hidden(self.grad_hidden)
             scale_rows(self.grad_hidden, self.student.factor)
             self.grad_hidden = self.shard.sum(self.grad_hidden)
         if self.with_weight_gradient:
-            self.product.unscale_head(self.grad_weight)
+            self.gradients.finish()
         self.grad_bias.div_(self.product.scale)
 
 

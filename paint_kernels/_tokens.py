@@ -13,23 +13,31 @@ from paint_kernels._matmul import GradientProduct
 from paint_kernels._plan import most_rows, row_slices
 from paint_kernels._settings import TokenSettings
 from paint_kernels._shards import Shard
-from paint_kernels._sources import chunk_buffer
+from paint_kernels._sources import LogitGradients, chunk_buffer
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+
+def rows_by_chunk(
+    projection: Projection, settings: TokenSettings, shard: Shard
+) -> tuple[list[slice], int]:
+    """Returns the rows of each chunk, and the largest number of them."""
+    weight = projection.head.weight
+    vocab_size, hidden_size = weight.shape
+    width = shard.planned_width(vocab_size)
+    planned = settings.chunk_rows or most_rows(width, hidden_size, weight.device, 1)
+    slices = row_slices(len(projection.hidden_states), planned)
+    return slices, max((rows.stop - rows.start for rows in slices), default=0)
 
 
 def logits_by_chunk(
     projection: Projection, settings: TokenSettings, shard: Shard
 ) -> Iterator[tuple[slice, Float[Tensor, "R V"]]]:
     """Yields the logits of one model by chunks, in one buffer that the caller may overwrite."""
-    weight, num_rows = projection.head.weight, len(projection.hidden_states)
-    vocab_size, hidden_size = weight.shape
-    width = shard.planned_width(vocab_size)
-    planned = settings.chunk_rows or most_rows(width, hidden_size, weight.device, 1)
-    slices = row_slices(num_rows, planned)
-    most = max((rows.stop - rows.start for rows in slices), default=0)
-    buffer = chunk_buffer(most, vocab_size, projection.dtype, weight.device, settings.backend)
+    slices, most = rows_by_chunk(projection, settings, shard)
+    weight, backend = projection.head.weight, settings.backend
+    buffer = chunk_buffer(most, len(weight), projection.dtype, weight.device, backend)
     for rows in slices:
         yield rows, projection.logits(rows, out=buffer[: rows.stop - rows.start])
 
@@ -46,36 +54,22 @@ def run_stats(
     return stats
 
 
-class LogprobsGradient:
-    """Buffers for gradients by the logits, in the dtype and scale of the gradient products."""
-
-    def __init__(self, projection: Projection, settings: TokenSettings) -> None:
-        self.projection, self.backend = projection, settings.backend
-        self.dtype = projection.dtype
-        hidden_states, weight = projection.hidden_states, projection.head.weight
-        self.product = GradientProduct(hidden_states, weight, settings.temperature, self.dtype)
-        self.buffer = None
-
-    def of(self, logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
-        # In place only with PyTorch: a Triton lane may read an entry that another has overwritten.
-        # The slope of a cap needs the logits after their gradient.
-        in_place = self.backend == "torch" and self.projection.head.softcap is None
-        if in_place and self.product.dtype == self.dtype:
-            return logits
-        if self.buffer is None:
-            num_rows, vocab_size = logits.shape
-            self.buffer = chunk_buffer(
-                num_rows, vocab_size, self.product.dtype, logits.device, self.backend
-            )
-        return self.buffer[: len(logits)]
-
-    def through_head(
-        self, gradient: Float[Tensor, "R V"], logits: Float[Tensor, "R V"], rows: slice
-    ) -> None:
-        """Turns the gradient by the logits into that by h W^T over `Projection.factor`."""
-        slope = self.projection.slope_(logits, rows)
-        if slope is not None:
-            gradient.mul_(slope)
+def logit_gradients(
+    projection: Projection,
+    settings: TokenSettings,
+    shard: Shard,
+    *,
+    with_weight_gradient: bool = False,
+) -> LogitGradients:
+    """Returns what takes the gradients by the logits of `logits_by_chunk`."""
+    hidden_states, weight = projection.hidden_states, projection.head.weight
+    return LogitGradients(
+        projection,
+        GradientProduct(hidden_states, weight, settings.temperature, projection.dtype),
+        rows_per_chunk=rows_by_chunk(projection, settings, shard)[1],
+        backend=settings.backend,
+        with_weight_gradient=with_weight_gradient,
+    )
 
 
 def run_logprobs(
@@ -88,15 +82,15 @@ def run_logprobs(
 ) -> tuple[Float[Tensor, "2 N"], Tensor]:
     """Returns (2, N) log-probabilities and entropies, and the unweighted gradient by the hidden
     states, of the whole head."""
-    gradients = LogprobsGradient(projection, settings)
-    hidden_states = projection.hidden_states
-    values = hidden_states.new_empty(2, len(hidden_states), dtype=gradients.dtype)
+    gradients = logit_gradients(projection, settings, shard)
+    hidden_states, dtype = projection.hidden_states, projection.dtype
+    values = hidden_states.new_empty(2, len(hidden_states), dtype=dtype)
     size = hidden_states.shape if with_hidden_gradient else (0,)
-    grad_hidden = hidden_states.new_empty(size, dtype=gradients.dtype)
+    grad_hidden = hidden_states.new_empty(size, dtype=dtype)
     if with_hidden_gradient:
         gradients.product.prepare_hidden()
     for rows, logits in logits_by_chunk(projection, settings, shard):
-        gradient = gradients.of(logits) if with_hidden_gradient else None
+        gradient = gradients.of(logits, rows) if with_hidden_gradient else None
         values[0, rows], values[1, rows] = row_functions(settings.backend, shard).row_logprobs(
             logits,
             token_ids[rows],
@@ -125,15 +119,15 @@ def run_logprobs_head_gradient(
     with_bias_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients by the head's weight and bias, or empty tensors."""
-    gradients = LogprobsGradient(projection, settings)
+    gradients = logit_gradients(
+        projection, settings, shard, with_weight_gradient=with_weight_gradient
+    )
     weight, scale = projection.head.weight, gradients.product.scale
     weights = token_weights * projection.factor
     gradients.product.prepare_head(weights)
-    size = weight.shape if with_weight_gradient else (0,)
-    grad_weight = weight.new_zeros(size, dtype=gradients.dtype)
-    grad_bias = weight.new_zeros(len(weight) if with_bias_gradient else 0, dtype=gradients.dtype)
+    grad_bias = weight.new_zeros(len(weight) if with_bias_gradient else 0, dtype=projection.dtype)
     for rows, logits in logits_by_chunk(projection, settings, shard):
-        gradient = gradients.of(logits)
+        gradient = gradients.of(logits, rows)
         row_functions(settings.backend, shard).row_logprobs(
             logits, token_ids[rows], settings.temperature, gradient, gradient_scale=scale
         )
@@ -141,6 +135,6 @@ def run_logprobs_head_gradient(
         if with_bias_gradient:
             add_bias_gradient(gradient, weights[rows], grad_bias)
         if with_weight_gradient:
-            gradients.product.head(gradient, rows, out=grad_weight)
-    gradients.product.unscale_head(grad_weight)
-    return grad_weight, grad_bias.div_(scale)
+            gradients.add(gradient, rows)
+    gradients.finish()
+    return gradients.grad_weight, grad_bias.div_(scale)

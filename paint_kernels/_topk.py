@@ -26,11 +26,13 @@ from paint_kernels._loss import TokenValues
 from paint_kernels._matmul import compute_dtype
 from paint_kernels._settings import LossSettings, TokenSettings
 from paint_kernels._shards import WHOLE, Shard
-from paint_kernels._tokens import LogprobsGradient, logits_by_chunk
+from paint_kernels._tokens import logit_gradients, logits_by_chunk
 from paint_kernels.selection import ranked_top_k, teacher_top_k_indices
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+
+    from paint_kernels._sources import LogitGradients
 
 TAILS = ("bucket", "renormalise", "drop")
 LEAST_TAIL = 1e-6
@@ -214,10 +216,11 @@ def split_support(
     """Returns the student's logits of the ids, -inf where there is none, and the tail. Its
     derivative is by the rank's own rows of the head."""
     student, in_chunks = projection.hidden_states, of_tokens(settings)
-    gradients = LogprobsGradient(projection, dataclasses.replace(in_chunks, temperature=1.0))
-    logits_of_ids = student.new_empty(ids.shape, dtype=gradients.dtype)
-    logsumexp = student.new_empty(len(student), dtype=gradients.dtype)
-    hidden = student.new_empty(student.shape if with_hidden else (0,), dtype=gradients.dtype)
+    gradients = logit_gradients(projection, untempered(in_chunks), shard)
+    dtype = projection.dtype
+    logits_of_ids = student.new_empty(ids.shape, dtype=dtype)
+    logsumexp = student.new_empty(len(student), dtype=dtype)
+    hidden = student.new_empty(student.shape if with_hidden else (0,), dtype=dtype)
     own = shard.local_ids(ids, len(projection.head.weight))
     if with_hidden:
         gradients.product.prepare_hidden()
@@ -226,7 +229,7 @@ def split_support(
         stats = row_functions(settings.backend, shard).row_stats(logits, settings.temperature)
         logsumexp[rows] = stats.logsumexp
         if with_hidden:
-            shares = tail_shares(gradients, logits, logsumexp[rows], settings)
+            shares = tail_shares(gradients, logits, rows, logsumexp[rows], settings)
             gradients.product.hidden(shares, out=hidden[rows])
     if with_hidden:
         gradients.product.unscale_hidden(hidden)
@@ -249,15 +252,21 @@ def own_values(values: Float[Tensor, "N K"], ids: Int[Tensor, "N K"]) -> Float[T
     return values.masked_fill(ids < 0, 0.0)
 
 
+def untempered(settings: TokenSettings) -> TokenSettings:
+    """Returns the settings of the products with `tail_shares`, which are at most 1."""
+    return dataclasses.replace(settings, temperature=1.0)
+
+
 def tail_shares(
-    gradients: LogprobsGradient,
+    gradients: LogitGradients,
     logits: Float[Tensor, "R V"],
+    rows: slice,
     logsumexp: Float[Tensor, " R"],
     settings: LossSettings,
 ) -> Float[Tensor, "R V"]:
     """Returns softmax(logits / T), in the dtype and scale of the products with it; 0 in rows that
     are -inf throughout. May overwrite the logits."""
-    shares = gradients.of(logits)
+    shares = gradients.of(logits, rows)
     finite = torch.where(logsumexp < NOTHING, math.inf, logsumexp)
     topk_functions(settings.backend).softmax_rows(
         logits, finite, settings.temperature, shares, gradients.product.scale
@@ -370,16 +379,20 @@ def weight_gradient(
     the logits are computed again."""
     num_ids, weight = ids.shape[1], student.head.weight
     own = shard.local_ids(ids, len(weight))
-    gradient = torch.zeros(weight.shape, dtype=values.dtype, device=weight.device)
-    if tail_logsumexp is not None:
+    if tail_logsumexp is None:
+        gradient = torch.zeros(weight.shape, dtype=values.dtype, device=weight.device)
+    else:
         in_chunks = of_tokens(settings)
-        gradients = LogprobsGradient(student, dataclasses.replace(in_chunks, temperature=1.0))
+        gradients = logit_gradients(
+            student, untempered(in_chunks), shard, with_weight_gradient=True
+        )
         gradients.product.prepare_head(values[:, num_ids])
         for rows, logits in logits_by_chunk(student, in_chunks, shard):
             take_support(logits, own[rows])
-            shares = tail_shares(gradients, logits, tail_logsumexp[rows], settings)
-            gradients.product.head(shares, rows, out=gradient)
-        gradients.product.unscale_head(gradient)
+            shares = tail_shares(gradients, logits, rows, tail_logsumexp[rows], settings)
+            gradients.add(shares, rows)
+        gradients.finish()
+        gradient = gradients.grad_weight
     chosen = own_values(values[:, :num_ids], own)
     topk_functions(settings.backend).add_head_gradient(chosen, student.hidden_states, own, gradient)
     return gradient

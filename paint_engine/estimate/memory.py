@@ -17,7 +17,7 @@ from paint_engine.config.schema import Config
 from paint_engine.estimate.model_shape import ModelShape
 from paint_engine.recipes import draws, recipe_of
 from paint_engine.rollout import vllm_is_installed
-from paint_kernels._plan import HEAD_GROUP_ROWS, most_rows
+from paint_kernels._plan import head_group_rows, most_rows
 
 GIB = 2**30
 """bytes of a GiB, the unit in which memory is sold and shown"""
@@ -206,7 +206,7 @@ def _loss(shape: ModelShape, setting: Setting, batch: Microbatch) -> dict[str, i
         chunks += _CPU_SCRATCH_BYTES
     elif head_is_narrow:
         # The gradient with respect to the logits, and the head, in float16.
-        kept = max(rows, min(num_rows, HEAD_GROUP_ROWS)) if setting.trains_all else rows
+        kept = head_group_rows(rows, num_rows) if setting.trains_all else rows
         chunks += 2 * kept * num_columns + 2 * shape.head_parameters
     else:
         chunks += rows * num_columns * _FLOAT32

@@ -250,3 +250,17 @@ def half_products_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_matmul, "runs_in_half", runs_in_half)
     monkeypatch.setattr(_matmul, "half_product", half_product)
+
+
+@pytest.fixture
+def head_products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """The rows of every product for the head's gradient, and whether it added to another."""
+    found = []
+    head = _matmul.GradientProduct.head
+
+    def counted(self: Any, gradient: Tensor, rows: Any, out: Tensor, *, add: bool) -> None:
+        found.append((len(gradient), add))
+        head(self, gradient, rows, out, add=add)
+
+    monkeypatch.setattr(_matmul.GradientProduct, "head", counted)
+    return found

@@ -80,6 +80,38 @@ def test_one_rounding_to_the_dtype_of_the_inputs(build, error):
     assert error(mine.student.grad, exact.student.grad) < 1.1 * rounding
 
 
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Two chunks of seven rows or fewer in a group."""
+    monkeypatch.setattr(_plan, "HEAD_GROUP_ROWS", 8)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_groups_of_chunks_for_the_head(
+    build, error, dtype, row_gradients, small_groups, head_products
+):
+    """30 rows in five chunks of 6, and the selected ones, which the CPU computes again."""
+    batch = build((9, 0, 21), 2000, noise=0.3, dtype=dtype)
+    rows, head, exact_rows, exact_head = row_gradients(batch, pointwise_clip=None)
+    assert head_products[:3] == [(12, False), (12, True), (6, True)]
+    assert sum(rows for rows, _ in head_products[3:]) == 10
+    assert error(rows, exact_rows) < 5e-4
+    assert error(head, exact_head) < 5e-4
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_groups_of_chunks_for_log_probabilities(build, error, dtype, small_groups, head_products):
+    batch = build((19,), 2000, dtype=dtype).trainable()
+    exact = batch.double().trainable()
+    ids, upstream = torch.arange(19), torch.linspace(0.5, 2, 19)
+    token_logprobs(batch.student, batch.weight, ids).logprobs.backward(upstream)
+    wanted = reference.token_logprobs(exact.student, exact.weight, ids).logprobs
+    wanted.backward(upstream.double())
+    assert head_products == [(14, False), (5, True)]
+    rounding = error(exact.weight.grad.to(dtype), exact.weight.grad)
+    assert error(batch.weight.grad, exact.weight.grad) < 1.2 * rounding + 2e-4
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_log_probabilities(build, error, dtype):
     batch = build((9,), 2000, dtype=dtype).trainable()
@@ -104,6 +136,23 @@ def test_empty_and_zero_inputs(build, row_gradients):
     batch.weight.zero_()
     rows, head, *_ = row_gradients(batch)
     assert rows.abs().max() == 0 and head.isfinite().all()
+
+
+@pytest.fixture
+def empty_memory_has_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("lengths", [(), (9, 0, 6)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_head_s_gradient_is_written_before_it_is_read(
+    build, error, row_gradients, empty_memory_has_nan, lengths, dtype
+):
+    assert torch.empty(1).isnan()
+    _, head, _, exact_head = row_gradients(build(lengths, 2000, noise=0.3, dtype=dtype))
+    assert error(head, exact_head) < 5e-4
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 200.0])

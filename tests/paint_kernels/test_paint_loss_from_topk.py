@@ -196,6 +196,22 @@ def test_half_precision_products(build, half_products_anywhere, tail):
     check_served(served, tail=tail, tolerance=6e-3, pointwise_clip=None)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_groups_of_chunks_for_the_head(
+    build, half_products_anywhere, monkeypatch, head_products, dtype
+):
+    """Five chunks of at most four rows, two in a group."""
+    monkeypatch.setattr(_plan, "HEAD_GROUP_ROWS", 5)
+    served = serve(build((7, 0, 12), 301, noise=0.3, dtype=dtype), 9)
+    mine, exact = served.trainable(), served.trainable(torch.float64)
+    options = {"temperature": 0.8, "pointwise_clip": None, "reduction": "sum"}
+    mine.loss(paint_loss_from_topk, **options).loss.backward()
+    exact.loss(reference_topk.paint_loss_from_topk, **options).loss.backward()
+    assert head_products == [(8, False), (8, True), (3, True)]
+    rounding = error_of(exact.weight.grad.to(dtype), exact.weight.grad)
+    assert error_of(mine.weight.grad, exact.weight.grad) < 1.1 * rounding + 2e-4
+
+
 @pytest.mark.parametrize("tail", TAILS)
 def test_autocast_rounds_the_inputs_alone(build, tail):
     """Also where the backward pass runs under it."""

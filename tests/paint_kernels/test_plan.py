@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paint_kernels import _plan
-from paint_kernels._plan import most_rows, plan_chunks, row_slices
+from paint_kernels._plan import head_group_rows, most_rows, plan_chunks, row_slices
 from paint_kernels._sources import chunk_buffer
 
 
@@ -99,3 +99,19 @@ def test_buffers_of_a_gpu_have_sizes_that_repeat(backend):
         assert buffer.shape == (num_rows, 100) and buffer.stride(1) == 1
         sizes.add(buffer.untyped_storage().nbytes())
     assert len(sizes) == (1 if backend == "triton" else 3)
+
+
+@pytest.mark.parametrize(
+    ("rows_per_chunk", "num_rows", "expected"),
+    [
+        (1024, 32768, 8192),
+        (1664, 32768, 8320),
+        (2048, 32768, 8192),
+        (1024, 3000, 3000),
+        (512, 300, 512),
+        (10000, 32768, 10000),
+        (0, 0, 0),
+    ],
+)
+def test_groups_are_whole_chunks(rows_per_chunk, num_rows, expected):
+    assert head_group_rows(rows_per_chunk, num_rows) == expected

@@ -393,6 +393,21 @@ def test_half_precision_products(build, error, row_gradients, half_products_anyw
 
 
 @pytest.mark.parametrize("softcap", [None, 6.0])
+def test_groups_of_chunks_for_the_head(
+    build, error, row_gradients, half_products_anywhere, head_products, monkeypatch, softcap
+):
+    """Two chunks of nine rows in a group, in a buffer whose rows are padded."""
+    monkeypatch.setattr(_plan, "HEAD_GROUP_ROWS", MOST_ROWS + 1)
+    batch = build((7, 0, 12, 21), 301, noise=0.3, dtype=torch.bfloat16, device=DEVICE)
+    options = {"pointwise_clip": None, "softcap": softcap, "backend": "triton"}
+    rows, head, exact_rows, exact_head = row_gradients(batch, **options)
+    assert head_products[:3] == [(18, False), (18, True), (4, True)]
+    assert all(add and rows <= MOST_ROWS for rows, add in head_products[3:])
+    assert error(rows, exact_rows) < 5e-4
+    assert error(head, exact_head) < 5e-4
+
+
+@pytest.mark.parametrize("softcap", [None, 6.0])
 def test_half_precision_products_of_other_heads(
     build, error, row_gradients, half_products_anywhere, softcap
 ):
