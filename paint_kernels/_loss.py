@@ -231,12 +231,13 @@ def redo_selected(
     known_before = values.selected & ~early
     for piece in row_slices(len(redone), source.rows_per_chunk):
         rows, before = redone[piece], None
-        if source.with_head_gradient:
-            old = ChunkRows(source, rows, settings)
-            old.losses(known_before[rows])
-            assert old.gradient is not None
-            before = old.gradient.clone()
         part = ChunkRows(source, rows, settings)
+        if source.with_head_gradient:
+            part.losses(known_before[rows])
+            assert part.gradient is not None
+            before = part.gradient.clone()
+            if source.overwrites_logits:
+                part = ChunkRows(source, rows, settings)
         new = part.losses(values.selected[rows])
         token_loss, token_kl, _, _, _, clipped_mass = values.table
         token_loss[rows], token_kl[rows] = new.token_loss, new.token_kl

@@ -185,6 +185,11 @@ class HiddenSource:
         if self.with_bias_gradient:
             self.grad_bias = head.weight.new_zeros(self.vocab_size, dtype=self.dtype)
 
+    @property
+    def overwrites_logits(self) -> bool:
+        """Whether the gradient by some logits is written in their place."""
+        return self.gradients.in_place
+
     def logits(self, rows: Rows) -> tuple[Float[Tensor, "R V"], Float[Tensor, "R V"]]:
         student, teacher = self.student.hidden_states[rows], self.teacher.hidden_states[rows]
         both_logits = self.logits_buffer[: 2 * len(student)]
@@ -249,7 +254,7 @@ class HiddenSource:
 class LogitsSource:
     """Logits that the caller holds. Their gradient has their shape and dtype."""
 
-    with_head_gradient = False
+    with_head_gradient = overwrites_logits = False
     gradient_scale = 1.0
 
     def __init__(

@@ -4,7 +4,7 @@ in float32: what is rounded, and how much of the gradients that costs."""
 import pytest
 import torch
 
-from paint_kernels import _plan, paint_loss, reference, token_logprobs
+from paint_kernels import _plan, _sources, paint_loss, reference, token_logprobs
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -96,6 +96,21 @@ def test_groups_of_chunks_for_the_head(
     assert head_products[:3] == [(12, False), (12, True), (6, True)]
     assert sum(rows for rows, _ in head_products[3:]) == 10
     assert error(rows, exact_rows) < 5e-4
+    assert error(head, exact_head) < 5e-4
+
+
+def test_selected_rows_are_projected_once_more(build, error, row_gradients, monkeypatch):
+    """The head's gradient has them already: their loss is computed twice, from the same logits."""
+    projected, project = [], _sources.project
+
+    def counted(hidden_states, weight, out):
+        projected.append(len(hidden_states))
+        return project(hidden_states, weight, out=out)
+
+    monkeypatch.setattr(_sources, "project", counted)
+    batch = build((9, 0, 21), 2000, noise=0.3, dtype=torch.bfloat16)
+    _, head, _, exact_head = row_gradients(batch, pointwise_clip=None)
+    assert sum(projected) == 2 * (30 + 10)
     assert error(head, exact_head) < 5e-4
 
 
