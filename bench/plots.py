@@ -15,6 +15,7 @@ from pathlib import Path
 from matplotlib import rc_context
 
 from bench.figures import STYLE, draw_scaling
+from bench.floor.tables import head_table, lengths_table, parts_table, top_k_table
 from bench.kernels.figures import draw_kernels
 from bench.kernels.tables import kernel_shapes_table, kernels_first_table, kernels_table
 from bench.measure import ROOT
@@ -26,8 +27,6 @@ from bench.tables import (
     Table,
     architectures_table,
     fill,
-    floor_lengths_table,
-    floor_table,
     logit_formats_table,
     real_logits_predicted_table,
     real_logits_table,
@@ -46,8 +45,10 @@ TABLES: dict[tuple[str, str], Table] = {
     ("logit_formats", ""): logit_formats_table,
     ("real_logits", ""): real_logits_table,
     ("real_logits", "predicted"): real_logits_predicted_table,
-    ("floor", ""): floor_table,
-    ("floor", "lengths"): floor_lengths_table,
+    ("floor", ""): parts_table,
+    ("floor", "lengths"): lengths_table,
+    ("floor", "head"): head_table,
+    ("floor", "topk"): top_k_table,
     ("engine", ""): engine_table,
     ("soak", "steps"): steps_table,
     ("soak", "kills"): kills_table,

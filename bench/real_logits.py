@@ -28,7 +28,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench import floor, measure
+from bench import measure
+from bench.floor.loss import CLIPPED_SHARES, GRADIENT_BYTES, NUM_TOKENS, count
+from bench.kernels.limits import DEVICES
 from bench.losses import EQUAL, QWEN3_HIDDEN, QWEN3_VOCAB_SIZE
 from bench.measure import progress
 from bench.tables import real_logits_predicted_table, real_logits_table
@@ -257,13 +259,13 @@ def predicted(share: float) -> list[dict[str, Any]]:
     """Predicts the time at Qwen3-8B, 32,768 tokens in equal rollouts, from `bench.floor`'s counts:
     float8 products have twice float16's rate, and a float8 entry of the gradient one byte."""
     found = []
-    entries = floor.NUM_TOKENS * QWEN3_VOCAB_SIZE
-    for device in floor.DEVICES:
-        now = floor.count("8b", device, EQUAL, "forward_kl", clipped_share=floor.CLIPPED_SHARES[0])
+    entries = NUM_TOKENS * QWEN3_VOCAB_SIZE
+    for device in DEVICES:
+        now = count("8b", device, EQUAL, "forward_kl", clipped_share=CLIPPED_SHARES[0])
         back_s = 2 * entries * QWEN3_HIDDEN["8b"] / device.flops_per_s
         saved = {
             "product_s": back_s * (1 - share) / 2,
-            "gradient_s": entries * (1 - share) * (floor.GRADIENT_BYTES - 1) / device.bytes_per_s,
+            "gradient_s": entries * (1 - share) * (GRADIENT_BYTES - 1) / device.bytes_per_s,
         }
         found.append(
             {

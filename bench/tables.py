@@ -135,10 +135,6 @@ def logit_formats_table(result: Result) -> str:
     return f"{markdown(header, rows)}\n\n{caption}"
 
 
-DIVERGENCES = {"forward_kl": "forward KL", "jsd": "JSD"}
-"""of the floor, in the words of its tables"""
-
-
 def real_logits_table(result: Result) -> str:
     """Returns gradient errors by objective, and by the order and the share of the columns in
     float16."""
@@ -208,72 +204,6 @@ def real_logits_predicted_table(result: Result) -> str:
         "Qwen3-8B, 32,768 tokens in rollouts of 1,024, frozen head, forward KL: predicted from "
         "the counts of `bench.floor`, with float8 products at twice the rate of float16's. The "
         f"copies of the head take {copies:.2f} GB at the first share."
-    )
-    return f"{markdown(header, rows)}\n\n{caption}"
-
-
-def _floor_devices(result: Result) -> str:
-    return "; ".join(
-        f"{device['name']} {device['flops_per_s'] / 1e12:.0f} TFLOP/s and "
-        f"{device['bytes_per_s'] / 1e12:.1f} TB/s"
-        for device in result["devices"]
-    )
-
-
-def floor_table(result: Result) -> str:
-    """Returns a table of counted products and bytes, and the predicted time, of the first case."""
-    header = ["", "rows per chunk", "three products", "row kernels", "other", "predicted", "ratio"]
-    header.append("extra memory")
-    first, share = result["cases"][0], min(row["clipped_share"] for row in result["rows"])
-    rows = [
-        [
-            f"Qwen3 {row['model'].upper()}, {row['device']}, {DIVERGENCES[row['divergence']]}",
-            number(row["rows_per_chunk"], 0),
-            *(
-                f"{row[key] * 1e3:.0f} ms"
-                for key in ("products_s", "rows_s", "other_s", "predicted_s")
-            ),
-            f"{row['ratio_to_floor']:.2f}",
-            f"{row['extra_bytes'] / 1e9:.1f} GB",
-        ]
-        for row in result["rows"]
-        if row["case"] == first and not row["trainable"] and row["clipped_share"] == share
-    ]
-    caption = (
-        f"Counted, not measured: N {result['num_tokens']:,}, V {result['vocab_size']:,}, rollouts "
-        f"{first}, {share:.0%} of rows clipped, frozen bfloat16 head; {_floor_devices(result)}; by "
-        "`python -m bench.floor`."
-    )
-    return f"{markdown(header, rows)}\n\n{caption}"
-
-
-def floor_lengths_table(result: Result) -> str:
-    """Returns the predicted time as a multiple of the bare products, by rollout lengths."""
-    shares = sorted({row["clipped_share"] for row in result["rows"]})
-    columns = [("forward_kl", trainable, share) for trainable in (False, True) for share in shares]
-    # The JSD reads every row twice, whether an entry of it is clipped or not.
-    columns += [("jsd", trainable, shares[0]) for trainable in (False, True)]
-    header = ["", "rollout lengths", "rows again"]
-    for divergence, trainable, share in columns:
-        head = "trainable" if trainable else "frozen"
-        header.append(f"JSD, {head}" if divergence == "jsd" else f"{head}, {share:.0%} clipped")
-    lines: dict[tuple[str, str, str], dict[tuple[str, bool, float], Result]] = {}
-    for row in result["rows"]:
-        line = lines.setdefault((row["device"], row["model"], row["case"]), {})
-        line[row["divergence"], row["trainable"], row["clipped_share"]] = row
-    rows = [
-        [
-            f"Qwen3 {model.upper()}, {device}",
-            case,
-            number(line[columns[0]]["rows_redone"], 0),
-            *(f"{line[column]['ratio_to_floor']:.2f}" for column in columns),
-        ]
-        for (device, model, case), line in lines.items()
-    ]
-    caption = (
-        f"Predicted time over that of the bare products, three with a frozen head and four with a "
-        f"trainable one; forward KL where nothing is said; N {result['num_tokens']:,}, "
-        f"V {result['vocab_size']:,}; by `python -m bench.floor`."
     )
     return f"{markdown(header, rows)}\n\n{caption}"
 

@@ -10,6 +10,7 @@ FOLDERS = {path.parent.name for path in BENCH.glob("*/__init__.py")}
 SHARED = {"figures", "losses", "measure", "tables"}
 # The GPU check repeats a part of the comparison and of the step.
 MAY_IMPORT = {
+    "floor": {"kernels"},
     "gpu": {"kernels", "step"},
     "kernels": set(),
     "paper": set(),

@@ -2,14 +2,14 @@
 
 import pytest
 
-from bench import topk_floor
+from bench.floor import topk
+from bench.floor.__main__ import count_top_k
 
 
 @pytest.fixture(scope="module")
 def rows():
     return {
-        (row["model"], row["device"], row["case"], row["trainable"]): row
-        for row in topk_floor.count_all()
+        (row["model"], row["device"], row["case"], row["trainable"]): row for row in count_top_k()
     }
 
 
@@ -32,3 +32,9 @@ def test_products(rows):
         ("served, bucket or drop", False): 2,
         ("served, bucket or drop", True): 4,
     }
+
+
+def test_a_tail_writes_the_head_s_gradient_in_groups():
+    assert topk.group_rows([1024] * 32) == [8192] * 4
+    assert sum(topk.group_rows(topk.chunk_rows(2560))) == 32768
+    assert len(topk.group_rows(topk.chunk_rows(2560))) == 4

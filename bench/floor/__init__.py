@@ -1,0 +1,4 @@
+"""The counted work of the losses on a GPU, and the time that follows from published rates.
+
+Nothing runs. `bench.kernels` measures.
+"""
