@@ -12,19 +12,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
-from types import ModuleType, SimpleNamespace
+from collections.abc import Iterable
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import triton
-from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import mangle_type
 
-from bench.kernels.instructions import Pass, disassembled, passes_of
+from bench.kernels.instructions import Pass, disassembled, passes_of, program_pass
+from bench.kernels.launches import Launch
 from bench.kernels.traffic import Row, Variant, call_launcher, replaced_kernels
 from bench.measure import ROOT
 
@@ -64,38 +60,6 @@ RESIDENCY = (
 )
 
 
-class Launch(NamedTuple):
-    """A kernel and the arguments that the launcher passed to it."""
-
-    kernel: Any  # a triton.JITFunction, which triton's stubs declare as a plain function
-    arguments: tuple[Any, ...]
-    settings: dict[str, Any]
-    """keyword arguments, and num_warps"""
-    passes: tuple[str, ...] = ()
-    """the names of the kernel's passes over a row, in the order of its loops; none if they are not
-    counted"""
-
-    def source(self) -> ASTSource:
-        """Returns the source with the types of a launch; pointers and integers that 16 divides are
-        specialised as such."""
-        settings = {name: self.settings[name] for name in self.settings if name != "num_warps"}
-        names = self.kernel.arg_names
-        values = dict(zip(names, self.arguments, strict=False)) | settings
-        assert values.keys() == set(names), values.keys() ^ set(names)
-        signature, constants, attributes = {}, {}, {}
-        for index, (name, parameter) in enumerate(zip(names, self.kernel.params, strict=True)):
-            value = values[name]
-            if parameter.is_constexpr:
-                signature[name], constants[name] = "constexpr", value
-                continue
-            signature[name] = mangle_type(value)
-            if isinstance(value, float):
-                continue
-            if (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        return ASTSource(self.kernel, signature, constants, attributes)
-
-
 def launch_of(variant: Variant) -> Launch:
     """Records what the launcher passes to the variant's kernel, without running it."""
     launches: dict[str, Launch] = {}
@@ -109,32 +73,6 @@ def launch_of(variant: Variant) -> Launch:
     with replaced_kernels(recorder):
         call_launcher(variant, variant.shape(COMPILED_SHAPE), Row(False, False))
     return launches[variant.kernel]._replace(passes=pass_names(variant))
-
-
-class Recorder:
-    """Stands for a kernel: `Recorder(...)[grid](...)` adds the arguments to `launches`."""
-
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def record(*arguments: Any, **settings: Any) -> None:
-            self.launches.append(Launch(self.kernel, arguments, settings))
-
-        return record
-
-
-def recorded(launchers: ModuleType, call: Callable[[], None]) -> Launch:
-    """Returns what a function of `launchers` passes to its kernel, without running that."""
-    launches: list[Launch] = []
-    recorders = {
-        name: Recorder(value, launches) if name.endswith("_kernel") else value
-        for name, value in vars(launchers.kernels).items()
-    }
-    with patch.object(launchers, "kernels", SimpleNamespace(**recorders)):
-        call()
-    (launch,) = launches
-    return launch
 
 
 class Compiled(NamedTuple):
@@ -157,7 +95,7 @@ class Compiled(NamedTuple):
     """per column, over the loads of all passes, after equal loads were merged"""
     tile_store_bytes: int
     passes: dict[str, Pass]
-    """the passes over a row, see bench.kernels.instructions"""
+    """see bench.kernels.instructions"""
     float64: bool
     row_offsets_64bit: bool
 
@@ -208,10 +146,21 @@ def compile_launch(launch: Launch, variant: str, architecture: Architecture) -> 
         widest_store_bytes=widest["store"],
         tile_load_bytes=sum(bytes_of_passes(ttir, "load")),
         tile_store_bytes=sum(bytes_of_passes(ttir, "store")),
-        passes=passes_of(code, launch.passes, bytes_of_passes(ttir, "load"), amd=not on_nvidia),
+        passes=counted_passes(launch, code, ttir, architecture, num_warps),
         float64=(".f64" if on_nvidia else "_f64") in assembly,
         row_offsets_64bit=row_offsets_are_64bit(ttir),
     )
+
+
+def counted_passes(
+    launch: Launch, code: str, ttir: str, architecture: Architecture, num_warps: int
+) -> dict[str, Pass]:
+    on_amd, warp_size = architecture.target.backend != "cuda", architecture.target.warp_size
+    if launch.iterations is None:
+        return passes_of(code, launch.passes, bytes_of_passes(ttir, "load"), amd=on_amd)
+    per_thread = launch.entries_per_thread(warp_size, num_warps)
+    (name,) = launch.passes
+    return {name: program_pass(code, launch.iterations, per_thread, amd=on_amd)}
 
 
 def ptxas_usage(log: str) -> tuple[int, int]:

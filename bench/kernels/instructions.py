@@ -6,6 +6,10 @@ or in the assembly for AMD, and divided by the number of entries that a thread h
 iteration. That number follows from the bytes that the loop loads, so an unrolled loop counts
 correctly. What a row executes once (reductions, candidates) is not in a loop and is left out: with
 152,000 columns it is a hundredth.
+
+Programs with a short loop or none, of the kernels for a top-k, count whole: each instruction once,
+and those of the loop as often as it runs. The compilers do not unroll these loops; if one did, the
+count would double, and the report fail.
 """
 
 import re
@@ -45,12 +49,33 @@ class Instruction(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One loop over the columns of a row."""
+    """One loop over the columns of a row, or a whole program."""
 
     instructions: float
-    """per column"""
+    """per entry"""
     special: float
     """of them in a special-function unit"""
+
+
+def instructions_of(assembly: str, *, amd: bool) -> list[Instruction]:
+    """Returns all instructions up to the last end of the program; padding follows it."""
+    pattern, end = (AMD_INSTRUCTION, "s_endpgm") if amd else (SASS_INSTRUCTION, "EXIT")
+    found = [pattern.match(line) for line in assembly.splitlines()]
+    code = [Instruction(one[1]) for one in found if one]
+    ends = [index for index, instruction in enumerate(code) if instruction.name == end]
+    return code[: ends[-1] + 1]
+
+
+def program_pass(assembly: str, iterations: int, entries_per_thread: float, *, amd: bool) -> Pass:
+    """Returns the count of a whole program, whose one loop, if it has one, runs `iterations`
+    times."""
+    loops = amd_loops(assembly) if amd else sass_loops(assembly)
+    assert len(loops) == (iterations > 0), (len(loops), iterations)
+    code = instructions_of(assembly, amd=amd)
+    again = [line for loop in loops for line in loop] * max(0, iterations - 1)
+    special = sum(line.is_special for line in (*code, *again))
+    counts = len(code) + len(again), special
+    return Pass(*(round(count / entries_per_thread, 2) for count in counts))
 
 
 def disassembled(cubin: bytes) -> str:

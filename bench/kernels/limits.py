@@ -1,8 +1,9 @@
-"""What bounds the row kernels on a GPU: memory, instructions, or special functions.
+"""What bounds the kernels on a GPU: memory, instructions, or special functions.
 
-`counts.json` has the instructions and bytes per logit of every kernel variant, as
-`python -m bench.kernels_report --write` counted them. The report fails when a count grows, and
-`bench.floor` predicts times from the file.
+`counts.json` has the instructions and bytes per entry of every kernel variant, as
+`python -m bench.kernels_report --write` counted them: per logit, or in the products of a top-k per
+entry of the row that an id takes. The report fails when a count grows, and `bench.floor` predicts
+times from the file.
 """
 
 import json
@@ -36,14 +37,14 @@ DEVICES = (Device("H100", 7.28e14, 3.0e12), Device("H200", 7.28e14, 4.3e12))
 
 
 class Counts(NamedTuple):
-    """What a kernel does per logit of a row, over the passes that the row takes."""
+    """What a kernel does per entry, over the passes that the row takes."""
 
     instructions: float
     special: float
     bytes: float
 
     def seconds(self, device: Device) -> dict[str, float]:
-        """Returns the time per logit by each limit, if the others were none."""
+        """Returns the time per entry by each limit, if the others were none."""
         slots = device.multiprocessors * SCHEDULERS * THREADS_PER_WARP * device.cycles_per_s
         special = device.multiprocessors * SPECIAL_PER_CYCLE * device.cycles_per_s
         return {
@@ -77,7 +78,7 @@ def counts_by_row(report: dict[str, Any], architecture: str) -> dict[tuple[str, 
         own = passes[kernel, variant]
         taken = [own[name] for name in passes_taken(own, row, variant.split(",")[0])]
         instructions, special = (sum(counts) for counts in zip(*taken, strict=True))
-        moved = line["loaded_bytes_per_column"] + line["stored_bytes_per_column"]
+        moved = line["loaded_bytes_per_entry"] + line["stored_bytes_per_entry"]
         found[kernel, variant, row] = Counts(instructions, special, moved)
     return found
 
@@ -92,11 +93,11 @@ def counted(report: dict[str, Any]) -> dict[str, float]:
     for line in report["compiled"]:
         where = f"{line['kernel']}, {line['variant']}, {line['architecture']}"
         for name, (instructions, _) in line["passes"].items():
-            found[f"{where}: instructions per logit, pass {name}"] = instructions
+            found[f"{where}: instructions per entry, pass {name}"] = instructions
     for line in report["traffic"]:
         where = f"{line['kernel']}, {line['variant']}, row {line['row']}"
-        moved = line["loaded_bytes_per_column"] + line["stored_bytes_per_column"]
-        found[f"{where}: bytes per logit"] = moved
+        moved = line["loaded_bytes_per_entry"] + line["stored_bytes_per_entry"]
+        found[f"{where}: bytes per entry"] = moved
     return found
 
 

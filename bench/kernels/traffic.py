@@ -20,6 +20,10 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
+from bench.kernels.launches import Launch
+from bench.kernels.shard_variants import shard_launches
+from bench.kernels.topk_variants import topk_launches
+from bench.losses import QWEN3_VOCAB_SIZE
 from paint_kernels import LossSettings
 from paint_kernels import _triton_backend as backend
 from paint_kernels import _triton_kernels as kernels
@@ -213,6 +217,8 @@ def counted_accesses(traffic: Traffic) -> Iterator[None]:
         return store(self, ptrs, value, mask, *arguments)
 
     with (
+        # -inf - -inf is silent on a GPU, too; the kernels replace it.
+        np.errstate(invalid="ignore", over="ignore"),
         patch.object(InterpreterBuilder, "create_masked_load", counted_load),
         patch.object(InterpreterBuilder, "create_masked_store", counted_store),
     ):
@@ -226,9 +232,7 @@ def traffic_of(variant: Variant, row: Row) -> Traffic:
     def counting(kernel: Any) -> dict[Any, Any]:
         def run(*arguments: Any, **settings: Any) -> None:
             found[kernel.__name__] = Traffic()
-            # -inf - -inf is silent on a GPU, too; the kernels replace it.
-            quiet = np.errstate(invalid="ignore", over="ignore")
-            with quiet, counted_accesses(found[kernel.__name__]):
+            with counted_accesses(found[kernel.__name__]):
                 kernel[(1,)](*arguments, **settings)
 
         return {(1, 1): run}
@@ -239,21 +243,46 @@ def traffic_of(variant: Variant, row: Row) -> Traffic:
     return found[variant.kernel]
 
 
+def traffic_of_launch(launch: Launch) -> Traffic:
+    traffic = Traffic()
+    with counted_accesses(traffic):
+        launch.kernel[launch.grid](*launch.arguments, **launch.settings)
+    return traffic
+
+
+def figures(
+    kernel: str,
+    variant: str,
+    row: str,
+    traffic: Traffic,
+    num_entries: int,
+    per_token: int = QWEN3_VOCAB_SIZE,
+) -> dict[str, Any]:
+    return {
+        "kernel": kernel,
+        "variant": variant,
+        "row": row,
+        "entries_per_token": per_token,
+        "loaded_bytes_per_entry": round(traffic.loaded_bytes / num_entries, 1),
+        "stored_bytes_per_entry": round(traffic.stored_bytes / num_entries, 1),
+    }
+
+
 def main() -> None:
     counts = []
     for variant in VARIANTS:
         for row in rows_of(variant):
-            traffic = traffic_of(variant, row)
             num_columns = variant.shape(COUNTED_SHAPE)[1]
-            counts.append(
-                {
-                    "kernel": variant.kernel,
-                    "variant": variant.name,
-                    "row": row.name,
-                    "loaded_bytes_per_column": round(traffic.loaded_bytes / num_columns, 1),
-                    "stored_bytes_per_column": round(traffic.stored_bytes / num_columns, 1),
-                }
-            )
+            traffic = traffic_of(variant, row)
+            counts.append(figures(variant.kernel, variant.name, row.name, traffic, num_columns))
+    plain = Row(False, False).name
+    for name, launch in shard_launches(COUNTED_SHAPE):
+        traffic = traffic_of_launch(launch)
+        counts.append(figures(launch.kernel.__name__, name, plain, traffic, launch.num_entries))
+    for name, launch in topk_launches():
+        traffic, per_token = traffic_of_launch(launch), launch.num_entries // launch.num_tokens
+        given = launch.kernel.__name__, name, plain, traffic, launch.num_entries, per_token
+        counts.append(figures(*given))
     print(json.dumps(counts))
 
 

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from bench import kernels_report
-from bench.kernels.compiled import ARCHITECTURES, Launch, compile_launch, problems
+from bench.kernels.compiled import ARCHITECTURES, compile_launch, problems
+from bench.kernels.launches import Launch
 from bench.kernels.shard_variants import KERNELS as SHARD_KERNELS
 from bench.kernels.topk_variants import KERNELS as TOP_K_KERNELS
 from bench.kernels.traffic import KERNELS, VARIANTS, every_variant
@@ -44,12 +45,12 @@ def report(tmp_path_factory):
 
 
 def moved(report, variant):
-    """Bytes loaded and stored per column, by row. Rounded: what a row has once, such as its
-    candidates, is less than half a byte per column."""
+    """Bytes loaded and stored per entry, by row. Rounded: what a row has once, such as its
+    candidates, is less than half a byte per entry."""
     return {
         line["row"]: (
-            round(line["loaded_bytes_per_column"]),
-            round(line["stored_bytes_per_column"]),
+            round(line["loaded_bytes_per_entry"]),
+            round(line["stored_bytes_per_entry"]),
         )
         for line in report["traffic"]
         if line["variant"] == variant
@@ -98,13 +99,29 @@ def test_a_row_is_read_as_often_as_it_must_be(report):
         by_row = moved(report, f"{divergence}, fp32 logits, fp16 gradient")
         assert by_row["plain"] == by_row["clipped"] == (16, 2)
     assert moved(report, "fp32 logits, fp16 gradient")["plain"] == (4, 2)
+    # The columns of a rank, twice after the statistics.
+    assert moved(report, "jsd, sums")["plain"] == (8, 0)
+    assert moved(report, "jsd, fp16 gradient")["plain"] == (8, 2)
+
+
+def test_a_row_of_the_head_is_read_once_for_each_id(report):
+    """2 bytes an entry in bfloat16, 4 in float32, also where a tile has room for more ids. A
+    trainable head's gradient is read and written once for the sixteen ids that add to it."""
+    for name in ("bf16, k 64", "bf16, k 50", "bf16, k 64, ragged", "bf16 head, with a tail"):
+        assert moved(report, name)["plain"] == (2, 0)
+    assert moved(report, "fp32, k 64")["plain"] == moved(report, "fp32 head, with a tail")["plain"]
+    assert moved(report, "fp32, k 64")["plain"] == (4, 0)
+    (line,) = (one for one in report["traffic"] if one["variant"] == "head's gradient, bf16 hidden")
+    assert line["entries_per_token"] == 64 * 4096
+    assert line["loaded_bytes_per_entry"] == pytest.approx(2 + 4 / 16, abs=0.06)
+    assert line["stored_bytes_per_entry"] == pytest.approx(4 / 16, abs=0.06)
 
 
 def test_counted_bytes_are_those_of_the_compiled_loads_and_stores(report):
-    """A row that takes every branch moves the bytes of all compiled loads and stores. (The bytes of
-    the kernels for a top-k and for shared heads are not counted.)"""
+    """A row that takes every branch moves the bytes of all compiled loads and stores. (The kernels
+    for a top-k have no passes over rows of logits.)"""
     for line in report["compiled"]:
-        if line["kernel"] in (*TOP_K_KERNELS, *SHARD_KERNELS):
+        if line["kernel"] in TOP_K_KERNELS:
             continue
         rows = moved(report, line["variant"]).values()
         most = max(loaded for loaded, _ in rows), max(stored for _, stored in rows)
@@ -153,7 +170,7 @@ def test_instructions_of_a_loop_are_counted_per_column(name):
     x, found = torch.empty(16), {}
     for wide, block in itertools.product((False, True), (512, 1024)):
         settings = {"row_stride": 4096, "WIDE": wide, "BLOCK": block, "num_warps": 4}
-        launch = Launch(loop_kernel, (x, x), settings, ("sum",))
+        launch = Launch(loop_kernel, (x, x), settings, passes=("sum",))
         line = compile_launch(launch, "planted", ARCHITECTURE[name])
         found[wide, block] = line.passes["sum"]
     for block in (512, 1024):
@@ -162,6 +179,26 @@ def test_instructions_of_a_loop_are_counted_per_column(name):
         assert 2 < little.instructions < 12
         assert 1 <= much.instructions - little.instructions < 10
         assert little.instructions <= found[False, 512].instructions
+
+
+@pytest.mark.parametrize("name", ARCHITECTURE)
+def test_all_instructions_of_a_program_are_counted_per_entry(name):
+    """More iterations add the instructions of the loop, which may be unrolled, and no others."""
+    x, counts = torch.empty(16), []
+    settings = {"row_stride": 4096, "WIDE": False, "BLOCK": 512, "num_warps": 4}
+    launch = Launch(loop_kernel, (x, x), settings, (2,), ("sum",))
+    (per_column, _) = compile_launch(launch, "planted", ARCHITECTURE[name]).passes["sum"]
+    for iterations in (1, 8, 15):
+        whole = launch._replace(iterations=iterations, num_entries=2 * 512)
+        counts.append(compile_launch(whole, "planted", ARCHITECTURE[name]).passes["sum"])
+    one, eight, fifteen = counts
+    added = eight.special - one.special
+    assert added in (7, 14, 28, 56) and fifteen.special - eight.special == added
+    assert one.special >= added / 7
+    assert one.instructions > added / 7 * per_column
+    expected = pytest.approx(added * per_column, rel=1e-2)
+    assert eight.instructions - one.instructions == expected
+    assert fifteen.instructions - eight.instructions == expected
 
 
 def compiled(kernel, architecture, *, wide=False, block=256, num_warps=4):

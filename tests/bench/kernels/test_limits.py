@@ -13,16 +13,27 @@ from bench.kernels.limits import (
     growth,
     passes_taken,
 )
+from bench.kernels.shard_variants import KERNELS as SHARD_KERNELS
+from bench.kernels.shard_variants import shard_launches
+from bench.kernels.topk_variants import KERNELS as TOP_K_KERNELS
+from bench.kernels.topk_variants import topk_launches
 from bench.kernels.traffic import VARIANTS
+
+PRODUCTS = ("gathered_logits_kernel", "weighted_rows_kernel")
+"""without exponentials"""
 
 
 def test_every_usual_variant_has_counts_on_every_architecture():
     lines = {(line["kernel"], line["variant"]) for line in committed()["compiled"]}
-    assert lines == {(variant.kernel, variant.name) for variant in VARIANTS}
+    others = (*topk_launches(), *shard_launches((4, 1024)))
+    expected = {(variant.kernel, variant.name) for variant in VARIANTS}
+    assert lines == expected | {(launch.kernel.__name__, name) for name, launch in others}
     for architecture in ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950"):
         found = counts_by_row(committed(), architecture)
         assert {key[:2] for key in found} == lines
-        assert all(min(counts) > 0 for counts in found.values())
+        for (kernel, *_), counts in found.items():
+            assert min(counts.instructions, counts.bytes) > 0
+            assert (counts.special == 0) is (kernel in PRODUCTS)
 
 
 def test_the_passes_that_a_row_takes():
@@ -54,10 +65,17 @@ def test_a_count_that_grew_or_has_no_bound_is_found():
     line = report["compiled"][0]
     (name,) = line["passes"]
     line["passes"][name][0] *= 1.1
-    report["traffic"][0]["loaded_bytes_per_column"] += 1
+    report["traffic"][0]["loaded_bytes_per_entry"] += 1
     more, moved = growth(report, bound, every=True)
-    assert f"{line['architecture']}: instructions per logit, pass {name}" in more
-    assert "bytes per logit" in moved and "above the committed" in moved
+    assert f"{line['architecture']}: instructions per entry, pass {name}" in more
+    assert "bytes per entry" in moved and "above the committed" in moved
+    for kernel in (*TOP_K_KERNELS, *SHARD_KERNELS):
+        report = copy.deepcopy(committed())
+        of_kernel = [line for line in report["compiled"] if line["kernel"] == kernel]
+        for line in of_kernel:
+            (name,) = line["passes"]
+            line["passes"][name][0] *= 1.1
+        assert len(growth(report, bound, every=True)) == len(of_kernel) >= 5
     report = copy.deepcopy(committed())
     report["traffic"][0]["row"] = "another"
     (missing,) = growth(report, bound, every=True)
@@ -71,5 +89,5 @@ def test_instructions_of_another_triton_are_not_compared(capsys):
     report["compiled"][0]["passes"] = {"statistics": [1e6, 1]}
     assert kernels_report.grown(report, every=True) == []
     assert "not compared: Triton is 0.1" in capsys.readouterr().out
-    report["traffic"][0]["stored_bytes_per_column"] += 1
+    report["traffic"][0]["stored_bytes_per_entry"] += 1
     assert len(kernels_report.grown(report, every=True)) == 1
