@@ -17,11 +17,21 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from served import TAILS, serve
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
-from paint_kernels import LossSettings, _ops, _triton_backend, _triton_shards, paint_loss
+from paint_kernels import (
+    LossSettings,
+    _ops,
+    _tokens,
+    _triton_backend,
+    _triton_shards,
+    _triton_topk,
+    paint_loss,
+    paint_loss_from_topk,
+)
 from paint_kernels._torch_divergences import DIVERGENCES
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
@@ -123,6 +133,9 @@ def sanitized(*outputs: str) -> Iterator[Sanitizer]:
 def small_tiles(monkeypatch):
     monkeypatch.setattr(_triton_backend, "LANES", 16)
     monkeypatch.setattr(_triton_backend, "GROUPS", 8)
+    monkeypatch.setattr(_triton_topk, "ENTRIES", 4)
+    monkeypatch.setattr(_triton_topk, "WIDTH_BLOCK", 8)
+    monkeypatch.setattr(_triton_topk, "SOFTMAX_BLOCK", 64)
 
 
 def layouts(rows, columns, dtype=torch.float32):
@@ -186,6 +199,84 @@ def test_columns_of_a_rank(columns, divergence):
         with sanitized(*outputs):
             _triton_shards.fill_logprobs_gradient(student, stats, largest, own, 1.0, gradient, 1.0)
         assert gradient.isfinite().all()
+
+
+def with_gaps(values):
+    """Returns the rows one element apart, and what lies between is NaN."""
+    buffer = torch.full((len(values), values.shape[1] + 1), torch.nan, dtype=values.dtype)
+    return buffer[:, : values.shape[1]].copy_(values)
+
+
+def some_ids(rows, num_ids, num_head_rows):
+    """Returns ids of which a third is padding, and in the first row all."""
+    generator = torch.Generator().manual_seed(num_ids)
+    ids = torch.randint(0, num_head_rows, (rows, num_ids), generator=generator)
+    ids[torch.rand(rows, num_ids, generator=generator) < 1 / 3] = -1
+    ids[0] = -1
+    return ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_ids", [1, 3, 4, 5, 9])
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 19])
+def test_products_of_a_top_k(width, num_ids, dtype):
+    """Of widths around the tile (8) and ids around a tile's (4)."""
+    rows, num_head_rows = 3, 6
+    ids = some_ids(rows, num_ids, num_head_rows)
+    hidden = with_gaps(torch.ones(rows, width, dtype=dtype))
+    weight = with_gaps(torch.ones(num_head_rows, width, dtype=dtype))
+    with sanitized("logits_ptr") as sanitizer:
+        logits = _triton_topk.gathered_logits(hidden, weight, ids)
+    assert torch.equal(logits, torch.where(ids < 0, -torch.inf, float(width)))
+    found = int((ids >= 0).sum())
+    assert sanitizer.num_accesses > found * width
+    values = torch.where(ids < 0, 0.0, 1.0)
+    tail = with_gaps(torch.ones(rows, width)), torch.full((rows,), 0.5)
+    for rest, added in ((None, 0.0), (tail, 0.5)):
+        out = with_gaps(torch.full((rows, width), torch.nan))
+        with sanitized("out_ptr") as sanitizer:
+            _triton_topk.hidden_gradient(values, weight, ids, rest, out)
+        assert sanitizer.num_accesses > found * width
+        assert torch.equal(out, (values.sum(1, keepdim=True) + added).expand(rows, width))
+    out = with_gaps(torch.zeros(num_head_rows, width))
+    with sanitized("out_ptr"):
+        _triton_topk.add_head_gradient(values, hidden, ids, out)
+    counts = ids[ids >= 0].bincount(minlength=num_head_rows).float()
+    assert torch.equal(out, counts[:, None].expand(num_head_rows, width))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("columns", VOCAB_SIZES)
+def test_softmax(columns, dtype):
+    logits = with_gaps(torch.zeros(2, columns))
+    out = with_gaps(torch.full((2, columns), torch.nan, dtype=dtype))
+    with sanitized("out_ptr") as sanitizer:
+        _triton_topk.softmax_rows(logits, torch.zeros(2), 1.1, out, 4.0)
+    assert sanitizer.num_accesses > 4 * columns
+    assert torch.equal(out, torch.full_like(out, 4.0))
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("num_ids", [1, 9])
+def test_whole_losses_of_a_served_top_k(build, monkeypatch, num_ids, tail):
+    monkeypatch.setattr(_tokens, "most_rows", lambda *_: 9)
+    served = serve(build((7, 0, 1, 12), 75, hidden=9), num_ids).trainable()
+    # Of the row functions, and of the products: the softmax overwrites logits.
+    with sanitized(*OUTPUTS, "logits_ptr", "out_ptr") as sanitizer:
+        options = {"backend": "triton", "tail": tail, "top_fraction": 0.3}
+        served.loss(paint_loss_from_topk, **options).loss.backward()
+    assert sanitizer.num_accesses > 0
+    assert served.student.grad.isfinite().all() and served.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_whole_losses_on_the_teachers_top_k(build, monkeypatch, head):
+    monkeypatch.setattr(_tokens, "most_rows", lambda *_: 9)
+    batch = build((7, 0, 1, 12), 75, hidden=9).trainable(head)
+    with sanitized("logits_ptr", "out_ptr") as sanitizer:
+        batch.loss(paint_loss, backend="triton", teacher_top_k=5).loss.backward()
+    assert sanitizer.num_accesses > 0
+    assert batch.student.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(("lengths", "most"), [((7, 0, 1, 12), 9), ((5, 3), 3), ((1,), 1)])
