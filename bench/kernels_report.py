@@ -30,6 +30,7 @@ from bench.kernels.compiled import (
     launch_of,
     problems,
 )
+from bench.kernels.head_variants import head_launches
 from bench.kernels.limits import COUNTS, DEVICES, committed, counts_by_row, growth
 from bench.kernels.shard_variants import shard_launches
 from bench.kernels.topk_variants import topk_launches
@@ -145,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     variants = every_variant() if chosen.all else VARIANTS
     launches = [(variant.name, launch_of(variant)) for variant in variants]
-    launches += [*topk_launches(), *shard_launches(COMPILED_SHAPE)]
+    launches += [*topk_launches(), *shard_launches(COMPILED_SHAPE), *head_launches(COMPILED_SHAPE)]
     compiled, traffic = compile_all(launches), count_traffic()
     report = {
         "name": "kernels_report",

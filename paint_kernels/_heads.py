@@ -18,8 +18,8 @@ class Head:
     """Logits z = softcap * tanh(scale * (h W^T + b) / softcap), without a cap scale * (h W^T + b).
 
     The order is that of the models in transformers: Cohere and Granite scale, Gemma 2 caps. The
-    elementwise part runs in place, on the rows of one chunk: a bias or a scale reads and writes 8
-    bytes per float32 logit, a cap 24.
+    elementwise part runs in place, on the rows of one chunk: in PyTorch a bias or a scale reads and
+    writes 8 bytes per float32 logit, a cap 24.
 
     weight: (V, H). bias: (V,), or None. scale, softcap: above 0; no softcap is None.
     """
@@ -44,13 +44,10 @@ class Head:
             return product.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
         return product if self.scale == 1 else product.mul_(self.scale)
 
-    def slope_(self, logits: Tensor) -> Tensor | None:
-        """Overwrites logits by 1 - (z / softcap)^2, their derivative by h W^T divided by `scale`.
-        Without a cap that is 1: nothing is written, and the result is None."""
-        if self.softcap is None:
-            return None
-        one = logits.new_ones(())
-        return torch.addcmul(one, logits, logits, value=-1 / self.softcap**2, out=logits)
+    @property
+    def is_product(self) -> bool:
+        """Whether logits are h W^T and no more."""
+        return self.bias is None and self.scale == 1 and self.softcap is None
 
 
 @dataclass(frozen=True)
@@ -59,31 +56,59 @@ class Projection:
 
     hidden_states: (N, H). temperatures: (N,), which divide the logits here; None where one number
     does that later, in the row functions, at no cost. Dividing reads and writes 8 bytes per float32
-    logit.
+    logit in PyTorch. backend: of the elementwise work on whole rows of logits. Triton does all of
+    it in one pass: 8 bytes.
     """
 
     hidden_states: Tensor
     head: Head
     temperatures: Tensor | None = None
+    backend: str = "torch"
 
     def from_product(
         self, product: Tensor, rows: slice | Tensor, columns: Tensor | None = None
     ) -> Tensor:
-        """Turns h W^T of these rows into their logits z, or z / T, in place."""
-        logits = self.head.from_product(product, columns)
-        return logits if self.temperatures is None else logits.div_(self.temperatures[rows, None])
+        """Turns h W^T of these rows into their logits z, or z / T, in place.
+
+        columns: as in `Head.from_product`; for few of them PyTorch does it with every backend.
+        """
+        head = self.head
+        if head.is_product and self.temperatures is None:
+            return product
+        temperatures = None if self.temperatures is None else self.temperatures[rows]
+        if self.backend == "triton" and columns is None:
+            from paint_kernels import _triton_heads
+
+            numbers = head.scale, head.softcap
+            _triton_heads.logits_from_product(product, head.bias, *numbers, temperatures)
+            return product
+        logits = head.from_product(product, columns)
+        return logits if temperatures is None else logits.div_(temperatures[:, None])
 
     def logits(self, rows: slice, out: Tensor) -> Tensor:
         """Computes the (R, V) logits of these rows in `out`."""
         product = project(self.hidden_states[rows], self.head.weight, out=out)
         return self.from_product(product, rows)
 
-    def slope_(self, logits: Tensor, rows: slice | Tensor) -> Tensor | None:
-        """Overwrites the logits of these rows by their derivative by h W^T over `factor`; None
-        where that is 1, and nothing is written."""
-        if self.temperatures is not None and self.head.softcap is not None:
-            logits.mul_(self.temperatures[rows, None])
-        return self.head.slope_(logits)
+    def through_cap(self, logits: Tensor, rows: slice | Tensor, *gradients: Tensor) -> None:
+        """Multiplies gradients by these rows' logits, in place, by the derivative of the logits by
+        h W^T over `factor`: 1 - (z / softcap)^2, or 1 without a cap. May overwrite the logits."""
+        softcap = self.head.softcap
+        if softcap is None:
+            return
+        temperatures = None if self.temperatures is None else self.temperatures[rows]
+        if self.backend == "triton":
+            from paint_kernels import _triton_heads
+
+            for gradient in gradients:
+                _triton_heads.gradient_through_cap(gradient, logits, softcap, temperatures)
+            return
+        if temperatures is not None:
+            logits.mul_(temperatures[:, None])
+        one = logits.new_ones(())
+        slope = torch.addcmul(one, logits, logits, value=-1 / softcap**2, out=logits)
+        for gradient in gradients:
+            gradient.mul_(slope)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,7 +118,7 @@ class Projection:
 
     @property
     def factor(self) -> float | Tensor:
-        """What is left out of `slope_`: a number, or (N,). It multiplies sums over many entries,
+        """What `through_cap` leaves out: a number, or (N,). It multiplies sums over many entries,
         in float32, where the gradient by the logits may be float16."""
         return self.head.scale if self.temperatures is None else self.head.scale / self.temperatures
 

@@ -67,8 +67,8 @@ def _hidden_source(
     **wanted: Any,
 ) -> HiddenSource:
     return HiddenSource(
-        Projection(student_hidden_states, heads.student, temperatures),
-        Projection(teacher_hidden_states, heads.teacher, temperatures),
+        Projection(student_hidden_states, heads.student, temperatures, settings.backend),
+        Projection(teacher_hidden_states, heads.teacher, temperatures, settings.backend),
         token_weights,
         temperature=settings.temperature,
         backend=settings.backend,

@@ -90,9 +90,7 @@ class LogitGradients:
         self, gradient: Float[Tensor, "R V"], logits: Float[Tensor, "R V"], rows: Rows
     ) -> None:
         """Turns the gradient by the logits into that by h W^T over `Projection.factor`."""
-        slope = self.projection.slope_(logits, rows)
-        if slope is not None:
-            gradient.mul_(slope)
+        self.projection.through_cap(logits, rows, gradient)
 
     def add(self, gradient: Float[Tensor, "R V"], rows: Rows) -> None:
         """Takes the gradient that `of` has last given the place for, for `grad_weight`."""
@@ -221,11 +219,8 @@ class HiddenSource:
 
         before: what was kept for the same rows earlier, where the head's gradients have it already.
         """
-        slope = self.student.slope_(self.logits_buffer[: len(gradient)], rows)
-        if slope is not None:
-            gradient.mul_(slope)
-            if before is not None:
-                before.mul_(slope)
+        earlier = () if before is None else (before,)
+        self.student.through_cap(self.logits_buffer[: len(gradient)], rows, gradient, *earlier)
         if self.with_hidden_gradient:
             if isinstance(rows, slice):
                 self.product.hidden(gradient, out=self.grad_hidden[rows])

@@ -28,7 +28,9 @@ def token_stats(
     """Returns (2, N): logsumexp and entropy."""
     check_temperatures_values(temperatures)
     with no_autocast(hidden_states):
-        return _tokens.run_stats(Projection(hidden_states, head, temperatures), settings, shard)
+        return _tokens.run_stats(
+            Projection(hidden_states, head, temperatures, settings.backend), settings, shard
+        )
 
 
 @token_stats.register_fake
@@ -54,7 +56,7 @@ def token_logprobs(
     check_temperatures_values(temperatures)
     with no_autocast(hidden_states):
         values, grad_hidden = _tokens.run_logprobs(
-            Projection(hidden_states, head, temperatures),
+            Projection(hidden_states, head, temperatures, settings.backend),
             token_ids,
             settings,
             shard,
@@ -127,7 +129,7 @@ def token_logprobs_head_gradient(
     empty tensors, float32 or better."""
     with no_autocast(hidden_states):
         return _tokens.run_logprobs_head_gradient(
-            Projection(hidden_states, head, temperatures),
+            Projection(hidden_states, head, temperatures, settings.backend),
             token_ids,
             token_weights,
             settings,

@@ -152,9 +152,7 @@ def run_teacher_top_k(
         with_gradient=with_gradient,
     )
     if with_gradient:
-        slope = student.slope_(student_logits, every)
-        if slope is not None:
-            loss.gradient.mul_(slope)
+        student.through_cap(student_logits, every, loss.gradient)
         scale_rows(loss.gradient, student.factor)
     return ids, loss
 

@@ -42,8 +42,8 @@ def paint_loss_teacher_top_k(
     check_temperatures_values(temperatures)
     with no_autocast(student_hidden_states):
         ids, found = _topk.run_teacher_top_k(
-            Projection(student_hidden_states, heads.student, temperatures),
-            Projection(teacher_hidden_states, heads.teacher, temperatures),
+            Projection(student_hidden_states, heads.student, temperatures, settings.backend),
+            Projection(teacher_hidden_states, heads.teacher, temperatures, settings.backend),
             cu_seqlens,
             settings,
             shard,

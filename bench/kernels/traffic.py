@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
+from bench.kernels.head_variants import head_launches
 from bench.kernels.launches import Launch
 from bench.kernels.shard_variants import shard_launches
 from bench.kernels.topk_variants import topk_launches
@@ -276,7 +277,7 @@ def main() -> None:
             traffic = traffic_of(variant, row)
             counts.append(figures(variant.kernel, variant.name, row.name, traffic, num_columns))
     plain = Row(False, False).name
-    for name, launch in shard_launches(COUNTED_SHAPE):
+    for name, launch in (*shard_launches(COUNTED_SHAPE), *head_launches(COUNTED_SHAPE)):
         traffic = traffic_of_launch(launch)
         counts.append(figures(launch.kernel.__name__, name, plain, traffic, launch.num_entries))
     for name, launch in topk_launches():

@@ -19,6 +19,7 @@ from paint_kernels import (
     _plan,
     _tokens,
     _triton_backend,
+    _triton_heads,
     paint_loss,
     paint_loss_from_logits,
     reference,
@@ -46,6 +47,7 @@ def small_tiles():
         patch.setattr(_triton_backend, "LANES", 32)
         # Some clipped entries are the largest of their group, and some are not.
         patch.setattr(_triton_backend, "GROUPS", 16)
+        patch.setattr(_triton_heads, "BLOCK", 64)
         patch.setattr(_ops, "most_rows", lambda *_: MOST_ROWS)
         patch.setattr(_tokens, "most_rows", lambda *_: MOST_ROWS)
         yield
@@ -125,6 +127,32 @@ def test_clipped_entries_of_capped_logits(build, check, clip_for, divergence):
     tau = clip_for(batch, **options)
     output = check(paint_loss, batch, backend="triton", pointwise_clip=tau, **options)
     assert (output.clipped_mass > 0).any()
+
+
+@pytest.mark.parametrize("temperatures", [True, False])
+@pytest.mark.parametrize("softcap", [None, 0.5, 30.0])
+def test_logits_of_a_head_and_the_way_back_through_its_cap(error, softcap, temperatures):
+    """Of products from 1e-6 to 1e6 and of infinite ones: every logit alone is accurate."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(-6, 6, 203)
+    product = torch.stack([sizes, -sizes, torch.randn(203, generator=generator)]).to(DEVICE)
+    product[2, :2] = torch.tensor([math.inf, -math.inf])
+    bias = None if temperatures else torch.zeros(203, device=DEVICE)
+    own = torch.tensor([0.5, 1.0, 2.0], device=DEVICE) if temperatures else None
+    exact = 0.7 * product.double()
+    if softcap is not None:
+        exact = softcap * torch.tanh(exact / softcap)
+    exact_slope = torch.ones_like(exact) if softcap is None else 1 - (exact / softcap) ** 2
+    if own is not None:
+        exact /= own.double()[:, None]
+    logits = product.clone()
+    _triton_heads.logits_from_product(logits, bias, 0.7, softcap, own)
+    torch.testing.assert_close(logits.double(), exact, rtol=2e-6, atol=0.0)
+    if softcap is not None:
+        gradient = torch.randn(3, 203, generator=generator).to(DEVICE)
+        expected = gradient.double() * exact_slope
+        _triton_heads.gradient_through_cap(gradient, logits, softcap, own)
+        assert error(gradient, expected) < 1e-6
 
 
 def test_chunks_of_any_size_agree(build, error, monkeypatch):

@@ -27,6 +27,7 @@ from paint_kernels import (
     _ops,
     _tokens,
     _triton_backend,
+    _triton_heads,
     _triton_shards,
     _triton_topk,
     paint_loss,
@@ -136,6 +137,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(_triton_topk, "ENTRIES", 4)
     monkeypatch.setattr(_triton_topk, "WIDTH_BLOCK", 8)
     monkeypatch.setattr(_triton_topk, "SOFTMAX_BLOCK", 64)
+    monkeypatch.setattr(_triton_heads, "BLOCK", 64)
 
 
 def layouts(rows, columns, dtype=torch.float32):
@@ -254,6 +256,28 @@ def test_softmax(columns, dtype):
         _triton_topk.softmax_rows(logits, torch.zeros(2), 1.1, out, 4.0)
     assert sanitizer.num_accesses > 4 * columns
     assert torch.equal(out, torch.full_like(out, 4.0))
+
+
+@pytest.mark.parametrize(
+    ("softcap", "per_token"), [(None, False), (None, True), (3.0, False), (3.0, True)]
+)
+@pytest.mark.parametrize("columns", VOCAB_SIZES)
+def test_heads_that_do_more_than_a_product(columns, softcap, per_token):
+    logits = with_gaps(torch.ones(2, columns))
+    bias = torch.ones(columns, dtype=torch.bfloat16) if per_token else None
+    temperatures = torch.full((2,), 2.0) if per_token else None
+    with sanitized("logits_ptr") as sanitizer:
+        _triton_heads.logits_from_product(logits, bias, 0.5, softcap, temperatures)
+    assert sanitizer.num_accesses >= 4 * columns
+    assert logits.isfinite().all()
+    if softcap is None:
+        return
+    for dtype in (torch.float16, torch.float32):
+        gradient = with_gaps(torch.ones(2, columns, dtype=dtype))
+        with sanitized("gradient_ptr") as sanitizer:
+            _triton_heads.gradient_through_cap(gradient, logits, softcap, temperatures)
+        assert sanitizer.num_accesses >= 6 * columns
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("tail", TAILS)

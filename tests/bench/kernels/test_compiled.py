@@ -14,6 +14,7 @@ import triton.language as tl
 
 from bench import kernels_report
 from bench.kernels.compiled import ARCHITECTURES, compile_launch, problems
+from bench.kernels.head_variants import KERNELS as HEAD_KERNELS
 from bench.kernels.launches import Launch
 from bench.kernels.shard_variants import KERNELS as SHARD_KERNELS
 from bench.kernels.topk_variants import KERNELS as TOP_K_KERNELS
@@ -24,6 +25,7 @@ FORWARD_KL = "forward_kl, fp32 logits, fp16 gradient"
 WITHOUT_SUMS = (
     *("softmax_kernel", "logprobs_gradient_kernel"),
     *("shard_gradient_kernel", "shard_logprobs_gradient_kernel"),
+    *("head_logits_kernel", "cap_gradient_kernel"),
 )
 ARCHITECTURE = {architecture.name: architecture for architecture in ARCHITECTURES}
 
@@ -61,13 +63,14 @@ def test_every_kernel_is_sound_on_every_architecture(report):
     compiled = report["compiled"]
     found = {(line["kernel"], line["architecture"]) for line in compiled}
     assert len(KERNELS) >= 3
-    every = (*KERNELS, *TOP_K_KERNELS, *SHARD_KERNELS)
+    every = (*KERNELS, *TOP_K_KERNELS, *SHARD_KERNELS, *HEAD_KERNELS)
     assert found == {(kernel, name) for kernel in every for name in ARCHITECTURE}
     for line in compiled:
         assert line["spill_bytes"] == 0, line
         assert not line["float64"] and line["row_offsets_64bit"], line
-        sums = line["kernel"] not in WITHOUT_SUMS
-        assert (line["shared_bytes"] > 0) is sums, line
+        # Threads exchange sums, and entries of a bias that were loaded in half precision.
+        exchanges = line["kernel"] not in WITHOUT_SUMS or "bf16 bias" in line["variant"]
+        assert (line["shared_bytes"] > 0) is exchanges, line
         assert line["shared_bytes"] <= line["max_shared_bytes"], line
         assert line["registers"] > 0 and line["resident_blocks"] > 0, line
         if "ragged" not in line["variant"]:
@@ -104,6 +107,15 @@ def test_a_row_is_read_as_often_as_it_must_be(report):
     assert moved(report, "jsd, fp16 gradient")["plain"] == (8, 2)
 
 
+def test_a_scale_a_cap_and_temperatures_read_and_write_each_logit_once(report):
+    """And, on the way back, each gradient. The bias is read by every row: 2 bytes in bfloat16,
+    which a cache serves."""
+    assert moved(report, "scale")["plain"] == moved(report, "scale, cap")["plain"] == (4, 4)
+    assert moved(report, "bf16 bias, scale, cap, temperatures")["plain"] == (6, 4)
+    for name in ("cap, fp16 gradient", "cap, temperatures, fp16 gradient"):
+        assert moved(report, name)["plain"] == (6, 2)
+
+
 def test_a_row_of_the_head_is_read_once_for_each_id(report):
     """2 bytes an entry in bfloat16, 4 in float32, also where a tile has room for more ids. A
     trainable head's gradient is read and written once for the sixteen ids that add to it."""
@@ -119,9 +131,9 @@ def test_a_row_of_the_head_is_read_once_for_each_id(report):
 
 def test_counted_bytes_are_those_of_the_compiled_loads_and_stores(report):
     """A row that takes every branch moves the bytes of all compiled loads and stores. (The kernels
-    for a top-k have no passes over rows of logits.)"""
+    for a top-k and for heads have no passes over rows of logits.)"""
     for line in report["compiled"]:
-        if line["kernel"] in TOP_K_KERNELS:
+        if line["kernel"] in (*TOP_K_KERNELS, *HEAD_KERNELS):
             continue
         rows = moved(report, line["variant"]).values()
         most = max(loaded for loaded, _ in rows), max(stored for _, stored in rows)

@@ -5,6 +5,8 @@ import copy
 import pytest
 
 from bench import kernels_report
+from bench.kernels.head_variants import KERNELS as HEAD_KERNELS
+from bench.kernels.head_variants import head_launches
 from bench.kernels.limits import (
     DEVICES,
     Counts,
@@ -19,13 +21,15 @@ from bench.kernels.topk_variants import KERNELS as TOP_K_KERNELS
 from bench.kernels.topk_variants import topk_launches
 from bench.kernels.traffic import VARIANTS
 
-PRODUCTS = ("gathered_logits_kernel", "weighted_rows_kernel")
-"""without exponentials"""
+WITHOUT_EXPONENTIALS = ("gathered_logits_kernel", "weighted_rows_kernel", "cap_gradient_kernel")
+HEAD = "head_logits_kernel"
+"""has exponentials with a cap"""
 
 
 def test_every_usual_variant_has_counts_on_every_architecture():
     lines = {(line["kernel"], line["variant"]) for line in committed()["compiled"]}
-    others = (*topk_launches(), *shard_launches((4, 1024)))
+    shape = 4, 1024
+    others = (*topk_launches(), *shard_launches(shape), *head_launches(shape))
     expected = {(variant.kernel, variant.name) for variant in VARIANTS}
     assert lines == expected | {(launch.kernel.__name__, name) for name, launch in others}
     for architecture in ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950"):
@@ -33,7 +37,7 @@ def test_every_usual_variant_has_counts_on_every_architecture():
         assert {key[:2] for key in found} == lines
         for (kernel, *_), counts in found.items():
             assert min(counts.instructions, counts.bytes) > 0
-            assert (counts.special == 0) is (kernel in PRODUCTS)
+            assert (counts.special == 0) is (kernel in WITHOUT_EXPONENTIALS) or kernel == HEAD
 
 
 def test_the_passes_that_a_row_takes():
@@ -69,7 +73,7 @@ def test_a_count_that_grew_or_has_no_bound_is_found():
     more, moved = growth(report, bound, every=True)
     assert f"{line['architecture']}: instructions per entry, pass {name}" in more
     assert "bytes per entry" in moved and "above the committed" in moved
-    for kernel in (*TOP_K_KERNELS, *SHARD_KERNELS):
+    for kernel in (*TOP_K_KERNELS, *SHARD_KERNELS, *HEAD_KERNELS):
         report = copy.deepcopy(committed())
         of_kernel = [line for line in report["compiled"] if line["kernel"] == kernel]
         for line in of_kernel:
