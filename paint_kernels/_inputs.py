@@ -20,11 +20,13 @@ from paint_kernels._checks import (
     check_projection,
     check_same_rows,
     check_softcap,
+    check_top_k,
     local_rows,
     one_group,
     resolve_vocab_size,
 )
 from paint_kernels._heads import Head, Heads, cap_or_none
+from paint_kernels._settings import LossOptions, LossSettings, without_temperature
 from paint_kernels._shards import WHOLE, Shard, resolve_shard
 from paint_kernels._types import PaintLossOutput
 from paint_kernels.selection import rollout_ids
@@ -83,6 +85,25 @@ def token_options(
     return TokenOptions(token_weights, float(temperature), temperatures, selected)
 
 
+def loss_settings(
+    options: LossOptions, given: TokenOptions, backend: str, chunk_rows: int | None, vocab_size: int
+) -> LossSettings:
+    """Returns the settings of a loss. vocab_size: of the whole vocabulary."""
+    settings = LossSettings(
+        temperature=given.temperature,
+        backend=backend,
+        chunk_rows=chunk_rows,
+        **without_temperature(options),
+    )
+    check_top_k(settings.teacher_top_k, vocab_size)
+    # A selection from outside stands for all rows that the top fraction can have.
+    return settings if given.selected is None else dataclasses.replace(settings, top_fraction=1.0)
+
+
+def wants_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
 def loss_weights(
     rows: Tensor,
     cu_seqlens: Tensor,
@@ -119,6 +140,21 @@ def loss_weights(
         if isinstance(count, Tensor):
             count = count.to(device, non_blocking=True)
     return (weights / count).to(dtype)
+
+
+def output_of(
+    loss: Tensor, table: Tensor, selected: Tensor, token_weights: Tensor | None
+) -> PaintLossOutput:
+    """Names what an operator returns.
+
+    token_weights: of the losses per token, which a reduced loss has in it already.
+    """
+    token_loss, token_kl, student_entropy, teacher_entropy, ratio, clipped_mass = table.detach()
+    if loss.ndim and token_weights is not None:
+        loss = loss * token_weights
+    return PaintLossOutput(
+        loss, token_loss, token_kl, student_entropy, teacher_entropy, ratio, clipped_mass, selected
+    )
 
 
 class Parallel(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -13,65 +12,30 @@ from paint_kernels._checks import (
     check_chunk_rows,
     check_cu_seqlens,
     check_token_ids,
-    check_top_k,
     local_tensor,
     resolve_backend,
 )
 from paint_kernels._heads import Head, Heads, Projection, logits_dtype
 from paint_kernels._inputs import (
     Parallel,
-    TokenOptions,
     as_autocast_would,
     check_logits,
     label_rows,
+    loss_settings,
     loss_weights,
+    output_of,
     resolve_head,
     resolve_heads,
     token_options,
+    wants_gradient,
 )
 from paint_kernels._matmul import compute_dtype
-from paint_kernels._settings import (
-    LossOptions,
-    LossSettings,
-    TokenSettings,
-    lists_options,
-    without_temperature,
-)
+from paint_kernels._settings import LossOptions, TokenSettings, lists_options
 from paint_kernels._types import PaintLossOutput, TokenLogprobs, TokenStats
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch.distributed import ProcessGroup
-
-
-def _settings(
-    options: LossOptions, given: TokenOptions, backend: str, chunk_rows: int | None, vocab_size: int
-) -> LossSettings:
-    settings = LossSettings(
-        temperature=given.temperature,
-        backend=backend,
-        chunk_rows=chunk_rows,
-        **without_temperature(options),
-    )
-    check_top_k(settings.teacher_top_k, vocab_size)
-    # A selection from outside stands for all rows that the top fraction can have.
-    return settings if given.selected is None else replace(settings, top_fraction=1.0)
-
-
-def output_of(
-    loss: Tensor, table: Tensor, selected: Tensor, token_weights: Tensor | None
-) -> PaintLossOutput:
-    """token_weights: of the losses per token, which a reduced loss has in it already."""
-    token_loss, token_kl, student_entropy, teacher_entropy, ratio, clipped_mass = table.detach()
-    if loss.ndim and token_weights is not None:
-        loss = loss * token_weights
-    return PaintLossOutput(
-        loss, token_loss, token_kl, student_entropy, teacher_entropy, ratio, clipped_mass, selected
-    )
-
-
-def wants_gradient(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def _token_settings(
@@ -253,7 +217,7 @@ def paint_loss_from_logits(
     dtype = compute_dtype(student, teacher)
     given = token_options(student, dtype, **per_token)
     backend = resolve_backend(backend, student.device, dtype)
-    settings = _settings(options, given, backend, chunk_rows, shard.vocab_size(columns))
+    settings = loss_settings(options, given, backend, chunk_rows, shard.vocab_size(columns))
     loss, table, chosen, _ = _ops.paint_loss_from_logits(
         student[:, :columns],
         teacher[:, :columns],
@@ -410,7 +374,7 @@ def paint_loss(
     given = token_options(student, dtype, **per_token)
     backend = resolve_backend(backend, student.device, dtype)
     whole_size = shard.vocab_size(heads.lm_head_weight.shape[0])
-    settings = _settings(options, given, backend, chunk_rows, whole_size)
+    settings = loss_settings(options, given, backend, chunk_rows, whole_size)
     weights = loss_weights(student, cu_seqlens, reduction, denominator, given.weights, dtype)
     inputs = student, teacher, *heads.arguments(), cu_seqlens, weights
     inputs = *inputs, given.temperatures, given.selected

@@ -15,12 +15,18 @@ from paint_kernels._checks import (
     resolve_backend,
 )
 from paint_kernels._heads import Head
-from paint_kernels._inputs import Parallel, as_autocast_would, loss_weights, resolve_head
+from paint_kernels._inputs import (
+    Parallel,
+    as_autocast_would,
+    loss_weights,
+    output_of,
+    resolve_head,
+    wants_gradient,
+)
 from paint_kernels._matmul import compute_dtype
 from paint_kernels._settings import LossOptions, LossSettings, lists_options
 from paint_kernels._topk import TAILS
 from paint_kernels._types import PaintLossOutput
-from paint_kernels.functional import output_of, wants_gradient
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
