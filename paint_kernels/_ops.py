@@ -6,7 +6,6 @@ backward passes work. The head's gradient sums over tokens, so it needs their we
 pass has them for a reduced loss. For per-token losses the backward pass recomputes the logits.
 """
 
-import inspect
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from paint_kernels._checks import check_cu_seqlens_values, check_temperatures_va
 from paint_kernels._heads import Heads, Projection, logits_dtype
 from paint_kernels._matmul import compute_dtype
 from paint_kernels._plan import largest_chunk, most_rows, plan_chunks
-from paint_kernels._settings import LossSettings, takes_fields
+from paint_kernels._settings import LossSettings, fields_of, input_names, takes_fields
 from paint_kernels._shards import Shard
 from paint_kernels._sources import HiddenSource, LogitsSource
 
@@ -38,6 +37,26 @@ def no_second_derivative() -> None:
 def reduced(token_loss: Tensor, token_weights: Tensor | None) -> Tensor:
     # A copy, because the outputs of an operator must not share memory.
     return token_loss.clone() if token_weights is None else (token_loss * token_weights).sum()
+
+
+def loss_outputs(
+    values: _loss.TokenValues, token_weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the loss, the (6, N) token values and the (N,) selection, the first outputs of every
+    operator of a loss."""
+    return reduced(values.table[0], token_weights), values.table, values.selected
+
+
+def fake_loss_outputs(
+    rows: Tensor, token_weights: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the same without values, for an operator's fake. rows: one for each token."""
+    num_tokens, new = rows.shape[0], rows.new_empty
+    return (
+        new((num_tokens,) if token_weights is None else (), dtype=dtype),
+        new((6, num_tokens), dtype=dtype),
+        new((num_tokens,), dtype=torch.bool),
+    )
 
 
 def upstream_of(grad_loss: Tensor, token_weights: Tensor | None) -> Tensor:
@@ -121,12 +140,11 @@ def _paint_loss(
             with_bias_gradient=with_bias_gradient and token_weights is not None,
         )
         values = _loss.run_loss(source, chunks, cu_seqlens, settings, given_selection)
-    loss = reduced(values.table[0], token_weights)
     by_head = source.grad_weight, source.grad_bias
-    return loss, values.table, values.selected, source.grad_hidden, *by_head
+    return *loss_outputs(values, token_weights), source.grad_hidden, *by_head
 
 
-PAINT_LOSS_INPUTS = tuple(inspect.signature(_paint_loss).parameters)
+PAINT_LOSS_INPUTS = input_names(_paint_loss)
 paint_loss = torch.library.custom_op("paint_kernels::paint_loss", _paint_loss, mutates_args=())
 
 
@@ -145,15 +163,12 @@ def _(
     with_bias_gradient,
     *settings,
 ):
-    num_tokens = student_hidden_states.shape[0]
     dtype = logits_dtype(student_hidden_states, teacher_hidden_states, heads)
-    new = student_hidden_states.new_empty
+    size = student_hidden_states.shape if with_hidden_gradient else (0,)
     in_forward = token_weights is not None
     return (
-        new((num_tokens,) if token_weights is None else (), dtype=dtype),
-        new((6, num_tokens), dtype=dtype),
-        new((num_tokens,), dtype=torch.bool),
-        new(student_hidden_states.shape if with_hidden_gradient else (0,), dtype=dtype),
+        *fake_loss_outputs(student_hidden_states, token_weights, dtype),
+        student_hidden_states.new_empty(size, dtype=dtype),
         *empty_head_gradients(
             heads.lm_head_weight,
             dtype,
@@ -175,11 +190,11 @@ def empty_head_gradients(
 
 def _paint_loss_setup(ctx, inputs, output):
     given = dict(zip(PAINT_LOSS_INPUTS, inputs, strict=True))
-    heads = Heads(**{name: given[name] for name in Heads.__dataclass_fields__})
+    heads = Heads(*fields_of(Heads, given))
     _, _, selected, grad_hidden, grad_weight, grad_bias = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.settings = inputs[PAINT_LOSS_INPUTS.index("with_bias_gradient") + 1 :]
+    ctx.settings = *fields_of(LossSettings, given), *fields_of(Shard, given)
     ctx.dtypes = given["student_hidden_states"].dtype, heads.lm_head_weight.dtype
     ctx.bias_dtype = None if heads.lm_head_bias is None else heads.lm_head_bias.dtype
     redone = ()
@@ -268,9 +283,8 @@ def _(
     return empty_head_gradients(heads.lm_head_weight, dtype, *wanted)
 
 
-@torch.library.custom_op("paint_kernels::paint_loss_from_logits", mutates_args=())
 @takes_fields
-def paint_loss_from_logits(
+def _paint_loss_from_logits(
     student_logits: Tensor,
     teacher_logits: Tensor,
     cu_seqlens: Tensor,
@@ -290,8 +304,7 @@ def paint_loss_from_logits(
             given_selection,
             with_gradient=with_gradient,
         )
-        loss = reduced(values.table[0], token_weights)
-        return loss, values.table, values.selected, gradient
+        return *loss_outputs(values, token_weights), gradient
     num_rows, num_columns = student_logits.shape
     # Logits and gradient exist whole already. Chunks only bound the copies that are made of them.
     row_major = student_logits.stride(1) == teacher_logits.stride(1) == 1
@@ -312,8 +325,13 @@ def paint_loss_from_logits(
         shard=shard,
     )
     values = _loss.run_loss(source, chunks, cu_seqlens, settings, given_selection)
-    loss = reduced(values.table[0], token_weights)
-    return loss, values.table, values.selected, source.grad_logits
+    return *loss_outputs(values, token_weights), source.grad_logits
+
+
+FROM_LOGITS_INPUTS = input_names(_paint_loss_from_logits)
+paint_loss_from_logits = torch.library.custom_op(
+    "paint_kernels::paint_loss_from_logits", _paint_loss_from_logits, mutates_args=()
+)
 
 
 @paint_loss_from_logits.register_fake
@@ -327,33 +345,30 @@ def _(
     with_gradient,
     *settings,
 ):
-    num_tokens = student_logits.shape[0]
     dtype = compute_dtype(student_logits, teacher_logits)
-    new = student_logits.new_empty
     return (
-        new((num_tokens,) if token_weights is None else (), dtype=dtype),
-        new((6, num_tokens), dtype=dtype),
-        new((num_tokens,), dtype=torch.bool),
-        new(student_logits.shape if with_gradient else (0,)),
+        *fake_loss_outputs(student_logits, token_weights, dtype),
+        student_logits.new_empty(student_logits.shape if with_gradient else (0,)),
     )
 
 
 def _from_logits_setup(ctx, inputs, output):
+    given = dict(zip(FROM_LOGITS_INPUTS, inputs, strict=True))
+    _, _, _, grad_logits = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.num_inputs = len(inputs)
-    ctx.save_for_backward(inputs[3], output[3])
+    ctx.save_for_backward(given["token_weights"], grad_logits)
 
 
 def _from_logits_backward(ctx, grad_loss, *_):
     no_second_derivative()
-    grads: list[Tensor | None] = [None] * ctx.num_inputs
-    if grad_loss is not None and ctx.needs_input_grad[0]:
+    grads: dict[str, Tensor] = {}
+    needed = dict(zip(FROM_LOGITS_INPUTS, ctx.needs_input_grad, strict=True))
+    if grad_loss is not None and needed["student_logits"]:
         token_weights, grad_logits = ctx.saved_tensors
-        grads[0] = scaled_rows(
-            grad_logits, upstream_of(grad_loss, token_weights), grad_logits.dtype
-        )
-    return tuple(grads)
+        upstream = upstream_of(grad_loss, token_weights)
+        grads["student_logits"] = scaled_rows(grad_logits, upstream, grad_logits.dtype)
+    return tuple(grads.get(name) for name in FROM_LOGITS_INPUTS)
 
 
 paint_loss_from_logits.register_autograd(_from_logits_backward, setup_context=_from_logits_setup)

@@ -8,7 +8,7 @@ only plain values; with `takes_fields` it can still be written with a `LossSetti
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import Parameter
 from typing import Any, TypedDict, TypeVar
 
@@ -182,3 +182,13 @@ def takes_fields(function: Callable[..., Any]) -> Callable[..., Any]:
 
     operator.__signature__ = signature.replace(parameters=plain)  # pyright: ignore
     return operator
+
+
+def input_names(operator: Callable[..., Any]) -> tuple[str, ...]:
+    """Returns the names of the inputs of an operator's function, in their order."""
+    return tuple(inspect.signature(operator).parameters)
+
+
+def fields_of(kind: type, given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns the fields of a parameter that is a dataclass, from an operator's inputs by name."""
+    return tuple(given[field.name] for field in dataclasses.fields(kind))

@@ -12,7 +12,7 @@ from paint_kernels._ops import (
     no_second_derivative,
     scaled_rows,
 )
-from paint_kernels._settings import TokenSettings, takes_fields
+from paint_kernels._settings import TokenSettings, fields_of, input_names, takes_fields
 from paint_kernels._shards import Shard
 
 
@@ -40,9 +40,8 @@ def _(hidden_states, head: Head, temperatures, *settings):
     return hidden_states.new_empty((2, hidden_states.shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op("paint_kernels::token_logprobs", mutates_args=())
 @takes_fields
-def token_logprobs(
+def _token_logprobs(
     hidden_states: Tensor,
     head: Head,
     token_ids: Tensor,
@@ -65,6 +64,12 @@ def token_logprobs(
     return values[0].clone(), values[1].clone(), grad_hidden
 
 
+LOGPROBS_INPUTS = input_names(_token_logprobs)
+token_logprobs = torch.library.custom_op(
+    "paint_kernels::token_logprobs", _token_logprobs, mutates_args=()
+)
+
+
 @token_logprobs.register_fake
 @takes_fields
 def _(hidden_states, head: Head, token_ids, temperatures, with_hidden_gradient, *settings):
@@ -78,35 +83,43 @@ def _(hidden_states, head: Head, token_ids, temperatures, with_hidden_gradient, 
 
 
 def _token_logprobs_setup(ctx, inputs, output):
-    hidden_states, weight, bias, scale, softcap, token_ids, temperatures, _, *settings = inputs
+    given = dict(zip(LOGPROBS_INPUTS, inputs, strict=True))
+    # PyTorch's own last input comes after these here.
+    needed = dict(zip(LOGPROBS_INPUTS, ctx.needs_input_grad, strict=False))
+    _, _, grad_hidden = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.numbers, ctx.settings, ctx.num_inputs = (scale, softcap), settings, len(inputs)
-    ctx.hidden_dtype = hidden_states.dtype
+    ctx.numbers = given["scale"], given["softcap"]
+    ctx.settings = *fields_of(TokenSettings, given), *fields_of(Shard, given)
+    ctx.hidden_dtype = given["hidden_states"].dtype
     redone = ()
-    if any(ctx.needs_input_grad[1:3]):
-        redone = (hidden_states, weight, bias, token_ids, temperatures)
-    ctx.save_for_backward(output[2], *redone)
+    if needed["weight"] or needed["bias"]:
+        names = "hidden_states", "weight", "bias", "token_ids", "temperatures"
+        redone = [given[name] for name in names]
+    ctx.save_for_backward(grad_hidden, *redone)
 
 
 def _token_logprobs_backward(ctx, grad_logprobs, *_):
     no_second_derivative()
-    grad_hidden, *redone = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_logprobs is None:
-        return tuple(grads)
-    if ctx.needs_input_grad[0]:
-        grads[0] = scaled_rows(grad_hidden, grad_logprobs, ctx.hidden_dtype)
-    wanted = ctx.needs_input_grad[1:3]
+        return (None,) * len(LOGPROBS_INPUTS)
+    grad_hidden, *redone = ctx.saved_tensors
+    needed = dict(zip(LOGPROBS_INPUTS, ctx.needs_input_grad, strict=True))
+    grads: dict[str, Tensor] = {}
+    if needed["hidden_states"]:
+        grads["hidden_states"] = scaled_rows(grad_hidden, grad_logprobs, ctx.hidden_dtype)
+    wanted = needed["weight"], needed["bias"]
     if any(wanted):
         hidden_states, weight, bias, token_ids, temperatures = redone
         by_weight, by_bias = token_logprobs_head_gradient(
             *(hidden_states, weight, bias, *ctx.numbers),
             *(token_ids, temperatures, grad_logprobs, *wanted, *ctx.settings),
         )
-        grads[1] = by_weight.to(weight.dtype) if wanted[0] else None
-        grads[2] = by_bias.to(bias.dtype) if wanted[1] else None
-    return tuple(grads)
+        if needed["weight"]:
+            grads["weight"] = by_weight.to(weight.dtype)
+        if needed["bias"]:
+            grads["bias"] = by_bias.to(bias.dtype)
+    return tuple(grads.get(name) for name in LOGPROBS_INPUTS)
 
 
 token_logprobs.register_autograd(_token_logprobs_backward, setup_context=_token_logprobs_setup)

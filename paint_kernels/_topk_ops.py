@@ -4,8 +4,6 @@ The forward pass keeps each token's gradient on its support, k numbers, and the 
 computes those by the hidden states and the head from it.
 """
 
-from dataclasses import fields
-
 import torch
 from torch import Tensor
 
@@ -17,14 +15,19 @@ from paint_kernels._checks import (
 )
 from paint_kernels._heads import Head, Heads, Projection, logits_dtype
 from paint_kernels._matmul import compute_dtype
-from paint_kernels._ops import no_autocast, no_second_derivative, reduced, upstream_of
-from paint_kernels._settings import LossSettings, takes_fields
+from paint_kernels._ops import (
+    fake_loss_outputs,
+    loss_outputs,
+    no_autocast,
+    no_second_derivative,
+    upstream_of,
+)
+from paint_kernels._settings import LossSettings, fields_of, input_names, takes_fields
 from paint_kernels._shards import Shard
 
 
-@torch.library.custom_op("paint_kernels::paint_loss_teacher_top_k", mutates_args=())
 @takes_fields
-def paint_loss_teacher_top_k(
+def _paint_loss_teacher_top_k(
     student_hidden_states: Tensor,
     teacher_hidden_states: Tensor,
     heads: Heads,
@@ -50,9 +53,13 @@ def paint_loss_teacher_top_k(
             given_selection,
             with_gradient=with_gradient,
         )
-    values = found.values
-    loss = reduced(values.table[0], token_weights)
-    return loss, values.table, values.selected, ids, found.gradient
+    return *loss_outputs(found.values, token_weights), ids, found.gradient
+
+
+TEACHER_TOP_K_INPUTS = input_names(_paint_loss_teacher_top_k)
+paint_loss_teacher_top_k = torch.library.custom_op(
+    "paint_kernels::paint_loss_teacher_top_k", _paint_loss_teacher_top_k, mutates_args=()
+)
 
 
 @paint_loss_teacher_top_k.register_fake
@@ -69,45 +76,43 @@ def _(
     settings: LossSettings,
     *shard,
 ):
-    num_tokens = student_hidden_states.shape[0]
     dtype = logits_dtype(student_hidden_states, teacher_hidden_states, heads)
-    shape = num_tokens, settings.teacher_top_k
+    shape = student_hidden_states.shape[0], settings.teacher_top_k
     new = student_hidden_states.new_empty
     return (
-        new((num_tokens,) if token_weights is None else (), dtype=dtype),
-        new((6, num_tokens), dtype=dtype),
-        new((num_tokens,), dtype=torch.bool),
+        *fake_loss_outputs(student_hidden_states, token_weights, dtype),
         new(shape, dtype=torch.int64),
         new(shape if with_gradient else (0,), dtype=dtype),
     )
 
 
 def _teacher_top_k_setup(ctx, inputs, output):
-    num_heads = len(fields(Heads))
-    student, _, weight, bias = inputs[:4]
-    _, token_weights, _, _, _, *settings = inputs[2 + num_heads :]
+    given = dict(zip(TEACHER_TOP_K_INPUTS, inputs, strict=True))
     _, _, _, ids, gradient = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.settings, ctx.num_inputs = settings, len(inputs)
-    ctx.save_for_backward(token_weights, gradient, ids, student, weight, bias)
+    ctx.settings = *fields_of(LossSettings, given), *fields_of(Shard, given)
+    ctx.shard = Shard(*fields_of(Shard, given))
+    names = "token_weights", "student_hidden_states", "lm_head_weight", "lm_head_bias"
+    ctx.save_for_backward(gradient, ids, *(given[name] for name in names))
 
 
 def _teacher_top_k_backward(ctx, grad_loss, *_):
     no_second_derivative()
-    grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_loss is None:
-        return tuple(grads)
-    token_weights, gradient, ids, student, weight, bias = ctx.saved_tensors
+        return (None,) * len(TEACHER_TOP_K_INPUTS)
+    gradient, ids, token_weights, student, weight, bias = ctx.saved_tensors
     values = gradient * upstream_of(grad_loss, token_weights)[:, None]
-    if ctx.needs_input_grad[0]:
-        grads[0] = support_hidden_gradient(values, ids, student, weight, None, *ctx.settings)
-    if ctx.needs_input_grad[2]:
-        grads[2] = support_weight_gradient(values, ids, student, weight, None, *ctx.settings)
-    if ctx.needs_input_grad[3]:
-        shard = Shard(*ctx.settings[-len(fields(Shard)) :])
-        grads[3] = _topk.bias_gradient(values, ids, bias, shard)
-    return tuple(grads)
+    needed = dict(zip(TEACHER_TOP_K_INPUTS, ctx.needs_input_grad, strict=True))
+    support = values, ids, student, weight, None, *ctx.settings
+    grads: dict[str, Tensor] = {}
+    if needed["student_hidden_states"]:
+        grads["student_hidden_states"] = support_hidden_gradient(*support)
+    if needed["lm_head_weight"]:
+        grads["lm_head_weight"] = support_weight_gradient(*support)
+    if needed["lm_head_bias"]:
+        grads["lm_head_bias"] = _topk.bias_gradient(values, ids, bias, ctx.shard)
+    return tuple(grads.get(name) for name in TEACHER_TOP_K_INPUTS)
 
 
 paint_loss_teacher_top_k.register_autograd(
@@ -115,9 +120,8 @@ paint_loss_teacher_top_k.register_autograd(
 )
 
 
-@torch.library.custom_op("paint_kernels::paint_loss_from_topk", mutates_args=())
 @takes_fields
-def paint_loss_from_topk(
+def _paint_loss_from_topk(
     student_hidden_states: Tensor,
     lm_head_weight: Tensor,
     teacher_token_ids: Tensor,
@@ -147,11 +151,15 @@ def paint_loss_from_topk(
             with_hidden_gradient=with_hidden_gradient,
             with_gradient=with_hidden_gradient or with_weight_gradient,
         )
-    values = found.values
-    loss = reduced(values.table[0], token_weights)
     empty = found.gradient.new_empty
     logsumexp, hidden = (empty(0), empty(0)) if rest is None else (rest.logsumexp, rest.hidden)
-    return loss, values.table, values.selected, found.gradient, logsumexp, hidden
+    return *loss_outputs(found.values, token_weights), found.gradient, logsumexp, hidden
+
+
+FROM_TOPK_INPUTS = input_names(_paint_loss_from_topk)
+paint_loss_from_topk = torch.library.custom_op(
+    "paint_kernels::paint_loss_from_topk", _paint_loss_from_topk, mutates_args=()
+)
 
 
 @paint_loss_from_topk.register_fake
@@ -174,9 +182,7 @@ def _(
     new = student_hidden_states.new_empty
     hidden = student_hidden_states.shape if with_tail and with_hidden_gradient else (0,)
     return (
-        new((num_tokens,) if token_weights is None else (), dtype=dtype),
-        new((6, num_tokens), dtype=dtype),
-        new((num_tokens,), dtype=torch.bool),
+        *fake_loss_outputs(student_hidden_states, token_weights, dtype),
         new((num_tokens, num_ids + with_tail) if with_gradient else (0,), dtype=dtype),
         new((num_tokens,) if with_tail else (0,), dtype=dtype),
         new(hidden, dtype=dtype),
@@ -184,27 +190,31 @@ def _(
 
 
 def _from_topk_setup(ctx, inputs, output):
-    student, weight, ids, _, _, token_weights, _, _, tail, *settings = inputs
+    given = dict(zip(FROM_TOPK_INPUTS, inputs, strict=True))
     _, _, _, gradient, logsumexp, hidden = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.settings, ctx.num_inputs = settings, len(inputs)
-    rest = (None, None) if tail == "renormalise" else (logsumexp, hidden)
-    ctx.save_for_backward(token_weights, gradient, ids, student, weight, *rest)
+    ctx.settings = *fields_of(LossSettings, given), *fields_of(Shard, given)
+    rest = (None, None) if given["tail"] == "renormalise" else (logsumexp, hidden)
+    names = "token_weights", "teacher_token_ids", "student_hidden_states", "lm_head_weight"
+    ctx.save_for_backward(gradient, *rest, *(given[name] for name in names))
 
 
 def _from_topk_backward(ctx, grad_loss, *_):
     no_second_derivative()
-    grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_loss is None:
-        return tuple(grads)
-    token_weights, gradient, ids, student, weight, logsumexp, hidden = ctx.saved_tensors
+        return (None,) * len(FROM_TOPK_INPUTS)
+    gradient, logsumexp, hidden, token_weights, *support = ctx.saved_tensors
     values = gradient * upstream_of(grad_loss, token_weights)[:, None]
-    if ctx.needs_input_grad[0]:
-        grads[0] = support_hidden_gradient(values, ids, student, weight, hidden, *ctx.settings)
-    if ctx.needs_input_grad[1]:
-        grads[1] = support_weight_gradient(values, ids, student, weight, logsumexp, *ctx.settings)
-    return tuple(grads)
+    needed = dict(zip(FROM_TOPK_INPUTS, ctx.needs_input_grad, strict=True))
+    grads: dict[str, Tensor] = {}
+    if needed["student_hidden_states"]:
+        by_hidden = support_hidden_gradient(values, *support, hidden, *ctx.settings)
+        grads["student_hidden_states"] = by_hidden
+    if needed["lm_head_weight"]:
+        by_weight = support_weight_gradient(values, *support, logsumexp, *ctx.settings)
+        grads["lm_head_weight"] = by_weight
+    return tuple(grads.get(name) for name in FROM_TOPK_INPUTS)
 
 
 paint_loss_from_topk.register_autograd(_from_topk_backward, setup_context=_from_topk_setup)
