@@ -187,6 +187,10 @@ def check_float(name: str, tensor: Tensor, shape: str, device: torch.device) -> 
         raise ValueError(
             f"{name} is {tensor.dtype}: it must be float16, bfloat16, float32 or float64."
         )
+    check_device(name, tensor, device)
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(
             f"{name} is on {tensor.device}, other inputs on {device}: move them to one device."
@@ -322,11 +326,7 @@ def check_topk(token_ids: Tensor, logprobs: Tensor, num_tokens: int, device: tor
             f"{tuple(logprobs.shape)}: both must be ({num_tokens}, K), K >= 1, one row for each "
             "hidden state. Fill rows with fewer ids up with the id -1."
         )
-    if token_ids.device != device:
-        raise ValueError(
-            f"teacher_token_ids is on {token_ids.device}, other inputs on {device}: move them to "
-            "one device."
-        )
+    check_device("teacher_token_ids", token_ids, device)
 
 
 def check_topk_values(token_ids: Tensor, logprobs: Tensor, vocab_size: int) -> None:

@@ -14,6 +14,7 @@ from paint_kernels._checks import (
     check_cu_seqlens,
     check_cu_seqlens_values,
     check_denominator,
+    check_device,
     check_float,
     check_per_token,
     check_positive,
@@ -366,6 +367,7 @@ class KeptRows(NamedTuple):
                 f"{name} has shape {tuple(values.shape)}, the labels or the mask "
                 f"{tuple(self.shape)}: it must begin with theirs."
             )
+        check_device(name, values, self.indices.device)
         return values.flatten(0, ndim - 1)[self.indices]
 
     def restore(self, output: PaintLossOutput) -> PaintLossOutput:
@@ -380,13 +382,17 @@ class KeptRows(NamedTuple):
         return whole.index_copy(0, self.indices, values).view(self.shape)
 
 
-def mask_rows(loss_mask: Tensor) -> KeptRows:
-    """Returns the rows at which the (B, T) mask is True; its own rows are the rollouts."""
+def mask_rows(loss_mask: Tensor, device: torch.device) -> KeptRows:
+    """Returns the rows at which the (B, T) mask is True; its own rows are the rollouts.
+
+    device: of the hidden states.
+    """
     if loss_mask.dtype != torch.bool or loss_mask.ndim != 2:
         raise ValueError(
             f"loss_mask is {loss_mask.dtype} of shape {tuple(loss_mask.shape)}: it must be bool "
             "(B, T), True on kept positions."
         )
+    check_device("loss_mask", loss_mask, device)
     return _kept(loss_mask, nn.functional.pad(loss_mask.sum(dim=1).cumsum(0), (1, 0)))
 
 
@@ -396,11 +402,14 @@ def _kept(kept: Bool[Tensor, ...], bounds: Int[Tensor, " B+1"]) -> KeptRows:
     return KeptRows(kept.shape, kept.flatten().nonzero()[:, 0], bounds.to(torch.int32).cpu())
 
 
-def label_rows(labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None) -> KeptRows:
+def label_rows(
+    labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None, device: torch.device
+) -> KeptRows:
     """Returns the rows whose label is not `ignore_index`.
 
     cu_seqlens: with (N,) labels, the bounds of the rollouts, ignored rows included. The rows of
         (B, T) labels are the rollouts.
+    device: of the hidden states.
     """
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int32, torch.int64):
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
@@ -410,12 +419,13 @@ def label_rows(labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None) -> 
             f"labels has shape {tuple(labels.shape)}: it must be (B, T), one rollout a row, "
             "without cu_seqlens, or (N,) with them."
         )
+    check_device("labels", labels, device)
     kept = labels != ignore_index
     if cu_seqlens is None:
-        return mask_rows(kept)
-    check_cu_seqlens(cu_seqlens, labels.device)
+        return mask_rows(kept, device)
+    check_cu_seqlens(cu_seqlens, device)
     if not torch.compiler.is_compiling():
         # A graph cannot branch on values. The operator checks the bounds that follow from these.
         check_cu_seqlens_values(cu_seqlens, labels.shape[0])
     before = nn.functional.pad(kept.cumsum(0), (1, 0))
-    return _kept(kept, before[cu_seqlens.to(labels.device).long()])
+    return _kept(kept, before[cu_seqlens.to(device).long()])

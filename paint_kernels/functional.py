@@ -354,7 +354,7 @@ def paint_loss(
     }
     kept = None
     if labels is not None:
-        kept = label_rows(labels, ignore_index, cu_seqlens)
+        kept = label_rows(labels, ignore_index, cu_seqlens, student.device)
         student = kept.take("student_hidden_states", student)
         teacher = kept.take("teacher_hidden_states", teacher)
         per_token = {name: kept.take(name, values) for name, values in per_token.items()}

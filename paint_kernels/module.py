@@ -12,6 +12,7 @@ from paint_kernels._checks import (
     check_positive,
     check_softcap,
     check_vocab_size,
+    local_tensor,
 )
 from paint_kernels._inputs import mask_rows
 from paint_kernels._settings import LossOptions, LossSettings, lists_options
@@ -135,8 +136,9 @@ class PaintLoss(nn.Module):
                 f"{'neither' if loss_mask is None else 'both'}."
             )
         if loss_mask is not None:
-            kept = mask_rows(loss_mask)
-            student_hidden_states = kept.take("student_hidden_states", student_hidden_states)
+            student = local_tensor("student_hidden_states", student_hidden_states)
+            kept = mask_rows(loss_mask, student.device)
+            student_hidden_states = kept.take("student_hidden_states", student)
             teacher_hidden_states = kept.take("teacher_hidden_states", teacher_hidden_states)
             per_token = {name: kept.take(name, values) for name, values in per_token.items()}
             cu_seqlens = kept.cu_seqlens

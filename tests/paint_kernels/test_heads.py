@@ -387,6 +387,7 @@ def test_the_gradient_of_a_bias_in_parts(monkeypatch, error):
         ({"chunk_rows": 2.5}, "chunk_rows is 2.5"),
         ({"labels": torch.ones(12)}, "labels is torch.float32: it must be a tensor of int32"),
         ({"labels": [1] * 12}, "labels is list"),
+        ({"labels": torch.ones(12, device="meta").long()}, "labels is on meta, other inputs on cp"),
         ({"labels": torch.ones(3, 4).long()}, "labels has shape (3, 4): it must be (B, T)"),
         ({"labels": torch.ones(11).long()}, "cu_seqlens is [0, 5, 12]"),
     ],
@@ -406,6 +407,17 @@ def test_labels_without_bounds_have_a_row_for_each_rollout(build):
         paint_loss(*tensors, labels=torch.ones(3, 4).long())
     with pytest.raises(ValueError, match="cu_seqlens is of type NoneType: it must be a tensor"):
         paint_loss(*tensors)
+
+
+@pytest.mark.parametrize("name", ["teacher_hidden_states", "token_weights"])
+def test_what_labels_cut_is_where_they_are(build, name):
+    batch = build((12,), 61)
+    tensors = {"student_hidden_states": batch.student, "teacher_hidden_states": batch.teacher}
+    tensors = {key: one.view(3, 4, -1) for key, one in tensors.items()}
+    tensors |= {"lm_head_weight": batch.weight, "token_weights": torch.ones(3, 4)}
+    tensors[name] = tensors[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name} is on meta, other inputs on cpu: move them to"):
+        paint_loss(**tensors, labels=torch.ones(3, 4).long())
 
 
 def test_a_module_setting_is_one_number():

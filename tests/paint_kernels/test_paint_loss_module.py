@@ -58,6 +58,12 @@ def test_a_mask_of_another_kind(mask):
         PaintLoss()(hidden, hidden, torch.randn(9, 16), loss_mask=mask)
 
 
+def test_a_mask_on_another_device():
+    hidden, mask = torch.randn(2, 4, 16), torch.ones(2, 4, dtype=torch.bool, device="meta")
+    with pytest.raises(ValueError, match="loss_mask is on meta, other inputs on cpu: move them to"):
+        PaintLoss()(hidden, hidden, torch.randn(9, 16), loss_mask=mask)
+
+
 def test_it_has_no_parameters_and_says_what_it_does():
     module = PaintLoss(top_fraction=0.1)
     assert not module.state_dict()
