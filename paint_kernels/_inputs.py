@@ -30,6 +30,7 @@ from paint_kernels._heads import Head, Heads, cap_or_none
 from paint_kernels._settings import LossOptions, LossSettings, without_temperature
 from paint_kernels._shards import WHOLE, Shard, resolve_shard
 from paint_kernels._types import PaintLossOutput
+from paint_kernels._weights import weighted
 from paint_kernels.selection import rollout_ids
 
 if TYPE_CHECKING:
@@ -55,6 +56,11 @@ class TokenOptions(NamedTuple):
     temperatures: Float[Tensor, " N"] | None
     """in place of `temperature`, which is 1 then"""
     selected: Bool[Tensor, " N"] | None
+
+    @property
+    def zero_weight(self) -> Bool[Tensor, " N"] | None:
+        """True at the tokens of weight 0, which have no part in loss, gradients and ranking"""
+        return None if self.weights is None else self.weights == 0
 
 
 def token_options(
@@ -152,7 +158,7 @@ def output_of(
     """
     token_loss, token_kl, student_entropy, teacher_entropy, ratio, clipped_mass = table.detach()
     if loss.ndim and token_weights is not None:
-        loss = loss * token_weights
+        loss = weighted(loss, token_weights)
     return PaintLossOutput(
         loss, token_loss, token_kl, student_entropy, teacher_entropy, ratio, clipped_mass, selected
     )

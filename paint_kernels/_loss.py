@@ -53,6 +53,8 @@ class TokenValues:
     table: Float[Tensor, "6 N"]
     """token_loss, token_kl, student_entropy, teacher_entropy, entropy_ratio, clipped_mass"""
     selected: Bool[Tensor, " N"]
+    zero_weight: Bool[Tensor, " N"] | None = None
+    """True at tokens that are ranked last, because another one's target must not depend on them"""
 
     def find_ratios(self, rows: slice, settings: LossSettings) -> Float[Tensor, " R"]:
         """Fills in the entropy ratios of these rows from their entropies."""
@@ -64,6 +66,8 @@ class TokenValues:
         """Fills in the entropy ratios and the selection of these rows, which are whole rollouts
         with the bounds `cu_seqlens`."""
         ratio = self.find_ratios(rows, settings)
+        if self.zero_weight is not None:
+            ratio = ratio.masked_fill(self.zero_weight[rows], -math.inf)
         self.selected[rows] = select_top_fraction(ratio, cu_seqlens, settings.top_fraction)
 
 
@@ -128,7 +132,7 @@ def run_loss(
     assert given is None or not settings.interpolates or settings.top_fraction == 1
     table = torch.empty(6, source.num_rows, dtype=source.dtype, device=source.device)
     selected = torch.zeros(source.num_rows, dtype=torch.bool, device=source.device)
-    values = TokenValues(table, selected)
+    values = TokenValues(table, selected, source.zero_weight)
     token_loss, token_kl, student_entropy, teacher_entropy, _, clipped_mass = table
     device_bounds = cu_seqlens.to(source.device, non_blocking=True)
     everywhere = settings.interpolates and settings.top_fraction == 1

@@ -19,6 +19,7 @@ from paint_kernels._plan import largest_chunk, most_rows, plan_chunks
 from paint_kernels._settings import LossSettings, fields_of, input_names, takes_fields
 from paint_kernels._shards import Shard
 from paint_kernels._sources import HiddenSource, LogitsSource
+from paint_kernels._weights import weighted
 
 
 def no_autocast(tensor: Tensor) -> torch.autocast:
@@ -35,8 +36,10 @@ def no_second_derivative() -> None:
 
 
 def reduced(token_loss: Tensor, token_weights: Tensor | None) -> Tensor:
-    # A copy, because the outputs of an operator must not share memory.
-    return token_loss.clone() if token_weights is None else (token_loss * token_weights).sum()
+    if token_weights is None:
+        # A copy, because the outputs of an operator must not share memory.
+        return token_loss.clone()
+    return weighted(token_loss, token_weights).sum()
 
 
 def loss_outputs(
@@ -80,6 +83,7 @@ def _hidden_source(
     teacher_hidden_states: Tensor,
     heads: Heads,
     token_weights: Tensor | None,
+    zero_weight: Tensor | None,
     temperatures: Tensor | None,
     settings: LossSettings,
     shard: Shard,
@@ -92,6 +96,7 @@ def _hidden_source(
         temperature=settings.temperature,
         backend=settings.backend,
         shard=shard,
+        zero_weight=zero_weight,
         **wanted,
     )
 
@@ -109,6 +114,7 @@ def _paint_loss(
     heads: Heads,
     cu_seqlens: Tensor,
     token_weights: Tensor | None,
+    zero_weight: Tensor | None,
     temperatures: Tensor | None,
     given_selection: Tensor | None,
     with_hidden_gradient: bool,
@@ -133,7 +139,7 @@ def _paint_loss(
     with no_autocast(student_hidden_states):
         source = _hidden_source(
             *(student_hidden_states, teacher_hidden_states, heads),
-            *(token_weights, temperatures, settings, shard),
+            *(token_weights, zero_weight, temperatures, settings, shard),
             rows_per_chunk=largest_chunk(chunks),
             with_hidden_gradient=with_hidden_gradient,
             with_weight_gradient=with_weight_gradient and token_weights is not None,
@@ -156,6 +162,7 @@ def _(
     heads: Heads,
     cu_seqlens,
     token_weights,
+    zero_weight,
     temperatures,
     given_selection,
     with_hidden_gradient,
@@ -202,7 +209,7 @@ def _paint_loss_setup(ctx, inputs, output):
     if by_head and given["token_weights"] is None:
         tensors, ctx.head_numbers = heads.arguments()[:4], heads.arguments()[4:]
         hidden_states = given["student_hidden_states"], given["teacher_hidden_states"]
-        redone = (*hidden_states, *tensors, selected, given["temperatures"])
+        redone = (*hidden_states, *tensors, selected, given["zero_weight"], given["temperatures"])
     ctx.save_for_backward(given["token_weights"], grad_hidden, grad_weight, grad_bias, *redone)
 
 
@@ -218,10 +225,10 @@ def _paint_loss_backward(ctx, grad_loss, *_):
     if needed["student_hidden_states"]:
         grads["student_hidden_states"] = scaled_rows(grad_hidden, upstream, ctx.dtypes[0])
     if redone and (by_weight or by_bias):
-        *inputs, selected, temperatures = redone
+        *inputs, selected, zero_weight, temperatures = redone
         grad_weight, grad_bias = paint_loss_head_gradient(
             *(*inputs, *ctx.head_numbers),
-            *(selected, upstream, temperatures),
+            *(selected, upstream, zero_weight, temperatures),
             *(by_weight, by_bias, *ctx.settings),
         )
         factor = grad_loss.new_ones(())
@@ -243,6 +250,7 @@ def paint_loss_head_gradient(
     heads: Heads,
     selected: Tensor,
     token_weights: Tensor,
+    zero_weight: Tensor | None,
     temperatures: Tensor | None,
     with_weight_gradient: bool,
     with_bias_gradient: bool,
@@ -255,7 +263,7 @@ def paint_loss_head_gradient(
     with no_autocast(student_hidden_states):
         source = _hidden_source(
             *(student_hidden_states, teacher_hidden_states, heads),
-            *(token_weights, temperatures, settings, shard),
+            *(token_weights, zero_weight, temperatures, settings, shard),
             rows_per_chunk=min(most, len(student_hidden_states)),
             with_hidden_gradient=False,
             with_weight_gradient=with_weight_gradient,
@@ -273,6 +281,7 @@ def _(
     heads: Heads,
     selected,
     token_weights,
+    zero_weight,
     temperatures,
     with_weight_gradient,
     with_bias_gradient,
@@ -289,6 +298,7 @@ def _paint_loss_from_logits(
     teacher_logits: Tensor,
     cu_seqlens: Tensor,
     token_weights: Tensor | None,
+    zero_weight: Tensor | None,
     temperatures: Tensor | None,
     given_selection: Tensor | None,
     with_gradient: bool,
@@ -301,7 +311,7 @@ def _paint_loss_from_logits(
     if settings.teacher_top_k is not None:
         values, gradient = _topk.run_teacher_top_k_of_logits(
             *(student_logits, teacher_logits, temperatures, cu_seqlens, settings, shard),
-            given_selection,
+            *(given_selection, zero_weight),
             with_gradient=with_gradient,
         )
         return *loss_outputs(values, token_weights), gradient
@@ -323,6 +333,7 @@ def _paint_loss_from_logits(
         rows_per_chunk=largest_chunk(chunks),
         with_gradient=with_gradient,
         shard=shard,
+        zero_weight=zero_weight,
     )
     values = _loss.run_loss(source, chunks, cu_seqlens, settings, given_selection)
     return *loss_outputs(values, token_weights), source.grad_logits
@@ -340,6 +351,7 @@ def _(
     teacher_logits,
     cu_seqlens,
     token_weights,
+    zero_weight,
     temperatures,
     given_selection,
     with_gradient,

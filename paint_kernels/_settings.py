@@ -50,8 +50,8 @@ class LossSettings:
     """The settings of one loss; the defaults are PAINT's (arXiv 2604.26573).
 
     Args:
-        temperature: T > 0, which divides the logits of both models. `paint_loss` and
-            `paint_loss_from_logits` also take an (N,) tensor, one for each token; constant.
+        temperature: T > 0, which divides the logits of both models. The functions also take an
+            (N,) tensor, one for each token; constant.
         divergence: "forward_kl", KL(target, student); "reverse_kl", KL(student, target); or "jsd",
             the generalised Jensen-Shannon divergence of Agarwal et al. (arXiv 2306.13649).
         jsd_weight: b of the JSD, in (0, 1): the target's weight in the mixture and in the sum.

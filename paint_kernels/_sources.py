@@ -11,9 +11,10 @@ from paint_kernels._heads import Projection, add_bias_gradient, scale_rows
 from paint_kernels._matmul import GradientProduct, compute_dtype, project
 from paint_kernels._plan import head_group_rows
 from paint_kernels._shards import WHOLE, Shard
+from paint_kernels._weights import clear_rows, without_rows
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
     Rows = slice | Int[Tensor, " R"]
 
@@ -141,8 +142,10 @@ class HiddenSource:
         with_bias_gradient: bool = False,
         backend: str,
         shard: Shard = WHOLE,
+        zero_weight: Bool[Tensor, " N"] | None = None,
     ) -> None:
         self.student, self.teacher, self.shard = student, teacher, shard
+        self.zero_weight = zero_weight
         self.dtype = torch.promote_types(student.dtype, teacher.dtype)
         hidden_states, weight = student.hidden_states, student.head.weight
         self.num_rows, self.vocab_size = len(hidden_states), len(weight)
@@ -155,6 +158,8 @@ class HiddenSource:
         self.with_gradient = with_hidden_gradient or self.with_head_gradient
         size = (rows_per_chunk, self.vocab_size)
         self.logits_buffer = chunk_buffer(2 * size[0], size[1], self.dtype, self.device, backend)
+        if with_weight_gradient:
+            hidden_states = without_rows(hidden_states, zero_weight)
         self.product = GradientProduct(hidden_states, weight, temperature, self.dtype)
         self.gradients = LogitGradients(
             student,
@@ -229,6 +234,8 @@ class HiddenSource:
                 self.product.hidden(gradient, out=back)
                 self.grad_hidden[rows] = back
         change = gradient if before is None else gradient.sub_(before)
+        if self.with_head_gradient and self.zero_weight is not None:
+            clear_rows(change, self.zero_weight[rows])
         if self.with_bias_gradient:
             add_bias_gradient(change, self.weights[rows], self.grad_bias)
         if self.with_weight_gradient:
@@ -240,6 +247,7 @@ class HiddenSource:
         if self.with_hidden_gradient:
             self.product.unscale_hidden(self.grad_hidden)
             scale_rows(self.grad_hidden, self.student.factor)
+            clear_rows(self.grad_hidden, self.zero_weight)
             self.grad_hidden = self.shard.sum(self.grad_hidden)
         if self.with_weight_gradient:
             self.gradients.finish()
@@ -261,9 +269,10 @@ class LogitsSource:
         rows_per_chunk: int,
         with_gradient: bool,
         shard: Shard = WHOLE,
+        zero_weight: Bool[Tensor, " N"] | None = None,
     ) -> None:
         self.student_logits, self.teacher_logits = student_logits, teacher_logits
-        self.shard = shard
+        self.shard, self.zero_weight = shard, zero_weight
         self.temperatures = temperatures
         self.with_gradient = with_gradient
         self.dtype = compute_dtype(student_logits, teacher_logits)
@@ -299,6 +308,8 @@ class LogitsSource:
     ) -> None:
         if self.temperatures is not None:
             gradient.div_(self.temperatures[rows, None])
+        if self.zero_weight is not None:
+            clear_rows(gradient, self.zero_weight[rows])
         if not isinstance(rows, slice):
             self.grad_logits[rows] = gradient
 

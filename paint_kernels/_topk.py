@@ -21,12 +21,13 @@ from torch import Tensor
 
 from paint_kernels import _torch_backend
 from paint_kernels._backends import row_functions, topk_functions
-from paint_kernels._heads import Projection, scale_rows
+from paint_kernels._heads import Projection, add_bias_gradient, scale_rows
 from paint_kernels._loss import TokenValues
 from paint_kernels._matmul import compute_dtype
 from paint_kernels._settings import LossSettings, TokenSettings
 from paint_kernels._shards import WHOLE, Shard
 from paint_kernels._tokens import logit_gradients, logits_by_chunk
+from paint_kernels._weights import clear_rows, without_rows
 from paint_kernels.selection import ranked_top_k, teacher_top_k_indices
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def support_loss(
     teacher: Float[Tensor, "N K"],
     cu_seqlens: Int[Tensor, " B+1"],
     settings: LossSettings,
-    given: Bool[Tensor, " N"] | None = None,
+    given: Bool[Tensor, " N"] | None,
+    zero_weight: Bool[Tensor, " N"] | None,
     *,
     with_gradient: bool,
     gradient_scale: float = 1.0,
@@ -62,12 +64,12 @@ def support_loss(
     """Computes the loss of logits on a support, the same for both models in each row.
 
     Both are -inf where a row has fewer entries. K is small, so the row functions of PyTorch do for
-    every backend. `given` is that of `run_loss`.
+    every backend. `given` is that of `run_loss`. The gradient has the rows of weight 0 too.
     """
     num_rows = len(student)
     table = torch.empty(6, num_rows, dtype=student.dtype, device=student.device)
     selected = torch.zeros(num_rows, dtype=torch.bool, device=student.device)
-    values = TokenValues(table, selected)
+    values = TokenValues(table, selected, zero_weight)
     stats = _torch_backend.pair_stats(student, teacher, settings.temperature)
     table[2], table[3] = stats[0].entropy, stats[1].entropy
     if given is None:
@@ -125,6 +127,26 @@ def teacher_top_k(
     return ids, largest
 
 
+def gathered_support(
+    student: Projection, ids: Int[Tensor, "N K"], settings: LossSettings, shard: Shard
+) -> Float[Tensor, "N K"]:
+    """Returns the student's logits of the ids, 0 where there is none, from these rows of the head
+    alone."""
+    rows = shard.local_ids(ids, len(student.head.weight))
+    gathered = topk_functions(settings.backend).gathered_logits
+    product = gathered(student.hidden_states, student.head.weight, rows).to(student.dtype)
+    logits = student.from_product(product, slice(None), rows.clamp(min=0))
+    return shard.sum(own_values(logits, rows))
+
+
+def back_through_head(
+    gradient: Float[Tensor, "N K"], student: Projection, logits: Float[Tensor, "N K"]
+) -> None:
+    """Turns the gradient by these logits into that by h W^T, in place. Overwrites the logits."""
+    student.through_cap(logits, slice(None), gradient)
+    scale_rows(gradient, student.factor)
+
+
 def run_teacher_top_k(
     student: Projection,
     teacher: Projection,
@@ -132,28 +154,26 @@ def run_teacher_top_k(
     settings: LossSettings,
     shard: Shard,
     given: Bool[Tensor, " N"] | None = None,
+    zero_weight: Bool[Tensor, " N"] | None = None,
     *,
     with_gradient: bool,
 ) -> tuple[Int[Tensor, "N k"], SupportLoss]:
     """Computes the loss on the teacher's k largest logits, and returns their ids with it."""
-    dtype, every = torch.promote_types(student.dtype, teacher.dtype), slice(None)
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
     ids, teacher_logits = teacher_top_k(teacher, settings, shard)
-    gathered = topk_functions(settings.backend).gathered_logits
-    rows = shard.local_ids(ids, len(student.head.weight))
-    product = gathered(student.hidden_states, student.head.weight, rows).to(dtype)
-    student_logits = student.from_product(product, every, rows.clamp(min=0))
-    student_logits = shard.sum(student_logits.masked_fill_(rows < 0, 0.0))
+    student_logits = gathered_support(student, ids, settings, shard).to(dtype)
     loss = support_loss(
         student_logits,
         teacher_logits.to(dtype),
         cu_seqlens,
         settings,
         given,
+        zero_weight,
         with_gradient=with_gradient,
     )
     if with_gradient:
-        student.through_cap(student_logits, every, loss.gradient)
-        scale_rows(loss.gradient, student.factor)
+        back_through_head(loss.gradient, student, student_logits)
+        clear_rows(loss.gradient, zero_weight)
     return ids, loss
 
 
@@ -165,6 +185,7 @@ def run_teacher_top_k_of_logits(
     settings: LossSettings,
     shard: Shard,
     given: Bool[Tensor, " N"] | None = None,
+    zero_weight: Bool[Tensor, " N"] | None = None,
     *,
     with_gradient: bool,
 ) -> tuple[TokenValues, Tensor]:
@@ -178,9 +199,13 @@ def run_teacher_top_k_of_logits(
     teacher = teacher.to(dtype)
     if temperatures is not None:
         student, teacher = student / temperatures[:, None], teacher / temperatures[:, None]
-    loss = support_loss(student, teacher, cu_seqlens, settings, given, with_gradient=with_gradient)
+    loss = support_loss(
+        *(student, teacher, cu_seqlens, settings, given, zero_weight), with_gradient=with_gradient
+    )
     if with_gradient and temperatures is not None:
         loss.gradient.div_(temperatures[:, None])
+    if with_gradient:
+        clear_rows(loss.gradient, zero_weight)
     size = student_logits.shape if with_gradient else (0,)
     gradient = torch.zeros(size, dtype=student_logits.dtype, device=student_logits.device)
     if with_gradient:
@@ -227,10 +252,11 @@ def split_support(
         stats = row_functions(settings.backend, shard).row_stats(logits, settings.temperature)
         logsumexp[rows] = stats.logsumexp
         if with_hidden:
-            shares = tail_shares(gradients, logits, rows, logsumexp[rows], settings)
+            shares = tail_shares(gradients, logits, own[rows], logsumexp[rows], rows, settings)
             gradients.product.hidden(shares, out=hidden[rows])
     if with_hidden:
         gradients.product.unscale_hidden(hidden)
+        scale_rows(hidden, projection.factor)
     logsumexp.masked_fill_(logsumexp < NOTHING, -math.inf)
     logits_of_ids = shard.sum(logits_of_ids)
     return logits_of_ids.masked_fill_(ids < 0, -math.inf), Tail(logsumexp, hidden)
@@ -238,11 +264,18 @@ def split_support(
 
 def take_support(logits: Float[Tensor, "R V"], ids: Int[Tensor, "R K"]) -> Float[Tensor, "R K"]:
     """Returns the logits of the ids, 0 where there is none, and overwrites them by -inf."""
+    found = logits.gather(1, covering_ids(ids)).masked_fill_(ids < 0, 0.0)
+    fill_support(logits, ids, -math.inf)
+    return found
+
+
+def fill_support(logits: Float[Tensor, "R V"], ids: Int[Tensor, "R K"], value: float) -> None:
+    """Overwrites the logits of the ids."""
     covering = covering_ids(ids)
-    found = logits.gather(1, covering)
     # A row without an id, of which `covering` has the first column, keeps all.
-    logits.scatter_(1, covering, torch.where((ids >= 0).any(dim=1, keepdim=True), -math.inf, found))
-    return found.masked_fill_(ids < 0, 0.0)
+    kept = logits.gather(1, covering)
+    filled = torch.where((ids >= 0).any(dim=1, keepdim=True), value, kept)
+    logits.scatter_(1, covering, filled)
 
 
 def own_values(values: Float[Tensor, "N K"], ids: Int[Tensor, "N K"]) -> Float[Tensor, "N K"]:
@@ -258,17 +291,25 @@ def untempered(settings: TokenSettings) -> TokenSettings:
 def tail_shares(
     gradients: LogitGradients,
     logits: Float[Tensor, "R V"],
-    rows: slice,
+    ids: Int[Tensor, "R K"],
     logsumexp: Float[Tensor, " R"],
+    rows: slice,
     settings: LossSettings,
 ) -> Float[Tensor, "R V"]:
-    """Returns softmax(logits / T), in the dtype and scale of the products with it; 0 in rows that
-    are -inf throughout. May overwrite the logits."""
+    """Returns the derivative of the logits' log-sum-exp, in the dtype and scale of its
+    products: softmax(logits / T), or 0 in rows that are -inf throughout, after `through_head`.
+
+    Overwrites the logits, which are those that `take_support` leaves of these rows.
+    """
     shares = gradients.of(logits, rows)
     finite = torch.where(logsumexp < NOTHING, math.inf, logsumexp)
     topk_functions(settings.backend).softmax_rows(
         logits, finite, settings.temperature, shares, gradients.product.scale
     )
+    if gradients.projection.head.softcap is not None:
+        # A share of 0 times the slope of a logit of -inf would be NaN.
+        fill_support(logits, ids, 0.0)
+        gradients.through_head(shares, logits, rows)
     return shares
 
 
@@ -293,16 +334,17 @@ def run_loss_from_topk(
     tail: str,
     settings: LossSettings,
     shard: Shard = WHOLE,
+    given: Bool[Tensor, " N"] | None = None,
+    zero_weight: Bool[Tensor, " N"] | None = None,
     *,
     with_hidden_gradient: bool,
     with_gradient: bool,
 ) -> tuple[SupportLoss, Tail | None]:
     """Computes the loss of a served teacher's top-k.
 
-    The gradient on the support is that by the raw logits of the ids, and by the log-sum-exp of the
-    tail over T, which `Tail.hidden` has T times.
+    The gradient on the support is that by h W^T of the ids, and by the log-sum-exp of the tail over
+    T, which `Tail.hidden` has T times.
     """
-    dtype = student.dtype
     with_tail = tail != "renormalise"
     target = teacher_support(ids, teacher_logprobs, with_tail=with_tail)
     rest = None
@@ -310,28 +352,30 @@ def run_loss_from_topk(
         chosen, rest = split_support(
             student, ids, settings, shard, with_hidden=with_hidden_gradient
         )
-        logits = torch.cat([chosen / settings.temperature, rest.logsumexp[:, None]], dim=1)
+    else:
+        chosen = gathered_support(student, ids, settings, shard).masked_fill_(ids < 0, -math.inf)
+    logits = chosen / settings.temperature
+    if rest is not None:
+        logits = torch.cat([logits, rest.logsumexp[:, None]], dim=1)
         # Nothing is left to the teacher where its ids are the whole vocabulary, and a row without
         # ids is a row without a distribution.
         absent = (rest.logsumexp == -math.inf) | (ids < 0).all(dim=1)
         target[:, -1].masked_fill_(absent, -math.inf)
         logits[:, -1].masked_fill_(absent, -math.inf)
-    else:
-        gathered = topk_functions(settings.backend).gathered_logits
-        rows = shard.local_ids(ids, len(student.head.weight))
-        logits = gathered(student.hidden_states, student.head.weight, rows)
-        if not shard.is_whole:
-            logits = shard.sum(own_values(logits, rows)).masked_fill_(ids < 0, -math.inf)
-        logits = logits / settings.temperature
     loss = support_loss(
-        logits,
-        target.to(dtype),
-        cu_seqlens,
+        *(logits, target.to(student.dtype), cu_seqlens),
         dataclasses.replace(settings, temperature=1.0),
+        *(given, zero_weight),
         with_gradient=with_gradient,
         gradient_scale=1 / settings.temperature,
         drops_last=tail == "drop",
     )
+    if with_gradient:
+        of_ids = loss.gradient[:, : ids.shape[1]]
+        back_through_head(of_ids, student, own_values(chosen, ids))
+        clear_rows(loss.gradient, zero_weight)
+    if rest is not None and with_hidden_gradient:
+        clear_rows(rest.hidden, zero_weight)
     return loss, rest
 
 
@@ -355,42 +399,73 @@ def hidden_gradient(
     return shard.sum(out).to(dtype)
 
 
-def bias_gradient(
-    values: Float[Tensor, "N K"], ids: Int[Tensor, "N K"], bias: Float[Tensor, " V"], shard: Shard
-) -> Float[Tensor, " V"]:
-    """Returns the gradient by the head's bias, in its dtype, from that on the support."""
-    own = shard.local_ids(ids, len(bias))
-    total = values.new_zeros(bias.shape)
-    total.index_add_(0, own.clamp(min=0).flatten(), own_values(values, own).flatten())
-    return total.to(bias.dtype)
-
-
-def weight_gradient(
+def head_gradients(
     values: Float[Tensor, "N K'"],
     ids: Int[Tensor, "N K"],
     student: Projection,
+    zero_weight: Bool[Tensor, " N"] | None,
     tail_logsumexp: Float[Tensor, " N"] | None,
     settings: LossSettings,
     shard: Shard,
-) -> Float[Tensor, "V H"]:
-    """Computes the gradient by the head from that on the support, float32 or better. For a tail,
-    the logits are computed again."""
+    *,
+    with_weight: bool,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """Computes the gradients by the head's weight and bias from that on the support, float32 or
+    better, or empty tensors. For a tail, the logits are computed again."""
     num_ids, weight = ids.shape[1], student.head.weight
     own = shard.local_ids(ids, len(weight))
+    hidden_states = without_rows(student.hidden_states, zero_weight)
     if tail_logsumexp is None:
-        gradient = torch.zeros(weight.shape, dtype=values.dtype, device=weight.device)
+        by_weight = values.new_zeros(weight.shape if with_weight else (0,))
+        by_bias = values.new_zeros(len(weight) if with_bias else 0)
     else:
-        in_chunks = of_tokens(settings)
-        gradients = logit_gradients(
-            student, untempered(in_chunks), shard, with_weight_gradient=True
+        if zero_weight is not None:
+            tail_logsumexp = tail_logsumexp.masked_fill(zero_weight, math.inf)
+        student = dataclasses.replace(student, hidden_states=hidden_states)
+        by_weight, by_bias = tail_head_gradients(
+            *(student, own, tail_logsumexp, values[:, num_ids], settings, shard),
+            with_weight=with_weight,
+            with_bias=with_bias,
         )
-        gradients.product.prepare_head(values[:, num_ids])
-        for rows, logits in logits_by_chunk(student, in_chunks, shard):
-            take_support(logits, own[rows])
-            shares = tail_shares(gradients, logits, rows, tail_logsumexp[rows], settings)
-            gradients.add(shares, rows)
-        gradients.finish()
-        gradient = gradients.grad_weight
     chosen = own_values(values[:, :num_ids], own)
-    topk_functions(settings.backend).add_head_gradient(chosen, student.hidden_states, own, gradient)
-    return gradient
+    if with_weight:
+        add_head_gradient = topk_functions(settings.backend).add_head_gradient
+        add_head_gradient(chosen, hidden_states, own, by_weight)
+    if with_bias:
+        by_bias.index_add_(0, own.clamp(min=0).flatten(), chosen.flatten())
+    return by_weight, by_bias
+
+
+def tail_head_gradients(
+    student: Projection,
+    ids: Int[Tensor, "N K"],
+    logsumexp: Float[Tensor, " N"],
+    values: Float[Tensor, " N"],
+    settings: LossSettings,
+    shard: Shard,
+    *,
+    with_weight: bool,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """Computes the gradients by the head's weight and bias, or empty tensors, from `values`, those
+    by the log-sum-exp of the tail.
+
+    ids: rows of the rank's head. logsumexp: of the tail, inf in rows that are to have no share.
+    """
+    in_chunks, weights = of_tokens(settings), values * student.factor
+    gradients = logit_gradients(
+        student, untempered(in_chunks), shard, with_weight_gradient=with_weight
+    )
+    gradients.product.prepare_head(weights)
+    by_bias = values.new_zeros(len(student.head.weight) if with_bias else 0)
+    for rows, logits in logits_by_chunk(student, in_chunks, shard):
+        take_support(logits, ids[rows])
+        shares = tail_shares(gradients, logits, ids[rows], logsumexp[rows], rows, settings)
+        if with_bias:
+            add_bias_gradient(shares, weights[rows], by_bias)
+        if with_weight:
+            gradients.add(shares, rows)
+    gradients.finish()
+    by_weight = gradients.grad_weight.to(values.dtype)
+    return by_weight, by_bias.div_(gradients.product.scale)

@@ -14,8 +14,8 @@ from paint_kernels._checks import (
     check_topk_values,
 )
 from paint_kernels._heads import Head, Heads, Projection, logits_dtype
-from paint_kernels._matmul import compute_dtype
 from paint_kernels._ops import (
+    empty_head_gradients,
     fake_loss_outputs,
     loss_outputs,
     no_autocast,
@@ -33,6 +33,7 @@ def _paint_loss_teacher_top_k(
     heads: Heads,
     cu_seqlens: Tensor,
     token_weights: Tensor | None,
+    zero_weight: Tensor | None,
     temperatures: Tensor | None,
     given_selection: Tensor | None,
     with_gradient: bool,
@@ -50,7 +51,7 @@ def _paint_loss_teacher_top_k(
             cu_seqlens,
             settings,
             shard,
-            given_selection,
+            *(given_selection, zero_weight),
             with_gradient=with_gradient,
         )
     return *loss_outputs(found.values, token_weights), ids, found.gradient
@@ -70,6 +71,7 @@ def _(
     heads: Heads,
     cu_seqlens,
     token_weights,
+    zero_weight,
     temperatures,
     given_selection,
     with_gradient,
@@ -89,47 +91,61 @@ def _(
 def _teacher_top_k_setup(ctx, inputs, output):
     given = dict(zip(TEACHER_TOP_K_INPUTS, inputs, strict=True))
     _, _, _, ids, gradient = output
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
+    head = Heads(*fields_of(Heads, given)).student
+    ctx.head_names = "lm_head_weight", "lm_head_bias"
+    _keep_support(ctx, given, head, ids, gradient, None, None)
+
+
+def _keep_support(ctx, given, head: Head, ids, gradient, tail_logsumexp, tail_hidden) -> None:
+    """Saves what both losses need for their gradients. given: their inputs by name."""
+    ctx.set_materialize_grads(False)
+    ctx.input_names, ctx.head_numbers = tuple(given), (head.scale, head.softcap)
     ctx.settings = *fields_of(LossSettings, given), *fields_of(Shard, given)
-    ctx.shard = Shard(*fields_of(Shard, given))
-    names = "token_weights", "student_hidden_states", "lm_head_weight", "lm_head_bias"
-    ctx.save_for_backward(gradient, ids, *(given[name] for name in names))
+    names = "token_weights", "zero_weight", "temperatures", "student_hidden_states"
+    kept = gradient, ids, tail_logsumexp, tail_hidden, head.weight, head.bias
+    ctx.save_for_backward(*kept, *(given[name] for name in names))
 
 
-def _teacher_top_k_backward(ctx, grad_loss, *_):
+def _backward(ctx, grad_loss, *_):
     no_second_derivative()
     if grad_loss is None:
-        return (None,) * len(TEACHER_TOP_K_INPUTS)
-    gradient, ids, token_weights, student, weight, bias = ctx.saved_tensors
+        return (None,) * len(ctx.input_names)
+    gradient, ids, tail_logsumexp, tail_hidden, weight, bias, *by_token = ctx.saved_tensors
+    token_weights, zero_weight, temperatures, student = by_token
     values = gradient * upstream_of(grad_loss, token_weights)[:, None]
-    needed = dict(zip(TEACHER_TOP_K_INPUTS, ctx.needs_input_grad, strict=True))
-    support = values, ids, student, weight, None, *ctx.settings
+    needed = dict(zip(ctx.input_names, ctx.needs_input_grad, strict=True))
     grads: dict[str, Tensor] = {}
     if needed["student_hidden_states"]:
-        grads["student_hidden_states"] = support_hidden_gradient(*support)
-    if needed["lm_head_weight"]:
-        grads["lm_head_weight"] = support_weight_gradient(*support)
-    if needed["lm_head_bias"]:
-        grads["lm_head_bias"] = _topk.bias_gradient(values, ids, bias, ctx.shard)
-    return tuple(grads.get(name) for name in TEACHER_TOP_K_INPUTS)
+        grads["student_hidden_states"] = support_hidden_gradient(
+            values, ids, student, weight, tail_hidden, *ctx.settings
+        )
+    wanted = [needed[name] for name in ctx.head_names]
+    if any(wanted):
+        by_head = support_head_gradient(
+            *(values, ids, student, weight, bias, *ctx.head_numbers),
+            *(temperatures, zero_weight, tail_logsumexp, *wanted, *ctx.settings),
+        )
+        grads |= dict(zip(ctx.head_names, by_head, strict=True))
+    return tuple(grads.get(name) if needed[name] else None for name in ctx.input_names)
 
 
-paint_loss_teacher_top_k.register_autograd(
-    _teacher_top_k_backward, setup_context=_teacher_top_k_setup
-)
+paint_loss_teacher_top_k.register_autograd(_backward, setup_context=_teacher_top_k_setup)
 
 
 @takes_fields
 def _paint_loss_from_topk(
     student_hidden_states: Tensor,
-    lm_head_weight: Tensor,
+    head: Head,
     teacher_token_ids: Tensor,
     teacher_logprobs: Tensor,
     cu_seqlens: Tensor,
     token_weights: Tensor | None,
+    zero_weight: Tensor | None,
+    temperatures: Tensor | None,
+    given_selection: Tensor | None,
     with_hidden_gradient: bool,
-    with_weight_gradient: bool,
+    with_head_gradient: bool,
     tail: str,
     settings: LossSettings,
     shard: Shard,
@@ -137,19 +153,21 @@ def _paint_loss_from_topk(
     """Returns loss, (6, N) token values, (N,) selected, the gradient on the support, the tail's
     log-sum-exp and its derivative by the hidden states. The last three may be empty."""
     check_cu_seqlens_values(cu_seqlens, student_hidden_states.shape[0])
-    vocab_size = shard.vocab_size(lm_head_weight.shape[0])
+    check_temperatures_values(temperatures)
+    vocab_size = shard.vocab_size(head.weight.shape[0])
     check_topk_values(teacher_token_ids, teacher_logprobs, vocab_size)
     with no_autocast(student_hidden_states):
         found, rest = _topk.run_loss_from_topk(
-            Projection(student_hidden_states, Head(lm_head_weight)),
+            Projection(student_hidden_states, head, temperatures),
             teacher_token_ids.long(),
             teacher_logprobs,
             cu_seqlens,
             tail,
             settings,
             shard,
+            *(given_selection, zero_weight),
             with_hidden_gradient=with_hidden_gradient,
-            with_gradient=with_hidden_gradient or with_weight_gradient,
+            with_gradient=with_hidden_gradient or with_head_gradient,
         )
     empty = found.gradient.new_empty
     logsumexp, hidden = (empty(0), empty(0)) if rest is None else (rest.logsumexp, rest.hidden)
@@ -163,22 +181,26 @@ paint_loss_from_topk = torch.library.custom_op(
 
 
 @paint_loss_from_topk.register_fake
+@takes_fields
 def _(
     student_hidden_states,
-    lm_head_weight,
+    head: Head,
     teacher_token_ids,
     teacher_logprobs,
     cu_seqlens,
     token_weights,
+    zero_weight,
+    temperatures,
+    given_selection,
     with_hidden_gradient,
-    with_weight_gradient,
+    with_head_gradient,
     tail,
     *settings,
 ):
     num_tokens, num_ids = teacher_token_ids.shape
     with_tail = tail != "renormalise"
-    with_gradient = with_hidden_gradient or with_weight_gradient
-    dtype = compute_dtype(student_hidden_states, lm_head_weight)
+    with_gradient = with_hidden_gradient or with_head_gradient
+    dtype = Projection(student_hidden_states, head).dtype
     new = student_hidden_states.new_empty
     hidden = student_hidden_states.shape if with_tail and with_hidden_gradient else (0,)
     return (
@@ -192,32 +214,14 @@ def _(
 def _from_topk_setup(ctx, inputs, output):
     given = dict(zip(FROM_TOPK_INPUTS, inputs, strict=True))
     _, _, _, gradient, logsumexp, hidden = output
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.settings = *fields_of(LossSettings, given), *fields_of(Shard, given)
+    head = Head(*fields_of(Head, given))
+    ctx.head_names = "weight", "bias"
     rest = (None, None) if given["tail"] == "renormalise" else (logsumexp, hidden)
-    names = "token_weights", "teacher_token_ids", "student_hidden_states", "lm_head_weight"
-    ctx.save_for_backward(gradient, *rest, *(given[name] for name in names))
+    _keep_support(ctx, given, head, given["teacher_token_ids"], gradient, *rest)
 
 
-def _from_topk_backward(ctx, grad_loss, *_):
-    no_second_derivative()
-    if grad_loss is None:
-        return (None,) * len(FROM_TOPK_INPUTS)
-    gradient, logsumexp, hidden, token_weights, *support = ctx.saved_tensors
-    values = gradient * upstream_of(grad_loss, token_weights)[:, None]
-    needed = dict(zip(FROM_TOPK_INPUTS, ctx.needs_input_grad, strict=True))
-    grads: dict[str, Tensor] = {}
-    if needed["student_hidden_states"]:
-        by_hidden = support_hidden_gradient(values, *support, hidden, *ctx.settings)
-        grads["student_hidden_states"] = by_hidden
-    if needed["lm_head_weight"]:
-        by_weight = support_weight_gradient(values, *support, logsumexp, *ctx.settings)
-        grads["lm_head_weight"] = by_weight
-    return tuple(grads.get(name) for name in FROM_TOPK_INPUTS)
-
-
-paint_loss_from_topk.register_autograd(_from_topk_backward, setup_context=_from_topk_setup)
+paint_loss_from_topk.register_autograd(_backward, setup_context=_from_topk_setup)
 
 
 @torch.library.custom_op("paint_kernels::support_hidden_gradient", mutates_args=())
@@ -245,26 +249,51 @@ def _(values, token_ids, student_hidden_states, *rest):
     return torch.empty_like(student_hidden_states, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("paint_kernels::support_weight_gradient", mutates_args=())
+@torch.library.custom_op("paint_kernels::support_head_gradient", mutates_args=())
 @takes_fields
-def support_weight_gradient(
+def support_head_gradient(
     values: Tensor,
     token_ids: Tensor,
     student_hidden_states: Tensor,
-    lm_head_weight: Tensor,
+    head: Head,
+    temperatures: Tensor | None,
+    zero_weight: Tensor | None,
     tail_logsumexp: Tensor | None,
+    with_weight_gradient: bool,
+    with_bias_gradient: bool,
     settings: LossSettings,
     shard: Shard,
-) -> Tensor:
-    """Returns the gradient by the head, in its dtype, from that on the support."""
-    student = Projection(student_hidden_states, Head(lm_head_weight))
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients by the head's weight and bias, in their dtypes, from that on the
+    support, or empty tensors."""
     with no_autocast(values):
-        gradient = _topk.weight_gradient(
-            values, token_ids.long(), student, tail_logsumexp, settings, shard
+        by_weight, by_bias = _topk.head_gradients(
+            *(values, token_ids.long(), Projection(student_hidden_states, head, temperatures)),
+            *(zero_weight, tail_logsumexp, settings, shard),
+            with_weight=with_weight_gradient,
+            with_bias=with_bias_gradient,
         )
-    return gradient.to(lm_head_weight.dtype)
+    return by_weight.to(head.weight.dtype), by_bias.to(_bias_dtype(head))
 
 
-@support_weight_gradient.register_fake
-def _(values, token_ids, student_hidden_states, lm_head_weight, *rest):
-    return torch.empty_like(lm_head_weight, memory_format=torch.contiguous_format)
+def _bias_dtype(head: Head) -> torch.dtype:
+    return head.weight.dtype if head.bias is None else head.bias.dtype
+
+
+@support_head_gradient.register_fake
+@takes_fields
+def _(
+    values,
+    token_ids,
+    student_hidden_states,
+    head: Head,
+    temperatures,
+    zero_weight,
+    tail_logsumexp,
+    with_weight_gradient,
+    with_bias_gradient,
+    *settings,
+):
+    wanted = with_weight_gradient, with_bias_gradient
+    by_weight, by_bias = empty_head_gradients(head.weight, head.weight.dtype, *wanted)
+    return by_weight, by_bias.to(_bias_dtype(head))

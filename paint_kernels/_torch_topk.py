@@ -87,7 +87,12 @@ def softmax_rows(
 ) -> None:
     """Computes out <- exp(logits / temperature - logsumexp) * scale. `out` may be `logits`."""
     # On a CPU exp2 is four times as fast as exp.
-    shift = logsumexp / LOG_2
+    same, shift = out.dtype == logits.dtype, logsumexp / LOG_2
     for rows in row_blocks(logits):
-        x = logits[rows].mul_(1 / (LOG_2 * temperature)).sub_(shift[rows, None]).exp2_()
-        out[rows] = x if scale == 1 else x.mul_(scale)
+        factor = 1 / (LOG_2 * temperature)
+        x = torch.mul(logits[rows], factor, out=out[rows] if same else None)
+        x.sub_(shift[rows, None]).exp2_()
+        if scale != 1:
+            x.mul_(scale)
+        if not same:
+            out[rows] = x

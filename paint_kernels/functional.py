@@ -223,6 +223,7 @@ def paint_loss_from_logits(
         teacher[:, :columns],
         cu_seqlens,
         loss_weights(student, cu_seqlens, reduction, denominator, given.weights, dtype),
+        given.zero_weight,
         given.temperatures,
         given.selected,
         wants_gradient(student),
@@ -295,9 +296,11 @@ def paint_loss(
             torch._dynamo.config.capture_dynamic_output_shape_ops is set.
         ignore_index: the label of rows to leave out.
         token_weights: (N,), or of the shape of `labels`: numbers that multiply the token losses.
-            They change no denominator, so 0 removes a token's gradient and keeps its place in the
-            means. Negative ones, as of advantages, are allowed. Constant. `token_loss` of the
-            result is without them.
+            They change no denominator, so 0 keeps a token's place in the means. It removes
+            everything else of it: hidden states of that token change neither the loss nor another
+            gradient, also where they are NaN, and its place in the ranking is the last. Negative
+            ones, as of advantages, are allowed. Constant. `token_loss` of the result is without
+            them.
         selected: (N,) bool, or of the shape of `labels`: the positions that get the interpolated
             target, in place of the top fraction, which is not used then. For callers that hold
             parts of rollouts: rank the gathered ratios of `token_stats` with `select_top_fraction`.
@@ -377,7 +380,7 @@ def paint_loss(
     settings = loss_settings(options, given, backend, chunk_rows, whole_size)
     weights = loss_weights(student, cu_seqlens, reduction, denominator, given.weights, dtype)
     inputs = student, teacher, *heads.arguments(), cu_seqlens, weights
-    inputs = *inputs, given.temperatures, given.selected
+    inputs = *inputs, given.zero_weight, given.temperatures, given.selected
     trained = (student, heads.lm_head_weight, heads.lm_head_bias)
     with_gradients = [wants_gradient(tensor) for tensor in trained]
     if settings.teacher_top_k is not None:

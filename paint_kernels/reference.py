@@ -51,6 +51,29 @@ def head_logits(
     return logits if softcap in (None, math.inf) else softcap * torch.tanh(logits / softcap)
 
 
+def trained_logits(
+    hidden_states: Float[Tensor, "N H"],
+    head: tuple[Tensor, Tensor | None, float, float | None],
+    token_weights: Float[Tensor, " N"] | None,
+) -> Float[Tensor, "N V"]:
+    """Returns the student's logits. Rows of weight 0 are constants, also where they are NaN."""
+    logits = head_logits(hidden_states, *head)
+    if token_weights is None:
+        return logits
+    unused = (token_weights == 0)[:, None]
+    others = head_logits(hidden_states.masked_fill(unused, 0.0), *head)
+    return torch.where(unused, logits.detach(), others)
+
+
+def ranked_ratio(
+    entropy_ratio: Float[Tensor, " N"], token_weights: Float[Tensor, " N"] | None
+) -> Float[Tensor, " N"]:
+    """Returns the ratios by which positions are ranked: tokens of weight 0 come last."""
+    if token_weights is None:
+        return entropy_ratio
+    return entropy_ratio.masked_fill(token_weights == 0, -math.inf)
+
+
 def per_row(temperature: float | Tensor) -> float | Tensor:
     """Returns a number as it is, and (N,) temperatures as a column."""
     return temperature[:, None] if isinstance(temperature, Tensor) else temperature
@@ -165,9 +188,9 @@ def reduce_tokens(
     token_weights: Float[Tensor, " N"] | None = None,
 ) -> Tensor:
     """Returns the loss of a batch; "sequence_mean" is Alg. 1 line 17. The weights multiply the
-    token losses and change no denominator."""
+    token losses and change no denominator. 0 times NaN is 0 here."""
     if token_weights is not None:
-        token_loss = token_loss * token_weights
+        token_loss = torch.where(token_weights == 0, 0.0, token_loss * token_weights)
     if reduction == "none":
         return token_loss
     if reduction == "sum":
@@ -198,6 +221,9 @@ def paint_loss_from_logits(
     settings = LossSettings(**without_temperature(options))
     student_logits = at_least_float32(student_logits[:, :vocab_size])
     teacher_logits = at_least_float32(teacher_logits[:, :vocab_size]).detach()
+    if token_weights is not None:
+        unused = (token_weights == 0)[:, None]
+        student_logits = torch.where(unused, student_logits.detach(), student_logits)
     if settings.teacher_top_k is not None:
         largest = top_k_indices(teacher_logits, settings.teacher_top_k)
         student_logits = student_logits.gather(1, largest)
@@ -211,7 +237,8 @@ def paint_loss_from_logits(
         teacher_entropy = teacher_entropy.masked_fill(teacher_masked, 0.0)
         entropy_ratio = teacher_entropy / student_entropy.clamp(min=settings.entropy_floor)
         if selected is None:
-            selected = select_top_fraction(entropy_ratio, cu_seqlens, settings.top_fraction)
+            ranked = ranked_ratio(entropy_ratio, token_weights)
+            selected = select_top_fraction(ranked, cu_seqlens, settings.top_fraction)
         target_logits = interpolate(
             teacher_logits, student_logits, selected, settings.interpolation_weight
         )
@@ -294,17 +321,24 @@ def paint_loss(
     temperature = options.get("temperature", 1.0)
     if isinstance(temperature, Tensor):
         options["temperature"] = temperature[kept]
+    if token_weights is not None:
+        token_weights = token_weights[kept]
     output = paint_loss_from_logits(
-        head_logits(student_hidden_states[kept], *student_head),
+        trained_logits(student_hidden_states[kept], student_head, token_weights),
         head_logits(teacher_hidden_states[kept], *teacher_head).detach(),
         cu_seqlens,
-        token_weights=None if token_weights is None else token_weights[kept],
+        token_weights=token_weights,
         selected=None if selected is None else selected[kept],
         vocab_size=vocab_size,
         reduction=reduction,
         denominator=denominator,
         **options,
     )
+    return spread_rows(output, kept)
+
+
+def spread_rows(output: PaintLossOutput, kept: Bool[Tensor, ...]) -> PaintLossOutput:
+    """Returns the values of the kept rows at their places in the shape of `kept`, among 0."""
 
     def spread(values: Tensor) -> Tensor:
         return values.new_zeros(kept.shape).masked_scatter(kept, values)

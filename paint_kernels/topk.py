@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import Tensor
 
@@ -14,22 +14,24 @@ from paint_kernels._checks import (
     local_tensor,
     resolve_backend,
 )
-from paint_kernels._heads import Head
+from paint_kernels._heads import Head, Projection
 from paint_kernels._inputs import (
     Parallel,
     as_autocast_would,
+    label_rows,
+    loss_settings,
     loss_weights,
     output_of,
     resolve_head,
+    token_options,
     wants_gradient,
 )
-from paint_kernels._matmul import compute_dtype
-from paint_kernels._settings import LossOptions, LossSettings, lists_options
+from paint_kernels._settings import LossOptions, lists_options
 from paint_kernels._topk import TAILS
 from paint_kernels._types import PaintLossOutput
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch.distributed import ProcessGroup
 
 
@@ -39,12 +41,20 @@ def paint_loss_from_topk(
     lm_head_weight: Float[Tensor, "V H"],
     teacher_token_ids: Int[Tensor, "N K"],
     teacher_logprobs: Float[Tensor, "N K"],
-    cu_seqlens: Int[Tensor, " B+1"],
+    cu_seqlens: Int[Tensor, " B+1"] | None = None,
     *,
     tail: str = "bucket",
+    labels: Int[Tensor, " N"] | Int[Tensor, "B T"] | None = None,
+    ignore_index: int = -100,
+    token_weights: Float[Tensor, " N"] | None = None,
+    selected: Bool[Tensor, " N"] | None = None,
+    lm_head_bias: Float[Tensor, " V"] | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     vocab_size: int | None = None,
     reduction: str = "sequence_mean",
     denominator: float | Tensor | None = None,
+    chunk_rows: int | None = None,
     vocab_parallel_group: ProcessGroup | None = None,
     backend: str = "auto",
     **options: Unpack[LossOptions],
@@ -74,64 +84,82 @@ def paint_loss_from_topk(
 
     Args:
         student_hidden_states: (N, H), any float dtype: the hidden states that predict the N packed
-            completion tokens.
-        lm_head_weight: (V, H), the student's head. Logits are its plain product with the hidden
-            states: a bias, a scale and a softcap, as `paint_loss` takes them, are not taken here.
-        teacher_token_ids: (N, K) int32 or int64, rows of the head, no id twice in a row. The id -1
-            fills up rows with fewer. A row without any id is a token with loss 0.
-        teacher_logprobs: (N, K), any float dtype: natural logarithms of the teacher's
+            completion tokens. With `labels`, of their shape: (N, H) or (B, T, H).
+        lm_head_weight: (V, H), the student's head.
+        teacher_token_ids: (N, K) int32 or int64, or (B, T, K) with `labels`: rows of the head, no
+            id twice in a row. The id -1 fills up rows with fewer. A row without any id is a token
+            with loss 0.
+        teacher_logprobs: of the same shape, any float dtype: natural logarithms of the teacher's
             probabilities; constant. -inf is a probability of 0. Ignored where the id is -1. The
             probabilities of a row may sum to 1.01 because of rounding.
         cu_seqlens: (B+1,) int32 or int64, the bounds of the rollouts, from 0 to N.
         tail: "bucket", "renormalise" or "drop".
-        vocab_size, reduction, denominator, backend: as in `paint_loss`.
+        labels, ignore_index, token_weights, selected: as in `paint_loss`. What the teacher serves
+            for rows that are left out is not looked at.
+        lm_head_bias, logit_scale, logit_softcap: of the student's head, as in `paint_loss`.
+        vocab_size, reduction, denominator, chunk_rows, backend: as in `paint_loss`. With
+            "renormalise" there are no logits in chunks.
         vocab_parallel_group: as in `paint_loss`; `teacher_token_ids` are those of the whole
             vocabulary. Collectives: a gather of a few numbers, a sum of (N, K), but for
             "renormalise" a gather of (R, 3) for each chunk, and in the backward pass a sum of the
             (N, H) gradient.
         options: the settings of the loss, described in `LossSettings`, but for `teacher_top_k`. The
-            temperature is a number.
+            temperature, a number or (N,), is the student's.
 
     Returns:
         PaintLossOutput, as `paint_loss`, with the entropies of the distributions on the support.
-        `clipped_mass` leaves the tail out where it is dropped.
+        Its loss is differentiable by `student_hidden_states`, and by `lm_head_weight` and
+        `lm_head_bias` if these require a gradient. `clipped_mass` leaves the tail out where it is
+        dropped.
 
     Raises:
         ValueError: for shapes, dtypes, devices, ids, log-probabilities, bounds or settings that do
-            not fit. On a GPU the values of ids, log-probabilities and bounds are asserted on the
-            device, so that the host does not wait.
+            not fit. On a GPU the values of ids, log-probabilities, bounds and temperatures are
+            asserted on the device, so that the host does not wait.
     """
     student = local_tensor("student_hidden_states", student_hidden_states)
+    per_token: dict[str, Any] = {
+        "token_weights": token_weights,
+        "temperature": options.get("temperature", 1.0),
+        "selected": selected,
+    }
+    kept = None
+    if labels is not None:
+        kept = label_rows(labels, ignore_index, cu_seqlens, student.device)
+        student = kept.take("student_hidden_states", student)
+        teacher_token_ids = kept.take("teacher_token_ids", teacher_token_ids)
+        teacher_logprobs = kept.take("teacher_logprobs", teacher_logprobs)
+        per_token = {name: kept.take(name, values) for name, values in per_token.items()}
+        cu_seqlens = kept.cu_seqlens
     check_topk(teacher_token_ids, teacher_logprobs, len(student), student.device)
     check_cu_seqlens(cu_seqlens, student.device)
     check_choice("tail", tail, TAILS)
-    alike = {**options, "reduction": reduction, "tail": tail}
-    alike["with_gradient"] = wants_gradient(student)
-    tensors = {"cu_seqlens": cu_seqlens, "teacher_token_ids": teacher_token_ids}
-    parallel = Parallel(vocab_parallel_group, alike, tensors)
-    head, shard = resolve_head(student, Head(lm_head_weight), vocab_size, parallel, "student_")
-    student, weight = as_autocast_would(student), head.weight
-    dtype = compute_dtype(student, weight)
-    settings = LossSettings(
-        backend=resolve_backend(backend, student.device, dtype),
-        **options,  # pyright: ignore[reportArgumentType]  # refuses a tensor of temperatures
-    )
-    if settings.teacher_top_k is not None:
+    if (teacher_top_k := options.get("teacher_top_k")) is not None:
         raise ValueError(
-            f"teacher_top_k is {settings.teacher_top_k}: here the columns of teacher_token_ids are "
-            "the top-k. Pass fewer of them, or leave teacher_top_k out."
+            f"teacher_top_k is {teacher_top_k}: here the columns of teacher_token_ids are the "
+            "top-k. Pass fewer of them, or leave teacher_top_k out."
         )
-    loss, table, selected, *_ = _topk_ops.paint_loss_from_topk(
-        student,
-        weight,
-        teacher_token_ids,
-        teacher_logprobs.detach(),
-        cu_seqlens,
-        loss_weights(student, cu_seqlens, reduction, denominator, None, dtype),
+    alike = {**options, "reduction": reduction, "tail": tail, "chunk_rows": chunk_rows}
+    alike["with_gradient"] = wants_gradient(student)
+    tensors = {"cu_seqlens": cu_seqlens, "teacher_token_ids": teacher_token_ids, **per_token}
+    parallel = Parallel(vocab_parallel_group, alike, tensors)
+    head = Head(lm_head_weight, lm_head_bias, logit_scale, logit_softcap)
+    head, shard = resolve_head(student, head, vocab_size, parallel, "student_")
+    assert cu_seqlens is not None
+    student = as_autocast_would(student)
+    dtype = Projection(student, head).dtype
+    given = token_options(student, dtype, **per_token)
+    backend = resolve_backend(backend, student.device, dtype)
+    whole_size = shard.vocab_size(head.weight.shape[0])
+    settings = loss_settings(options, given, backend, chunk_rows, whole_size)
+    loss, table, chosen, *_ = _topk_ops.paint_loss_from_topk(
+        *(student, *head.arguments()),
+        *(teacher_token_ids, teacher_logprobs.detach(), cu_seqlens),
+        loss_weights(student, cu_seqlens, reduction, denominator, given.weights, dtype),
+        *(given.zero_weight, given.temperatures, given.selected),
         wants_gradient(student),
-        wants_gradient(weight),
-        tail,
-        *settings.arguments(),
-        *shard.arguments(),
+        wants_gradient(head.weight) or wants_gradient(head.bias),
+        *(tail, *settings.arguments(), *shard.arguments()),
     )
-    return output_of(loss, table, selected, None)
+    output = output_of(loss, table, chosen, given.weights)
+    return output if kept is None else kept.restore(output)

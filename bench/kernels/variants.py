@@ -82,7 +82,7 @@ def our_float32_rows(inputs: Inputs, objective: Objective) -> Tensor:
         *heads.arguments(),
         inputs.cu_seqlens,
         token_weights,
-        *(None, None),
+        *(None, None, None),
         *(True, False, False),
         *(*settings.arguments(), *WHOLE.arguments()),
     )

@@ -212,7 +212,7 @@ def operator_gradients(
     has_bias = batch.bias is not None
     _, _, _, *actual = torch.ops.paint_kernels.paint_loss(
         *(batch.student, batch.teacher, *Heads(*tensors, scale, softcap).arguments()),
-        *(batch.cu_seqlens, token_weights, temperatures, None, True, True, has_bias),
+        *(batch.cu_seqlens, token_weights, None, temperatures, None, True, True, has_bias),
         *(*arguments.values(), *WHOLE.arguments()),
     )
     exact = batch.double().trainable()

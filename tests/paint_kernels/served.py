@@ -29,18 +29,30 @@ class Served:
     ids: Tensor
     logprobs: Tensor
     cu_seqlens: Tensor
+    bias: Tensor | None = None
 
     def trainable(self, dtype: torch.dtype | None = None, *, head: bool = True) -> "Served":
         return replace(
             self,
-            student=self.student.detach().to(dtype, copy=True).requires_grad_(),
-            weight=self.weight.detach().to(dtype, copy=True).requires_grad_(head),
+            student=self._copy(self.student, dtype, True),
+            weight=self._copy(self.weight, dtype, head),
+            bias=None if self.bias is None else self._copy(self.bias, dtype, head),
         )
 
+    @staticmethod
+    def _copy(tensor: Tensor, dtype: torch.dtype | None, trained: bool) -> Tensor:
+        return tensor.detach().to(dtype, copy=True).requires_grad_(trained)
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """What gets a gradient, by name."""
+        every = {"student": self.student, "weight": self.weight, "bias": self.bias}
+        return {name: one for name, one in every.items() if one is not None and one.requires_grad}
+
     def loss(self, function: Callable[..., PaintLossOutput], **settings: Any) -> PaintLossOutput:
-        return function(
-            self.student, self.weight, self.ids, self.logprobs, self.cu_seqlens, **settings
-        )
+        tensors = self.student, self.weight, self.ids, self.logprobs, self.cu_seqlens
+        own = {} if self.bias is None else {"lm_head_bias": self.bias}
+        return function(*tensors, **own, **settings)
 
 
 def serve(batch: Any, num_ids: int, *, ragged: bool = True, seed: int = 0) -> Served:
@@ -59,7 +71,10 @@ def serve(batch: Any, num_ids: int, *, ragged: bool = True, seed: int = 0) -> Se
         values = torch.where(hidden, float("nan"), values)
     device = batch.student.device
     values = values.to(batch.student.dtype)
-    return Served(batch.student, batch.weight, ids.to(device), values.to(device), batch.cu_seqlens)
+    return Served(
+        *(batch.student, batch.weight, ids.to(device), values.to(device)),
+        *(batch.cu_seqlens, batch.bias),
+    )
 
 
 def error_of(actual: Tensor, expected: Tensor) -> float:
@@ -93,7 +108,8 @@ def check_served(
 ) -> PaintLossOutput:
     """Loss, every per-token value and every gradient, with an upstream gradient other than 1."""
     mine, exact_inputs = served.trainable(head=head), served.trainable(torch.float64, head=head)
-    output = mine.loss(paint_loss_from_topk, backend=backend, **settings)
+    chunk_rows = settings.pop("chunk_rows", None)
+    output = mine.loss(paint_loss_from_topk, backend=backend, chunk_rows=chunk_rows, **settings)
     exact = exact_inputs.loss(reference_topk.paint_loss_from_topk, **settings)
     assert torch.equal(output.selected, exact.selected)
     for name in VALUES:
@@ -101,14 +117,10 @@ def check_served(
         assert error < tolerance, (name, error)
     upstream = 1.7 + torch.arange(exact.loss.numel(), dtype=torch.float64).to(exact.loss.device)
     upstream = upstream.view(exact.loss.shape)
-    wanted = ("student", "weight") if head else ("student",)
-    actual = torch.autograd.grad(
-        output.loss, [getattr(mine, name) for name in wanted], upstream.to(output.loss)
-    )
-    expected = torch.autograd.grad(
-        exact.loss, [getattr(exact_inputs, name) for name in wanted], upstream
-    )
-    for name, gradient, correct in zip(wanted, actual, expected, strict=True):
-        assert gradient.shape == correct.shape and gradient.dtype == getattr(mine, name).dtype
+    trained = mine.trained
+    actual = torch.autograd.grad(output.loss, list(trained.values()), upstream.to(output.loss))
+    expected = torch.autograd.grad(exact.loss, list(exact_inputs.trained.values()), upstream)
+    for name, gradient, correct in zip(trained, actual, expected, strict=True):
+        assert gradient.shape == correct.shape and gradient.dtype == trained[name].dtype
         assert error_of(gradient, correct) < tolerance, (name, error_of(gradient, correct))
     return output

@@ -47,9 +47,10 @@ def test_opcheck_paint_loss(build, head, own_head, per_token, more):
     bias = torch.randn(61, requires_grad=head) if more else None
     temperatures = torch.rand(12) + 0.5 if more else None
     given = torch.arange(12) % 3 == 0 if more else None
+    zeros = torch.arange(12) % 4 == 0 if more else None
     arguments = (
         *(batch.student, batch.teacher, *both_heads(batch, bias=bias, **CAPPED if more else {})),
-        *(batch.cu_seqlens, weights, temperatures, given),
+        *(batch.cu_seqlens, weights, zeros, temperatures, given),
         *(True, head, head and more, *(WITH_SELECTION if more else OPTIONS)),
     )
     torch.library.opcheck(_ops.paint_loss, arguments)
@@ -60,7 +61,9 @@ def test_opcheck_paint_loss_from_logits(batch, per_token):
     student, teacher = torch.randn(12, 61, requires_grad=True), torch.randn(12, 61)
     weights = None if per_token else torch.rand(12)
     temperatures = torch.rand(12) + 0.5 if per_token else None
-    arguments = (student, teacher, batch.cu_seqlens, weights, temperatures, None, True, *OPTIONS)
+    zeros = torch.arange(12) % 4 == 0 if per_token else None
+    by_token = weights, zeros, temperatures, None
+    arguments = (student, teacher, batch.cu_seqlens, *by_token, True, *OPTIONS)
     torch.library.opcheck(_ops.paint_loss_from_logits, arguments)
 
 
@@ -78,12 +81,13 @@ def test_opcheck_the_others(batch, more):
         (student, *head, ids, temperatures, weights, True, more, *settings),
     )
     selected = torch.arange(12) % 3 == 0
+    zeros = torch.arange(12) % 4 == 0 if more else None
     heads = both_heads(dataclasses.replace(batch, weight=head[0]), bias=bias)
     torch.library.opcheck(
         _ops.paint_loss_head_gradient,
         (
             *(student, batch.teacher, *heads),
-            *(selected, weights, temperatures, True, more, *OPTIONS),
+            *(selected, weights, zeros, temperatures, True, more, *OPTIONS),
         ),
     )
     trained = None if bias is None else bias.requires_grad_()

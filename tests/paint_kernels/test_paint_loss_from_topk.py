@@ -75,6 +75,148 @@ def test_ragged_rows_and_odd_shapes(
     check_served(served, head=head, reduction=reduction, pointwise_clip=tau, **options)
 
 
+def by_token(num_tokens, seed=0):
+    """Weights of both signs, some of them 0, and temperatures."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(num_tokens, generator=generator)
+    weights[::4] = 0.0
+    temperatures = 0.6 + torch.rand(num_tokens, generator=generator)
+    return {"token_weights": weights, "temperature": temperatures}
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    lengths=LENGTHS,
+    vocab_size=st.integers(2, 120),
+    k=st.floats(0, 1),
+    tail=st.sampled_from(TAILS),
+    logit_scale=st.sampled_from([1.0, 0.25, 2.0]),
+    logit_softcap=st.sampled_from([None, 6.0, 30.0, math.inf]),
+    bias=st.booleans(),
+    each=st.booleans(),
+    selected=st.booleans(),
+    divergence=st.sampled_from(list(DIVERGENCES)),
+    top_fraction=st.sampled_from([0.0, 0.3, 1.0]),
+    interpolation_weight=st.sampled_from([0.0, 0.3]),
+    clip=st.booleans(),
+    reduction=st.sampled_from(["sequence_mean", "token_mean", "sum", "none"]),
+    chunk_rows=st.sampled_from([None, 1, 4, 100]),
+    head=st.booleans(),
+    seed=st.integers(0, 50),
+)
+def test_everything_at_once(
+    build, lengths, vocab_size, k, bias, each, selected, clip, reduction, chunk_rows, head, seed,
+    **options,
+):  # fmt: skip
+    served = serve(build(lengths, vocab_size, bias=bias, seed=seed), 1 + int(k * (vocab_size - 1)))
+    if selected:
+        options["selected"] = torch.arange(sum(lengths)) % 3 == 1
+    if each:
+        options |= by_token(sum(lengths), seed)
+    tau = clear_clip(served, 0.05, **options) if clip else None
+    options |= {"reduction": reduction, "chunk_rows": chunk_rows}
+    check_served(served, head=head, pointwise_clip=tau, **options)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_everything_in_float64(build, tail):
+    served = serve(build((5, 0, 8), 77, bias=True, dtype=torch.float64), 6)
+    ids = torch.where(served.ids < 70, served.ids, -1)
+    served = dataclasses.replace(served, ids=ids)
+    options = {"logit_scale": 0.5, "logit_softcap": 2.0, **by_token(13), "pointwise_clip": None}
+    check_served(served, tail=tail, tolerance=1e-11, vocab_size=70, **options)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("each", [True, False])
+def test_half_precision_products_with_a_softcap(build, half_products_anywhere, tail, each):
+    batch = build((7, 0, 12), 301, noise=0.3, bias=True, dtype=torch.bfloat16)
+    options = {"logit_scale": 0.5, "logit_softcap": 3.0, "pointwise_clip": None}
+    if each:
+        options |= by_token(19)
+    check_served(serve(batch, 9), tail=tail, tolerance=6e-3, **options)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("wanted", [("student",), ("weight",), ("bias",), ("weight", "bias")])
+@pytest.mark.parametrize("reduction", ["sequence_mean", "none"])
+def test_each_gradient_alone(build, tail, wanted, reduction):
+    served = serve(build((5, 7), 61, bias=True), 6)
+    options = {"tail": tail, "reduction": reduction, "logit_softcap": 4.0, "pointwise_clip": None}
+    found = []
+    for dtype, function in (
+        (None, paint_loss_from_topk),
+        (torch.float64, reference_topk.paint_loss_from_topk),
+    ):
+        one = served.trainable(dtype)
+        for name in {"student", "weight", "bias"} - set(wanted):
+            getattr(one, name).requires_grad_(False)
+        loss = one.loss(function, **options).loss.sum()
+        found.append(torch.autograd.grad(loss, [getattr(one, name) for name in wanted]))
+    for actual, expected in zip(*found, strict=True):
+        assert error_of(actual, expected) < 2e-4
+
+
+def test_a_bias_in_float64_makes_the_result_float64(build):
+    served = serve(build(bias=True), 4)
+    wide = dataclasses.replace(served, bias=served.bias.double())
+    for tail in TAILS:
+        assert wide.loss(paint_loss_from_topk, tail=tail).loss.dtype == torch.float64
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("reduction", ["sequence_mean", "none"])
+def test_labels(build, tail, packed, reduction):
+    """Rows left out by labels, whose answers of the teacher may be anything."""
+    served = serve(build((6, 6, 6), 61, bias=True), 5).trainable()
+    view = (18,) if packed else (3, 6)
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(61, view, generator=generator)
+    labels[torch.rand(view, generator=generator) < 0.4] = -1
+    labels.view(3, 6)[1] = -1
+    ids = torch.where(labels.flatten()[:, None] == -1, 999, served.ids)
+    given = {**by_token(18), "selected": torch.arange(18) % 2 == 0}
+    found = []
+    for dtype, function in (
+        (None, paint_loss_from_topk),
+        (torch.float64, reference_topk.paint_loss_from_topk),
+    ):
+        one = served.trainable(dtype)
+        output = function(
+            *(one.student.view(*view, 16), one.weight),
+            *(ids.view(*view, 5), one.logprobs.view(*view, 5)),
+            one.cu_seqlens if packed else None,
+            labels=labels,
+            ignore_index=-1,
+            lm_head_bias=one.bias,
+            reduction=reduction,
+            tail=tail,
+            pointwise_clip=None,
+            **{name: values.view(view) for name, values in given.items()},
+        )
+        grads = torch.autograd.grad(output.loss.sum(), list(one.trained.values()))
+        found.append((*output, *grads))
+    for actual, expected in zip(*found, strict=True):
+        assert actual.shape == expected.shape and error_of(actual, expected) < 2e-4
+    assert (found[0][1][labels == -1] == 0).all()
+
+
+def test_chunk_rows_bound_the_rows_whose_logits_exist(build, monkeypatch):
+    from paint_kernels import _tokens
+
+    sizes = []
+
+    def chunk_buffer(num_rows, *arguments):
+        sizes.append(num_rows)
+        return make(num_rows, *arguments)
+
+    make = _tokens.chunk_buffer
+    monkeypatch.setattr(_tokens, "chunk_buffer", chunk_buffer)
+    serve(build((10, 7), 61), 4).loss(paint_loss_from_topk, chunk_rows=5)
+    assert sizes == [5]
+
+
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_the_whole_vocabulary_is_paint_loss(build, divergence, tail):
@@ -237,15 +379,20 @@ def test_no_tokens(build, lengths, tail):
 
 
 @pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("more", [True, False])
 @pytest.mark.parametrize("tail", TAILS)
-def test_opcheck(build, tail, per_token):
-    served = serve(build((5, 0, 7), 61), 6).trainable()
+def test_opcheck(build, tail, more, per_token):
+    served = serve(build((5, 0, 7), 61, bias=more), 6).trainable()
     weights = None if per_token else torch.rand(12)
+    by_token = None, None, None
+    if more:
+        by_token = torch.arange(12) % 4 == 0, torch.rand(12) + 0.5, torch.arange(12) % 3 == 0
     options = LossSettings(temperature=0.9, top_fraction=0.3, backend="torch").arguments()
     options += WHOLE.arguments()
-    tensors = (served.student, served.weight, served.ids, served.logprobs, served.cu_seqlens)
+    head = served.weight, served.bias, *(0.7, 3.0 if more else None)
+    tensors = served.student, *head, served.ids, served.logprobs, served.cu_seqlens
     torch.library.opcheck(
-        _topk_ops.paint_loss_from_topk, (*tensors, weights, True, True, tail, *options)
+        _topk_ops.paint_loss_from_topk, (*tensors, weights, *by_token, True, True, tail, *options)
     )
 
 
@@ -257,13 +404,14 @@ def test_opcheck_of_teacher_top_k_and_the_gradients(build, own_head, more):
     heads = Heads(batch.weight, batch.bias, batch.teacher_weight, batch.teacher_bias, *numbers)
     temperatures = torch.rand(12) + 0.5 if more else None
     given = torch.arange(12) % 3 == 0 if more else None
+    zeros = torch.arange(12) % 4 == 0 if more else None
     options = LossSettings(teacher_top_k=4, top_fraction=0.3, backend="torch").arguments()
     options += WHOLE.arguments()
     tensors = batch.student, batch.teacher, *heads.arguments(), batch.cu_seqlens
     for weights in (None, torch.rand(12)):
         torch.library.opcheck(
             _topk_ops.paint_loss_teacher_top_k,
-            (*tensors, weights, temperatures, given, True, *options),
+            (*tensors, weights, zeros, temperatures, given, True, *options),
         )
     served = serve(batch, 4)
     student, weight = batch.student.detach(), batch.weight.detach()
@@ -271,21 +419,36 @@ def test_opcheck_of_teacher_top_k_and_the_gradients(build, own_head, more):
         arguments = values, served.ids, student, weight
         hidden = None if rest is None else torch.rand(12, 16)
         torch.library.opcheck(_topk_ops.support_hidden_gradient, (*arguments, hidden, *options))
-        torch.library.opcheck(_topk_ops.support_weight_gradient, (*arguments, rest, *options))
+        bias = None if batch.bias is None else batch.bias.detach()
+        arguments = *arguments, bias, *numbers, temperatures, zeros, rest
+        torch.library.opcheck(
+            _topk_ops.support_head_gradient, (*arguments, True, bias is not None, *options)
+        )
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_compiled_equals_eager(build, tail):
-    def function(student, weight, ids, logprobs, bounds):
-        output = paint_loss_from_topk(2 * student, weight, ids, logprobs, bounds, tail=tail)
-        return output.loss * 3 + output.token_kl.sum()
+@pytest.mark.parametrize("more", [True, False])
+@pytest.mark.parametrize("reduction", ["sequence_mean", "none"])
+def test_compiled_equals_eager(build, tail, more, reduction):
+    torch._dynamo.reset()  # each case counts as a recompilation of this function
+    options = {"tail": tail, "reduction": reduction}
+    if more:
+        options |= {"logit_scale": 0.7, "logit_softcap": 3.0, "chunk_rows": 5}
+
+    def function(student, weight, ids, logprobs, bounds, **own):
+        if more:
+            each = torch.arange(len(ids), device=student.device)
+            own |= {"token_weights": each % 4, "temperature": 0.5 + 0.1 * each}
+            own["selected"] = each % 3 == 0
+        output = paint_loss_from_topk(2 * student, weight, ids, logprobs, bounds, **own, **options)
+        return output.loss.sum() * 3 + output.token_kl.sum()
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
     for lengths in ((5, 0, 7), (3, 2, 9)):
-        served = serve(build(lengths, 61), 6).trainable()
+        served = serve(build(lengths, 61, bias=more), 6).trainable()
         expected, actual = served.loss(function), served.loss(compiled)
         assert torch.equal(actual, expected)
-        inputs = served.student, served.weight
+        inputs = list(served.trained.values())
         for one, other in zip(
             torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs), strict=True
         ):
@@ -411,6 +574,17 @@ def test_wrong_rows_are_refused(build, ids, logprobs, message):
         ({"ids": torch.zeros(5, 2, dtype=torch.int64, device="meta")}, {}, "ids is on meta"),
         ({}, {"tail": "sum"}, "tail is 'sum': available are 'bucket', 'renormalise', 'drop'"),
         ({}, {"teacher_top_k": 2}, "here the columns of teacher_token_ids are the top-k"),
+        ({}, {"logit_scale": 0.0}, "logit_scale is 0.0: it must be a finite number above 0"),
+        ({}, {"logit_softcap": -1.0}, "logit_softcap is -1.0: it must be a number above 0"),
+        ({}, {"lm_head_bias": torch.ones(29)}, "it must be floating point, (30,) on cpu"),
+        ({}, {"token_weights": torch.ones(4)}, "token_weights is torch.float32 of shape (4,)"),
+        ({}, {"temperature": torch.ones(4)}, "temperature is torch.float32 of shape (4,)"),
+        ({}, {"temperature": torch.zeros(5)}, "temperature spans 0.0..0.0: every token needs"),
+        ({}, {"selected": torch.ones(5)}, "selected is torch.float32: it must be bool"),
+        ({}, {"chunk_rows": 0}, "chunk_rows is 0: it must be an integer above 0"),
+        ({}, {"labels": torch.ones(5)}, "labels is torch.float32: it must be a tensor of int32"),
+        ({}, {"labels": torch.ones(4).long()}, "cu_seqlens is [0, 5]"),
+        ({"cu_seqlens": None}, {}, "cu_seqlens is of type NoneType: it must be a tensor"),
         ({}, {"vocab_size": 31}, "vocab_size is 31"),
     ],
 )

@@ -31,7 +31,7 @@ OPERATORS = (
     "paint_loss_teacher_top_k",
     "paint_loss_from_topk",
     "support_hidden_gradient",
-    "support_weight_gradient",
+    "support_head_gradient",
 )
 EXECUTION = ("backend", "chunk_rows")
 """fields that are arguments of their own: how the loss is computed, and not which"""

@@ -4,6 +4,7 @@ test_triton_backend.py runs this file in a process of its own: the interpreter i
 TRITON_INTERPRET=1 before triton is first imported.
 """
 
+import dataclasses
 import math
 from functools import partial
 
@@ -521,6 +522,29 @@ def test_no_tokens_and_one(build, check, lengths, divergence):
     assert output.selected.tolist() == [True] * sum(lengths)
 
 
+@pytest.mark.filterwarnings("ignore:(All-NaN|invalid value):RuntimeWarning")
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("divergence", "reduction"),
+    [("forward_kl", "sequence_mean"), ("reverse_kl", "none"), ("jsd", "sequence_mean")],
+)
+def test_rows_of_weight_0(build, error, divergence, reduction, junk):
+    batch = build((7, 5), 203, device=DEVICE)
+    weights = (torch.arange(12, device=DEVICE) % 3 - 1).float()
+    student, teacher = batch.student.clone(), batch.teacher.clone()
+    student[weights == 0] = teacher[weights == 0] = junk
+    spoiled = dataclasses.replace(batch, student=student, teacher=teacher)
+    options = {"divergence": divergence, "top_fraction": 0.4, "interpolation_weight": 0.3}
+    options |= {"reduction": reduction, "token_weights": weights, "backend": "triton"}
+    found = []
+    for one in (spoiled, batch):
+        one = one.trainable()
+        loss = one.loss(paint_loss, **options).loss
+        found.append((loss, *torch.autograd.grad(loss.sum(), (one.student, one.weight))))
+    for actual, expected in zip(*found, strict=True):
+        assert actual.isfinite().all() and error(actual, expected) < 1e-6
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_opcheck(build, divergence):
     batch = build((5, 0, 7), 61, device=DEVICE).trainable()
@@ -537,7 +561,7 @@ def test_opcheck(build, divergence):
         _ops.paint_loss,
         (
             *(batch.student, batch.teacher, *Heads(batch.weight).arguments()),
-            *(batch.cu_seqlens, weights, None, None, True, True, False),
+            *(batch.cu_seqlens, weights, None, None, None, True, True, False),
             *(*settings.arguments(), *WHOLE.arguments()),
         ),
     )

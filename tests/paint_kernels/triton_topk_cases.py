@@ -18,6 +18,7 @@ from paint_kernels import (
     paint_loss,
     paint_loss_from_topk,
 )
+from paint_kernels._heads import Head
 from paint_kernels._shards import WHOLE
 from paint_kernels._torch_divergences import DIVERGENCES
 
@@ -63,6 +64,43 @@ def test_ragged_rows_and_odd_shapes(build, lengths, vocab_size, hidden, k, seed,
     batch = build(lengths, vocab_size, hidden=hidden, seed=seed, device=DEVICE)
     served = serve(batch, 1 + int(min(k, 0.3) * (vocab_size - 1)), seed=seed)
     check_served(served, backend="triton", pointwise_clip=None, **options)
+
+
+def each_token(num_tokens):
+    weights = torch.linspace(-1, 2, num_tokens, device=DEVICE)
+    weights[1::4] = 0.0
+    selected = torch.arange(num_tokens, device=DEVICE) % 3 == 0
+    temperatures = torch.linspace(0.6, 1.5, num_tokens, device=DEVICE)
+    return {"token_weights": weights, "temperature": temperatures, "selected": selected}
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("logit_softcap", [None, 4.0])
+@pytest.mark.parametrize("reduction", ["sequence_mean", "none"])
+def test_everything_at_once(build, tail, logit_softcap, reduction):
+    served = serve(build((7, 0, 1, 12), 203, bias=True, device=DEVICE), 9)
+    options = {"tail": tail, "logit_scale": 0.7, "logit_softcap": logit_softcap, **each_token(20)}
+    options |= {"divergence": "jsd", "interpolation_weight": 0.3, "reduction": reduction}
+    options["pointwise_clip"] = clear_clip(served, 0.02, **options)
+    check_served(served, backend="triton", chunk_rows=7, **options)
+
+
+@pytest.mark.filterwarnings("ignore:(All-NaN|invalid value):RuntimeWarning")
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("reduction", ["sequence_mean", "none"])
+def test_rows_of_weight_0(build, tail, reduction):
+    served = serve(build((7, 5), 203, bias=True, device=DEVICE), 9)
+    options = {"tail": tail, "reduction": reduction, "logit_softcap": 4.0, "pointwise_clip": None}
+    options |= {"token_weights": each_token(12)["token_weights"], "top_fraction": 0.4}
+    student = served.student.clone()
+    student[options["token_weights"] == 0] = float("nan")
+    found = []
+    for one in (dataclasses.replace(served, student=student), served):
+        one = one.trainable()
+        loss = one.loss(paint_loss_from_topk, backend="triton", **options).loss
+        found.append((loss, *torch.autograd.grad(loss.sum(), list(one.trained.values()))))
+    for actual, expected in zip(*found, strict=True):
+        assert actual.isfinite().all() and error_of(actual, expected) < 1e-6
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -140,10 +178,11 @@ def test_opcheck(build, tail):
     served = serve(build((5, 0, 7), 61, device=DEVICE), 6).trainable()
     options = LossSettings(temperature=0.9, top_fraction=0.3, backend="triton").arguments()
     options += WHOLE.arguments()
-    tensors = (served.student, served.weight, served.ids, served.logprobs, served.cu_seqlens)
+    tensors = (served.student, *Head(served.weight).arguments(), served.ids, served.logprobs)
     weights = torch.rand(12, device=DEVICE)
+    by_token = served.cu_seqlens, weights, weights > 0.7, None, None
     torch.library.opcheck(
-        _topk_ops.paint_loss_from_topk, (*tensors, weights, True, True, tail, *options)
+        _topk_ops.paint_loss_from_topk, (*tensors, *by_token, True, True, tail, *options)
     )
 
 

@@ -32,7 +32,7 @@ from paint_kernels import (
     token_logprobs,
     token_stats,
 )
-from paint_kernels._heads import Heads
+from paint_kernels._heads import Head, Heads
 from paint_kernels._shards import Shard as OwnRows
 from paint_kernels.reference import head_logits
 
@@ -252,11 +252,44 @@ def served(batch: Batch, k: int) -> tuple[Tensor, Tensor]:
     return ids, logprobs
 
 
+def more_of_tokens(dtype: torch.dtype) -> dict[str, Any]:
+    """What else a head does, and what is given for each token."""
+    each = torch.linspace(0.5, 1.5, NUM_TOKENS, dtype=dtype)
+    weights = torch.where(torch.arange(NUM_TOKENS) % 4 == 0, 0.0, each)
+    given = {"temperature": each, "token_weights": weights}
+    given["selected"] = torch.arange(NUM_TOKENS) % 3 == 0
+    return {"logit_scale": 0.6, "logit_softcap": 4.0, "chunk_rows": 4, **given}
+
+
+def case_rows_of_weight_0(ranks: Ranks) -> None:
+    """NaN in them stays in the values of these rows."""
+    batch = make_batch(LENGTHS, PADDED, bias=True)
+    weights = (torch.arange(NUM_TOKENS) % 3).float()
+    student = batch.student.clone()
+    student[weights == 0] = torch.nan
+    ids, logprobs = served(batch, 6)
+    own = ranks.cut(batch.weight.requires_grad_()), ranks.cut(batch.bias)
+    options: dict[str, Any] = {"token_weights": weights, "lm_head_bias": own[1]}
+    options |= {"pointwise_clip": None, **ranks.shared}
+    found = []
+    for hidden in (student, batch.student):
+        trained = hidden.clone().requires_grad_(), own[0]
+        whole = paint_loss(
+            *(trained[0], batch.teacher, own[0], batch.cu_seqlens), **options, logit_softcap=5.0
+        )
+        top_k = paint_loss_from_topk(
+            *(*trained, ids, logprobs, batch.cu_seqlens), **options, logit_softcap=5.0
+        )
+        grads = [gradients(output.loss, *trained) for output in (whole, top_k)]
+        found.append([whole.loss, top_k.loss, *grads[0], *grads[1]])
+    compare("weight 0", *found, 1e-6)
+
+
 def case_from_topk(ranks: Ranks) -> None:
     for dtype in ranks.dtypes:
         for number, tail in enumerate(("bucket", "renormalise", "drop") * 2):
-            batch = make_batch(LENGTHS, PADDED, dtype=dtype).trainable()
-            settings = {
+            batch = make_batch(LENGTHS, PADDED, bias=number > 1, dtype=dtype).trainable()
+            settings: dict[str, Any] = {
                 "tail": tail,
                 "divergence": DIVERGENCES[number % 3 - number // 3],
                 "top_fraction": 0.3,
@@ -265,22 +298,27 @@ def case_from_topk(ranks: Ranks) -> None:
                 "vocab_size": VOCAB_SIZE if number % 2 else None,
                 "reduction": "none" if number > 2 else "sequence_mean",
             }
+            if number % 4 in (1, 2):
+                settings |= more_of_tokens(dtype)
             ids, logprobs = served(batch, (6, VOCAB_SIZE)[number == 3])
             student, own = batch.student.detach().requires_grad_(), ranks.cut(batch.weight)
+            own_bias = ranks.cut(batch.bias)
             one = paint_loss_from_topk(
                 *(batch.student, batch.weight, ids, logprobs, batch.cu_seqlens),
+                lm_head_bias=batch.bias,
                 **settings,
                 backend="torch",
             )
             every = paint_loss_from_topk(
                 *(student, own, ids, logprobs, batch.cu_seqlens),
+                lm_head_bias=own_bias,
                 **settings,
                 **ranks.shared,
             )
             compare(f"from_topk {settings}", every, one, TOLERANCES[dtype])
-            exact = gradients(one.loss, batch.student, batch.weight)
-            expected = [exact[0], exact[1][ranks.rows]]
-            actual = gradients(every.loss, student, own)
+            exact = gradients(one.loss, batch.student, batch.weight, batch.bias)
+            expected = [exact[0], *(gradient[ranks.rows] for gradient in exact[1:])]
+            actual = gradients(every.loss, student, own, own_bias)
             compare(f"from_topk {settings}", actual, expected, TOLERANCES[dtype])
 
 
@@ -401,14 +439,16 @@ def case_opcheck(ranks: Ranks) -> None:
     shard = OwnRows(
         *(ranks.group.group_name, ranks.group.rank(), ranks.group.size()), start, PADDED, PADDED
     )
-    given = batch.student, batch.teacher, *Heads(weight).arguments(), batch.cu_seqlens, None, None
+    given = batch.student, batch.teacher, *Heads(weight).arguments(), batch.cu_seqlens
+    given = *given, None, None, None
     last = *LossSettings(top_fraction=0.3, backend="torch").arguments(), *shard.arguments()
     torch.library.opcheck(_ops.paint_loss, (*given, None, True, True, False, *last))
     top_k = LossSettings(teacher_top_k=4, backend="torch").arguments()
     arguments = (*given, None, True, *top_k, *shard.arguments())
     torch.library.opcheck(_topk_ops.paint_loss_teacher_top_k, arguments)
     ids, logprobs = torch.arange(24).view(12, 2), torch.full((12, 2), -2.0)
-    arguments = (batch.student, weight, ids, logprobs, batch.cu_seqlens, None, True, True)
+    head = *Head(weight).arguments(), ids, logprobs
+    arguments = (batch.student, *head, batch.cu_seqlens, None, None, None, None, True, True)
     torch.library.opcheck(_topk_ops.paint_loss_from_topk, (*arguments, "bucket", *last))
 
 

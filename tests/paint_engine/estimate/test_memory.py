@@ -126,6 +126,7 @@ def gpu_loss(
     heads: Heads,
     cu_seqlens: Tensor,
     token_weights: Tensor,
+    zero_weight: Tensor | None,
     temperatures: Tensor | None,
     given_selection: Tensor | None,
     with_hidden: bool,
