@@ -55,6 +55,15 @@ INFINITE_DIVERGENCE = 1e9
 more"""
 
 
+class TileValues(NamedTuple):
+    """Of the whole tiles of a softmax."""
+
+    maxima: Float[Tensor, "R tiles"]
+    """of x"""
+    sums: Float[Tensor, "R tiles"]
+    """of the exponentials"""
+
+
 class Shifted(NamedTuple):
     """A softmax relative to its row's largest logit m: x = z - m, p = exp(x / T) / (1 + rest)."""
 
@@ -67,10 +76,8 @@ class Shifted(NamedTuple):
     rest: Float[Tensor, "R 1"]
     """float64: sum of exp(x / T) over all entries but the largest"""
     entropy: Float[Tensor, "R 1"]
-    tile_maxima: Float[Tensor, "R tiles"] | None = None
-    """of x, by whole tiles; None if they are not known"""
-    tile_sums: Float[Tensor, "R tiles"] | None = None
-    """of the exponentials"""
+    tiles: TileValues | None = None
+    """None if they are not known"""
 
 
 def row_blocks(logits: Float[Tensor, "R V"]) -> Iterator[slice]:
@@ -91,7 +98,8 @@ def row_argmax(
     CPU that is much faster than max(dim=-1)."""
     tiles, last = whole_tiles(x)
     if tiles.shape[1] == 0 or x.device.type != "cpu":
-        return *x.max(dim=-1, keepdim=True), None
+        maximum, columns = x.max(dim=-1, keepdim=True)
+        return maximum, columns, None
     whole_maxima = maxima = tiles.amax(dim=-1)
     if last.shape[1] > 0:
         maxima = torch.cat([maxima, last.amax(dim=-1, keepdim=True)], dim=1)
@@ -137,8 +145,8 @@ def shift(
     if x.device.type == "cpu" and energy.isnan().any():
         energy = torch.linalg.vecdot(exponentials, x.clamp_(min=lowest(temperature)))[:, None]
     entropy = (torch.log1p(rest) - energy / ((1 + rest) * temperature)).to(x.dtype)
-    tile_maxima = None if maxima is None else maxima - maximum
-    return Shifted(x, exponentials, largest, maximum, rest, entropy, tile_maxima, sums)
+    tiles = None if maxima is None else TileValues(maxima - maximum, sums)
+    return Shifted(x, exponentials, largest, maximum, rest, entropy, tiles)
 
 
 def lowest(temperature: float) -> float:
@@ -315,15 +323,15 @@ def light_tiles(
 ) -> Tiles | None:
     """Tells the tiles whose probabilities are small enough to a divergence of `total`, and what
     they add to the sum of p - q. None if they are not known."""
-    if s.tile_maxima is None or t.tile_maxima is None:
+    if s.tiles is None or t.tiles is None:
         return None
     least = (HEAVY * total.double().clamp(min=0)).square()
     heavy, masses = [], []
-    for role in (s, t):
+    for tiles, rest in ((s.tiles, s.rest), (t.tiles, t.rest)):
         # A tile with the largest entry, whose x is 0, lacks it in its sum.
-        bound = temperature * (least * (1 + role.rest)).clamp(max=1).log()
-        heavy.append(role.tile_maxima >= bound)
-        masses.append(role.tile_sums / (1 + role.rest))
+        bound = temperature * (least * (1 + rest)).clamp(max=1).log()
+        heavy.append(tiles.maxima >= bound)
+        masses.append(tiles.sums / (1 + rest))
     either = heavy[0] | heavy[1]
     light = torch.where(either, 0.0, masses[0] - masses[1]).sum(dim=-1, keepdim=True)
     return Tiles(either, light)
