@@ -364,8 +364,9 @@ def clip(block: Block, f: Float[Tensor, "R V"], pointwise_clip: float | None) ->
 
 def _may_exceed(f: Float[Tensor, "R V"], clip: float) -> bool:
     """Returns whether the block may have an entry above the clip. A GPU is not asked, because the
-    host would wait. On a CPU a block of a large vocabulary is one row, and many have none."""
-    return f.device.type != "cpu" or (f.numel() > 0 and bool(f.amax() > clip))
+    host would wait. On a CPU a block of a large vocabulary is one row, and many have none. NaN
+    hides the other rows' entries: such a block may have one."""
+    return f.device.type != "cpu" or (f.numel() > 0 and not bool(f.amax() <= clip))
 
 
 def distributions(s: Shifted, t: Shifted, spare: Float[Tensor, "R V"], temperature: float) -> Block:

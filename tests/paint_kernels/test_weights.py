@@ -86,12 +86,14 @@ def test_hidden_states(build, error, junk, reduction, logit_softcap, teacher_top
 @pytest.mark.parametrize("reduction", ["sequence_mean", "none"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("each", [True, False])
-def test_every_divergence(build, error, reduction, divergence, each):
+@pytest.mark.parametrize("clips", [True, False])
+def test_every_divergence(build, clip_for, error, reduction, divergence, each, clips):
     batch = build((7, 0, 12), 203, teacher_hidden=9)
     options: dict[str, Any] = {"divergence": divergence, "token_weights": weights_of(19)}
     if each:
         options["temperature"] = torch.linspace(0.6, 1.5, 19)
-    options |= {"pointwise_clip": None, **SELECTING}
+    options |= SELECTING
+    options["pointwise_clip"] = clip_for(batch, **options) if clips else None
     found = []
     for one, function in (
         (spoiled(batch, math.nan), paint_loss),
