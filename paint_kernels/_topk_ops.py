@@ -158,7 +158,7 @@ def _paint_loss_from_topk(
     check_topk_values(teacher_token_ids, teacher_logprobs, vocab_size)
     with no_autocast(student_hidden_states):
         found, rest = _topk.run_loss_from_topk(
-            Projection(student_hidden_states, head, temperatures),
+            Projection(student_hidden_states, head, temperatures, settings.backend),
             teacher_token_ids.long(),
             teacher_logprobs,
             cu_seqlens,
@@ -266,9 +266,10 @@ def support_head_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients by the head's weight and bias, in their dtypes, from that on the
     support, or empty tensors."""
+    student = Projection(student_hidden_states, head, temperatures, settings.backend)
     with no_autocast(values):
         by_weight, by_bias = _topk.head_gradients(
-            *(values, token_ids.long(), Projection(student_hidden_states, head, temperatures)),
+            *(values, token_ids.long(), student),
             *(zero_weight, tail_logsumexp, settings, shard),
             with_weight=with_weight_gradient,
             with_bias=with_bias_gradient,

@@ -347,7 +347,7 @@ def test_groups_of_chunks_for_the_head(
     served = serve(build((7, 0, 12), 301, noise=0.3, dtype=dtype), 9)
     mine, exact = served.trainable(), served.trainable(torch.float64)
     options = {"temperature": 0.8, "pointwise_clip": None, "reduction": "sum"}
-    mine.loss(paint_loss_from_topk, **options).loss.backward()
+    mine.loss(paint_loss_from_topk, **options, chunk_rows=4).loss.backward()
     exact.loss(reference_topk.paint_loss_from_topk, **options).loss.backward()
     assert head_products == [(8, False), (8, True), (3, True)]
     rounding = error_of(exact.weight.grad.to(dtype), exact.weight.grad)
@@ -514,7 +514,8 @@ def test_no_tensor_of_the_size_of_the_logits(build, tail):
             with_hidden_gradient=True,
             with_gradient=True,
         )
-    assert 0 < largest.numel <= 300 * 16
+    # Two buffers of the row functions.
+    assert 0 < largest.numel <= 2 * _plan.most_rows(300, 16, torch.device("cpu"), 1) * 300
 
 
 def test_teacher_top_k_makes_one_product(build, monkeypatch):
