@@ -364,7 +364,7 @@ def clip(block: Block, f: Float[Tensor, "R V"], pointwise_clip: float | None) ->
 
 def _may_exceed(f: Float[Tensor, "R V"], clip: float) -> bool:
     """Returns whether the block may have an entry above the clip. A GPU is not asked, because the
-    host would wait. On a CPU a block of a large vocabulary is one row, and many have none. NaN
+    host would wait. On a CPU a block of a large vocabulary is a few rows, and many have none. NaN
     hides the other rows' entries: such a block may have one."""
     return f.device.type != "cpu" or (f.numel() > 0 and not bool(f.amax() <= clip))
 
