@@ -13,6 +13,9 @@ CPU_CHUNK_ELEMENTS = 2**24
 """logits of each of two models in one chunk, 64 MiB of float32: smaller chunks read the head too
 often, and a product of 206 rows of 151,936 logits runs 1.3 times as fast as two of 103. A chunk of
 one model has twice as many rows."""
+BLOCK_ELEMENTS, BLOCK_BUFFERS = 2**20, 5
+"""logits of a block of rows on a CPU, and the buffers of 4 MiB for it, which stay in the last
+cache. With fewer rows, the calls for a row's few numbers take as long as those for its entries."""
 GPU_MIN_CHUNK_ROWS, GPU_MAX_CHUNK_ROWS = 1024, 2048
 GEMM_TILE = (128, 256)
 """rows and columns of the result that one multiprocessor computes in a large half-precision GEMM"""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from paint_kernels._matmul import compute_dtype
+from paint_kernels._plan import BLOCK_BUFFERS, BLOCK_ELEMENTS
 from paint_kernels._precision import full_precision
 from paint_kernels._settings import LossSettings
 from paint_kernels._spinning import follow_load
@@ -39,9 +40,6 @@ for _dtype in (torch.float32, torch.float64):
     for _function in (torch.exp, torch.log1p, torch.expm1, torch.tanh):
         _function(torch.ones(1, dtype=_dtype))
 
-BLOCK_ELEMENTS = 2**20
-"""float32 elements of a block: five buffers of 4 MiB are live, in the last cache. With fewer rows,
-the calls for a row's few numbers take as long as those for its entries."""
 LOG_2 = math.log(2)
 NEGATIVE_INFINITY = -1e38
 """replaces -inf in differences, so that 0 * -inf does not occur; its exponential is 0"""
@@ -240,7 +238,7 @@ def row_loss(
     rows is read before it is written. `stats` is unused: the sums come with the exponentials. With
     `drops_last`, the last column belongs to both distributions, but adds no summand.
     """
-    scratch = buffers(5, student_logits)
+    scratch = buffers(BLOCK_BUFFERS, student_logits)
     values = RowValues(*scratch.new_empty(5, student_logits.shape[0]))
     for rows in row_blocks(student_logits):
         student, teacher = student_logits[rows], teacher_logits[rows]

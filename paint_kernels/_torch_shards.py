@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from paint_kernels._plan import BLOCK_BUFFERS
 from paint_kernels._precision import full_precision
 from paint_kernels._settings import LossSettings
 from paint_kernels._torch_backend import (
@@ -57,7 +58,7 @@ def local_sums(
     """Returns what the rank's columns add to a row, in float64: to the sums of the clipped f, of f,
     of f without its first-order terms, of entries in which these overflow, of the clipped mass, and
     of the slopes but for that of the student's largest entry; and that slope."""
-    scratch = buffers(5, student_logits)
+    scratch = buffers(BLOCK_BUFFERS, student_logits)
     sums = scratch.new_empty(7, len(student_logits), dtype=torch.float64)
     for rows in row_blocks(student_logits):
         block = _block(student_logits, target_logits, student, target, rows, settings, scratch)
@@ -99,7 +100,7 @@ def fill_gradient(
     slope_sum: of all ranks. own: the gradient by z / T of the largest entry, for the rank that has
     it.
     """
-    scratch = buffers(5, student_logits)
+    scratch = buffers(BLOCK_BUFFERS, student_logits)
     scale = gradient_scale / settings.temperature
     for rows in row_blocks(student_logits):
         block = _block(student_logits, target_logits, student, target, rows, settings, scratch)

@@ -17,7 +17,7 @@ from paint_engine.config.schema import Config
 from paint_engine.estimate.model_shape import ModelShape
 from paint_engine.recipes import draws, recipe_of
 from paint_engine.rollout import vllm_is_installed
-from paint_kernels._plan import head_group_rows, most_rows
+from paint_kernels._plan import BLOCK_BUFFERS, BLOCK_ELEMENTS, head_group_rows, most_rows
 
 GIB = 2**30
 """bytes of a GiB, the unit in which memory is sold and shown"""
@@ -32,8 +32,6 @@ allowance"""
 _FLOAT32 = 4
 _GATHERED_LAYERS = 2
 """FSDP gathers the next layer while one layer computes"""
-_CPU_SCRATCH_BYTES = 5 * 2**18 * _FLOAT32
-"""the row blocks of the loss on a CPU"""
 
 
 @dataclass(frozen=True)
@@ -203,7 +201,7 @@ def _loss(shape: ModelShape, setting: Setting, batch: Microbatch) -> dict[str, i
     )
     chunks = 2 * rows * num_columns * _FLOAT32
     if not setting.on_gpu:
-        chunks += _CPU_SCRATCH_BYTES
+        chunks += BLOCK_BUFFERS * min(BLOCK_ELEMENTS, rows * num_columns) * _FLOAT32
     elif head_is_narrow:
         # The gradient with respect to the logits, and the head, in float16.
         kept = head_group_rows(rows, num_rows) if setting.trains_all else rows
