@@ -25,6 +25,7 @@ from paint_kernels._torch_divergences import (
     DIVERGENCES,
     Block,
     Tiles,
+    row_sum,
     whole_tiles,
 )
 from paint_kernels._types import RowValues, TokenStats
@@ -59,7 +60,7 @@ class TileValues(NamedTuple):
     maxima: Float[Tensor, "R tiles"]
     """of x"""
     sums: Float[Tensor, "R tiles"]
-    """of the exponentials"""
+    """of the exponentials, float64"""
 
 
 class Shifted(NamedTuple):
@@ -109,17 +110,13 @@ def row_argmax(
     return maximum, columns.gather(1, within), whole_maxima
 
 
-def row_sum(x: Float[Tensor, "R V"]) -> tuple[Float[Tensor, "R 1"], Float[Tensor, "R tiles"]]:
-    """Returns row sums in float64 of float32 sums over tiles, with an error near 1e-10 instead of
-    1e-7, and the sums of the whole tiles.
-
-    The error of a normaliser enters log p~ - log p_S of every entry of its row, and so shifts the
-    row's divergence by the same amount: 1e-7 is a thousandth of a small divergence.
-    """
+def tile_sums(x: Float[Tensor, "R V"]) -> tuple[Float[Tensor, "R 1"], Float[Tensor, "R tiles"]]:
+    """Returns row sums and the sums of whole tiles. All are float64, because the rounding of a
+    tile's sum to float32 is larger than that of its exponentials."""
     tiles, last = whole_tiles(x)
-    sums = tiles.sum(dim=-1)
+    sums = tiles.sum(dim=-1, dtype=torch.float64)
     total = last.sum(dim=-1, keepdim=True, dtype=torch.float64)
-    return total + sums.sum(dim=-1, keepdim=True, dtype=torch.float64), sums
+    return total + sums.sum(dim=-1, keepdim=True), sums
 
 
 def shift(
@@ -137,7 +134,7 @@ def shift(
     maximum = maximum.to(x.dtype)
     exponentiate(logits, maximum, temperature, x, exponentials, bounds=x.device.type != "cpu")
     exponentials.scatter_(1, largest, 0.0)
-    rest, sums = row_sum(exponentials)
+    rest, sums = tile_sums(exponentials)
     energy = torch.linalg.vecdot(exponentials, x)[:, None]
     # On a CPU a look at the result is cheaper than to bound every entry: -inf gives 0 * -inf.
     if x.device.type == "cpu" and energy.isnan().any():
@@ -272,14 +269,14 @@ def _block_loss(
     block = distributions(s, t, spare, settings.temperature)
     divergence = DIVERGENCES[settings.divergence]
     f = divergence.terms(block, settings)
-    total = f.sum(dim=-1, keepdim=True)
+    total = row_sum(f)
     correction = 0.0
     if divergence.residual is not None and _may_be_small(total):
-        residual = divergence.residual(block, light_tiles(s, t, total, settings.temperature))
+        residual = divergence.residual(block, f, light_tiles(s, t, total, settings.temperature))
         correction = small_correction(total, residual, residual.isfinite())
     if drops_last:
         f[:, -1:], block.q[:, -1:] = 0.0, 0.0
-        total = f.sum(dim=-1, keepdim=True)
+        total = row_sum(f)
     token_loss = token_kl = corrected_divergence(total, correction)
     clipped_mass, unclipped = torch.zeros_like(total), None
     unclipped_mass: Tensor | float = 1.0
@@ -323,7 +320,7 @@ def light_tiles(
     they add to the sum of p - q. None if they are not known."""
     if s.tiles is None or t.tiles is None:
         return None
-    least = (HEAVY * total.double().clamp(min=0)).square()
+    least = (HEAVY * total.clamp(min=0)).square()
     heavy, masses = [], []
     for tiles, rest in ((s.tiles, s.rest), (t.tiles, t.rest)):
         # A tile with the largest entry, whose x is 0, lacks it in its sum.
@@ -354,7 +351,7 @@ def clip(block: Block, f: Float[Tensor, "R V"], pointwise_clip: float | None) ->
     if pointwise_clip is None or not _may_exceed(f, pointwise_clip):
         return None
     unclipped = torch.le(f, pointwise_clip, out=block.d)
-    total = f.clamp_(max=pointwise_clip).sum(dim=-1, keepdim=True)
+    total = row_sum(f.clamp_(max=pointwise_clip))
     target_mass = block.q.sum(dim=-1, keepdim=True)
     unclipped_mass = block.q.mul_(unclipped).sum(dim=-1, keepdim=True)
     return Clipped(total, unclipped, unclipped_mass, target_mass - unclipped_mass)

@@ -67,30 +67,49 @@ def whole_tiles(x: Float[Tensor, "R V"]) -> tuple[Float[Tensor, "R tiles TILE"],
     return x[:, :whole].unflatten(1, (-1, TILE)), x[:, whole:]
 
 
+def row_sum(x: Float[Tensor, "R V"]) -> Float[Tensor, "R 1"]:
+    """Returns row sums, in float64 of float32 sums over tiles.
+
+    The error of a normaliser enters log p~ - log p_S of every entry of its row, and so shifts the
+    row's divergence by the same amount: 1e-7 is a thousandth of a small divergence.
+    """
+    tiles, last = whole_tiles(x)
+    total = last.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    return total + tiles.sum(dim=-1).sum(dim=-1, keepdim=True, dtype=torch.float64)
+
+
 def residual(
     a: Float[Tensor, "R V"],
     log_ratio: Float[Tensor, "R V"],
+    f: Float[Tensor, "R V"],
     scratch: Float[Tensor, "R V"],
-    heavy: Bool[Tensor, "R tiles"] | None,
-    light: Float[Tensor, "R 1"] | float,
+    tiles: Tiles | None,
 ) -> Float[Tensor, "R 1"]:
-    """Returns the sum of b - a = a (exp(-x) - 1), where x = log(a/b), as it follows from x.
+    """Returns the float64 sum of b - a = a (exp(-x) - 1), x = log(a/b), as it follows from x.
 
-    It is 0 but for the error of the normalisers, which the sum of a x has too, with the other sign.
-    That error outweighs a small divergence, and in the sum of a x + b - a every error of x is
-    multiplied by x. It comes from the rounding of the few large exponentials. Tiles without one are
-    taken from their sums, b - a, which saves most calls of the slowest function of the loss.
+    It is 0 but for the error of the normalisers, which the sum of f = a x has too, with the other
+    sign. That error outweighs a small divergence, and in a x + b - a every error of x is multiplied
+    by x. It comes from the rounding of the few large exponentials. Tiles without one are taken from
+    their sums, b - a, which saves most calls of the slowest function of the loss. In the others,
+    a x + b - a is summed entry by entry, because f and b - a nearly cancel, and f subtracted.
 
-    heavy: the other tiles; None for all. light: the sum of b - a over the light ones.
+    tiles: None if every tile is heavy.
     """
-    if heavy is None:
-        return torch.linalg.vecdot(a, torch.neg(log_ratio, out=scratch).expm1_())[:, None]
+    if tiles is None:
+        torch.neg(log_ratio, out=scratch).expm1_().add_(log_ratio).mul_(a)
+        return row_sum(scratch) - row_sum(f)
     (a_tiles, a_last), (x_tiles, x_last) = whole_tiles(a), whole_tiles(log_ratio)
-    total = light + (a_last * x_last.neg().expm1_()).sum(dim=-1, keepdim=True)
-    row, tile = heavy.nonzero(as_tuple=True)
-    products = x_tiles[row, tile].neg_().expm1_().mul_(a_tiles[row, tile])
-    total[:, 0].index_add_(0, row, products.sum(dim=-1, dtype=torch.float64))
-    return total.to(a.dtype)
+    f_tiles, f_last = whole_tiles(f)
+    row, tile = tiles.heavy.nonzero(as_tuple=True)
+    last = _second_order(a_last, x_last) - f_last.sum(dim=-1, dtype=torch.float64)
+    # As in `row_sum`, so that the rounding of a tile's sum cancels.
+    picked = _second_order(a_tiles[row, tile], x_tiles[row, tile]) - f_tiles[row, tile].sum(dim=-1)
+    return tiles.light + last.index_add_(0, row, picked)[:, None]
+
+
+def _second_order(a: Tensor, x: Tensor) -> Float[Tensor, " R"]:
+    """Returns the float64 row sums of a (x + exp(-x) - 1)."""
+    return x.neg().expm1_().add_(x).mul_(a).sum(dim=-1, dtype=torch.float64)
 
 
 def forward_kl_terms(block: Block, settings: LossSettings) -> Tensor:
@@ -98,9 +117,8 @@ def forward_kl_terms(block: Block, settings: LossSettings) -> Tensor:
     return torch.mul(block.q, block.d, out=block.spare)
 
 
-def forward_kl_residual(block: Block, tiles: Tiles | None) -> Tensor:
-    heavy, light = (None, 0.0) if tiles is None else tiles
-    return residual(block.q, block.d, block.g, heavy, light)
+def forward_kl_residual(block: Block, f: Tensor, tiles: Tiles | None) -> Tensor:
+    return residual(block.q, block.d, f, block.g, tiles)
 
 
 def forward_kl_slopes(block: Block, f: Tensor, unclipped: Tensor | None) -> Tensor:
@@ -122,9 +140,9 @@ def reverse_kl_terms(block: Block, settings: LossSettings) -> Tensor:
     return torch.mul(block.p(), block.d.neg_(), out=block.spare)
 
 
-def reverse_kl_residual(block: Block, tiles: Tiles | None) -> Tensor:
-    heavy, light = (None, 0.0) if tiles is None else tiles
-    return residual(block.exponentials, block.d, block.g, heavy, -light)
+def reverse_kl_residual(block: Block, f: Tensor, tiles: Tiles | None) -> Tensor:
+    other_way = None if tiles is None else tiles._replace(light=-tiles.light)
+    return residual(block.exponentials, block.d, f, block.g, other_way)
 
 
 def reverse_kl_slopes(block: Block, f: Tensor, unclipped: Tensor | None) -> Tensor:
@@ -163,8 +181,9 @@ def gradient_of_slopes(slopes: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class Divergence(NamedTuple):
     terms: Callable[[Block, LossSettings], Tensor]
     """returns f"""
-    residual: Callable[[Block, Tiles | None], Tensor] | None
-    """what to add to the sum of f where that is small; called next, if at all"""
+    residual: Callable[[Block, Tensor, Tiles | None], Tensor] | None
+    """takes the block, f and its tiles; returns what to add to the sum of f where that is small,
+    float64. Called next, if at all."""
     slopes: Callable[[Block, Tensor, Tensor | None], Tensor]
     """takes the block, f (clipped by now) and u (None where nothing is clipped); returns h, with
     which the gradient is h - p sum(h), and leaves p in `block.exponentials`. h is g u, or g u - c p
@@ -175,11 +194,21 @@ class Divergence(NamedTuple):
 
 DIVERGENCES = {
     "forward_kl": Divergence(
-        *(forward_kl_terms, forward_kl_residual, forward_kl_slopes, forward_kl_gradient)
+        terms=forward_kl_terms,
+        residual=forward_kl_residual,
+        slopes=forward_kl_slopes,
+        gradient=forward_kl_gradient,
     ),
     "reverse_kl": Divergence(
-        *(reverse_kl_terms, reverse_kl_residual, reverse_kl_slopes),
-        gradient_of_slopes(reverse_kl_slopes),
+        terms=reverse_kl_terms,
+        residual=reverse_kl_residual,
+        slopes=reverse_kl_slopes,
+        gradient=gradient_of_slopes(reverse_kl_slopes),
     ),
-    "jsd": Divergence(jsd_terms, None, jsd_slopes, gradient_of_slopes(jsd_slopes)),
+    "jsd": Divergence(
+        terms=jsd_terms,
+        residual=None,
+        slopes=jsd_slopes,
+        gradient=gradient_of_slopes(jsd_slopes),
+    ),
 }

@@ -20,10 +20,9 @@ from paint_kernels._torch_backend import (
     distributions,
     exponentiate,
     row_blocks,
-    row_sum,
     shift,
 )
-from paint_kernels._torch_divergences import DIVERGENCES, Block
+from paint_kernels._torch_divergences import DIVERGENCES, Block, row_sum
 from paint_kernels._types import ShardStats
 
 if TYPE_CHECKING:
@@ -64,10 +63,10 @@ def local_sums(
         block = _block(student_logits, target_logits, student, target, rows, settings, scratch)
         divergence = DIVERGENCES[settings.divergence]
         f = divergence.terms(block, settings)
-        total = f.sum(dim=-1, keepdim=True)
+        total = row_sum(f)
         small_sum, far = total, torch.zeros_like(total)
         if divergence.residual is not None:
-            small_sum = total + divergence.residual(block, None)
+            small_sum = total + divergence.residual(block, f, None)
             far = (~small_sum.isfinite()).to(total.dtype)
         clipped = clip(block, f, settings.pointwise_clip)
         unclipped = None if clipped is None else clipped.unclipped
@@ -78,7 +77,7 @@ def local_sums(
         clipped_sum, clipped_mass = total, torch.zeros_like(total)
         if clipped is not None:
             clipped_sum, clipped_mass = clipped.sum, clipped.clipped_mass
-        parts = clipped_sum, total, small_sum, far, clipped_mass, row_sum(slopes)[0], own
+        parts = clipped_sum, total, small_sum, far, clipped_mass, row_sum(slopes), own
         for value, part in zip(sums, parts, strict=True):
             value[rows] = part[:, 0]
     return sums

@@ -272,8 +272,7 @@ def test_no_tensor_of_the_size_of_the_logits(build):
 @pytest.mark.parametrize("noise", [0.004, 0.02, 0.1])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 def test_small_divergences_of_a_large_vocabulary_keep_their_digits(build, error, divergence, noise):
-    """At a KL near 1e-4 an error of 1e-7 in a row's normalisers would be a thousandth of it. The
-    larger the divergence, the fewer tiles are summed entry by entry."""
+    """At a KL near 1e-4 an error of 1e-7 in a row's normalisers would be a thousandth of it."""
     batch = build((6,), 40_000, noise=noise)
     options = {"divergence": divergence, "pointwise_clip": None, "top_fraction": 0.0}
     output = batch.loss(paint_loss, **options)

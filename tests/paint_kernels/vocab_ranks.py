@@ -214,6 +214,25 @@ def case_from_logits(ranks: Ranks) -> None:
             compare(name, [actual[rows]], [expected[rows][:, ranks.rows]], TOLERANCES[dtype])
 
 
+def case_probability_moves_between_ranks(ranks: Ranks) -> None:
+    """The sums of first order cancel between ranks, and are a thousand times the divergence."""
+    generator = torch.Generator().manual_seed(3)
+    student = 0.02 * torch.randn(NUM_TOKENS, PADDED, generator=generator)
+    teacher = student + 1e-4 * torch.randn(NUM_TOKENS, PADDED, generator=generator)
+    teacher[:, 41:] += 1e-3
+    bounds = torch.tensor([0, NUM_TOKENS])
+    for divergence in ("forward_kl", "reverse_kl"):
+        options: dict[str, Any] = {"divergence": divergence, "pointwise_clip": None}
+        exact = paint_loss_from_logits(student.double(), teacher.double(), bounds, **options)
+        every = paint_loss_from_logits(
+            *(ranks.cut(student, dim=1), ranks.cut(teacher, dim=1), bounds),
+            **options,
+            **ranks.shared,
+        )
+        error = ((every.token_kl.double() - exact.token_kl) / exact.token_kl).abs().max()
+        assert error < 2e-4, (divergence, error)
+
+
 def case_tokens(ranks: Ranks) -> None:
     cases: list[dict[str, Any]] = [
         {},
