@@ -70,6 +70,9 @@ def test_every_kernel_is_sound_on_every_architecture(report):
         assert not line["float64"] and line["row_offsets_64bit"], line
         # Threads exchange sums, and entries of a bias that were loaded in half precision.
         exchanges = line["kernel"] not in WITHOUT_SUMS or "bf16 bias" in line["variant"]
+        if (line["kernel"], line["variant"]) == ("weighted_rows_kernel", "bf16 head, ragged"):
+            # Rows that are not aligned are read one by one: a thread has all rows of its columns.
+            exchanges = False
         assert (line["shared_bytes"] > 0) is exchanges, line
         assert line["shared_bytes"] <= line["max_shared_bytes"], line
         assert line["registers"] > 0 and line["resident_blocks"] > 0, line
