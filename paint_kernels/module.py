@@ -137,9 +137,10 @@ class PaintLoss(nn.Module):
             )
         if loss_mask is not None:
             student = local_tensor("student_hidden_states", student_hidden_states)
+            teacher = local_tensor("teacher_hidden_states", teacher_hidden_states)
             kept = mask_rows(loss_mask, student.device)
             student_hidden_states = kept.take("student_hidden_states", student)
-            teacher_hidden_states = kept.take("teacher_hidden_states", teacher_hidden_states)
+            teacher_hidden_states = kept.take("teacher_hidden_states", teacher)
             per_token = {name: kept.take(name, values) for name, values in per_token.items()}
             cu_seqlens = kept.cu_seqlens
         return paint_loss(

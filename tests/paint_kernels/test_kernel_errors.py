@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from paint_kernels import (
+    PaintLoss,
     paint_loss,
     paint_loss_from_logits,
     select_top_fraction,
@@ -131,6 +132,17 @@ def test_dtensor_heads(build, mesh):
         whole = distribute_tensor(batch.weight, mesh, [placement])
         output = dataclasses.replace(batch, weight=whole).loss(paint_loss)
         assert torch.equal(output.loss, batch.loss(paint_loss).loss)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_dtensor_hidden_states_beside_a_mask(build, mesh, role):
+    batch = build((3, 5), 61)
+    mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
+    padded = {name: torch.zeros(2, 5, 16) for name in ("student", "teacher")}
+    padded["student"][mask], padded["teacher"][mask] = batch.student, batch.teacher
+    padded[role] = distribute_tensor(padded[role], mesh, [Replicate()])
+    output = PaintLoss()(*padded.values(), batch.weight, loss_mask=mask)
+    assert torch.equal(output.loss, batch.loss(paint_loss).loss)
 
 
 def test_triton_on_a_cpu():
