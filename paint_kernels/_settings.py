@@ -66,7 +66,9 @@ class LossSettings:
         backend: "auto" (triton for CUDA tensors, torch elsewhere), "torch" or "triton".
         chunk_rows: most tokens whose logits exist at a time; None plans for the device and the
             head's size. A chunk takes 8 bytes per token and vocabulary entry, and 2 to 4 more for
-            the gradient on a GPU or with a softcap.
+            the gradient on a GPU or with a softcap. With a trainable head in half precision on a
+            GPU, the gradient takes 2 bytes per entry of 8,192 rows, or of all rows if they are
+            fewer, however small the chunk.
 
     Raises:
         ValueError: for a value that is out of its range.
