@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.floor.loss import ARCHITECTURE, CLIPPED_SHARES, GRADIENT_BYTES, count
+from bench.floor.loss import ARCHITECTURE, CLIPPED_SHARES, count
 from bench.floor.work import (
     FLOAT_BYTES,
     HALF_BYTES,
@@ -28,13 +28,9 @@ from paint_kernels._plan import head_group_rows, most_rows, row_slices
 from paint_kernels.selection import TOP_K_TILE
 
 NUM_IDS = 64
-GATHERED, WEIGHTED = Counts(5.0, 0, HALF_BYTES), Counts(9.2, 0, HALF_BYTES)
-"""per entry of a gathered bfloat16 row of the head, in a dot product and in a sum of weighted rows.
-On sm_90 a thread of `gathered_logits_kernel` has 170 instructions and 70 in a loop over 16 entries;
-one of `weighted_rows_kernel` 198 and 98."""
-SUM_INSTRUCTIONS, SUM_LOOP, SUM_ENTRIES = 198, 98, 16
-SOFTMAX = Counts(13.5, 1, LOGIT_BYTES + GRADIENT_BYTES)
-"""per logit of the tail: `softmax_kernel` has 108 instructions for 8 entries on sm_90"""
+SUM_LOOP, SUM_ENTRIES = 98, 16
+"""instructions in one iteration of a thread of `weighted_rows_kernel` on sm_90, for the head's
+gradient from bfloat16 hidden states, and the entries that it adds"""
 RANKED_BYTES = 100
 """per entry that is ranked: twelve elementwise passes over 1 to 8 bytes, two radix selections"""
 TOP_K_KERNELS, TAIL_KERNELS, SUPPORT_KERNELS = 40, 10, 120
@@ -77,8 +73,10 @@ def group_rows(chunks: list[int]) -> list[int]:
     return [sum(chunks[first : first + in_group]) for first in range(0, len(chunks), in_group)]
 
 
-def statistics() -> Counts:
-    found = counts_by_row(committed(), ARCHITECTURE)["stats_kernel", "fp32 logits", "plain"]
+def compiled(kernel: str, variant: str) -> Counts:
+    """Returns the counts of a compiled kernel, per logit or per entry of a gathered row. What a
+    token has once is counted with the other bytes."""
+    found = counts_by_row(committed(), ARCHITECTURE)[kernel, variant, "plain"]
     return found._replace(bytes=round(found.bytes))
 
 
@@ -88,7 +86,9 @@ def added_rows(hidden: int) -> tuple[Counts, float]:
     num_tokens_of_a_row = NUM_TOKENS * NUM_IDS / QWEN3_VOCAB_SIZE
     # The last iteration of a row's loop is half empty on average.
     iterations = num_tokens_of_a_row / SUM_ENTRIES + 0.5
-    instructions = SUM_INSTRUCTIONS + SUM_LOOP * iterations
+    # Counted are programs of one iteration.
+    found = compiled("weighted_rows_kernel", "head's gradient, bf16 hidden")
+    instructions = found.instructions * SUM_ENTRIES + SUM_LOOP * (iterations - 1)
     moved = HALF_BYTES * num_tokens_of_a_row
     return Counts(instructions, 0, moved), QWEN3_VOCAB_SIZE * hidden
 
@@ -107,20 +107,21 @@ def teacher_part(hidden: int, device: Device) -> Part:
 def chosen_part(hidden: int) -> Part:
     """The student's logits of the ids, from gathered rows of the head."""
     own = NUM_TOKENS * hidden * HALF_BYTES
-    rows = [(GATHERED, gathered_entries(hidden))]
+    rows = [(compiled("gathered_logits_kernel", "bf16, k 64"), gathered_entries(hidden))]
     return Part(0, 0.0, Work(rows, other_bytes=own, num_small_kernels=1))
 
 
 def support_part(hidden: int, *, trainable: bool, with_tail: bool) -> Part:
     """The loss on the support, and the gradients of the ids. A trainable head's is set to zero or
     has the tail's, is added to, and rounded."""
+    weighted = compiled("weighted_rows_kernel", "bf16 head" + ", with a tail" * with_tail)
     entries, head_bytes = gathered_entries(hidden), 0
     bytes_moved = NUM_TOKENS * hidden * (HALF_BYTES + with_tail * FLOAT_BYTES)
     if trainable:
         head_bytes = FLOAT_BYTES * (not with_tail) + 2 * FLOAT_BYTES
         head_bytes += (FLOAT_BYTES + HALF_BYTES) * (not with_tail)
     work = Work(
-        rows=[(WEIGHTED, entries), *[added_rows(hidden)] * trainable],
+        rows=[(weighted, entries), *[added_rows(hidden)] * trainable],
         head_gradient_bytes=head_bytes * QWEN3_VOCAB_SIZE * hidden,
         other_bytes=bytes_moved,
         num_small_kernels=SUPPORT_KERNELS,
@@ -135,12 +136,14 @@ def tail_part(hidden: int, device: Device, *, trainable: bool) -> Part:
     forward = sum(product_s(rows, vocab, hidden, device) for rows in chunks)
     products_s = forward + sum(product_s(rows, hidden, vocab, device) for rows in chunks)
     logits, head_bytes = NUM_TOKENS * vocab, 0
+    statistics = compiled("stats_kernel", "fp32 logits")
+    softmax = compiled("softmax_kernel", "fp32 logits, fp16 result")
     if trainable:
         groups = group_rows(chunks)
         products_s += forward + sum(product_s(vocab, hidden, rows, device) for rows in groups)
         head_bytes = head_gradient_bytes(len(groups))
     work = Work(
-        rows=[(statistics(), logits), (SOFTMAX, logits * (1 + trainable))],
+        rows=[(statistics, logits), (softmax, logits * (1 + trainable))],
         head_gradient_bytes=head_bytes * vocab * hidden,
         other_bytes=HEAD_COPY_BYTES * trainable * vocab * hidden,
         num_small_kernels=TAIL_KERNELS * len(chunks) * (1 + trainable),
