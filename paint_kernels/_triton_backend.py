@@ -19,8 +19,9 @@ from paint_kernels._types import RowValues, TokenStats
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-NUM_WARPS = 4
-"""of 32 threads; half as many on AMD, whose warps have 64"""
+NUM_WARPS, BLOCK_NUM_WARPS = 4, 8
+"""of 32 threads, for kernels with a program per row and for those with one per block of a row; half
+as many on AMD, whose warps have 64"""
 LANES = 32 * NUM_WARPS * 4
 """columns of float32 that the threads read with one load each, of 16 bytes; twice as many in half
 precision, if rows are aligned. Each is a lane of the kernels, with sums of its own."""
@@ -50,27 +51,40 @@ def check_device(kernel: Any, tensor: Tensor) -> None:
         )
 
 
-def launch(
+def launch_grid(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Tensor,
+    num_warps: int = BLOCK_NUM_WARPS,
+    **settings: Any,
+) -> None:
+    """Runs `kernel` with one program per point of the grid, on the GPU that holds the arguments."""
+    check_device(kernel, arguments[0])
+    if 0 in grid:
+        return
+    num_warps = num_warps // 2 if torch.version.hip else num_warps
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **settings, num_warps=num_warps)
+
+
+def launch_rows(
     kernel: Any,
     logits: Float[Tensor, "R V"],
     *arguments: Tensor,
     roles: int = 1,
     **settings: Any,
 ) -> None:
-    """Runs `kernel` with one program per row and role, on the GPU that holds `logits`."""
-    check_device(kernel, logits)
+    """Runs `kernel` with one program per row of `logits` and role."""
     num_rows, num_columns = logits.shape
-    if num_rows == 0:
-        return
-    num_warps = NUM_WARPS // 2 if torch.version.hip else NUM_WARPS
-    with torch.cuda.device_of(logits):
-        kernel[(num_rows, roles)](
-            *arguments,
-            num_columns=num_columns,
-            **settings,
-            LANES=num_lanes(logits),
-            num_warps=num_warps,
-        )
+    launch_grid(
+        kernel,
+        (num_rows, roles),
+        *arguments,
+        num_warps=NUM_WARPS,
+        num_columns=num_columns,
+        LANES=num_lanes(logits),
+        **settings,
+    )
 
 
 def num_lanes(logits: Float[Tensor, "R V"]) -> int:
@@ -102,7 +116,7 @@ def stats_of_roles(
     maximum, rest, entropy = row_vectors(3 * roles, logits).unflatten(0, (3, roles))
     largest = row_vectors(roles, logits, torch.int32)
     candidates = largest.new_empty(num_rows, groups)
-    launch(
+    launch_rows(
         kernels.stats_kernel,
         logits,
         *(logits, maximum, rest, entropy, largest, candidates),
@@ -178,7 +192,7 @@ def row_loss(
     assert teacher.candidates is not None
     assert student_logits.stride(1) == teacher_logits.stride(1) == written.stride(1) == 1
     marks = student.largest if interpolated is None else interpolated.to(torch.int8)
-    launch(
+    launch_rows(
         kernels.loss_kernel,
         student_logits,
         *(student_logits, teacher_logits, written, marks),
@@ -221,7 +235,7 @@ def row_logprobs(
     chosen = logits.gather(1, token_ids[:, None])[:, 0].float()
     logprobs = (chosen - stats.maximum) * (1 / temperature) - torch.log1p(stats.rest)
     if gradient is not None:
-        launch(
+        launch_rows(
             kernels.logprobs_gradient_kernel,
             logits,
             *(logits, gradient, token_ids, stats.maximum, stats.largest, stats.rest),

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from paint_kernels import _triton_head_kernels as kernels
-from paint_kernels._triton_topk import launch
+from paint_kernels._triton_backend import launch_grid
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -27,7 +27,7 @@ def logits_from_product(
     """Turns rows of h W^T into logits in place, and divides them by the temperatures."""
     num_rows, num_columns = product.shape
     assert product.stride(1) == 1
-    launch(
+    launch_grid(
         kernels.head_logits_kernel,
         (num_rows, triton.cdiv(num_columns, BLOCK)),
         product,
@@ -54,7 +54,7 @@ def gradient_through_cap(
     temperatures; they are kept."""
     num_rows, num_columns = gradient.shape
     assert gradient.stride(1) == logits.stride(1) == 1
-    launch(
+    launch_grid(
         kernels.cap_gradient_kernel,
         (num_rows, triton.cdiv(num_columns, BLOCK)),
         gradient,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paint_kernels import _triton_shard_kernels as kernels
 from paint_kernels._settings import LossSettings
-from paint_kernels._triton_backend import launch, row_vectors, stats_of_roles
+from paint_kernels._triton_backend import launch_rows, row_vectors, stats_of_roles
 from paint_kernels._types import ShardStats
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def local_sums(
     in any case."""
     num_rows = len(student_logits)
     sums = row_vectors(5, student_logits)
-    launch(
+    launch_rows(
         kernels.shard_sums_kernel,
         student_logits,
         *(student_logits, target_logits, *_statistics(student, target), sums),
@@ -63,7 +63,7 @@ def fill_gradient(
     """Fills `gradient` as `_torch_shards.fill_gradient` does. It must not share memory with the
     logits."""
     assert student_logits.stride(1) == target_logits.stride(1) == gradient.stride(1) == 1
-    launch(
+    launch_rows(
         kernels.shard_gradient_kernel,
         student_logits,
         *(student_logits, target_logits, gradient, *_statistics(student, target)),
@@ -87,7 +87,7 @@ def fill_logprobs_gradient(
 ) -> None:
     """Fills `gradient` as `_torch_shards.fill_logprobs_gradient` does. It must not share memory
     with the logits."""
-    launch(
+    launch_rows(
         kernels.shard_logprobs_gradient_kernel,
         logits,
         *(logits, gradient, token_rows, _maximum(stats), stats.rest.float(), own.float()),

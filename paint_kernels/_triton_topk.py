@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 from torch import Tensor
 
 from paint_kernels import _triton_topk_kernels as kernels
-from paint_kernels._triton_backend import check_device
+from paint_kernels._triton_backend import launch_grid
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -19,18 +19,6 @@ ENTRIES = 16
 WIDTH_BLOCK = 256
 """columns of a tile: with 16 rows, 16 entries per thread"""
 SOFTMAX_BLOCK = 2048
-NUM_WARPS = 8
-"""of 32 threads; half as many on AMD, whose warps have 64"""
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor, **settings: Any) -> None:
-    device = arguments[0]
-    check_device(kernel, device)
-    if 0 in grid:
-        return
-    num_warps = NUM_WARPS // 2 if torch.version.hip else NUM_WARPS
-    with torch.cuda.device_of(device):
-        kernel[grid](*arguments, **settings, num_warps=num_warps)
 
 
 def gathered_logits(
@@ -39,7 +27,7 @@ def gathered_logits(
     """Returns the logits of each token's ids, -inf where there is none."""
     hidden_states, weight, ids = row_major(hidden_states), row_major(weight), ids.contiguous()
     logits = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
-    launch(
+    launch_grid(
         kernels.gathered_logits_kernel,
         (len(ids), triton.cdiv(ids.shape[1], ENTRIES)),
         *(hidden_states, weight, ids, logits),
@@ -99,7 +87,7 @@ def weighted_rows(
     # Flattened columns of a wider matrix may have gaps.
     indices, values = indices.contiguous(), values.contiguous()
     rest_rows, rest_scale = (out, values) if rest is None else (rest[0], rest[1].contiguous())
-    launch(
+    launch_grid(
         kernels.weighted_rows_kernel,
         (len(out), triton.cdiv(out.shape[1], WIDTH_BLOCK)),
         *(bounds, indices, values, matrix, rest_rows, rest_scale, out),
@@ -123,7 +111,7 @@ def softmax_rows(
     """Computes out <- exp(logits / temperature - logsumexp) * scale. `out` may be `logits`."""
     num_rows, num_columns = logits.shape
     assert logits.stride(1) == out.stride(1) == 1
-    launch(
+    launch_grid(
         kernels.softmax_kernel,
         (num_rows, triton.cdiv(num_columns, SOFTMAX_BLOCK)),
         *(logits, logsumexp.contiguous(), out),
