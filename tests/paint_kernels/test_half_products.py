@@ -119,7 +119,7 @@ def test_groups_of_chunks_for_log_probabilities(build, error, dtype, small_group
     batch = build((19,), 2000, dtype=dtype).trainable()
     exact = batch.double().trainable()
     ids, upstream = torch.arange(19), torch.linspace(0.5, 2, 19)
-    token_logprobs(batch.student, batch.weight, ids).logprobs.backward(upstream)
+    token_logprobs(batch.student, batch.weight, ids, chunk_rows=7).logprobs.backward(upstream)
     wanted = reference.token_logprobs(exact.student, exact.weight, ids).logprobs
     wanted.backward(upstream.double())
     assert head_products == [(14, False), (5, True)]
