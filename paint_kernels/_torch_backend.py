@@ -112,7 +112,11 @@ def row_argmax(
 
 def tile_sums(x: Float[Tensor, "R V"]) -> tuple[Float[Tensor, "R 1"], Float[Tensor, "R tiles"]]:
     """Returns row sums and the sums of whole tiles. All are float64, because the rounding of a
-    tile's sum to float32 is larger than that of its exponentials."""
+    tile's sum to float32 is larger than that of its exponentials.
+
+    The error of a normaliser enters log p~ - log p_S of every entry of its row, and so shifts the
+    row's divergence by the same amount: 1e-7 is a thousandth of a small divergence.
+    """
     tiles, last = whole_tiles(x)
     sums = tiles.sum(dim=-1, dtype=torch.float64)
     total = last.sum(dim=-1, keepdim=True, dtype=torch.float64)

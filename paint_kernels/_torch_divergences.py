@@ -68,11 +68,7 @@ def whole_tiles(x: Float[Tensor, "R V"]) -> tuple[Float[Tensor, "R tiles TILE"],
 
 
 def row_sum(x: Float[Tensor, "R V"]) -> Float[Tensor, "R 1"]:
-    """Returns row sums, in float64 of float32 sums over tiles.
-
-    The error of a normaliser enters log p~ - log p_S of every entry of its row, and so shifts the
-    row's divergence by the same amount: 1e-7 is a thousandth of a small divergence.
-    """
+    """Returns row sums, in float64 of float32 sums over tiles."""
     tiles, last = whole_tiles(x)
     total = last.sum(dim=-1, keepdim=True, dtype=torch.float64)
     return total + tiles.sum(dim=-1).sum(dim=-1, keepdim=True, dtype=torch.float64)
