@@ -87,12 +87,6 @@ class LogitGradients:
         assert kept + len(logits) <= self.group_rows
         return self.buffer[kept : kept + len(logits)]
 
-    def through_head(
-        self, gradient: Float[Tensor, "R V"], logits: Float[Tensor, "R V"], rows: Rows
-    ) -> None:
-        """Turns the gradient by the logits into that by h W^T over `Projection.factor`."""
-        self.projection.through_cap(logits, rows, gradient)
-
     def add(self, gradient: Float[Tensor, "R V"], rows: Rows) -> None:
         """Takes the gradient that `of` has last given the place for, for `grad_weight`."""
         if self.in_place or not isinstance(rows, slice):

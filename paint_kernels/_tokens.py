@@ -99,7 +99,7 @@ def run_logprobs(
             gradient_scale=gradients.product.scale,
         )
         if gradient is not None:
-            gradients.through_head(gradient, logits, rows)
+            projection.through_cap(logits, rows, gradient)
             gradients.product.hidden(gradient, out=grad_hidden[rows])
     if with_hidden_gradient:
         gradients.product.unscale_hidden(grad_hidden)
@@ -131,7 +131,7 @@ def run_logprobs_head_gradient(
         row_functions(settings.backend, shard).row_logprobs(
             logits, token_ids[rows], settings.temperature, gradient, gradient_scale=scale
         )
-        gradients.through_head(gradient, logits, rows)
+        projection.through_cap(logits, rows, gradient)
         if with_bias_gradient:
             add_bias_gradient(gradient, weights[rows], grad_bias)
         if with_weight_gradient:

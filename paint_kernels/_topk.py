@@ -297,7 +297,7 @@ def tail_shares(
     settings: LossSettings,
 ) -> Float[Tensor, "R V"]:
     """Returns the derivative of the logits' log-sum-exp, in the dtype and scale of its
-    products: softmax(logits / T), or 0 in rows that are -inf throughout, after `through_head`.
+    products: softmax(logits / T), or 0 in rows that are -inf throughout, after `through_cap`.
 
     Overwrites the logits, which are those that `take_support` leaves of these rows.
     """
@@ -309,7 +309,7 @@ def tail_shares(
     if gradients.projection.head.softcap is not None:
         # A share of 0 times the slope of a logit of -inf would be NaN.
         fill_support(logits, ids, 0.0)
-        gradients.through_head(shares, logits, rows)
+        gradients.projection.through_cap(logits, rows, shares)
     return shares
 
 
