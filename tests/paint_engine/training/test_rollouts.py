@@ -224,12 +224,15 @@ def test_leaving_out_groups_of_equal_rewards_changes_no_gradient(
         items = rewarded(run, rewards)
         monkeypatch.setattr(step_module, "sample_step", lambda run, step, items=items: (items, 0))
         norms = [train_step(run, step)[0]["grad_norm"] for step in range(2)]
-        trained.append((norms, [p.detach().clone() for p in run.parameters]))
-    (norms, weights), (other_norms, others) = trained
+        # The weights would magnify rounding: AdamW divides each entry by its own gradient's size.
+        moments = [run.optimizer.state[p]["exp_avg"].clone() for p in run.parameters]
+        trained.append((norms, moments))
+    (norms, moments), (other_norms, others) = trained
     assert norms == pytest.approx(other_norms, rel=1e-5)
     assert (norms[0] > 0) == (len(set(rewards)) == 2)
-    for weight, other in zip(weights, others, strict=True):
-        torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-7)
+    for moment, other in zip(moments, others, strict=True):
+        assert bool(other.any()) == (norms[0] > 0)
+        torch.testing.assert_close(moment, other, rtol=0.0, atol=1e-4 * float(other.abs().max()))
 
 
 def test_updates_after_the_first_have_ratios_that_are_not_one(
