@@ -11,6 +11,8 @@ arguments, which Triton passes as float32: a new value compiles nothing.
 # tl.sum and tl.max are annotated as if they could return tuples here, constexpr as if they took no
 # Python values.
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -237,40 +239,41 @@ def stats_kernel(
         tl.store(own_candidates_ptr + tl.arange(0, GROUPS), candidates)
 
 
+class RowPair(NamedTuple):
+    """A row of both models, and what `load_terms` needs of it."""
+
+    student_ptr: Any
+    teacher_ptr: Any
+    num_columns: Any
+    student_maximum: Any
+    teacher_maximum: Any
+    log_ratio: Any  # log((1 + rest_S) / (1 + rest_T))
+    interpolated: Any
+    interpolation_weight: Any
+    inverse_temperature: Any
+    jsd_weight: Any
+
+
 @triton.jit
-def load_terms(
-    student_row_ptr,
-    teacher_row_ptr,
-    columns,
-    num_columns,
-    student_maximum,
-    teacher_maximum,
-    log_ratio,
-    interpolated,
-    INTERPOLATE: tl.constexpr,
-    interpolation_weight,
-    DIVERGENCE: tl.constexpr,
-    jsd_weight,
-    inverse_temperature,
-):
-    """Loads the columns, a tile or one, and returns their `pointwise` values."""
-    student = load_logits(student_row_ptr, columns, num_columns)
+def load_terms(pair, columns, INTERPOLATE: tl.constexpr, DIVERGENCE: tl.constexpr):
+    """Loads the columns of a `RowPair`, a tile or one, and returns their `pointwise` values."""
+    student = load_logits(pair.student_ptr, columns, pair.num_columns)
     teacher = load_target(
-        student_row_ptr,
-        teacher_row_ptr,
+        pair.student_ptr,
+        pair.teacher_ptr,
         columns,
-        num_columns,
-        interpolated,
+        pair.num_columns,
+        pair.interpolated,
         INTERPOLATE,
-        interpolation_weight,
+        pair.interpolation_weight,
     )
     return pointwise(
-        student - student_maximum,
-        teacher - teacher_maximum,
-        log_ratio,
-        inverse_temperature,
+        student - pair.student_maximum,
+        teacher - pair.teacher_maximum,
+        pair.log_ratio,
+        pair.inverse_temperature,
         DIVERGENCE,
-        jsd_weight,
+        pair.jsd_weight,
     )
 
 
@@ -297,6 +300,41 @@ def largest_gradient(
         difference = tl.where(same_largest, by_rest, p - q)
         return tl.where(clipped, p * (1.0 - clipped_mass), difference - p * clipped_mass)
     return -p * constant
+
+
+@triton.jit
+def predicted_clipped_q(
+    pair,
+    candidates_ptr,
+    threshold,
+    INTERPOLATE: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Returns the sum of q over the clipped entries among the row's candidates, with the factor of
+    `pointwise`."""
+    columns = tl.load(candidates_ptr + tl.arange(0, GROUPS))
+    _p, q, f, _gap, _left, _weight = load_terms(pair, columns, INTERPOLATE, DIVERGENCE)
+    return tl.sum(tl.where(f > threshold, q, 0.0), axis=0)
+
+
+@triton.jit
+def store_gradient(
+    gradient_ptr,
+    pair,
+    threshold,
+    constant,
+    factor,
+    INTERPOLATE: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Writes the row's gradient for the `constant` of `gradient_of`."""
+    for start in range(0, pair.num_columns, LANES):
+        columns = start + tl.arange(0, LANES)
+        p, q, f, _gap, _left, weight = load_terms(pair, columns, INTERPOLATE, DIVERGENCE)
+        gradient = gradient_of(p, q, weight, f > threshold, constant, DIVERGENCE)
+        tl.store(gradient_ptr + columns, gradient * factor, mask=columns < pair.num_columns)
 
 
 @triton.jit
@@ -367,48 +405,34 @@ def loss_kernel(
                 STATS_LANE_TILE,
                 LANE_COLUMNS,
             )
-    log_ratio = log_ratio_of(student_rest, teacher_rest)
+    pair = RowPair(
+        student_row_ptr,
+        teacher_row_ptr,
+        num_columns,
+        student_maximum,
+        teacher_maximum,
+        log_ratio_of(student_rest, teacher_rest),
+        interpolated,
+        interpolation_weight,
+        inverse_temperature,
+        jsd_weight,
+    )
     # A row without a finite logit on either side has loss 0.
     usable = (student_maximum != EMPTY) & (teacher_maximum != EMPTY)
     share = tl.where(usable, 1.0 / (1.0 + teacher_rest), 0.0)  # of the factor of p and q
     factor = share * inverse_temperature * gradient_scale
     threshold = clip * (1.0 + teacher_rest) if HAS_CLIP else float("inf")
     own_p, own_q, own_f, _gap, _left, own_weight = load_terms(
-        student_row_ptr,
-        teacher_row_ptr,
-        largest,
-        num_columns,
-        student_maximum,
-        teacher_maximum,
-        log_ratio,
-        interpolated,
-        INTERPOLATE,
-        interpolation_weight,
-        DIVERGENCE,
-        jsd_weight,
-        inverse_temperature,
+        pair, largest, INTERPOLATE, DIVERGENCE
     )
     own_clipped = own_f > threshold
     own_weight = clipped_weight(own_weight, own_clipped, DIVERGENCE)
     predicted_mass = 0.0
     if PREDICTS:
-        _p, candidate_q, candidate_f, _gap, _left, _weight = load_terms(
-            student_row_ptr,
-            teacher_row_ptr,
-            tl.load(candidates_ptr + row * GROUPS + tl.arange(0, GROUPS)),
-            num_columns,
-            student_maximum,
-            teacher_maximum,
-            log_ratio,
-            interpolated,
-            INTERPOLATE,
-            interpolation_weight,
-            DIVERGENCE,
-            jsd_weight,
-            inverse_temperature,
+        row_candidates_ptr = candidates_ptr + row * GROUPS
+        predicted_mass = share * predicted_clipped_q(
+            pair, row_candidates_ptr, threshold, INTERPOLATE, DIVERGENCE, GROUPS
         )
-        clipped_q = tl.where(candidate_f > threshold, candidate_q, 0.0)
-        predicted_mass = share * tl.sum(clipped_q, axis=0)
 
     loss = tl.zeros([LANES], tl.float32)
     divergence = tl.zeros([LANES], tl.float32)
@@ -416,21 +440,7 @@ def loss_kernel(
     constant = tl.zeros([LANES], tl.float32)
     for start in range(0, num_columns, LANES):
         columns = start + tl.arange(0, LANES)
-        p, q, f, gap, left, weight = load_terms(
-            student_row_ptr,
-            teacher_row_ptr,
-            columns,
-            num_columns,
-            student_maximum,
-            teacher_maximum,
-            log_ratio,
-            interpolated,
-            INTERPOLATE,
-            interpolation_weight,
-            DIVERGENCE,
-            jsd_weight,
-            inverse_temperature,
-        )
+        p, q, f, gap, left, weight = load_terms(pair, columns, INTERPOLATE, DIVERGENCE)
         clipped = f > threshold
         divergence += gap
         if HAS_CLIP:
@@ -457,25 +467,16 @@ def loss_kernel(
         whole_constant = 1.0 - row_clipped_mass if PREDICTS else own_weight + row_constant
         missed = tl.abs(row_clipped_mass - predicted_mass) > MISSED_SHARE * row_clipped_mass
         if SUMS_CONSTANT | missed:
-            for start in range(0, num_columns, LANES):
-                columns = start + tl.arange(0, LANES)
-                p, q, f, gap, left, weight = load_terms(
-                    student_row_ptr,
-                    teacher_row_ptr,
-                    columns,
-                    num_columns,
-                    student_maximum,
-                    teacher_maximum,
-                    log_ratio,
-                    interpolated,
-                    INTERPOLATE,
-                    interpolation_weight,
-                    DIVERGENCE,
-                    jsd_weight,
-                    inverse_temperature,
-                )
-                gradient = gradient_of(p, q, weight, f > threshold, whole_constant, DIVERGENCE)
-                tl.store(gradient_row_ptr + columns, gradient * factor, mask=columns < num_columns)
+            store_gradient(
+                gradient_row_ptr,
+                pair,
+                threshold,
+                whole_constant,
+                factor,
+                INTERPOLATE,
+                DIVERGENCE,
+                LANES,
+            )
     if WITH_GRADIENT:
         own_gradient = largest_gradient(
             share * own_p,

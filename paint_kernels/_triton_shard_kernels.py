@@ -11,41 +11,15 @@ import triton
 import triton.language as tl
 
 from paint_kernels._triton_divergences import LOG2_E, clipped_weight, log_ratio_of
-from paint_kernels._triton_kernels import EMPTY, load_logits, load_terms
+from paint_kernels._triton_kernels import EMPTY, RowPair, load_logits, load_terms
 
 
 @triton.jit
-def load_slopes(
-    student_row_ptr,
-    target_row_ptr,
-    columns,
-    num_columns,
-    student_maximum,
-    target_maximum,
-    log_ratio,
-    threshold,
-    inverse_temperature,
-    jsd_weight,
-    DIVERGENCE: tl.constexpr,
-):
-    """Loads a tile. Returns p, q, marks of clipped entries, gap and left of `pointwise`, and the
-    slope h, with which the gradient is h - p sum(h). All but the marks carry the factor
-    1 + rest_T."""
-    p, q, f, gap, left, weight = load_terms(
-        student_row_ptr,
-        target_row_ptr,
-        columns,
-        num_columns,
-        student_maximum,
-        target_maximum,
-        log_ratio,
-        False,
-        False,
-        0.0,
-        DIVERGENCE,
-        jsd_weight,
-        inverse_temperature,
-    )
+def load_slopes(pair, columns, threshold, DIVERGENCE: tl.constexpr):
+    """Loads a tile of a `RowPair`. Returns p, q, marks of clipped entries, gap and left of
+    `pointwise`, and the slope h, with which the gradient is h - p sum(h). All but the marks carry
+    the factor 1 + rest_T."""
+    p, q, f, gap, left, weight = load_terms(pair, columns, False, DIVERGENCE)
     clipped = f > threshold
     if DIVERGENCE == "forward_kl":
         slope = -tl.where(clipped, 0.0, q)
@@ -78,13 +52,22 @@ def shard_sums_kernel(
     """Computes the sums over the rank's columns of a row: clipped f, f, clipped mass, and slopes
     but for that of the row's largest entry; and that slope."""
     row = tl.program_id(0).to(tl.int64)
-    student_row_ptr = student_ptr + row * student_stride
-    target_row_ptr = target_ptr + row * target_stride
     student_maximum = tl.load(student_maximum_ptr + row)
     target_maximum = tl.load(target_maximum_ptr + row)
     target_rest = tl.load(target_rest_ptr + row)
     largest = tl.load(student_largest_ptr + row)
-    log_ratio = log_ratio_of(tl.load(student_rest_ptr + row), target_rest)
+    pair = RowPair(
+        student_ptr + row * student_stride,
+        target_ptr + row * target_stride,
+        num_columns,
+        student_maximum,
+        target_maximum,
+        log_ratio_of(tl.load(student_rest_ptr + row), target_rest),
+        False,
+        0.0,
+        inverse_temperature,
+        jsd_weight,
+    )
     threshold = clip * (1.0 + target_rest) if HAS_CLIP else float("inf")
     loss = tl.zeros([LANES], tl.float32)
     divergence = tl.zeros([LANES], tl.float32)
@@ -93,19 +76,7 @@ def shard_sums_kernel(
     own = tl.zeros([LANES], tl.float32)
     for start in range(0, num_columns, LANES):
         columns = start + tl.arange(0, LANES)
-        _p, q, clipped, gap, left, slope = load_slopes(
-            student_row_ptr,
-            target_row_ptr,
-            columns,
-            num_columns,
-            student_maximum,
-            target_maximum,
-            log_ratio,
-            threshold,
-            inverse_temperature,
-            jsd_weight,
-            DIVERGENCE,
-        )
+        _p, q, clipped, gap, left, slope = load_slopes(pair, columns, threshold, DIVERGENCE)
         divergence += gap
         loss += tl.where(clipped, threshold - left, gap)
         clipped_mass += tl.where(clipped, q, 0.0)
@@ -148,34 +119,31 @@ def shard_gradient_kernel(
 ):
     """Computes the gradient of the rank's columns of a row, times gradient_scale."""
     row = tl.program_id(0).to(tl.int64)
-    student_row_ptr = student_ptr + row * student_stride
-    target_row_ptr = target_ptr + row * target_stride
     gradient_row_ptr = gradient_ptr + row * gradient_stride
     student_maximum = tl.load(student_maximum_ptr + row)
     target_maximum = tl.load(target_maximum_ptr + row)
     target_rest = tl.load(target_rest_ptr + row)
     largest = tl.load(student_largest_ptr + row)
     slope_sum = tl.load(slope_sum_ptr + row)
-    log_ratio = log_ratio_of(tl.load(student_rest_ptr + row), target_rest)
+    pair = RowPair(
+        student_ptr + row * student_stride,
+        target_ptr + row * target_stride,
+        num_columns,
+        student_maximum,
+        target_maximum,
+        log_ratio_of(tl.load(student_rest_ptr + row), target_rest),
+        False,
+        0.0,
+        inverse_temperature,
+        jsd_weight,
+    )
     threshold = clip * (1.0 + target_rest) if HAS_CLIP else float("inf")
     usable = (student_maximum != EMPTY) & (target_maximum != EMPTY)
     share = tl.where(usable, 1.0 / (1.0 + target_rest), 0.0)
     factor = inverse_temperature * gradient_scale
     for start in range(0, num_columns, LANES):
         columns = start + tl.arange(0, LANES)
-        p, _q, _clipped, _gap, _left, slope = load_slopes(
-            student_row_ptr,
-            target_row_ptr,
-            columns,
-            num_columns,
-            student_maximum,
-            target_maximum,
-            log_ratio,
-            threshold,
-            inverse_temperature,
-            jsd_weight,
-            DIVERGENCE,
-        )
+        p, _q, _clipped, _gap, _left, slope = load_slopes(pair, columns, threshold, DIVERGENCE)
         gradient = (slope - p * slope_sum) * (share * factor)
         tl.store(gradient_row_ptr + columns, gradient, mask=columns < num_columns)
     # Written last, so that tiles are stored whole.
