@@ -329,9 +329,14 @@ def check_topk(token_ids: Tensor, logprobs: Tensor, num_tokens: int, device: tor
     check_device("teacher_token_ids", token_ids, device)
 
 
-def check_topk_values(token_ids: Tensor, logprobs: Tensor, vocab_size: int) -> None:
-    """Checks a served teacher's top-k. A GPU asserts this without a host sync."""
+def check_topk_values(
+    token_ids: Tensor, logprobs: Tensor, zero_weight: Tensor | None, vocab_size: int
+) -> None:
+    """Checks a served teacher's top-k; log-probabilities but for (N,) tokens of weight 0. A GPU
+    asserts this without a host sync."""
     exists = token_ids >= 0
+    if zero_weight is not None:
+        exists &= ~zero_weight[:, None]
     check_entries(
         "teacher_token_ids",
         token_ids,

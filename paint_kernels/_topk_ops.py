@@ -155,7 +155,7 @@ def _paint_loss_from_topk(
     check_cu_seqlens_values(cu_seqlens, student_hidden_states.shape[0])
     check_temperatures_values(temperatures)
     vocab_size = shard.vocab_size(head.weight.shape[0])
-    check_topk_values(teacher_token_ids, teacher_logprobs, vocab_size)
+    check_topk_values(teacher_token_ids, teacher_logprobs, zero_weight, vocab_size)
     with no_autocast(student_hidden_states):
         found, rest = _topk.run_loss_from_topk(
             Projection(student_hidden_states, head, temperatures, settings.backend),
@@ -200,7 +200,7 @@ def _(
     num_tokens, num_ids = teacher_token_ids.shape
     with_tail = tail != "renormalise"
     with_gradient = with_hidden_gradient or with_head_gradient
-    dtype = Projection(student_hidden_states, head).dtype
+    dtype = head.logits_dtype(student_hidden_states)
     new = student_hidden_states.new_empty
     hidden = student_hidden_states.shape if with_tail and with_hidden_gradient else (0,)
     return (

@@ -150,10 +150,10 @@ def test_a_served_top_k(build, error, junk, tail, reduction, logit_softcap):
     options |= {"token_weights": weights_of(19), "pointwise_clip": None, **SELECTING}
     found = []
     for one, dtype, function in (
-        (spoiled(served, junk, names=("student",)), None, paint_loss_from_topk),
+        (spoiled(served, junk, names=("student", "logprobs")), None, paint_loss_from_topk),
         (served, None, paint_loss_from_topk),
         (
-            *(spoiled(served, junk, names=("student",)), torch.float64),
+            *(spoiled(served, junk, names=("student", "logprobs")), torch.float64),
             reference_topk.paint_loss_from_topk,
         ),
     ):
