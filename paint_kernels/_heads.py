@@ -33,6 +33,11 @@ class Head:
         """Returns the fields as positional arguments of the operators."""
         return self.weight, self.bias, self.scale, self.softcap
 
+    def logits_dtype(self, hidden_states: Tensor) -> torch.dtype:
+        """Returns float32, or float64 where one of the tensors is."""
+        bias = () if self.bias is None else (self.bias,)
+        return compute_dtype(hidden_states, self.weight, *bias)
+
     def from_product(self, product: Tensor, columns: Tensor | None = None) -> Tensor:
         """Turns rows of h W^T into logits, in place.
 
@@ -62,8 +67,8 @@ class Projection:
 
     hidden_states: Tensor
     head: Head
-    temperatures: Tensor | None = None
-    backend: str = "torch"
+    temperatures: Tensor | None
+    backend: str
 
     def from_product(
         self, product: Tensor, rows: slice | Tensor, columns: Tensor | None = None
@@ -113,8 +118,7 @@ class Projection:
     @property
     def dtype(self) -> torch.dtype:
         """Of the logits: float32, or float64 where one of the tensors is."""
-        bias = () if self.head.bias is None else (self.head.bias,)
-        return compute_dtype(self.hidden_states, self.head.weight, *bias)
+        return self.head.logits_dtype(self.hidden_states)
 
     @property
     def factor(self) -> float | Tensor:
@@ -186,5 +190,5 @@ class Heads:
 
 def logits_dtype(student: Tensor, teacher: Tensor, heads: Heads) -> torch.dtype:
     """Returns the dtype of the logits of both models, from their hidden states."""
-    own = Projection(teacher, heads.teacher).dtype
-    return torch.promote_types(Projection(student, heads.student).dtype, own)
+    own = heads.teacher.logits_dtype(teacher)
+    return torch.promote_types(heads.student.logits_dtype(student), own)

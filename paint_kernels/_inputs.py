@@ -63,6 +63,14 @@ class TokenOptions(NamedTuple):
         return None if self.weights is None else self.weights == 0
 
 
+def per_token_rows(
+    token_weights: Tensor | None, selected: Tensor | None, options: LossOptions
+) -> dict[str, Any]:
+    """Returns what may be given for each token, by the names of the arguments."""
+    temperature = options.get("temperature", 1.0)
+    return {"token_weights": token_weights, "temperature": temperature, "selected": selected}
+
+
 def token_options(
     like: Tensor,
     dtype: torch.dtype,
@@ -435,3 +443,19 @@ def label_rows(
         check_cu_seqlens_values(cu_seqlens, labels.shape[0])
     before = nn.functional.pad(kept.cumsum(0), (1, 0))
     return _kept(kept, before[cu_seqlens.to(device).long()])
+
+
+def take_labelled(
+    labels: Tensor | None, ignore_index: int, cu_seqlens: Tensor | None, rows: dict[str, Any]
+) -> tuple[KeptRows | None, Tensor | None]:
+    """Replaces the values in `rows`, by their names, by those of the rows that `label_rows` keeps.
+
+    The first is the student's. Returns what was kept and its bounds; without labels None, and the
+    given bounds.
+    """
+    if labels is None:
+        return None, cu_seqlens
+    student = next(iter(rows.values()))
+    kept = label_rows(labels, ignore_index, cu_seqlens, student.device)
+    rows.update({name: kept.take(name, values) for name, values in rows.items()})
+    return kept, kept.cu_seqlens

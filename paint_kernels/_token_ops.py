@@ -36,7 +36,7 @@ def token_stats(
 @token_stats.register_fake
 @takes_fields
 def _(hidden_states, head: Head, temperatures, *settings):
-    dtype = Projection(hidden_states, head).dtype
+    dtype = head.logits_dtype(hidden_states)
     return hidden_states.new_empty((2, hidden_states.shape[0]), dtype=dtype)
 
 
@@ -73,7 +73,7 @@ token_logprobs = torch.library.custom_op(
 @token_logprobs.register_fake
 @takes_fields
 def _(hidden_states, head: Head, token_ids, temperatures, with_hidden_gradient, *settings):
-    dtype = Projection(hidden_states, head).dtype
+    dtype = head.logits_dtype(hidden_states)
     num_tokens = hidden_states.shape[0]
     return (
         hidden_states.new_empty((num_tokens,), dtype=dtype),
@@ -164,6 +164,6 @@ def _(
     with_bias_gradient,
     *settings,
 ):
-    dtype = Projection(hidden_states, head).dtype
+    dtype = head.logits_dtype(hidden_states)
     wanted = with_weight_gradient, with_bias_gradient
     return empty_head_gradients(head.weight, dtype, *wanted)

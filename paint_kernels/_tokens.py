@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -122,19 +122,47 @@ def run_logprobs_head_gradient(
     gradients = logit_gradients(
         projection, settings, shard, with_weight_gradient=with_weight_gradient
     )
-    weight, scale = projection.head.weight, gradients.product.scale
-    weights = token_weights * projection.factor
-    gradients.product.prepare_head(weights)
-    grad_bias = weight.new_zeros(len(weight) if with_bias_gradient else 0, dtype=projection.dtype)
-    for rows, logits in logits_by_chunk(projection, settings, shard):
+
+    def gradient_of(rows: slice, logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
         gradient = gradients.of(logits, rows)
         row_functions(settings.backend, shard).row_logprobs(
-            logits, token_ids[rows], settings.temperature, gradient, gradient_scale=scale
+            logits,
+            token_ids[rows],
+            settings.temperature,
+            gradient,
+            gradient_scale=gradients.product.scale,
         )
         projection.through_cap(logits, rows, gradient)
-        if with_bias_gradient:
+        return gradient
+
+    chunks = logits_by_chunk(projection, settings, shard)
+    return sum_head_gradients(
+        gradients, chunks, gradient_of, token_weights, with_bias=with_bias_gradient
+    )
+
+
+def sum_head_gradients(
+    gradients: LogitGradients,
+    chunks: Iterator[tuple[slice, Float[Tensor, "R V"]]],
+    gradient_of: Callable[[slice, Float[Tensor, "R V"]], Float[Tensor, "R V"]],
+    token_weights: Float[Tensor, " N"],
+    *,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients by the head's weight and bias, or empty tensors, as sums over tokens.
+
+    gradient_of: takes the rows of a chunk and their logits. Returns what `gradients.of` has given
+        for these, filled with the gradient by h W^T over `Projection.factor`.
+    """
+    projection, with_weight = gradients.projection, gradients.grad_weight.ndim == 2
+    weights, vocab_size = token_weights * projection.factor, len(projection.head.weight)
+    gradients.product.prepare_head(weights)
+    grad_bias = weights.new_zeros(vocab_size if with_bias else 0, dtype=projection.dtype)
+    for rows, logits in chunks:
+        gradient = gradient_of(rows, logits)
+        if with_bias:
             add_bias_gradient(gradient, weights[rows], grad_bias)
-        if with_weight_gradient:
+        if with_weight:
             gradients.add(gradient, rows)
     gradients.finish()
-    return gradients.grad_weight, grad_bias.div_(scale)
+    return gradients.grad_weight, grad_bias.div_(gradients.product.scale)

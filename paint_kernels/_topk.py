@@ -21,12 +21,12 @@ from torch import Tensor
 
 from paint_kernels import _torch_backend
 from paint_kernels._backends import row_functions, topk_functions
-from paint_kernels._heads import Projection, add_bias_gradient, scale_rows
+from paint_kernels._heads import Projection, scale_rows
 from paint_kernels._loss import TokenValues
 from paint_kernels._matmul import compute_dtype
 from paint_kernels._settings import LossSettings, TokenSettings
 from paint_kernels._shards import WHOLE, Shard
-from paint_kernels._tokens import logit_gradients, logits_by_chunk
+from paint_kernels._tokens import logit_gradients, logits_by_chunk, sum_head_gradients
 from paint_kernels._weights import clear_rows, without_rows
 from paint_kernels.selection import ranked_top_k, teacher_top_k_indices
 
@@ -453,19 +453,17 @@ def tail_head_gradients(
 
     ids: rows of the rank's head. logsumexp: of the tail, inf in rows that are to have no share.
     """
-    in_chunks, weights = of_tokens(settings), values * student.factor
+    in_chunks = of_tokens(settings)
     gradients = logit_gradients(
         student, untempered(in_chunks), shard, with_weight_gradient=with_weight
     )
-    gradients.product.prepare_head(weights)
-    by_bias = values.new_zeros(len(student.head.weight) if with_bias else 0)
-    for rows, logits in logits_by_chunk(student, in_chunks, shard):
+
+    def gradient_of(rows: slice, logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
         take_support(logits, ids[rows])
-        shares = tail_shares(gradients, logits, ids[rows], logsumexp[rows], rows, settings)
-        if with_bias:
-            add_bias_gradient(shares, weights[rows], by_bias)
-        if with_weight:
-            gradients.add(shares, rows)
-    gradients.finish()
-    by_weight = gradients.grad_weight.to(values.dtype)
-    return by_weight, by_bias.div_(gradients.product.scale)
+        return tail_shares(gradients, logits, ids[rows], logsumexp[rows], rows, settings)
+
+    chunks = logits_by_chunk(student, in_chunks, shard)
+    by_weight, by_bias = sum_head_gradients(
+        gradients, chunks, gradient_of, values, with_bias=with_bias
+    )
+    return by_weight.to(values.dtype), by_bias

@@ -15,17 +15,18 @@ from paint_kernels._checks import (
     local_tensor,
     resolve_backend,
 )
-from paint_kernels._heads import Head, Heads, Projection, logits_dtype
+from paint_kernels._heads import Head, Heads, logits_dtype
 from paint_kernels._inputs import (
     Parallel,
     as_autocast_would,
     check_logits,
-    label_rows,
     loss_settings,
     loss_weights,
     output_of,
+    per_token_rows,
     resolve_head,
     resolve_heads,
+    take_labelled,
     token_options,
     wants_gradient,
 )
@@ -47,7 +48,7 @@ def _token_settings(
 ) -> tuple[Tensor | None, TokenSettings]:
     """Returns the temperatures of the tokens, if each has its own, and the settings."""
     check_chunk_rows(chunk_rows)
-    dtype = Projection(hidden_states, head).dtype
+    dtype = head.logits_dtype(hidden_states)
     given = token_options(hidden_states, dtype, temperature=temperature)
     backend = resolve_backend(backend, hidden_states.device, dtype)
     return given.temperatures, TokenSettings(given.temperature, backend, chunk_rows)
@@ -205,11 +206,7 @@ def paint_loss_from_logits(
     """
     student = local_tensor("student_logits", student_logits)
     teacher = local_tensor("teacher_logits", teacher_logits).detach()
-    per_token: dict[str, Any] = {
-        "token_weights": token_weights,
-        "temperature": options.get("temperature", 1.0),
-        "selected": selected,
-    }
+    per_token = per_token_rows(token_weights, selected, options)
     alike = {**options, "reduction": reduction, "chunk_rows": chunk_rows}
     alike["with_gradient"] = wants_gradient(student)
     parallel = Parallel(vocab_parallel_group, alike, {"cu_seqlens": cu_seqlens, **per_token})
@@ -348,20 +345,14 @@ def paint_loss(
             values of bounds and temperatures are asserted on the device, so that the host does not
             wait.
     """
-    student = local_tensor("student_hidden_states", student_hidden_states)
-    teacher = local_tensor("teacher_hidden_states", teacher_hidden_states).detach()
     per_token: dict[str, Any] = {
-        "token_weights": token_weights,
-        "temperature": options.get("temperature", 1.0),
-        "selected": selected,
+        "student_hidden_states": local_tensor("student_hidden_states", student_hidden_states),
+        "teacher_hidden_states": local_tensor("teacher_hidden_states", teacher_hidden_states),
+        **per_token_rows(token_weights, selected, options),
     }
-    kept = None
-    if labels is not None:
-        kept = label_rows(labels, ignore_index, cu_seqlens, student.device)
-        student = kept.take("student_hidden_states", student)
-        teacher = kept.take("teacher_hidden_states", teacher)
-        per_token = {name: kept.take(name, values) for name, values in per_token.items()}
-        cu_seqlens = kept.cu_seqlens
+    kept, cu_seqlens = take_labelled(labels, ignore_index, cu_seqlens, per_token)
+    student = per_token.pop("student_hidden_states")
+    teacher = per_token.pop("teacher_hidden_states").detach()
     heads = Heads(
         *(lm_head_weight, lm_head_bias, teacher_lm_head_weight, teacher_lm_head_bias),
         *(logit_scale, logit_softcap, teacher_logit_scale, teacher_logit_softcap),

@@ -14,15 +14,16 @@ from paint_kernels._checks import (
     local_tensor,
     resolve_backend,
 )
-from paint_kernels._heads import Head, Projection
+from paint_kernels._heads import Head
 from paint_kernels._inputs import (
     Parallel,
     as_autocast_would,
-    label_rows,
     loss_settings,
     loss_weights,
     output_of,
+    per_token_rows,
     resolve_head,
+    take_labelled,
     token_options,
     wants_gradient,
 )
@@ -90,8 +91,8 @@ def paint_loss_from_topk(
             id twice in a row. The id -1 fills up rows with fewer. A row without any id is a token
             with loss 0.
         teacher_logprobs: of the same shape, any float dtype: natural logarithms of the teacher's
-            probabilities; constant. -inf is a probability of 0. Ignored where the id is -1. The
-            probabilities of a row may sum to 1.01 because of rounding.
+            probabilities; constant. -inf is a probability of 0. Ignored where the id is -1 and
+            for a token of weight 0. The probabilities of a row may sum to 1.01 because of rounding.
         cu_seqlens: (B+1,) int32 or int64, the bounds of the rollouts, from 0 to N.
         tail: "bucket", "renormalise" or "drop".
         labels, ignore_index, token_weights, selected: as in `paint_loss`. What the teacher serves
@@ -117,20 +118,16 @@ def paint_loss_from_topk(
             not fit. On a GPU the values of ids, log-probabilities, bounds and temperatures are
             asserted on the device, so that the host does not wait.
     """
-    student = local_tensor("student_hidden_states", student_hidden_states)
     per_token: dict[str, Any] = {
-        "token_weights": token_weights,
-        "temperature": options.get("temperature", 1.0),
-        "selected": selected,
+        "student_hidden_states": local_tensor("student_hidden_states", student_hidden_states),
+        "teacher_token_ids": teacher_token_ids,
+        "teacher_logprobs": teacher_logprobs,
+        **per_token_rows(token_weights, selected, options),
     }
-    kept = None
-    if labels is not None:
-        kept = label_rows(labels, ignore_index, cu_seqlens, student.device)
-        student = kept.take("student_hidden_states", student)
-        teacher_token_ids = kept.take("teacher_token_ids", teacher_token_ids)
-        teacher_logprobs = kept.take("teacher_logprobs", teacher_logprobs)
-        per_token = {name: kept.take(name, values) for name, values in per_token.items()}
-        cu_seqlens = kept.cu_seqlens
+    kept, cu_seqlens = take_labelled(labels, ignore_index, cu_seqlens, per_token)
+    student = per_token.pop("student_hidden_states")
+    teacher_token_ids = per_token.pop("teacher_token_ids")
+    teacher_logprobs = per_token.pop("teacher_logprobs")
     check_topk(teacher_token_ids, teacher_logprobs, len(student), student.device)
     check_cu_seqlens(cu_seqlens, student.device)
     check_choice("tail", tail, TAILS)
@@ -147,7 +144,7 @@ def paint_loss_from_topk(
     head, shard = resolve_head(student, head, vocab_size, parallel, "student_")
     assert cu_seqlens is not None
     student = as_autocast_would(student)
-    dtype = Projection(student, head).dtype
+    dtype = head.logits_dtype(student)
     given = token_options(student, dtype, **per_token)
     backend = resolve_backend(backend, student.device, dtype)
     whole_size = shard.vocab_size(head.weight.shape[0])

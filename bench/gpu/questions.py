@@ -56,8 +56,8 @@ def inputs_of(num_tokens: int, rollout_tokens: int, device: torch.device) -> Inp
 
 def source_of(inputs: Inputs, rows: int) -> HiddenSource:
     return HiddenSource(
-        Projection(inputs.student.detach(), Head(inputs.weight)),
-        Projection(inputs.teacher, Head(inputs.weight)),
+        Projection(inputs.student.detach(), Head(inputs.weight), None, "triton"),
+        Projection(inputs.teacher, Head(inputs.weight), None, "triton"),
         None,
         rows_per_chunk=rows,
         temperature=SETTINGS.temperature,

@@ -256,8 +256,8 @@ def test_no_tensor_of_the_size_of_the_logits(build):
         most = _plan.most_rows(300, 16, torch.device("cpu"))
         chunks = _plan.plan_chunks(batch.cu_seqlens, 100, most, full=False)
         source = HiddenSource(
-            Projection(batch.student.detach(), Head(batch.weight)),
-            Projection(batch.teacher, Head(batch.weight)),
+            Projection(batch.student.detach(), Head(batch.weight), None, "torch"),
+            Projection(batch.teacher, Head(batch.weight), None, "torch"),
             None,
             rows_per_chunk=_plan.largest_chunk(chunks),
             temperature=1.0,

@@ -502,7 +502,7 @@ def test_no_tensor_of_the_size_of_the_logits(build, tail):
             return result
 
     served, loss_settings = serve(build((60, 40), 300), 5), LossSettings(backend="torch")
-    student = Projection(served.student, Head(served.weight))
+    student = Projection(served.student, Head(served.weight), None, "torch")
     with LargestTensor() as largest:
         _topk.run_loss_from_topk(
             student,

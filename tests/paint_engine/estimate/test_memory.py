@@ -138,8 +138,8 @@ def gpu_loss(
     num_rows = len(student)
     rows = min(num_rows, most_rows(*heads.lm_head_weight.shape, torch.device("meta")))
     source = _sources.HiddenSource(
-        Projection(student, heads.student),
-        Projection(teacher, heads.teacher),
+        Projection(student, heads.student, None, "triton"),
+        Projection(teacher, heads.teacher, None, "triton"),
         token_weights,
         rows_per_chunk=rows,
         temperature=1.1,
