@@ -11,8 +11,10 @@ from torch import Tensor
 
 CPU_CHUNK_ELEMENTS = 2**24
 """logits of each of two models in one chunk, 64 MiB of float32: smaller chunks read the head too
-often, and a product of 206 rows of 151,936 logits runs 1.3 times as fast as two of 103. A chunk of
-one model has twice as many rows."""
+often, and a product of 206 rows of 151,936 logits runs 1.3 times as fast as two of 103"""
+CPU_ROWS_OF_ONE_MODEL = 7 / 3
+"""as many rows has a chunk of one model: 257 of 151,936 logits, 156 MB. With twice as many, two
+chunks of 256 rows would become three of 171, whose products take 1.1 times as long."""
 BLOCK_ELEMENTS, BLOCK_BUFFERS = 2**20, 5
 """logits of a block of rows on a CPU, and the buffers of 4 MiB for it, which stay in the last
 cache. With fewer rows, the calls for a row's few numbers take as long as those for its entries."""
@@ -51,7 +53,8 @@ def most_rows(vocab_size: int, hidden_size: int, device: torch.device, num_model
     for 4096. More rows would only take more memory, 10 bytes per logit.
     """
     if device.type == "cpu":
-        return max(1, 2 * CPU_CHUNK_ELEMENTS // (num_models * vocab_size))
+        more = CPU_ROWS_OF_ONE_MODEL if num_models == 1 else 1
+        return max(1, int(more * CPU_CHUNK_ELEMENTS / vocab_size))
     tiles = max(1, _multiprocessors(device) // max(1, hidden_size // GEMM_TILE[1]))
     rows = tiles * GEMM_TILE[0]
     return min(rows * math.ceil(GPU_MIN_CHUNK_ROWS / rows), GPU_MAX_CHUNK_ROWS)

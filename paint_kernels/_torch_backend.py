@@ -110,7 +110,9 @@ def row_argmax(
     return maximum, columns.gather(1, within), whole_maxima
 
 
-def tile_sums(x: Float[Tensor, "R V"]) -> tuple[Float[Tensor, "R 1"], Float[Tensor, "R tiles"]]:
+def tile_sums(
+    x: Float[Tensor, "R V"], spare: Float[Tensor, "R V"]
+) -> tuple[Float[Tensor, "R 1"], Float[Tensor, "R tiles"]]:
     """Returns row sums and the sums of whole tiles. All are float64, because the rounding of a
     tile's sum to float32 is larger than that of its exponentials.
 
@@ -118,9 +120,27 @@ def tile_sums(x: Float[Tensor, "R V"]) -> tuple[Float[Tensor, "R 1"], Float[Tens
     row's divergence by the same amount: 1e-7 is a thousandth of a small divergence.
     """
     tiles, last = whole_tiles(x)
-    sums = tiles.sum(dim=-1, dtype=torch.float64)
+    sums = torch.cat([wide_tile_sums(part, spare) for part in tiles.split(wide_rows(x, spare))])
     total = last.sum(dim=-1, keepdim=True, dtype=torch.float64)
     return total + sums.sum(dim=-1, keepdim=True), sums
+
+
+def wide_rows(x: Float[Tensor, "R V"], spare: Float[Tensor, "R V"]) -> int:
+    """Returns the number of rows that fit into `spare` in float64, at least 1."""
+    return max(1, spare.nbytes // (8 * max(1, x.shape[1])))
+
+
+def wide_tile_sums(
+    tiles: Float[Tensor, "R tiles TILE"], spare: Float[Tensor, "R V"]
+) -> Float[Tensor, "R tiles"]:
+    """Returns float64 sums. The copy that a float64 sum of float32 takes goes into `spare`, if that
+    is large enough: to map and to clear the pages of a new one takes longer than the sum."""
+    is_small = 8 * tiles.numel() <= spare.nbytes and tiles.is_cpu
+    if tiles.dtype == torch.float32 and is_small and spare.storage_offset() % 2 == 0:
+        even = spare.numel() // 2 * 2
+        wide = spare.view(-1)[:even].view(torch.float64)[: tiles.numel()].view(tiles.shape)
+        tiles = wide.copy_(tiles)
+    return tiles.sum(dim=-1, dtype=torch.float64)
 
 
 def shift(
@@ -128,8 +148,9 @@ def shift(
     temperature: float,
     x: Float[Tensor, "R V"],
     exponentials: Float[Tensor, "R V"],
+    spare: Float[Tensor, "R V"],
 ) -> Shifted:
-    """Computes the softmax of the rows in the two buffers.
+    """Computes the softmax of the rows in `x` and `exponentials`.
 
     The entropy is H = log1p(s) - t / (1 + s), where s is the sum of exp(x / T) and t the sum of
     x / T exp(x / T), both over all entries but the largest.
@@ -138,11 +159,11 @@ def shift(
     maximum = maximum.to(x.dtype)
     exponentiate(logits, maximum, temperature, x, exponentials, bounds=x.device.type != "cpu")
     exponentials.scatter_(1, largest, 0.0)
-    rest, sums = tile_sums(exponentials)
-    energy = torch.linalg.vecdot(exponentials, x)[:, None]
+    rest, sums = tile_sums(exponentials, spare)
+    energy = row_sum(torch.mul(exponentials, x, out=spare))
     # On a CPU a look at the result is cheaper than to bound every entry: -inf gives 0 * -inf.
     if x.device.type == "cpu" and energy.isnan().any():
-        energy = torch.linalg.vecdot(exponentials, x.clamp_(min=lowest(temperature)))[:, None]
+        energy = row_sum(torch.mul(exponentials, x.clamp_(min=lowest(temperature)), out=spare))
     entropy = (torch.log1p(rest) - energy / ((1 + rest) * temperature)).to(x.dtype)
     tiles = None if maxima is None else TileValues(maxima - maximum, sums)
     return Shifted(x, exponentials, largest, maximum, rest, entropy, tiles)
@@ -191,12 +212,11 @@ def log_ratio(student_rest: Tensor, teacher_rest: Tensor) -> Tensor:
 
 @full_precision()
 def row_stats(logits: Float[Tensor, "R V"], temperature: float) -> TokenStats:
-    scratch = buffers(2, logits)
+    scratch = buffers(3, logits)
     logsumexp = logits.new_empty(logits.shape[0], dtype=scratch.dtype)
     entropy = torch.empty_like(logsumexp)
     for rows in row_blocks(logits):
-        x, exponentials = scratch[:, : rows.stop - rows.start]
-        shifted = shift(logits[rows], temperature, x, exponentials)
+        shifted = shift(logits[rows], temperature, *scratch[:, : rows.stop - rows.start])
         logsumexp[rows] = (shifted.maximum / temperature + torch.log1p(shifted.rest))[:, 0]
         entropy[rows] = shifted.entropy[:, 0]
     return TokenStats(logsumexp, entropy)
@@ -216,8 +236,17 @@ def interpolate(
 ) -> Float[Tensor, "R V"]:
     """Returns (1-k) z_T + k z_S in the marked rows (Eq. 12), z_T elsewhere."""
     teacher, student = teacher.to(compute_dtype(teacher)), student.to(compute_dtype(student))
-    mixed = student if weight == 1 else (1 - weight) * teacher + weight * student
-    return torch.where(rows[:, None], mixed, teacher)
+    if teacher.is_cpu:
+        # Of a block of rows few are marked, if any. The number of them may be read.
+        marked = rows.nonzero()[:, 0]
+        if len(marked) == 0:
+            return teacher
+        return teacher.index_copy(0, marked, _mixed(teacher[marked], student[marked], weight))
+    return torch.where(rows[:, None], _mixed(teacher, student, weight), teacher)
+
+
+def _mixed(teacher: Tensor, student: Tensor, weight: float) -> Tensor:
+    return student if weight == 1 else (1 - weight) * teacher + weight * student
 
 
 @full_precision()
@@ -240,24 +269,23 @@ def row_loss(
     `drops_last`, the last column belongs to both distributions, but adds no summand.
     """
     scratch = buffers(BLOCK_BUFFERS, student_logits)
-    values = RowValues(*scratch.new_empty(5, student_logits.shape[0]))
+    values = scratch.new_empty(len(student_logits), 5)
     for rows in row_blocks(student_logits):
         student, teacher = student_logits[rows], teacher_logits[rows]
         if interpolated is not None:
             weight = settings.interpolation_weight
             teacher = interpolate(teacher, student, interpolated[rows], weight)
         x_s, exp_s, x_t, exp_t, spare = scratch[:, : rows.stop - rows.start]
-        s = shift(student, settings.temperature, x_s, exp_s)
-        t = shift(teacher, settings.temperature, x_t, exp_t)
+        s = shift(student, settings.temperature, x_s, exp_s, spare)
+        t = shift(teacher, settings.temperature, x_t, exp_t, spare)
         *terms, by_logits = _block_loss(
             s, t, spare, settings, gradient is not None, drops_last=drops_last
         )
         if gradient is not None:
             scale = gradient_scale / settings.temperature
             torch.mul(by_logits, scale, out=gradient[rows])
-        for value, block in zip(values, (*terms, s.entropy, t.entropy), strict=True):
-            value[rows] = block[:, 0]
-    return values
+        values[rows] = torch.cat([*terms, s.entropy, t.entropy], dim=1)
+    return RowValues(*values.unbind(1))
 
 
 def _block_loss(
@@ -394,24 +422,23 @@ def row_logprobs(
 
     Fills `gradient`, which may be `logits`, with (one_hot - p) / temperature * gradient_scale.
     """
-    scratch = buffers(2, logits)
+    scratch = buffers(3, logits)
     logprobs = scratch.new_empty(logits.shape[0])
     entropy = torch.empty_like(logprobs)
     for rows in row_blocks(logits):
         ids = token_ids[rows].long()[:, None]
-        x, exponentials = scratch[:, : rows.stop - rows.start]
-        shifted = shift(logits[rows], temperature, x, exponentials)
+        shifted = shift(logits[rows], temperature, *scratch[:, : rows.stop - rows.start])
         chosen = shifted.x.gather(1, ids) / temperature - torch.log1p(shifted.rest)
         logprobs[rows] = chosen[:, 0].to(logprobs.dtype)
         entropy[rows] = shifted.entropy[:, 0]
         if gradient is not None:
             # The largest entry's exponential, 1, is not in `rest`.
             assert shifted.largest is not None
-            exponentials.scatter_(1, shifted.largest, 1.0)
+            exponentials = shifted.exponentials.scatter_(1, shifted.largest, 1.0)
             others = torch.where(
                 ids == shifted.largest, shifted.rest, 1 + shifted.rest - exponentials.gather(1, ids)
             )
             scale = gradient_scale / ((1 + shifted.rest) * temperature)
-            out = torch.mul(exponentials, -scale.to(x.dtype), out=gradient[rows])
+            out = torch.mul(exponentials, -scale.to(exponentials.dtype), out=gradient[rows])
             out.scatter_(1, ids, (scale * others).to(out.dtype))
     return logprobs, entropy

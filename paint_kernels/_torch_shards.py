@@ -32,14 +32,13 @@ if TYPE_CHECKING:
 @full_precision()
 def local_stats(logits: Float[Tensor, "R V"], temperature: float) -> ShardStats:
     """Returns the statistics of the rank's columns."""
-    scratch = buffers(2, logits)
+    scratch = buffers(3, logits)
     maximum = scratch.new_empty(len(logits))
     entropy = torch.empty_like(maximum)
     rest = maximum.new_empty(len(logits), dtype=torch.float64)
     largest = torch.empty_like(maximum, dtype=torch.int64)
     for rows in row_blocks(logits):
-        x, exponentials = scratch[:, : rows.stop - rows.start]
-        shifted = shift(logits[rows], temperature, x, exponentials)
+        shifted = shift(logits[rows], temperature, *scratch[:, : rows.stop - rows.start])
         assert shifted.largest is not None
         maximum[rows], rest[rows] = shifted.maximum[:, 0], shifted.rest[:, 0]
         entropy[rows], largest[rows] = shifted.entropy[:, 0], shifted.largest[:, 0]

@@ -279,3 +279,16 @@ def test_small_divergences_of_a_large_vocabulary_keep_their_digits(build, error,
     exact = batch.double().loss(reference.paint_loss, **options)
     assert exact.token_kl.mean() < 3 * noise**2
     assert error(output.token_kl, exact.token_kl) < 5e-5
+
+
+@pytest.mark.parametrize("spare_rows", [0, 1, 3, 6])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_tiles_are_those_of_float64(dtype, offset, spare_rows):
+    """Whether the wide copy fits into the spare buffer in one piece, in several, or not at all."""
+    x = torch.rand(6, 3 * 256 + 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    spare = torch.empty(offset + spare_rows * x.shape[1], dtype=dtype)[offset:].view(-1, x.shape[1])
+    total, sums = _torch_backend.tile_sums(x, spare)
+    expected = _torch_divergences.whole_tiles(x.double())[0].sum(-1)
+    torch.testing.assert_close(sums, expected, rtol=1e-15, atol=0.0)
+    torch.testing.assert_close(total[:, 0], x.double().sum(1), rtol=1e-15, atol=0.0)
