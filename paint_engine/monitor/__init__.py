@@ -10,15 +10,29 @@ from paint_engine.monitor.metrics import (
     wandb_id,
 )
 from paint_engine.monitor.progress import Progress
+from paint_engine.monitor.shortening import (
+    FALL,
+    Lengths,
+    Shortening,
+    ShorteningWatch,
+    compare_lengths,
+    lengths_of,
+)
 from paint_engine.monitor.timings import Timings
 
 __all__ = [
+    "FALL",
     "SKIPPED_STEPS",
+    "Lengths",
     "MetricsWriter",
     "NotFinite",
     "Progress",
+    "Shortening",
+    "ShorteningWatch",
     "Timings",
     "check_finite",
     "check_loggers",
+    "compare_lengths",
+    "lengths_of",
     "wandb_id",
 ]
