@@ -22,11 +22,22 @@ skipped"""
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems with its 95% interval, as fractions: Estimate(0.5, 0.38, 0.63)"""
+    """A number with its 95% interval: Estimate(0.5, 0.38, 0.63). NaN stands for what is not
+    defined."""
 
     value: float
     low: float
     high: float
+
+    @property
+    def known(self) -> float | None:
+        """The value as JSON has it: None if it is not defined."""
+        return None if math.isnan(self.value) else self.value
+
+    @property
+    def ci95(self) -> list[float] | None:
+        """The bounds as JSON has them: None if they are not defined."""
+        return None if math.isnan(self.low) else [self.low, self.high]
 
 
 def by_problem(samples: Sequence[EvalSample]) -> dict[str, list[EvalSample]]:

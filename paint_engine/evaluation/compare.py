@@ -11,7 +11,17 @@ from rich.table import Table
 
 from paint_engine.checkpoint.directory import list_checkpoints, split_place
 from paint_engine.evaluation.accuracy import Estimate, best_step, bootstrap, by_problem
+from paint_engine.evaluation.lengths import (
+    LENGTHS,
+    Answers,
+    answers_of,
+    length_budgets,
+    length_estimates,
+    length_statistics,
+)
+from paint_engine.evaluation.results import label_of
 from paint_engine.evaluation.store import (
+    EvalSample,
     Evaluation,
     evaluation_directory,
     read_evaluation,
@@ -19,6 +29,7 @@ from paint_engine.evaluation.store import (
 )
 from paint_engine.files import CONFIG_FILE, check_links, one_line, write_json, writing
 from paint_engine.files.terminal import Terminal
+from paint_engine.monitor import FALL, compare_lengths, lengths_of
 
 Evaluations = Mapping[str, Evaluation]
 
@@ -26,10 +37,20 @@ _SEED = "seed"
 
 
 @dataclass(frozen=True)
+class Change:
+    """A statistic of `length_statistics` in the first run and in the other, and its difference."""
+
+    before: float
+    after: float
+    difference: Estimate
+
+
+@dataclass(frozen=True)
 class Difference:
     """One benchmark of two runs, in fractions.
 
     before, after: Avg@k of the first run and of the other.
+    lengths: accuracy by length budget and lengths in tokens, by the statistic's name.
     gained: problems for which more than half of the samples are correct in the other run, but not
         in the first one; lost: the reverse.
     """
@@ -39,6 +60,7 @@ class Difference:
     difference: Estimate
     gained: tuple[str, ...]
     lost: tuple[str, ...]
+    lengths: Mapping[str, Change]
 
 
 def read_run(text: str) -> dict[str, Evaluation]:
@@ -162,17 +184,41 @@ def notes(before: Evaluations, after: Evaluations) -> list[str]:
     ]
 
 
-def _rates(evaluation: Evaluation, order: Evaluation) -> np.ndarray:
-    """Returns (P,) fractions of correct samples, in the order of `order`'s problems, whose names
-    and order may differ."""
+def shortenings(first: str, other: str, before: Evaluations, after: Evaluations) -> list[str]:
+    """Returns a note for each benchmark whose answers are a quarter shorter in the other run."""
+    found = []
+    for name, evaluation in before.items():
+        pair = evaluation, after[name]
+        change = compare_lengths(
+            *(lengths_of((s.num_tokens, s.truncated) for s in side.samples) for side in pair),
+            step=after[name].header.step or 0,
+            what=f"{name}: the answers of {other}",
+            than=f"those of {first}",
+        )
+        if change is not None and change.fall >= FALL:
+            found.append(change.note)
+    return found
+
+
+def _answers(evaluation: Evaluation, order: Evaluation) -> Answers:
+    """Returns the answers in the order of `order`'s problems, whose names and order may differ."""
     rows, marks = by_problem(evaluation.samples), evaluation.header.problems
     wanted = list(order.header.problems.values())
     # Both sorted by fingerprint; copies of a problem are paired in their order.
     places = sorted(range(len(wanted)), key=wanted.__getitem__)
-    rates = np.empty(len(wanted))
+    found: list[list[EvalSample]] = [[] for _ in wanted]
     for place, name in zip(places, sorted(marks, key=marks.__getitem__), strict=True):
-        rates[place] = np.mean([sample.correct for sample in rows[name]])
-    return rates
+        found[place] = rows[name]
+    return answers_of(found)
+
+
+def _length_changes(before: Answers, after: Answers, budgets: Sequence[int]) -> dict[str, Change]:
+    """Returns how each statistic changed."""
+    first, second = (length_statistics(answers, budgets) for answers in (before, after))
+    return {
+        key: Change(float(first[key][0]), float(second[key][0]), difference)
+        for key, difference in length_estimates([after], budgets, [before]).items()
+    }
 
 
 def compare(before: Evaluations, after: Evaluations) -> tuple[dict[str, Difference], Estimate]:
@@ -184,7 +230,8 @@ def compare(before: Evaluations, after: Evaluations) -> tuple[dict[str, Differen
     found, groups = {}, []
     for benchmark, evaluation in before.items():
         names = list(evaluation.header.problems)
-        first, second = _rates(evaluation, evaluation), _rates(after[benchmark], evaluation)
+        pair = _answers(evaluation, evaluation), _answers(after[benchmark], evaluation)
+        first, second = (answers.correct.mean(axis=1) for answers in pair)
         groups.append(second - first)
         found[benchmark] = Difference(
             float(first.mean()),
@@ -192,6 +239,7 @@ def compare(before: Evaluations, after: Evaluations) -> tuple[dict[str, Differen
             bootstrap([second - first]),
             _named(names, (first <= 0.5) & (second > 0.5)),
             _named(names, (first > 0.5) & (second <= 0.5)),
+            _length_changes(*pair, length_budgets(evaluation.settings["max_new_tokens"])),
         )
     return found, bootstrap(groups)
 
@@ -202,7 +250,12 @@ def _named(names: Sequence[str], where: np.ndarray) -> tuple[str, ...]:
 
 def _record(differences: Mapping[str, Difference], macro: Estimate) -> dict[str, Any]:
     def entry(estimate: Estimate) -> dict[str, Any]:
-        return {"difference": estimate.value, "ci95": [estimate.low, estimate.high]}
+        return {"difference": estimate.known, "ci95": estimate.ci95}
+
+    def changed(change: Change) -> dict[str, Any]:
+        values = {"before": change.before, "after": change.after}
+        known = {name: None if np.isnan(value) else value for name, value in values.items()}
+        return known | entry(change.difference)
 
     benchmarks = {
         name: {
@@ -211,6 +264,7 @@ def _record(differences: Mapping[str, Difference], macro: Estimate) -> dict[str,
             **entry(d.difference),
             "gained": list(d.gained),
             "lost": list(d.lost),
+            "lengths": {key: changed(change) for key, change in d.lengths.items()},
         }
         for name, d in differences.items()
     }
@@ -240,8 +294,35 @@ def _table(first: str, other: str, differences: Mapping[str, Difference], macro:
     return table
 
 
+def _length_table(name: str, changes: Mapping[str, Change]) -> Table:
+    table = Table(
+        title=one_line(f"{name}: accuracy by length budget, and lengths"),
+        caption="percent, and tokens; 95% intervals by paired bootstrap over problems",
+    )
+    table.add_column("")
+    for heading in ("before", "after", "difference", "95% interval"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for key, change in changes.items():
+        difference = change.difference
+        bounds = [_number(key, bound, "+") for bound in difference.ci95 or ()]
+        table.add_row(
+            label_of(key),
+            _number(key, change.before),
+            _number(key, change.after),
+            _number(key, difference.value, "+"),
+            " to ".join(bounds) or "-",
+        )
+    return table
+
+
+def _number(key: str, value: float, sign: str = "") -> str:
+    if np.isnan(value):
+        return "-"
+    return f"{value:{sign},.0f}" if key in LENGTHS else f"{100 * value:{sign}.1f}"
+
+
 def run_comparison(arguments: argparse.Namespace, console: Terminal) -> None:
-    """Prints a table for each run after the first, and the problems that it gained and lost.
+    """Prints tables for each run after the first, and the problems that it gained and lost.
 
     arguments: `parse_comparison`'s.
 
@@ -253,14 +334,17 @@ def run_comparison(arguments: argparse.Namespace, console: Terminal) -> None:
         check_pairs(arguments.first, other, before, after)
         differences, macro = compare(before, after)
         found = notes(before, after)
-        for note in found:
-            console.say(f"note: {arguments.first} and {other} {note}")
+        shorter = shortenings(arguments.first, other, before, after)
+        for note in [*(f"{arguments.first} and {other} {note}" for note in found), *shorter]:
+            console.say(f"note: {note}")
         console.print(_table(arguments.first, other, differences, macro))
         for name, difference in differences.items():
             for label, problems in (("gained", difference.gained), ("lost", difference.lost)):
                 if problems:
                     console.say(f"{name}, {label}: {', '.join(problems)}")
-        records.append({"run": other, "notes": found, **_record(differences, macro)})
+            console.print(_length_table(name, difference.lengths))
+        record = _record(differences, macro)
+        records.append({"run": other, "notes": found, "shortenings": shorter, **record})
     if arguments.json is not None:
         with writing(arguments.json):
             arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from typing import Annotated, Any, NoReturn
 from pydantic import Field
 
 from paint_engine.config import templates
-from paint_engine.config.sections import EvalSection, PromptsSection, Samples
+from paint_engine.config.sections import EvalSection, PromptsSection, Samples, Tokens
 from paint_engine.distributed import (
     World,
     barrier,
@@ -58,7 +58,8 @@ _HEADER = "header"
 _NO_REWARD = ("reward", None)
 _REWARD_FUNCTION = "reward_function"
 _REMOVE = "restore the evaluation from a copy, or remove its files to sample it again"
-
+# More than a limit on tokens may be; sums of so many stay exact.
+_MAX_TOKENS = 10**9
 
 # 30,000 years, so that a sum of them stays finite.
 _SECONDS: Any = Annotated[float, Field(ge=0, le=1e12)]
@@ -68,6 +69,7 @@ class _Settings(Record):
     """What is read of an evaluation's settings."""
 
     num_samples: Samples
+    max_new_tokens: Tokens
     seed: int
     reward_function: str = DEFAULT_REWARD
 
@@ -355,6 +357,11 @@ def _samples(
             raise BadFile(
                 f"{path}:{number}: got the sample {sample.sample_index} of {sample.problem_id!r}; "
                 f"needs one of the {len(header.problems)} problems of its header; {_REMOVE}"
+            )
+        if not 0 <= sample.num_tokens <= _MAX_TOKENS:
+            raise BadFile(
+                f"{path}:{number}: num_tokens: got {shown(sample.num_tokens)}; needs 0 to "
+                f"{_MAX_TOKENS:,}; {_REMOVE}"
             )
         found.append(sample)
     return found

@@ -39,13 +39,20 @@ HEADER = Header(
 
 
 def write(
-    directory: Path, correct: np.ndarray, header: Header = HEADER, name: str | None = None
+    directory: Path,
+    correct: np.ndarray,
+    header: Header = HEADER,
+    name: str | None = None,
+    lengths: np.ndarray | None = None,
 ) -> None:
-    """A complete evaluation with these verdicts, (problems, samples) booleans."""
+    """A complete evaluation with these verdicts, (problems, samples) booleans, and as many lengths
+    in tokens, or 5 everywhere."""
+    lengths = np.full(correct.shape, 5) if lengths is None else lengths
     files = SampleFiles(directory, name or header.benchmark, header, WORLD, replace=False)
-    for problem, row in zip(header.problems, correct, strict=True):
+    for problem, row, tokens in zip(header.problems, correct, lengths, strict=True):
         for j, verdict in enumerate(row):
-            files.append([EvalSample(problem, j, "", 5, "3", bool(verdict), False, None)])
+            length, is_correct = int(tokens[j]), bool(verdict)
+            files.append([EvalSample(problem, j, "", length, "3", is_correct, False, None)])
     files.finish(1.0)
 
 
@@ -92,6 +99,66 @@ def test_a_planted_difference_is_found_with_its_gained_and_lost_problems(
     assert other["macro"]["difference"] == pytest.approx(planted)
     assert "bench, lost: p:10" in printed
     assert "+11.2" in printed or "+11.3" in printed
+
+
+def test_lengths_are_compared_within_each_problem(tmp_path: Path, run: Run) -> None:
+    """Two problems, paired across names and order: 800 tokens become 700, and 6,000 become 5,000
+    and 4,000."""
+    problems = PROBLEMS[:2]
+    renamed = [replace(problems[i], problem_id=f"other[{i}]") for i in (1, 0)]
+    before, after = (
+        replace(HEADER, settings=HEADER.settings | {"num_samples": 2}, problems=fingerprints(of))
+        for of in (problems, renamed)
+    )
+    right = np.array([[True, False], [True, True]])
+    write(tmp_path / "a", right, before, lengths=np.array([[800, 800], [6000, 6000]]))
+    write(tmp_path / "b", right[::-1], after, lengths=np.array([[5000, 4000], [700, 700]]))
+    found, printed = run("a", "b")
+    changes = found["others"][0]["benchmarks"]["bench"]["lengths"]
+    assert {key: (c["before"], c["after"], c["difference"]) for key, c in changes.items()} == {
+        # The answer of 4,000 tokens.
+        "accuracy_within_4864": (0.25, 0.5, 0.25),
+        **{f"accuracy_within_{n}": (0.75, 0.75, 0.0) for n in (9728, 19456, 38912)},
+        "mean_length": (3400.0, 2600.0, -800.0),
+        "mean_correct_length": pytest.approx((12800 / 3, 9700 / 3, -3100 / 3)),
+        "median_correct_length": (6000.0, 4000.0, -2000.0),
+        "tokens_per_correct": pytest.approx((13600 / 3, 10400 / 3, -3200 / 3)),
+    }
+    # Both resampled problems are the one or the other in one draw of four.
+    assert changes["mean_length"]["ci95"] == [-1500.0, -100.0]
+    assert changes["accuracy_within_4864"]["ci95"] == [0.0, 0.5]
+    assert changes["tokens_per_correct"]["ci95"] == [-1500.0, -200.0]
+    rows = {
+        cells[0]: cells[1:]
+        for line in printed.splitlines()
+        if (cells := [cell.strip() for cell in line.strip("│").split("│")])[1:]
+    }
+    within = ["25.0", "50.0", "+25.0", "+0.0 to +50.0"]
+    assert rows["correct within 4,864 tokens"] == within
+    assert rows["tokens, mean"] == ["3,400", "2,600", "-800", "-1,500 to -100"]
+
+
+def test_answers_that_are_a_quarter_shorter_are_noted(tmp_path: Path, run: Run) -> None:
+    for name, length in (("a", 100), ("b", 75), ("c", 76)):
+        write(tmp_path / name, counts(2), lengths=np.full((40, NUM_SAMPLES), length))
+    found, printed = run("a", "b", "c")
+    (line,) = (line for line in printed.splitlines() if line.startswith("note:"))
+    what = f"bench: the answers of {tmp_path / 'b'} are 25% shorter than those of {tmp_path / 'a'}"
+    assert line.startswith(f"note: {what}: the mean is 75 tokens and was 100; ")
+    notes = [other["shortenings"] for other in found["others"]]
+    assert notes == [[line.removeprefix("note: ")], []]
+
+
+def test_lengths_of_correct_answers_where_there_are_none(tmp_path: Path, run: Run) -> None:
+    write(tmp_path / "a", counts(0))
+    write(tmp_path / "b", counts(2))
+    found, printed = run("a", "b")
+    changes = found["others"][0]["benchmarks"]["bench"]["lengths"]
+    undefined = {"before": None, "after": 5.0, "difference": None, "ci95": None}
+    assert changes["median_correct_length"] == changes["mean_correct_length"] == undefined
+    assert changes["tokens_per_correct"] == undefined | {"after": 10.0}
+    (row,) = (line for line in printed.splitlines() if "tokens per correct answer" in line)
+    assert [cell.strip() for cell in row.strip("│").split("│")][1:] == ["-", "10", "-", "-"]
 
 
 def test_problems_are_paired_by_what_they_ask_and_not_by_their_place(

@@ -15,6 +15,7 @@ from paint_engine.evaluation import compare
 from paint_engine.evaluation.accuracy import NUM_RESAMPLES
 from paint_engine.evaluation.benchmarks import KNOWN, parse_benchmarks
 from paint_engine.evaluation.flags import parse_arguments, parse_comparison, section_of
+from paint_engine.evaluation.lengths import answers_of, length_statistics
 from paint_engine.evaluation.results import measures, results_table
 from paint_engine.evaluation.store import EvalSample
 
@@ -71,14 +72,14 @@ def test_the_defaults_of_the_page_are_the_section_s() -> None:
 
 def test_the_rows_of_the_page_are_those_of_the_printed_table() -> None:
     samples = [EvalSample("p", j, "", 1, None, False, False, None) for j in range(5)]
-    found = measures(samples)
+    found = measures(samples) | length_statistics(answers_of([samples]), [3])
     entry = {"value": 0.5, "ci95": [0.0, 1.0]}
     column = {"num_problems": 1, "checker_errors": 0} | dict.fromkeys(found, entry)
     table = results_table({"benchmarks": {"b": column}, "macro": dict.fromkeys(found, entry)})
-    printed = {re.sub(r"@\d+", "@", str(label)) for label in table.columns[0].cells}
-    listed = {re.sub(r"@.", "@", row[0]) for row in cells("row | is")}
+    printed = {re.sub(r"@\d+|3", "@", str(label)) for label in table.columns[0].cells}
+    listed = {re.sub(r"@.|N", "@", row[0]) for row in cells("row | is")}
     assert listed == printed - {"problems"}
-    named = {name for name in found if "@" not in name} | {"checker_errors"}
+    named = {name.replace("3", "N") for name in found if "@" not in name} | {"checker_errors"}
     assert all(f"`{name}`" in PAGE.read_text() for name in named)
 
 
@@ -89,7 +90,7 @@ def test_the_page_s_example_says_what_compare_prints() -> None:
     before, after, change, *_ = map(float, re.findall(r"[+-]?\d+\.\d", row))
     assert after - before == pytest.approx(change, abs=0.1)
     problems = np.zeros(2)
-    difference = compare.Difference(0.5, 0.6, compare.bootstrap([problems]), (), ())
+    difference = compare.Difference(0.5, 0.6, compare.bootstrap([problems]), (), (), {})
     table = compare._table("evaluations/base", "evaluations/short", {"tiny": difference}, None)  # pyright: ignore[reportArgumentType]
     assert str(table.title) == shown.splitlines()[0].strip()
     assert [line.strip() for line in shown.splitlines()[6:8]] == str(table.caption).splitlines()

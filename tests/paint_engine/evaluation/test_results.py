@@ -1,6 +1,7 @@
 """An evaluation's numbers against hand-computed ones, and what is recorded of who sampled them."""
 
 import importlib.metadata
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from paint_engine.evaluation.results import (
     add_versions,
     measures,
     read_versions,
+    results_table,
     summarise_benchmarks,
 )
 from paint_engine.evaluation.store import (
@@ -25,6 +27,7 @@ from paint_engine.evaluation.store import (
     evaluation_settings,
 )
 from paint_engine.files import read_jsonl
+from paint_engine.files.terminal import Terminal
 
 LATE = "the comparison took longer than 5 s"
 
@@ -71,7 +74,6 @@ def test_measures_by_hand() -> None:
         "maj@4": [1.0, 0.0],
         "format_rate": [0.75, 1.0],
         "truncation_rate": [0.0, 0.25],
-        "mean_length": [25.0, 250.0],
     }
 
 
@@ -89,9 +91,24 @@ def test_summaries_by_hand() -> None:
         "maj@4": (0.5, 0.0),
         "format_rate": (0.875, 0.25),
         "truncation_rate": (0.125, 0.75),
+        # No answer of "c" is correct. The limit is the paper's; all answers of "ab" are shorter.
+        "accuracy_within_4864": (0.375, 0.0),
+        "accuracy_within_9728": (0.375, 0.0),
+        "accuracy_within_19456": (0.375, 0.0),
+        "accuracy_within_38912": (0.375, 0.0),
         "mean_length": (137.5, 1250.0),
     }
-    assert set(found["macro"]) == set(expected) == set(ab) - set(counts)
+    # The correct ones have 10, 20 and 100 tokens, and all together 1,100.
+    of_correct = {
+        "mean_correct_length": 130 / 3,
+        "median_correct_length": 20.0,
+        "tokens_per_correct": 1100 / 3,
+    }
+    assert set(found["macro"]) == {*expected, *of_correct} == set(ab) - set(counts)
+    undefined = {"value": None, "ci95": None}
+    for key, value in of_correct.items():
+        assert ab[key]["value"] == pytest.approx(value), key
+        assert c[key] == found["macro"][key] == undefined, key
     for key, (first, second) in expected.items():
         assert ab[key]["value"] == pytest.approx(first), key
         assert c[key]["value"] == pytest.approx(second), key
@@ -99,6 +116,22 @@ def test_summaries_by_hand() -> None:
     # Both resampled problems are the one or the other in one draw of four.
     assert ab["mean_length"]["ci95"] == [25.0, 250.0]
     assert c["mean_length"]["ci95"] == [1250.0, 1250.0]
+
+
+def test_the_table_shows_lengths_and_what_is_not_defined() -> None:
+    found = summarise_benchmarks([evaluation("ab", [*A, *B], 1.5), evaluation("c", C, 2.5)])
+    printed = io.StringIO()
+    Terminal(width=120, file=printed).print(results_table(found))
+    rows = {
+        cells[0]: cells[1:]
+        for line in printed.getvalue().splitlines()
+        if (cells := [cell.strip() for cell in line.strip("│").split("│")])[1:]
+    }
+    assert rows["correct within 4,864 tokens"][:2] == ["37.5 [25.0, 50.0]", "0.0 [0.0, 0.0]"]
+    assert rows["tokens, mean"][:2] == ["138 [25, 250]", "1,250 [1,250, 1,250]"]
+    assert rows["tokens if correct, mean"] == ["43 [15, 100]", "-", "-"]
+    assert rows["tokens if correct, median"] == ["20 [15, 100]", "-", "-"]
+    assert rows["tokens per correct answer"] == ["367 [50, 1,000]", "-", "-"]
 
 
 def test_versions_are_listed_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
