@@ -45,6 +45,15 @@ from paint_engine.report.samples import (
     view_sample,
 )
 
+_NONE = "\N{EN DASH}"
+# Keys of an evaluation in summary.json, and their headings.
+_LENGTHS = {
+    "mean_length": "tokens, mean",
+    "mean_correct_length": "tokens if correct, mean",
+    "median_correct_length": "tokens if correct, median",
+    "tokens_per_correct": "tokens per correct answer",
+}
+
 
 def write_report(
     run_dir: Path, recipe: Recipe | None = None, *, trusted: str | None = None
@@ -147,6 +156,8 @@ def _contents(run: _Run) -> dict[str, Any]:
         "interval": _interval(run.summary),
         "facts": _facts(run),
         "missing": _missing(run, missing_curves),
+        "shortenings": [entry["note"] for entry in (run.summary or {}).get("shortenings", [])],
+        "lengths": _lengths(run.summary),
         "num_steps": run.metrics[-1]["step"] if run.metrics else 0,
         "absent": display.absent,
         "curves": curves,
@@ -257,6 +268,37 @@ def _interval(summary: Mapping[str, Any] | None) -> _Interval | None:
         100 * (value - left) / (right - left) for value in (0.0, difference, low, high)
     )
     return _Interval(difference, low, high, zero_at, difference_at, low_at, high_at)
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """Accuracy by length budget and lengths: headings, and a row of texts for each evaluation."""
+
+    headings: list[str]
+    rows: list[list[str]]
+
+
+def _lengths(summary: Mapping[str, Any] | None) -> _Lengths | None:
+    """Returns the table, or None without evaluations that recorded lengths."""
+    recorded = (summary or {}).get("evaluations", [])
+    evaluations = [entry for entry in recorded if entry.get("accuracy_within") is not None]
+    if not evaluations:
+        return None
+    budgets = sorted({int(key) for entry in evaluations for key in entry["accuracy_within"]})
+    rows = []
+    for entry in evaluations:
+        within = {int(key): _percent(share) for key, share in entry["accuracy_within"].items()}
+        lengths = [entry.get(key) for key in _LENGTHS]
+        rows.append(
+            [
+                f"{entry['step']:,}",
+                *(within.get(budget, _NONE) for budget in budgets),
+                _percent(entry.get("truncation_rate", 0.0)),
+                *(_NONE if length is None else f"{length:,.0f}" for length in lengths),
+            ]
+        )
+    within_budgets = [f"correct within {budget:,} tokens" for budget in budgets]
+    return _Lengths(["step", *within_budgets, "cut at the limit", *_LENGTHS.values()], rows)
 
 
 def _flatten(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

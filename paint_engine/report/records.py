@@ -24,6 +24,8 @@ _REMEDY = "restore it from a copy, or remove it: the report says what is missing
 Number = Annotated[float, Field(ge=-1e100, le=1e100)]
 Step = Annotated[int, Field(ge=0, le=10**15)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
+# The tokens of a whole evaluation may be spent on one correct answer.
+Length = Annotated[float, Field(ge=0, le=1e18)]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 Share = Annotated[float, Field(ge=0, le=1)]
 # A little more than a whole, for what is rounded.
@@ -32,6 +34,22 @@ Difference = Annotated[float, Field(ge=-1.001, le=1.001)]
 
 class _Step(Record):
     step: Step
+
+
+class _Evaluation(Record):
+    step: Step
+    avg_at_k: Share
+    # An earlier version did not record these.
+    accuracy_within: dict[Annotated[str, Field(pattern=r"^[0-9]{1,12}$")], Share] | None = None
+    truncation_rate: Share = 0.0
+    mean_length: Length | None = None
+    mean_correct_length: Length | None = None
+    median_correct_length: Length | None = None
+    tokens_per_correct: Length | None = None
+
+
+class _Shortening(Record):
+    note: str
 
 
 class _Summary(Record):
@@ -43,6 +61,8 @@ class _Summary(Record):
     avg_at_k_after: Share | None
     paired_difference: Difference | None
     paired_difference_ci95: Annotated[list[Difference], Field(min_length=2, max_length=2)] | None
+    evaluations: list[_Evaluation] = Field(default_factory=list)
+    shortenings: list[_Shortening] = Field(default_factory=list)
     pass_at_k_before: Share | None = None
     pass_at_k_after: Share | None = None
     preset: str | None = None

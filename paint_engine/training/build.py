@@ -413,6 +413,7 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
         step=progress.step,
         seconds_train=progress.seconds_train,
         skipped=progress.skipped,
+        shortening=progress.shortening,
     )
     new = not resumes
     together(

@@ -29,7 +29,7 @@ from paint_engine.files import (
 from paint_engine.monitor import Progress
 from paint_engine.training.interrupt import Stopped, StopRequest
 from paint_engine.training.run import Run, save
-from paint_engine.training.summary import present_evaluations
+from paint_engine.training.summary import evaluation_shortenings, present_evaluations
 
 
 def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> None:
@@ -80,6 +80,7 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
         assert finished
         files.finish(time.monotonic() - started)
     keep_best(run, step, checkpoint)
+    together(lambda: run.world.is_main and note_shortening(run, step, progress), FILE_FAILURES)
 
 
 def evaluation_header(run: Run, step: int, checkpoint: Path | None) -> Header:
@@ -160,6 +161,16 @@ def keep_best(run: Run, step: int, checkpoint: Path | None) -> None:
             prune(run.run_dir, checkpoint, run.config.checkpoint.keep)
 
     together(lambda: run.world.is_main and mark(), FILE_FAILURES)
+
+
+def note_shortening(run: Run, step: int, progress: Progress) -> None:
+    """Prints a note if the evaluation after `step` steps has answers that are a quarter shorter
+    than the base's, and the one before it has not. The main rank calls it."""
+    present = present_evaluations(run)
+    found = {shortening.step: shortening for shortening in evaluation_shortenings(present)}
+    before = max((other for other in present if other < step), default=None)
+    if step in found and before not in found:
+        progress.note(f"note: {found[step].note}")
 
 
 def _present(run: Run) -> dict[int, Evaluation]:

@@ -65,6 +65,9 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
             run.seconds_train += metrics["seconds"]
             if run.skipped.in_a_row:
                 progress.note(f"{run.skipped.last}: its optimizer step was skipped")
+            for shortening in run.shortening.found[-1:]:
+                if shortening.step == run.step:
+                    progress.note(f"note: {shortening.note}")
             show(metrics)
             if checkpoint.every and run.step % checkpoint.every == 0:
                 save(run)

@@ -21,7 +21,7 @@ from paint_engine.distributed import (
 )
 from paint_engine.files import FILE_FAILURES, DirectoryLock, LockLost, Record, WriteFailed
 from paint_engine.model import EmaTeacher, FixedTeacher, Teacher, max_context
-from paint_engine.monitor import NotFinite, Timings
+from paint_engine.monitor import NotFinite, ShorteningWatch, Timings
 from paint_engine.recipes import Recipe
 from paint_engine.rewards import Reward
 from paint_engine.rollout import RolloutEngine, Sampler, SamplingParams, sampling_params
@@ -46,13 +46,14 @@ class SavedProgress(Record):
 
     sampled_ahead: the number of finished steps of the weights that sampled them, and the token ids,
         log-probabilities and truncation of each completion of the next step, on all ranks.
-    skipped: an earlier version did not count them.
+    skipped, shortening: an earlier version did not record them.
     """
 
     step: NonNegativeInt
     seconds_train: NonNegativeFloat
     sampled_ahead: _Ahead | None
     skipped: Skipped = Skipped()
+    shortening: ShorteningWatch = ShorteningWatch()
 
 
 @dataclass
@@ -87,6 +88,7 @@ class Run:
     seconds_train: float = 0.0
     saved: tuple[int, Path] | None = None
     skipped: Skipped = field(default_factory=Skipped)
+    shortening: ShorteningWatch = field(default_factory=ShorteningWatch)
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -146,6 +148,7 @@ def save(run: Run) -> Path:
         "sampled_ahead": ahead
         and [ahead.weights_version, [[c.token_ids, c.logprobs, c.truncated] for c in completions]],
         "skipped": run.skipped.model_dump(),
+        "shortening": run.shortening.model_dump(),
     }
     keep = run.config.checkpoint.keep
     try:

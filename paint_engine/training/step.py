@@ -62,6 +62,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
         with span("optimizer"):
             rate, grad_norm = update(run, step)
     # ---------------------------------------------------------------------------------------------
+    if run.recipe.samples:
+        run.shortening.add(step + 1, (completion_size(item) for item in rollouts))
     metrics, samples, finished = record.metrics(), record.samples(), time.monotonic()
     return {
         "step": step + 1,
@@ -75,6 +77,11 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
         "seconds_rollout": sampled - started,
         "seconds_update": finished - sampled,
     }, samples
+
+
+def completion_size(example: TrainExample) -> tuple[int, bool]:
+    """Returns a rollout's number of completion tokens, and whether the limit cut it."""
+    return len(example.rollout.completion_ids), example.rollout.truncated
 
 
 def stop_at_fault(run: Run, step: int, fault: str | None) -> None:

@@ -1,5 +1,6 @@
 """The summary of a run: `summary.json` and the lines printed at the end."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,17 @@ from typing import Any
 from paint_engine.evaluation.accuracy import (
     avg_at_k,
     best_step,
+    by_problem,
     correct_matrix,
     paired_bootstrap,
     pass_at_k,
     pass_ks,
+)
+from paint_engine.evaluation.lengths import (
+    ACCURACY_WITHIN,
+    answers_of,
+    length_budgets,
+    length_statistics,
 )
 from paint_engine.evaluation.store import (
     Evaluation,
@@ -20,6 +28,7 @@ from paint_engine.evaluation.store import (
 )
 from paint_engine.files import SUMMARY_FILE, write_json
 from paint_engine.files.terminal import Terminal
+from paint_engine.monitor import FALL, Shortening, compare_lengths, lengths_of
 from paint_engine.training.run import Run
 
 
@@ -44,21 +53,15 @@ def present_evaluations(
 
 def summarise(run: Run) -> dict[str, Any]:
     """Writes and returns `summary.json`: Avg@k before and after training on the same problems, the
-    best evaluation in between, and the time taken. Evaluations with other settings are left out.
+    best evaluation in between, where completions became a quarter shorter, and the time taken.
+    Evaluations with other settings are left out.
 
     `best` is selected on the problems that it is measured on, so it is biased upwards; `last` is
     not."""
     complete = read_evaluations(run.run_dir)
     present = present_evaluations(run, complete)
     correct = {step: correct_matrix(found.samples) for step, found in present.items()}
-    evaluations = [
-        {
-            "step": step,
-            "avg_at_k": avg_at_k(matrix),
-            "pass_at_k": {str(k): pass_at_k(matrix, k) for k in pass_ks(matrix.shape[1])},
-        }
-        for step, matrix in correct.items()
-    ]
+    evaluations = [evaluation_row(step, found) for step, found in present.items()]
     averages = {row["step"]: row["avg_at_k"] for row in evaluations}
     passes = {step: pass_at_k(matrix, matrix.shape[1]) for step, matrix in correct.items()}
     last = run.config.train.num_steps
@@ -80,6 +83,10 @@ def summarise(run: Run) -> dict[str, Any]:
         "best": next((row for row in trained if row["step"] == best), None),
         "last": trained[-1] if trained else None,
         "best_step": best,
+        "shortenings": [
+            shortening.model_dump() | {"note": shortening.note}
+            for shortening in (*evaluation_shortenings(present), *run.shortening.found)
+        ],
         "num_problems": num_problems,
         "num_samples": num_samples,
         "seconds": run.seconds_train + seconds_eval,
@@ -93,6 +100,43 @@ def summarise(run: Run) -> dict[str, Any]:
     }
     write_json(run.run_dir / SUMMARY_FILE, summary)
     return summary
+
+
+def evaluation_row(step: int, evaluation: Evaluation) -> dict[str, Any]:
+    """Returns the numbers of one evaluation: accuracies, accuracy by length budget, and lengths in
+    tokens, None for those of correct answers where there are none."""
+    matrix = correct_matrix(evaluation.samples)
+    budgets = length_budgets(evaluation.settings["max_new_tokens"])
+    found = length_statistics(answers_of(by_problem(evaluation.samples).values()), budgets)
+    values = {key: float(value[0]) for key, value in found.items()}
+    within = {str(budget): values.pop(f"{ACCURACY_WITHIN}{budget}") for budget in budgets}
+    return {
+        "step": step,
+        "avg_at_k": avg_at_k(matrix),
+        "pass_at_k": {str(k): pass_at_k(matrix, k) for k in pass_ks(matrix.shape[1])},
+        "accuracy_within": within,
+        **{key: None if math.isnan(value) else value for key, value in values.items()},
+        "truncation_rate": sum(s.truncated for s in evaluation.samples) / matrix.size,
+    }
+
+
+def evaluation_shortenings(evaluations: Mapping[int, Evaluation]) -> list[Shortening]:
+    """Returns the evaluations whose answers are a quarter shorter than the base's, in the order of
+    steps. Empty without an evaluation of the base."""
+    if 0 not in evaluations:
+        return []
+    lengths = {
+        step: lengths_of((s.num_tokens, s.truncated) for s in evaluation.samples)
+        for step, evaluation in evaluations.items()
+    }
+    base = lengths.pop(0)
+    changes = [
+        compare_lengths(
+            base, now, step=step, what=f"the answers after {step} steps", than="the base's"
+        )
+        for step, now in lengths.items()
+    ]
+    return [change for change in changes if change is not None and change.fall >= FALL]
 
 
 def print_summary(console: Terminal, summary: dict[str, Any], report: Path | None) -> None:

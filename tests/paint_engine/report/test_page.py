@@ -292,6 +292,75 @@ def test_difference_below_zero_keeps_its_sign_and_place(run_dir: Path) -> None:
     assert 0 < low < difference < zero < 100
 
 
+EVALUATIONS = [
+    # Of a version that did not record lengths.
+    {"step": 0, "avg_at_k": 0.482, "pass_at_k": {"1": 0.482}},
+    {
+        **{"step": 20, "avg_at_k": 0.6, "pass_at_k": {"1": 0.6}, "truncation_rate": 0.25},
+        "accuracy_within": {"28": 0.0, "56": 0.125, "112": 0.5, "1120": 0.6},
+        **{"mean_length": 104.5, "mean_correct_length": 98.0, "median_correct_length": 96.5},
+        "tokens_per_correct": 1174.2,
+    },
+    {
+        **{"step": 1000, "avg_at_k": 0.0, "pass_at_k": {"1": 0.0}, "truncation_rate": 0.0},
+        "accuracy_within": {"28": 0.0, "56": 0.0, "112": 0.0, "1120": 0.0},
+        **{"mean_length": 61.0, "mean_correct_length": None, "median_correct_length": None},
+        "tokens_per_correct": None,
+    },
+]
+
+
+def test_lengths_and_where_they_fell(run_dir: Path) -> None:
+    more = {"evaluations": EVALUATIONS, "shortenings": [{"step": 1000, "note": "the <b> fell"}]}
+    (run_dir / "summary.json").write_text(json.dumps(SUMMARY | more))
+    page = write_report(run_dir).read_text()
+    text = text_of(page)
+    assert "Shorter completions the <b> fell." in text
+    headings = re.findall(r'<th scope="col">([^<]*)</th>', page)
+    assert headings == [
+        "step",
+        *(f"correct within {budget} tokens" for budget in ("28", "56", "112", "1,120")),
+        "cut at the limit",
+        "tokens, mean",
+        "tokens if correct, mean",
+        "tokens if correct, median",
+        "tokens per correct answer",
+    ]
+    table = page.split('<table class="lengths">')[1].split("</table>")[0]
+    rows = [re.findall(r"<td>([^<]*)</td>", row) for row in table.split("<tr>")[2:]]
+    none = "\N{EN DASH}"
+    assert rows == [
+        ["20", "0.0%", "12.5%", "50.0%", "60.0%", "25.0%", "104", "98", "96", "1,174"],
+        ["1,000", "0.0%", "0.0%", "0.0%", "0.0%", "0.0%", "61", none, none, none],
+    ]
+    assert "lengths" in parse(page).ids
+
+
+def test_a_summary_without_lengths_is_shown_as_before(run_dir: Path) -> None:
+    before = write_report(run_dir).read_text()
+    (run_dir / "summary.json").write_text(json.dumps(SUMMARY | {"evaluations": EVALUATIONS[:1]}))
+    assert write_report(run_dir).read_text() == before
+    assert "length budget" not in before and "Shorter completions" not in before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"accuracy_within": {"<b>": 0.5}}, "evaluations"),
+        ({"accuracy_within": {"28": 1.5}}, "evaluations"),
+        ({"mean_length": -1.0}, "evaluations"),
+        ({"tokens_per_correct": "many"}, "evaluations"),
+    ],
+)
+def test_lengths_that_are_none_are_refused(
+    changes: dict[str, Any], said: str, run_dir: Path
+) -> None:
+    planted = SUMMARY | {"evaluations": [EVALUATIONS[1] | changes]}
+    (run_dir / "summary.json").write_text(json.dumps(planted))
+    with pytest.raises(ValueError, match=said):
+        write_report(run_dir)
+
+
 def test_rollout_shows_mask_anchors_and_tokens(run_dir: Path) -> None:
     tokens = ["so ", "<b>", "12", "\n"]
     columns = {
