@@ -10,9 +10,10 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from paint_engine.files import one_line
@@ -28,6 +29,10 @@ _HEAD_BYTES = 1 << 16
 _ERROR_BYTES = 1 << 16
 _BLOCK_BYTES = 1 << 16
 _MAX_QUOTED_CHARS = 300
+# Interval between checks of a server that is starting.
+_POLL_S = 1.0
+
+T = TypeVar("T")
 
 
 class BadReply(Exception):
@@ -114,6 +119,24 @@ class Requests:
                 # The server may have closed it first.
                 with suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
+
+
+def ask_at_once(
+    ask: Callable[[int], T], num_asked: int, num_at_once: int, requests: Requests
+) -> Iterator[tuple[int, T]]:
+    """Yields an index from 0 to num_asked - 1 with what `ask` returns for it, as they come.
+
+    requests: those of `ask`, which are aborted at the end. To be closed, so that the others end
+        with the first failure: nobody needs their answers then.
+    """
+    pool = ThreadPoolExecutor(num_at_once, thread_name_prefix="completions")
+    try:
+        places = {pool.submit(ask, index): index for index in range(num_asked)}
+        for future in as_completed(places):
+            yield places[future], future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        requests.abort()
 
 
 class _Incoming(io.RawIOBase):
@@ -260,6 +283,28 @@ class Server:
         if status != 200:
             raise Refused(status, content)
         return content
+
+    def is_healthy(self, timeout_s: float) -> bool:
+        """Returns whether the server answers and its engine is alive."""
+        try:
+            return self.send("GET", "/health", timeout_s=timeout_s)[0] == 200
+        except (OSError, http.client.HTTPException, BadReply):
+            return False
+
+
+def returns_in_time(
+    is_healthy: Callable[[float], bool], deadline: float, ping_timeout_s: float
+) -> bool:
+    """Waits for a server to be healthy, and returns whether it is before the deadline of
+    `time.monotonic`.
+
+    is_healthy: asks it, for at most so many seconds.
+    """
+    while (left := deadline - time.monotonic()) > 0:
+        if is_healthy(min(left, ping_timeout_s)):
+            return True
+        time.sleep(min(left, _POLL_S))
+    return False
 
 
 def _read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:

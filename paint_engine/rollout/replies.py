@@ -1,57 +1,76 @@
 """The replies of vLLM's server, checked: types, lengths, ranges, and that they fit the request."""
 
+import http.client
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
-from paint_engine.rollout.engine import Completion, SamplingParams
-from paint_engine.rollout.http import BadReply, shown_value
+from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
+from paint_engine.rollout.http import BadReply, Refused, quoted, shown_value
 
-# A log-softmax in float32 may end a little above 0.
-_ROUNDING = 1e-4
-# What vLLM writes for minus infinity. A token of probability 0 is not sampled.
-_IMPOSSIBLE = -9999.0
+ROUNDING = 1e-4
+"""A log-softmax in float32 may end so far above 0."""
+IMPOSSIBLE = -9999.0
+"""what vLLM writes for minus infinity; a token of probability 0 is not sampled"""
 
 
-class _Reply(BaseModel):
+class Reply(BaseModel):
     """Nothing is converted: true is not 1, "3" and 3.0 are not 3. Fields that nobody reads may be
     anything."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class _Logprobs(_Reply):
+class _Logprobs(Reply):
     token_logprobs: Annotated[list[float], FailFast()]
 
 
-class _Choice(_Reply):
+class _Choice(Reply):
     finish_reason: Literal["stop", "length"]
     prompt_token_ids: Annotated[list[int], FailFast()]
     token_ids: Annotated[list[int], FailFast()]
     logprobs: _Logprobs
 
 
-class _Choices(_Reply):
+class _Choices(Reply):
     choices: Annotated[list[_Choice], FailFast(), Field(min_length=1, max_length=1)]
 
 
-class _Card(_Reply):
+class _Card(Reply):
     id: str
     root: str | None = None
     parent: str | None = None
 
 
-class _Cards(_Reply):
+class _Cards(Reply):
     data: Annotated[list[_Card], FailFast()]
 
 
-R = TypeVar("R", bound=_Reply)
+R = TypeVar("R", bound=Reply)
 
 
-def _read(kind: type[R], body: bytes) -> R:
+@contextmanager
+def engine_faults(url: str) -> Iterator[None]:
+    """Returns a context that converts what the server at `url` does wrong to EngineDied. A server
+    that was started again does not know an adapter's name, so a refusal is one of these."""
+    name = f"the server at {url}"
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as error:
+        fault = f"{name} is gone ({type(error).__name__}: {quoted(str(error))})"
+        raise EngineDied(fault) from error
+    except Refused as refusal:
+        raise EngineDied(f"{name} refused a request ({refusal})") from refusal
+    except BadReply as error:
+        raise EngineDied(f"{name} sent a wrong reply: {error}") from error
+
+
+def read_reply(kind: type[R], body: bytes) -> R:
+    """Returns the reply as this kind. Raises BadReply, with the first place that is wrong."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -65,7 +84,7 @@ def _read(kind: type[R], body: bytes) -> R:
 def read_models(body: bytes) -> list[str]:
     """Returns the name of the served model without adapters, and the path or name that it was
     loaded from. Raises BadReply."""
-    base = next((card for card in _read(_Cards, body).data if card.parent is None), None)
+    base = next((card for card in read_reply(_Cards, body).data if card.parent is None), None)
     if base is None:
         raise BadReply("data: got no model without a parent; needs the served model itself")
     return list(dict.fromkeys([base.id, base.root or base.id]))
@@ -78,14 +97,8 @@ def read_completion(body: bytes, prompt: Sequence[int], params: SamplingParams) 
 
     Raises BadReply, with what came and what was needed.
     """
-    (choice,) = _read(_Choices, body).choices
-    echoed, sent = choice.prompt_token_ids, list(prompt)
-    if echoed != sent:
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(echoed, sent, strict=False))
-        raise BadReply(
-            f"prompt_token_ids: got {len(echoed)} ids, of which the first {len(list(same))} "
-            f"are right; needs the {len(sent)} ids that were sent"
-        )
+    (choice,) = read_reply(_Choices, body).choices
+    check_echo(choice.prompt_token_ids, prompt)
     token_ids, logprobs = choice.token_ids, choice.logprobs.token_logprobs
     if not 1 <= len(token_ids) <= params.max_new_tokens or len(token_ids) != len(logprobs):
         raise BadReply(
@@ -97,6 +110,17 @@ def read_completion(body: bytes, prompt: Sequence[int], params: SamplingParams) 
     return Completion(tuple(token_ids), tuple(logprobs), choice.finish_reason == "length")
 
 
+def check_echo(echoed: list[int], prompt: Sequence[int]) -> None:
+    """Raises BadReply unless the server had the prompt that was sent."""
+    sent = list(prompt)
+    if echoed != sent:
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(echoed, sent, strict=False))
+        raise BadReply(
+            f"prompt_token_ids: got {len(echoed)} ids, of which the first {len(list(same))} "
+            f"are right; needs the {len(sent)} ids that were sent"
+        )
+
+
 def _check_tokens(token_ids: list[int], logprobs: list[float], vocab_size: int) -> None:
     for place, (token, logprob) in enumerate(zip(token_ids, logprobs, strict=True)):
         if not 0 <= token < vocab_size:
@@ -104,10 +128,10 @@ def _check_tokens(token_ids: list[int], logprobs: list[float], vocab_size: int) 
                 f"token_ids.{place}: got {shown_value(token)}; needs an id from 0 to "
                 f"{vocab_size - 1}"
             )
-        if not _IMPOSSIBLE < logprob <= _ROUNDING:
+        if not IMPOSSIBLE < logprob <= ROUNDING:
             raise BadReply(
                 f"token_logprobs.{place}: got {logprob}; needs the log-probability of a token that "
-                f"can be sampled, above {_IMPOSSIBLE:g} and at most 0"
+                f"can be sampled, above {IMPOSSIBLE:g} and at most 0"
             )
 
 

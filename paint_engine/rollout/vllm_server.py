@@ -7,9 +7,8 @@ import http.client
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,9 +26,11 @@ from paint_engine.rollout.http import (
     Refused,
     Requests,
     Server,
+    ask_at_once,
     quoted,
+    returns_in_time,
 )
-from paint_engine.rollout.replies import read_completion, read_models
+from paint_engine.rollout.replies import engine_faults, read_completion, read_models
 from paint_engine.rollout.vllm_core import biased_tokens, reserved_lora_rank
 
 # Time that a whole exchange may take, for requests that need no engine,
@@ -43,8 +44,8 @@ _TOKEN_TIMEOUT_S = 0.5
 # which some tokens have hundreds of characters; of the prompt its id.
 _TOKEN_BYTES = 1024
 _PROMPT_TOKEN_BYTES = 16
-# Interval between checks of a server that is starting.
-_POLL_S = 1.0
+# What is left at least for loading an adapter into a server that has returned.
+_LEAST_LOAD_TIMEOUT_S = 1.0
 # The lowest value that the protocol allows. It makes a token e^100 times less likely, so it is
 # never sampled.
 _BIAS = -100.0
@@ -165,25 +166,18 @@ class ServerEngine:
         requests = self._requests = Requests()
 
         def complete(index: int) -> Completion:
-            with self._faults():
+            with engine_faults(self._server.url):
                 return self._complete(name, prompts[index], seeds[index], params, requests)
 
         # Checked only now: an earlier `close` did not see these calls, and a later one ends them.
         if self._closed:
             requests.abort()
-        pool = ThreadPoolExecutor(self._max_sequences, thread_name_prefix="completions")
         completions: dict[int, Completion] = {}
-        try:
-            places = {pool.submit(complete, index): index for index in range(len(prompts))}
-            for future in as_completed(places):
-                index = places[future]
-                completions[index] = future.result()
+        with closing(ask_at_once(complete, len(prompts), self._max_sequences, requests)) as answers:
+            for index, completion in answers:
+                completions[index] = completion
                 if on_batch is not None:
-                    on_batch([index], [completions[index]])
-        finally:
-            # After a failure the other answers are not needed.
-            pool.shutdown(wait=False, cancel_futures=True)
-            requests.abort()
+                    on_batch([index], [completion])
         return [completions[index] for index in range(len(prompts))]
 
     @property
@@ -195,16 +189,14 @@ class ServerEngine:
         """Waits for the server to return (whoever started it must restart it), and has it load the
         weights of the last `sync`. Raises EngineDied if it does not return in time."""
         deadline = time.monotonic() + self._restart_timeout_s
-        while (left := deadline - time.monotonic()) > 0:
-            if self._is_healthy(min(left, _CONTROL_TIMEOUT_S)):
-                if self._written is not None:
-                    self._load(self._written, max(deadline - time.monotonic(), _POLL_S))
-                return
-            time.sleep(min(left, _POLL_S))
-        raise EngineDied(
-            f"the server at {self._server.url} has not returned within "
-            f"{self._restart_timeout_s:.0f} s"
-        )
+        if not returns_in_time(self._is_healthy, deadline, _CONTROL_TIMEOUT_S):
+            raise EngineDied(
+                f"the server at {self._server.url} has not returned within "
+                f"{self._restart_timeout_s:.0f} s"
+            )
+        if self._written is not None:
+            left = deadline - time.monotonic()
+            self._load(self._written, max(left, _LEAST_LOAD_TIMEOUT_S))
 
     def close(self) -> None:
         """Aborts the running requests, unloads the adapter if the server still answers, and deletes
@@ -216,7 +208,7 @@ class ServerEngine:
         self._files.close()
 
     def _load(self, written: WrittenWeights, timeout_s: float) -> None:
-        with self._faults():
+        with engine_faults(self._server.url):
             status, body = self._load_adapter(written.name, str(written.directory), timeout_s)
         # Every rank restarts on its own, so another may have loaded the adapter already.
         if status == 200 or b"already been loaded" in body:
@@ -243,25 +235,7 @@ class ServerEngine:
 
     def _is_healthy(self, timeout_s: float) -> bool:
         """Returns whether the server answers and its engine is alive."""
-        try:
-            return self._server.send("GET", "/health", timeout_s=timeout_s)[0] == 200
-        except (OSError, http.client.HTTPException, BadReply):
-            return False
-
-    @contextmanager
-    def _faults(self) -> Iterator[None]:
-        """Returns a context that converts what the server does wrong to EngineDied. A restarted
-        server does not know the adapter's name, so a refusal is one of these."""
-        name = f"the server at {self._server.url}"
-        try:
-            yield
-        except (OSError, http.client.HTTPException) as error:
-            fault = f"{name} is gone ({type(error).__name__}: {quoted(str(error))})"
-            raise EngineDied(fault) from error
-        except Refused as refusal:
-            raise EngineDied(f"{name} refused a request ({refusal})") from refusal
-        except BadReply as error:
-            raise EngineDied(f"{name} sent a wrong reply: {error}") from error
+        return self._server.is_healthy(timeout_s)
 
     def _complete(
         self,
@@ -271,8 +245,8 @@ class ServerEngine:
         params: SamplingParams,
         requests: Requests,
     ) -> Completion:
-        """Returns the completion by the model or adapter of this name. Raises what `_faults`
-        converts."""
+        """Returns the completion by the model or adapter of this name. Raises what
+        `engine_faults` converts."""
         body = self._server.request(
             "POST",
             "/v1/completions",
@@ -321,18 +295,26 @@ class ServerEngine:
 def serve_command(url: str, model_path: str, lora_rank: int) -> str:
     """Returns the shell command that starts the server of a run: on the address of `url` alone, and
     with the key."""
-    parts = urlsplit(url)
-    is_secure = parts.scheme == "https"
-    host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
-    arguments = {
-        "host": host,
-        "port": parts.port or (443 if is_secure else 80),
+    settings = {
         "max-lora-rank": lora_rank,
         "logprobs-mode": "processed_logprobs",
         "generation-config": "vllm",
     }
+    serve = vllm_serve(url, f"{shlex.quote(model_path)} --enable-lora", settings)
+    return f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True {serve}"
+
+
+def vllm_serve(url: str, served: str, settings: Mapping[str, object]) -> str:
+    """Returns the shell command that serves on the address of `url` alone, and with the key.
+
+    served: the model as the shell reads it, and flags without a value.
+    settings: further flags, with their values.
+    """
+    parts = urlsplit(url)
+    is_secure = parts.scheme == "https"
+    host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
+    arguments = {"host": host, "port": parts.port or (443 if is_secure else 80), **settings}
     if is_secure:
         arguments |= {"ssl-certfile": "CERTIFICATE.pem", "ssl-keyfile": "KEY.pem"}
     flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in arguments.items())
-    serve = with_key(f"vllm serve {shlex.quote(model_path)} --enable-lora {flags}")
-    return f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True {serve}"
+    return with_key(f"vllm serve {served} {flags}")
