@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 # Not imported at run time: a reward function's process starts without torch.
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 
@@ -100,6 +100,23 @@ class TeacherView:
     rationale: str = ""
 
 
+# By identity, because tensors have no single truth value.
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """A served teacher's scores of a completion of n tokens: for each, some tokens that the teacher
+    might have put there, on the CPU.
+
+    TopK(token_ids=tensor([[7, 3, -1]], dtype=int32), logprobs=tensor([[-0.1, -2.5, -inf]]))
+
+    token_ids: int32. The likeliest tokens and always the completion's own, none twice in a row, in
+        no order; -1 fills rows up.
+    logprobs: float32, nats, at temperature 1 over the tokenizer's tokens.
+    """
+
+    token_ids: Int[Tensor, "n K"]
+    logprobs: Float[Tensor, "n K"]
+
+
 @dataclass(frozen=True)
 class TrainExample:
     """A rollout and what the recipe adds to it. Fields that the recipe does not use are None.
@@ -109,6 +126,7 @@ class TrainExample:
     verdict: for the logs, and GRPO's reward; it never influences the teacher.
     overlap: the fraction of the solution's anchors that the rollout contains.
     advantage: GRPO's advantage within the rollout's group.
+    served: what the teacher's server says of the completion's tokens.
     """
 
     rollout: Rollout
@@ -116,6 +134,7 @@ class TrainExample:
     overlap: float | None = None
     teacher_view: TeacherView | None = None
     advantage: float | None = None
+    served: TopK | None = None
 
 
 @dataclass(frozen=True)

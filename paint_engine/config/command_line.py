@@ -63,6 +63,7 @@ _MAY_DIFFER_ON_RESUME = (
     "rollout.gpu_memory_utilization",
     "rollout.tensor_parallel_size",
     "rollout.adapter_dir",
+    "teacher.url",
     "reward.timeout_s",
     "optim.max_skipped_steps",
     "run.samples_per_step",
@@ -326,6 +327,12 @@ def _check_resumed(
                 f"{shown(before)} and "
                 f"a {recorded.optim.schedule} schedule, which depends on the number of steps; "
                 "needs the same value; start a new run instead"
+            )
+        if key == "teacher.url" and before != now and None in (before, now):
+            raise ValueError(
+                f"--{key} with --resume: got {shown(now)}, but the run was started with "
+                f"{shown(before)}; needs a server if the run was started with one, and none "
+                "otherwise, because a resumed run keeps its teacher; start a new run instead"
             )
         free = key in _MAY_DIFFER_ON_RESUME or key.startswith(_SECTIONS_MAY_DIFFER_ON_RESUME)
         free = free or (allow_data and key.startswith("data."))

@@ -310,6 +310,26 @@ class TeacherSection(Section):
     reason_max_new_tokens: Tokens = Field(
         default=512, description="maximum length of a rationale, in tokens"
     )
+    url: OrNone[ServerUrl] = Field(
+        default=None,
+        description="a vLLM server that scores the student's tokens, such as http://node7:8000; "
+        "none = the teacher of teacher.weights, in this process",
+    )
+    served_model: OrNone[PathText] = Field(
+        default=None,
+        description="with a server, the model that it must serve; none = what it serves when the "
+        "run starts, which is recorded here",
+    )
+    served_top_k: Tokens = Field(
+        default=64,
+        description="with a server, likeliest tokens that it lists at each position; at most its "
+        "--max-logprobs",
+    )
+    tail: Literal["bucket", "renormalise", "drop"] = Field(
+        default="bucket",
+        description="with a server, the tokens that it does not list: bucket = one entry with the "
+        "probability of all, renormalise = none, drop = left out of the sum",
+    )
 
 
 class ObjectiveSection(Section):

@@ -60,6 +60,9 @@ _WIDENING: Mapping[str, _Widening] = {
         "writes and deletes there; none = shared memory",
         lambda c: c.rollout.adapter_dir is not None,
     ),
+    "teacher.url": _Widening(
+        f"sends prompts, completions and {SERVER_KEY} there", lambda c: c.teacher.url is not None
+    ),
     "run.wandb_project": _Widening(
         "sends the run to W&B with your key; none = does not",
         lambda c: c.run.wandb_project is not None,

@@ -132,9 +132,16 @@ def _notes(
 
 
 def load_train_set(
-    config: Config, tokenizer: PreTrainedTokenizerBase, context: int, say: Callable[[str], object]
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    say: Callable[[str], object],
+    *,
+    teacher_context: int | None = None,
 ) -> ProblemSet:
     """Loads the training problems and the student's prompts.
+
+    teacher_context: the teacher's, if it is not the student's.
 
     `say` gets a line on what was left out. Raises ValueError if a prompt leaves no room for a
     completion in the model's context; the teacher's prompt is checked without the solution.
@@ -168,7 +175,7 @@ def load_train_set(
             f"data.max_prompt_tokens = {data.max_prompt_tokens}; raise it"
         )
     if recipe.uses_teacher:
-        _check_teacher_prompts(config, tokenizer, kept, context)
+        _check_teacher_prompts(config, tokenizer, kept, teacher_context or context)
     num_long = len(loaded.problems) - len(kept)
     if loaded.num_skipped or num_long:
         long = f" and {num_long} with more than {data.max_prompt_tokens} prompt tokens"

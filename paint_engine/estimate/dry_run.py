@@ -199,6 +199,8 @@ def _sizes(config: Config, shape: ModelShape, lengths: PromptLengths) -> list[st
     teacher = batch_size * (typical.teacher_prompt + completion)
     recipe = recipe_of(config)
     second = f" and {teacher:,} through the teacher" if recipe.second_pass else ""
+    if recipe.served_top_k is not None:
+        second = f"; the server scores {teacher:,}, which are not in the sums below"
     prompts = (
         f", {typical.teacher_prompt} for the teacher (at most {max(lengths.teacher)} in "
         f"{len(lengths.teacher)} measured)"

@@ -76,6 +76,7 @@ class Setting:
 
     compute_bytes: bytes of one number in matrix products.
     residual_bytes: bytes of one number in the residual stream.
+    served_top_k: tokens that the teacher's server lists; None without a server.
     """
 
     trains_all: bool
@@ -90,6 +91,7 @@ class Setting:
     num_ranks: int
     sharded: bool
     colocated_vllm: bool
+    served_top_k: int | None = None
 
     @property
     def shards(self) -> int:
@@ -125,6 +127,7 @@ def setting_of(config: Config, num_ranks: int, *, on_gpu: bool) -> Setting:
         num_ranks=num_ranks,
         sharded=sharded,
         colocated_vllm=on_gpu and in_process and (rollout.engine == "vllm" or vllm_is_installed()),
+        served_top_k=recipe_of(config).served_top_k,
     )
 
 
@@ -210,7 +213,10 @@ def _loss(shape: ModelShape, setting: Setting, batch: Microbatch) -> dict[str, i
         chunks += rows * num_columns * _FLOAT32
     of = "both roles" if setting.second_pass else "the student"
     one_entry = setting.residual_bytes + setting.compute_bytes * setting.second_pass
+    # An id and its log-probability, both of 4 bytes, of each listed token and of the rollout's own.
+    listed = 0 if setting.served_top_k is None else setting.served_top_k + 1
     return {
+        "the server's top-k": num_rows * listed * 8,
         f"hidden states of {of}": num_rows * shape.hidden * one_entry,
         "loss: chunks of logits": chunks,
         "loss: gradient rows": num_rows * shape.hidden * _FLOAT32,
@@ -234,7 +240,7 @@ def _weights(shape: ModelShape, setting: Setting) -> dict[str, int]:
         "frozen head": own_head // shards * frozen,
         "trained weights": trained // shards,
         "optimizer": 2 * trained // shards,
-        "teacher's copy": a * copy * setting.trains_all,
+        "teacher's copy": a * copy * (setting.trains_all and setting.served_top_k is None),
         "teacher's running mean": trained // shards * setting.running_mean,
     }
 

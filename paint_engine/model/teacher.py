@@ -54,16 +54,18 @@ class FixedTeacher:
     """The base before training: the model with its adapters off, or a frozen copy of a model
     without adapters.
 
+    copies: make that copy. Without it, a model without adapters has no base to score with.
+
     >>> teacher = FixedTeacher(model)
     >>> with teacher.scoring() as scorer:
     ...     hidden = hidden_states(scorer, batch.teacher)
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, copies: bool = True) -> None:
         self._model = model
         self._layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         self._copy: nn.Module | None = None
-        if not isinstance(model, PeftModel):
+        if copies and not isinstance(model, PeftModel):
             self._copy = copy.deepcopy(model).requires_grad_(False).eval()
             if compute_dtype(model) != torch.float32:
                 # The copy is not trained, so the narrower dtype loses nothing.
@@ -75,6 +77,11 @@ class FixedTeacher:
         its adapters off."""
         return self._copy
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is a base to score with."""
+        return self._copy is not None or isinstance(self._model, PeftModel)
+
     @contextmanager
     def scoring(self) -> Iterator[nn.Module]:
         """A context that yields the base, in evaluation mode and without gradients.
@@ -82,6 +89,7 @@ class FixedTeacher:
         It sets the layers' own flag only. peft's `disable_adapter()` also clears `requires_grad`,
         which sharded training caches at its first forward pass.
         """
+        assert self.exists, "all weights are trained, and no copy of the base was made"
         if self._copy is not None:
             with torch.no_grad():
                 yield self._copy

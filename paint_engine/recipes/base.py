@@ -127,6 +127,13 @@ class Recipe:
         return "teacher" if self.uses_teacher else None
 
     @property
+    def served_top_k(self) -> int | None:
+        """Number of likeliest tokens that the teacher's server (`teacher.url`) lists for each token
+        of a rollout, beside the rollout's own; None without a server. The examples then have
+        `served`."""
+        return None
+
+    @property
     def group_size(self) -> int:
         """Number of rollouts of one problem, consecutive in the batch."""
         return 1

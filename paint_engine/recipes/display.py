@@ -118,6 +118,12 @@ STEP_TIME = Quantity(
     "seconds",
     (("seconds_rollout", "rollout"), ("seconds_update", "update")),
 )
+SERVED_MASS = Quantity(
+    "Served mass",
+    "share",
+    (("served_mass", "teacher's probability of the listed tokens"),),
+    percent=True,
+)
 # The last curves on the page of every recipe with rollouts.
 SAMPLING_CURVES = (ENTROPY, ROLLOUTS, GRADIENT_NORM, COMPLETION_LENGTH, STEP_TIME)
 

@@ -12,6 +12,7 @@ from paint_engine.recipes.display import (
     LOSS_IN_NATS,
     OVERLAP,
     SAMPLING_CURVES,
+    SERVED_MASS,
     TEACHER_COLUMNS,
     TOKENS_PER_S,
     ConsoleField,
@@ -19,7 +20,7 @@ from paint_engine.recipes.display import (
     Quantity,
     TokenColor,
 )
-from paint_engine.recipes.with_teacher import TeacherRecipe
+from paint_engine.recipes.with_teacher import TeacherRecipe, check_served_temperature
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +64,20 @@ class Paint(TeacherRecipe):
                 f"objective.jsd_weight: got {objective.jsd_weight} with objective.divergence "
                 f"{objective.divergence!r}, which has no such weight; leave it out, or use "
                 "--objective.divergence jsd"
+            )
+
+    def check_served(self) -> None:
+        """Raises ValueError for settings of the loss over the whole vocabulary."""
+        top_k, tail = self.config.objective.teacher_top_k, self.config.teacher.tail
+        if top_k is not None:
+            raise ValueError(
+                f"objective.teacher_top_k: got {top_k} with teacher.url "
+                f"{self.config.teacher.url}, whose list is the top-k; use --teacher.served_top_k "
+                f"{top_k} --teacher.tail renormalise in its place"
+            )
+        if tail != "renormalise":
+            check_served_temperature(
+                self.config, ", or --teacher.tail renormalise, which needs the listed tokens alone"
             )
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -110,6 +125,7 @@ class Paint(TeacherRecipe):
                 LOSS_IN_NATS,
                 Quantity(title, "nats per token", (("token_kl", series),)),
                 *((clip,) if clips else ()),
+                *(() if self.served_top_k is None else (SERVED_MASS,)),
                 CONTEXT_EXPOSURE,
                 *SAMPLING_CURVES,
             ),
@@ -125,21 +141,31 @@ class Paint(TeacherRecipe):
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Computes the divergence by `paint_kernels.paint_loss`, which never holds all logits at
-        once."""
+        once, or from a server's top-k by `paint_loss_from_topk`."""
         section = self.config.objective
         output = self.divergence(
             inputs, reduction=section.reduction, denominator=inputs.denominator
         )
-        return LossOutput(output.loss, per_token(output))
+        values = per_token(output)
+        if self.served_top_k is not None:
+            from paint_engine.recipes import served
+
+            values["served_mass"] = served.mass(inputs)
+        return LossOutput(output.loss, values)
 
     def divergence(self, inputs: LossInputs, **reduction: Any) -> PaintLossOutput:
-        """Computes `paint_loss` of the micro-batch with the configuration's options.
+        """Computes `paint_loss` of the micro-batch with the configuration's options; with a
+        teacher's server, `paint_loss_from_topk`.
 
         reduction: `reduction`, and `denominator` if the reduction takes one; "none" returns a loss
             per token.
         """
         # Imported here because declarations are read without PyTorch.
+        from paint_engine.recipes import served
         from paint_kernels import LossOptions, paint_loss
+
+        if self.served_top_k is not None:
+            return served.divergence(self.config, inputs, **reduction)
 
         assert inputs.second_hidden_states is not None
         section = self.config.objective

@@ -18,7 +18,11 @@ from paint_engine.recipes.display import (
     Quantity,
     TokenColor,
 )
-from paint_engine.recipes.with_teacher import TeacherRecipe
+from paint_engine.recipes.with_teacher import (
+    TeacherRecipe,
+    check_served_temperature,
+    refuse_changed,
+)
 
 
 class SampledToken(TeacherRecipe):
@@ -33,6 +37,20 @@ class SampledToken(TeacherRecipe):
 
     keys = (*TeacherRecipe.keys, "objective.importance_cap")
     recorded_as = "sampled_kl"
+
+    @property
+    def served_top_k(self) -> int | None:
+        """0 with a server: the sampled token alone is compared."""
+        return None if super().served_top_k is None else 0
+
+    def check_served(self) -> None:
+        """Raises ValueError for settings of a list of likeliest tokens, and for temperatures."""
+        reason = (
+            f"teacher.url {self.config.teacher.url} and objective.name "
+            f"{self.config.objective.name!r}, which asks for the sampled token alone; leave it out"
+        )
+        refuse_changed(self.config, ("teacher.served_top_k", "teacher.tail"), reason)
+        check_served_temperature(self.config)
 
     def notes(self) -> list[str]:
         """Returns a note on rollouts that are one step old."""
@@ -65,13 +83,18 @@ class SampledToken(TeacherRecipe):
         """Computes the weighted log-ratio of the sampled tokens."""
         import torch
 
-        from paint_engine.recipes import tokens
+        from paint_engine.recipes import served, tokens
 
         section = self.config.objective
         student = tokens.student_logprobs(inputs, section.temperature)
-        teacher = tokens.second_logprobs(inputs, section.temperature)
         present = student.logprobs.detach()
-        sampled_kl = present - teacher.logprobs
+        if self.served_top_k is None:
+            second = tokens.second_logprobs(inputs, section.temperature)
+            teacher, entropy = second.logprobs, {"teacher_entropy": second.entropy}
+        else:
+            # Of the teacher's distribution, a server sends the sampled token alone.
+            teacher, entropy = served.sampled_logprobs(inputs).to(present), {}
+        sampled_kl = present - teacher
         weight = tokens.importance_weight(present, inputs, section.importance_cap)
         # The factor is 1 and carries the gradient of log p_S.
         token_loss = weight * sampled_kl * torch.exp(student.logprobs - present)
@@ -80,7 +103,7 @@ class SampledToken(TeacherRecipe):
             "sampled_kl": sampled_kl,
             "importance_weight": weight,
             "student_entropy": student.entropy,
-            "teacher_entropy": teacher.entropy,
+            **entropy,
         }
         loss = tokens.reduced(token_loss, inputs.cu_seqlens, section.reduction, inputs.denominator)
         return LossOutput(loss, per_token)

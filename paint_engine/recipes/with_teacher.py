@@ -4,8 +4,10 @@ rollout."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from paint_engine.config.schema import Config
+from paint_engine.config.toml import LEAVES, value_of
 from paint_engine.recipes.base import Recipe, StepContext, mean
 
 if TYPE_CHECKING:
@@ -18,6 +20,26 @@ class TeacherRecipe(Recipe):
 
     keys = ("masking.*", "teacher.*")
     uses_teacher = True
+
+    @property
+    def second_pass(self) -> Literal["teacher", "base"] | None:
+        """The teacher's pass, unless a server scores the rollouts."""
+        return super().second_pass if self.served_top_k is None else None
+
+    @property
+    def served_top_k(self) -> int | None:
+        """`teacher.served_top_k` if there is a server."""
+        teacher = self.config.teacher
+        return None if teacher.url is None else teacher.served_top_k
+
+    def check_served(self) -> None:
+        """Raises ValueError for settings that the loss cannot have with a server. Here it is the
+        server itself: a recipe whose loss reads `served` of the examples overrides this."""
+        raise ValueError(
+            f"teacher.url: got {self.config.teacher.url} with objective.name "
+            f"{self.config.objective.name!r}, whose loss needs the teacher's hidden states, which "
+            "no server sends; leave it out, or use --objective.name paint or sampled_token"
+        )
 
     def check(self) -> None:
         """Raises ValueError for settings of the teacher that contradict each other."""
@@ -46,6 +68,11 @@ class TeacherRecipe(Recipe):
                 "teacher.reason_first true; needs {rationale} in it, because the rationale would "
                 "otherwise appear nowhere; add it, or use --teacher.reason_first false"
             )
+        if teacher.url is None:
+            _check_no_server(self.config)
+        else:
+            _check_server(self.config)
+            self.check_served()
 
     def prepare(
         self, context: StepContext, examples: Sequence[TrainExample]
@@ -68,3 +95,49 @@ class TeacherRecipe(Recipe):
             "mask_ratio": mean(view.mask_ratio for view in views),
             "shortened_solutions": mean(view.shortened for view in views),
         }
+
+
+def refuse_changed(config: Config, keys: Sequence[str], reason: str) -> None:
+    """Raises ValueError for the first of the keys that has not its default, which nothing reads.
+
+    reason: "teacher.url none, so ...".
+    """
+    for key in keys:
+        if (value := value_of(config, key)) != LEAVES[key].default:
+            raise ValueError(f"{key}: got {value!r} with {reason}")
+
+
+def _check_no_server(config: Config) -> None:
+    keys = ("teacher.served_model", "teacher.served_top_k", "teacher.tail")
+    reason = "teacher.url none, so no server is asked; leave it out, or name one with --teacher.url"
+    refuse_changed(config, keys, reason)
+
+
+def _check_server(config: Config) -> None:
+    """Raises ValueError for settings of a teacher in this process beside a server."""
+    teacher = config.teacher
+    if teacher.weights != "fixed":
+        raise ValueError(
+            f"teacher.weights: got {teacher.weights!r} with teacher.url {teacher.url}; a server "
+            "has weights of its own, which do not follow the student's; leave out one of the two"
+        )
+    if teacher.reason_first:
+        raise ValueError(
+            f"teacher.reason_first: got true with teacher.url {teacher.url}, which scores tokens "
+            "and writes no rationales; leave out one of the two"
+        )
+
+
+def check_served_temperature(config: Config, remedy: str = "") -> None:
+    """Raises ValueError for a temperature of the loss at which a server has no log-probabilities.
+
+    remedy: another one than the temperature 1, as ", or ...".
+    """
+    temperature = config.objective.temperature
+    if temperature != 1.0:
+        raise ValueError(
+            f"objective.temperature: got {temperature} with teacher.url {config.teacher.url}; a "
+            "server's log-probabilities are those at temperature 1, and another temperature needs "
+            f"all logits, also of the tokens that it does not list; use --objective.temperature "
+            f"1.0{remedy}"
+        )

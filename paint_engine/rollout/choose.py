@@ -5,7 +5,7 @@ import importlib.util
 from torch import nn
 
 from paint_engine.config.schema import Config
-from paint_engine.config.sections import RolloutSection
+from paint_engine.config.sections import RolloutSection, TeacherSection
 from paint_engine.distributed import World
 from paint_engine.keys import SERVER_KEY, read_key
 from paint_engine.model import FixedTeacher, Teacher, is_on_hub, resolve_model
@@ -70,15 +70,17 @@ def make_engines(
     return engine, engine
 
 
-def server_notes(section: RolloutSection) -> list[str]:
-    """Returns a note if the server's key would go over a network unencrypted. Raises ValueError for
-    a key that HTTP cannot send."""
-    url = section.url
-    if url is None or read_key() is None or not is_sent_openly(url):
+def server_notes(*sections: RolloutSection | TeacherSection) -> list[str]:
+    """Returns a note if a server's key would go over a network unencrypted. Raises ValueError for a
+    key that HTTP cannot send."""
+    urls = dict.fromkeys(section.url for section in sections if section.url is not None)
+    if not urls or read_key() is None:
         return []
     return [
         f"{SERVER_KEY} goes unencrypted to {url}, and so do prompts and completions; use a "
         "network that only the run's machines share, or https"
+        for url in urls
+        if is_sent_openly(url)
     ]
 
 

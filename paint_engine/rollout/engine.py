@@ -91,7 +91,12 @@ def sampling_params(
 
 
 class EngineDied(Exception):
-    """The engine has died, or a server's reply is not what was asked for. One restart may help."""
+    """The engine has died, or a server's reply is not what was asked for. One restart may help.
+
+    part: of the run, for messages.
+    """
+
+    part = "the rollout engine"
 
 
 class RolloutEngine(Protocol):

@@ -10,7 +10,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
@@ -123,7 +123,7 @@ class Requests:
 
 def ask_at_once(
     ask: Callable[[int], T], num_asked: int, num_at_once: int, requests: Requests
-) -> Iterator[tuple[int, T]]:
+) -> Generator[tuple[int, T]]:
     """Yields an index from 0 to num_asked - 1 with what `ask` returns for it, as they come.
 
     requests: those of `ask`, which are aborted at the end. To be closed, so that the others end

@@ -49,6 +49,7 @@ from paint_engine.files import (
     BadFile,
     DirectoryLock,
     checked,
+    one_line,
     read_bytes,
     recorded_commit,
     recorded_name,
@@ -74,6 +75,7 @@ from paint_engine.model import (
     meta_model,
     pick_device,
     resolve_model,
+    vocabulary_size,
 )
 from paint_engine.model.attention import check_layers, choose_attention
 from paint_engine.model.probe import check_forward, logit_scale
@@ -94,6 +96,7 @@ from paint_engine.rollout import (
     stop_notes,
 )
 from paint_engine.rollout.choose import check_engine_has_teacher
+from paint_engine.scoring import Asked, Scorer, ServedModel, TeacherServer, find_teacher
 from paint_engine.seeds import adapter_seed, global_seed
 from paint_engine.training.optim import build_optimizer
 from paint_engine.training.run import Run, SavedProgress
@@ -134,6 +137,29 @@ def _with_date(command: CommandLine, tokenizer: PreTrainedTokenizerBase) -> Comm
     date = gather_objects(recorded or datetime.date.today().isoformat())[0]
     prompts = config.prompts.model_copy(update={"date": date})
     return replace(command, config=config.model_copy(update={"prompts": prompts}))
+
+
+def _with_served_model(
+    command: CommandLine, world: World | None = None
+) -> tuple[CommandLine, ServedModel | None]:
+    """Returns the command with the name of the model that the teacher's server serves, and the
+    model; None if there is no server. A resumed run has the recorded name, which the server must
+    still serve.
+
+    world: None = this process is no rank of a run. A collective call otherwise.
+    """
+    config = command.config
+    if recipe_of(config).served_top_k is None:
+        return command, None
+
+    def ask() -> ServedModel | None:
+        return find_teacher(config.teacher) if world is None or world.is_main else None
+
+    served = gather_objects(together(ask, (ValueError,)))[0]
+    assert served is not None
+    name = config.teacher.served_model or served.name
+    teacher = config.teacher.model_copy(update={"served_model": name})
+    return replace(command, config=config.model_copy(update={"teacher": teacher})), served
 
 
 def _lock_run_dir(command: CommandLine, world: World) -> DirectoryLock | None:
@@ -242,7 +268,7 @@ def _load_progress(
 def _check_before_loading(config: Config, say: Callable[[str], object]) -> None:
     check_loggers(tensorboard=config.run.tensorboard, wandb_project=config.run.wandb_project)
     check_engine_has_teacher(config)
-    for note in recipe_of(config).notes() + server_notes(config.rollout):
+    for note in recipe_of(config).notes() + server_notes(config.rollout, config.teacher):
         say(f"note: {note}")
     if config.eval.enabled and config.eval.path == "tiny" and config.data.path != "tiny":
         say(
@@ -281,13 +307,15 @@ def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     logit_scale(causal_lm(model), f"model {config.model.name_or_path}")
     check_layers(causal_lm(model), config.model.attention)
     set_generation_config(causal_lm(model), path)
-    config = _with_date(command, tokenizer).config
+    command, served = _with_served_model(_with_date(command, tokenizer))
+    config = command.config
+    if served is not None:
+        show(f"the teacher is {one_line(served.name)}, served at {config.teacher.url}")
     for note in _check_tokenizer(config, tokenizer, model):
         show(f"note: {note}")
-    train_set = load_train_set(config, tokenizer, max_context(model), show)
-    eval_set = load_eval_set(config, tokenizer, max_context(model), show)
+    train_set, eval_set, record = _load_sets(config, tokenizer, model, served, show)
     if command.resume is not None:
-        record, allow = data_record(config, train_set, eval_set), command.allow_changed_data
+        allow = command.allow_changed_data
         sets = (train_set, eval_set)
         check_same_data(command.resume, record, sets, allow_changed=allow, say=show)
     num_ranks = launched_ranks()
@@ -314,7 +342,8 @@ def _build_model(
         model.peft_config["default"].revision = hub_commit(config.model)
     # Sharding hides the layers that the estimate counts, so the check comes first.
     check_run_fits(config, tokenizer, train_set, model, device=device, num_ranks=world.size)
-    teacher = FixedTeacher(model)
+    # A server takes no memory here.
+    teacher = FixedTeacher(model, copies=recipe_of(config).served_top_k is None)
     if config.parallel.activation_checkpointing:
         checkpoint_activations(model)
     if _is_sharded(config, world):
@@ -352,6 +381,19 @@ def _build_sampler(
     )
 
 
+def _teacher_server(
+    config: Config, served: ServedModel, model: nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> TeacherServer:
+    """Returns the teacher's server, tried on a token. A collective call; raises ValueError on every
+    rank."""
+    top_k = recipe_of(config).served_top_k
+    assert top_k is not None
+    asked = Asked(top_k, vocabulary_size(tokenizer), lm_head_weight(model).shape[0])
+    server = TeacherServer(config.teacher, served, asked)
+    raise_together(server.unfit())
+    return server
+
+
 def build_run(command: CommandLine, world: World) -> Run:
     """Locks the run's directory, then loads and builds everything. The run's files come last, so
     that a mistake leaves none.
@@ -375,13 +417,14 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
     _check_before_loading(command.config, say)
     reward = _open_reward(command.config, _warner(world))
     tokenizer = load_tokenizer(command.config.model)
-    command = _with_date(command, tokenizer)
+    command, served = _with_served_model(_with_date(command, tokenizer), world)
     config = command.config
     base, attention = _load_checked_base(config, tokenizer, world, say)
-    train_set, eval_set, data = _load_sets(config, tokenizer, base, say)
+    train_set, eval_set, data = _load_sets(config, tokenizer, base, served, say)
     model, fixed = _build_model(config, base, tokenizer, train_set, world)
     check_forward(model, attention, f"model {config.model.name_or_path}")
     teacher = make_teacher(config.teacher, model, fixed)
+    server = served and _teacher_server(config, served, model, tokenizer)
     optimizer = build_optimizer(model, config.optim)
     run_dir, resumes = _find_run_dir(command, world, lock)
     commit = hub_commit(config.model)
@@ -410,6 +453,7 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
         sampler=sampler,
         eval_engine=eval_engine,
         reward=reward,
+        scorer=server and Scorer(server, timings=sampler.timings, warn=_warner(world)),
         step=progress.step,
         seconds_train=progress.seconds_train,
         skipped=progress.skipped,
@@ -442,10 +486,13 @@ def _load_sets(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     base: nn.Module,
+    served: ServedModel | None,
     say: Callable[[str], object],
 ) -> tuple[ProblemSet, ProblemSet | None, dict[str, Any]]:
     """Returns the training and the evaluation set, and the record of their rows. A collective."""
-    train_set = load_train_set(config, tokenizer, max_context(base), say)
+    context = max_context(base)
+    teacher_context = None if served is None else served.room(context)
+    train_set = load_train_set(config, tokenizer, context, say, teacher_context=teacher_context)
     eval_set = load_eval_set(config, tokenizer, max_context(base), say)
     return train_set, eval_set, data_record(config, train_set, eval_set)
 

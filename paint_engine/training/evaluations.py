@@ -49,6 +49,13 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
         keep_best(run, step, checkpoint)
         return
     base = step == 0 and run.step > 0
+    if base and not run.base.exists:
+        progress.note(
+            "step 0 is not evaluated: with lora.enabled false and teacher.url, a run keeps no copy "
+            "of the base, which can be evaluated before the first step alone; evaluate it with "
+            f"python -m paint_engine.evaluate --model {run.config.model.name_or_path}"
+        )
+        return
     if not base:
         run.sampler.sync(step)
     header = gather_objects(

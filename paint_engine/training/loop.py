@@ -168,7 +168,7 @@ def run_training(run: Run, console: Terminal, stop: StopRequest) -> None:
                 # A scheduler that takes the machine back is no failure; a user's Ctrl-C is 130.
                 sys.exit(0 if stopped.signal_number == signal.SIGTERM else 130)
             except EngineDied as death:
-                say(f"the rollout engine failed ({death}); saved {save(run)}", resume)
+                say(f"{death.part} failed ({death}); saved {save(run)}", resume)
                 sys.exit(1)
             except BadTemplate as failure:
                 say(f"error: {failure}; saved {save(run)}", resume, style="red")

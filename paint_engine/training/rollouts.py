@@ -36,6 +36,8 @@ def sample_step(run: Run, step: int) -> tuple[list[TrainExample], int]:
     context = step_context(run, step, sampled.requests)
     # A template may fail for what this step's teacher prompts contain, and then on one rank alone.
     prepared = together(lambda: run.recipe.prepare(context, mine), (BadTemplate,))
+    if run.scorer is not None:
+        prepared = run.scorer.add_scores(prepared)
     gathered = merge_shares(gather_objects(list(prepared)))
     errors = [example.verdict.error for example in gathered if example.verdict is not None]
     run.reward.check_some_judged(errors, f"step {step + 1}")
@@ -52,7 +54,7 @@ def step_context(run: Run, step: int, requests: Sequence[Request]) -> StepContex
         completions = run.sampler.complete(prompts, seeds, params, base=base)
         return [completion.token_ids for completion in completions]
 
-    return StepContext(step, requests, run.tokenizer, run.max_context, complete)
+    return StepContext(step, requests, run.tokenizer, run.teacher_context, complete)
 
 
 def reference_example(run: Run, request: Request) -> TrainExample:

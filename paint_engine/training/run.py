@@ -25,6 +25,7 @@ from paint_engine.monitor import NotFinite, ShorteningWatch, Timings
 from paint_engine.recipes import Recipe
 from paint_engine.rewards import Reward
 from paint_engine.rollout import RolloutEngine, Sampler, SamplingParams, sampling_params
+from paint_engine.scoring import Scorer
 from paint_engine.training.finite import bad_weight
 
 # JSON has lists for tuples.
@@ -61,7 +62,8 @@ class Run:
     """The state of a training run. `step` counts finished steps; `seconds_train` adds up over
     resumes.
 
-    `base` is the model before training. `teacher` scores the rollouts and is often the base. `name`
+    `base` is the model before training. `teacher` scores the rollouts and is often the base; with
+    `scorer`, a server does. `name`
     is the preset's name, or "run" for a configuration file. `saved` is the step and the path of the
     newest checkpoint that this process has written. `lock` is the main rank's, on the directory;
     the others have None.
@@ -84,6 +86,7 @@ class Run:
     sampler: Sampler
     eval_engine: RolloutEngine
     reward: Reward
+    scorer: Scorer | None = None
     step: int = 0
     seconds_train: float = 0.0
     saved: tuple[int, Path] | None = None
@@ -109,6 +112,11 @@ class Run:
     def max_context(self) -> int:
         """Maximum number of tokens of a prompt and its completion."""
         return max_context(self.model)
+
+    @property
+    def teacher_context(self) -> int:
+        """Maximum number of tokens of the teacher's prompt and a completion."""
+        return self.max_context if self.scorer is None else self.scorer.room(self.max_context)
 
     @property
     def eval_params(self) -> SamplingParams:
