@@ -99,6 +99,7 @@ class Recipe:
 
     keys: configuration keys that this recipe reads and others may not ("objective.divergence",
         "grpo.*"). A key that only other recipes read is refused.
+    unread: keys of a section in `keys` that this recipe does not read.
     samples: the student samples rollouts. If false, training uses the reference solutions.
     uses_teacher: a teacher that sees a part of the solution scores the same tokens.
     needs_solution: rows of the data must have a reference solution.
@@ -109,6 +110,7 @@ class Recipe:
     """
 
     keys: ClassVar[tuple[str, ...]] = ()
+    unread: ClassVar[tuple[str, ...]] = ()
     samples: ClassVar[bool] = True
     uses_teacher: ClassVar[bool] = False
     needs_solution: ClassVar[bool] = True
@@ -263,7 +265,8 @@ def recipe_that_recorded(keys: Collection[str]) -> Recipe:
 
 def reads(recipe: type[Recipe], key: str) -> bool:
     """Returns whether `key` is in the recipe's `keys`, by name or by its section ("grpo.*")."""
-    return key in recipe.keys or f"{key.partition('.')[0]}.*" in recipe.keys
+    named = key in recipe.keys or f"{key.partition('.')[0]}.*" in recipe.keys
+    return named and key not in recipe.unread
 
 
 def _check_idle_keys(recipe: Recipe) -> None:

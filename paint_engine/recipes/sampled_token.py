@@ -18,11 +18,7 @@ from paint_engine.recipes.display import (
     Quantity,
     TokenColor,
 )
-from paint_engine.recipes.with_teacher import (
-    TeacherRecipe,
-    check_served_temperature,
-    refuse_changed,
-)
+from paint_engine.recipes.with_teacher import TeacherRecipe, check_served_temperature
 
 
 class SampledToken(TeacherRecipe):
@@ -36,6 +32,8 @@ class SampledToken(TeacherRecipe):
     """
 
     keys = (*TeacherRecipe.keys, "objective.importance_cap")
+    # A server is asked for the sampled token alone.
+    unread = ("teacher.served_top_k", "teacher.tail")
     recorded_as = "sampled_kl"
 
     @property
@@ -44,12 +42,7 @@ class SampledToken(TeacherRecipe):
         return None if super().served_top_k is None else 0
 
     def check_served(self) -> None:
-        """Raises ValueError for settings of a list of likeliest tokens, and for temperatures."""
-        reason = (
-            f"teacher.url {self.config.teacher.url} and objective.name "
-            f"{self.config.objective.name!r}, which asks for the sampled token alone; leave it out"
-        )
-        refuse_changed(self.config, ("teacher.served_top_k", "teacher.tail"), reason)
+        """Raises ValueError for another temperature than the server's."""
         check_served_temperature(self.config)
 
     def notes(self) -> list[str]:

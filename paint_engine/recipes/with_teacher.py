@@ -97,20 +97,14 @@ class TeacherRecipe(Recipe):
         }
 
 
-def refuse_changed(config: Config, keys: Sequence[str], reason: str) -> None:
-    """Raises ValueError for the first of the keys that has not its default, which nothing reads.
-
-    reason: "teacher.url none, so ...".
-    """
-    for key in keys:
-        if (value := value_of(config, key)) != LEAVES[key].default:
-            raise ValueError(f"{key}: got {value!r} with {reason}")
-
-
 def _check_no_server(config: Config) -> None:
-    keys = ("teacher.served_model", "teacher.served_top_k", "teacher.tail")
-    reason = "teacher.url none, so no server is asked; leave it out, or name one with --teacher.url"
-    refuse_changed(config, keys, reason)
+    """Raises ValueError for settings that only a server has."""
+    for key in ("teacher.served_model", "teacher.served_top_k", "teacher.tail"):
+        if (value := value_of(config, key)) != LEAVES[key].default:
+            raise ValueError(
+                f"{key}: got {value!r} with teacher.url none, so that no server is asked; leave it "
+                "out, or name a server with --teacher.url"
+            )
 
 
 def _check_server(config: Config) -> None:

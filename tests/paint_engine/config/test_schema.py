@@ -268,6 +268,9 @@ def test_equal_mask_ratios_and_the_ends_of_ranges_are_allowed() -> None:
     assert config.objective.top_fraction == config.rollout.top_p == 1.0
 
 
+SERVED_TEACHER = {"teacher.url": "http://node7:8000", "objective.temperature": 1.0}
+
+
 @pytest.mark.parametrize(
     ("layer", "expected"),
     [
@@ -298,6 +301,27 @@ def test_equal_mask_ratios_and_the_ends_of_ranges_are_allowed() -> None:
         (
             {"teacher.reason_first": True, "rollout.ahead": 1, "rollout.engine": "vllm"},
             "use only one of them",
+        ),
+        (
+            {"teacher.tail": "drop"},
+            "^teacher.tail: got 'drop' with teacher.url none, so that no server is asked; leave it "
+            "out, or name a server with --teacher.url$",
+        ),
+        ({**SERVED_TEACHER, "teacher.weights": "live"}, "leave out one of the two"),
+        ({**SERVED_TEACHER, "teacher.weights": "ema"}, "leave out one of the two"),
+        ({**SERVED_TEACHER, "teacher.reason_first": True}, "writes no rationales"),
+        (
+            {**SERVED_TEACHER, "objective.temperature": 1.1},
+            "^objective.temperature: got 1.1 with teacher.url .* use --objective.temperature 1.0, "
+            "or --teacher.tail renormalise, which needs the listed tokens alone$",
+        ),
+        (
+            {**SERVED_TEACHER, "objective.name": "sampled_token", "objective.temperature": 0.9},
+            "use --objective.temperature 1.0$",
+        ),
+        (
+            {**SERVED_TEACHER, "objective.teacher_top_k": 50},
+            "use --teacher.served_top_k 50 --teacher.tail renormalise in its place",
         ),
     ],
 )
@@ -337,6 +361,32 @@ IDLE = [
     (GRPO, "grpo.skip_zero_variance", "true", ""),
     (GRPO, "grpo.num_updates", "2", ""),
 ]
+SERVER = "--teacher.url http://node7:8000 --objective.temperature 1.0"
+# Of a teacher on a server.
+SERVED = [
+    (TEACHER, "teacher.url", "http://node7:8000", "--objective.temperature 1.0"),
+    (TEACHER, "teacher.served_model", "Qwen3-32B", SERVER),
+    (PAINT, "teacher.served_top_k", "8", SERVER),
+    (PAINT, "teacher.tail", "drop", SERVER),
+]
+
+
+@pytest.mark.parametrize(("users", "key", "value", "beside"), SERVED)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_key_of_the_server_needs_a_recipe_that_reads_it_and_a_server(
+    name: str, users: tuple[str, ...], key: str, value: str, beside: str
+) -> None:
+    argv = ["--objective.name", name, f"--{key}", value]
+    with pytest.raises(ValueError) as caught:
+        load_config(argv)
+    message = str(caught.value)
+    if name in users:
+        assert "teacher.url" in message
+        config = load_config([*argv, *beside.split()]).config
+        assert value_of(config, key) != LEAVES[key].default
+        return
+    assert message.startswith(f"{key}: got ") and "which does not read it; set --" in message
+    assert message.endswith(f" or use --objective.name {' or '.join(users)}")
 
 
 @pytest.mark.parametrize(("users", "key", "value", "beside"), IDLE)
@@ -374,7 +424,7 @@ def test_every_key_that_not_all_recipes_read_is_tried() -> None:
         for leaf in LEAVES
         if leaf == key or (key.endswith("*") and leaf.startswith(key.removesuffix("*")))
     }
-    assert {key for _, key, _, _ in IDLE} == declared
+    assert {key for _, key, _, _ in (*IDLE, *SERVED)} == declared
 
 
 def test_idle_keys_are_named_by_who_reads_them() -> None:

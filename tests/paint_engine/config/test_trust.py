@@ -28,12 +28,13 @@ HOSTILE: Mapping[str, object] = {
     "reward.function": "MODULE:judge",
     "rollout.url": "http://127.0.0.1:9",
     "rollout.adapter_dir": "/home/victim",
+    "teacher.url": "http://127.0.0.1:9/teacher",
     "run.wandb_project": "theirs",
 }
 # Text that names rows or weights to read, columns of rows, layers, or prompts.
 DATA = re.compile(
     r"(data|eval)\.(path|revision|split|columns\.\w+)|prompts\.\w+|masking\.marker"
-    r"|lora\.target_modules"
+    r"|lora\.target_modules|teacher\.served_model"
 )
 
 
@@ -66,7 +67,9 @@ def hostile(
         "from pathlib import Path\nfrom paint_engine.recipes.paint import Paint as Theirs\n"
         "Path(__file__).with_name('imported').touch()\n"
     )
-    write_config(run_dir / "config.toml", values_of(run_dir))
+    # A server has no other temperature.
+    values = {**values_of(run_dir), "objective.temperature": 1.0}
+    write_config(run_dir / "config.toml", values)
     monkeypatch.chdir(run_dir)
     monkeypatch.syspath_prepend(run_dir)
     return run_dir
