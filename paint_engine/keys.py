@@ -4,7 +4,7 @@ URL."""
 import os
 
 SERVER_KEY = "VLLM_API_KEY"
-"""the environment variable with the rollout server's key; vLLM reads the same one"""
+"""the environment variable with the key of vLLM servers; vLLM reads the same one"""
 # Keys of this program that no child process needs. A user's function may need the hub's token.
 _OWN = (SERVER_KEY, "WANDB_API_KEY")
 

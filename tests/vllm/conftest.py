@@ -7,9 +7,15 @@ trainer's own log-probabilities.
 import importlib.util
 import json
 import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -32,6 +38,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 NUM_PADDING_ROWS = 6
 MAX_MODEL_LEN = 512
+START_TIMEOUT_S = 240.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -186,6 +193,76 @@ def mismatch() -> Callable[..., float]:
         return (sampled - expected).abs().mean().item()
 
     return mean_difference
+
+
+class Served:
+    """`vllm serve` in a session of its own, so that its engine's process ends with it."""
+
+    def __init__(self, model_dir: Path, log: Path, **settings: object) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._model_dir = model_dir
+        self._log = log
+        self._settings = settings
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        settings = {
+            "model": self._model_dir,
+            "host": "127.0.0.1",
+            "port": self.port,
+            "dtype": "float32",
+            "max-lora-rank": 8,
+            "logprobs-mode": "processed_logprobs",
+            "generation-config": "vllm",
+            "max-model-len": 512,
+            "max-num-seqs": 8,
+            **{name.replace("_", "-"): value for name, value in self._settings.items()},
+        }
+        command += [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+        environment = os.environ | {
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "--enable-lora"],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return
+            except OSError:
+                time.sleep(0.5)
+        self.kill()
+        pytest.fail(f"the server did not start:\n{self._log.read_text()[-4000:]}")
+
+    def kill(self) -> None:
+        """All of its processes but the one that frees Python's shared memory after them."""
+        if self._process is not None:
+            server = psutil.Process(self._process.pid)
+            for process in (server, *server.children(recursive=True)):
+                if not any("resource_tracker" in part for part in process.cmdline()):
+                    process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="session")
+def make_served() -> Callable[..., Served]:
+    """A server by (model directory, log, setting=value), which is not yet started."""
+    return Served
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,11 @@
 """A real vLLM server on loopback: rollouts from it, its death, and servers that do not fit."""
 
-import os
-import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -22,74 +15,13 @@ from paint_engine.rollout.engine import EngineDied, SamplingParams
 from paint_engine.rollout.vllm_server import ServerEngine
 
 Prompts = Sequence[tuple[int, ...]]
-START_TIMEOUT_S = 240.0
-
-
-class Served:
-    """`vllm serve` in a session of its own, so that its engine's process ends with it."""
-
-    def __init__(self, model_dir: Path, log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._model_dir = model_dir
-        self._log = log
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        settings = {
-            "model": self._model_dir,
-            "host": "127.0.0.1",
-            "port": self.port,
-            "dtype": "float32",
-            "max-lora-rank": 8,
-            "logprobs-mode": "processed_logprobs",
-            "generation-config": "vllm",
-            "max-model-len": 512,
-            "max-num-seqs": 8,
-        }
-        command += [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-        environment = os.environ | {
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-            "VLLM_NO_USAGE_STATS": "1",
-        }
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*command, "--enable-lora"],
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def wait(self) -> None:
-        assert self._process is not None
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline and self._process.poll() is None:
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
-                return
-            except OSError:
-                time.sleep(0.5)
-        self.kill()
-        pytest.fail(f"the server did not start:\n{self._log.read_text()[-4000:]}")
-
-    def kill(self) -> None:
-        """All of its processes but the one that frees Python's shared memory after them."""
-        if self._process is not None:
-            server = psutil.Process(self._process.pid)
-            for process in (server, *server.children(recursive=True)):
-                if not any("resource_tracker" in part for part in process.cmdline()):
-                    process.kill()
-            self._process.wait()
-            self._process = None
 
 
 @pytest.fixture(scope="module")
-def served(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = Served(model_dir, tmp_path_factory.mktemp("server") / "log.txt")
+def served(
+    model_dir: Path, make_served: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    served = make_served(model_dir, tmp_path_factory.mktemp("server") / "log.txt")
     served.start()
     served.wait()
     yield served
@@ -103,7 +35,7 @@ def student(make_student: Callable[..., nn.Module]) -> nn.Module:
 
 @pytest.fixture
 def engine(
-    served: Served, student: nn.Module, model_dir: Path, world: World
+    served: Any, student: nn.Module, model_dir: Path, world: World
 ) -> Iterator[ServerEngine]:
     engine = ServerEngine(
         served.url, student, str(model_dir), world, max_sequences=8, restart_timeout_s=240
@@ -180,7 +112,7 @@ def test_five_steps_each_sample_from_their_own_weights(
 
 def test_a_server_that_is_killed_and_started_again(
     engine: ServerEngine,
-    served: Served,
+    served: Any,
     student: nn.Module,
     prompts: Prompts,
     params: SamplingParams,
@@ -216,7 +148,7 @@ def test_a_server_that_has_forgotten_the_adapter(
 
 
 def test_a_directory_that_the_server_does_not_see(
-    served: Served, student: nn.Module, model_dir: Path, world: World, tmp_path: Path
+    served: Any, student: nn.Module, model_dir: Path, world: World, tmp_path: Path
 ) -> None:
     engine = ServerEngine(
         served.url, student, str(model_dir), world, max_sequences=8, adapter_dir=str(tmp_path)
@@ -236,7 +168,7 @@ def test_a_directory_that_the_server_does_not_see(
 
 def test_refused_requests_and_other_models(
     engine: ServerEngine,
-    served: Served,
+    served: Any,
     student: nn.Module,
     make_student: Callable[..., nn.Module],
     model_dir: Path,
