@@ -79,6 +79,9 @@ class ScoringServer:
             self.start()
 
         self.num_deaths += 1
+        assert self._http is not None
+        # Nobody is served from here on, also not a question for its health.
+        self._http.socket.close()
         threading.Thread(target=run).start()
 
     @torch.no_grad()

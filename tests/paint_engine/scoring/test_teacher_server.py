@@ -19,14 +19,14 @@ TOP_K = 4
 
 # What the message says of each fault.
 FAULTS = {
-    "NaN": r"got \{'logprob': nan, .*; needs a logprob above -9999 and at most 0",
-    "null": r"got \{'logprob': None, .*; needs a logprob",
-    "minus infinity": r"got \{'logprob': -inf, .*; needs a logprob",
-    "vLLM's minus infinity": r"got \{'logprob': -9999\.0, .*; needs a logprob",
-    "a positive log-probability": r"got \{'logprob': 0\.5, .*; needs a logprob",
-    "a text for a log-probability": r"got \{'logprob': '-0\.5', .*; needs a logprob",
-    "true for a log-probability": r"got \{'logprob': True, .*; needs a logprob",
-    "a number beyond float": r"got \{'logprob': 1000.*; needs a logprob",
+    "NaN": r"got \{.*'logprob': nan.*; needs a logprob above -9999 and at most 0",
+    "null": r"got \{.*'logprob': None.*; needs a logprob",
+    "minus infinity": r"got \{.*'logprob': -inf.*; needs a logprob",
+    "vLLM's minus infinity": r"got \{.*'logprob': -9999\.0.*; needs a logprob",
+    "a positive log-probability": r"got \{.*'logprob': 0\.5.*; needs a logprob",
+    "a text for a log-probability": r"got \{.*'logprob': '-0\.5'.*; needs a logprob",
+    "true for a log-probability": r"got \{.*'logprob': True.*; needs a logprob",
+    "a number beyond float": r"got \{.*'logprob': 1000.*; needs a logprob",
     "too much probability": r"got probabilities with the sum .*; needs at most 1: .* not logits",
     "an id out of range": "got the id 346; needs one from 0 to 345, the student's vocabulary",
     "a negative id": "got the id -1; needs one from 0 to 345",
@@ -117,7 +117,7 @@ def test_one_wrong_reply_costs_one_more_request(
     assert warning.startswith("the teacher's server failed (the server at ")
     assert warning.endswith("; it is asked again")
     # Replies that were on their way when the wrong one came are asked for again.
-    assert len(rollouts) < teacher.num_scored - before <= len(rollouts) + 8
+    assert len(rollouts) < teacher.num_scored - before <= 2 * len(rollouts)
 
 
 def assert_same(found: list[TrainExample], expected: list[TrainExample]) -> None:
