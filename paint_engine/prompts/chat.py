@@ -1,9 +1,9 @@
 """Chat prompts of student and teacher (Fig. 2) as token ids, from the configured templates.
 
 With the default templates, both roles get the same question and the same final instruction. The
-teacher's prompt also shows the verified solution, or the part of it that the mask leaves. If the
-mask leaves nothing and the marker is empty, nothing is between the fences. With a reasoning
-teacher, the prompt also shows the teacher's rationale of the solution.
+teacher's prompt also shows what its context gives: by default the verified solution, or the part of
+it that the mask leaves. If the mask leaves nothing and the marker is empty, nothing is between the
+fences. With a reasoning teacher, the prompt also shows the teacher's rationale of the text.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,15 +26,16 @@ def student_text(problem: str, prompts: PromptsSection) -> str:
 
 
 def reference_values(
-    problem: str, partial_solution: str, prompts: PromptsSection, *, whole: bool
+    problem: str, shown: str, prompts: PromptsSection, *, whole: bool
 ) -> dict[str, str]:
     """Returns the values of the names in the teacher's templates, except the rationale.
 
-    whole: the solution is shown unmasked, and the text does not call it a part.
+    shown: the value of {solution}.
+    whole: nothing of it is hidden, and the message does not call it a part.
     """
     return {
         "problem": problem,
-        "solution": partial_solution,
+        "solution": shown,
         "part_of": "" if whole else PART_OF,
         "instruction": prompts.instruction,
     }
@@ -42,7 +43,7 @@ def reference_values(
 
 def teacher_text(
     problem: str,
-    partial_solution: str,
+    shown: str,
     prompts: PromptsSection,
     *,
     whole: bool,
@@ -50,11 +51,12 @@ def teacher_text(
 ) -> str:
     """Returns the user message of the teacher.
 
-    whole: the solution is shown unmasked, and the text does not call it a part.
-    rationale: the teacher's own explanation of the solution, shown below it; "" for none.
+    shown: the solution or other text of the teacher's context, or what the mask leaves of it.
+    whole: nothing of it is hidden, and the message does not call it a part.
+    rationale: the teacher's own explanation of it, shown below it; "" for none.
     """
     section = fill(prompts.rationale_template, {"rationale": rationale}) if rationale else ""
-    values = reference_values(problem, partial_solution, prompts, whole=whole)
+    values = reference_values(problem, shown, prompts, whole=whole)
     return fill(prompts.teacher_template, values | {"rationale": section})
 
 
@@ -204,8 +206,8 @@ def encode_hidden_teacher_prompts(
     *,
     marker: str,
 ) -> list[tuple[int, ...]]:
-    """Returns the token ids of the teacher's prompt for each problem with the whole solution hidden
-    and no rationale, about the shortest that `encode_teacher_prompt` returns."""
+    """Returns the token ids of the teacher's prompt for each problem with the whole shown text
+    hidden and no rationale, about the shortest that `encode_teacher_prompt` returns."""
     messages = [
         _teacher_message(tokenizer, problem, marker, prompts, whole=False) for problem in problems
     ]
@@ -215,51 +217,54 @@ def encode_hidden_teacher_prompts(
 def encode_teacher_prompt(
     tokenizer: PreTrainedTokenizerBase,
     problem: Problem,
-    partial_solution: str,
+    shown: str,
     prompts: PromptsSection,
     *,
+    text: str | None = None,
     max_tokens: int | None = None,
     marker: str,
     rationale: str | None = None,
 ) -> tuple[tuple[int, ...], str]:
-    """Returns the token ids of the teacher's prompt for one problem, and the solution as the prompt
-    shows it.
+    """Returns the token ids of the teacher's prompt for one problem, and the shown text as the
+    prompt has it.
 
-    partial_solution: what the mask leaves of the solution.
+    shown: what the mask leaves of the text that the teacher is shown.
+    text: that text before the mask; None means the problem's solution.
     rationale: the teacher's explanation of what it was shown; None or "" for none.
 
     A prompt above `max_tokens` is shortened. The rationale is cut first, from its end, and the
     marker replaces the cut text; if nothing of it remains, its section is left out. Then the
-    solution is cut, also from its end. The question and the end of the template are never cut.
+    shown text is cut, also from its end. The question and the end of the template are never cut.
 
     Raises ValueError if the prompt does not fit without both.
     """
-    whole, explained = partial_solution == problem.solution, rationale or ""
+    whole = shown == (problem.solution if text is None else text)
+    explained = rationale or ""
 
-    def encode(solution_hidden: int, rationale_hidden: int) -> tuple[tuple[int, ...], str]:
-        shown = hide_end(partial_solution, solution_hidden, marker)
+    def encode(text_hidden: int, rationale_hidden: int) -> tuple[tuple[int, ...], str]:
+        kept = hide_end(shown, text_hidden, marker)
         left = rationale_hidden < len(explained)
         message = _teacher_message(
             tokenizer,
             problem,
-            shown,
+            kept,
             prompts,
-            whole=whole and solution_hidden == 0,
+            whole=whole and text_hidden == 0,
             rationale=hide_end(explained, rationale_hidden, marker) if left else "",
         )
         (ids,) = _encode_teacher_messages(tokenizer, [message], prompts)
-        return ids, shown
+        return ids, kept
 
     found = shorten_to_fit(lambda hidden: encode(0, hidden), len(explained), max_tokens)
     if found is None:
         found = shorten_to_fit(
-            lambda hidden: encode(hidden, len(explained)), len(partial_solution), max_tokens
+            lambda hidden: encode(hidden, len(explained)), len(shown), max_tokens
         )
     if found is None:
-        shortest, _ = encode(len(partial_solution), len(explained))
+        shortest, _ = encode(len(shown), len(explained))
         raise ValueError(
-            f"{problem.problem_id}: the teacher's prompt takes {len(shortest)} tokens with the "
-            f"whole solution hidden, but the completion leaves room for only {max_tokens}; drop "
+            f"{problem.problem_id}: the teacher's prompt takes {len(shortest)} tokens with all of "
+            f"the shown text hidden, but the completion leaves room for only {max_tokens}; drop "
             "the problem with --data.max_prompt_tokens or lower --rollout.max_new_tokens"
         )
     return found

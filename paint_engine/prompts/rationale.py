@@ -20,14 +20,12 @@ from paint_engine.types import Problem
 _THINK_BEGIN, _THINK_END = THOUGHT_MARKS[0]
 
 
-def reason_text(
-    problem: str, partial_solution: str, prompts: PromptsSection, *, whole: bool
-) -> str:
+def reason_text(problem: str, shown: str, prompts: PromptsSection, *, whole: bool) -> str:
     """Returns the user message that asks the teacher for a rationale.
 
-    whole: the solution is shown unmasked, and the text does not call it a part.
+    whole: nothing of the shown text is hidden, and the message does not call it a part.
     """
-    values = reference_values(problem, partial_solution, prompts, whole=whole)
+    values = reference_values(problem, shown, prompts, whole=whole)
     return fill(prompts.reason_template, values)
 
 
@@ -52,8 +50,8 @@ def encode_hidden_reason_prompts(
     thinking: bool,
     marker: str,
 ) -> list[tuple[int, ...]]:
-    """Returns the token ids of the prompt that asks for a rationale of each problem's solution,
-    with the whole solution hidden."""
+    """Returns the token ids of the prompt that asks for a rationale of what is shown of each
+    problem, with all of that hidden."""
     messages = [_message(tokenizer, problem, marker, prompts, whole=False) for problem in problems]
     return encode_chats(tokenizer, messages, thinking=thinking, date=prompts.date)
 
@@ -61,38 +59,41 @@ def encode_hidden_reason_prompts(
 def encode_reason_prompt(
     tokenizer: PreTrainedTokenizerBase,
     problem: Problem,
-    partial_solution: str,
+    shown: str,
     prompts: PromptsSection,
     *,
+    text: str | None = None,
     thinking: bool,
     max_tokens: int | None,
     marker: str,
 ) -> tuple[tuple[int, ...], str]:
-    """Returns the token ids of the prompt that asks for a rationale of one problem's solution, and
-    the solution as the prompt shows it.
+    """Returns the token ids of the prompt that asks for a rationale of what is shown of one
+    problem, and the shown text as the prompt has it.
 
-    partial_solution: the solution, or what the mask leaves of it.
+    shown: the text that the teacher is shown, or what the mask leaves of it.
+    text: that text before the mask; None means the problem's solution.
 
-    A prompt above `max_tokens` is shortened: the solution is cut from its end, and the marker
-    replaces the cut text. The question and the request are never cut.
+    A prompt above `max_tokens` is shortened: the text is cut from its end, and the marker replaces
+    the cut part. The question and the request are never cut.
 
-    Raises ValueError if the prompt does not fit without the solution.
+    Raises ValueError if the prompt does not fit without the text.
     """
-    whole = partial_solution == problem.solution
+    whole = shown == (problem.solution if text is None else text)
 
     def encode(num_hidden: int) -> tuple[tuple[int, ...], str]:
-        shown = hide_end(partial_solution, num_hidden, marker)
-        asked = _message(tokenizer, problem, shown, prompts, whole=whole and num_hidden == 0)
+        kept = hide_end(shown, num_hidden, marker)
+        asked = _message(tokenizer, problem, kept, prompts, whole=whole and num_hidden == 0)
         (ids,) = encode_chats(tokenizer, [asked], thinking=thinking, date=prompts.date)
-        return ids, shown
+        return ids, kept
 
-    found = shorten_to_fit(encode, len(partial_solution), max_tokens)
+    found = shorten_to_fit(encode, len(shown), max_tokens)
     if found is None:
-        shortest, _ = encode(len(partial_solution))
+        shortest, _ = encode(len(shown))
         raise ValueError(
             f"{problem.problem_id}: the request for a rationale takes {len(shortest)} tokens with "
-            f"the whole solution hidden, but the rationale leaves room for only {max_tokens}; drop "
-            "the problem with --data.max_prompt_tokens or lower --teacher.reason_max_new_tokens"
+            f"all of the shown text hidden, but the rationale leaves room for only {max_tokens}; "
+            "drop the problem with --data.max_prompt_tokens or lower "
+            "--teacher.reason_max_new_tokens"
         )
     return found
 
