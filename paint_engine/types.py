@@ -15,9 +15,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MAX_FEEDBACK_CHARACTERS = 20_000
+"""the longest feedback that a reward function may return"""
+
+
 @dataclass(frozen=True)
 class Problem:
-    """One row of the data set. `solution` or `answer` is "" if the row has none and none is needed.
+    """One row of the data set. `solution`, `answer` or `feedback` is "" if the row has none, and
+    none is needed.
 
     Problem("gsm8k_train.jsonl:1", "Natalia sold clips to 48 of her friends ...",
             "Natalia sold 48/2 = 24 clips in May. ... \\\\boxed{72}", "72")
@@ -27,6 +32,7 @@ class Problem:
     problem: str
     solution: str
     answer: str
+    feedback: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,13 @@ class Verdict:
     reward: the value from which GRPO computes its advantages.
     correct: the value that accuracy counts.
     error: the reason if the completion could not be judged; it then counts as wrong.
+    feedback: what to say about the completion, for a teacher to see.
     """
 
     reward: float
     correct: bool
     error: str | None = None
+    feedback: str = ""
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,12 @@ class ColumnsSection(Section):
     )
 
 
+class DataColumnsSection(ColumnsSection):
+    feedback: OrNone[Text] = Field(
+        default=None, description="column of a text for the teacher; none = no column"
+    )
+
+
 class DataSection(Section):
     path: PathText = Field(
         default="tiny",
@@ -190,8 +196,8 @@ class DataSection(Section):
         default=None, description="commit, tag or branch of a datasets id; none = the newest"
     )
     split: PathText = Field(default="train", description="split of 'tiny' or of a datasets id")
-    columns: ColumnsSection = Field(
-        default=ColumnsSection(), description="names of columns that are not detected"
+    columns: DataColumnsSection = Field(
+        default=DataColumnsSection(), description="names of columns that are not detected"
     )
     on_bad_row: Literal["stop", "skip"] = Field(
         default="stop",

@@ -61,6 +61,8 @@ def _read_record(path: Path) -> dict[str, Any]:
 def _row_digest(problem: Problem) -> str:
     """The id is part of it, since the seeds of a problem's rollouts depend on it."""
     row = (problem.problem_id, problem.problem, problem.solution, problem.answer)
+    # As earlier versions recorded rows, which had no feedback.
+    row += (problem.feedback,) if problem.feedback else ()
     # JSON, for a lone surrogate has no UTF-8 form.
     return hashlib.sha256(json.dumps(row).encode()).hexdigest()
 

@@ -7,7 +7,9 @@ Known column names, case-sensitive (the first set that a row has is used):
     question, answer                                         GSM8K: the answer ends in "#### 72"
     Question, COT_Reason, Answer if there is one             OpenThoughts
     Question, Answer                                         the answer is the worked solution
-    problem, answer                                          no solution: for evaluation alone
+    problem, answer                                          no solution: for evaluation alone, and
+                                                             for recipes that need none
+    problem or question                                      for recipes that need nothing else
 
 If no column holds the final answer, it is taken from the solution: after "####" if a number follows
 that ends the text, or from the last box.
@@ -17,12 +19,12 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal
 
-from paint_engine.config.sections import ColumnsSection
+from paint_engine.config.sections import ColumnsSection, DataColumnsSection
 from paint_engine.data.directories import check_directory, opened_columns
 from paint_engine.rewards.boxes import extract_boxed
 from paint_engine.types import Problem
@@ -35,6 +37,8 @@ _KNOWN_COLUMNS: tuple[tuple[str, str | None, tuple[str, ...]], ...] = (
     ("Question", "Answer", ()),
     ("problem", None, ("answer",)),
 )
+# Rows of a problem alone, where neither a solution nor an answer is needed.
+_PROBLEM_COLUMNS = ("problem", "question", "Question")
 
 
 _FILE_ENDINGS = (".jsonl", ".json", ".parquet")
@@ -309,13 +313,40 @@ def _to_problem(
     fields = _parse_line(row) if isinstance(row, bytes) else row
     if not isinstance(fields, dict):
         raise _BadRow(f"got {_kind(fields)}; needs an object with a value for each column")
-    problem_column, solution_column, answer_column = _find_columns(fields, columns)
+    found = _split_row(
+        place, fields, columns, needs_solution=needs_solution, needs_answer=needs_answer
+    )
+    feedback = columns.feedback if isinstance(columns, DataColumnsSection) else None
+    if feedback is None:
+        return found
+    return replace(found, feedback=_text(fields, feedback, "feedback", required=False))
+
+
+def _split_row(
+    place: str,
+    fields: Mapping[str, Any],
+    columns: ColumnsSection,
+    *,
+    needs_solution: bool,
+    needs_answer: bool,
+) -> Problem:
+    """Returns the problem of a row, without feedback."""
+    needs_one = needs_solution or needs_answer
+    problem_column, solution_column, answer_column = _find_columns(
+        fields, columns, needs_one=needs_one
+    )
     problem = _text(fields, problem_column, "problem")
-    dispensable = not needs_solution and answer_column is not None
+    dispensable = not needs_solution and (answer_column is not None or not needs_answer)
+    if not needs_one and columns.solution is not None:
+        # It may be empty; a name that no column has is a mistake.
+        dispensable = columns.solution in fields
     if solution_column is None or (dispensable and not fields.get(solution_column)):
         if needs_solution:
             raise _BadRow(f"no column with a solution; {_found(fields)}; training needs one")
-        return Problem(place, problem, "", _text(fields, answer_column or "answer", "answer"))
+        if answer_column is None and not needs_one:
+            return Problem(place, problem, "", "")
+        answer = _text(fields, answer_column or "answer", "answer", required=needs_one)
+        return Problem(place, problem, "", answer)
     solution = _text(fields, solution_column, "solution")
     if answer_column is None:
         # A column of answers may contain answers alone; a solution without an answer is a bad row.
@@ -355,16 +386,23 @@ def _parse_line(line: bytes) -> object:
 
 
 def _find_columns(
-    fields: Mapping[str, Any], columns: ColumnsSection
+    fields: Mapping[str, Any], columns: ColumnsSection, *, needs_one: bool
 ) -> tuple[str, str | None, str | None]:
     """Returns the columns of problem, solution and answer. None means no solution, or that the
-    answer is inside the solution."""
+    answer is inside the solution.
+
+    needs_one: a row needs a solution or an answer.
+    """
     for problem, solution, answers in _KNOWN_COLUMNS:
         needed = (problem, solution) if solution else (problem, *answers)
         if all(name in fields for name in needed):
             answer = next((name for name in answers if name in fields), None)
             break
     else:
+        alone = columns.problem or next((name for name in _PROBLEM_COLUMNS if name in fields), "")
+        if alone in fields and not needs_one:
+            solution, answer = (name if name in fields else None for name in ("solution", "answer"))
+            return alone, columns.solution or solution, columns.answer or answer
         if columns.problem is None and columns.solution is None:
             raise _BadRow(
                 f"none of the known sets of columns; {_found(fields)}; needs problem and solution "

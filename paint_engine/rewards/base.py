@@ -1,12 +1,15 @@
 """What a reward is, and how the value of a user's function becomes a verdict."""
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Real
 from typing import ClassVar
 
-from paint_engine.types import Problem, Verdict
+from paint_engine.types import MAX_FEEDBACK_CHARACTERS, Problem, Verdict
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class RewardFailed(Exception):
@@ -59,9 +62,10 @@ def to_verdict(value: object) -> Verdict:
 
     A number r is the reward, and the completion counts as correct where r > 0. True is 1.0, False
     0.0. A function that gives a wrong answer a positive reward, as for its format, returns a
-    Verdict.
+    Verdict. So does one that returns feedback.
 
-    Raises ValueError for anything else, and for a reward that is not finite.
+    Raises ValueError for anything else, for a reward that is not finite, and for feedback that is
+    no text of at most `MAX_FEEDBACK_CHARACTERS` characters.
     """
     if isinstance(value, Verdict):
         verdict = value
@@ -78,4 +82,25 @@ def to_verdict(value: object) -> Verdict:
         )
     if not (isinstance(verdict.reward, Real) and math.isfinite(verdict.reward)):
         raise ValueError(f"returned {value!r:.200}; needs a reward that is a finite number")
-    return Verdict(float(verdict.reward), bool(verdict.correct), verdict.error)
+    _check_feedback(verdict.feedback)
+    return Verdict(
+        float(verdict.reward), bool(verdict.correct), verdict.error, str(verdict.feedback)
+    )
+
+
+def _check_feedback(feedback: object) -> None:
+    if not isinstance(feedback, str):
+        raise ValueError(
+            f"returned the feedback {feedback!r:.200}, of type {type(feedback).__name__}; needs a "
+            'text; return "" for none'
+        )
+    if len(feedback) > MAX_FEEDBACK_CHARACTERS:
+        raise ValueError(
+            f"returned feedback of {len(feedback):,} characters; needs at most "
+            f"{MAX_FEEDBACK_CHARACTERS:,}, since the teacher's prompt shows it; shorten it"
+        )
+    if _LONE_SURROGATE.search(feedback):
+        raise ValueError(
+            "returned feedback with half a surrogate pair; needs valid Unicode; decode the text "
+            'with errors="replace"'
+        )

@@ -67,12 +67,16 @@ def test_an_edit_of_any_row_is_refused_and_the_row_is_named(
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
+        (
+            [replace(row, feedback="Hm." * (i == 2)) for i, row in enumerate(problems(5))],
+            r"differs is number 3 \(a.jsonl:2\)",
+        ),
         (problems(4), "has 4 rows .* had 5 for the run .*after number 4 are missing"),
         (problems(7), "has 7 rows .*the rows after number 5 are new"),
         (problems(5)[::-1], r"differs is number 1 \(a.jsonl:4\)"),
         (problems(6)[1:], r"differs is number 1 \(a.jsonl:1\)"),
     ],
-    ids=["fewer", "more", "another order", "one exchanged"],
+    ids=["feedback", "fewer", "more", "another order", "one exchanged"],
 )
 def test_rows_that_came_or_went_are_counted(
     rows: list[Problem], expected: str, run_dir: Path

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paint_engine.config.sections import ColumnsSection
+from paint_engine.config.sections import ColumnsSection, DataColumnsSection
 from paint_engine.data.problem_sets import batch_indices
 from paint_engine.data.rows import LoadedProblems, load_problems
 from paint_engine.seeds import problem_order
@@ -38,16 +38,19 @@ def load(
     max_rows: int | None = None,
     section: Literal["data", "eval"] = "data",
     split: str = "train",
+    needs_solution: bool = True,
     needs_answer: bool = True,
     revision: str | None = None,
 ) -> LoadedProblems:
+    kind = DataColumnsSection if section == "data" else ColumnsSection
     return load_problems(
         str(path),
         split=split,
-        columns=ColumnsSection(**(columns or {})),
+        columns=kind(**(columns or {})),
         on_bad_row=on_bad_row,
         max_rows=max_rows,
         section=section,
+        needs_solution=needs_solution,
         needs_answer=needs_answer,
         revision=revision,
     )
@@ -272,6 +275,57 @@ def test_an_answer_may_be_missing_where_none_is_needed(tmp_path: Path, row: Any)
     # An evaluation always needs one; it takes a short text in a column of answers for it.
     if row.get("answer") != "It is clear.":
         assert "a.jsonl:1: no " in refusal(file, section="eval", needs_answer=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "solution", "answer"),
+    [
+        ({"problem": "p"}, {}, "", ""),
+        ({"question": "p", "level": 3}, {}, "", ""),
+        ({"prompt": "p"}, {"problem": "prompt"}, "", ""),
+        ({"prompt": "p", "answer": "7"}, {"problem": "prompt"}, "", "7"),
+        (
+            {"prompt": "p", "steps": "So 7."},
+            {"problem": "prompt", "solution": "steps"},
+            "So 7.",
+            "",
+        ),
+        ({"problem": "p", "answer": " "}, {}, "", ""),
+        ({"problem": "p", "solution": None}, {}, "", ""),
+        ({"problem": "p", "solution": "Clear."}, {}, "Clear.", ""),
+        ({"problem": "p", "answer": "7"}, {}, "", "7"),
+        ({"question": "p", "answer": "70"}, {}, "", "70"),
+    ],
+)
+def test_a_problem_alone_is_enough_where_nothing_else_is_needed(
+    tmp_path: Path, row: Any, columns: dict[str, str], solution: str, answer: str
+) -> None:
+    needs = {"needs_solution": False, "needs_answer": False}
+    problem = load_row(tmp_path, row, columns=columns, **needs)
+    assert problem == Problem("rows.jsonl:1", "p", solution, answer)
+    # An evaluation always needs an answer.
+    if not answer:
+        file = write_jsonl(tmp_path / "a.jsonl", [row])
+        assert "a.jsonl:1: no" in refusal(file, columns=columns, section="eval", **needs)
+
+
+def test_a_column_that_is_named_must_be_there(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"problem": "p"}])
+    for role in ("solution", "answer"):
+        message = refusal(file, columns={role: "x"}, needs_solution=False, needs_answer=False)
+        assert f"no {role}: the column 'x' is missing" in message
+
+
+def test_feedback_is_a_column_that_may_be_empty(tmp_path: Path) -> None:
+    columns = {"feedback": "hint"}
+    problem = load_row(tmp_path, GOOD | {"hint": " Look again. "}, columns=columns)
+    assert problem == Problem(
+        "rows.jsonl:1", GOOD["problem"], GOOD["solution"], "2", feedback="Look again."
+    )
+    assert load_row(tmp_path, GOOD | {"hint": None}, columns=columns).feedback == ""
+    assert load_row(tmp_path, GOOD | {"hint": "Look again."}).feedback == ""
+    file = write_jsonl(tmp_path / "a.jsonl", [GOOD])
+    assert "no feedback: the column 'hint' is missing" in refusal(file, columns=columns)
 
 
 def test_a_bare_answer_is_no_solution(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A reward function of the user's own: its values, and what happens when it fails."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -293,6 +295,20 @@ def test_other_real_numbers_are_numbers(value: object) -> None:
     verdict = to_verdict(value)
     assert verdict == Verdict(0.5, True)
     assert type(verdict.reward) is float and type(verdict.correct) is bool
+
+
+def test_feedback_is_a_text_of_bounded_length() -> None:
+    verdict = to_verdict(Verdict(0.0, False, feedback="Carry the one. " * 1000))
+    assert verdict.feedback == "Carry the one. " * 1000
+    assert to_verdict(1.0).feedback == "" == to_verdict(Verdict(1.0, True)).feedback
+    for feedback, said in (
+        ("x" * 20_001, "returned feedback of 20,001 characters; needs at most 20,000, since"),
+        (None, 'of type NoneType; needs a text; return "" for none'),
+        ("half \ud83d", "half a surrogate pair; needs valid Unicode"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            to_verdict(Verdict(0.0, False, feedback=cast(str, feedback)))
+    assert len(to_verdict(Verdict(0.0, False, feedback="x" * 20_000)).feedback) == 20_000
 
 
 def test_which_rewards_find_answers_is_known_without_loading_a_users_module() -> None:
