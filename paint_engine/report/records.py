@@ -96,11 +96,17 @@ class _Sample(Record):
     correct: bool | None = None
 
 
-class _TeacherView(Record):
+class _Mask(Record):
     overlap: Share
     mask_ratio: Share
-    partial_solution: str
     anchors: list[_Anchor]
+    text: str | None = None
+
+
+class _TeacherView(Record):
+    context: str
+    source: str
+    shown: str
     rationale: str = ""
 
 
@@ -123,7 +129,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
     """The lines of `samples.jsonl`, which `check_sample` checks. Empty if there is no such file."""
-    return _lines(path)
+    return [_with_names_of_today(sample) for sample in _lines(path)]
+
+
+def _with_names_of_today(sample: dict[str, Any]) -> dict[str, Any]:
+    """Returns a sample with the names of this version. Earlier ones knew one context, the problem's
+    own solution."""
+    if "partial_solution" not in sample:
+        return sample
+    rest = {key: value for key, value in sample.items() if key != "partial_solution"}
+    view = {"context": "solution", "source": sample.get("problem_id")}
+    return {**rest, **view, "shown": sample["partial_solution"]}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -142,9 +158,11 @@ def check_sample(sample: Mapping[str, Any], columns: Sequence[str], color: str) 
     where = f"samples.jsonl: a sample of step {str(sample.get('step'))[:20]}"
     sample = dict(sample)
     checked(_Sample, sample, where, _REMEDY)
-    for kind in (_TeacherView, _Reward):
-        # A recipe records all of these, or none.
-        if kind.model_fields.keys() & sample.keys():
+    mask, view = _Mask.model_fields.keys(), _TeacherView.model_fields.keys()
+    # A recipe records all of these, or none; a mask is a part of a view.
+    kinds = ((_Mask, mask), (_TeacherView, view | mask), (_Reward, _Reward.model_fields.keys()))
+    for kind, names in kinds:
+        if names & sample.keys():
             checked(kind, sample, where, _REMEDY)
     there = {name: sample[name] for name in (color, *columns) if name in (color, *sample)}
     if "teacher_entropy" in there:

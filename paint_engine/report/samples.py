@@ -59,15 +59,20 @@ class TokenView:
 
 @dataclass(frozen=True)
 class TeacherView:
-    """What the teacher saw. `shown` + `hidden` + `shown_tail` is the verified solution.
+    """What the teacher saw. `shown` + `hidden` + `shown_tail` is the text before the mask.
 
-    `hidden` is None if the partial solution is not the solution with one span replaced; `shown` is
-    then the partial solution itself. `rationale` is what a reasoning teacher wrote first, else "".
+    `title` says what the text is, and whose. `hidden` is None without a mask, and if `shown` is not
+    the text with one span replaced; `shown` is then what the teacher saw. `is_solution` says that
+    the text is the problem's verified solution. `rationale` is what a reasoning teacher wrote
+    first, else "". The anchors are of a masked text.
     """
 
+    title: str
     shown: str
     hidden: str | None
     shown_tail: str
+    is_solution: bool
+    is_masked: bool
     rationale: str
     anchors: tuple[tuple[str, bool], ...]
     num_anchors: int
@@ -109,7 +114,7 @@ def view_sample(sample: Mapping[str, Any], settings: ViewSettings) -> SampleView
         problem=sample["problem"],
         solution=sample["solution"],
         answer=sample["answer"],
-        teacher=_view_teacher(sample, settings.marker) if "partial_solution" in sample else None,
+        teacher=_view_teacher(sample, settings.marker) if "shown" in sample else None,
         correct=sample.get("correct"),
         truncated=sample["truncated"],
         measures=_measures(sample, settings),
@@ -119,19 +124,47 @@ def view_sample(sample: Mapping[str, Any], settings: ViewSettings) -> SampleView
 
 
 def _view_teacher(sample: Mapping[str, Any], marker: str) -> TeacherView:
-    solution, partial = sample["solution"], sample["partial_solution"]
-    span = hidden_span(solution, partial, marker)
-    start, end = (len(partial), None) if span is None else span
-    anchors = [(anchor["text"], anchor["found"]) for anchor in sample["anchors"]]
+    text, shown, is_masked = sample.get("text", sample["solution"]), sample["shown"], False
+    span = None
+    if "mask_ratio" in sample:
+        is_masked, span = True, hidden_span(text, shown, marker)
+    start, end = (len(shown), None) if span is None else span
+    hidden = None if span is None else text[start:end]
+    anchors = [(anchor["text"], anchor["found"]) for anchor in sample.get("anchors", ())]
     return TeacherView(
-        shown=partial if span is None else solution[:start],
-        hidden=None if span is None else solution[start:end],
-        shown_tail="" if span is None else solution[end:],
+        title=_title(sample, hidden),
+        shown=shown if span is None else text[:start],
+        hidden=hidden,
+        shown_tail="" if span is None else text[end:],
+        is_solution=is_masked and "text" not in sample,
+        is_masked=is_masked,
         rationale=sample.get("rationale", ""),
         anchors=tuple(anchors[:MAX_ANCHORS]),
         num_anchors=len(anchors),
         num_anchors_found=sum(found for _, found in anchors),
     )
+
+
+def _title(sample: Mapping[str, Any], hidden: str | None) -> str:
+    """Returns what the teacher was shown, and whose it is.
+
+    hidden: the part of a masked text that was hidden; None where that is not known, and without a
+        mask.
+    """
+    is_own = "mask_ratio" in sample and "text" not in sample
+    where = "; ".join(filter(None, (sample["context"], sample["source"])))
+    if hidden is not None:
+        what = "Verified solution" if is_own else f"Text for the teacher ({where})"
+        return what + (
+            "; the part struck out was hidden from the teacher"
+            if hidden
+            else "; the teacher saw all of it"
+        )
+    if is_own:
+        return "Partial solution that the teacher saw"
+    if not sample["shown"]:
+        return f"The teacher saw the problem alone ({where})"
+    return f"What the teacher was shown ({where})"
 
 
 def _measures(sample: Mapping[str, Any], settings: ViewSettings) -> tuple[str, ...]:
@@ -150,22 +183,21 @@ def _measures(sample: Mapping[str, Any], settings: ViewSettings) -> tuple[str, .
     return tuple(measures)
 
 
-def hidden_span(solution: str, partial_solution: str, marker: str) -> tuple[int, int] | None:
-    """Returns the bounds of the one span of `solution` that `marker` replaces in
-    `partial_solution`.
+def hidden_span(text: str, shown: str, marker: str) -> tuple[int, int] | None:
+    """Returns the bounds of the one span of `text` that `marker` replaces in `shown`.
 
     The span is empty if nothing is hidden. Returns None if the two texts do not match.
     """
-    if partial_solution == solution:
-        return len(solution), len(solution)
-    num_hidden = len(solution) - (len(partial_solution) - len(marker))
+    if shown == text:
+        return len(text), len(text)
+    num_hidden = len(text) - (len(shown) - len(marker))
     if num_hidden < 0:
         return None
-    # A solution may contain the marker itself, so it is searched where both sides match.
-    most_after = _num_equal(solution[::-1], partial_solution[::-1])
-    first = max(0, len(partial_solution) - len(marker) - most_after)
-    last = _num_equal(solution, partial_solution)
-    at = partial_solution.find(marker, first, last + len(marker))
+    # A text may contain the marker itself, so it is searched where both sides match.
+    most_after = _num_equal(text[::-1], shown[::-1])
+    first = max(0, len(shown) - len(marker) - most_after)
+    last = _num_equal(text, shown)
+    at = shown.find(marker, first, last + len(marker))
     return None if at < 0 else (at, at + num_hidden)
 
 

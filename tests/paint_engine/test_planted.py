@@ -286,8 +286,10 @@ def test_crafted_numbers_in_a_checkpoint_are_refused_before_they_are_used(
 @pytest.mark.parametrize(
     "change",
     [
-        {"partial_solution": None, "mask_ratio": None},
-        *({key: None} for key in ("overlap", "mask_ratio", "partial_solution", "anchors")),
+        {"shown": None, "mask_ratio": None},
+        {"shown": None, "context": None, "source": None},
+        *({key: None} for key in ("overlap", "mask_ratio", "shown", "anchors")),
+        *({key: None} for key in ("context", "source")),
         *({"overlap": value} for value in ("x", 1e308, -0.5)),
         *({"mask_ratio": 2.0}, {"anchors": [3]}, {"reward": 1e308, "advantage": 0.0}),
         *({"reward": 1.0}, {"advantage": 1.0}, {"token_loss": [1e308]}),

@@ -213,6 +213,74 @@ def test_a_teacher_that_reasoned_first_is_quoted(tmp_path: Path) -> None:
     assert "What the teacher wrote" not in text
 
 
+def shown(context: str, source: str, text: str, **masked: Any) -> dict[str, Any]:
+    """A sample of this version, in place of one of an earlier one."""
+    view = {"context": context, "source": source, "shown": text, **masked}
+    old = ("partial_solution", "mask_ratio", "overlap", "anchors")
+    return {**{key: v for key, v in SAMPLES["paint"].items() if key not in old}, **view}
+
+
+OTHER = {
+    "text": "It is $20 - 8 = 12$.",
+    "mask_ratio": 0.35,
+    "overlap": 0.5,
+    "anchors": [{"text": "20-8=12", "found": True}, {"text": "12", "found": False}],
+}
+
+
+@pytest.mark.parametrize(
+    ("sample", "phrases"),
+    [
+        (
+            shown("other", "p:7", "It is $20 - ...(omitted)...", **OTHER),
+            (
+                "Text for the teacher (other; p:7); the part struck out was hidden from the "
+                "teacher It is $20 - 8 = 12$. 1 of 2 anchors found in the rollout",
+                "Verified solution It is $2 + 3 = 5$, thus",
+                "overlap 50% hidden 35%",
+            ),
+        ),
+        (
+            shown("other", "p:7", OTHER["text"], **OTHER),
+            ("Text for the teacher (other; p:7); the teacher saw all of it It is $20",),
+        ),
+        (
+            shown("sibling", "rollout 3 of the batch", "So 5."),
+            (
+                "What the teacher was shown (sibling; rollout 3 of the batch) So 5.",
+                "Verified solution It is $2 + 3 = 5$, thus",
+            ),
+        ),
+        (
+            shown("mine:Own", "p:1", "Five."),
+            ("What the teacher was shown (mine:Own; p:1) Five.",),
+        ),
+        (shown("none", "", ""), ("The teacher saw the problem alone (none)",)),
+    ],
+)
+def test_what_the_teacher_was_shown_is_shown_with_whose_it_is(
+    sample: dict[str, Any], phrases: tuple[str, ...], tmp_path: Path
+) -> None:
+    report(tmp_path, "paint")
+    write_lines(tmp_path / "samples.jsonl", [{"step": 1, **sample}])
+    page = write_report(tmp_path).read_text()
+    text = text_of(page)
+    for phrase in phrases:
+        assert phrase in text, phrase
+    masked = "mask_ratio" in sample
+    assert ("anchors found" in text) == masked == ("overlap 50%" in text)
+    assert ('<del class="hidden">8 = 12$.</del>' in page) == ("...(omitted)..." in sample["shown"])
+
+
+def test_a_sample_of_an_earlier_version_is_shown_as_one_of_this(tmp_path: Path) -> None:
+    _, old = report(tmp_path, "paint")
+    mask = {key: TEACHER[key] for key in ("mask_ratio", "overlap", "anchors")}
+    sample = shown("solution", "p:1", TEACHER["partial_solution"], **mask)
+    write_lines(tmp_path / "samples.jsonl", [{"step": step, **sample} for step in (1, 2)])
+    assert text_of(write_report(tmp_path).read_text()) == old
+    assert "Verified solution; the part struck out was hidden" in old
+
+
 @pytest.mark.parametrize("name", list(SAMPLES))
 def test_without_a_configuration_the_records_tell_the_objective(name: str, tmp_path: Path) -> None:
     page, _ = report(tmp_path, name)
