@@ -48,6 +48,18 @@ def mask_generator(seed: int, step: int, problem_id: str, index: int) -> random.
     return random.Random(_hash("mask", seed, step, problem_id, index))
 
 
+def other_generator(seed: int, step: int, problem_id: str, index: int) -> random.Random:
+    """Returns the generator that chooses the other problem whose solution one rollout's teacher is
+    shown, with teacher.context "other"."""
+    return random.Random(_hash("other", seed, step, problem_id, index))
+
+
+def sibling_generator(seed: int, step: int, problem_id: str, index: int) -> random.Random:
+    """Returns the generator that chooses the sibling which one rollout's teacher is shown, with
+    teacher.context "sibling"."""
+    return random.Random(_hash("sibling", seed, step, problem_id, index))
+
+
 def rationale_seed(seed: int, step: int, index: int) -> int:
     """Returns the seed of the rationale that the teacher writes for one rollout of a step."""
     return _hash("reason", seed, step, index)

@@ -79,7 +79,7 @@ class Verdict:
     reward: the value from which GRPO computes its advantages.
     correct: the value that accuracy counts.
     error: the reason if the completion could not be judged; it then counts as wrong.
-    feedback: what to say about the completion, for a teacher to see.
+    feedback: what to say about the completion; teacher.context "feedback" shows it to the teacher.
     """
 
     reward: float
@@ -90,22 +90,30 @@ class Verdict:
 
 @dataclass(frozen=True)
 class TeacherView:
-    """What the teacher sees of the verified solution for one rollout (Eq. 4 to 6).
+    """What the teacher sees for one rollout, such as a part of the verified solution (Eq. 4 to 6).
 
-    TeacherView(prompt_ids=(1, 9, 4, 7, 7), partial_solution="First ...(omitted)...",
-                mask_ratio=0.35)
+    TeacherView(prompt_ids=(1, 9, 4, 7, 7), shown="First ...(omitted)...", mask_ratio=0.35,
+                context="solution", source="gsm8k_train.jsonl:1", text="First we add. Then ...")
 
     prompt_ids: the teacher's prompt; the completion's ids follow it.
-    mask_ratio: the hidden fraction of the solution.
+    shown: the text in the prompt, or what the mask and the prompt's length leave of it.
+    mask_ratio: the hidden fraction of the text; 0.0 where the context has no mask.
     shortened: the prompt had no room for all that the mask leaves.
     rationale: the text that a reasoning teacher wrote, else "".
+    context: `teacher.context`.
+    source: whose text it is: a problem's id, or for a sibling its rollout's place in the batch,
+        counted from 0; "" for none.
+    text: the whole text.
     """
 
     prompt_ids: tuple[int, ...]
-    partial_solution: str
+    shown: str
     mask_ratio: float
     shortened: bool = False
     rationale: str = ""
+    context: str = "solution"
+    source: str = ""
+    text: str = ""
 
 
 # By identity, because tensors have no single truth value.
@@ -131,8 +139,10 @@ class TrainExample:
 
     TrainExample(rollout, Verdict(1.0, True), overlap=0.5, teacher_view=view)
 
-    verdict: for the logs, and GRPO's reward; it never influences the teacher.
-    overlap: the fraction of the solution's anchors that the rollout contains.
+    verdict: for the logs, and GRPO's reward; the teacher sees it only by way of its context.
+    overlap: the fraction of the anchors that the rollout contains, of the verified solution or of
+        the text that the teacher's context masks. None where the context has no mask.
+    teacher_view: None also where the context has nothing to show for this rollout.
     advantage: GRPO's advantage within the rollout's group.
     served: what the teacher's server says of the completion's tokens.
     """

@@ -1,4 +1,4 @@
-"""Loads recipes and rewards by name: built-in ones and those of a user's own module.
+"""Loads recipes, contexts and rewards by name: built-in ones and those of a user's own module.
 
 "math" is the plugin of the package's module `math`. "my_module:my_reward" is the object `my_reward`
 of `my_module`; the module is found as by `import my_module`.
@@ -13,6 +13,11 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+
+def is_own(name: str) -> bool:
+    """Returns whether the name is a user's own module:attribute, which is imported."""
+    return ":" in name
 
 
 @cache
@@ -42,7 +47,7 @@ def load_plugin(name: str, package: str, attribute: str, key: str) -> Any:
     Raises ValueError if no built-in plugin has the name, or if the user's module cannot be imported
     or has no such attribute. Importing a module runs its code.
     """
-    if ":" in name:
+    if is_own(name):
         return _load_own(name, key)
     names = plugin_names(package, attribute)
     if name in names:

@@ -183,7 +183,9 @@ class ColumnsSection(Section):
 
 class DataColumnsSection(ColumnsSection):
     feedback: OrNone[Text] = Field(
-        default=None, description="column of a text for the teacher; none = no column"
+        default=None,
+        description="column of a text that teacher.context feedback shows where the reward "
+        "function returns none; none = no column",
     )
 
 
@@ -229,8 +231,9 @@ class PromptsSection(Section):
     )
     teacher_template: templates.Teacher = Field(
         default=templates.TEACHER,
-        description="the teacher's message: {problem}, {solution}, {part_of} (empty if the "
-        "solution is whole), {rationale} (its section, if there is one), {instruction}",
+        description="the teacher's message: {problem}, {solution} (what teacher.context shows), "
+        "{part_of} (empty if that is whole), {rationale} (its section, if there is one), "
+        "{instruction}; the default stands for the context's own message",
     )
     rationale_template: templates.Rationale = Field(
         default=templates.RATIONALE,
@@ -239,7 +242,7 @@ class PromptsSection(Section):
     reason_template: templates.Reason = Field(
         default=templates.REASON,
         description="message that asks the teacher for a rationale, with reason_first: {problem}, "
-        "{solution}, {part_of}, {instruction}",
+        "{solution}, {part_of}, {instruction}; the default stands for the context's own",
     )
     teacher_suffix: str = Field(
         default="", description="text appended to the teacher's generation prompt"
@@ -300,6 +303,17 @@ class RolloutSection(Section):
 
 
 class TeacherSection(Section):
+    context: PathText = Field(
+        default="solution",
+        description="what the teacher is shown beside the problem: solution, none, other = another "
+        "problem's solution, sibling = a correct rollout of the group, feedback, answer; or "
+        "module:Class of your own",
+    )
+    group_size: Annotated[Rollouts, Field(ge=2)] = Field(
+        default=8,
+        description="with context sibling, rollouts of one problem; train.batch_size counts "
+        "rollouts",
+    )
     weights: Literal["fixed", "ema", "live"] = Field(
         default="fixed",
         description="the teacher's weights: fixed = the base (adapters off), ema = a running mean "

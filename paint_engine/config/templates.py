@@ -36,8 +36,49 @@ REASON = (
     + "Go through the reference solution above and explain its key steps: what each of them does "
     "and why it works. Keep to that solution and do not solve the problem in another way."
 )
+_SIBLING = (
+    "Problem: {problem}\n\n"
+    "Here is {part_of}a correct solution to this problem:\n"
+    "=== Correct Solution Begin ===\n"
+    "{solution}\n"
+    "=== Correct Solution End ===\n"
+)
+SIBLING_TEACHER = (
+    _SIBLING + "{rationale}"
+    "After reading the correct solution above, derive the same final answer in your own words.\n"
+    "{instruction}"
+)
+SIBLING_REASON = (
+    _SIBLING
+    + "Go through the correct solution above and explain its key steps: what each of them does "
+    "and why it works. Keep to that solution and do not solve the problem in another way."
+)
+_FEEDBACK = (
+    "Problem: {problem}\n\n"
+    "Here is {part_of}the feedback on an earlier attempt:\n"
+    "=== Feedback Begin ===\n"
+    "{solution}\n"
+    "=== Feedback End ===\n"
+)
+FEEDBACK_TEACHER = (
+    _FEEDBACK + "{rationale}"
+    "After reading the feedback above, solve the problem in your own words.\n"
+    "{instruction}"
+)
+FEEDBACK_REASON = (
+    _FEEDBACK
+    + "Go through the feedback above and explain what it says about the solution of the problem. "
+    "Keep to the feedback and do not solve the problem."
+)
+_ANSWER = "Problem: {problem}\n\nThe final answer is {solution}.\n"
+ANSWER_TEACHER = _ANSWER + "{rationale}Derive this final answer in your own words.\n{instruction}"
+ANSWER_REASON = (
+    _ANSWER
+    + "Explain the key steps that lead to this final answer: what each of them does and why "
+    "it works."
+)
 PART_OF = "part of "
-"""the value of {part_of} if part of the solution is hidden; "" if it is whole"""
+"""the value of {part_of} if part of the shown text is hidden; "" if it is whole"""
 
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f]")
 # LaTeX commands that start with \n, without the n; any other \n was meant as a line break.
@@ -113,10 +154,11 @@ def _check_quoting(template: str) -> None:
 
 check_student = template_check("problem", optional=("instruction",))
 Student = Annotated[str, AfterValidator(check_student)]
+# That a context which shows something has a place for it is checked beside the context.
 Teacher = Annotated[
     str,
     AfterValidator(
-        template_check("problem", "solution", optional=("part_of", "rationale", "instruction"))
+        template_check("problem", optional=("solution", "part_of", "rationale", "instruction"))
     ),
 ]
 Reason = Annotated[

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from paint_engine.config.plugins import is_own
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import LEAVES, flag, value_of
 from paint_engine.files import CHECKPOINTS_DIRECTORY, CONFIG_FILE
@@ -29,11 +30,6 @@ class _Widening:
 
     does: str
     when: Callable[[Config], bool]
-
-
-def _is_own(name: str) -> bool:
-    """Whether the name is a user's own module:object, which is imported."""
-    return ":" in name
 
 
 # With trust_remote_code, the model's name and revision say whose code runs. Of the other keys, none
@@ -50,8 +46,9 @@ _WIDENING: Mapping[str, _Widening] = {
         "the version of that code",
         lambda c: c.model.trust_remote_code and c.model.revision is not None,
     ),
-    "objective.name": _Widening("imports this module", lambda c: _is_own(c.objective.name)),
-    "reward.function": _Widening("imports this module", lambda c: _is_own(c.reward.function)),
+    "objective.name": _Widening("imports this module", lambda c: is_own(c.objective.name)),
+    "teacher.context": _Widening("imports this module", lambda c: is_own(c.teacher.context)),
+    "reward.function": _Widening("imports this module", lambda c: is_own(c.reward.function)),
     "rollout.url": _Widening(
         f"sends prompts and {SERVER_KEY} there; none = no server",
         lambda c: c.rollout.url is not None,

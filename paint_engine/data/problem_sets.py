@@ -3,6 +3,7 @@ of each step."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from transformers import PreTrainedTokenizerBase
 
@@ -56,9 +57,10 @@ def _check_teacher_prompts(
     problems: Sequence[Problem],
     context: int,
 ) -> None:
-    """Checks the problems' teacher prompts with the whole solution hidden. A prompt that does not
+    """Checks the problems' teacher prompts with the whole shown text hidden. A prompt that does not
     fit then never fits."""
-    prompts, marker = config.prompts, config.masking.marker
+    shows, marker = recipe_of(config).context, config.masking.marker
+    prompts = config.prompts if shows is None else shows.prompts
     shortest = encode_hidden_teacher_prompts(tokenizer, problems, prompts, marker=marker)
     completion, key = config.rollout.max_new_tokens, "rollout.max_new_tokens"
     for problem, teacher in zip(problems, shortest, strict=True):
@@ -76,15 +78,15 @@ def spelled_note(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
-    of_solution: Callable[[Problem], Sequence[str]] = lambda problem: (),
+    of_texts: Callable[[Problem], Sequence[str]] = lambda problem: (),
 ) -> list[str]:
     """Returns a note if problems spell control tokens.
 
-    of_solution: the control tokens that a problem's solution spells, if it is encoded too.
+    of_texts: the control tokens that a problem's other texts spell which are encoded too.
     """
     found = []
     for problem in problems:
-        if spelled := [*spelled_tokens(tokenizer, problem.problem), *of_solution(problem)]:
+        if spelled := [*spelled_tokens(tokenizer, problem.problem), *of_texts(problem)]:
             found.append((problem.problem_id, spelled[0]))
     if not found:
         return []
@@ -104,12 +106,13 @@ def _notes(
     if not recipe.samples:
         targets = {p: target_text(tokenizer, p.solution, config.prompts) for p in problems}
 
-    def of_solution(problem: Problem) -> list[str]:
+    def of_texts(problem: Problem) -> list[str]:
         if problem in targets:
             return targets[problem].data.spelled
-        return spelled_tokens(tokenizer, problem.solution) if recipe.uses_teacher else []
+        texts = () if recipe.context is None else recipe.context.texts_of(problem)
+        return [token for text in texts for token in spelled_tokens(tokenizer, text)]
 
-    notes = spelled_note(path, tokenizer, problems, of_solution)
+    notes = spelled_note(path, tokenizer, problems, of_texts)
     num_unanswered = sum(not problem.answer for problem in problems)
     if num_unanswered:
         notes.append(
@@ -174,6 +177,8 @@ def load_train_set(
             f"{data.path}: all {len(loaded.problems)} problems have prompts longer than "
             f"data.max_prompt_tokens = {data.max_prompt_tokens}; raise it"
         )
+    if recipe.context is not None:
+        recipe.context.check_problems(kept)
     if recipe.uses_teacher:
         _check_teacher_prompts(config, tokenizer, kept, teacher_context or context)
     num_long = len(loaded.problems) - len(kept)
@@ -231,20 +236,26 @@ def longest_sequence(
     """Returns the length in tokens of the longest prompt plus completion over all sampled
     sequences: rollouts, the teacher's rationales, and evaluations."""
     sizes = [max(map(len, train_set.prompts)) + config.rollout.max_new_tokens]
-    if config.teacher.reason_first:
-        # The text with the most characters may not have the most tokens, so a margin of a quarter
-        # is added.
-        longest = max(train_set.problems, key=lambda p: len(p.problem) + len(p.solution))
+    shows = recipe_of(config).context
+    if config.teacher.reason_first and shows is not None:
+        # The texts with the most characters may not have the most tokens, so a margin of a quarter
+        # is added. A problem may be shown with another one's text.
+        problems = train_set.problems
+        longest = max(problems, key=lambda p: len(p.problem))
+        texts = ((shows.placeholder(p, problems), *shows.texts_of(p)) for p in problems)
+        text = max(chain.from_iterable(texts), key=len)
         prompt, _ = encode_reason_prompt(
             tokenizer,
             longest,
-            longest.solution,
-            config.prompts,
+            text,
+            shows.prompts,
+            text=text,
             thinking=False,
             max_tokens=None,
             marker=config.masking.marker,
         )
-        sizes.append(len(prompt) * 5 // 4 + config.teacher.reason_max_new_tokens)
+        num_tokens = (len(prompt) + shows.num_added_tokens) * 5 // 4
+        sizes.append(num_tokens + config.teacher.reason_max_new_tokens)
     if eval_set is not None:
         sizes.append(max(map(len, eval_set.prompts)) + config.eval.max_new_tokens)
     return max(sizes)

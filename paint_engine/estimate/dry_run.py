@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import to_toml
+from paint_engine.contexts import Context
 from paint_engine.data import ProblemSet, batch_requests
 from paint_engine.estimate.capacity import check_fits, device_memory_bytes
 from paint_engine.estimate.memory import GIB, Lengths, estimate_memory
@@ -29,7 +30,7 @@ _MEASURED_PROMPTS = 256
 """number of problems whose teacher prompts are measured; each takes the tokenizer about 1 ms"""
 
 
-_RATIONALE = "(what the teacher writes of the solution before it scores)"
+_RATIONALE = "(what the teacher writes of the text that it is shown, before it scores)"
 
 
 @dataclass(frozen=True)
@@ -49,31 +50,44 @@ class PromptLengths:
         return Lengths(round(mean(self.student)), round(mean(self.teacher)), completion)
 
 
-def _least_masked(config: Config, problem: Problem) -> str:
-    """Returns the solution with the smallest part hidden that the settings allow."""
-    masking = config.masking
-    return mask_solution(
-        problem.solution,
+def _shown_text(shows: Context, problem: Problem, problems: Sequence[Problem]) -> tuple[str, str]:
+    """Returns a text that the context may show, and what the mask leaves of it where the settings
+    hide the smallest part."""
+    text, masking = shows.placeholder(problem, problems), shows.config.masking
+    if not shows.is_masked:
+        return text, text
+    left = mask_solution(
+        text,
         masking.rho_wrong,
         placement=masking.placement,
         generator=random.Random(0),
         marker=masking.marker,
     )
+    return text, left
 
 
 def _teacher_prompt(
-    config: Config, tokenizer: PreTrainedTokenizerBase, problem: Problem, context: int
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    problems: Sequence[Problem],
+    context: int,
 ) -> tuple[int, ...]:
-    """Returns the teacher's prompt with the smallest part hidden and a placeholder for the
-    rationale. Without a teacher, returns the student's prompt."""
-    prompts = config.prompts
-    if not recipe_of(config).uses_teacher:
+    """Returns the teacher's prompt with the smallest part hidden, and placeholders for what is not
+    sampled yet. Without a teacher, returns the student's prompt.
+
+    problems: the training problems.
+    """
+    prompts, shows = config.prompts, recipe_of(config).context
+    if shows is None:
         return encode_student_prompt(tokenizer, problem, prompts, thinking=prompts.student_thinking)
+    text, left = _shown_text(shows, problem, problems)
     prompt, _ = encode_teacher_prompt(
         tokenizer,
         problem,
-        _least_masked(config, problem),
-        prompts,
+        left,
+        shows.prompts,
+        text=text,
         max_tokens=context - config.rollout.max_new_tokens,
         marker=config.masking.marker,
         rationale=_RATIONALE if config.teacher.reason_first else None,
@@ -82,14 +96,21 @@ def _teacher_prompt(
 
 
 def _request(
-    config: Config, tokenizer: PreTrainedTokenizerBase, problem: Problem, context: int
+    shows: Context,
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    problems: Sequence[Problem],
+    context: int,
 ) -> tuple[int, ...]:
-    """Returns the prompt that asks for the rationale, with the same part of the solution."""
+    """Returns the prompt that asks for the rationale, with the same part of the text."""
+    text, left = _shown_text(shows, problem, problems)
+    config = shows.config
     request, _ = encode_reason_prompt(
         tokenizer,
         problem,
-        _least_masked(config, problem),
-        config.prompts,
+        left,
+        shows.prompts,
+        text=text,
         thinking=False,
         max_tokens=context - config.teacher.reason_max_new_tokens,
         marker=config.masking.marker,
@@ -101,16 +122,18 @@ def prompt_lengths(
     config: Config, tokenizer: PreTrainedTokenizerBase, train_set: ProblemSet, context: int
 ) -> PromptLengths:
     """Measures prompt lengths over the data set: the student's of all problems, the teacher's of
-    problems spread evenly over it, each with the longest possible rationale.
+    problems spread evenly over it, each with the longest possible rationale, rollout or feedback.
 
     context: the model's context, in tokens.
     """
     every = -(-len(train_set.problems) // _MEASURED_PROMPTS)
     measured = train_set.problems[::every]
     section, room = config.teacher, context - config.rollout.max_new_tokens
+    shows, problems = recipe_of(config).context, train_set.problems
     added = section.reason_max_new_tokens if section.reason_first else 0
+    added += 0 if shows is None else shows.num_added_tokens
     teacher = [
-        min(len(_teacher_prompt(config, tokenizer, problem, context)) + added, room)
+        min(len(_teacher_prompt(config, tokenizer, problem, problems, context)) + added, room)
         for problem in measured
     ]
     return PromptLengths([len(prompt) for prompt in train_set.prompts], teacher)
@@ -131,16 +154,17 @@ def _first_batch(
         f"# student's prompt of {one_line(problem.problem_id)} ({len(student)} tokens)",
         _quoted(tokenizer, student),
     ]
-    if recipe_of(config).uses_teacher:
-        teacher = _teacher_prompt(config, tokenizer, problem, context)
+    shows, problems = recipe_of(config).context, train_set.problems
+    if shows is not None:
+        teacher = _teacher_prompt(config, tokenizer, problem, problems, context)
+        mask = f" at mask ratio {config.masking.rho_wrong}" if shows.is_masked else ""
         lines += [
             "",
-            f"# teacher's prompt of the same problem at mask ratio {config.masking.rho_wrong} "
-            f"({len(teacher)} tokens)",
+            f"# teacher's prompt of the same problem{mask} ({len(teacher)} tokens)",
             _quoted(tokenizer, teacher),
         ]
-    if config.teacher.reason_first:
-        request = _request(config, tokenizer, problem, context)
+    if config.teacher.reason_first and shows is not None:
+        request = _request(shows, tokenizer, problem, problems, context)
         lines += [
             "",
             f"# request for the teacher's rationale ({len(request)} tokens)",

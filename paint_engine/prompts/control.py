@@ -34,6 +34,17 @@ _NONCE = secrets.token_hex(8)
 _HIDDEN = re.compile(f"\ufdd0{_NONCE}([0-9]+)\ufdd1")
 
 
+def without_thought(text: str) -> str:
+    """Returns what a model wrote outside of its thought: what follows the end of the thought, and
+    no thought that is not closed.
+
+    A prompt may open the thought; the text then has only its end.
+    """
+    for begin, end in THOUGHT_MARKS:
+        text = text.rpartition(end)[2].partition(begin)[0]
+    return text
+
+
 @dataclass(frozen=True)
 class _Vocabulary:
     """The control tokens of a tokenizer.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from paint_engine.config.plugins import load_plugin, plugin_names
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import LEAVES, value_of
+from paint_engine.contexts import Context, context_of
 from paint_engine.recipes.display import Display
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from paint_engine.types import Request, TrainExample
+    from paint_engine.types import Problem, Request, TrainExample
 
 PACKAGE, ATTRIBUTE = "paint_engine.recipes", "RECIPE"
 # Values that switch a part off. They are valid for a recipe that lacks the part.
@@ -36,6 +38,9 @@ class StepContext:
     max_context: maximum number of tokens of a prompt and its completion together.
     complete: samples one completion for each prompt, as token ids. A collective call:
         complete(prompts, seeds, max_new_tokens=512, base=True); `base` selects the base's weights.
+    batch: the judged rollouts of all ranks; `Request.index` is a rollout's place in it.
+    group_size: number of consecutive rollouts of one problem in it.
+    problems: the training problems.
     """
 
     step: int
@@ -43,6 +48,9 @@ class StepContext:
     tokenizer: PreTrainedTokenizerBase
     max_context: int
     complete: Callable[..., list[tuple[int, ...]]]
+    batch: Sequence[TrainExample]
+    group_size: int
+    problems: Sequence[Problem]
 
 
 @dataclass(frozen=True)
@@ -101,10 +109,7 @@ class Recipe:
         "grpo.*"). A key that only other recipes read is refused.
     unread: keys of a section in `keys` that this recipe does not read.
     samples: the student samples rollouts. If false, training uses the reference solutions.
-    uses_teacher: a teacher that sees a part of the solution scores the same tokens.
-    needs_solution: rows of the data must have a reference solution.
-    needs_answer: rows of the data must have a reference answer, because the rewards are trained on.
-        Without it, a row without an answer is trained on and gets no verdict.
+    uses_teacher: a teacher that sees more than the student scores the same tokens.
     recorded_as: a metric that identifies the recipe's runs if a run directory has no configuration;
         "" for none.
     """
@@ -113,14 +118,29 @@ class Recipe:
     unread: ClassVar[tuple[str, ...]] = ()
     samples: ClassVar[bool] = True
     uses_teacher: ClassVar[bool] = False
-    needs_solution: ClassVar[bool] = True
-    needs_answer: ClassVar[bool] = False
     recorded_as: ClassVar[str] = ""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     # ---- declarations ----------------------------------------------------------------------------
+
+    @cached_property
+    def context(self) -> Context | None:
+        """What the teacher is shown, bound to the configuration; None without a teacher."""
+        return context_of(self.config) if self.uses_teacher else None
+
+    @property
+    def needs_solution(self) -> bool:
+        """Rows of the data must have a reference solution. A teacher's context decides."""
+        return True if self.context is None else self.context.needs_solution
+
+    @property
+    def needs_answer(self) -> bool:
+        """Rows of the data must have a reference answer, because verdicts are trained on. Without
+        it, a row without an answer is trained on and gets no verdict. A teacher's context decides.
+        """
+        return self.context is not None and self.context.needs_answer
 
     @property
     def second_pass(self) -> Literal["teacher", "base"] | None:
@@ -138,7 +158,9 @@ class Recipe:
     @property
     def group_size(self) -> int:
         """Number of rollouts of one problem, consecutive in the batch."""
-        return 1
+        if self.context is None or not self.context.needs_group:
+            return 1
+        return self.config.teacher.group_size
 
     @property
     def num_updates(self) -> int:
@@ -200,7 +222,9 @@ class Recipe:
         if not self.samples:
             return metrics
         verdicts = [e.verdict for e in examples if e.verdict is not None]
-        metrics["overlap"] = mean(e.overlap for e in examples if e.overlap is not None)
+        overlaps = [e.overlap for e in examples if e.overlap is not None]
+        if overlaps:
+            metrics["overlap"] = mean(overlaps)
         if not verdicts:
             # Rows without an answer are neither right nor wrong.
             return metrics
@@ -297,6 +321,8 @@ def _check_idle_keys(recipe: Recipe) -> None:
 def _check_instruction(recipe: Recipe) -> None:
     """Raises ValueError for an instruction that no prompt of the run shows."""
     prompts, teacher = recipe.config.prompts, recipe.config.teacher
+    if recipe.context is not None:
+        prompts = recipe.context.prompts
     shown = prompts.student_template + (prompts.teacher_template if recipe.uses_teacher else "")
     shown += prompts.reason_template if teacher.reason_first else ""
     default = type(prompts).model_fields["instruction"].default

@@ -81,6 +81,7 @@ class Display:
 
 LOSS = ConsoleField("loss", "loss", "{:.4f}")
 OVERLAP = ConsoleField("overlap", "overlap", "{:.0%}")
+CONTEXT_SHARE = ConsoleField("context_share", "with context", "{:.0%}")
 ACCURACY = ConsoleField("accuracy", "accuracy", "{:.0%}")
 TOKENS_PER_S = ConsoleField("tokens_per_s", "", "{:,.0f} tokens/s")
 
@@ -89,7 +90,18 @@ CONTEXT_EXPOSURE = Quantity(
     "Context exposure",
     "share",
     (("overlap", "anchors found (overlap)"), ("mask_ratio", "solution hidden (mask ratio)")),
+    # Of contexts with a mask.
+    optional=True,
     percent=True,
+)
+# Of contexts that may have nothing to show.
+CONTEXT_SHARE_CURVE = Quantity(
+    "Rollouts with a context",
+    "share",
+    (("context_share", "had something to show the teacher"),),
+    optional=True,
+    percent=True,
+    smooth=True,
 )
 TOKEN_WEIGHTS = Quantity(
     "Token weights",

@@ -63,9 +63,17 @@ class Grpo(Recipe):
     """
 
     keys = ("grpo.*", "objective.importance_cap")
-    needs_solution = False
-    needs_answer = True
     recorded_as = "reward"
+
+    @property
+    def needs_solution(self) -> bool:
+        """No solution is shown to anyone."""
+        return False
+
+    @property
+    def needs_answer(self) -> bool:
+        """The rewards need one."""
+        return True
 
     @property
     def second_pass(self) -> Literal["teacher", "base"] | None:

@@ -8,6 +8,8 @@ from paint_engine.recipes.base import LossInputs, LossOutput
 from paint_engine.recipes.display import (
     ACCURACY,
     CONTEXT_EXPOSURE,
+    CONTEXT_SHARE,
+    CONTEXT_SHARE_CURVE,
     LOSS,
     LOSS_IN_NATS,
     OVERLAP,
@@ -92,14 +94,15 @@ class Paint(TeacherRecipe):
             )
 
     def notes(self) -> list[str]:
-        """Returns a note on the clip of the reverse KL."""
-        objective = self.config.objective
+        """Returns the context's notes, and one on the clip of the reverse KL."""
+        objective, notes = self.config.objective, super().notes()
         if objective.divergence != "reverse_kl" or objective.pointwise_clip is None:
-            return []
+            return notes
         return [
+            *notes,
             "the clip is designed for the forward KL; with the reverse KL it removes the penalty "
             "on tokens that the student overrates, and the student drifts away from the teacher; "
-            "--objective.pointwise_clip none switches it off"
+            "--objective.pointwise_clip none switches it off",
         ]
 
     @property
@@ -120,13 +123,14 @@ class Paint(TeacherRecipe):
         )
         divergence = ConsoleField("token_kl", name, "{:.4f} nats")
         return Display(
-            console=(LOSS, divergence, OVERLAP, ACCURACY, TOKENS_PER_S),
+            console=(LOSS, divergence, CONTEXT_SHARE, OVERLAP, ACCURACY, TOKENS_PER_S),
             curves=(
                 LOSS_IN_NATS,
                 Quantity(title, "nats per token", (("token_kl", series),)),
                 *((clip,) if clips else ()),
                 *(() if self.served_top_k is None else (SERVED_MASS,)),
                 CONTEXT_EXPOSURE,
+                CONTEXT_SHARE_CURVE,
                 *SAMPLING_CURVES,
             ),
             token_color=TokenColor(

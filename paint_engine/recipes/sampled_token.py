@@ -6,6 +6,8 @@ from paint_engine.recipes.base import LossInputs, LossOutput, stale_rollouts_not
 from paint_engine.recipes.display import (
     ACCURACY,
     CONTEXT_EXPOSURE,
+    CONTEXT_SHARE,
+    CONTEXT_SHARE_CURVE,
     LOSS,
     LOSS_IN_NATS,
     OVERLAP,
@@ -46,15 +48,15 @@ class SampledToken(TeacherRecipe):
         check_served_temperature(self.config)
 
     def notes(self) -> list[str]:
-        """Returns a note on rollouts that are one step old."""
-        return stale_rollouts_note(self.config)
+        """Returns the context's notes, and one on rollouts that are one step old."""
+        return super().notes() + stale_rollouts_note(self.config)
 
     @property
     def display(self) -> Display:
         """Curves of the sampled KL, and tokens coloured by its magnitude."""
         sampled = ConsoleField("sampled_kl", "sampled KL", "{:.4f} nats")
         return Display(
-            console=(LOSS, sampled, OVERLAP, ACCURACY, TOKENS_PER_S),
+            console=(LOSS, sampled, CONTEXT_SHARE, OVERLAP, ACCURACY, TOKENS_PER_S),
             curves=(
                 LOSS_IN_NATS,
                 Quantity(
@@ -63,6 +65,7 @@ class SampledToken(TeacherRecipe):
                     (("sampled_kl", "mean of log p_S - log p_T"),),
                 ),
                 CONTEXT_EXPOSURE,
+                CONTEXT_SHARE_CURVE,
                 TOKEN_WEIGHTS,
                 *SAMPLING_CURVES,
             ),

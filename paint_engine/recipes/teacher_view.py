@@ -1,10 +1,11 @@
-"""The teacher view of a rollout: the partial solution, and the rationale of a teacher that reasons
-first."""
+"""The teacher view of a rollout: what its context shows, the mask over it, and the rationale of a
+teacher that reasons first."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from paint_engine.config.schema import Config
+from paint_engine.contexts import Context, shown_by
+from paint_engine.prompts.anchors import overlap
 from paint_engine.prompts.chat import encode_teacher_prompt
 from paint_engine.prompts.masking import mask_ratio, mask_solution
 from paint_engine.prompts.rationale import encode_reason_prompt, read_rationale
@@ -14,15 +15,76 @@ from paint_engine.types import Problem, Request, TeacherView, TrainExample
 
 
 def add_teacher_view(
-    config: Config, context: StepContext, example: TrainExample, request: Request
+    shows: Context, context: StepContext, example: TrainExample, request: Request
 ) -> TrainExample:
-    """Adds the teacher view to an example. The more the rollout overlaps with the solution, the
-    more of the solution is hidden (Eq. 4 to 6)."""
-    masking, problem = config.masking, example.rollout.problem
-    assert example.overlap is not None
-    rho = mask_ratio(example.overlap, masking.rho_wrong, masking.rho_correct)
-    partial_solution = mask_solution(
-        problem.solution,
+    """Adds the teacher view to an example, and the overlap that decided how much is hidden. Without
+    anything to show, there is no view.
+
+    The more the rollout overlaps with a text that is masked, the more of it is hidden (Eq. 4 to 6).
+    """
+    shown, problem = shown_by(shows, example, request, context), example.rollout.problem
+    if shown is None or not shows.is_masked:
+        example = replace(example, overlap=None)
+    if shown is None:
+        return example
+    view = TeacherView(
+        (), shown.text, 0.0, context=shows.name, source=shown.source, text=shown.text
+    )
+    if shows.is_masked:
+        alpha = example.overlap
+        if alpha is None or shown.text != problem.solution:
+            alpha = overlap(example.rollout.text, shown.text)
+        example = replace(example, overlap=alpha)
+        view = _masked(shows, context, request, view, alpha)
+    return replace(example, teacher_view=_with_prompt(shows, context, problem, view))
+
+
+def add_rationales(
+    shows: Context, context: StepContext, examples: Sequence[TrainExample]
+) -> list[TrainExample]:
+    """Adds a rationale to the teacher's prompts. The teacher writes it from what it is shown; where
+    it is shown nothing, there is none. A collective call."""
+    config, prompts, seeds = shows.config, [], []
+    limit = config.teacher.reason_max_new_tokens
+    for example, request in zip(examples, context.requests, strict=True):
+        view = example.teacher_view
+        if view is None:
+            continue
+        prompt, _ = encode_reason_prompt(
+            context.tokenizer,
+            example.rollout.problem,
+            view.shown,
+            shows.prompts,
+            text=view.text,
+            # A thought that the limit truncates would be taken for the rationale.
+            thinking=False,
+            max_tokens=context.max_context - limit,
+            marker=config.masking.marker,
+        )
+        prompts.append(prompt)
+        seeds.append(rationale_seed(config.train.seed, context.step, request.index))
+    # A live teacher is the student. The engines treat any other teacher as the base.
+    base = config.teacher.weights != "live"
+    completions = iter(context.complete(prompts, seeds, max_new_tokens=limit, base=base))
+    return [
+        _with_rationale(
+            shows, context, example, read_rationale(context.tokenizer, next(completions))
+        )
+        if example.teacher_view is not None
+        else example
+        for example in examples
+    ]
+
+
+def _masked(
+    shows: Context, context: StepContext, request: Request, view: TeacherView, alpha: float
+) -> TeacherView:
+    """Hides the part of the text that the overlap `alpha` asks for."""
+    config = shows.config
+    masking, problem = config.masking, request.problem
+    rho = mask_ratio(alpha, masking.rho_wrong, masking.rho_correct)
+    shown = mask_solution(
+        view.text,
         rho,
         placement=masking.placement,
         generator=mask_generator(
@@ -30,82 +92,34 @@ def add_teacher_view(
         ),
         marker=masking.marker,
     )
-    view = _view(config, context, problem, partial_solution, rho)
-    return replace(example, teacher_view=view)
-
-
-def add_rationales(
-    config: Config, context: StepContext, examples: Sequence[TrainExample]
-) -> list[TrainExample]:
-    """Adds a rationale to the teacher's prompts. The teacher writes it from what it sees of the
-    solution. A collective call."""
-    limit, prompts = config.teacher.reason_max_new_tokens, []
-    for example in examples:
-        assert example.teacher_view is not None
-        prompt, _ = encode_reason_prompt(
-            context.tokenizer,
-            example.rollout.problem,
-            example.teacher_view.partial_solution,
-            config.prompts,
-            # A thought that the limit truncates would be taken for the rationale.
-            thinking=False,
-            max_tokens=context.max_context - limit,
-            marker=config.masking.marker,
-        )
-        prompts.append(prompt)
-    seeds = [rationale_seed(config.train.seed, context.step, r.index) for r in context.requests]
-    # A live teacher is the student. The engines treat any other teacher as the base.
-    base = config.teacher.weights != "live"
-    completions = context.complete(prompts, seeds, max_new_tokens=limit, base=base)
-    return [
-        _with_rationale(config, context, example, read_rationale(context.tokenizer, token_ids))
-        for example, token_ids in zip(examples, completions, strict=True)
-    ]
+    return replace(view, shown=shown, mask_ratio=rho)
 
 
 def _with_rationale(
-    config: Config, context: StepContext, example: TrainExample, rationale: str
+    shows: Context, context: StepContext, example: TrainExample, rationale: str
 ) -> TrainExample:
-    before = example.teacher_view
-    assert before is not None
-    view = _view(
-        config,
-        context,
-        example.rollout.problem,
-        before.partial_solution,
-        before.mask_ratio,
-        rationale,
+    assert example.teacher_view is not None
+    view = replace(example.teacher_view, rationale=rationale)
+    return replace(
+        example, teacher_view=_with_prompt(shows, context, example.rollout.problem, view)
     )
-    shortened = before.shortened or view.shortened
-    return replace(example, teacher_view=replace(view, shortened=shortened))
 
 
-def _view(
-    config: Config,
-    context: StepContext,
-    problem: Problem,
-    partial_solution: str,
-    ratio: float,
-    rationale: str = "",
+def _with_prompt(
+    shows: Context, context: StepContext, problem: Problem, view: TeacherView
 ) -> TeacherView:
-    """Builds the teacher view. The prompt is shortened if it does not fit beside the longest
-    completion.
-
-    ratio: the fraction of the solution that the mask hides.
-    """
+    """Adds the prompt to the teacher view. It is shortened if it does not fit beside the longest
+    completion."""
+    config = shows.config
     prompt_ids, shown = encode_teacher_prompt(
         context.tokenizer,
         problem,
-        partial_solution,
-        config.prompts,
+        view.shown,
+        shows.prompts,
+        text=view.text,
         max_tokens=context.max_context - config.rollout.max_new_tokens,
         marker=config.masking.marker,
-        rationale=rationale,
+        rationale=view.rationale,
     )
-    return TeacherView(
-        prompt_ids=prompt_ids,
-        partial_solution=shown,
-        mask_ratio=ratio,
-        shortened=shown != partial_solution,
-        rationale=rationale,
-    )
+    shortened = view.shortened or shown != view.shown
+    return replace(view, prompt_ids=prompt_ids, shown=shown, shortened=shortened)

@@ -1,4 +1,4 @@
-"""The base of recipes with a privileged teacher: its settings and the teacher view of each
+"""The base of recipes with a teacher: its settings, its context, and the teacher view of each
 rollout."""
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class TeacherRecipe(Recipe):
-    """A recipe that compares the student with a teacher that sees a part of the verified
-    solution."""
+    """A recipe that compares the student with a teacher that sees what `teacher.context` shows: by
+    default, a part of the verified solution."""
 
-    keys = ("masking.*", "teacher.*")
+    keys = ("masking.*", "teacher.*", "data.columns.feedback")
     uses_teacher = True
 
     @property
@@ -44,7 +44,9 @@ class TeacherRecipe(Recipe):
     def check(self) -> None:
         """Raises ValueError for settings of the teacher that contradict each other."""
         super().check()
-        teacher, prompts = self.config.teacher, self.config.prompts
+        assert self.context is not None
+        self.context.check()
+        teacher = self.config.teacher
         if teacher.weights != "ema" and teacher.ema_decay != 0.999:
             raise ValueError(
                 f"teacher.ema_decay: got {teacher.ema_decay} with teacher.weights "
@@ -62,39 +64,51 @@ class TeacherRecipe(Recipe):
                 "next batch also writes the rationales, so training would wait for both; use only "
                 "one of them"
             )
-        if teacher.reason_first and "{rationale}" not in prompts.teacher_template:
-            raise ValueError(
-                f"prompts.teacher_template: got {prompts.teacher_template!r} with "
-                "teacher.reason_first true; needs {rationale} in it, because the rationale would "
-                "otherwise appear nowhere; add it, or use --teacher.reason_first false"
-            )
         if teacher.url is None:
             _check_no_server(self.config)
         else:
             _check_server(self.config)
             self.check_served()
 
+    def notes(self) -> list[str]:
+        """Returns the context's notes."""
+        assert self.context is not None
+        return self.context.notes()
+
     def prepare(
         self, context: StepContext, examples: Sequence[TrainExample]
     ) -> Sequence[TrainExample]:
-        """Adds the teacher view to each of this rank's examples."""
+        """Adds the teacher view to each of this rank's examples for which the context has something
+        to show."""
         from paint_engine.recipes.teacher_view import add_rationales, add_teacher_view
 
+        shows = self.context
+        assert shows is not None
         pairs = zip(examples, context.requests, strict=True)
-        viewed = [
-            add_teacher_view(self.config, context, example, request) for example, request in pairs
-        ]
+        viewed = [add_teacher_view(shows, context, example, request) for example, request in pairs]
         if self.config.teacher.reason_first:
-            return add_rationales(self.config, context, viewed)
+            return add_rationales(shows, context, viewed)
         return viewed
+
+    def trained(self, examples: Sequence[TrainExample]) -> Sequence[TrainExample]:
+        """Returns the examples that have a teacher view."""
+        assert self.context is not None
+        if not self.context.is_optional:
+            return examples
+        return [example for example in examples if example.teacher_view is not None]
 
     def metrics(self, examples: Sequence[TrainExample]) -> dict[str, float]:
         """Returns the rollouts' means and the teacher views' means."""
+        metrics, shows = super().metrics(examples), self.context
+        assert shows is not None
         views = [e.teacher_view for e in examples if e.teacher_view is not None]
-        return super().metrics(examples) | {
-            "mask_ratio": mean(view.mask_ratio for view in views),
-            "shortened_solutions": mean(view.shortened for view in views),
-        }
+        if shows.is_optional:
+            metrics["context_share"] = len(views) / len(examples)
+        if shows.is_masked:
+            metrics["mask_ratio"] = mean(view.mask_ratio for view in views)
+        if shows.shows_text:
+            metrics["shortened_solutions"] = mean(view.shortened for view in views)
+        return metrics
 
 
 def _check_no_server(config: Config) -> None:

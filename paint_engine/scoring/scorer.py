@@ -43,11 +43,15 @@ class Scorer:
         return self._server.model.room(context)
 
     def add_scores(self, examples: Sequence[TrainExample]) -> list[TrainExample]:
-        """Returns this rank's examples with `served`. A collective call; raises TeacherDied on
-        every rank."""
+        """Returns this rank's examples, those with a teacher view with `served`. A collective call;
+        raises TeacherDied on every rank."""
         with self._timings.span("teacher"):
-            scores = together(lambda: self._scores(examples), (TeacherDied,))
-        return [replace(e, served=found) for e, found in zip(examples, scores, strict=True)]
+            viewed = [example for example in examples if example.teacher_view is not None]
+            scores = iter(together(lambda: self._scores(viewed), (TeacherDied,)))
+        return [
+            example if example.teacher_view is None else replace(example, served=next(scores))
+            for example in examples
+        ]
 
     def _scores(self, examples: Sequence[TrainExample]) -> list[TopK]:
         found: dict[int, TopK] = {}
@@ -70,7 +74,7 @@ class Scorer:
 
         def ask(place: int) -> TopK:
             example = examples[missing[place]]
-            assert example.teacher_view is not None, "the recipe has a teacher and made no views"
+            assert example.teacher_view is not None, "the others are left out"
             prompt, completion = example.teacher_view.prompt_ids, example.rollout.completion_ids
             with engine_faults(self._server.url):
                 return self._server.score(prompt, completion, requests)

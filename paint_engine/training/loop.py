@@ -7,6 +7,7 @@ from contextlib import nullcontext, suppress
 
 from paint_engine.checkpoint.directory import checkpoint_step, list_checkpoints
 from paint_engine.checkpoint.run_dir import resume_again, start_again
+from paint_engine.contexts import ContextFailed
 from paint_engine.distributed import gather_objects, together
 from paint_engine.files import FILE_FAILURES, LockLost, ReadFailed, WriteFailed
 from paint_engine.files.terminal import Terminal
@@ -186,7 +187,7 @@ def run_training(run: Run, console: Terminal, stop: StopRequest) -> None:
     except NotFinite as failure:
         say(f"error: {failure}; {explain_weights(run)}", *what_is_safe(run), style="red")
         sys.exit(1)
-    except (SaveFailed, StepNotRecorded, RewardFailed, *FILE_FAILURES) as failure:
+    except (SaveFailed, StepNotRecorded, RewardFailed, ContextFailed, *FILE_FAILURES) as failure:
         say(f"error: {failure}", *what_is_safe(run), style="red")
         sys.exit(1)
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from operator import itemgetter
 
@@ -13,7 +14,7 @@ from paint_engine.prompts.anchors import extract_anchors, find_anchors
 from paint_engine.recipes import LossOutput, Recipe
 from paint_engine.rollout.mismatch import mismatch_metrics
 from paint_engine.training.finite import Scored
-from paint_engine.types import Rollout, TeacherView, TrainExample
+from paint_engine.types import TeacherView, TrainExample
 
 
 def count_tokens(items: Sequence[TrainExample]) -> int:
@@ -36,6 +37,7 @@ class StepRecord:
     """One rank's record of one step. `step` counts from 0; `rollouts` are those of all ranks.
 
     trained: the rollouts that the models process.
+    stand_in: a rollout for a rank without any, whose passes have no weight.
     old_logprobs: by micro-batch, the log-probabilities of the first update if others follow.
     """
 
@@ -45,6 +47,7 @@ class StepRecord:
         self._step = step
         self._rollouts = rollouts
         self.trained = recipe.trained(rollouts)
+        self.stand_in = _stand_in(recipe, rollouts)
         self.num_tokens = count_tokens(rollouts)
         self.old_logprobs: dict[int, Tensor] = {}
         self._sums: Counter[str] = Counter()
@@ -99,14 +102,40 @@ class StepRecord:
         return sorted(chain.from_iterable(gather_objects(self._samples)), key=itemgetter("place"))
 
 
-def _teacher_view(rollout: Rollout, view: TeacherView) -> dict[str, object]:
-    anchors = extract_anchors(rollout.problem.solution)
-    found = find_anchors(rollout.text, anchors)
+def _stand_in(recipe: Recipe, rollouts: Sequence[TrainExample]) -> TrainExample:
+    """Returns the first rollout that has what the recipe's passes need. If the teacher has nothing
+    to show in the whole step, it gets the student's prompt."""
+    if recipe.second_pass != "teacher":
+        return rollouts[0]
+    viewed = next((e for e in rollouts if e.teacher_view is not None), None)
+    if viewed is not None:
+        return viewed
+    return replace(
+        rollouts[0], teacher_view=TeacherView(rollouts[0].rollout.prompt_ids, "", mask_ratio=0.0)
+    )
+
+
+def _teacher_view(item: TrainExample, view: TeacherView) -> dict[str, object]:
+    """Returns what the report shows of the view: with a mask, the text behind it unless that is the
+    problem's solution, and which of its anchors were found."""
     record: dict[str, object] = {
-        "partial_solution": view.partial_solution,
-        "mask_ratio": view.mask_ratio,
-        "anchors": [{"text": a, "found": f} for a, f in zip(anchors, found, strict=True)],
+        "context": view.context,
+        "source": view.source,
+        "shown": view.shown,
     }
+    solution = item.rollout.problem.solution
+    if item.overlap is not None:
+        # A view that a recipe of the user's own made may say nothing of its text.
+        text = view.text or solution
+        anchors = extract_anchors(text)
+        found = find_anchors(item.rollout.text, anchors)
+        record |= {
+            "overlap": item.overlap,
+            "mask_ratio": view.mask_ratio,
+            "anchors": [{"text": a, "found": f} for a, f in zip(anchors, found, strict=True)],
+        }
+        if text != solution:
+            record["text"] = text
     return record | ({"rationale": view.rationale} if view.rationale else {})
 
 
@@ -132,7 +161,7 @@ def _record(
     if item.verdict is not None:
         record["correct"] = item.verdict.correct
     if item.teacher_view is not None:
-        record |= {"overlap": item.overlap, **_teacher_view(rollout, item.teacher_view)}
+        record |= _teacher_view(item, item.teacher_view)
     if item.verdict is not None and item.advantage is not None:
         record |= {"reward": item.verdict.reward, "advantage": item.advantage}
     columns = {

@@ -5,6 +5,7 @@ A recipe that does not sample gets the reference solutions instead."""
 from collections.abc import Sequence
 from dataclasses import replace
 
+from paint_engine.contexts import ContextFailed
 from paint_engine.data import batch_requests
 from paint_engine.distributed import gather_objects, merge_shares, together
 from paint_engine.prompts.anchors import overlap
@@ -22,20 +23,23 @@ def sample_step(run: Run, step: int) -> tuple[list[TrainExample], int]:
 
     step: counts from 0.
 
-    Raises EngineDied, RewardFailed, and BadTemplate on every rank.
+    Raises EngineDied, RewardFailed, and BadTemplate and ContextFailed on every rank.
     """
     config = run.config
     if not run.recipe.samples:
         requests = batch_requests(config, run.train_set, step)
         return [reference_example(run, request) for request in requests], 0
     sampled = run.sampler.take(step, config.train.num_steps)
-    mine = [
+    judged = [
         judge(run, to_rollout(run.tokenizer, request.problem, request.prompt_ids, completion))
         for request, completion in zip(sampled.requests, sampled.completions, strict=True)
     ]
-    context = step_context(run, step, sampled.requests)
-    # A template may fail for what this step's teacher prompts contain, and then on one rank alone.
-    prepared = together(lambda: run.recipe.prepare(context, mine), (BadTemplate,))
+    # A teacher may be shown what rollouts of other ranks are.
+    batch = merge_shares(gather_objects(judged))
+    context = step_context(run, step, sampled.requests, batch)
+    # A template or a context may fail for what this step has, and then on one rank alone.
+    kinds = (BadTemplate, ContextFailed)
+    prepared = together(lambda: run.recipe.prepare(context, judged), kinds)
     if run.scorer is not None:
         prepared = run.scorer.add_scores(prepared)
     gathered = merge_shares(gather_objects(list(prepared)))
@@ -44,8 +48,13 @@ def sample_step(run: Run, step: int) -> tuple[list[TrainExample], int]:
     return list(run.recipe.prepare_batch(gathered)), step - sampled.weights_version
 
 
-def step_context(run: Run, step: int, requests: Sequence[Request]) -> StepContext:
-    """Builds what the recipe may use to prepare this rank's rollouts."""
+def step_context(
+    run: Run, step: int, requests: Sequence[Request], batch: Sequence[TrainExample]
+) -> StepContext:
+    """Builds what the recipe may use to prepare this rank's rollouts.
+
+    batch: the judged rollouts of all ranks.
+    """
 
     def complete(
         prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, max_new_tokens: int, base: bool
@@ -54,7 +63,16 @@ def step_context(run: Run, step: int, requests: Sequence[Request]) -> StepContex
         completions = run.sampler.complete(prompts, seeds, params, base=base)
         return [completion.token_ids for completion in completions]
 
-    return StepContext(step, requests, run.tokenizer, run.teacher_context, complete)
+    return StepContext(
+        step=step,
+        requests=requests,
+        tokenizer=run.tokenizer,
+        max_context=run.teacher_context,
+        complete=complete,
+        batch=batch,
+        group_size=run.recipe.group_size,
+        problems=run.train_set.problems,
+    )
 
 
 def reference_example(run: Run, request: Request) -> TrainExample:

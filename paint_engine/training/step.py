@@ -44,7 +44,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
         run.model.train()
         for place, items in enumerate(microbatches):
             # A rank without rollouts runs one at weight 0, since all ranks gather sharded weights.
-            shown = items or rollouts[:1]
+            shown = items or [record.stand_in]
             batch = batch_to(build_batch(shown), run.world.device)
             sync_gradients(run.model, last=place == len(microbatches) - 1)
             old_logprobs = record.old_logprobs.get(place)

@@ -44,6 +44,7 @@ class TheirForCausalLM(Qwen3ForCausalLM):
 PLUGIN = """
 from pathlib import Path
 from typing import Any
+from paint_engine.contexts.answer import Answer as Shows
 from paint_engine.recipes.paint import Paint as Theirs
 
 Path({mark!r}).touch()
@@ -218,7 +219,8 @@ def plugin(run_dir: Path, mark: Path, request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize(
-    ("key", "name"), [("objective.name", "Theirs"), ("reward.function", "judge")]
+    ("key", "name"),
+    [("objective.name", "Theirs"), ("reward.function", "judge"), ("teacher.context", "Shows")],
 )
 def test_no_command_imports_a_module_that_a_run_names(
     key: str,
@@ -243,7 +245,12 @@ def test_no_command_imports_a_module_that_a_run_names(
 
 
 @pytest.mark.parametrize(
-    ("key", "name", "own"), [("reward.function", "judge", "math"), ("objective.name", "R", "opsd")]
+    ("key", "name", "own"),
+    [
+        ("reward.function", "judge", "math"),
+        ("objective.name", "R", "opsd"),
+        ("teacher.context", "Shows", "answer"),
+    ],
 )
 def test_what_a_run_asks_for_is_not_advised_to_who_declines_it(
     key: str,

@@ -15,8 +15,10 @@ from paint_engine.seeds import (
     evaluation_seed,
     global_seed,
     mask_generator,
+    other_generator,
     rationale_seed,
     rollout_seed,
+    sibling_generator,
 )
 
 
@@ -27,6 +29,8 @@ def test_streams_are_pinned() -> None:
     assert dropout_seed(0, 3, 1) == 3144130549731825538
     assert evaluation_seed(0, "tiny-test:7", 1) == 157499915080345366
     assert mask_generator(0, 3, "tiny-train:7", 1).random() == 0.6900667776962419
+    assert other_generator(0, 3, "tiny-train:7", 1).random() == 0.7732037320530452
+    assert sibling_generator(0, 3, "tiny-train:7", 1).random() == 0.006455154603215885
     assert (global_seed(5), adapter_seed(5)) == (5, 5)
 
 

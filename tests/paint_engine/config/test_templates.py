@@ -60,7 +60,6 @@ def test_the_defaults_pass_their_own_checks() -> None:
     [
         ("student_template", "Solve it. {instruction}", "problem"),
         ("student_template", "", "problem"),
-        ("teacher_template", "{problem} {rationale} {instruction}", "solution"),
         ("teacher_template", "{solution}", "problem"),
         ("reason_template", "{problem} Explain.", "solution"),
         ("rationale_template", "It explains.", "rationale"),

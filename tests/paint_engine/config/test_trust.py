@@ -25,6 +25,7 @@ HOSTILE: Mapping[str, object] = {
     "model.name_or_path": "their/model",
     "model.revision": "refs/pr/13",
     "objective.name": "MODULE:Theirs",
+    "teacher.context": "MODULE:Shows",
     "reward.function": "MODULE:judge",
     "rollout.url": "http://127.0.0.1:9",
     "rollout.adapter_dir": "/home/victim",
@@ -65,6 +66,7 @@ def hostile(
     run_dir.mkdir()
     (run_dir / f"{name}.py").write_text(
         "from pathlib import Path\nfrom paint_engine.recipes.paint import Paint as Theirs\n"
+        "from paint_engine.contexts.answer import Answer as Shows\n"
         "Path(__file__).with_name('imported').touch()\n"
     )
     # A server has no other temperature.

@@ -52,7 +52,8 @@ def test_what_the_recipes_need() -> None:
     assert second == {"grpo": None, "paint": "teacher", "sampled_token": "teacher", "sft": None}
     for name, cls in CLASSES.items():
         assert cls.uses_teacher == (second[name] == "teacher")
-        assert cls.needs_solution == (name != "grpo")
+        assert recipe(name).needs_solution == (name != "grpo")
+        assert recipe(name).needs_answer == (name == "grpo")
         if name != "grpo":
             assert (recipe(name).group_size, recipe(name).num_updates) == (1, 1)
     grpo = recipe("grpo", grpo={"kl_weight": 0.1, "group_size": 4, "num_updates": 3})

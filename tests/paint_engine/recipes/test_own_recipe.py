@@ -165,7 +165,7 @@ def test_one_step_trains_with_its_own_loss(
     # The rollouts' means are logged beside its own metric; nobody scored them.
     assert step["num_rollouts"] == 3 and 0 <= step["accuracy"] <= 1
     assert not {"token_kl", "teacher_entropy", "mask_ratio", "token_loss"} & step.keys()
-    assert not {"partial_solution", "advantage"} & samples[0].keys()
+    assert not {"shown", "advantage"} & samples[0].keys()
     # The gradient of its loss has moved the adapters.
     assert step["grad_norm"] > 0
     (file,) = (run / "checkpoints" / "step-1").glob("*model.safetensors")

@@ -30,6 +30,14 @@ RECIPES = {
     "reason-first, ema": f"--preset paint-tiny {REASON} --teacher.weights ema",
     # One rank has nothing to sample, to reason about or to train on.
     "reason-first, one rollout": f"--preset paint-tiny {REASON} --train.batch_size 1",
+    "none": "--preset paint-tiny --teacher.context none --prompts.teacher_thinking true",
+    "other": "--preset paint-tiny --teacher.context other --masking.placement random",
+    "answer": "--preset paint-tiny --teacher.context answer",
+    "sibling, reason-first": (
+        f"--preset paint-tiny --teacher.context sibling --teacher.group_size 4 {REASON} "
+        "--rollout.max_new_tokens 160 --train.max_tokens_per_microbatch 600"
+    ),
+    "sibling, all groups wrong": "--preset paint-tiny --teacher.context sibling",
     "sampled tokens": (
         "--preset paint-tiny --objective.name sampled_token --objective.importance_cap 2 "
         "--rollout.top_p 1.0 --rollout.top_k -1"

@@ -32,6 +32,12 @@ RECIPES = {
         f"--preset paint-tiny {REASON} --teacher.weights ema --teacher.ema_decay 0.5"
     ),
     "sampled tokens": "--preset paint-tiny --objective.name sampled_token",
+    "other": "--preset paint-tiny --teacher.context other --masking.placement random",
+    # Room for whole answers, as for grpo.
+    "sibling": (
+        "--preset paint-tiny --teacher.context sibling --teacher.group_size 4 "
+        "--train.batch_size 8 --rollout.max_new_tokens 160 --optim.learning_rate 3e-4"
+    ),
 }
 TIMING = ("seconds", "tokens_per_s")
 

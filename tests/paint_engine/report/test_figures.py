@@ -20,6 +20,7 @@ PAINT_TITLES = [
     "Unclipped KL",
     "Pointwise clip",
     "Context exposure",
+    "Rollouts with a context",
     "Entropy",
     "Rollouts",
     "Gradient norm",
@@ -37,7 +38,10 @@ TITLES: dict[str, tuple[Display, list[str]]] = {
     ),
     "sampled_token": (
         display_of("sampled_token"),
-        ["Loss", "Sampled KL", "Context exposure", "Token weights", *SAMPLING_TITLES],
+        [
+            *("Loss", "Sampled KL", "Context exposure", "Rollouts with a context"),
+            *("Token weights", *SAMPLING_TITLES),
+        ],
     ),
     "grpo": (
         GRPO,

@@ -65,7 +65,7 @@ def test_two_steps_on_rows_of_each_shape_leave_a_whole_run_directory(
     for sample in samples:
         per_token = ("token_loss", "token_kl", "student_entropy", "selected", "clipped_mass")
         assert {len(sample[name]) for name in per_token} == {len(sample["tokens"])}
-        assert "...(omitted)..." in sample["partial_solution"]
+        assert "...(omitted)..." in sample["shown"]
         assert sample["anchors"]
     problem = samples[0]["problem"]
     assert ("kites" in problem) == (shape == "gsm8k")

@@ -62,7 +62,7 @@ def test_anchors_are_marked_as_found_in_the_completion(
         problem=Problem("p", "How many?", solution, "84"),
         text="I find $12 + 30 = 42$ and stop.",
     )
-    view = TeacherView((1, 2), "First ...", mask_ratio=0.35)
+    view = TeacherView((1, 2), "First ...", mask_ratio=0.35, source="p", text=solution)
     shown = replace(item, rollout=rollout, teacher_view=view)
     (record,) = sample_records(1, [shown], [shown], planted_output(2), tokenizer)
     anchors = record["anchors"]
@@ -73,7 +73,10 @@ def test_anchors_are_marked_as_found_in_the_completion(
         "84" not in text for text, was in found.items() if was
     )
     assert record["solution"] == solution
-    assert record["partial_solution"] == "First ..."
+    assert (record["context"], record["source"]) == ("solution", "p")
+    assert record["shown"] == "First ..." and record["mask_ratio"] == 0.35
+    # The masked text is the solution, which is there already.
+    assert "text" not in record
     assert record["answer"] == "84"
     assert "rationale" not in record
     assert json.loads(json.dumps(record)) == record
@@ -92,7 +95,7 @@ def test_grpo_keeps_reward_and_advantage_and_nothing_of_a_teacher(
     assert (record["reward"], record["advantage"], record["correct"]) == (1.0, 0.75, True)
     assert record["ratio"] == [2000.0, 2001.0]
     assert record["student_entropy"] == [3000.0, 3001.0]
-    absent = ("logprobs", "partial_solution", "mask_ratio", "overlap", "anchors", "token_kl")
+    absent = ("logprobs", "shown", "context", "mask_ratio", "overlap", "anchors", "token_kl")
     assert not set(absent) & record.keys()
     assert json.loads(json.dumps(record)) == record
 

@@ -50,7 +50,9 @@ def viewed(run: Run, problem: Problem, text: str, step: int = 0) -> TrainExample
     """A rollout of that text with its verdict and the teacher's view."""
     example = judge(run, Rollout(problem, (1,), (2,), (0.0,), False, text))
     request = Request(0, problem, (1,), 0)
-    return add_teacher_view(run.config, step_context(run, step, [request]), example, request)
+    assert run.recipe.context is not None
+    context = step_context(run, step, [request], [example])
+    return add_teacher_view(run.recipe.context, context, example, request)
 
 
 def view_of(example: TrainExample) -> TeacherView:
@@ -72,16 +74,15 @@ def test_more_overlap_hides_more_of_the_solution(run: Run) -> None:
     views = view_of(nothing), view_of(everything)
     assert [view.mask_ratio for view in views] == [0.3, pytest.approx(0.4)]
     hidden = [
-        len(problem.solution) - len(view.partial_solution.removesuffix("...(omitted)..."))
-        for view in views
+        len(problem.solution) - len(view.shown.removesuffix("...(omitted)...")) for view in views
     ]
     assert hidden == [round(0.3 * len(problem.solution)), round(0.4 * len(problem.solution))]
     # The verdict is logged and decides nothing: a wrong box over the same anchors hides as much.
     wrong = viewed(run, problem, problem.solution + " \\boxed{8}")
     assert not is_correct(wrong)
-    assert view_of(wrong).partial_solution == views[1].partial_solution
+    assert view_of(wrong).shown == views[1].shown
     shown = run.tokenizer.decode(list(views[1].prompt_ids))
-    assert views[1].partial_solution in shown
+    assert views[1].shown in shown
 
 
 def test_a_solution_too_long_for_the_context_is_cut_and_nothing_else(run: Run) -> None:
@@ -132,7 +133,7 @@ def test_each_placement_hides_its_own_part(placement: str, shown: str, build: Bu
         }
     )
     view = view_of(viewed(run, Problem("p", "How many?", "One. Two three.", "3"), "no idea"))
-    assert view.partial_solution == shown
+    assert view.shown == shown
     assert shown in run.tokenizer.decode(list(view.prompt_ids))
 
 
@@ -140,9 +141,7 @@ def test_a_random_placement_depends_on_its_seed_alone(build: Build) -> None:
     run = build(**{"masking.placement": "random", "masking.marker": "<gap>"})
     problem = Problem("p", "How many?", "abcdefghijklmnopqrstuvwxyz" * 4, "3")
     # The step is a part of the seed.
-    shown = [
-        view_of(viewed(run, problem, "no idea", step)).partial_solution for step in (0, 1, 2, 0)
-    ]
+    shown = [view_of(viewed(run, problem, "no idea", step)).shown for step in (0, 1, 2, 0)]
     assert shown[0] == shown[3] and len(set(shown)) == 3
     # 0.3 of 104 characters are 31, wherever they are.
     assert all(len(text) == 104 - 31 + len("<gap>") for text in shown)
@@ -326,10 +325,10 @@ def test_a_rationale_stands_in_the_prompt_of_the_teacher_that_wrote_it(
     assert params.max_new_tokens == 7 and params.temperature == run.config.rollout.temperature
     for number, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
         view = view_of(item)
-        assert view.partial_solution in prompt and view.rationale == f"because {number}"
+        assert view.shown in prompt and view.rationale == f"because {number}"
         text = run.tokenizer.decode(list(view.prompt_ids))
-        assert view.partial_solution in text
-        assert text.index(view.partial_solution) < text.index(f"because {number}")
+        assert view.shown in text
+        assert text.index(view.shown) < text.index(f"because {number}")
 
 
 def test_each_teacher_writes_its_rationales_with_its_own_weights(build: Build) -> None:

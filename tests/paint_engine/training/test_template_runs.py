@@ -76,7 +76,7 @@ def test_every_message_of_a_step_is_its_template_s(
     items, _ = sample_step(run, 0)
     assert len(items) == len(asked) == 3
     for item, request in zip(items, asked, strict=True):
-        question, shown = item.rollout.problem.problem, item.teacher_view.partial_solution
+        question, shown = item.rollout.problem.problem, item.teacher_view.shown
         assert shown.endswith("...(omitted)...")
         student = decoded(run, item.rollout.prompt_ids)
         teacher = decoded(run, item.teacher_view.prompt_ids)
