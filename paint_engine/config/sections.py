@@ -231,9 +231,8 @@ class PromptsSection(Section):
     )
     teacher_template: templates.Teacher = Field(
         default=templates.TEACHER,
-        description="the teacher's message: {problem}, {solution} (what teacher.context shows), "
-        "{part_of} (empty if that is whole), {rationale} (its section, if there is one), "
-        "{instruction}; the default stands for the context's own message",
+        description="the teacher's message, by default that of teacher.context: {problem}, "
+        "{solution} (the shown text), {part_of} (if a part), {rationale}, {instruction}",
     )
     rationale_template: templates.Rationale = Field(
         default=templates.RATIONALE,
@@ -241,8 +240,8 @@ class PromptsSection(Section):
     )
     reason_template: templates.Reason = Field(
         default=templates.REASON,
-        description="message that asks the teacher for a rationale, with reason_first: {problem}, "
-        "{solution}, {part_of}, {instruction}; the default stands for the context's own",
+        description="message that asks for a rationale, with reason_first, by default that of "
+        "teacher.context: {problem}, {solution}, {part_of}, {instruction}",
     )
     teacher_suffix: str = Field(
         default="", description="text appended to the teacher's generation prompt"
@@ -305,9 +304,8 @@ class RolloutSection(Section):
 class TeacherSection(Section):
     context: PathText = Field(
         default="solution",
-        description="what the teacher is shown beside the problem: solution, none, other = another "
-        "problem's solution, sibling = a correct rollout of the group, feedback, answer; or "
-        "module:Class of your own",
+        description="what the teacher is shown: solution, none, other (problem's solution), "
+        "sibling = a correct rollout of the group, feedback, answer, or module:Class",
     )
     group_size: Annotated[Rollouts, Field(ge=2)] = Field(
         default=8,

@@ -72,7 +72,7 @@ def test_two_steps_on_the_laptop(name: str, run_main: Main, tmp_path: Path) -> N
         assert ("mask_ratio" in sample) == masked == ("text" in sample)
         problem_id, source = sample["problem_id"], sample["source"]
         if name == "other":
-            assert source.startswith("tiny/train:") and source != problem_id
+            assert source.startswith("tiny-train:") and source != problem_id
         if name == "answer":
             assert (source, sample["shown"]) == (problem_id, sample["answer"])
         if name == "none":
@@ -82,7 +82,7 @@ def test_two_steps_on_the_laptop(name: str, run_main: Main, tmp_path: Path) -> N
     page = (tmp_path / "run" / "report.html").read_text()
     titles = {
         "none": "The teacher saw the problem alone (none)",
-        "other": "Text for the teacher (other; tiny/train:",
+        "other": "Text for the teacher (other; tiny-train:",
         "sibling": "What the teacher was shown (sibling; rollout ",
         "answer": f"What the teacher was shown (answer; {samples[0]['problem_id']})",
     }
@@ -94,7 +94,8 @@ def test_two_steps_on_the_laptop(name: str, run_main: Main, tmp_path: Path) -> N
 
 def test_the_loss_counts_rollouts_that_are_shown_nothing(run_main: Main, tmp_path: Path) -> None:
     """They are in the denominator, as groups that GRPO skips are, and not in the passes."""
-    metrics, samples = trained(run_main, tmp_path / "run", SMALL, SIBLING, "--train.num_steps 1")
+    pairs = "--teacher.group_size 2 --train.num_steps 1"
+    metrics, samples = trained(run_main, tmp_path / "run", SMALL, SIBLING, pairs)
     (step,) = metrics
     assert 0 < len(samples) < 8 and step["context_share"] == len(samples) / 8
     by_hand = sum(fmean(sample["token_loss"]) for sample in samples) / 8

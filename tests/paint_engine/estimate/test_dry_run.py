@@ -148,7 +148,7 @@ def test_a_rationale_is_shown_measured_and_counted(
     assert min(a - b for a, b in zip(after.teacher, before.teacher, strict=True)) > 100
     assert max(prompt_lengths(reasons, tokenizer, train_set, 1424).teacher) == 400
     report = describe(reasons, tokenizer, train_set, None, model, device=CPU, num_ranks=1)
-    assert "what the teacher writes of the solution" in report
+    assert "what the teacher writes of the text" in report
     flops = [rollout_flops(c, shape_of(model), after.typical(1024)) for c in (plain, reasons)]
     assert flops[1].keys() - flops[0].keys() == {"rationale"}
     # Prompt and rationale go through the model once; a hundred tokens go through the head.

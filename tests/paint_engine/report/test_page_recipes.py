@@ -213,9 +213,9 @@ def test_a_teacher_that_reasoned_first_is_quoted(tmp_path: Path) -> None:
     assert "What the teacher wrote" not in text
 
 
-def shown(context: str, source: str, text: str, **masked: Any) -> dict[str, Any]:
+def shown(context: str, source: str, seen: str, **masked: Any) -> dict[str, Any]:
     """A sample of this version, in place of one of an earlier one."""
-    view = {"context": context, "source": source, "shown": text, **masked}
+    view = {"context": context, "source": source, "shown": seen, **masked}
     old = ("partial_solution", "mask_ratio", "overlap", "anchors")
     return {**{key: v for key, v in SAMPLES["paint"].items() if key not in old}, **view}
 
@@ -268,7 +268,7 @@ def test_what_the_teacher_was_shown_is_shown_with_whose_it_is(
     for phrase in phrases:
         assert phrase in text, phrase
     masked = "mask_ratio" in sample
-    assert ("anchors found" in text) == masked == ("overlap 50%" in text)
+    assert ("anchors found in the rollout" in text) == masked == ("overlap 50%" in text)
     assert ('<del class="hidden">8 = 12$.</del>' in page) == ("...(omitted)..." in sample["shown"])
 
 

@@ -114,7 +114,7 @@ def test_numbers_bools_and_verdicts(
         ("1j", "ValueError: returned 1j, of type complex; needs a number, a bool or a "),
         ("float('nan')", "ValueError: returned nan; needs a reward that is a finite number"),
         ("-1e999", "ValueError: returned -inf; needs a reward that is a finite number"),
-        ("Verdict(1.0, 1)", "ValueError: returned Verdict(reward=1.0, correct=1, error=None); "),
+        ("Verdict(1.0, 1)", "ValueError: returned Verdict(reward=1.0, correct=1, error=None, "),
         ("Verdict('1', True)", "ValueError: returned Verdict(reward='1', correct=True, error="),
     ],
 )

@@ -97,7 +97,10 @@ def test_the_dry_run_shows_every_message(run: Run) -> None:
     )
     messages = report.replace("\n| ", "\n").split(OPENING)[1:]
     assert [message[:2] for message in messages] == ["Q ", "T ", "R "]
-    assert "<(what the teacher writes of the solution before it scores)> Go." in messages[1]
+    assert (
+        "<(what the teacher writes of the text that it is shown, before it scores)> Go."
+        in messages[1]
+    )
     assert 'student_template = "Q {problem} {instruction}"' in report
 
 
