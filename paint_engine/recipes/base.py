@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -92,10 +92,13 @@ class LossOutput:
     per_token: detached (N,) tensors by name, bool or float32 (float64 for float64 inputs).
         Log-probabilities, KL and entropies are in nats. Their means over the step's tokens are
         logged under these names.
+    parts: detached 0-d losses by name, one for each of the recipe's `loss_parts`. Like the losses,
+        those of the micro-batches add up to the step's, which is logged.
     """
 
     loss: Float[Tensor, ""]
     per_token: dict[str, Tensor]
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Recipe:
@@ -110,14 +113,16 @@ class Recipe:
     unread: keys of a section in `keys` that this recipe does not read.
     samples: the student samples rollouts. If false, training uses the reference solutions.
     uses_teacher: a teacher that sees more than the student scores the same tokens.
+    loss_parts: names of losses that are logged beside "loss".
     recorded_as: a metric that identifies the recipe's runs if a run directory has no configuration;
-        "" for none.
+        "" for none. A recipe that is derived from others may record theirs, too.
     """
 
     keys: ClassVar[tuple[str, ...]] = ()
     unread: ClassVar[tuple[str, ...]] = ()
     samples: ClassVar[bool] = True
     uses_teacher: ClassVar[bool] = False
+    loss_parts: ClassVar[tuple[str, ...]] = ()
     recorded_as: ClassVar[str] = ""
 
     def __init__(self, config: Config) -> None:
@@ -281,9 +286,15 @@ def draws(config: Config) -> bool:
 def recipe_that_recorded(keys: Collection[str]) -> Recipe:
     """Returns the built-in recipe whose runs record these keys, with the default settings."""
     names = plugin_names(PACKAGE, ATTRIBUTE)
-    marks = {name: recipe_class(name).recorded_as for name in names}
-    # The recipe without a mark comes last: it is used if no mark is recorded.
-    name = min(names, key=lambda name: (marks[name] not in keys, marks[name] != ""))
+
+    def order(name: str) -> tuple[bool, bool, int]:
+        found = recipe_class(name)
+        # The recipe without a mark comes last: it is used if no mark is recorded. One that is
+        # derived from others comes before them.
+        mark = found.recorded_as
+        return mark not in keys, mark != "", -len(found.__mro__)
+
+    name = min(names, key=order)
     return recipe_of(Config.model_validate({"objective": {"name": name}}))
 
 
@@ -298,10 +309,10 @@ def _check_idle_keys(recipe: Recipe) -> None:
     config = recipe.config
     builtin = {name: recipe_class(name) for name in plugin_names(PACKAGE, ATTRIBUTE)}
     idle: dict[tuple[str, ...], list[str]] = {}
-    for key, field in LEAVES.items():
+    for key, leaf in LEAVES.items():
         users = tuple(name for name, other in builtin.items() if reads(other, key))
         value = value_of(config, key)
-        harmless = (field.default, _SWITCHED_OFF.get(key, field.default))
+        harmless = (leaf.default, _SWITCHED_OFF.get(key, leaf.default))
         if users and not reads(type(recipe), key) and value not in harmless:
             idle.setdefault(users, []).append(key)
     if not idle:

@@ -27,10 +27,12 @@ _NOT_SUMMED = ("token_loss", "logprobs", "selected")
 
 
 def metric_sums(output: LossOutput) -> dict[str, float]:
-    """Returns the micro-batch's share of the step's loss, and the sums over its tokens of the other
-    logged values. Divided by the step's number of tokens, the sums are means."""
+    """Returns the micro-batch's share of the step's loss and of its parts, and the sums over its
+    tokens of the other logged values. Divided by the step's number of tokens, the sums are
+    means."""
     sums = {n: float(v.sum().item()) for n, v in output.per_token.items() if n not in _NOT_SUMMED}
-    return {"loss": output.loss.item(), **sums}
+    parts = {name: part.item() for name, part in output.parts.items()}
+    return {"loss": output.loss.item(), **parts, **sums}
 
 
 class StepRecord:
@@ -84,13 +86,14 @@ class StepRecord:
             self.old_logprobs[place] = output.per_token["logprobs"]
 
     def metrics(self) -> dict[str, float]:
-        """Returns the metrics of all ranks: the loss, means over trained tokens and updates, means
-        over rollouts, and the mismatch with the sampler. A collective call."""
+        """Returns the metrics of all ranks: the loss and its parts, means over trained tokens and
+        updates, means over rollouts, and the mismatch with the sampler. A collective call."""
         totals, num_updates = sum_over_ranks(self._sums), self._recipe.num_updates
         scored = count_tokens(self.trained) * num_updates
         differences = [value for part in self._differences for value in part.tolist()]
+        losses = ("loss", *self._recipe.loss_parts)
         return {
-            "loss": totals.pop("loss", 0.0) / num_updates,
+            **{name: totals.pop(name, 0.0) / num_updates for name in losses},
             **{name: total / scored for name, total in totals.items()},
             **self._recipe.metrics(self._rollouts),
             **mismatch_metrics(gather_objects(differences)),
