@@ -402,6 +402,15 @@ class GrpoSection(Section):
     group_size: Annotated[Rollouts, Field(ge=2)] = Field(
         default=8, description="rollouts of one problem; train.batch_size counts rollouts"
     )
+    advantage: Literal["group", "negative"] = Field(
+        default="group",
+        description="group = the reward beside those of its group; negative = a fixed one on each "
+        "rollout's least likely tokens, whatever the rewards: a control without a teacher",
+    )
+    negative_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.2,
+        description="with advantage negative, share of a rollout's tokens that get it",
+    )
     ratio_clip_low: Fraction = Field(
         default=0.2, description="the probability ratio is clipped below 1 - this"
     )

@@ -47,6 +47,8 @@ _RATIO_CLIP = Quantity(
     (("ratio_clipped_share", "clipped tokens, no gradient"),),
     percent=True,
 )
+# Of the least likely tokens, with grpo.advantage "negative" (arXiv 2608.31046, section 3.2).
+NEGATIVE_ADVANTAGE = -0.5
 # Keeps the division finite if the rewards of a group are almost equal, as in TRL's GRPO.
 _STD_FLOOR = 1e-4
 
@@ -60,6 +62,10 @@ class Grpo(Recipe):
     with d_t = log p_base - log p_S and w_t = min(p_old / p_sampler, importance_cap), or 1 without a
     cap. p_S is the student's probability, p_old the student's before the updates on this batch,
     p_sampler the one that the sampler recorded, and p_base that of the base.
+
+    With `grpo.advantage` "negative", A does not depend on rewards: it is -1/2 on the
+    ceil(negative_fraction n) tokens of a rollout of n that are the least likely by p_old, with ties
+    to the lower position, and 0 on the others. It is the teacher-free control of arXiv 2608.31046.
     """
 
     keys = ("grpo.*", "objective.importance_cap")
@@ -91,8 +97,10 @@ class Grpo(Recipe):
         return self.config.grpo.num_updates
 
     def check(self) -> None:
-        """Raises ValueError for a batch that does not consist of whole groups."""
+        """Raises ValueError for a batch that does not consist of whole groups, and for settings of
+        an advantage that is not chosen."""
         super().check()
+        _check_advantage(self.config.grpo)
         batch_size, size = self.config.train.batch_size, self.config.grpo.group_size
         if batch_size % size:
             raise ValueError(
@@ -115,6 +123,7 @@ class Grpo(Recipe):
     @property
     def display(self) -> Display:
         """The reward first, the loss if it is meaningful, and tokens coloured by entropy."""
+        compares = self.config.grpo.advantage == "group"
         return Display(
             console=(
                 ConsoleField("reward", "reward", "{:.2f}"),
@@ -127,7 +136,7 @@ class Grpo(Recipe):
             ),
             curves=(
                 _REWARD,
-                _EQUAL_GROUPS,
+                *((_EQUAL_GROUPS,) if compares else ()),
                 Quantity("Loss", "per token", (("loss", "loss"),)),
                 _BASE_KL,
                 _RATIO_CLIP,
@@ -141,12 +150,17 @@ class Grpo(Recipe):
             "masked.",
             loss_is_flat=loss_is_flat,
             flat_loss_note="with one update per batch each ratio is 1 and a group's advantages "
-            "cancel out, so the value stays near zero regardless of learning; see the reward",
+            "cancel out, so the value stays near zero regardless of learning; see the reward"
+            if compares
+            else "with one update per batch each ratio is 1 and the advantages are fixed, so the "
+            "value stays the same regardless of learning; see the reward",
         )
 
     def prepare_batch(self, examples: Sequence[TrainExample]) -> Sequence[TrainExample]:
         """Adds to each example the advantage of its rollout within its group."""
         section = self.config.grpo
+        if section.advantage == "negative":
+            return [replace(example, advantage=NEGATIVE_ADVANTAGE) for example in examples]
         advantages = group_advantages(
             [_reward(e) for e in examples], section.group_size, scale_by_std=section.scale_by_std
         )
@@ -163,9 +177,11 @@ class Grpo(Recipe):
     def metrics(self, examples: Sequence[TrainExample]) -> dict[str, float]:
         """Returns the rollouts' means, the mean reward and the number of groups without a
         signal."""
-        return super().metrics(examples) | {
-            "reward": mean(map(_reward, examples)),
-            "zero_variance_groups": sum(map(has_equal_rewards, self._groups(examples))),
+        metrics = super().metrics(examples) | {"reward": mean(map(_reward, examples))}
+        if self.config.grpo.advantage == "negative":
+            return metrics
+        return metrics | {
+            "zero_variance_groups": sum(map(has_equal_rewards, self._groups(examples)))
         }
 
     def _groups(self, examples: Sequence[TrainExample]) -> list[Sequence[TrainExample]]:
@@ -183,9 +199,8 @@ class Grpo(Recipe):
         present = student.logprobs.detach()
         old = present if inputs.old_logprobs is None else inputs.old_logprobs
         ratio = torch.exp(student.logprobs - old)
-        advantages = torch.tensor([e.advantage for e in inputs.examples], dtype=torch.float64)
-        rows = tokens.rollout_of_token(inputs.cu_seqlens).to(ratio.device)
-        gain, clipped = clipped_gain(ratio, advantages.to(ratio)[rows], grpo)
+        advantages = self._token_advantages(inputs, old)
+        gain, clipped = clipped_gain(ratio, advantages, grpo)
         weight = tokens.importance_weight(old, inputs, section.importance_cap)
         token_loss = -weight * gain
         per_token = {
@@ -201,9 +216,43 @@ class Grpo(Recipe):
             base_kl = torch.expm1(difference) - difference
             token_loss = token_loss + grpo.kl_weight * base_kl
             per_token["base_kl"] = base_kl.detach()
+        if grpo.advantage == "negative":
+            per_token["suppressed_share"] = advantages < 0
         per_token["token_loss"] = token_loss.detach()
         loss = tokens.reduced(token_loss, inputs.cu_seqlens, section.reduction, inputs.denominator)
         return LossOutput(loss, per_token)
+
+    def _token_advantages(self, inputs: LossInputs, old: Float[Tensor, " N"]) -> Tensor:
+        """Returns the advantage of each token, (N,): its rollout's, or 0 on the tokens that a
+        negative one leaves alone. `old` are the tokens' log-probabilities before the updates."""
+        import torch
+
+        from paint_engine.recipes import tokens
+        from paint_kernels import select_top_fraction
+
+        section = self.config.grpo
+        advantages = torch.tensor([e.advantage for e in inputs.examples], dtype=torch.float64)
+        rows = tokens.rollout_of_token(inputs.cu_seqlens).to(old.device)
+        by_token = advantages.to(old)[rows]
+        if section.advantage == "group":
+            return by_token
+        bounds = inputs.cu_seqlens.to(old.device)
+        return by_token * select_top_fraction(-old, bounds, section.negative_fraction)
+
+
+def _check_advantage(section: GrpoSection) -> None:
+    """Raises ValueError for a setting that the advantage has no use for."""
+    if section.advantage == "group":
+        idle, why, other = ("negative_fraction",), "is the same for a rollout's tokens", "negative"
+    else:
+        idle, why, other = ("scale_by_std", "skip_zero_variance"), "compares no rewards", "group"
+    for name in idle:
+        value = getattr(section, name)
+        if value != GrpoSection.model_fields[name].default:
+            raise ValueError(
+                f"grpo.{name}: got {value} with grpo.advantage {section.advantage!r}, which {why}; "
+                f"leave it out, or use --grpo.advantage {other}"
+            )
 
 
 def group_advantages(

@@ -25,8 +25,13 @@ _NATS = (
     ("student_entropy", "H_S"),
     ("teacher_entropy", "H_T"),
 )
-_NUMBERS = (("clipped_mass", "clipped mass"), ("ratio", "ratio"), ("importance_weight", "weight"))
-_FLAGS = ("selected", "ratio_clipped_share")
+_NUMBERS = (
+    ("clipped_mass", "clipped mass"),
+    ("ratio", "ratio"),
+    ("importance_weight", "weight"),
+    ("token_weight", "token weight"),
+)
+_FLAGS = ("selected", "ratio_clipped_share", "suppressed_share")
 _COLUMNS = (*(name for name, _ in (*_NATS, *_NUMBERS)), *_FLAGS)
 
 
@@ -246,4 +251,6 @@ def _values(token: Mapping[str, Any], settings: ViewSettings) -> str:
     parts += [f"{label} {token[key]:.3g}" for key, label in numbers]
     if token.get("ratio_clipped_share", False):
         parts.append("clipped, no gradient")
+    if token.get("suppressed_share", False):
+        parts.append("made less likely")
     return " · ".join(parts)
