@@ -1,4 +1,4 @@
-"""Loads recipes, contexts and rewards by name: built-in ones and those of a user's own module.
+"""Loads recipes, contexts, token weights and rewards by name: built-in or of a user's own module.
 
 "math" is the plugin of the package's module `math`. "my_module:my_reward" is the object `my_reward`
 of `my_module`; the module is found as by `import my_module`.

@@ -354,7 +354,18 @@ class ObjectiveSection(Section):
     name: PathText = Field(
         default="paint",
         description="the recipe: paint (and OPSD), sampled_token = policy gradient by "
-        "log p_T - log p_S, grpo, sft = on the solutions; or module:Class of your own",
+        "log p_T - log p_S, grpo, sft = on the solutions; or module:Class of your "
+        "own",
+    )
+    on: Literal["all", "wrong", "right"] = Field(
+        default="all",
+        description="rollouts that the teacher trains: all, or those that the reward function "
+        "judges wrong, or right",
+    )
+    token_weights: PathText = Field(
+        default="uniform",
+        description="weights of a rollout's tokens in the divergence: uniform, entropy = by the "
+        "student's entropy, position = later tokens more; or module:function of your own",
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
         default="forward_kl",
@@ -393,8 +404,8 @@ class ObjectiveSection(Section):
     )
     importance_cap: OrNone[Positive] = Field(
         default=None,
-        description="in sampled_token and grpo, weight tokens by min(p_trainer / p_sampler, this); "
-        "none = no correction of the sampler's mismatch",
+        description="in sampled_token and GRPO's loss, weight tokens by min(p_trainer / p_sampler, "
+        "this); none = no correction of the sampler's mismatch",
     )
 
 

@@ -47,6 +47,9 @@ _WIDENING: Mapping[str, _Widening] = {
         lambda c: c.model.trust_remote_code and c.model.revision is not None,
     ),
     "objective.name": _Widening("imports this module", lambda c: is_own(c.objective.name)),
+    "objective.token_weights": _Widening(
+        "imports this module", lambda c: is_own(c.objective.token_weights)
+    ),
     "teacher.context": _Widening("imports this module", lambda c: is_own(c.teacher.context)),
     "reward.function": _Widening("imports this module", lambda c: is_own(c.reward.function)),
     "rollout.url": _Widening(

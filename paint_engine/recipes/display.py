@@ -103,6 +103,14 @@ CONTEXT_SHARE_CURVE = Quantity(
     percent=True,
     smooth=True,
 )
+TAUGHT = Quantity(
+    "Rollouts that the teacher trains",
+    "share",
+    (("taught_share", "judged as objective.on asks"),),
+    optional=True,
+    percent=True,
+    smooth=True,
+)
 TOKEN_WEIGHTS = Quantity(
     "Token weights",
     "mean",

@@ -15,6 +15,7 @@ from paint_engine.recipes.display import (
     OVERLAP,
     SAMPLING_CURVES,
     SERVED_MASS,
+    TAUGHT,
     TEACHER_COLUMNS,
     TOKENS_PER_S,
     ConsoleField,
@@ -54,6 +55,7 @@ class Paint(TeacherRecipe):
         "objective.interpolation_weight",
         "objective.entropy_floor",
         "objective.teacher_top_k",
+        "objective.token_weights",
     )
     recorded_as = "token_kl"
 
@@ -131,6 +133,7 @@ class Paint(TeacherRecipe):
                 *(() if self.served_top_k is None else (SERVED_MASS,)),
                 CONTEXT_EXPOSURE,
                 CONTEXT_SHARE_CURVE,
+                TAUGHT,
                 *SAMPLING_CURVES,
             ),
             token_color=TokenColor(
@@ -145,25 +148,54 @@ class Paint(TeacherRecipe):
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Computes the divergence by `paint_kernels.paint_loss`, which never holds all logits at
-        once, or from a server's top-k by `paint_loss_from_topk`."""
+        once, or from a server's top-k by `paint_loss_from_topk`. Weights its tokens as
+        `objective.token_weights` and `objective.on` say."""
         section = self.config.objective
-        output = self.divergence(
-            inputs, reduction=section.reduction, denominator=inputs.denominator
-        )
+        output, weights = self._weighted(inputs, section.reduction, inputs.denominator)
         values = per_token(output)
+        if weights is not None:
+            values["token_weight"] = weights
         if self.served_top_k is not None:
             from paint_engine.recipes import served
 
             values["served_mass"] = served.mass(inputs)
         return LossOutput(output.loss, values)
 
-    def divergence(self, inputs: LossInputs, **reduction: Any) -> PaintLossOutput:
+    def divergence(
+        self, inputs: LossInputs, *, reduction: str, denominator: int | None = None
+    ) -> PaintLossOutput:
         """Computes `paint_loss` of the micro-batch with the configuration's options; with a
-        teacher's server, `paint_loss_from_topk`.
+        teacher's server, `paint_loss_from_topk`. `loss` and `token_loss` have the weights of
+        `objective.token_weights` and `objective.on` in them.
 
-        reduction: `reduction`, and `denominator` if the reduction takes one; "none" returns a loss
-            per token.
+        reduction: "sequence_mean" or "token_mean", with a `denominator`; or "none", which returns a
+            loss per token.
         """
+        return self._weighted(inputs, reduction, denominator)[0]
+
+    def _weighted(
+        self, inputs: LossInputs, reduction: str, denominator: int | None
+    ) -> tuple[PaintLossOutput, Tensor | None]:
+        """Returns what `divergence` does, and the (N,) weights; None if each token counts 1."""
+        if not self.weighs(inputs.examples):
+            return self._paint_loss(inputs, reduction=reduction, denominator=denominator), None
+        from paint_engine.recipes import tokens
+
+        output = self._paint_loss(inputs, reduction="none")
+        weights = self.token_weights(
+            inputs,
+            student_entropy=output.student_entropy,
+            teacher_entropy=output.teacher_entropy,
+            divergence=output.token_kl,
+        )
+        loss = weights * output.loss
+        output = output._replace(token_loss=loss.detach())
+        if reduction != "none":
+            assert denominator is not None, reduction
+            loss = tokens.reduced(loss, inputs.cu_seqlens, reduction, denominator)
+        return output._replace(loss=loss), weights
+
+    def _paint_loss(self, inputs: LossInputs, **reduction: Any) -> PaintLossOutput:
         # Imported here because declarations are read without PyTorch.
         from paint_engine.recipes import served
         from paint_kernels import LossOptions, paint_loss

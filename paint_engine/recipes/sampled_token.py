@@ -12,6 +12,7 @@ from paint_engine.recipes.display import (
     LOSS_IN_NATS,
     OVERLAP,
     SAMPLING_CURVES,
+    TAUGHT,
     TEACHER_COLUMNS,
     TOKEN_WEIGHTS,
     TOKENS_PER_S,
@@ -30,10 +31,10 @@ class SampledToken(TeacherRecipe):
     grad log p_S(y_t), whose mean over samples from p_S is the gradient of each token's reverse KL.
     The identity needs a sampler without truncation: samples with top-p or top-k, or of another
     temperature, are not from p_S and have another mean. w_t = min(p_S / p_sampler, importance_cap),
-    or 1 if the cap is None.
+    or 1 if the cap is None. Weights of tokens multiply the token loss.
     """
 
-    keys = (*TeacherRecipe.keys, "objective.importance_cap")
+    keys = (*TeacherRecipe.keys, "objective.importance_cap", "objective.token_weights")
     # A server is asked for the sampled token alone.
     unread = ("teacher.served_top_k", "teacher.tail")
     recorded_as = "sampled_kl"
@@ -66,6 +67,7 @@ class SampledToken(TeacherRecipe):
                 ),
                 CONTEXT_EXPOSURE,
                 CONTEXT_SHARE_CURVE,
+                TAUGHT,
                 TOKEN_WEIGHTS,
                 *SAMPLING_CURVES,
             ),
@@ -95,12 +97,20 @@ class SampledToken(TeacherRecipe):
         # The factor is 1 and carries the gradient of log p_S.
         token_loss = weight * sampled_kl * torch.exp(student.logprobs - present)
         per_token = {
-            "token_loss": token_loss.detach(),
             "sampled_kl": sampled_kl,
             "importance_weight": weight,
             "student_entropy": student.entropy,
             **entropy,
         }
+        if self.weighs(inputs.examples):
+            per_token["token_weight"] = self.token_weights(
+                inputs,
+                student_entropy=student.entropy,
+                teacher_entropy=entropy.get("teacher_entropy"),
+                divergence=sampled_kl,
+            )
+            token_loss = per_token["token_weight"] * token_loss
+        per_token["token_loss"] = token_loss.detach()
         loss = tokens.reduced(token_loss, inputs.cu_seqlens, section.reduction, inputs.denominator)
         return LossOutput(loss, per_token)
 

@@ -8,18 +8,32 @@ from typing import TYPE_CHECKING, Literal
 
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import LEAVES, value_of
-from paint_engine.recipes.base import Recipe, StepContext, mean
+from paint_engine.recipes.base import LossInputs, Recipe, StepContext, mean
+from paint_engine.recipes.token_weights import load_weighting, weights_of
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
     from paint_engine.types import TrainExample
 
 
 class TeacherRecipe(Recipe):
     """A recipe that compares the student with a teacher that sees what `teacher.context` shows: by
-    default, a part of the verified solution."""
+    default, a part of the verified solution.
 
-    keys = ("masking.*", "teacher.*", "data.columns.feedback")
+    `objective.on` leaves the other rollouts out of the passes. A recipe whose loss multiplies its
+    tokens by `token_weights` has "objective.token_weights" in its keys.
+    """
+
+    keys = ("masking.*", "teacher.*", "data.columns.feedback", "objective.on")
     uses_teacher = True
+
+    @property
+    def needs_answer(self) -> bool:
+        """The context's need, and that of `objective.on`: without answers there are no verdicts to
+        choose by."""
+        return super().needs_answer or self.config.objective.on != "all"
 
     @property
     def second_pass(self) -> Literal["teacher", "base"] | None:
@@ -44,6 +58,7 @@ class TeacherRecipe(Recipe):
     def check(self) -> None:
         """Raises ValueError for settings of the teacher that contradict each other."""
         super().check()
+        load_weighting(self.config.objective.token_weights)
         assert self.context is not None
         self.context.check()
         teacher = self.config.teacher
@@ -90,12 +105,54 @@ class TeacherRecipe(Recipe):
             return add_rationales(shows, context, viewed)
         return viewed
 
+    def teaches(self, example: TrainExample) -> bool:
+        """Returns whether the teacher trains this rollout: its context has something to show for
+        it, and `objective.on` lets it. A rollout without a verdict is neither right nor wrong."""
+        on, verdict = self.config.objective.on, example.verdict
+        is_chosen = on == "all" or (verdict is not None and verdict.correct == (on == "right"))
+        return is_chosen and example.teacher_view is not None
+
     def trained(self, examples: Sequence[TrainExample]) -> Sequence[TrainExample]:
-        """Returns the examples that have a teacher view."""
-        assert self.context is not None
-        if not self.context.is_optional:
-            return examples
-        return [example for example in examples if example.teacher_view is not None]
+        """Returns the examples that the teacher trains. The others still count in the means."""
+        return [example for example in examples if self.teaches(example)]
+
+    def weighs(self, examples: Sequence[TrainExample]) -> bool:
+        """Returns whether tokens of these examples count differently: then `token_weights` has
+        their weights, else each counts 1."""
+        uniform = load_weighting(self.config.objective.token_weights) is None
+        return not uniform or not all(map(self.teaches, examples))
+
+    def token_weights(
+        self,
+        inputs: LossInputs,
+        *,
+        student_entropy: Float[Tensor, " N"],
+        teacher_entropy: Float[Tensor, " N"] | None,
+        divergence: Float[Tensor, " N"],
+    ) -> Float[Tensor, " N"]:
+        """Returns the weights of `objective.token_weights`, (N,), and 0 for rollouts that the
+        teacher does not train. Constants for the gradient.
+
+        teacher_entropy: None if it is not known.
+        divergence: of each token to the teacher, without clip and weights, in nats.
+        """
+        import torch
+
+        from paint_engine.recipes.tokens import rollout_of_token
+
+        name = self.config.objective.token_weights
+        weighting, weights = load_weighting(name), torch.ones_like(divergence)
+        if weighting is not None:
+            weights = weights_of(
+                name,
+                weighting,
+                inputs,
+                student_entropy=student_entropy,
+                teacher_entropy=teacher_entropy,
+                divergence=divergence,
+            )
+        taught = torch.tensor([self.teaches(e) for e in inputs.examples], dtype=torch.bool)
+        return weights * taught[rollout_of_token(inputs.cu_seqlens)].to(weights)
 
     def metrics(self, examples: Sequence[TrainExample]) -> dict[str, float]:
         """Returns the rollouts' means and the teacher views' means."""
@@ -108,6 +165,8 @@ class TeacherRecipe(Recipe):
             metrics["mask_ratio"] = mean(view.mask_ratio for view in views)
         if shows.shows_text:
             metrics["shortened_solutions"] = mean(view.shortened for view in views)
+        if self.config.objective.on != "all":
+            metrics["taught_share"] = mean(map(self.teaches, examples))
         return metrics
 
 

@@ -26,6 +26,7 @@ HOSTILE: Mapping[str, object] = {
     "model.revision": "refs/pr/13",
     "objective.name": "MODULE:Theirs",
     "teacher.context": "MODULE:Shows",
+    "objective.token_weights": "MODULE:weights",
     "reward.function": "MODULE:judge",
     "rollout.url": "http://127.0.0.1:9",
     "rollout.adapter_dir": "/home/victim",
@@ -68,6 +69,7 @@ def hostile(
         "from pathlib import Path\nfrom paint_engine.recipes.paint import Paint as Theirs\n"
         "from paint_engine.contexts.answer import Answer as Shows\n"
         "Path(__file__).with_name('imported').touch()\n"
+        "def weights(tokens): return tokens.position\n"
     )
     # A server has no other temperature.
     values = {**values_of(run_dir), "objective.temperature": 1.0}
