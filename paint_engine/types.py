@@ -139,7 +139,8 @@ class TrainExample:
 
     TrainExample(rollout, Verdict(1.0, True), overlap=0.5, teacher_view=view)
 
-    verdict: for the logs, GRPO's reward and `objective.on`; the teacher sees it only by way of its context.
+    verdict: for the logs, GRPO's reward and `objective.on`; the teacher sees it only by way of its
+        context.
     overlap: the fraction of the anchors that the rollout contains, of the verified solution or of
         the text that the teacher's context masks. None where the context has no mask.
     teacher_view: None also where the context has nothing to show for this rollout.

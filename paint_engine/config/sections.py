@@ -354,7 +354,7 @@ class ObjectiveSection(Section):
     name: PathText = Field(
         default="paint",
         description="the recipe: paint (and OPSD), sampled_token = policy gradient by "
-        "log p_T - log p_S, grpo, sft = on the solutions; or module:Class of your "
+        "log p_T - log p_S, grpo, grpo_paint, sft = on the solutions; or module:Class of your "
         "own",
     )
     on: Literal["all", "wrong", "right"] = Field(
@@ -366,6 +366,9 @@ class ObjectiveSection(Section):
         default="uniform",
         description="weights of a rollout's tokens in the divergence: uniform, entropy = by the "
         "student's entropy, position = later tokens more; or module:function of your own",
+    )
+    distill_weight: NonNegative = Field(
+        default=1.0, description="in grpo_paint, weight of the divergence beside GRPO's loss"
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
         default="forward_kl",

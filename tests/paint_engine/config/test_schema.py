@@ -283,18 +283,19 @@ SERVED_TEACHER = {"teacher.url": "http://node7:8000", "objective.temperature": 1
             {"objective.importance_cap": 2.0},
             "^objective.importance_cap: got 2.0 with objective.name 'paint', which does not read "
             "it; set --objective.importance_cap none, or use --objective.name grpo or "
-            "sampled_token$",
+            "grpo_paint or sampled_token$",
         ),
         ({"objective.name": "sft", "rollout.ahead": 1}, "nothing is sampled"),
         (
             {"objective.name": "grpo", "teacher.weights": "ema"},
             "^teacher.weights: got 'ema' with objective.name 'grpo', which does not read it; set "
-            "--teacher.weights fixed, or use --objective.name paint or sampled_token$",
+            "--teacher.weights fixed, or use --objective.name grpo_paint or paint or "
+            "sampled_token$",
         ),
         (
             {"objective.name": "sft", "teacher.reason_first": True},
             "^teacher.reason_first: got True with objective.name 'sft', which does not read it; "
-            "set --teacher.reason_first false, or use --objective.name paint or "
+            "set --teacher.reason_first false, or use --objective.name grpo_paint or paint or "
             "sampled_token$",
         ),
         ({"teacher.weights": "ema", "lora.enabled": False}, "set --lora.enabled true"),
@@ -332,8 +333,9 @@ def test_keys_that_do_not_go_together_are_refused(layer: dict[str, object], expe
 
 RECIPES = plugin_names(PACKAGE, ATTRIBUTE)
 # The recipes that read a key, a value which others would ignore, and what makes it fit.
-PAINT, GRPO = ("paint",), ("grpo",)
-TEACHER, POLICY = ("paint", "sampled_token"), ("grpo", "sampled_token")
+PAINT, GRPO = ("grpo_paint", "paint"), ("grpo", "grpo_paint")
+TEACHER = ("grpo_paint", "paint", "sampled_token")
+POLICY = ("grpo", "grpo_paint", "sampled_token")
 IDLE = [
     (PAINT, "objective.divergence", "reverse_kl", ""),
     (PAINT, "objective.divergence", "jsd", ""),
@@ -347,6 +349,9 @@ IDLE = [
     (TEACHER, "data.columns.feedback", "hint", "--teacher.context feedback"),
     (TEACHER, "teacher.context", "answer", ""),
     (TEACHER, "teacher.group_size", "4", "--teacher.context sibling"),
+    (TEACHER, "objective.on", "wrong", ""),
+    (TEACHER, "objective.token_weights", "entropy", ""),
+    (("grpo_paint",), "objective.distill_weight", "0.5", ""),
     (TEACHER, "teacher.weights", "ema", ""),
     (TEACHER, "teacher.weights", "live", ""),
     (TEACHER, "teacher.ema_decay", "0.9", "--teacher.weights ema"),
@@ -359,7 +364,9 @@ IDLE = [
     (GRPO, "grpo.group_size", "4", ""),
     (GRPO, "grpo.ratio_clip_low", "0.1", ""),
     (GRPO, "grpo.ratio_clip_high", "0.2", ""),
-    (GRPO, "grpo.kl_weight", "0.04", ""),
+    (("grpo",), "grpo.kl_weight", "0.04", ""),
+    (GRPO, "grpo.advantage", "negative", ""),
+    (GRPO, "grpo.negative_fraction", "0.5", "--grpo.advantage negative"),
     (GRPO, "grpo.scale_by_std", "false", ""),
     (GRPO, "grpo.skip_zero_variance", "true", ""),
     (GRPO, "grpo.num_updates", "2", ""),
@@ -437,9 +444,9 @@ def test_idle_keys_are_named_by_who_reads_them() -> None:
     assert str(caught.value).splitlines() == [
         "masking.rho_correct: got 0.5, teacher.weights: got 'ema' with objective.name 'sft', which "
         "does not read them; set --masking.rho_correct 0.4 --teacher.weights fixed, or use "
-        "--objective.name paint or sampled_token",
+        "--objective.name grpo_paint or paint or sampled_token",
         "grpo.num_updates: got 2 with objective.name 'sft', which does not read it; set "
-        "--grpo.num_updates 1, or use --objective.name grpo",
+        "--grpo.num_updates 1, or use --objective.name grpo or grpo_paint",
     ]
 
 

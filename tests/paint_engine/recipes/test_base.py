@@ -15,12 +15,14 @@ from paint_engine.config.toml import LEAVES
 from paint_engine.recipes import Recipe, draws, recipe_of, recipe_that_recorded
 from paint_engine.recipes.base import ATTRIBUTE, PACKAGE, recipe_class
 from paint_engine.recipes.grpo import Grpo
+from paint_engine.recipes.grpo_paint import GrpoPaint
 from paint_engine.recipes.paint import Paint
 from paint_engine.recipes.sampled_token import SampledToken
 from paint_engine.recipes.sft import Sft
 
 CLASSES: dict[str, type[Recipe]] = {
     "grpo": Grpo,
+    "grpo_paint": GrpoPaint,
     "paint": Paint,
     "sampled_token": SampledToken,
     "sft": Sft,
@@ -46,15 +48,15 @@ def test_keys_of_a_recipe_are_keys_of_the_configuration(name: str) -> None:
 
 
 def test_what_the_recipes_need() -> None:
-    samples = {name: cls.samples for name, cls in CLASSES.items()}
-    assert samples == {"grpo": True, "paint": True, "sampled_token": True, "sft": False}
+    assert [name for name, cls in CLASSES.items() if not cls.samples] == ["sft"]
     second = {name: recipe(name).second_pass for name in CLASSES}
-    assert second == {"grpo": None, "paint": "teacher", "sampled_token": "teacher", "sft": None}
+    taught = ("grpo_paint", "paint", "sampled_token")
+    assert second == dict.fromkeys(CLASSES) | dict.fromkeys(taught, "teacher")
     for name, cls in CLASSES.items():
         assert cls.uses_teacher == (second[name] == "teacher")
         assert recipe(name).needs_solution == (name != "grpo")
-        assert recipe(name).needs_answer == (name == "grpo")
-        if name != "grpo":
+        assert recipe(name).needs_answer == ("grpo" in name)
+        if "grpo" not in name:
             assert (recipe(name).group_size, recipe(name).num_updates) == (1, 1)
     grpo = recipe("grpo", grpo={"kl_weight": 0.1, "group_size": 4, "num_updates": 3})
     assert (grpo.second_pass, grpo.group_size, grpo.num_updates) == ("base", 4, 3)
@@ -75,6 +77,7 @@ def test_only_a_run_without_rollouts_and_evaluations_draws_nothing() -> None:
         ("paint", {"loss", "token_kl", "accuracy"}),
         ("sampled_token", {"loss", "sampled_kl", "importance_weight", "accuracy"}),
         ("grpo", {"loss", "ratio", "reward", "zero_variance_groups", "accuracy"}),
+        ("grpo_paint", {"loss", "distill_loss", "ratio", "reward", "token_kl", "accuracy"}),
         # A step whose groups were all left out.
         ("grpo", {"loss", "reward", "zero_variance_groups", "accuracy"}),
         ("sft", {"loss", "student_entropy", "truncation_rate"}),

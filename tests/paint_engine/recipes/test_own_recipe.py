@@ -131,7 +131,8 @@ def test_what_is_missing_is_refused(name: str, parts: tuple[str, ...], module: s
 
 
 def test_a_name_that_nothing_has_is_refused_with_the_nearest() -> None:
-    needed = "needs one of grpo, paint, sampled_token, sft, or module:attribute of your own"
+    names = "grpo, grpo_paint, paint, sampled_token, sft"
+    needed = f"needs one of {names}, or module:attribute of your own"
     assert refusal("gspo") == f"objective.name: got 'gspo'; {needed}; did you mean grpo?"
     assert refusal("xyzzy") == f"objective.name: got 'xyzzy'; {needed}"
     # Modules of the package that are no recipes.

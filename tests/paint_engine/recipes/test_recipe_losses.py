@@ -19,11 +19,14 @@ from paint_engine.types import Problem, Rollout, TrainExample
 
 VOCAB_SIZE, NUM_PADDING_ROWS, HIDDEN_SIZE = 11, 2, 5
 LENGTHS = (4, 0, 3, 1, 5)
-NAMES = ("paint", "sampled_token", "grpo", "sft")
+NAMES = ("paint", "sampled_token", "grpo", "grpo_paint", "sft")
+_PAINT = {"token_kl", "clipped_mass", "clipped_token_share", "teacher_entropy", "selected"}
+_GRPO = {"logprobs", "ratio", "ratio_clipped_share", "importance_weight"}
 TOKENS_OF = {
-    "paint": {"token_kl", "clipped_mass", "clipped_token_share", "teacher_entropy", "selected"},
+    "paint": _PAINT,
     "sampled_token": {"sampled_kl", "importance_weight", "teacher_entropy"},
-    "grpo": {"logprobs", "ratio", "ratio_clipped_share", "importance_weight", "base_kl"},
+    "grpo": _GRPO | {"base_kl"},
+    "grpo_paint": _PAINT | _GRPO,
     "sft": set(),
 }
 
@@ -76,7 +79,8 @@ def make_batch(
 
 def run(name: str, batch: Batch, section: ObjectiveSection, denominator: int) -> LossOutput:
     """Unchecked: the sections say nothing of how the rollouts were sampled."""
-    config = Config.model_construct(objective=section, grpo=GrpoSection(kl_weight=0.2))
+    grpo = GrpoSection(kl_weight=0.2 if name == "grpo" else 0.0)
+    config = Config.model_construct(objective=section, grpo=grpo)
     recipe = recipe_class(name)(config)
     assert (recipe.second_pass is None) == (name == "sft")
     parts = zip(
@@ -266,7 +270,7 @@ def test_the_teacher_may_share_the_students_head(
     batch = make_batch()
     shared = replace(batch, teacher_head=batch.head.detach())
     section = ObjectiveSection()
-    for name in ("paint", "sampled_token", "grpo"):
+    for name in ("paint", "sampled_token", "grpo", "grpo_paint"):
         own_head = run(name, shared, section, 5)
         no_head = run(name, replace(batch, teacher_head=None), section, 5)
         assert_same(no_head.loss, own_head.loss, batch, relative_error)
@@ -289,13 +293,22 @@ def test_sft_is_cross_entropy(
     assert_same(output.loss, expected, batch, relative_error)
 
 
+@pytest.mark.parametrize("token_weights", ["uniform", "entropy", "position"])
 @pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
 @pytest.mark.parametrize("name", NAMES)
 def test_micro_batches_add_up(
-    name: str, reduction: str, relative_error: Callable[[Tensor, Tensor], float]
+    name: str,
+    reduction: str,
+    token_weights: str,
+    relative_error: Callable[[Tensor, Tensor], float],
 ) -> None:
     section = ObjectiveSection.model_validate(
-        {"reduction": reduction, "importance_cap": 1.3, "top_fraction": 0.3}
+        {
+            "reduction": reduction,
+            "importance_cap": 1.3,
+            "top_fraction": 0.3,
+            "token_weights": token_weights,
+        }
     )
     batch, denominator = make_batch(), count(section)
     leaves = (batch.hidden, batch.head)
@@ -329,4 +342,6 @@ def test_tokens_values_are_detached_and_named(name: str) -> None:
     means = [part.mean() for part in output.per_token["token_loss"].split(LENGTHS) if len(part)]
     assert output.loss.item() == pytest.approx(torch.stack(means).sum().item() / 5, rel=1e-5)
     left_out = {"token_loss", "logprobs", "selected"}
-    assert metric_sums(output).keys() == {"loss"} | set(output.per_token) - left_out
+    losses = {"loss", *output.parts}
+    assert metric_sums(output).keys() == losses | set(output.per_token) - left_out
+    assert tuple(output.parts) == recipe_class(name).loss_parts

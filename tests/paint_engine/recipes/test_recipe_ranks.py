@@ -42,6 +42,17 @@ RECIPES = {
         "--preset paint-tiny --objective.name sampled_token --objective.importance_cap 2 "
         "--rollout.top_p 1.0 --rollout.top_k -1"
     ),
+    # Whole answers, of which some are right. Each rank has some of either kind.
+    "grpo-paint": (
+        "--preset paint-tiny --objective.name grpo_paint --objective.on wrong "
+        "--objective.token_weights entropy --rollout.max_new_tokens 160 --grpo.group_size 4 "
+        "--grpo.num_updates 2"
+    ),
+    "wrong rollouts": (
+        "--preset paint-tiny --objective.on wrong --objective.token_weights position "
+        "--rollout.max_new_tokens 160 --train.max_tokens_per_microbatch 600"
+    ),
+    "negative advantage": "--preset grpo-tiny --grpo.advantage negative --grpo.num_updates 2",
 }
 # Of the sampler's rounding, whose batches differ; of time.
 NOT_COMPARED = ("rollout_logprob_diff", "seconds", "tokens_per_s")

@@ -31,12 +31,22 @@ RECIPES = {
     "reason-first, ema": (
         f"--preset paint-tiny {REASON} --teacher.weights ema --teacher.ema_decay 0.5"
     ),
-    "sampled tokens": "--preset paint-tiny --objective.name sampled_token",
     "other": "--preset paint-tiny --teacher.context other --masking.placement random",
     # Room for whole answers, as for grpo.
     "sibling": (
         "--preset paint-tiny --teacher.context sibling --teacher.group_size 4 "
         "--train.batch_size 8 --rollout.max_new_tokens 160 --optim.learning_rate 3e-4"
+    ),
+    "sampled tokens": (
+        "--preset paint-tiny --objective.name sampled_token --objective.token_weights entropy"
+    ),
+    "grpo-paint": (
+        "--preset paint-tiny --objective.name grpo_paint --objective.on wrong "
+        "--objective.token_weights position --train.batch_size 8 --grpo.num_updates 2 "
+        "--rollout.max_new_tokens 160 --optim.learning_rate 3e-4"
+    ),
+    "negative advantage": (
+        "--preset grpo-tiny --train.batch_size 8 --grpo.advantage negative --grpo.num_updates 2"
     ),
 }
 TIMING = ("seconds", "tokens_per_s")

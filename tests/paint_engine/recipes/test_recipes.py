@@ -15,6 +15,7 @@ import pytest
 
 from paint_engine.config.command_line import load_config, preset_names
 from paint_engine.files import read_jsonl
+from paint_engine.recipes import recipe_of
 
 Main = Callable[[Sequence[str]], int]
 TINY = [name for name in preset_names() if name.endswith("tiny")]
@@ -65,6 +66,14 @@ OVERRIDES = [
     ("paint-tiny", "--objective.name sampled_token"),
     ("paint-tiny", f"--objective.name sampled_token --objective.importance_cap 2 {UNTRUNCATED}"),
     ("paint-tiny", "--objective.name sampled_token --teacher.weights ema"),
+    ("paint-tiny", "--objective.on wrong"),
+    ("paint-tiny", "--objective.on right"),
+    ("paint-tiny", "--objective.token_weights entropy"),
+    ("paint-tiny", "--objective.token_weights position --objective.reduction token_mean"),
+    ("paint-tiny", "--objective.name sampled_token --objective.token_weights position"),
+    ("paint-tiny", "--objective.name grpo_paint --objective.distill_weight 0.5"),
+    ("paint-tiny", "--objective.name grpo_paint --objective.on wrong --grpo.num_updates 2"),
+    ("grpo-tiny", "--grpo.advantage negative"),
     ("grpo-tiny", "--grpo.kl_weight 0.04"),
     ("grpo-tiny", "--grpo.num_updates 2"),
     ("grpo-tiny", "--grpo.num_updates 2 --grpo.kl_weight 0.04 --grpo.ratio_clip_high 0.28"),
@@ -97,10 +106,14 @@ def check_two_steps(main: Main, argv: list[str], run_dir: Path) -> list[dict]:
         assert all(math.isfinite(value) for value in metrics.values()), metrics
         assert metrics["num_loss_tokens"] > 0
         # Groups of equal rewards move nothing; nor does a KL to the base that the student still is.
+        # A teacher does, if there is a rollout that it trains.
         moves = metrics.get("zero_variance_groups", 0) < num_groups
+        if recipe_of(config).uses_teacher:
+            moves = metrics.get("taught_share", 1.0) > 0
         assert (metrics["grad_norm"] > 0) == moves
     # Rollouts that are left out of the passes have no losses to show.
-    assert read_jsonl(run_dir / "samples.jsonl") or config.grpo.skip_zero_variance
+    leaves_out = config.grpo.skip_zero_variance or config.objective.on != "all"
+    assert read_jsonl(run_dir / "samples.jsonl") or leaves_out
     assert (run_dir / "checkpoints" / "step-2").is_dir()
     assert "<html" in (run_dir / "report.html").read_text()
     return steps
@@ -139,7 +152,8 @@ def test_two_steps_of_every_option(
     tmp_path: Path,
     unchanged: Callable[[str, str], list[dict]],
 ) -> None:
-    length = WHOLE if preset == "grpo-tiny" or "reduction" in options else ""
+    whole = preset == "grpo-tiny" or "reduction" in options or "objective.on" in options
+    length = WHOLE if whole else ""
     argv = arguments(preset, length, options)
     assert load_config(argv).config != load_config(arguments(preset, length)).config
     steps = numbers(check_two_steps(run_main, argv, tmp_path / "run"))

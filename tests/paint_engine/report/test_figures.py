@@ -15,12 +15,14 @@ def display_of(name: str = "paint", **objective: object) -> Display:
 
 
 PAINT, GRPO, SFT = display_of(), display_of("grpo"), display_of("sft")
+OF_SETTINGS = ("Rollouts with a context", "Rollouts that the teacher trains")
 PAINT_TITLES = [
     "Loss",
     "Unclipped KL",
     "Pointwise clip",
     "Context exposure",
     "Rollouts with a context",
+    "Rollouts that the teacher trains",
     "Entropy",
     "Rollouts",
     "Gradient norm",
@@ -40,6 +42,7 @@ TITLES: dict[str, tuple[Display, list[str]]] = {
         display_of("sampled_token"),
         [
             *("Loss", "Sampled KL", "Context exposure", "Rollouts with a context"),
+            "Rollouts that the teacher trains",
             *("Token weights", *SAMPLING_TITLES),
         ],
     ),
@@ -48,6 +51,13 @@ TITLES: dict[str, tuple[Display, list[str]]] = {
         [
             *("Reward", "Groups without a signal", "Loss", "KL to the base", "Ratio clip"),
             *("Token weights", *SAMPLING_TITLES),
+        ],
+    ),
+    "grpo_paint": (
+        display_of("grpo_paint"),
+        [
+            *("Reward", "Groups without a signal", "Loss", "Loss by part", "KL to the base"),
+            *("Ratio clip", "Token weights", *PAINT_TITLES[1:]),
         ],
     ),
     "sft": (
@@ -120,11 +130,12 @@ def test_a_kl_to_the_base_is_missed_by_nobody() -> None:
 def test_curves_of_one_step_and_of_unknown_metrics() -> None:
     curves, missing = draw_curves([{"step": 1, "loss": -0.01, "grad_norm": 0.0}], PAINT)
     assert [curve.title for curve in curves] == ["Loss", "Gradient norm"]
-    # The settings decide whether a run has those of its context.
-    there = ("Loss", "Gradient norm", "Context exposure", "Rollouts with a context")
+    # The settings decide whether a run has those of its context, and of objective.on.
+    there = ("Loss", "Gradient norm", "Context exposure", *OF_SETTINGS)
     assert missing == [title for title in PAINT_TITLES if title not in there]
     assert (curves[0].legend[0].first, curves[0].legend[0].last) == ("-0.01", "-0.01")
-    assert draw_curves([], PAINT) == ([], [t for t in PAINT_TITLES if "ontext" not in t])
+    there = ("Context exposure", *OF_SETTINGS)
+    assert draw_curves([], PAINT) == ([], [title for title in PAINT_TITLES if title not in there])
 
 
 def test_running_mean_shrinks_at_the_ends() -> None:

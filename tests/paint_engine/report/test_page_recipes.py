@@ -57,6 +57,17 @@ SAMPLES: dict[str, dict[str, Any]] = {
         "ratio_clipped_share": [False, True, False],
         "importance_weight": [1.0, 1.0, 1.0],
     },
+    "grpo_paint": {
+        **PROBLEM,
+        **TEACHER,
+        **PAINT,
+        "reward": 1.0,
+        "advantage": 0.53,
+        "ratio": [1.0, 0.7, 1.1],
+        "ratio_clipped_share": [False, True, False],
+        "importance_weight": [1.0, 1.0, 1.0],
+        "token_weight": [0.5, 1.5, 1.0],
+    },
     "sft": PROBLEM,
 }
 
@@ -138,6 +149,33 @@ def test_grpo_shows_rewards_and_no_teacher(tmp_path: Path) -> None:
         assert phrase in text, phrase
     for absent in ("anchors found", "hidden from the teacher", "Unclipped", "of this run lack"):
         assert absent not in text, absent
+
+
+def test_grpo_paint_shows_the_reward_the_teacher_and_each_part_of_the_loss(
+    tmp_path: Path,
+) -> None:
+    page, text = report(tmp_path, "grpo_paint")
+    classes, values = zip(*tokens_of(page), strict=True)
+    assert classes == ("k6", "k3 sel", "k7")
+    assert values[1] == (
+        "KL 0.02 · loss -0.25 · H_S 0.02 · H_T 0.04 nats · R 2 · clipped mass 0 · ratio 0.7 · "
+        "weight 1 · token weight 1.5 · clipped, no gradient"
+    )
+    for phrase in (
+        "Loss by part per token policy gradient 0.25 → 0.25 divergence, before its weight",
+        "Reward mean over rollouts",
+        "Rollouts that the teacher trains share judged as objective.on asks",
+        "Unclipped KL nats per token",
+        "reward 1 advantage +0.53",
+        "the part struck out was hidden from the teacher",
+    ):
+        assert phrase in text, phrase
+    assert "of this run lack" not in text
+
+
+def test_a_suppressed_token_is_named(tmp_path: Path) -> None:
+    page, _ = report(tmp_path, "grpo", changes={"suppressed_share": [False, False, True]})
+    assert ["made less likely" in values for _, values in tokens_of(page)] == [False, False, True]
 
 
 def test_sft_shows_the_reference_and_no_verdict(tmp_path: Path) -> None:

@@ -1,0 +1,101 @@
+"""GRPO's policy gradient and PAINT's divergence in one loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from paint_engine.config.toml import LEAVES
+from paint_engine.recipes.base import LossInputs, LossOutput, reads
+from paint_engine.recipes.display import Display, Quantity
+from paint_engine.recipes.grpo import Grpo
+from paint_engine.recipes.paint import Paint
+from paint_engine.recipes.with_teacher import TeacherRecipe
+
+if TYPE_CHECKING:
+    from paint_engine.types import TrainExample
+
+_PARTS = Quantity(
+    "Loss by part",
+    "per token",
+    (
+        ("policy_loss", "policy gradient"),
+        ("distill_loss", "divergence, before its weight"),
+    ),
+)
+
+
+class GrpoPaint(Paint, Grpo):
+    """A recipe of both kinds. Its loss is Grpo's plus `objective.distill_weight` times Paint's.
+
+    Each part is what its own recipe computes: advantages within the group for one, the clipped and
+    weighted divergence for the other, and `objective.reduction` for each. The KL to the base
+    (`grpo.kl_weight`) would need a third pass, which a step does not have.
+    """
+
+    keys = (
+        *Paint.keys,
+        *(key for key in LEAVES if reads(Grpo, key) and key != "grpo.kl_weight"),
+        "objective.distill_weight",
+    )
+    needs_solution = TeacherRecipe.needs_solution
+    loss_parts = ("policy_loss", "distill_loss")
+    recorded_as = "distill_loss"
+
+    @property
+    def second_pass(self) -> Literal["teacher", "base"] | None:
+        """The teacher's."""
+        return "teacher"
+
+    @property
+    def group_size(self) -> int:
+        """Number of rollouts of one problem, whose rewards are compared."""
+        return self.config.grpo.group_size
+
+    def notes(self) -> list[str]:
+        """Returns the notes of both recipes, and one on groups that cannot be left out."""
+        found = Grpo.notes(self) + Paint.notes(self)
+        if self.config.grpo.skip_zero_variance and self.config.objective.on == "all":
+            found.append(
+                "grpo.skip_zero_variance leaves no rollout out: groups of equal rewards have no "
+                "policy gradient, but the teacher trains them; with objective.on wrong or right "
+                "it leaves out those that the teacher does not train"
+            )
+        return found
+
+    @property
+    def display(self) -> Display:
+        """Paint's, with GRPO's numbers and curves before its own, and the parts of the loss."""
+        policy, distilled = Grpo(self.config).display, Paint(self.config).display
+        of_policy = [q for q in policy.curves if q not in distilled.curves]
+        after_loss = 1 + [q.title for q in of_policy].index("Loss")
+        of_policy.insert(after_loss, _PARTS)
+        of_teacher = [q for q in distilled.curves if q.title != "Loss"]
+        return replace(
+            distilled,
+            console=(
+                *(field for field in policy.console if field not in distilled.console),
+                *distilled.console,
+            ),
+            curves=(*of_policy, *of_teacher),
+        )
+
+    def trained(self, examples: Sequence[TrainExample]) -> Sequence[TrainExample]:
+        """Returns the examples that at least one of the two parts trains."""
+        kept = {id(e) for part in (Grpo, Paint) for e in part.trained(self, examples)}
+        return [example for example in examples if id(example) in kept]
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        """Computes both losses and adds them."""
+        policy, distilled = Grpo.loss(self, inputs), Paint.loss(self, inputs)
+        weight = self.config.objective.distill_weight
+        token_loss = policy.per_token["token_loss"] + weight * distilled.per_token["token_loss"]
+        return LossOutput(
+            policy.loss + weight * distilled.loss,
+            {**distilled.per_token, **policy.per_token, "token_loss": token_loss},
+            {"policy_loss": policy.loss.detach(), "distill_loss": distilled.loss.detach()},
+        )
+
+
+RECIPE = GrpoPaint
