@@ -42,8 +42,8 @@ RECIPES = {
     ),
     "grpo-paint": (
         "--preset paint-tiny --objective.name grpo_paint --objective.on wrong "
-        "--objective.token_weights position --train.batch_size 8 --grpo.num_updates 2 "
-        "--rollout.max_new_tokens 160 --optim.learning_rate 3e-4"
+        "--objective.token_weights position --train.batch_size 8 --grpo.group_size 4 "
+        "--grpo.num_updates 2 --rollout.max_new_tokens 160 --optim.learning_rate 3e-4"
     ),
     "negative advantage": (
         "--preset grpo-tiny --train.batch_size 8 --grpo.advantage negative --grpo.num_updates 2"
