@@ -11,7 +11,6 @@ from paint_engine.recipes.base import LossInputs, LossOutput, reads
 from paint_engine.recipes.display import Display, Quantity
 from paint_engine.recipes.grpo import Grpo
 from paint_engine.recipes.paint import Paint
-from paint_engine.recipes.with_teacher import TeacherRecipe
 
 if TYPE_CHECKING:
     from paint_engine.types import TrainExample
@@ -39,19 +38,38 @@ class GrpoPaint(Paint, Grpo):
         *(key for key in LEAVES if reads(Grpo, key) and key != "grpo.kl_weight"),
         "objective.distill_weight",
     )
-    needs_solution = TeacherRecipe.needs_solution
     loss_parts = ("policy_loss", "distill_loss")
     recorded_as = "distill_loss"
 
     @property
+    def needs_solution(self) -> bool:
+        """The need of the teacher's context."""
+        assert self.context is not None
+        return self.context.needs_solution
+
+    @property
     def second_pass(self) -> Literal["teacher", "base"] | None:
-        """The teacher's."""
-        return "teacher"
+        """The teacher's, unless a server scores the rollouts."""
+        return "teacher" if self.served_top_k is None else None
 
     @property
     def group_size(self) -> int:
         """Number of rollouts of one problem, whose rewards are compared."""
         return self.config.grpo.group_size
+
+    def check(self) -> None:
+        """Raises ValueError for a context that may have nothing to show. Its rollout would have
+        only the policy gradient, and a micro-batch has a teacher's pass over all of its rollouts
+        or none."""
+        super().check()
+        assert self.context is not None
+        if self.context.is_optional:
+            raise ValueError(
+                f"teacher.context: got {self.context.name!r} with objective.name 'grpo_paint'; "
+                "needs a context that has something to show for every rollout, because each has a "
+                "policy gradient and a divergence; use --teacher.context solution, answer, other "
+                "or none, or --objective.name paint"
+            )
 
     def notes(self) -> list[str]:
         """Returns the notes of both recipes, and one on groups that cannot be left out."""

@@ -110,7 +110,8 @@ class TeacherRecipe(Recipe):
         it, and `objective.on` lets it. A rollout without a verdict is neither right nor wrong."""
         on, verdict = self.config.objective.on, example.verdict
         is_chosen = on == "all" or (verdict is not None and verdict.correct == (on == "right"))
-        return is_chosen and example.teacher_view is not None
+        assert self.context is not None
+        return is_chosen and (example.teacher_view is not None or not self.context.is_optional)
 
     def trained(self, examples: Sequence[TrainExample]) -> Sequence[TrainExample]:
         """Returns the examples that the teacher trains. The others still count in the means."""

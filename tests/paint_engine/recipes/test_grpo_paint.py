@@ -143,3 +143,10 @@ def test_it_shows_both_and_each_part_of_the_loss() -> None:
     assert {"Unclipped KL", "Context exposure", "Ratio clip"} <= set(titles)
     assert len(titles) == len(set(titles))
     assert not display.loss_is_flat({"reward": 0.5, "ratio": 1.0})
+
+
+def test_a_context_that_may_show_nothing_is_refused() -> None:
+    command = ["--objective.name", "grpo_paint", "--teacher.context", "sibling"]
+    command += ["--masking.rho_wrong", "0", "--masking.rho_correct", "0"]
+    with pytest.raises(ValueError, match=r"teacher\.context: got 'sibling'.*grpo_paint"):
+        load_config(command)
