@@ -485,7 +485,8 @@ def test_a_template_of_ones_own_is_used_for_every_context(
         (
             "--objective.name sft --teacher.context answer",
             "teacher.context: got 'answer' with objective.name 'sft', which does not read it; set "
-            "--teacher.context solution, or use --objective.name paint or sampled_token",
+            "--teacher.context solution, or use --objective.name grpo_paint or paint or "
+            "sampled_token",
         ),
     ],
 )

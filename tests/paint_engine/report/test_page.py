@@ -272,9 +272,11 @@ def test_headline_and_sections(run_dir: Path) -> None:
         assert f'<th scope="row">{setting}</th><td>{value}</td>' in page
     quantities = [quantity for objective in OBJECTIVES for quantity in curves_of(objective)]
     captions = {f"{q.title} {q.unit}": False for q in quantities}
-    # The run's context always has something to show, so that there is no share of it.
+    # The run's context always has something to show and the teacher trains all, so that there is no
+    # share of either.
+    absent = ("Rollouts with a context", "Rollouts that the teacher trains")
     captions |= {
-        f"{q.title} {q.unit}": q.title != "Rollouts with a context"
+        f"{q.title} {q.unit}": q.title not in absent
         for q in curves_of({"name": "paint"})
     }
     assert not all(captions.values())
