@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 
 MAX_FEEDBACK_CHARACTERS = 20_000
@@ -26,6 +27,8 @@ class Problem:
 
     Problem("gsm8k_train.jsonl:1", "Natalia sold clips to 48 of her friends ...",
             "Natalia sold 48/2 = 24 clips in May. ... \\\\boxed{72}", "72")
+
+    route: names the teacher that scores its rollouts, if the data route them; else "".
     """
 
     problem_id: str
@@ -33,6 +36,18 @@ class Problem:
     solution: str
     answer: str
     feedback: str = ""
+    route: str = ""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model as the reader of prompts: Reader(tokenizer, max_context=40960)
+
+    max_context: maximum number of tokens of a prompt and its completion together.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_context: int
 
 
 @dataclass(frozen=True)
@@ -95,7 +110,8 @@ class TeacherView:
     TeacherView(prompt_ids=(1, 9, 4, 7, 7), shown="First ...(omitted)...", mask_ratio=0.35,
                 context="solution", source="gsm8k_train.jsonl:1", text="First we add. Then ...")
 
-    prompt_ids: the teacher's prompt; the completion's ids follow it.
+    prompt_ids: the teacher's prompt; the completion's ids follow it. Of several teachers, the
+        first's that scores the rollout.
     shown: the text in the prompt, or what the mask and the prompt's length leave of it.
     mask_ratio: the hidden fraction of the text; 0.0 where the context has no mask.
     shortened: the prompt had no room for all that the mask leaves.
@@ -104,6 +120,8 @@ class TeacherView:
     source: whose text it is: a problem's id, or for a sibling its rollout's place in the batch,
         counted from 0; "" for none.
     text: the whole text.
+    scorers: the places, among the run's teachers, of those that score the rollout.
+    other_prompt_ids: the prompts of the scorers after the first.
     """
 
     prompt_ids: tuple[int, ...]
@@ -114,6 +132,13 @@ class TeacherView:
     context: str = "solution"
     source: str = ""
     text: str = ""
+    scorers: tuple[int, ...] = (0,)
+    other_prompt_ids: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def prompts(self) -> dict[int, tuple[int, ...]]:
+        """The prompt of each scorer, by its place."""
+        return dict(zip(self.scorers, (self.prompt_ids, *self.other_prompt_ids), strict=True))
 
 
 # By identity, because tensors have no single truth value.
@@ -174,9 +199,20 @@ class PackedSequences:
 
 
 @dataclass(frozen=True)
+class ScoredSequences:
+    """The sequences that one teacher scores: of all rollouts of a micro-batch, or of some.
+
+    `rollouts` are the places of these rollouts in the micro-batch, in its order.
+    """
+
+    rollouts: tuple[int, ...]
+    sequences: PackedSequences
+
+
+@dataclass(frozen=True)
 class TrainBatch:
-    """Student and teacher sequences over the same N completion tokens. `teacher` is None if no
-    rollout has a teacher view.
+    """Student and teacher sequences over the same N completion tokens. `teachers` are by the
+    teacher's place among the run's; empty if no rollout has a teacher view.
 
     `completion_ids` (N,) are those tokens. `cu_seqlens` (B+1,) are the rollouts' bounds in them, on
     the CPU. Row n of the hidden states at `student.loss_positions`, and row n at
@@ -184,6 +220,11 @@ class TrainBatch:
     """
 
     student: PackedSequences
-    teacher: PackedSequences | None
+    teachers: dict[int, ScoredSequences]
     completion_ids: Int[Tensor, " N"]
     cu_seqlens: Int[Tensor, " B+1"]
+
+    @property
+    def teacher(self) -> PackedSequences | None:
+        """The sequences of the first teacher; None without one."""
+        return self.teachers[0].sequences if 0 in self.teachers else None

@@ -14,7 +14,7 @@ from bench.losses import float32_logits
 from bench.measure import dtype_on
 from paint_engine.model.forward import autocast, hidden_states, lm_head_weight
 from paint_engine.model.packing import batch_to, build_batch
-from paint_engine.recipes import LossInputs, LossOutput, Recipe
+from paint_engine.recipes import LossInputs, LossOutput, Recipe, SecondPass
 from paint_engine.recipes.paint import Paint
 from paint_engine.training import step as training_step
 from paint_engine.training.run import Run
@@ -33,15 +33,15 @@ class PlainPaint(Paint):
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         section = self.config.objective
-        assert inputs.second_hidden_states is not None
+        (teacher,) = inputs.second_passes
         assert section.teacher_top_k is None, section.teacher_top_k
         t, k, clip = section.temperature, section.interpolation_weight, section.pointwise_clip
-        head, teacher_head = inputs.lm_head_weight, inputs.second_lm_head_weight
+        head, teacher_head = inputs.lm_head_weight, teacher.lm_head_weight
         teacher_head = head if teacher_head is None else teacher_head
         student_logits = float32_logits(inputs.student_hidden_states, head)[:, : inputs.vocab_size]
         log_p = torch.log_softmax(student_logits / t, dim=-1)
         with torch.no_grad():
-            teacher_logits = float32_logits(inputs.second_hidden_states, teacher_head)[
+            teacher_logits = float32_logits(teacher.hidden_states, teacher_head)[
                 :, : inputs.vocab_size
             ]
             log_q = torch.log_softmax(teacher_logits / t, dim=-1)
@@ -186,8 +186,7 @@ class OwnLoop:
                             run.model, batch.student, attention=run.attention
                         ),
                         lm_head_weight=head,
-                        second_hidden_states=teacher,
-                        second_lm_head_weight=None,
+                        second_passes=(SecondPass(teacher),),
                         completion_ids=batch.completion_ids,
                         cu_seqlens=batch.cu_seqlens,
                         examples=items,

@@ -13,21 +13,22 @@ from torch.distributed.tensor import DTensor
 
 from paint_engine.checkpoint.directory import checkpoint_step, list_checkpoints
 from paint_engine.checkpoint.state import (
-    EMA,
     MOMENTS,
     SHARDS,
     STEPS,
+    TEACHERS,
     WEIGHT,
     Saved,
     damage_of,
+    kept_by_teacher,
     read_random_state,
-    running_means,
     shard_files,
     trained_parameters,
 )
 from paint_engine.distributed import World, gather_objects, together
 from paint_engine.files import FILE_FAILURES, STATE_FILE, BadFile, read_json, reading
-from paint_engine.model import EmaTeacher
+from paint_engine.model import Teacher
+from paint_engine.model.teachers import STORED_AS
 
 
 def load_checkpoint(
@@ -37,7 +38,7 @@ def load_checkpoint(
     *,
     world: World,
     warn: Callable[[str], object],
-    ema: EmaTeacher | None = None,
+    teacher: Teacher | None = None,
     replace_it: str = "--run.overwrite true",
 ) -> dict[str, Any] | None:
     """Restores the newest intact checkpoint and returns the state saved with it; None if there is
@@ -46,18 +47,18 @@ def load_checkpoint(
     A collective. Weights and moments are restored on any number of ranks, the random generators
     only on as many as saved them.
     warn: called on the main rank with a line about each damaged checkpoint that is skipped.
-    ema: the teacher whose running mean is restored; without one, a saved mean is ignored.
+    teacher: what it keeps is restored; without one, what was saved of a teacher is ignored.
     replace_it: the flags that start the run again, for the message.
 
     Raises ValueError where every checkpoint is damaged, or where the newest intact one is of
-    another model, lacks the running mean or was not written by `save_checkpoint`; ReadFailed where
-    the system refuses to read one, which may be intact.
+    another model, lacks what the teacher keeps or was not written by `save_checkpoint`; ReadFailed
+    where the system refuses to read one, which may be intact.
     """
     checkpoints = gather_objects(together(lambda: list_checkpoints(run_dir), FILE_FAILURES))[0]
     for checkpoint in reversed(checkpoints):
         damage = damage_of(checkpoint, world)
         if damage is None:
-            return _restore(checkpoint, model, optimizer, world, ema)
+            return _restore(checkpoint, model, optimizer, world, teacher)
         if world.is_main:
             warn(f"{checkpoint} is damaged ({damage}): trying the one before it")
     if checkpoints:
@@ -74,14 +75,14 @@ def _restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     world: World,
-    ema: EmaTeacher | None,
+    teacher: Teacher | None,
 ) -> dict[str, Any]:
-    parameters, means = trained_parameters(model), running_means(model, ema)
+    parameters, kept = trained_parameters(model), kept_by_teacher(model, teacher)
     reader = HuggingFaceStorageReader(str(checkpoint / SHARDS))
     saved, stored = together(
-        lambda: _read_record(checkpoint, reader, parameters, means), (ValueError, *FILE_FAILURES)
+        lambda: _read_record(checkpoint, reader, parameters, kept), (ValueError, *FILE_FAILURES)
     )
-    tensors = _destinations(stored, parameters, means, optimizer)
+    tensors = _destinations(stored, parameters, kept, optimizer)
 
     def load_all() -> None:
         with _readable(checkpoint), shard_files():
@@ -99,7 +100,7 @@ def _read_record(
     checkpoint: Path,
     reader: HuggingFaceStorageReader,
     parameters: dict[str, nn.Parameter],
-    means: dict[str, Tensor],
+    kept: dict[str, Tensor],
 ) -> tuple[Saved, dict[str, Any]]:
     """The small record, and what the shards hold by entry, both checked against the model."""
     saved = read_json(checkpoint / STATE_FILE, Saved)
@@ -112,18 +113,18 @@ def _read_record(
     with _readable(checkpoint):
         stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
     _check_same_model(checkpoint, stored, parameters)
-    _check_has_running_means(checkpoint, stored, means)
-    _check_entries(checkpoint, stored, parameters)
+    _check_has_teacher(checkpoint, stored, kept)
+    _check_entries(checkpoint, stored, parameters, kept)
     return saved, stored
 
 
 def _destinations(
     stored: Iterable[str],
     parameters: dict[str, nn.Parameter],
-    means: dict[str, Tensor],
+    kept: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, Tensor]:
-    """Where each entry of the shards is loaded to: the weights, the means that are wanted, and new
+    """Where each entry of the shards is loaded to: the weights, what the teacher keeps, and new
     moments, which replace those that the optimizer has."""
     tensors: dict[str, Tensor] = {}
     optimizer.state.clear()
@@ -132,9 +133,9 @@ def _destinations(
         parameter = parameters[name]
         if kind == WEIGHT:
             tensors[entry] = parameter.detach()
-        elif kind == EMA:
-            if name in means:
-                tensors[entry] = means[name]
+        elif kind in TEACHERS:
+            if entry in kept:
+                tensors[entry] = kept[entry]
         else:
             moment = torch.zeros(()) if kind == STEPS else torch.zeros_like(parameter.detach())
             tensors[entry] = optimizer.state[parameter][kind] = moment
@@ -162,16 +163,22 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _check_entries(
-    checkpoint: Path, stored: dict[str, Any], parameters: dict[str, nn.Parameter]
+    checkpoint: Path,
+    stored: dict[str, Any],
+    parameters: dict[str, nn.Parameter],
+    kept: dict[str, Tensor],
 ) -> None:
     """Raises BadFile unless every tensor has its place, its whole shape and its dtype, and each
     weight all of its moments or, before the first step, none."""
     kinds: dict[str, set[str]] = {}
     for entry, meta in stored.items():
         kind, _, name = entry.partition("/")
-        known = name in parameters and kind in {WEIGHT, EMA, *MOMENTS}
+        known = name in parameters and kind in {WEIGHT, *TEACHERS, *MOMENTS}
         shape = () if kind == STEPS or not known else parameters[name].shape
         dtype = torch.float32 if kind == STEPS or not known else parameters[name].dtype
+        if kind in TEACHERS and known:
+            # What no teacher wants is not read, so its dtype does not matter.
+            dtype = kept[entry].dtype if entry in kept else meta.properties.dtype
         # A gap between the chunks of several ranks would keep what was there before.
         filled = sum(chunk.sizes.numel() for chunk in meta.chunks) == meta.size.numel()
         found = f"{tuple(meta.size)} of {meta.properties.dtype}"
@@ -225,13 +232,11 @@ def _check_same_model(
         )
 
 
-def _check_has_running_means(
-    checkpoint: Path, stored: dict[str, Any], means: dict[str, Tensor]
-) -> None:
-    missing = [name for name in means if f"{EMA}/{name}" not in stored]
+def _check_has_teacher(checkpoint: Path, stored: dict[str, Any], kept: dict[str, Tensor]) -> None:
+    missing = [entry for entry in kept if entry not in stored]
     if missing:
         raise ValueError(
-            f"{checkpoint} holds no running mean of the adapters, which teacher.weights 'ema' "
-            "needs: it was saved with another teacher; resume with the --teacher.weights that the "
-            "run was started with, or start a new run"
+            f"{checkpoint} holds no {STORED_AS[missing[0].partition('/')[0]]}, which this run's "
+            "teacher needs: it was saved with another teacher; resume with the --teacher.weights "
+            "and --teacher.refresh_every that the run was started with, or start a new run"
         )

@@ -5,8 +5,9 @@
     adapter_model.safetensors, adapter_config.json    read by peft and vLLM; with LoRA off, the
                                                       model in transformers' format
     trainer/                                          trained weights, the optimizer's moments and
-                                                      the running mean of an EMA teacher, float32,
-                                                      each rank its own shards
+                                                      what a moving teacher keeps, float32 (the
+                                                      copy of a whole model in its own dtype), each
+                                                      rank its own shards
     rng-RANK.safetensors                              the random generators of each rank
     trainer_state.json                                the step, the number of ranks
     manifest.json                                     every other file's size and checksum
@@ -56,7 +57,7 @@ from paint_engine.files import (
     write_failure,
     write_json,
 )
-from paint_engine.model import EmaTeacher
+from paint_engine.model import Teacher
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def save_checkpoint(
     *,
     keep: int,
     world: World,
-    ema: EmaTeacher | None = None,
+    teacher: Teacher | None = None,
 ) -> Path:
     """Writes `checkpoints/step-N` (N = state["step"]) under another name, then renames it.
 
@@ -145,7 +146,7 @@ def save_checkpoint(
     left as it is.
     state: JSON-serialisable, with the key `step`.
     keep: how many of the newest checkpoints are kept, in addition to the one marked as best.
-    ema: the teacher whose running mean is saved with the weights.
+    teacher: what it keeps, such as a running mean, is saved with the weights.
 
     Raises WriteFailed, on every rank, where any rank cannot write, and ReadFailed where a
     checkpoint of that step is there and cannot be read.
@@ -156,7 +157,7 @@ def save_checkpoint(
         _prune(run_dir, target, keep, world)
         return target
     weights = gather_weights(model, keep=world.is_main)
-    tensors = state_tensors(model, optimizer, ema)
+    tensors = state_tensors(model, optimizer, teacher)
     # A DTensor counts all its shards, so this is the total over the ranks.
     num_bytes = sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values()))
     unfinished = gather_objects(unfinished_path(target))[0]

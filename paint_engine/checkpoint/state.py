@@ -1,7 +1,7 @@
 """What a checkpoint holds of a run: tensors and their names, random generators, the small record.
 
-A weight is filed as "weight/NAME", a moment of the optimizer as "exp_avg/NAME", a running mean of
-an EMA teacher as "ema/NAME".
+A weight is filed as "weight/NAME", a moment of the optimizer as "exp_avg/NAME", what a teacher
+keeps of it as "ema/NAME" (a running mean) or "refreshed/NAME" (the student of an earlier step).
 """
 
 import json
@@ -24,10 +24,12 @@ from paint_engine.checkpoint.directory import find_damage
 from paint_engine.checkpoint.generators import check_torch_state, numpy_state, python_state
 from paint_engine.distributed import World, gather_objects, together
 from paint_engine.files import FILE_FAILURES, Record
-from paint_engine.model import EmaTeacher
+from paint_engine.model import Teacher
+from paint_engine.model.teachers import STORED_AS
 
 SHARDS = "trainer"
-WEIGHT, EMA = "weight", "ema"
+WEIGHT = "weight"
+TEACHERS = frozenset(STORED_AS)
 # AdamW's; its count of steps has no dimension and is on the CPU.
 STEPS = "step"
 MOMENTS = {STEPS, "exp_avg", "exp_avg_sq"}
@@ -44,16 +46,19 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def running_means(model: nn.Module, ema: EmaTeacher | None) -> dict[str, Tensor]:
-    """The EMA teacher's running means, by the names of their weights."""
-    return {} if ema is None else dict(zip(trained_parameters(model), ema.shadow, strict=True))
+def kept_by_teacher(model: nn.Module, teacher: Teacher | None) -> dict[str, Tensor]:
+    """What the teacher keeps of each weight, by the name of its entry in the shards."""
+    if teacher is None or not teacher.stored_as:
+        return {}
+    kept = zip(trained_parameters(model), teacher.kept, strict=True)
+    return {f"{teacher.stored_as}/{name}": value for name, value in kept}
 
 
 def state_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ema: EmaTeacher | None
+    model: nn.Module, optimizer: torch.optim.Optimizer, teacher: Teacher | None
 ) -> dict[str, Tensor]:
-    """Weights, moments and running means: unsharded, or this rank's shards as DTensors."""
-    tensors = {f"{EMA}/{name}": mean for name, mean in running_means(model, ema).items()}
+    """Weights, moments and what the teacher keeps: unsharded, or this rank's shards as DTensors."""
+    tensors = kept_by_teacher(model, teacher)
     for name, parameter in trained_parameters(model).items():
         tensors[f"{WEIGHT}/{name}"] = parameter.detach()
         for moment, value in optimizer.state.get(parameter, {}).items():

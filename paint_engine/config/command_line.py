@@ -56,6 +56,7 @@ _MAY_DIFFER_ON_RESUME = (
     "data.path",
     "data.revision",
     "model.revision",
+    "teacher.revision",
     "model.attention",
     "rollout.engine",
     "rollout.url",

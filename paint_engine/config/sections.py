@@ -115,6 +115,10 @@ Text = Annotated[str, Field(min_length=1, max_length=4096)]
 PathText = Annotated[Text, AfterValidator(path_text)]
 # Strict mode refuses the list that TOML gives for a tuple.
 TextTuple = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+# Any of them may be absent; few are ever used.
+PathTuple = Annotated[tuple[PathText, ...], Field(strict=False, max_length=64)]
+NameTuple = Annotated[tuple[Text, ...], Field(strict=False, max_length=64)]
+WeightTuple = Annotated[tuple[Positive, ...], Field(strict=False, max_length=64)]
 LayerNames = Annotated[
     TextTuple, BeforeValidator(_one_word_is_a_list), AfterValidator(_all_is_alone)
 ]
@@ -312,10 +316,40 @@ class TeacherSection(Section):
         description="with context sibling, rollouts of one problem; train.batch_size counts "
         "rollouts",
     )
-    weights: Literal["fixed", "ema", "live"] = Field(
+    weights: Literal["fixed", "ema", "live", "external"] = Field(
         default="fixed",
         description="the teacher's weights: fixed = the base (adapters off), ema = a running mean "
-        "of the student's, live = the student's own at each step",
+        "of the student's, live = the student's at each step, external = another model's",
+    )
+    model: OrNone[PathText] = Field(
+        default=None,
+        description="with external, the model with the student's vocabulary: a directory, a "
+        "Hugging Face id, or 'tiny'",
+    )
+    revision: OrNone[PathText] = Field(
+        default=None,
+        description="commit, tag or branch of teacher.model, if that is an id; none = the newest",
+    )
+    models: PathTuple = Field(
+        default=(), description="with external, several models in place of teacher.model"
+    )
+    model_weights: WeightTuple = Field(
+        default=(),
+        description="weights of teacher.models in the loss, divided by their sum; [] = equal",
+    )
+    route_column: OrNone[Text] = Field(
+        default=None,
+        description="column of the data that names the one of teacher.models that scores a "
+        "problem's rollouts; none = all of them do",
+    )
+    model_names: NameTuple = Field(
+        default=(),
+        description="names of teacher.models in that column; [] = as written in teacher.models",
+    )
+    refresh_every: OrNone[Steps] = Field(
+        default=None,
+        description="with fixed, steps after which the teacher becomes the student of that step; "
+        "none = it stays the base",
     )
     ema_decay: Decay = Field(
         default=0.999, description="with ema, share of the old mean that each step keeps"

@@ -102,7 +102,8 @@ def _explain(
         field = LEAVES[key]
         got = "a value that is not shown" if item["type"] == HIDDEN else shown(item["input"])
         needed = re.sub(r"^\w+ should (be|have) | after validation.*", "", message)
-        needed = needed.replace("valid tuple", "list of texts")
+        items = "numbers" if "float" in str(field.annotation) else "texts"
+        needed = needed.replace("valid tuple", f"list of {items}")
         example = toml_value(field.default)
         # A shell would interpret TOML's backslashes, and the quotes of a list.
         example = shlex.quote(example) if "\\" in example or example[0] == "[" else example

@@ -32,9 +32,10 @@ class _Widening:
     when: Callable[[Config], bool]
 
 
-# With trust_remote_code, the model's name and revision say whose code runs. Of the other keys, none
-# names a module, a server or a place to write: data.* and eval.* name rows to read, model.* without
-# trust_remote_code names weights to read, and --resume sets run.dir itself.
+# With trust_remote_code, the names and revisions of the model and of its teachers say whose code
+# runs. Of the other keys, none names a module, a server or a place to write: data.* and eval.* name
+# rows to read, model.* and teacher.* without trust_remote_code name weights to read, and --resume
+# sets run.dir itself.
 _WIDENING: Mapping[str, _Widening] = {
     "model.trust_remote_code": _Widening(
         "runs Python code that comes with the model", lambda c: c.model.trust_remote_code
@@ -45,6 +46,18 @@ _WIDENING: Mapping[str, _Widening] = {
     "model.revision": _Widening(
         "the version of that code",
         lambda c: c.model.trust_remote_code and c.model.revision is not None,
+    ),
+    "teacher.model": _Widening(
+        "the teacher whose code runs too",
+        lambda c: c.model.trust_remote_code and c.teacher.model is not None,
+    ),
+    "teacher.models": _Widening(
+        "the teachers whose code runs too",
+        lambda c: c.model.trust_remote_code and len(c.teacher.models) > 0,
+    ),
+    "teacher.revision": _Widening(
+        "the version of the teacher's code",
+        lambda c: c.model.trust_remote_code and c.teacher.revision is not None,
     ),
     "objective.name": _Widening("imports this module", lambda c: is_own(c.objective.name)),
     "objective.token_weights": _Widening(

@@ -48,10 +48,11 @@ class Nothing(Context):
 
     def notes(self) -> list[str]:
         """Returns a note if student and teacher are one model on one prompt."""
-        prompts, weights = self.config.prompts, self.config.teacher.weights
+        prompts, teacher = self.config.prompts, self.config.teacher
+        weights = teacher.weights
         is_same = self.message == prompts.student_template and prompts.teacher_suffix == ""
         is_same = is_same and prompts.teacher_thinking == prompts.student_thinking
-        if not is_same or weights not in _OWN_WEIGHTS:
+        if not is_same or weights not in _OWN_WEIGHTS or teacher.url is not None:
             return []
         whose = (
             "the student itself" if weights == "live" else "the base, as which the student starts,"

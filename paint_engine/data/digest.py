@@ -61,8 +61,10 @@ def _read_record(path: Path) -> dict[str, Any]:
 def _row_digest(problem: Problem) -> str:
     """The id is part of it, since the seeds of a problem's rollouts depend on it."""
     row = (problem.problem_id, problem.problem, problem.solution, problem.answer)
-    # As earlier versions recorded rows, which had no feedback.
+    # A row without feedback, or a teacher of its own, keeps the digest that earlier versions have
+    # recorded. The pair says which of the two a row has.
     row += (problem.feedback,) if problem.feedback else ()
+    row += (("route", problem.route),) if problem.route else ()
     # JSON, for a lone surrogate has no UTF-8 form.
     return hashlib.sha256(json.dumps(row).encode()).hexdigest()
 

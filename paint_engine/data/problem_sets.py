@@ -7,8 +7,9 @@ from itertools import chain
 
 from transformers import PreTrainedTokenizerBase
 
+from paint_engine.config.external import scorers, teacher_models
 from paint_engine.config.schema import Config
-from paint_engine.data.rows import load_problems
+from paint_engine.data.rows import Routes, load_problems
 from paint_engine.distributed import World, my_share
 from paint_engine.prompts.chat import encode_hidden_teacher_prompts, encode_student_prompts
 from paint_engine.prompts.control import spelled_tokens
@@ -16,7 +17,7 @@ from paint_engine.prompts.rationale import encode_hidden_reason_prompts, encode_
 from paint_engine.prompts.target import target_text
 from paint_engine.recipes import recipe_of
 from paint_engine.seeds import problem_order, rollout_seed
-from paint_engine.types import Problem, Request
+from paint_engine.types import Problem, Reader, Request
 
 
 @dataclass(frozen=True)
@@ -52,26 +53,38 @@ def _check_length(
 
 
 def _check_teacher_prompts(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    context: int,
+    config: Config, problems: Sequence[Problem], readers: Sequence[Reader]
 ) -> None:
     """Checks the problems' teacher prompts with the whole shown text hidden. A prompt that does not
-    fit then never fits."""
+    fit then never fits.
+
+    readers: the teachers.
+    """
     shows, marker = recipe_of(config).context, config.masking.marker
     prompts = config.prompts if shows is None else shows.prompts
-    shortest = encode_hidden_teacher_prompts(tokenizer, problems, prompts, marker=marker)
     completion, key = config.rollout.max_new_tokens, "rollout.max_new_tokens"
-    for problem, teacher in zip(problems, shortest, strict=True):
-        _check_length(problem, len(teacher), context, completion, "teacher", key)
+    scored_by = {route: scorers(config, route) for route in {p.route for p in problems}}
+    for place, reader in enumerate(readers):
+        own = [problem for problem in problems if place in scored_by[problem.route]]
+        shortest = encode_hidden_teacher_prompts(reader.tokenizer, own, prompts, marker=marker)
+        for problem, teacher in zip(own, shortest, strict=True):
+            _check_length(problem, len(teacher), reader.max_context, completion, "teacher", key)
     if config.teacher.reason_first:
+        # The student's model writes them.
+        tokenizer, context = readers[0].tokenizer, readers[0].max_context
         requests = encode_hidden_reason_prompts(
             tokenizer, problems, prompts, thinking=False, marker=marker
         )
         rationale, key = config.teacher.reason_max_new_tokens, "teacher.reason_max_new_tokens"
         for problem, request in zip(problems, requests, strict=True):
             _check_length(problem, len(request), context, rationale, "reasoning teacher", key)
+
+
+def _routes(config: Config) -> Routes | None:
+    column = config.teacher.route_column
+    if column is None:
+        return None
+    return Routes(column, tuple(model.name for model in teacher_models(config)))
 
 
 def spelled_note(
@@ -139,12 +152,11 @@ def load_train_set(
     tokenizer: PreTrainedTokenizerBase,
     context: int,
     say: Callable[[str], object],
-    *,
-    teacher_context: int | None = None,
+    teachers: Sequence[Reader] = (),
 ) -> ProblemSet:
     """Loads the training problems and the student's prompts.
 
-    teacher_context: the teacher's, if it is not the student's.
+    teachers: those that are other models than the student's, or on a server.
 
     `say` gets a line on what was left out. Raises ValueError if a prompt leaves no room for a
     completion in the model's context; the teacher's prompt is checked without the solution.
@@ -159,6 +171,7 @@ def load_train_set(
         max_rows=data.max_rows,
         needs_solution=recipe.needs_solution,
         needs_answer=recipe.needs_answer,
+        routes=_routes(config),
     )
     limits = context, config.rollout.max_new_tokens
     students = encode_student_prompts(
@@ -180,7 +193,7 @@ def load_train_set(
     if recipe.context is not None:
         recipe.context.check_problems(kept)
     if recipe.uses_teacher:
-        _check_teacher_prompts(config, tokenizer, kept, teacher_context or context)
+        _check_teacher_prompts(config, kept, teachers or (Reader(tokenizer, context),))
     num_long = len(loaded.problems) - len(kept)
     if loaded.num_skipped or num_long:
         long = f" and {num_long} with more than {data.max_prompt_tokens} prompt tokens"

@@ -82,6 +82,26 @@ class _BadRow(Exception):
     """The reason why one row cannot be used: what the row has and what is needed."""
 
 
+@dataclass(frozen=True)
+class Routes:
+    """The column that names the teacher of a row's rollouts, and its values."""
+
+    column: str
+    names: tuple[str, ...]
+
+    def add(self, problem: Problem, row: object) -> Problem:
+        """Returns the problem with its teacher. Raises _BadRow for a row that names none."""
+        fields = _parse_line(row) if isinstance(row, bytes) else row
+        assert isinstance(fields, dict), "the row has become a problem"
+        name = _text(fields, self.column, "teacher")
+        if name not in self.names:
+            raise _BadRow(
+                f"no teacher: the column {self.column!r} holds {name[:60]!r}; needs one of "
+                f"{', '.join(self.names)}"
+            )
+        return replace(problem, route=name)
+
+
 def load_problems(
     path: str,
     *,
@@ -93,6 +113,7 @@ def load_problems(
     needs_solution: bool = True,
     needs_answer: bool = True,
     revision: str | None = None,
+    routes: Routes | None = None,
 ) -> LoadedProblems:
     """Loads the problems of "tiny", a .jsonl/.json/.parquet file, a directory or a `datasets`
     id[:config].
@@ -103,6 +124,7 @@ def load_problems(
     needs_solution, needs_answer: rows must have one. If none is needed and a row has none, it is
         "". Evaluations always need an answer.
     revision: commit, tag or branch of a `datasets` id; None = the newest.
+    routes: the column that names a row's teacher; None = there is none.
 
     Raises ValueError if a row cannot be used (with on_bad_row "stop"), if the source cannot be
     read, or if no problem is left.
@@ -111,6 +133,11 @@ def load_problems(
         raise ValueError(
             f"--{section}.revision {revision}: --{section}.path {path} is no data set of the hub, "
             f"whose versions have names; leave out --{section}.revision"
+        )
+    if path == "tiny" and routes is not None:
+        raise ValueError(
+            f"teacher.route_column: got {routes.column!r} with --{section}.path tiny, whose rows "
+            f"have no columns; leave it out, or name a file with --{section}.path"
         )
     if path == "tiny":
         from paint_engine.tiny.problems import load_split
@@ -125,7 +152,8 @@ def load_problems(
     commit, rows = _read_rows(path, split, section, revision)
     for place, row in rows:
         try:
-            problems.append(_to_problem(place, row, columns, **needs))
+            problem = _to_problem(place, row, columns, **needs)
+            problems.append(problem if routes is None else routes.add(problem, row))
         except _BadRow as error:
             if on_bad_row == "stop":
                 raise ValueError(

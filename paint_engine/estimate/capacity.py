@@ -1,6 +1,6 @@
 """Checks whether a run fits into a GPU, and finds the setting to change if it does not."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -75,10 +75,12 @@ def check_fits(
     lengths: Lengths,
     num_ranks: int,
     device_memory_bytes: int | None,
+    teachers: Sequence[ModelShape] = (),
 ) -> MemoryEstimate:
     """Returns the memory estimate for rollouts up to `lengths`.
 
     device_memory_bytes: memory of one GPU; None on a CPU, where nothing is refused.
+    teachers: the shapes of those that are other models.
 
     Raises ValueError if the run needs more than the GPU has. The message gives the amount, the
     phase, and the first setting that makes the run fit by the same estimate.
@@ -91,6 +93,7 @@ def check_fits(
             lengths=lengths,
             num_ranks=num_ranks,
             device_memory_bytes=device_memory_bytes,
+            teachers=teachers,
         )
 
     needed = estimate(config)

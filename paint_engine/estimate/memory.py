@@ -8,14 +8,14 @@ total widths of queries and of keys, and a the bytes of one number in the comput
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from paint_engine.config.schema import Config
 from paint_engine.estimate.model_shape import ModelShape
-from paint_engine.recipes import draws, recipe_of
+from paint_engine.recipes import draws, keeps_base, recipe_of
 from paint_engine.rollout import vllm_is_installed
 from paint_kernels._plan import BLOCK_BUFFERS, BLOCK_ELEMENTS, head_group_rows, most_rows
 
@@ -81,7 +81,8 @@ class Setting:
 
     trains_all: bool
     second_pass: bool
-    running_mean: bool
+    copies_base: bool
+    other_adapters: bool
     compute_bytes: int
     residual_bytes: int
     dropout: bool
@@ -112,11 +113,13 @@ def setting_of(config: Config, num_ranks: int, *, on_gpu: bool) -> Setting:
     compute = 2 if dtype == "bfloat16" or (dtype == "auto" and on_gpu) else _FLOAT32
     trains_all = not config.lora.enabled
     sharded = num_ranks > 1 and parallel.shard == "full"
+    moves = config.teacher.weights == "ema" or config.teacher.refresh_every is not None
     in_process = draws(config) and rollout.url is None and rollout.engine != "builtin"
     return Setting(
         trains_all=trains_all,
         second_pass=recipe_of(config).second_pass is not None,
-        running_mean=config.teacher.weights == "ema",
+        copies_base=trains_all and keeps_base(config),
+        other_adapters=config.lora.enabled and moves,
         compute_bytes=compute,
         # Float32 embeddings start a float32 stream, which autocast does not change.
         residual_bytes=_FLOAT32 if trains_all and not sharded else compute,
@@ -192,7 +195,31 @@ def _activations(shape: ModelShape, setting: Setting, batch: Microbatch) -> dict
     }
 
 
-def _loss(shape: ModelShape, setting: Setting, batch: Microbatch) -> dict[str, int]:
+@dataclass(frozen=True)
+class Teachers:
+    """The teachers that are other models, by their shapes; empty if there are none.
+
+    routed: each rollout is scored by one of them, else by all.
+    """
+
+    shapes: Sequence[ModelShape] = ()
+    routed: bool = False
+
+    @property
+    def num_losses(self) -> int:
+        """Number of losses of each token, one for each teacher that scores it."""
+        return 1 if self.routed else max(1, len(self.shapes))
+
+    @property
+    def width(self) -> int:
+        """Number of hidden entries of one token, of all teachers that score it, at most."""
+        widths = [shape.hidden for shape in self.shapes]
+        return max(widths) if self.routed else sum(widths)
+
+
+def _loss(
+    shape: ModelShape, setting: Setting, batch: Microbatch, teachers: Teachers
+) -> dict[str, int]:
     """Returns the bytes of the fused loss: its chunks while it runs, and the gradients that
     remain."""
     num_rows, num_columns = batch.completion_tokens, shape.num_head_rows
@@ -209,29 +236,37 @@ def _loss(shape: ModelShape, setting: Setting, batch: Microbatch) -> dict[str, i
         # The gradient with respect to the logits, and the head, in float16.
         kept = head_group_rows(rows, num_rows) if setting.trains_all else rows
         chunks += 2 * kept * num_columns + 2 * shape.head_parameters
+        chunks += 2 * sum(teacher.head_parameters for teacher in teachers.shapes)
     else:
         chunks += rows * num_columns * _FLOAT32
     of = "both roles" if setting.second_pass else "the student"
-    one_entry = setting.residual_bytes + setting.compute_bytes * setting.second_pass
+    # The rows of routed rollouts are taken out for each teacher.
+    own_width = shape.hidden * (2 if teachers.routed else 1)
+    teacher_width = (teachers.width if teachers.shapes else shape.hidden) * setting.second_pass
+    one_token = setting.residual_bytes * own_width + setting.compute_bytes * teacher_width
+    number = teachers.num_losses
+    head_gradients = shape.head_parameters * _FLOAT32 * setting.trains_all
     # An id and its log-probability, both of 4 bytes, of each listed token and of the rollout's own.
     listed = 0 if setting.served_top_k is None else setting.served_top_k + 1
     return {
         "the server's top-k": num_rows * listed * 8,
-        f"hidden states of {of}": num_rows * shape.hidden * one_entry,
+        f"hidden states of {of}": num_rows * one_token,
         "loss: chunks of logits": chunks,
-        "loss: gradient rows": num_rows * shape.hidden * _FLOAT32,
-        "loss: gradient of the head": shape.head_parameters * _FLOAT32 * setting.trains_all,
+        "loss: gradient rows": num_rows * shape.hidden * _FLOAT32 * number,
+        "loss: gradient of the head": head_gradients * max(number, len(teachers.shapes)),
     }
 
 
-def _weights(shape: ModelShape, setting: Setting) -> dict[str, int]:
+def _weights(shape: ModelShape, setting: Setting, teachers: Teachers) -> dict[str, int]:
     """Returns the bytes of the weights and of the optimizer's two moments that one rank holds."""
     a, shards, frozen = setting.compute_bytes, setting.shards, not setting.trains_all
     trained = _FLOAT32 * shape.trained_parameters
     own_head = 0 if shape.tied else a * shape.head_parameters
-    # The root of a sharded copy stays gathered, because no backward pass runs through it to free
-    # it.
-    copy = shape.base_parameters // shards + shape.root_parameters * setting.sharded
+
+    def frozen_copy(model: ModelShape) -> int:
+        # Its root stays gathered, because no backward pass runs through it to free it.
+        return a * (model.base_parameters // shards + model.root_parameters * setting.sharded)
+
     return {
         "frozen base": (a * shape.base_parameters - own_head) // shards * frozen,
         "frozen parts": _FLOAT32 * (shape.base_parameters - shape.trained_parameters) // shards
@@ -240,8 +275,9 @@ def _weights(shape: ModelShape, setting: Setting) -> dict[str, int]:
         "frozen head": own_head // shards * frozen,
         "trained weights": trained // shards,
         "optimizer": 2 * trained // shards,
-        "teacher's copy": a * copy * (setting.trains_all and setting.served_top_k is None),
-        "teacher's running mean": trained // shards * setting.running_mean,
+        "teacher's copy": frozen_copy(shape) * setting.copies_base,
+        "teachers' weights": sum(map(frozen_copy, teachers.shapes)),
+        "teacher's running mean": trained // shards * setting.other_adapters,
     }
 
 
@@ -346,18 +382,21 @@ def estimate_memory(
     lengths: Lengths,
     num_ranks: int,
     device_memory_bytes: int | None,
+    teachers: Sequence[ModelShape] = (),
 ) -> MemoryEstimate:
     """Estimates the largest memory that a run takes of each device, with rollouts up to `lengths`.
 
     device_memory_bytes: memory of one GPU; None if the run is on a CPU.
+    teachers: the shapes of those that are other models.
     """
     on_gpu = device_memory_bytes is not None
     setting = setting_of(config, num_ranks, on_gpu=on_gpu)
     batch = largest_microbatch(config, lengths, num_ranks)
     rollouts_a_rank = -(-config.train.batch_size // num_ranks)
     several = batch.student_tokens < rollouts_a_rank * (lengths.student_prompt + lengths.completion)
-    held = _weights(shape, setting)
-    phases = _phases(shape, setting, batch, several=several)
+    others = Teachers(teachers, config.teacher.route_column is not None)
+    held = _weights(shape, setting, others)
+    phases = _phases(shape, setting, batch, others, several=several)
     if recipe_of(config).second_pass is None:
         del phases["the teacher's pass"]
     if sampling := _sampling(shape, setting, config, lengths):
@@ -375,11 +414,41 @@ def estimate_memory(
     return MemoryEstimate(held, phases, outside, device_memory_bytes)
 
 
+def _teachers_pass(
+    shape: ModelShape, setting: Setting, batch: Microbatch, teachers: Teachers
+) -> dict[str, int]:
+    """Returns the bytes of one layer's pass, with its weights gathered; of several teachers, of the
+    one that takes most. The weights outside the layers of other models are held."""
+    scoring = teachers.shapes or (shape,)
+    sizes = []
+    for model in scoring:
+        layer, root = _gathered(model, setting)
+        sizes.append(
+            {
+                "FSDP: gathered embeddings and head": 0 if teachers.shapes else root,
+                "FSDP: gathered layers": _GATHERED_LAYERS * layer,
+                "activations: one layer": batch.teacher_tokens * _one_layer(model, setting),
+            }
+        )
+    return max(sizes, key=lambda parts: sum(parts.values()))
+
+
+def _one_layer(shape: ModelShape, setting: Setting) -> int:
+    """Returns the bytes per token that are live at the same time without gradients: three
+    activations of the MLP, five numbers per hidden entry."""
+    return setting.compute_bytes * (3 * shape.intermediate + 5 * shape.hidden)
+
+
 def _phases(
-    shape: ModelShape, setting: Setting, batch: Microbatch, *, several: bool
+    shape: ModelShape,
+    setting: Setting,
+    batch: Microbatch,
+    teachers: Teachers,
+    *,
+    several: bool,
 ) -> dict[str, Mapping[str, int]]:
     a, trains_all = setting.compute_bytes, setting.trains_all
-    activations, loss = _activations(shape, setting, batch), _loss(shape, setting, batch)
+    activations, loss = _activations(shape, setting, batch), _loss(shape, setting, batch, teachers)
     layer, root = _gathered(shape, setting)
     gathered = {"FSDP: gathered embeddings and head": root}
     layers = gathered | {"FSDP: gathered layers": _GATHERED_LAYERS * layer}
@@ -387,9 +456,7 @@ def _phases(
     earlier = gradients if several else {}
     kept = {"activations: kept": activations["kept"]}
     left = {name: size for name, size in loss.items() if name != "loss: chunks of logits"}
-    # Live at the same time without gradients: three activations of the MLP, five numbers per hidden
-    # entry.
-    one_layer = 3 * a * shape.intermediate + 5 * a * shape.hidden
+    one_layer = _one_layer(shape, setting)
     in_reduction = (a + _FLOAT32) * shape.layer_parameters // shape.num_layers
     # On a GPU, PyTorch updates all weights in one operation, with one temporary of the same size.
     # For sharded weights and on a CPU, it updates them one by one, with two temporaries.
@@ -398,11 +465,8 @@ def _phases(
         temporaries = 2 * _FLOAT32 * shape.largest_trained // setting.shards
     phases: dict[str, Mapping[str, int]] = {
         "the teacher's pass": earlier
-        | layers
-        | {
-            "activations: one layer": batch.teacher_tokens * one_layer,
-            "the student's adapters": trained // setting.shards * setting.running_mean,
-        },
+        | _teachers_pass(shape, setting, batch, teachers)
+        | {"the student's adapters": trained // setting.shards * setting.other_adapters},
         "the student's pass": earlier
         | layers
         | kept

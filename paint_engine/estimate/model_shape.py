@@ -205,9 +205,23 @@ def shape_of(model: nn.Module) -> ModelShape:
         root_parameters=sum(p.numel() for p in model.parameters()) - num_in_layers - num_adapter,
         adapter_parameters=num_adapter,
         trained_parameters=sum(trained),
-        largest_trained=max(trained),
+        largest_trained=max(trained, default=0),
         **_adapters(layers),
     )
+
+
+def forward_flops(shape: ModelShape, length: float, *, adapters: bool) -> float:
+    """Returns the floating-point operations of one sequence's forward pass without the head.
+
+    A product of (M, K) and (K, N) counts 2 M K N; causal attention counts half of its square, and
+    recurrent states count nothing beside the products with weights.
+    """
+    weights = shape.active_parameters + shape.adapter_parameters * adapters
+    return 2 * weights * length + _attention_flops(shape, length)
+
+
+def _attention_flops(shape: ModelShape, length: float) -> float:
+    return 2 * shape.num_attention * shape.queries * length**2
 
 
 def step_flops(
@@ -220,28 +234,18 @@ def step_flops(
 ) -> dict[str, float]:
     """Returns the floating-point operations of one rollout by part, for these lengths in tokens.
 
-    A product of (M, K) and (K, N) counts 2 M K N; causal attention counts half of its square, and
-    recurrent states count nothing beside the products with weights.
     Frozen weights have no gradient: their backward pass costs as much as the forward pass. The
     backward pass of trained weights costs twice that.
     """
-
-    def attention(length: float) -> float:
-        return 2 * shape.num_attention * shape.queries * length**2
-
-    def forward(length: float, *, adapters: bool) -> float:
-        weights = shape.active_parameters + shape.adapter_parameters * adapters
-        return 2 * weights * length + attention(length)
-
     length = student_prompt + completion
-    student = forward(length, adapters=True)
+    student = forward_flops(shape, length, adapters=True)
     trained = shape.adapter_parameters or shape.active_parameters
     # FlashAttention's backward pass has five products; the forward pass has two.
-    backward = student + 1.5 * attention(length) + 2 * trained * length
+    backward = student + 1.5 * _attention_flops(shape, length) + 2 * trained * length
     head = 2 * shape.head_parameters * completion
     return {
         "rollout": student + head,
-        "teacher": forward(teacher_prompt + completion, adapters=False),
+        "teacher": forward_flops(shape, teacher_prompt + completion, adapters=False),
         "student": student,
         "loss": head * (3 if shape.adapted else 4),
         "backward": backward + student * checkpointing,

@@ -92,6 +92,7 @@ from paint_engine.files.versions import (
     present_versions,
     recorded_commit,
     recorded_name,
+    recorded_teacher_commits,
     write_versions,
 )
 
@@ -160,6 +161,7 @@ __all__ = [
     "reading",
     "recorded_commit",
     "recorded_name",
+    "recorded_teacher_commits",
     "remove_at_once",
     "remove_left_overs",
     "remove_tree",

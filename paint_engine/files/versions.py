@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from paint_engine.files.atomic import write_json
 from paint_engine.files.names import VERSIONS_FILE
 from paint_engine.files.records import Record, read_json, read_json_if_there
 
-_COMMIT = "model_commit"
+_COMMIT, _TEACHER_COMMITS = "model_commit", "teacher_commits"
 _PACKAGES = (
     "torch",
     "triton",
@@ -28,6 +29,7 @@ _PACKAGES = (
 class _Versions(Record):
     preset: str
     model_commit: str | None = None
+    teacher_commits: dict[str, str] | None = None
 
 
 def present_versions(name: str, world_size: int) -> dict[str, object]:
@@ -45,14 +47,21 @@ def present_versions(name: str, world_size: int) -> dict[str, object]:
 
 
 def write_versions(
-    run_dir: Path, name: str, world_size: int, model_commit: str | None = None
+    run_dir: Path,
+    name: str,
+    world_size: int,
+    model_commit: str | None = None,
+    teacher_commits: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a training run's `versions.json`.
 
     model_commit: of a model from the hub.
+    teacher_commits: by name, of teachers that are other models from the hub.
     """
-    commit = {} if model_commit is None else {_COMMIT: model_commit}
-    write_json(run_dir / VERSIONS_FILE, present_versions(name, world_size) | commit)
+    commits: dict[str, object] = {} if model_commit is None else {_COMMIT: model_commit}
+    if teacher_commits:
+        commits[_TEACHER_COMMITS] = dict(teacher_commits)
+    write_json(run_dir / VERSIONS_FILE, present_versions(name, world_size) | commits)
 
 
 def recorded_commit(run_dir: Path) -> str | None:
@@ -60,6 +69,12 @@ def recorded_commit(run_dir: Path) -> str | None:
     local."""
     record = read_json_if_there(run_dir / VERSIONS_FILE, _Versions)
     return None if record is None else record.model_commit
+
+
+def recorded_teacher_commits(run_dir: Path) -> dict[str, str]:
+    """Returns the commits, by name, of the run's teachers that are other models from the hub."""
+    record = read_json_if_there(run_dir / VERSIONS_FILE, _Versions)
+    return (record and record.teacher_commits) or {}
 
 
 def recorded_name(run_dir: Path) -> str:

@@ -18,7 +18,7 @@ from paint_engine.model.load import (
     resolve_model,
 )
 from paint_engine.model.lora import add_lora
-from paint_engine.model.teacher import EmaTeacher, FixedTeacher, Teacher, make_teacher
+from paint_engine.model.teachers import EmaTeacher, FixedTeacher, Teacher, make_teacher
 from paint_engine.model.tokenizer import check_vocabulary, load_tokenizer, vocabulary_size
 
 __all__ = [

@@ -175,18 +175,27 @@ def load_base(
     return model
 
 
+def meta_base(section: ModelSection, *, trains_base: bool = False) -> PreTrainedModel:
+    """Builds a model without weights, on the meta device, from config.json alone.
+
+    trains_base: as in `load_base`.
+
+    Raises ValueError if there is no such model.
+    """
+    path = str(TINY_BASE) if section.name_or_path == "tiny" else section.name_or_path
+    if section.revision is not None:
+        path = resolve_model(section, with_weights=False)
+    settings = read_settings(path, section)
+    narrow = not trains_base and section.dtype == "bfloat16"
+    return empty_model(settings, section, dtype=torch.bfloat16 if narrow else torch.float32)
+
+
 def meta_model(config: Config) -> nn.Module:
     """Builds the model that a run would train, with its adapters, on the meta device.
 
     It reads config.json alone and loads no weights. Raises ValueError if there is no such model or
     it cannot have these adapters.
     """
-    section = config.model
-    path = str(TINY_BASE) if section.name_or_path == "tiny" else section.name_or_path
-    if section.revision is not None:
-        path = resolve_model(section, with_weights=False)
-    settings = read_settings(path, section)
-    narrow = config.lora.enabled and section.dtype == "bfloat16"
-    base = empty_model(settings, section, dtype=torch.bfloat16 if narrow else torch.float32)
+    base = meta_base(config.model, trains_base=not config.lora.enabled)
     with torch.device("meta"):
         return add_lora(base, config.lora, adapter_seed(config.train.seed))

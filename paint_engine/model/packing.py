@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from paint_engine.types import PackedSequences, TrainBatch, TrainExample
+from paint_engine.types import PackedSequences, ScoredSequences, TrainBatch, TrainExample
 
 
 def _bounds(lengths: Sequence[int]) -> Int[Tensor, " B+1"]:
@@ -49,15 +49,26 @@ def build_batch(examples: Sequence[TrainExample]) -> TrainBatch:
     """Builds student and teacher sequences over the same completion ids. Either all examples have a
     teacher view or none has."""
     completions = [e.rollout.completion_ids for e in examples]
-    views = [e.teacher_view for e in examples if e.teacher_view is not None]
-    assert len(views) in (0, len(examples)), (len(views), len(examples))
-    teacher = pack_sequences([v.prompt_ids for v in views], completions) if views else None
     return TrainBatch(
         student=pack_sequences([e.rollout.prompt_ids for e in examples], completions),
-        teacher=teacher,
+        teachers=_scored(examples),
         completion_ids=torch.tensor([t for c in completions for t in c], dtype=torch.long),
         cu_seqlens=_bounds([len(c) for c in completions]),
     )
+
+
+def _scored(examples: Sequence[TrainExample]) -> dict[int, ScoredSequences]:
+    """Returns the sequences of each teacher that scores any of the rollouts."""
+    views = [e.teacher_view for e in examples if e.teacher_view is not None]
+    assert len(views) in (0, len(examples)), (len(views), len(examples))
+    prompts = [view.prompts for view in views]
+    found = {}
+    for teacher in sorted({place for view in prompts for place in view}):
+        rollouts = tuple(row for row, view in enumerate(prompts) if teacher in view)
+        completions = [examples[row].rollout.completion_ids for row in rollouts]
+        packed = pack_sequences([prompts[row][teacher] for row in rollouts], completions)
+        found[teacher] = ScoredSequences(rollouts, packed)
+    return found
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,9 @@ def batch_to(batch: TrainBatch, device: torch.device) -> TrainBatch:
     return replace(
         batch,
         student=sequences_to(batch.student, device),
-        teacher=None if batch.teacher is None else sequences_to(batch.teacher, device),
+        teachers={
+            place: replace(scored, sequences=sequences_to(scored.sequences, device))
+            for place, scored in batch.teachers.items()
+        },
         completion_ids=batch.completion_ids.to(device, non_blocking=True),
     )

@@ -15,8 +15,14 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from paint_engine.config.schema import Config
 from paint_engine.distributed import World
 from paint_engine.model.forward import _BACKBONE, _backbone_states, causal_lm, compute_dtype
+
+
+def is_sharded(config: Config, world: World) -> bool:
+    """Returns whether a run shards its weights over these ranks."""
+    return world.size > 1 and config.parallel.shard == "full"
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -31,6 +31,28 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_same_tokens(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, names: tuple[str, str]
+) -> None:
+    """Raises ValueError with the first token of the first tokenizer that is another one in the
+    second, or that the second lacks. Special tokens count; the second may have further tokens.
+
+    names: of the student's and of the teacher's model, for the message.
+    """
+    tokens, others = (
+        {number: token for token, number in one.get_vocab().items()} for one in (tokenizer, other)
+    )
+    for number in sorted(tokens):
+        if others.get(number) != tokens[number]:
+            found = repr(others[number]) if number in others else "no token"
+            raise ValueError(
+                f"teacher {names[1]}: token id {number} is {found}, and it is {tokens[number]!r} "
+                f"for the student {names[0]}; needs the same token for every id of the student, "
+                "because the loss compares the two vocabularies entry by entry; use a teacher "
+                "with the student's tokenizer, such as a larger model of its family"
+            )
+
+
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Returns the largest token id plus 1. `len(tokenizer)` is less if ids are left out."""
     return _vocabulary_size(tokenizer, len(tokenizer))

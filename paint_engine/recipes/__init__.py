@@ -7,8 +7,10 @@ from paint_engine.recipes.base import (
     LossInputs,
     LossOutput,
     Recipe,
+    SecondPass,
     StepContext,
     draws,
+    keeps_base,
     recipe_of,
     recipe_that_recorded,
 )
@@ -17,8 +19,10 @@ __all__ = [
     "LossInputs",
     "LossOutput",
     "Recipe",
+    "SecondPass",
     "StepContext",
     "draws",
+    "keeps_base",
     "recipe_of",
     "recipe_that_recorded",
 ]

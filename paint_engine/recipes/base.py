@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from paint_engine.config.plugins import load_plugin, plugin_names
 from paint_engine.config.schema import Config
-from paint_engine.config.toml import LEAVES, value_of
+from paint_engine.config.toml import LEAVES, flag, value_of
 from paint_engine.contexts import Context, context_of
 from paint_engine.recipes.display import Display
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from paint_engine.types import Problem, Request, TrainExample
+    from paint_engine.types import Problem, Reader, Request, TrainExample
 
 PACKAGE, ATTRIBUTE = "paint_engine.recipes", "RECIPE"
 # Values that switch a part off. They are valid for a recipe that lacks the part.
@@ -35,12 +35,16 @@ class StepContext:
 
     step: counts from 0.
     requests: the requests of the rollouts, in their order.
-    max_context: maximum number of tokens of a prompt and its completion together.
+    tokenizer: the student's.
+    max_context: maximum number of tokens of a prompt and its completion together: the student's, or
+        what the teacher's server takes, if that is less.
     complete: samples one completion for each prompt, as token ids. A collective call:
         complete(prompts, seeds, max_new_tokens=512, base=True); `base` selects the base's weights.
     batch: the judged rollouts of all ranks; `Request.index` is a rollout's place in it.
     group_size: number of consecutive rollouts of one problem in it.
     problems: the training problems.
+    teachers: the teachers that are other models in this process, as readers of prompts, each with a
+        tokenizer and a maximum of its own; empty if there are none.
     """
 
     step: int
@@ -51,6 +55,24 @@ class StepContext:
     batch: Sequence[TrainExample]
     group_size: int
     problems: Sequence[Problem]
+    teachers: Sequence[Reader] = ()
+
+
+@dataclass(frozen=True)
+class SecondPass:
+    """What a teacher, or the base, made of the rollouts of a micro-batch, or of some.
+
+    hidden_states: (N_i, H_i) final hidden states at the positions that predict the tokens of its
+        rollouts, rollout after rollout, detached. H_i is the scoring model's width.
+    lm_head_weight: (V_i, H_i) its head; None if it uses the student's head.
+    weight: factor on the loss against it.
+    rollouts: the places of its rollouts in the micro-batch, rising; None for all.
+    """
+
+    hidden_states: Float[Tensor, "N_i H_i"]
+    lm_head_weight: Float[Tensor, "V_i H_i"] | None = None
+    weight: float = 1.0
+    rollouts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,9 +82,8 @@ class LossInputs:
     student_hidden_states: (N, H) final hidden states (after the last norm) that predict
         `completion_ids`, with gradients.
     lm_head_weight: (V, H) weight of the student's head.
-    second_hidden_states: (N, H) hidden states of the recipe's second pass, detached; None without
-        one.
-    second_lm_head_weight: (V, H) head of the second pass; None if it uses the student's head.
+    second_passes: those of the recipe's second pass: one, or one for each of several teachers;
+        empty without a second pass. `passes.parts_of` cuts the inputs to the rollouts of each.
     cu_seqlens: (B + 1,) bounds of the rollouts, on the CPU.
     old_logprobs: (N,) `per_token["logprobs"]` of the first update on these rollouts; None in that
         update.
@@ -74,8 +95,7 @@ class LossInputs:
 
     student_hidden_states: Float[Tensor, "N H"]
     lm_head_weight: Float[Tensor, "V H"]
-    second_hidden_states: Float[Tensor, "N H"] | None
-    second_lm_head_weight: Float[Tensor, "V H"] | None
+    second_passes: tuple[SecondPass, ...]
     completion_ids: Int[Tensor, " N"]
     cu_seqlens: Int[Tensor, " B+1"]
     examples: Sequence[TrainExample]
@@ -283,6 +303,15 @@ def draws(config: Config) -> bool:
     return recipe_of(config).samples or config.eval.enabled
 
 
+def keeps_base(config: Config) -> bool:
+    """Returns whether a run that trains all weights holds a frozen copy of the base beside them:
+    not if other models are the teachers, in this process or on a server."""
+    recipe = recipe_of(config)
+    if recipe.second_pass == "base":
+        return True
+    return recipe.served_top_k is None and config.teacher.weights != "external"
+
+
 def recipe_that_recorded(keys: Collection[str]) -> Recipe:
     """Returns the built-in recipe whose runs record these keys, with the default settings."""
     names = plugin_names(PACKAGE, ATTRIBUTE)
@@ -304,6 +333,11 @@ def reads(recipe: type[Recipe], key: str) -> bool:
     return named and key not in recipe.unread
 
 
+def as_given(value: object) -> str:
+    """Returns a setting's value for a message; tuples are the user's lists."""
+    return str(list(value)) if isinstance(value, tuple) else repr(value)
+
+
 def _check_idle_keys(recipe: Recipe) -> None:
     """Raises ValueError for values that only other recipes read."""
     config = recipe.config
@@ -319,8 +353,8 @@ def _check_idle_keys(recipe: Recipe) -> None:
         return
     lines = []
     for users, keys in idle.items():
-        got = ", ".join(f"{key}: got {value_of(config, key)!r}" for key in keys)
-        back = " ".join(f"--{key} {str(LEAVES[key].default).lower()}" for key in keys)
+        got = ", ".join(f"{key}: got {as_given(value_of(config, key))}" for key in keys)
+        back = " ".join(flag(key, LEAVES[key].default) for key in keys)
         lines.append(
             f"{got} with objective.name {config.objective.name!r}, which does not read "
             f"{'it' if len(keys) == 1 else 'them'}; set {back}, or use --objective.name "

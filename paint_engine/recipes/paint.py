@@ -23,7 +23,8 @@ from paint_engine.recipes.display import (
     Quantity,
     TokenColor,
 )
-from paint_engine.recipes.with_teacher import TeacherRecipe, check_served_temperature
+from paint_engine.recipes.teacher_keys import check_served_temperature
+from paint_engine.recipes.with_teacher import TeacherRecipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,12 +165,16 @@ class Paint(TeacherRecipe):
     def divergence(
         self, inputs: LossInputs, *, reduction: str, denominator: int | None = None
     ) -> PaintLossOutput:
-        """Computes `paint_loss` of the micro-batch with the configuration's options; with a
-        teacher's server, `paint_loss_from_topk`. `loss` and `token_loss` have the weights of
+        """Computes `paint_loss` of the micro-batch with the configuration's options; of several
+        teachers, the sum of the losses against each, times its weight; with a teacher's server,
+        `paint_loss_from_topk`. `loss` and `token_loss` have the weights of
         `objective.token_weights` and `objective.on` in them.
 
         reduction: "sequence_mean" or "token_mean", with a `denominator`; or "none", which returns a
             loss per token.
+
+        Raises ValueError for a mean without a denominator, if tokens are weighed or if there are
+        several teachers: it would be over the rollouts of each teacher.
         """
         return self._weighted(inputs, reduction, denominator)[0]
 
@@ -181,6 +186,7 @@ class Paint(TeacherRecipe):
             return self._paint_loss(inputs, reduction=reduction, denominator=denominator), None
         from paint_engine.recipes import tokens
 
+        _check_denominator(reduction, denominator)
         output = self._paint_loss(inputs, reduction="none")
         weights = self.token_weights(
             inputs,
@@ -198,24 +204,41 @@ class Paint(TeacherRecipe):
     def _paint_loss(self, inputs: LossInputs, **reduction: Any) -> PaintLossOutput:
         # Imported here because declarations are read without PyTorch.
         from paint_engine.recipes import served
+        from paint_engine.recipes.passes import added_outputs, is_whole, parts_of
         from paint_kernels import LossOptions, paint_loss
 
         if self.served_top_k is not None:
             return served.divergence(self.config, inputs, **reduction)
-
-        assert inputs.second_hidden_states is not None
         section = self.config.objective
         # The section has a key for each option of the loss, with the same name.
         options = LossOptions(**{key: getattr(section, key) for key in LossOptions.__annotations__})
-        return paint_loss(
-            inputs.student_hidden_states,
-            inputs.second_hidden_states,
-            inputs.lm_head_weight,
-            inputs.cu_seqlens,
-            teacher_lm_head_weight=inputs.second_lm_head_weight,
-            vocab_size=inputs.vocab_size,
-            **reduction,
-            **options,
+        parts = parts_of(inputs)
+        if not is_whole(parts):
+            _check_denominator(**reduction)
+        outputs = [
+            paint_loss(
+                part.inputs.student_hidden_states,
+                part.second.hidden_states,
+                inputs.lm_head_weight,
+                part.inputs.cu_seqlens,
+                teacher_lm_head_weight=part.second.lm_head_weight,
+                vocab_size=inputs.vocab_size,
+                **reduction,
+                **options,
+            )
+            for part in parts
+        ]
+        if is_whole(parts):
+            return outputs[0]
+        return added_outputs(parts, outputs, len(inputs.completion_ids))
+
+
+def _check_denominator(reduction: str, denominator: int | None = None) -> None:
+    if reduction != "none" and denominator is None:
+        raise ValueError(
+            f"divergence: got reduction {reduction!r} without a denominator, with several teachers "
+            "or weights of tokens; needs the step's number of rollouts or tokens; pass "
+            "denominator=inputs.denominator"
         )
 
 

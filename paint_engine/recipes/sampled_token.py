@@ -21,7 +21,8 @@ from paint_engine.recipes.display import (
     Quantity,
     TokenColor,
 )
-from paint_engine.recipes.with_teacher import TeacherRecipe, check_served_temperature
+from paint_engine.recipes.teacher_keys import check_served_temperature
+from paint_engine.recipes.with_teacher import TeacherRecipe
 
 
 class SampledToken(TeacherRecipe):

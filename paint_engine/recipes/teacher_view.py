@@ -4,6 +4,7 @@ teacher that reasons first."""
 from collections.abc import Sequence
 from dataclasses import replace
 
+from paint_engine.config.external import scorers
 from paint_engine.contexts import Context, shown_by
 from paint_engine.prompts.anchors import overlap
 from paint_engine.prompts.chat import encode_teacher_prompt
@@ -11,7 +12,7 @@ from paint_engine.prompts.masking import mask_ratio, mask_solution
 from paint_engine.prompts.rationale import encode_reason_prompt, read_rationale
 from paint_engine.recipes.base import StepContext
 from paint_engine.seeds import mask_generator, rationale_seed
-from paint_engine.types import Problem, Request, TeacherView, TrainExample
+from paint_engine.types import Problem, Reader, Request, TeacherView, TrainExample
 
 
 def add_teacher_view(
@@ -108,18 +109,30 @@ def _with_rationale(
 def _with_prompt(
     shows: Context, context: StepContext, problem: Problem, view: TeacherView
 ) -> TeacherView:
-    """Adds the prompt to the teacher view. It is shortened if it does not fit beside the longest
-    completion."""
+    """Adds the prompts to the teacher view. That of each teacher is shortened if it does not fit
+    beside the longest completion; `shown` is what the first of them has."""
     config = shows.config
-    prompt_ids, shown = encode_teacher_prompt(
-        context.tokenizer,
-        problem,
-        view.shown,
-        shows.prompts,
-        text=view.text,
-        max_tokens=context.max_context - config.rollout.max_new_tokens,
-        marker=config.masking.marker,
-        rationale=view.rationale,
+    readers = context.teachers or (Reader(context.tokenizer, context.max_context),)
+    places = scorers(config, problem.route)
+    encoded = [
+        encode_teacher_prompt(
+            readers[place].tokenizer,
+            problem,
+            view.shown,
+            shows.prompts,
+            text=view.text,
+            max_tokens=readers[place].max_context - config.rollout.max_new_tokens,
+            marker=config.masking.marker,
+            rationale=view.rationale,
+        )
+        for place in places
+    ]
+    (prompt_ids, shown), *others = encoded
+    return replace(
+        view,
+        prompt_ids=prompt_ids,
+        shown=shown,
+        shortened=view.shortened or any(text != view.shown for _, text in encoded),
+        scorers=places,
+        other_prompt_ids=tuple(ids for ids, _ in others),
     )
-    shortened = view.shortened or shown != view.shown
-    return replace(view, prompt_ids=prompt_ids, shown=shown, shortened=shortened)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from paint_engine.recipes.base import LossInputs
+from paint_engine.recipes.passes import Part, added, is_whole, parts_of
 from paint_kernels import TokenLogprobs, token_logprobs
 
 
@@ -26,15 +27,25 @@ def student_logprobs(inputs: LossInputs, temperature: float) -> TokenLogprobs:
 
 @torch.no_grad()
 def second_logprobs(inputs: LossInputs, temperature: float) -> TokenLogprobs:
-    """Returns the second pass's log-probabilities of the completion tokens, (N,) nats."""
-    assert inputs.second_hidden_states is not None
-    head = inputs.second_lm_head_weight
+    """Returns the second pass's log-probabilities of the completion tokens, (N,) nats; of several
+    teachers, their weighted mean at each token."""
+    parts = parts_of(inputs)
+    found = [_logprobs_of(part, temperature) for part in parts]
+    if is_whole(parts):
+        return found[0]
+    num_rows = len(inputs.completion_ids)
+    logprobs = added(parts, [one.logprobs for one in found], num_rows)
+    return TokenLogprobs(logprobs, added(parts, [one.entropy for one in found], num_rows))
+
+
+def _logprobs_of(part: Part, temperature: float) -> TokenLogprobs:
+    head = part.second.lm_head_weight
     return token_logprobs(
-        inputs.second_hidden_states,
-        inputs.lm_head_weight if head is None else head,
-        inputs.completion_ids,
+        part.second.hidden_states,
+        part.inputs.lm_head_weight if head is None else head,
+        part.inputs.completion_ids,
         temperature=temperature,
-        vocab_size=inputs.vocab_size,
+        vocab_size=part.inputs.vocab_size,
     )
 
 

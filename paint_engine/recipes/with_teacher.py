@@ -6,9 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from paint_engine.config.schema import Config
-from paint_engine.config.toml import LEAVES, value_of
 from paint_engine.recipes.base import LossInputs, Recipe, StepContext, mean
+from paint_engine.recipes.teacher_keys import check_teacher
 from paint_engine.recipes.token_weights import load_weighting, weights_of
 
 if TYPE_CHECKING:
@@ -61,28 +60,15 @@ class TeacherRecipe(Recipe):
         load_weighting(self.config.objective.token_weights)
         assert self.context is not None
         self.context.check()
+        check_teacher(self.config)
         teacher = self.config.teacher
-        if teacher.weights != "ema" and teacher.ema_decay != 0.999:
-            raise ValueError(
-                f"teacher.ema_decay: got {teacher.ema_decay} with teacher.weights "
-                f"{teacher.weights!r}, which has no running mean; leave it out, or use "
-                "--teacher.weights ema"
-            )
-        if teacher.weights == "ema" and not self.config.lora.enabled:
-            raise ValueError(
-                "teacher.weights: got 'ema' with lora.enabled false; the running mean needs "
-                "adapters; set --lora.enabled true, or use --teacher.weights fixed or live"
-            )
         if teacher.reason_first and self.config.rollout.ahead:
             raise ValueError(
                 "rollout.ahead: got 1 with teacher.reason_first true; the engine that samples the "
                 "next batch also writes the rationales, so training would wait for both; use only "
                 "one of them"
             )
-        if teacher.url is None:
-            _check_no_server(self.config)
-        else:
-            _check_server(self.config)
+        if teacher.url is not None:
             self.check_served()
 
     def notes(self) -> list[str]:
@@ -169,43 +155,3 @@ class TeacherRecipe(Recipe):
         if self.config.objective.on != "all":
             metrics["taught_share"] = mean(map(self.teaches, examples))
         return metrics
-
-
-def _check_no_server(config: Config) -> None:
-    """Raises ValueError for settings that only a server has."""
-    for key in ("teacher.served_model", "teacher.served_top_k", "teacher.tail"):
-        if (value := value_of(config, key)) != LEAVES[key].default:
-            raise ValueError(
-                f"{key}: got {value!r} with teacher.url none, so that no server is asked; leave it "
-                "out, or name a server with --teacher.url"
-            )
-
-
-def _check_server(config: Config) -> None:
-    """Raises ValueError for settings of a teacher in this process beside a server."""
-    teacher = config.teacher
-    if teacher.weights != "fixed":
-        raise ValueError(
-            f"teacher.weights: got {teacher.weights!r} with teacher.url {teacher.url}; a server "
-            "has weights of its own, which do not follow the student's; leave out one of the two"
-        )
-    if teacher.reason_first:
-        raise ValueError(
-            f"teacher.reason_first: got true with teacher.url {teacher.url}, which scores tokens "
-            "and writes no rationales; leave out one of the two"
-        )
-
-
-def check_served_temperature(config: Config, remedy: str = "") -> None:
-    """Raises ValueError for a temperature of the loss at which a server has no log-probabilities.
-
-    remedy: another one than the temperature 1, as ", or ...".
-    """
-    temperature = config.objective.temperature
-    if temperature != 1.0:
-        raise ValueError(
-            f"objective.temperature: got {temperature} with teacher.url {config.teacher.url}; a "
-            "server's log-probabilities are those at temperature 1, and another temperature needs "
-            f"all logits, also of the tokens that it does not list; use --objective.temperature "
-            f"1.0{remedy}"
-        )

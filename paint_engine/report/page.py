@@ -181,8 +181,18 @@ def _subtitle(run: _Run) -> list[tuple[str, str]]:
         ("objective", "objective", "name"),
     )
     named = [(label, run.setting(section, key, None)) for label, section, key in settings]
+    named.append(("teacher", _teachers(run)))
     preset = (run.summary or {}).get("preset")
     return [(label, str(value)) for label, value in [("preset", preset), *named] if value]
+
+
+def _teachers(run: _Run) -> str:
+    """Returns the models that were the teachers, in the process or on a server; "" if the student's
+    own was."""
+    several = run.setting("teacher", "models", None)
+    listed = several if isinstance(several, list) else []
+    listed = [*listed, *(run.setting("teacher", key, None) for key in ("model", "served_model"))]
+    return ", ".join(name for name in listed if isinstance(name, str) and name != "none")
 
 
 def _facts(run: _Run) -> list[tuple[str, str]]:

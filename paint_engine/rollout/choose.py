@@ -26,6 +26,13 @@ def check_engine_has_teacher(config: Config) -> None:
             "the student's and the base's weights; use --rollout.engine builtin, or "
             "--teacher.weights fixed or live"
         )
+    every = teacher.refresh_every
+    if teacher.reason_first and every is not None and uses_vllm(config.rollout):
+        raise ValueError(
+            f"teacher.reason_first: got true with teacher.refresh_every {every} and vLLM, which "
+            "has only the student's and the base's weights; use --rollout.engine builtin, or "
+            "--teacher.refresh_every none"
+        )
 
 
 def make_engines(

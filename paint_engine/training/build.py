@@ -1,7 +1,7 @@
 """Builds a run, in order: data, prompts, base, adapters, teacher, optimizer, directory, sampler."""
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -53,12 +53,12 @@ from paint_engine.files import (
     read_bytes,
     recorded_commit,
     recorded_name,
+    recorded_teacher_commits,
     write_atomic,
     write_versions,
 )
 from paint_engine.files.terminal import Terminal
 from paint_engine.model import (
-    EmaTeacher,
     FixedTeacher,
     Teacher,
     add_lora,
@@ -79,11 +79,18 @@ from paint_engine.model import (
 )
 from paint_engine.model.attention import check_layers, choose_attention
 from paint_engine.model.probe import check_forward, logit_scale
-from paint_engine.model.sharding import checkpoint_activations, shard_model
+from paint_engine.model.sharding import checkpoint_activations, is_sharded, shard_model
 from paint_engine.model.stored import check_stored, set_generation_config
+from paint_engine.model.teachers.external import (
+    OpenedTeacher,
+    check_teachers_stored,
+    hub_commits,
+    load_teachers,
+    open_teachers,
+)
 from paint_engine.monitor import Timings, check_loggers, wandb_id
 from paint_engine.prompts.template import check_date, check_template, shows_date
-from paint_engine.recipes import recipe_of
+from paint_engine.recipes import keeps_base, recipe_of
 from paint_engine.rewards import Reward, open_reward
 from paint_engine.rollout import (
     Completion,
@@ -100,37 +107,54 @@ from paint_engine.scoring import Asked, Scorer, ServedModel, TeacherServer, find
 from paint_engine.seeds import adapter_seed, global_seed
 from paint_engine.training.optim import build_optimizer
 from paint_engine.training.run import Run, SavedProgress
-from paint_engine.types import Request
+from paint_engine.types import Reader, Request
 
 
 def _check_tokenizer(
-    config: Config, tokenizer: PreTrainedTokenizerBase, base: nn.Module
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    base: nn.Module,
+    teachers: Sequence[OpenedTeacher],
 ) -> list[str]:
-    """Returns notes on the tokenizer, its chat template and the stop tokens. Raises ValueError for
+    """Returns notes on the tokenizer, the chat templates and the stop tokens. Raises ValueError for
     a tokenizer that does not fit the model or the recipe, and a template that fails.
 
     base: may be on the meta device.
     """
     recipe_of(config).check_tokenizer(tokenizer)
     check_vocabulary(config.model.name_or_path, tokenizer, base)
-    keys = ["prompts.student_thinking"]
-    keys += ["prompts.teacher_thinking"] if recipe_of(config).uses_teacher else []
+    keys, of_teacher = ["prompts.student_thinking"], []
+    if recipe_of(config).uses_teacher:
+        (of_teacher if teachers else keys).append("prompts.teacher_thinking")
     keys += ["eval.thinking"] if config.eval.enabled else []
-    values = {key: value_of(config, key) for key in keys}
-    # On by default is no wish of the user.
-    asked = {key: on for key, on in values.items() if not (on and LEAVES[key].default)}
-    notes = check_template(tokenizer, asked, config.prompts.date)
-    if shows_date(tokenizer):
+    notes = _template_notes(config, tokenizer, keys)
+    for teacher in teachers:
+        notes += _template_notes(config, teacher.tokenizer, of_teacher)
+    if any(map(shows_date, (tokenizer, *(teacher.tokenizer for teacher in teachers)))):
         notes.append(f"the chat template shows the date; this run's is {config.prompts.date}")
     return notes + stop_notes(base, tokenizer)
 
 
-def _with_date(command: CommandLine, tokenizer: PreTrainedTokenizerBase) -> CommandLine:
+def _template_notes(
+    config: Config, tokenizer: PreTrainedTokenizerBase, keys: Sequence[str]
+) -> list[str]:
+    values = {key: value_of(config, key) for key in keys}
+    # On by default is no wish of the user.
+    asked = {key: on for key, on in values.items() if not (on and LEAVES[key].default)}
+    return check_template(tokenizer, asked, config.prompts.date)
+
+
+def _with_date(
+    command: CommandLine, tokenizer: PreTrainedTokenizerBase, teachers: Sequence[OpenedTeacher]
+) -> CommandLine:
     """Returns the command with the date that a chat template shows: the one that is given, that of
     the run which is resumed, or today's, the same on every rank."""
     config = command.config
-    check_date(tokenizer, config.prompts.date, "--prompts.date")
-    if config.prompts.date is not None or not shows_date(tokenizer):
+    tokenizers = (tokenizer, *(teacher.tokenizer for teacher in teachers))
+    shows = [one for one in tokenizers if shows_date(one)]
+    if not shows:
+        check_date(tokenizer, config.prompts.date, "--prompts.date")
+    if config.prompts.date is not None or not shows:
         return command
     earlier = command.resume or find_earlier(config, command.preset or "run")
     recorded = recorded_date(earlier) if earlier is not None else None
@@ -245,10 +269,9 @@ def _load_progress(
     say: Callable[[str], object],
 ) -> SavedProgress:
     """Loads the newest intact checkpoint and returns its state."""
-    ema = teacher if isinstance(teacher, EmaTeacher) else None
     replace_it = start_again(run_dir, config, overwrite=True)
     state = load_checkpoint(
-        run_dir, model, optimizer, world=world, warn=say, ema=ema, replace_it=replace_it
+        run_dir, model, optimizer, world=world, warn=say, teacher=teacher, replace_it=replace_it
     )
     num_steps = config.train.num_steps
     if state is None:
@@ -307,24 +330,32 @@ def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     logit_scale(causal_lm(model), f"model {config.model.name_or_path}")
     check_layers(causal_lm(model), config.model.attention)
     set_generation_config(causal_lm(model), path)
-    command, served = _with_served_model(_with_date(command, tokenizer))
+    teachers = open_teachers(config, tokenizer, show)
+    check_teachers_stored(teachers, show)
+    command, served = _with_served_model(_with_date(command, tokenizer, teachers))
     config = command.config
     if served is not None:
         show(f"the teacher is {one_line(served.name)}, served at {config.teacher.url}")
-    for note in _check_tokenizer(config, tokenizer, model):
+    for note in _check_tokenizer(config, tokenizer, model, teachers):
         show(f"note: {note}")
-    train_set, eval_set, record = _load_sets(config, tokenizer, model, served, show)
+    readers = [teacher.reader for teacher in teachers]
+    train_set, eval_set, record = _load_sets(config, tokenizer, model, readers, served, show)
     if command.resume is not None:
         allow = command.allow_changed_data
         sets = (train_set, eval_set)
         check_same_data(command.resume, record, sets, allow_changed=allow, say=show)
-    num_ranks = launched_ranks()
+    num_ranks, models = launched_ranks(), [(one.shape, one.reader) for one in teachers]
     report = describe(
-        config, tokenizer, train_set, eval_set, model, device=device, num_ranks=num_ranks
+        *(config, tokenizer, train_set, eval_set, model),
+        device=device,
+        num_ranks=num_ranks,
+        teachers=models,
     )
     for line in report.split("\n"):
         show(line)
-    check_run_fits(config, tokenizer, train_set, model, device=device, num_ranks=num_ranks)
+    check_run_fits(
+        *(config, tokenizer, train_set, model), device=device, num_ranks=num_ranks, teachers=models
+    )
 
 
 def _build_model(
@@ -333,27 +364,31 @@ def _build_model(
     tokenizer: PreTrainedTokenizerBase,
     train_set: ProblemSet,
     world: World,
+    teachers: Sequence[OpenedTeacher],
 ) -> tuple[nn.Module, FixedTeacher]:
-    """Builds the student with its adapters, on its device or sharded, and the fixed teacher."""
+    """Builds the student with its adapters, on its device or sharded, and the fixed teacher.
+
+    teachers: those that are other models, for the estimate of memory.
+    """
     device = world.device
     model = add_lora(base, config.lora, adapter_seed(config.train.seed))
     if isinstance(model, PeftModel):
         # Stands in every checkpoint's adapter configuration, beside the base's name.
         model.peft_config["default"].revision = hub_commit(config.model)
     # Sharding hides the layers that the estimate counts, so the check comes first.
-    check_run_fits(config, tokenizer, train_set, model, device=device, num_ranks=world.size)
-    # A server takes no memory here.
-    teacher = FixedTeacher(model, copies=recipe_of(config).served_top_k is None)
+    check_run_fits(
+        *(config, tokenizer, train_set, model),
+        device=device,
+        num_ranks=world.size,
+        teachers=[(teacher.shape, teacher.reader) for teacher in teachers],
+    )
+    teacher = FixedTeacher(model, copies=keeps_base(config))
     if config.parallel.activation_checkpointing:
         checkpoint_activations(model)
-    if _is_sharded(config, world):
+    if is_sharded(config, world):
         for module in filter(None, (model, teacher.copy)):
             shard_model(module, world)
     return model, teacher
-
-
-def _is_sharded(config: Config, world: World) -> bool:
-    return world.size > 1 and config.parallel.shard == "full"
 
 
 def _build_sampler(
@@ -417,19 +452,23 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
     _check_before_loading(command.config, say)
     reward = _open_reward(command.config, _warner(world))
     tokenizer = load_tokenizer(command.config.model)
-    command, served = _with_served_model(_with_date(command, tokenizer), world)
+    opened = open_teachers(command.config, tokenizer, say)
+    command, served = _with_served_model(_with_date(command, tokenizer, opened), world)
     config = command.config
-    base, attention = _load_checked_base(config, tokenizer, world, say)
-    train_set, eval_set, data = _load_sets(config, tokenizer, base, served, say)
-    model, fixed = _build_model(config, base, tokenizer, train_set, world)
+    base, attention = _load_checked_base(config, tokenizer, world, opened, say)
+    readers = tuple(teacher.reader for teacher in opened)
+    train_set, eval_set, data = _load_sets(config, tokenizer, base, readers, served, say)
+    model, fixed = _build_model(config, base, tokenizer, train_set, world, opened)
     check_forward(model, attention, f"model {config.model.name_or_path}")
-    teacher = make_teacher(config.teacher, model, fixed)
+    external = load_teachers(config, opened, world, say)
+    teacher = make_teacher(config.teacher, model, fixed, external)
     server = served and _teacher_server(config, served, model, tokenizer)
     optimizer = build_optimizer(model, config.optim)
     run_dir, resumes = _find_run_dir(command, world, lock)
-    commit = hub_commit(config.model)
+    commit, teacher_commits = hub_commit(config.model), hub_commits(opened)
     progress = SavedProgress(step=0, seconds_train=0.0, sampled_ahead=None)
     if resumes:
+        _check_same_teachers(run_dir, teacher_commits)
         _check_same_start(command, run_dir, commit, data, (train_set, eval_set), say)
         progress = _load_progress(config, run_dir, model, optimizer, teacher, world, say)
     longest = min(longest_sequence(config, tokenizer, train_set, eval_set), max_context(base))
@@ -448,6 +487,7 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
         teacher=teacher,
         optimizer=optimizer,
         train_set=train_set,
+        readers=readers,
         eval_set=eval_set,
         attention=attention,
         sampler=sampler,
@@ -461,7 +501,7 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
     )
     new = not resumes
     together(
-        lambda: world.is_main and _write_start(run, data, commit, new=new),
+        lambda: world.is_main and _write_start(run, data, commit, teacher_commits, new=new),
         (ValueError, *FILE_FAILURES),
     )
     return run
@@ -471,13 +511,14 @@ def _load_checked_base(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     world: World,
+    teachers: Sequence[OpenedTeacher],
     say: Callable[[str], object],
 ) -> tuple[PreTrainedModel, str]:
     """Returns the base, which the tokenizer fits, and the attention over its packed sequences."""
     # Sharding moves each layer's shard to the device, which never holds the whole model.
-    on_cpu, trains_base = _is_sharded(config, world), not config.lora.enabled
+    on_cpu, trains_base = is_sharded(config, world), not config.lora.enabled
     base = load_base(config.model, world.device, trains_base=trains_base, on_cpu=on_cpu, say=say)
-    for note in _check_tokenizer(config, tokenizer, base):
+    for note in _check_tokenizer(config, tokenizer, base, teachers):
         say(f"note: {note}")
     return base, choose_attention(base, config.model.attention, world.device, compute_dtype(base))
 
@@ -486,13 +527,19 @@ def _load_sets(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     base: nn.Module,
+    readers: Sequence[Reader],
     served: ServedModel | None,
     say: Callable[[str], object],
 ) -> tuple[ProblemSet, ProblemSet | None, dict[str, Any]]:
-    """Returns the training and the evaluation set, and the record of their rows. A collective."""
+    """Returns the training and the evaluation set, and the record of their rows. A collective.
+
+    readers: the teachers that are other models.
+    """
     context = max_context(base)
-    teacher_context = None if served is None else served.room(context)
-    train_set = load_train_set(config, tokenizer, context, say, teacher_context=teacher_context)
+    if served is not None:
+        # The student's tokenizer writes the prompts.
+        readers = (Reader(tokenizer, served.room(context)),)
+    train_set = load_train_set(config, tokenizer, context, say, readers)
     eval_set = load_eval_set(config, tokenizer, max_context(base), say)
     return train_set, eval_set, data_record(config, train_set, eval_set)
 
@@ -517,14 +564,34 @@ def _check_same_start(
     check_same_data(run_dir, data, sets, allow_changed=command.allow_changed_data, say=say)
 
 
-def _write_start(run: Run, data: dict[str, Any], commit: str | None, *, new: bool) -> None:
+def _check_same_teachers(run_dir: Path, commits: Mapping[str, str]) -> None:
+    """Raises ValueError if a teacher of the hub is not at the commit that the run was started
+    with."""
+    for name, before in recorded_teacher_commits(run_dir).items():
+        if commits.get(name) != before:
+            raise ValueError(
+                f"teacher {name} is at commit {commits.get(name)}, and {run_dir} was started with "
+                f"{before}; a resumed run continues with the same teacher; give "
+                f"--teacher.revision {before}, or restore that version in the hub's cache if "
+                "there are several teachers"
+            )
+
+
+def _write_start(
+    run: Run,
+    data: dict[str, Any],
+    commit: str | None,
+    teacher_commits: Mapping[str, str],
+    *,
+    new: bool,
+) -> None:
     """Writes what the run is started with. The configuration comes last: it makes the directory a
     run's. It is written after a resume too, so that the next resume uses this command's settings.
     """
     if run.lock is not None:
         run.lock.check()
     if new:
-        write_versions(run.run_dir, run.name, run.world.size, commit)
+        write_versions(run.run_dir, run.name, run.world.size, commit, teacher_commits)
     write_data_record(run.run_dir, data)
     if run.config.run.wandb_project is not None:
         wandb_id(run.run_dir)

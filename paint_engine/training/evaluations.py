@@ -51,8 +51,9 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
     base = step == 0 and run.step > 0
     if base and not run.base.exists:
         progress.note(
-            "step 0 is not evaluated: with lora.enabled false and teacher.url, a run keeps no copy "
-            "of the base, which can be evaluated before the first step alone; evaluate it with "
+            "step 0 is not evaluated: with lora.enabled false and teacher.url, teacher.weights "
+            "external or teacher.refresh_every, a run keeps no copy of the base, which can be "
+            "evaluated before the first step alone; evaluate it with "
             f"python -m paint_engine.evaluate --model {run.config.model.name_or_path}"
         )
         return

@@ -30,13 +30,13 @@ def _largest(tensors: Sequence[Tensor]) -> list[float]:
 class Scored:
     """One micro-batch's loss, with what it was computed from.
 
-    states: by role ("student", "teacher", "base"), the (N, H) hidden states at the positions that
-        predict the completions.
+    states: of each pass, its role ("student", "teacher", "base"), the (N, H) hidden states at the
+        positions that predict the completions, and the places of its rollouts; None for all.
     differences: the trainer's minus the sampler's log-probabilities of some tokens, in nats.
     """
 
     output: LossOutput
-    states: Mapping[str, Tensor]
+    states: Sequence[tuple[str, Tensor, tuple[int, ...] | None]]
     differences: list[Tensor]
 
     def fault(self, examples: Sequence[TrainExample], sums: Mapping[str, float]) -> str | None:
@@ -45,16 +45,17 @@ class Scored:
         examples: the micro-batch's rollouts.
         sums: the sums of the output's values, from which a fault is seen at no further cost.
         """
-        peaks = _largest([_local(states) for states in self.states.values()])
+        peaks = _largest([_local(states) for _, states, _ in self.states])
         if all(map(math.isfinite, (*peaks, *sums.values()))):
             return None
-        values = {f"the {role}'s hidden state": s for role, s in self.states.items()}
-        values |= {name: v[:, None] for name, v in self.output.per_token.items()}
-        for what, rows in values.items():
+        values = [(f"the {role}'s hidden state", s, places) for role, s, places in self.states]
+        values += [(name, v[:, None], None) for name, v in self.output.per_token.items()]
+        for what, rows, rollouts in values:
             bad = (~torch.isfinite(_local(rows).float())).any(-1).nonzero()
             if len(bad):
+                own = examples if rollouts is None else [examples[place] for place in rollouts]
                 row = int(bad[0])
-                return f"{what} is {_bad_value(rows[row])} at {_place(examples, row)}"
+                return f"{what} is {_bad_value(rows[row])} at {_place(own, row)}"
         return f"the loss is {sums['loss']}, though its values by token are finite"
 
 

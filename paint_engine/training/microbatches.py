@@ -8,13 +8,13 @@ from paint_engine.types import TrainExample
 
 
 def _lengths(item: TrainExample) -> tuple[int, int]:
-    """Returns the student's and the teacher's sequence lengths. Both are the student's if no
-    teacher reads the rollout in this process."""
+    """Returns the student's and the teacher's sequence lengths; of several teachers, the longest.
+    Both are the student's if no teacher reads the rollout in this process."""
     completion, view = len(item.rollout.completion_ids), item.teacher_view
     student = len(item.rollout.prompt_ids) + completion
     if view is None or item.served is not None:
         return student, student
-    return student, len(view.prompt_ids) + completion
+    return student, max(map(len, view.prompts.values())) + completion
 
 
 def _num_tokens(group: Sequence[TrainExample], *, padded: bool) -> int:

@@ -72,6 +72,7 @@ def step_context(
         batch=batch,
         group_size=run.recipe.group_size,
         problems=run.train_set.problems,
+        teachers=run.readers,
     )
 
 

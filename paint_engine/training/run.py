@@ -20,13 +20,15 @@ from paint_engine.distributed import (
     together,
 )
 from paint_engine.files import FILE_FAILURES, DirectoryLock, LockLost, Record, WriteFailed
-from paint_engine.model import EmaTeacher, FixedTeacher, Teacher, max_context
+from paint_engine.model import FixedTeacher, Teacher, max_context
+from paint_engine.model.sharding import is_sharded
 from paint_engine.monitor import NotFinite, ShorteningWatch, Timings
 from paint_engine.recipes import Recipe
 from paint_engine.rewards import Reward
 from paint_engine.rollout import RolloutEngine, Sampler, SamplingParams, sampling_params
 from paint_engine.scoring import Scorer
 from paint_engine.training.finite import bad_weight
+from paint_engine.types import Reader
 
 # JSON has lists for tuples.
 _Completion = Annotated[tuple[list[NonNegativeInt], list[float], bool], Strict(False)]
@@ -63,7 +65,8 @@ class Run:
     resumes.
 
     `base` is the model before training. `teacher` scores the rollouts and is often the base; with
-    `scorer`, a server does. `name`
+    `scorer`, a server does. `readers` are the teachers that are other models, as readers of
+    prompts. `name`
     is the preset's name, or "run" for a configuration file. `saved` is the step and the path of the
     newest checkpoint that this process has written. `lock` is the main rank's, on the directory;
     the others have None.
@@ -81,6 +84,7 @@ class Run:
     teacher: Teacher
     optimizer: torch.optim.Optimizer
     train_set: ProblemSet
+    readers: tuple[Reader, ...]
     eval_set: ProblemSet | None
     attention: str
     sampler: Sampler
@@ -104,9 +108,9 @@ class Run:
         return self.sampler.timings
 
     @property
-    def ema(self) -> EmaTeacher | None:
-        """The teacher if it is a running mean, whose weights a checkpoint stores; else None."""
-        return self.teacher if isinstance(self.teacher, EmaTeacher) else None
+    def is_sharded(self) -> bool:
+        """Whether the weights are sharded over the ranks."""
+        return is_sharded(self.config, self.world)
 
     @property
     def max_context(self) -> int:
@@ -162,7 +166,10 @@ def save(run: Run) -> Path:
     try:
         run.check_lock()
         path = save_checkpoint(
-            run.run_dir, run.model, run.optimizer, state, keep=keep, world=run.world, ema=run.ema
+            *(run.run_dir, run.model, run.optimizer, state),
+            keep=keep,
+            world=run.world,
+            teacher=run.teacher,
         )
     except LockLost:
         raise

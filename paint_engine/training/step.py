@@ -10,11 +10,11 @@ from torch import Tensor
 
 from paint_engine.checkpoint.weights import whole
 from paint_engine.distributed import gather_objects, raise_together, sum_gradients
-from paint_engine.model import autocast, hidden_states, lm_head_weight
-from paint_engine.model.packing import batch_to, build_batch
+from paint_engine.model import Teacher, autocast, hidden_states, lm_head_weight
+from paint_engine.model.packing import batch_to, build_batch, pack_sequences, sequences_to
 from paint_engine.model.sharding import sync_gradients
 from paint_engine.monitor import SKIPPED_STEPS, NotFinite
-from paint_engine.recipes import LossInputs
+from paint_engine.recipes import LossInputs, SecondPass
 from paint_engine.rollout.mismatch import logprob_differences
 from paint_engine.seeds import dropout_seed
 from paint_engine.training.finite import Scored, bad_gradient
@@ -23,7 +23,7 @@ from paint_engine.training.optim import learning_rate
 from paint_engine.training.record import StepRecord
 from paint_engine.training.rollouts import sample_step
 from paint_engine.training.run import Run
-from paint_engine.types import TrainBatch, TrainExample
+from paint_engine.types import ScoredSequences, TrainBatch, TrainExample
 
 
 def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, object]]]:
@@ -61,6 +61,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, ob
         stop_at_fault(run, step, fault)
         with span("optimizer"):
             rate, grad_norm = update(run, step)
+    run.teacher.finish_step(step + 1)
     # ---------------------------------------------------------------------------------------------
     if run.recipe.samples:
         run.shortening.add(step + 1, (completion_size(item) for item in rollouts))
@@ -161,15 +162,14 @@ def score(
     old_logprobs: (N,) log-probabilities of the first update on these rollouts; None in that update.
     """
     span = run.timings.span
-    second_states, second_head = _second_pass(run, batch)
+    second = second_passes(run, batch)
     with span("student"):
         student_states = hidden_states(run.model, batch.student, attention=run.attention)
     with span("loss"), autocast(run.model):
         inputs = LossInputs(
             student_hidden_states=student_states,
             lm_head_weight=lm_head_weight(run.model),
-            second_hidden_states=second_states,
-            second_lm_head_weight=second_head,
+            second_passes=second,
             completion_ids=batch.completion_ids,
             cu_seqlens=batch.cu_seqlens,
             examples=examples,
@@ -182,23 +182,38 @@ def score(
         head, params = lm_head_weight(run.model), run.sampler.params
         rollouts = [example.rollout for example in examples]
         differences = logprob_differences(student_states, head, rollouts, params)
-    states = {"student": student_states.detach()}
-    if second_states is not None:
-        states[run.recipe.second_pass or ""] = second_states
+    states = [("student", student_states.detach(), None)]
+    states += [(run.recipe.second_pass or "", one.hidden_states, one.rollouts) for one in second]
     return Scored(output, states, differences)
 
 
-def _second_pass(
-    run: Run, batch: TrainBatch
-) -> tuple[Float[Tensor, "N H"] | None, Float[Tensor, "V H"] | None]:
-    """Returns the hidden states of the recipe's second pass, and its head if it is another one."""
-    whose = run.recipe.second_pass
-    if whose is None:
-        return None, None
-    scoring, sequences = (
-        (run.teacher, batch.teacher) if whose == "teacher" else (run.base, batch.student)
-    )
-    assert sequences is not None, "the recipe has a teacher and made no views"
-    with run.timings.span("teacher"), scoring.scoring() as scorer:
-        states = hidden_states(scorer, sequences, attention=run.attention)
-        return states, None if scorer is run.model else lm_head_weight(scorer)
+def second_passes(run: Run, batch: TrainBatch) -> tuple[SecondPass, ...]:
+    """Runs the recipe's second pass: the base's over the student's sequences, or that of each
+    teacher over its own."""
+    if run.recipe.second_pass is None:
+        return ()
+    passes = []
+    with run.timings.span("teacher"):
+        if run.recipe.second_pass == "base":
+            everything = ScoredSequences(tuple(range(len(batch.cu_seqlens) - 1)), batch.student)
+            return (_score_with(run, run.base, everything),)
+        assert batch.teachers, "the recipe has a teacher and made no views"
+        for place, member in enumerate(run.teacher.members):
+            if (scored := batch.teachers.get(place)) is not None:
+                passes.append(_score_with(run, member, scored))
+            elif run.is_sharded:
+                # The other ranks may have rollouts for it, and gather its weights together.
+                _score_with(run, member, _idle_sequences(run.world.device))
+    return tuple(passes)
+
+
+def _score_with(run: Run, teacher: Teacher, scored: ScoredSequences) -> SecondPass:
+    attention = teacher.attention or run.attention
+    with teacher.scoring() as scorer:
+        states = hidden_states(scorer, scored.sequences, attention=attention)
+        head = None if scorer is run.model else lm_head_weight(scorer)
+    return SecondPass(states, head, teacher.weight, scored.rollouts)
+
+
+def _idle_sequences(device: torch.device) -> ScoredSequences:
+    return ScoredSequences((), sequences_to(pack_sequences([(0,)], [(0,)]), device))

@@ -10,7 +10,7 @@ from examples.custom_recipe import HALF_LIFE, EarlyTokens, decayed_weights
 from paint_engine import train
 from paint_engine.config import Config
 from paint_engine.config.sections import ObjectiveSection
-from paint_engine.recipes import LossInputs
+from paint_engine.recipes import LossInputs, SecondPass
 from paint_engine.recipes.paint import Paint
 
 BOUNDS = torch.tensor([0, 3, 3, 80], dtype=torch.int32)
@@ -30,8 +30,7 @@ def inputs(student: torch.Tensor) -> LossInputs:
     return LossInputs(
         student_hidden_states=student,
         lm_head_weight=head,
-        second_hidden_states=teacher,
-        second_lm_head_weight=None,
+        second_passes=(SecondPass(teacher),),
         completion_ids=torch.zeros(80, dtype=torch.long),
         cu_seqlens=BOUNDS,
         examples=(),

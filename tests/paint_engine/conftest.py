@@ -45,28 +45,33 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def save_random_model(
-    directory: Path, tokenizer: PreTrainedTokenizerBase, *, tied: bool = True
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tied: bool = True,
+    seed: int = 0,
+    **sizes: int,
 ) -> None:
     """Weights large enough that every context token moves the logits visibly."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     stop, padding = tokenizer.encode("<|im_end|><|endoftext|>")
-    config = Qwen3Config(
-        vocab_size=len(tokenizer) + NUM_PADDING_ROWS,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=1024,
-        initializer_range=0.15,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=stop,
-        pad_token_id=padding,
-        dtype="float32",
-    )
-    Qwen3ForCausalLM(config).save_pretrained(directory)
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer) + NUM_PADDING_ROWS,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.15,
+        "tie_word_embeddings": tied,
+        "bos_token_id": None,
+        "eos_token_id": stop,
+        "pad_token_id": padding,
+        "dtype": "float32",
+    }
+    Qwen3ForCausalLM(Qwen3Config(**settings | sizes)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
@@ -84,6 +89,29 @@ def untied_model_dir(
     directory = tmp_path_factory.mktemp("untied-model")
     save_random_model(directory, tokenizer, tied=False)
     return directory
+
+
+# Of another model's own chat template: its prompts are no other's.
+TEACHER_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}: {{ message['content'] }}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>A:{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def teacher_dirs(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Path, Path]:
+    """Two models with the tokens of the student, of other widths and with heads of their own; one
+    has more rows of padding, the other another chat template and a shorter context."""
+    first, second = (tmp_path_factory.mktemp(name) for name in ("wide", "narrow"))
+    rows = len(tokenizer) + 2 * NUM_PADDING_ROWS
+    save_random_model(first, tokenizer, tied=False, seed=1, hidden_size=48, vocab_size=rows)
+    save_random_model(
+        *(second, tokenizer), seed=2, hidden_size=24, max_position_embeddings=512, vocab_size=340
+    )
+    (second / "chat_template.jinja").write_text(TEACHER_TEMPLATE)
+    return first, second
 
 
 @pytest.fixture

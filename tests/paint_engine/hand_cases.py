@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from paint_engine.config.schema import Config
-from paint_engine.recipes import LossInputs, LossOutput, Recipe, recipe_of
+from paint_engine.recipes import LossInputs, LossOutput, Recipe, SecondPass, recipe_of
 from paint_engine.types import Problem, Rollout, TrainExample, Verdict
 
 KL_0 = 0.75 * math.log(3 / 2) - 0.25 * math.log(2)
@@ -70,8 +70,7 @@ def loss_of(
     inputs = LossInputs(
         student_hidden_states=student,
         lm_head_weight=torch.eye(2, dtype=torch.float64),
-        second_hidden_states=logits(TEACHER)[tokens] if of.second_pass else None,
-        second_lm_head_weight=None,
+        second_passes=(SecondPass(logits(TEACHER)[tokens]),) if of.second_pass else (),
         completion_ids=torch.tensor([i for e in examples for i in e.rollout.completion_ids]),
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
         examples=examples,

@@ -31,7 +31,7 @@ from bench.step.timing import OURS, PLAIN, TRL, Bench, in_turn, make_loop
 from bench.step.trl_loop import rows_a_batch
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import ObjectiveSection
-from paint_engine.recipes import LossInputs
+from paint_engine.recipes import LossInputs, SecondPass
 from paint_engine.recipes.paint import Paint
 from paint_engine.training.step import my_microbatches
 
@@ -73,8 +73,7 @@ def test_the_plain_loss_equals_the_engines(clip: float | None, reduction: str) -
         inputs = LossInputs(
             student_hidden_states=leaf,
             lm_head_weight=head,
-            second_hidden_states=teacher,
-            second_lm_head_weight=head + 0.1,
+            second_passes=(SecondPass(teacher, head + 0.1),),
             completion_ids=torch.zeros(11, dtype=torch.long),
             cu_seqlens=bounds,
             examples=(),

@@ -8,7 +8,7 @@ from saved_runs import ALONE, Trained, build, take_step, trainable
 
 from paint_engine.checkpoint.load import load_checkpoint
 from paint_engine.checkpoint.save import save_checkpoint
-from paint_engine.model.teacher import EmaTeacher
+from paint_engine.model.teachers import EmaTeacher
 
 
 def test_a_running_mean_resumes_bit_for_bit_from_a_checkpoint(
@@ -22,7 +22,7 @@ def test_a_running_mean_resumes_bit_for_bit_from_a_checkpoint(
     trained = build(model_dir, lora=True)
     ema = EmaTeacher(trained[0], decay=0.75)
     train(trained, ema, (1, 2))
-    save_checkpoint(tmp_path, *trained, {"step": 2}, keep=1, world=ALONE, ema=ema)
+    save_checkpoint(tmp_path, *trained, {"step": 2}, keep=1, world=ALONE, teacher=ema)
     at_two = [mean.clone() for mean in ema.shadow]
     train(trained, ema, (3, 4))
 
@@ -30,7 +30,7 @@ def test_a_running_mean_resumes_bit_for_bit_from_a_checkpoint(
     resumed = build(model_dir, lora=True, seed=5)
     its_ema = EmaTeacher(resumed[0], decay=0.75)
     assert not all(map(torch.equal, its_ema.shadow, at_two))
-    state = load_checkpoint(tmp_path, *resumed, world=ALONE, warn=pytest.fail, ema=its_ema)
+    state = load_checkpoint(tmp_path, *resumed, world=ALONE, warn=pytest.fail, teacher=its_ema)
     assert state == {"step": 2}
     assert all(map(torch.equal, its_ema.shadow, at_two))
     # The mean is not the adapters that it is of.
@@ -45,7 +45,7 @@ def test_a_mean_that_no_teacher_wants_is_left_in_the_checkpoint(
     model, optimizer = build(model_dir, lora=True)
     ema = EmaTeacher(model, decay=0.75)
     take_step(model, optimizer, 1)
-    save_checkpoint(tmp_path, model, optimizer, {"step": 1}, keep=1, world=ALONE, ema=ema)
+    save_checkpoint(tmp_path, model, optimizer, {"step": 1}, keep=1, world=ALONE, teacher=ema)
     resumed, its_optimizer = build(model_dir, lora=True, seed=5)
     state = load_checkpoint(tmp_path, resumed, its_optimizer, world=ALONE, warn=pytest.fail)
     assert state == {"step": 1}
@@ -65,6 +65,6 @@ def test_a_checkpoint_without_the_mean_that_is_wanted_is_refused(
     model, optimizer = build(model_dir, lora=True, seed=5)
     ema, before = EmaTeacher(model, decay=0.75), trainable(model)
     with pytest.raises(ValueError, match=r"step-1 holds no running mean.*--teacher\.weights"):
-        load_checkpoint(tmp_path, model, optimizer, world=ALONE, warn=pytest.fail, ema=ema)
+        load_checkpoint(tmp_path, model, optimizer, world=ALONE, warn=pytest.fail, teacher=ema)
     # Before anything was restored.
     assert all(torch.equal(t, before[n]) for n, t in trainable(model).items())

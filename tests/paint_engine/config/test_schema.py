@@ -1,6 +1,7 @@
 """Sections, defaults, checks and the TOML form of the configuration."""
 
 import re
+import shlex
 import tomllib
 from itertools import chain
 from typing import Any, get_args
@@ -182,8 +183,12 @@ def test_later_layers_win_and_leave_the_rest() -> None:
         ("objective.divergence", "kl", "got 'kl'", "'forward_kl', 'reverse_kl' or 'jsd'"),
         ("objective.jsd_weight", 0.0, "got 0.0", "greater than 0"),
         ("objective.importance_cap", 0.0, "got 0.0", "greater than 0"),
-        ("teacher.weights", "mean", "got 'mean'", "'fixed', 'ema' or 'live'"),
+        ("teacher.weights", "mean", "got 'mean'", "'fixed', 'ema', 'live' or 'external'"),
         ("teacher.ema_decay", 1.0, "got 1.0", "less than 1"),
+        ("teacher.refresh_every", 0, "got 0", "greater than 0"),
+        ("teacher.models", "a", "got 'a'", "a list of texts"),
+        ("teacher.model_weights", 1.0, "got 1.0", "a list of numbers"),
+        ("teacher.model_weights", [1.0, 0.0], "got 0.0", "greater than 0"),
         ("grpo.group_size", 1, "got 1", "greater than or equal to 2"),
         ("grpo.kl_weight", -0.1, "got -0.1", "greater than or equal to 0"),
         ("objective.pointwise_clip", 0.0, "got 0.0", "greater than 0"),
@@ -269,6 +274,8 @@ def test_equal_mask_ratios_and_the_ends_of_ranges_are_allowed() -> None:
 
 
 SERVED_TEACHER = {"teacher.url": "http://node7:8000", "objective.temperature": 1.0}
+EXTERNAL = {"teacher.weights": "external", "teacher.model": "a"}
+TWO = {"teacher.weights": "external", "teacher.models": ["a", "b"]}
 
 
 @pytest.mark.parametrize(
@@ -308,6 +315,21 @@ SERVED_TEACHER = {"teacher.url": "http://node7:8000", "objective.temperature": 1
             "^teacher.tail: got 'drop' with teacher.url none, so that no server is asked; leave it "
             "out, or name a server with --teacher.url$",
         ),
+        *(
+            (
+                {**SERVED_TEACHER, **values},
+                f"^{key}: got .* with teacher.url http://node7:8000; a server has weights of its "
+                "own, and no other teacher scores; leave out one of the two$",
+            )
+            for key, values in {
+                "teacher.weights": {**EXTERNAL, "teacher.revision": "v2"},
+                "teacher.refresh_every": {"teacher.refresh_every": 5},
+                "teacher.ema_decay": {"teacher.ema_decay": 0.9},
+                "teacher.model": {"teacher.model": "a"},
+                "teacher.models": {"teacher.models": ["a", "b"]},
+                "teacher.route_column": {"teacher.route_column": "domain"},
+            }.items()
+        ),
         ({**SERVED_TEACHER, "teacher.weights": "live"}, "leave out one of the two"),
         ({**SERVED_TEACHER, "teacher.weights": "ema"}, "leave out one of the two"),
         ({**SERVED_TEACHER, "teacher.reason_first": True}, "writes no rationales"),
@@ -324,6 +346,36 @@ SERVED_TEACHER = {"teacher.url": "http://node7:8000", "objective.temperature": 1
             {**SERVED_TEACHER, "objective.teacher_top_k": 50},
             "use --teacher.served_top_k 50 --teacher.tail renormalise in its place",
         ),
+        (
+            {"teacher.refresh_every": 5, "teacher.weights": "live"},
+            "^teacher.refresh_every: got 5 with teacher.weights 'live', which is never refreshed; "
+            "leave it out, or use --teacher.weights fixed$",
+        ),
+        (
+            {"teacher.models": ["a", "b"]},
+            r"^teacher.models: got \['a', 'b'\] with teacher.weights 'fixed', which is the "
+            "student's own model; leave it out, or use --teacher.weights external$",
+        ),
+        ({"teacher.weights": "external"}, "neither teacher.model nor teacher.models"),
+        ({**EXTERNAL, "teacher.models": ["a", "b"]}, "teacher.model 'a' and teacher.models"),
+        ({**TWO, "teacher.revision": "v2"}, "^teacher.revision: got 'v2' with teacher.models"),
+        ({**EXTERNAL, "teacher.reason_first": True}, "^teacher.reason_first: got true with"),
+        ({**TWO, "teacher.model_weights": [1.0]}, "got 1 numbers for 2 teacher.models"),
+        ({**EXTERNAL, "teacher.model_weights": [1.0]}, "got 1 numbers for 0 teacher.models"),
+        (
+            {**TWO, "teacher.model_weights": [1.0, 2.0], "teacher.route_column": "domain"},
+            "leave out one of the two",
+        ),
+        ({**TWO, "teacher.model_names": ["x", "y"]}, "without teacher.route_column"),
+        ({**EXTERNAL, "teacher.route_column": "domain"}, "needs two or more to choose from"),
+        (
+            {**TWO, "teacher.route_column": "domain", "teacher.model_names": ["x", "x"]},
+            r"no two alike; give --teacher.model_names '\[\"name0\", \"name1\"\]'$",
+        ),
+        (
+            {**TWO, "teacher.route_column": "domain", "teacher.model_names": ["x"]},
+            "needs one name for each",
+        ),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(layer: dict[str, object], expected: str) -> None:
@@ -337,6 +389,7 @@ PAINT, GRPO = ("grpo_paint", "paint"), ("grpo", "grpo_paint")
 TEACHER = ("grpo_paint", "paint", "sampled_token")
 POLICY = ("grpo", "grpo_paint", "sampled_token")
 OF_OPTIONAL_CONTEXTS = ("data.columns.feedback", "teacher.group_size")
+SEVERAL = '--teacher.weights external --teacher.models ["a","b"]'
 IDLE = [
     (PAINT, "objective.divergence", "reverse_kl", ""),
     (PAINT, "objective.divergence", "jsd", ""),
@@ -356,6 +409,13 @@ IDLE = [
     (TEACHER, "teacher.weights", "ema", ""),
     (TEACHER, "teacher.weights", "live", ""),
     (TEACHER, "teacher.ema_decay", "0.9", "--teacher.weights ema"),
+    (TEACHER, "teacher.refresh_every", "5", ""),
+    (TEACHER, "teacher.model", "tiny", "--teacher.weights external"),
+    (TEACHER, "teacher.revision", "v2", "--teacher.weights external --teacher.model a/b"),
+    (TEACHER, "teacher.models", '["a","b"]', "--teacher.weights external"),
+    (TEACHER, "teacher.model_weights", "[1,3]", SEVERAL),
+    (TEACHER, "teacher.route_column", "domain", SEVERAL),
+    (TEACHER, "teacher.model_names", '["x","y"]', f"{SEVERAL} --teacher.route_column domain"),
     (TEACHER, "teacher.reason_first", "true", ""),
     (TEACHER, "teacher.reason_max_new_tokens", "8", ""),
     (TEACHER, "masking.rho_wrong", "0.2", ""),
@@ -421,14 +481,14 @@ def test_a_key_that_the_recipe_has_no_use_for_is_refused(
         load_config(argv)
     message = str(caught.value)
     # What goes with it is idle too, where the same recipes read it.
-    given = [other for other in LEAVES if other == key or f"--{other}" in beside]
+    given = [other for other in LEAVES if other == key or f"--{other} " in beside]
     idle = [other for other in given if not other.startswith("rollout.")]
     assert message.startswith(f"{idle[0]}: got ") and f"with objective.name {name!r}" in message
     assert all(f"{other}: got " in message for other in idle) and "\n" not in message
     # All the ways out that it names are ways out.
     *back, forward = re.findall(r"(--[a-z_.]+) ([^\s,;]+)", message)
     assert [flag for flag, _ in back] == [f"--{other}" for other in idle]
-    load_config([*argv, *chain.from_iterable(back)])
+    load_config([*argv, *shlex.split(" ".join(chain.from_iterable(back)))])
     assert forward[0] == "--objective.name"
     assert message.endswith(f" or use --objective.name {' or '.join(users)}")
     for user in users:

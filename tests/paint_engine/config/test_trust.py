@@ -16,7 +16,7 @@ from paint_engine.checkpoint.run_dir import (
 )
 from paint_engine.config.command_line import load_config
 from paint_engine.config.schema import Config
-from paint_engine.config.toml import LEAVES, flag, toml_value
+from paint_engine.config.toml import LEAVES, flag, toml_value, value_of
 from paint_engine.config.trust import check_granted, run_directory_of, trust_flags
 
 # Of each setting, a value that widens trust. The module of the recipe stands in `hostile`.
@@ -33,10 +33,13 @@ HOSTILE: Mapping[str, object] = {
     "teacher.url": "http://127.0.0.1:9/teacher",
     "run.wandb_project": "theirs",
 }
+# Of teachers that are other models, which do not go with a server; tried below.
+EXTERNAL = ("teacher.model", "teacher.models", "teacher.revision")
 # Text that names rows or weights to read, columns of rows, layers, or prompts.
 DATA = re.compile(
     r"(data|eval)\.(path|revision|split|columns\.\w+)|prompts\.\w+|masking\.marker"
-    r"|lora\.target_modules|teacher\.served_model"
+    r"|teacher\.(route_column|model_names|served_model)"
+    r"|lora\.target_modules"
 )
 
 
@@ -48,7 +51,8 @@ def test_each_setting_that_takes_text_is_data_or_widens_trust() -> None:
     """A new one has to be decided."""
     texts = {k for k, f in LEAVES.items() if takes_text(f.annotation) and not is_choice(f)}
     undecided = {key for key in texts if not DATA.fullmatch(key)}
-    assert undecided == HOSTILE.keys() - {"model.trust_remote_code"} | {"run.dir"}
+    others = {"run.dir", *EXTERNAL}
+    assert undecided == HOSTILE.keys() - {"model.trust_remote_code"} | others
 
 
 def is_choice(field: Any) -> bool:
@@ -137,6 +141,28 @@ def test_places_and_servers_may_be_left_out_of_a_resumed_run(hostile: Path, key:
     config = load_config(["--resume", str(hostile), f"--{key}", "none"]).config
     section, name = key.split(".")
     assert getattr(getattr(config, section), name) is None
+
+
+@pytest.mark.parametrize(
+    "external",
+    [
+        {"teacher.model": "their/teacher", "teacher.revision": "refs/pr/14"},
+        {"teacher.models": ("their/teacher", "another/one")},
+    ],
+)
+def test_external_teachers_with_code_are_asked_for(
+    tmp_path: Path, external: Mapping[str, object]
+) -> None:
+    values = {"model.trust_remote_code": True, "teacher.weights": "external", **external}
+    write_config(tmp_path / "config.toml", values)
+    message = refusal("--resume", tmp_path)
+    assert all(flag(key, value) in message for key, value in external.items())
+    config = load_config(["--resume", str(tmp_path), *shlex.split(flags_of(message))]).config
+    assert {key: value_of(config, key) for key in external} == external
+    # Without code, they are weights to read.
+    del values["model.trust_remote_code"]
+    write_config(tmp_path / "config.toml", values)
+    assert trust_flags(load_config(["--resume", str(tmp_path)]).config) == ""
 
 
 def test_built_in_names_need_no_flag(tmp_path: Path) -> None:

@@ -18,7 +18,15 @@ from paint_engine.contexts.base import ATTRIBUTE, PACKAGE, context_class
 from paint_engine.prompts.anchors import overlap
 from paint_engine.prompts.chat import encode_student_prompt
 from paint_engine.recipes import Recipe, StepContext, recipe_of
-from paint_engine.types import Problem, Request, Rollout, TeacherView, TrainExample, Verdict
+from paint_engine.types import (
+    Problem,
+    Reader,
+    Request,
+    Rollout,
+    TeacherView,
+    TrainExample,
+    Verdict,
+)
 
 NAMES = ("answer", "feedback", "none", "other", "sibling", "solution")
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -55,6 +63,7 @@ def step_of(
     step: int = 0,
     complete: Any = None,
     max_context: int = 4096,
+    teachers: Sequence[Reader] = (),
 ) -> StepContext:
     """The step's context on the only rank."""
     requests = [Request(i, e.rollout.problem, (1, 2), 17) for i, e in enumerate(batch)]
@@ -67,6 +76,7 @@ def step_of(
         batch=batch,
         group_size=recipe.group_size,
         problems=problems,
+        teachers=teachers,
     )
 
 
@@ -523,9 +533,39 @@ def test_a_teacher_that_is_the_student_is_spoken_of() -> None:
         (note,) = recipe("none", "--teacher.weights", weights).notes()
         assert f"teacher.weights {weights} the teacher is {whose}" in note
         assert "the loss stays at zero" in note
+    (note,) = recipe("none", "--teacher.refresh_every", "5").notes()
+    assert "teacher.weights fixed the teacher is the base" in note
+    others = (
+        ("--teacher.weights", "external", "--teacher.model", "a/b"),
+        ("--teacher.url", "http://node7:8000", "--objective.temperature", "1.0"),
+    )
+    assert all(recipe("none", *other).notes() == [] for other in others)
     assert recipe("none", "--prompts.teacher_thinking", "true").notes() == []
     assert recipe("none", "--prompts.teacher_suffix", "Hm.").notes() == []
     assert recipe("answer").notes() == []
+
+
+def test_each_of_several_teachers_reads_what_the_context_shows(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    models = ("--teacher.weights", "external", "--teacher.models", '["a", "b"]')
+    problem = replace(KITES, answer=" ".join(["7"] * 60))
+    batch = [judged(problem, "So $\\boxed{8}$.", False)]
+    own = recipe("answer", *models)
+    completion = own.config.rollout.max_new_tokens
+    long, short = (Reader(tokenizer, completion + room) for room in (4096, 180))
+    view = view_of(prepared(own, tokenizer, batch, teachers=(long, long))[0])
+    whole = view.prompts[0]
+    assert view.scorers == (0, 1) and view.prompts == {0: whole, 1: whole}
+    assert view.shown == problem.answer and not view.shortened
+    view = view_of(prepared(own, tokenizer, batch, teachers=(long, short))[0])
+    assert view.prompts[0] == whole and len(view.prompts[1]) <= 180 < len(whole)
+    assert view.shown == problem.answer and view.shortened
+    # The problem's own teacher alone, whatever the other one could read.
+    routed = recipe("answer", *models, "--teacher.route_column", "domain")
+    batch = [judged(replace(problem, route="b"), "So $\\boxed{8}$.", False)]
+    view = view_of(prepared(routed, tokenizer, batch, teachers=(short, long))[0])
+    assert view.prompts == {1: whole} and not view.shortened
 
 
 # ---- a context of one's own ----------------------------------------------------------------------

@@ -105,3 +105,19 @@ def test_without_a_record_another_path_is_refused(run_dir: Path) -> None:
     other = CONFIG.model_copy(update={"data": CONFIG.data.model_copy(update={"path": "b.jsonl"})})
     with pytest.raises(ValueError, match=r"training data is b.jsonl, and was tiny; no digest"):
         compare(run_dir, problems(5), config=other)
+
+
+def test_a_row_that_goes_to_another_teacher_has_changed(run_dir: Path) -> None:
+    """Rows without one have the digests of earlier versions."""
+    rows = problems(5)
+    assert compare(run_dir, rows) == []
+    routed = [replace(row, route="math") for row in rows]
+    with pytest.raises(ValueError, match=r"row that differs is number 1 \(a.jsonl:0\)"):
+        compare(run_dir, routed)
+    write_data_record(run_dir, data_record(CONFIG, set_of(routed), None))
+    assert compare(run_dir, routed) == []
+    with pytest.raises(ValueError, match=r"row that differs is number 3 \(a.jsonl:2\)"):
+        compare(run_dir, [*routed[:2], replace(routed[2], route="code"), *routed[3:]])
+    # A text of feedback is no name of a teacher.
+    with pytest.raises(ValueError, match=r"row that differs is number 1 \(a.jsonl:0\)"):
+        compare(run_dir, [replace(row, feedback="math") for row in rows])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from paint_engine.config.sections import ColumnsSection, DataColumnsSection
 from paint_engine.data.problem_sets import batch_indices
-from paint_engine.data.rows import LoadedProblems, load_problems
+from paint_engine.data.rows import LoadedProblems, Routes, load_problems
 from paint_engine.seeds import problem_order
 from paint_engine.types import Problem
 
@@ -41,6 +41,7 @@ def load(
     needs_solution: bool = True,
     needs_answer: bool = True,
     revision: str | None = None,
+    routes: Routes | None = None,
 ) -> LoadedProblems:
     kind = DataColumnsSection if section == "data" else ColumnsSection
     return load_problems(
@@ -53,6 +54,7 @@ def load(
         needs_solution=needs_solution,
         needs_answer=needs_answer,
         revision=revision,
+        routes=routes,
     )
 
 
@@ -71,6 +73,31 @@ def refusal(path: Path | str, **kwargs: Any) -> str:
     with pytest.raises(ValueError) as caught:
         load(path, **kwargs)
     return str(caught.value)
+
+
+# Routes to teachers
+
+
+def test_a_column_names_the_teacher_of_a_row(tmp_path: Path) -> None:
+    routes = Routes("domain", ("math", "2"))
+    rows = [GOOD | {"domain": "math"}, GOOD | {"domain": 2}, GOOD | {"domain": " math "}]
+    loaded = load(write_jsonl(tmp_path / "rows.jsonl", rows), routes=routes)
+    assert [problem.route for problem in loaded.problems] == ["math", "2", "math"]
+    assert load_row(tmp_path, rows[0]).route == ""
+    bad = {"other": "'code'; needs one of math, 2", "none": "'domain' is missing"}
+    for name, row in (("other", GOOD | {"domain": "code"}), ("none", GOOD)):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [rows[0], row])
+        message = refusal(path, routes=routes)
+        assert message.startswith(f"{name}.jsonl:2: no teacher: the column ")
+        assert bad[name] in message
+        loaded = load(path, routes=routes, on_bad_row="skip")
+        assert (len(loaded.problems), loaded.num_skipped) == (1, 1)
+
+
+def test_the_bundled_problems_have_no_routes() -> None:
+    assert "teacher.route_column: got 'domain' with --data.path tiny" in refusal(
+        "tiny", routes=Routes("domain", ("a", "b"))
+    )
 
 
 # Forms of rows

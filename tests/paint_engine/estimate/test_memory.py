@@ -4,6 +4,7 @@ Qwen3's sizes with tensors that have a size but no contents."""
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, LlamaConfig, Qwen3Config, Qwen3ForCausalLM
 
+from paint_engine.config.external import teacher_models
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import (
     EvalSection,
@@ -22,6 +24,7 @@ from paint_engine.config.sections import (
     ModelSection,
     ParallelSection,
     RolloutSection,
+    TeacherSection,
     TrainSection,
 )
 from paint_engine.estimate import memory
@@ -38,8 +41,8 @@ from paint_engine.model.load import load_base, meta_model
 from paint_engine.model.lora import add_lora
 from paint_engine.model.packing import build_batch
 from paint_engine.model.sharding import checkpoint_activations, decoder_layers
-from paint_engine.model.teacher import FixedTeacher
-from paint_engine.recipes import LossInputs, recipe_of
+from paint_engine.model.teachers import ExternalTeacher, FixedTeacher, Panel, Teacher
+from paint_engine.recipes import LossInputs, SecondPass, recipe_of
 from paint_engine.training.optim import build_optimizer
 from paint_engine.types import PackedSequences, TrainBatch, TrainExample
 from paint_kernels import _matmul, _sources
@@ -165,7 +168,7 @@ def gpu_loss(
 
 def run_steps(
     model: nn.Module,
-    teacher: FixedTeacher,
+    teacher: Teacher,
     config: Config,
     batch: TrainBatch,
     live: LiveBytes,
@@ -179,17 +182,20 @@ def run_steps(
     model.train()
     for _ in range(2):
         live.peak = live.now
-        with teacher.scoring() as scorer:
-            teacher_states = states(scorer, batch.teacher)
-            teacher_head = None if scorer is model else lm_head_weight(scorer)
+        passes = []
+        for place, member in enumerate(teacher.members):
+            scored = batch.teachers[place]
+            with member.scoring() as scorer:
+                own = states(scorer, scored.sequences)
+                head = None if scorer is model else lm_head_weight(scorer)
+                passes.append(SecondPass(own, head, member.weight, scored.rollouts))
         student_states = states(model, batch.student)
         with autocast(model):
             output = recipe_of(config).loss(
                 LossInputs(
                     student_hidden_states=student_states,
                     lm_head_weight=lm_head_weight(model),
-                    second_hidden_states=teacher_states,
-                    second_lm_head_weight=teacher_head,
+                    second_passes=tuple(passes),
                     completion_ids=batch.completion_ids,
                     cu_seqlens=batch.cu_seqlens,
                     examples=(),
@@ -199,7 +205,7 @@ def run_steps(
                 )
             )
         output.loss.backward()
-        del output, student_states, teacher_states
+        del output, student_states, passes, own, head
         optimizer.step()
         optimizer.zero_grad()
     return live.peak
@@ -274,6 +280,64 @@ def test_a_real_step_takes_what_is_estimated(
             live.count(tensor)
         peak = run_steps(model, teacher, config, batch, live, padded_states)
     assert peak == pytest.approx(expected.allocated_bytes, rel=TOLERANCE), expected.table()
+
+
+TEACHERS: tuple[dict[str, Any], ...] = (
+    {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6},
+    {"hidden_size": 192, "intermediate_size": 640, "tie_word_embeddings": True},
+)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("kind", ["one", "mixed", "routed"])
+def test_a_real_step_with_external_teachers_takes_what_is_estimated(
+    kind: str, lora: bool, tmp_path: Path, examples: Callable[..., list[TrainExample]]
+) -> None:
+    lengths, rows = Lengths(32, 64, 96), 4
+    directories = [tmp_path / name for name in ("student", "first", "second")]
+    for directory, sizes in zip(directories, ({}, *TEACHERS), strict=True):
+        torch.manual_seed(0)
+        Qwen3ForCausalLM(Qwen3Config(**SMALL | sizes, dtype="float32")).save_pretrained(directory)
+        (directory / "tokenizer.json").write_text("{}")
+    student, *others = directories
+    others = others[:1] if kind == "one" else others
+    section = TeacherSection(
+        weights="external",
+        models=tuple(map(str, others)),
+        route_column="domain" if kind == "routed" else None,
+    )
+    config = make_config(student, lengths, rows, lora=lora, dtype="float32")
+    config = config.model_copy(update={"teacher": section})
+    items = []
+    for row, item in enumerate(examples((32,) * rows, (64,) * rows, (96,) * rows)):
+        assert item.teacher_view is not None
+        ids = item.teacher_view.prompt_ids
+        places = (row % 2,) if kind == "routed" else tuple(range(len(others)))
+        view = replace(
+            item.teacher_view, scorers=places, other_prompt_ids=(ids,) * (len(places) - 1)
+        )
+        items.append(replace(item, teacher_view=view))
+    batch, live = build_batch(items), LiveBytes(paint_loss._init_fn)
+    with live:
+        base = load_base(config.model, torch.device("cpu"), trains_base=not lora)
+        model, members = add_lora(base, config.lora, 0), []
+        for given in teacher_models(config):
+            frozen = load_base(given.section, torch.device("cpu")).requires_grad_(False)
+            members.append(ExternalTeacher(given.name, frozen, "padded", given.weight))
+        expected = estimate_memory(
+            shape_of(model),
+            config=config,
+            lengths=lengths,
+            num_ranks=1,
+            device_memory_bytes=None,
+            teachers=[shape_of(member.model) for member in members],
+        )
+        for tensor in (*model.parameters(), *(p for m in members for p in m.model.parameters())):
+            live.count(tensor)
+        peak = run_steps(model, Panel(members), config, batch, live, padded_states)
+    assert peak == pytest.approx(expected.allocated_bytes, rel=TOLERANCE), expected.table()
+    held = sum(p.numel() * 4 for member in members for p in member.model.parameters())
+    assert expected.held["teachers' weights"] == held and expected.held["teacher's copy"] == 0
 
 
 def causal_attention(

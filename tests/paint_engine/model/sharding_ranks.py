@@ -38,8 +38,8 @@ from paint_engine.model.sharding import (
     sync_gradients,
     unsharded,
 )
-from paint_engine.model.teacher import FixedTeacher
-from paint_engine.recipes import LossInputs
+from paint_engine.model.teachers import FixedTeacher
+from paint_engine.recipes import LossInputs, SecondPass
 from paint_engine.recipes.paint import Paint
 from paint_engine.training.microbatches import plan_microbatches
 from paint_engine.types import PackedSequences, Problem, Rollout, TeacherView, TrainExample
@@ -152,8 +152,7 @@ def loss_of(
             LossInputs(
                 student_hidden_states=student,
                 lm_head_weight=lm_head_weight(model),
-                second_hidden_states=teacher,
-                second_lm_head_weight=teacher_head,
+                second_passes=(SecondPass(teacher, teacher_head),),
                 completion_ids=torch.empty(len(student)),
                 cu_seqlens=bounds,
                 examples=(),

@@ -30,7 +30,7 @@ from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
 from paint_engine.model.packing import pack_sequences
 from paint_engine.model.sharding import checkpoint_activations, shard_model, unsharded
-from paint_engine.model.teacher import EmaTeacher, FixedTeacher, LiveTeacher, Teacher
+from paint_engine.model.teachers import EmaTeacher, FixedTeacher, LiveTeacher, Teacher
 
 CPU = torch.device("cpu")
 NUM_STEPS = 3
@@ -201,7 +201,7 @@ def save_all(world: World, work: Path, models: Path) -> None:
         model, optimizer, ema = build_trained(models, world, shard, 2)
         run_dir = work / f"{size}-{shard}"
         run_dir.mkdir(exist_ok=True)
-        save_checkpoint(run_dir, model, optimizer, {"step": 2}, keep=1, world=world, ema=ema)
+        save_checkpoint(run_dir, model, optimizer, {"step": 2}, keep=1, world=world, teacher=ema)
         means = {str(i): whole(mean).clone() for i, mean in enumerate(ema.shadow)}
         if world.is_main:
             save_file(means, run_dir / "means.safetensors")
@@ -218,7 +218,7 @@ def load_all(world: World, work: Path, models: Path) -> dict[str, list[str]]:
             for mean in ema.shadow:
                 mean.zero_()
             run_dir = work / f"{saved_size}-{saved_shard}"
-            load_checkpoint(run_dir, model, optimizer, world=world, warn=print, ema=ema)
+            load_checkpoint(run_dir, model, optimizer, world=world, warn=print, teacher=ema)
             truth = load_file(run_dir / "means.safetensors")
             differing = [
                 name

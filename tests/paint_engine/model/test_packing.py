@@ -18,8 +18,8 @@ from paint_engine.model import attention
 from paint_engine.model.attention import adopt_attention
 from paint_engine.model.forward import causal_lm, hidden_states, lm_head_weight
 from paint_engine.model.packing import build_batch
-from paint_engine.model.teacher import FixedTeacher
-from paint_engine.recipes import LossInputs
+from paint_engine.model.teachers import FixedTeacher
+from paint_engine.recipes import LossInputs, SecondPass
 from paint_engine.recipes.paint import Paint
 from paint_engine.training.microbatches import plan_microbatches
 from paint_engine.types import PackedSequences, TrainExample
@@ -85,8 +85,7 @@ def run_step(
             LossInputs(
                 student_hidden_states=student(model, batch.student),
                 lm_head_weight=lm_head_weight(model),
-                second_hidden_states=teacher_states,
-                second_lm_head_weight=None,
+                second_passes=(SecondPass(teacher_states),),
                 completion_ids=batch.completion_ids,
                 cu_seqlens=batch.cu_seqlens,
                 examples=group,

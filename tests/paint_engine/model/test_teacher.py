@@ -11,7 +11,7 @@ from paint_engine.config.sections import LoraSection
 from paint_engine.model.forward import causal_lm, hidden_states, lm_head_weight
 from paint_engine.model.lora import add_lora
 from paint_engine.model.packing import build_batch
-from paint_engine.model.teacher import FixedTeacher
+from paint_engine.model.teachers import FixedTeacher
 from paint_engine.types import TrainExample
 
 

@@ -13,7 +13,7 @@ from paint_engine.config.sections import LoraSection, TeacherSection
 from paint_engine.model.forward import hidden_states
 from paint_engine.model.lora import add_lora
 from paint_engine.model.packing import build_batch
-from paint_engine.model.teacher import EmaTeacher, FixedTeacher, LiveTeacher, Teacher, make_teacher
+from paint_engine.model.teachers import EmaTeacher, FixedTeacher, LiveTeacher, Teacher, make_teacher
 from paint_engine.types import TrainExample
 
 

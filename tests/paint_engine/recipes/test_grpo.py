@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import GrpoSection, ObjectiveSection
-from paint_engine.recipes import LossInputs, LossOutput
+from paint_engine.recipes import LossInputs, LossOutput, SecondPass
 from paint_engine.recipes.grpo import Grpo, group_advantages
 from paint_engine.types import Problem, Rollout, TrainExample, Verdict
 
@@ -88,12 +88,10 @@ def loss_of(
     """The loss of a step of one micro-batch. base: its hidden states, and its own head or None."""
     lengths = [len(example.rollout.completion_ids) for example in examples]
     per_rollout = recipe.config.objective.reduction == "sequence_mean"
-    base_hidden, base_head = base if recipe.second_pass == "base" else (None, None)
     inputs = LossInputs(
         student_hidden_states=hidden,
         lm_head_weight=head,
-        second_hidden_states=base_hidden,
-        second_lm_head_weight=base_head,
+        second_passes=(SecondPass(*base),) if recipe.second_pass == "base" else (),
         completion_ids=torch.tensor([i for e in examples for i in e.rollout.completion_ids]),
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
         examples=examples,

@@ -19,8 +19,8 @@ from paint_engine.model.forward import causal_lm, hidden_states, lm_head_weight
 from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
 from paint_engine.model.packing import build_batch
-from paint_engine.model.teacher import FixedTeacher
-from paint_engine.recipes import LossInputs, LossOutput
+from paint_engine.model.teachers import FixedTeacher
+from paint_engine.recipes import LossInputs, LossOutput, SecondPass
 from paint_engine.recipes.paint import Paint
 from paint_engine.training.microbatches import plan_microbatches
 from paint_engine.training.record import metric_sums
@@ -54,8 +54,7 @@ def engine_loss(
     inputs = LossInputs(
         student_hidden_states=hidden_states(model, batch.student, attention=attention),
         lm_head_weight=lm_head_weight(model),
-        second_hidden_states=teacher_states,
-        second_lm_head_weight=teacher_head,
+        second_passes=(SecondPass(teacher_states, teacher_head),),
         completion_ids=batch.completion_ids,
         cu_seqlens=batch.cu_seqlens,
         examples=items,

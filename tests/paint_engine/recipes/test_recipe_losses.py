@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import GrpoSection, ObjectiveSection
-from paint_engine.recipes import LossInputs, LossOutput
+from paint_engine.recipes import LossInputs, LossOutput, SecondPass
 from paint_engine.recipes.base import recipe_class
 from paint_engine.training.record import metric_sums
 from paint_engine.types import Problem, Rollout, TrainExample
@@ -93,11 +93,11 @@ def run(name: str, batch: Batch, section: ObjectiveSection, denominator: int) ->
         make_example(ids.tolist(), sampled.tolist() if recipe.samples else [], advantage)
         for ids, sampled, advantage in parts
     ]
+    second = SecondPass(batch.teacher_hidden, batch.teacher_head)
     inputs = LossInputs(
         student_hidden_states=batch.hidden,
         lm_head_weight=batch.head,
-        second_hidden_states=None if name == "sft" else batch.teacher_hidden,
-        second_lm_head_weight=None if name == "sft" else batch.teacher_head,
+        second_passes=() if name == "sft" else (second,),
         completion_ids=batch.token_ids,
         cu_seqlens=torch.tensor([0, *accumulate(batch.lengths)], dtype=torch.int32),
         examples=examples,

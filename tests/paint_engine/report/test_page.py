@@ -275,10 +275,7 @@ def test_headline_and_sections(run_dir: Path) -> None:
     # The run's context always has something to show and the teacher trains all, so that there is no
     # share of either.
     absent = ("Rollouts with a context", "Rollouts that the teacher trains")
-    captions |= {
-        f"{q.title} {q.unit}": q.title not in absent
-        for q in curves_of({"name": "paint"})
-    }
+    captions |= {f"{q.title} {q.unit}": q.title not in absent for q in curves_of({"name": "paint"})}
     assert not all(captions.values())
     for caption, drawn in captions.items():
         assert (caption in text) is drawn, caption
@@ -480,3 +477,23 @@ def test_command_line(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main([str(run_dir / "nowhere")])
     assert "nowhere is not a directory; needs a run directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lines", "shown"),
+    [
+        ('model = "org/strong"\nmodels = []', "teacher <b>org/strong</b>"),
+        (
+            'model = "none"\nmodels = ["org/one", "org/<two>"]',
+            "teacher <b>org/one, org/&lt;two&gt;</b>",
+        ),
+        ('url = "http://a:1"\nserved_model = "org/served"', "teacher <b>org/served</b>"),
+        ('model = "none"\nmodels = []\nserved_model = "none"', None),
+    ],
+)
+def test_the_page_says_which_models_were_the_teachers(
+    lines: str, shown: str | None, run_dir: Path
+) -> None:
+    (run_dir / "config.toml").write_text(f'{CONFIG}\n[teacher]\nweights = "external"\n{lines}\n')
+    page = write_report(run_dir).read_text()
+    assert shown in page if shown else "<span>teacher <b>" not in page

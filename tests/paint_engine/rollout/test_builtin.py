@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from paint_engine.model.forward import causal_lm, lm_head_weight
-from paint_engine.model.teacher import FixedTeacher
+from paint_engine.model.teachers import FixedTeacher
 from paint_engine.rollout import builtin as rollout_hf
 from paint_engine.rollout.builtin import generate, sample_tokens
 from paint_engine.rollout.engine import Completion, SamplingParams

@@ -205,8 +205,7 @@ def inputs_of(scores: TopK, completion: tuple[int, ...], **settings: Any) -> Los
     return LossInputs(
         student_hidden_states=settings["logits"],
         lm_head_weight=torch.eye(settings["logits"].shape[1], dtype=torch.float64),
-        second_hidden_states=None,
-        second_lm_head_weight=None,
+        second_passes=(),
         completion_ids=torch.tensor(completion),
         cu_seqlens=torch.tensor([0, len(completion)], dtype=torch.int32),
         examples=[TrainExample(rollout, served=scores)],

@@ -157,15 +157,21 @@ def test_a_rationale_that_never_fits_is_found_before_training(
     assert words in text and "--teacher.reason_max_new_tokens" in text
 
 
+@pytest.mark.parametrize(
+    "moves",
+    [("--teacher.weights", "ema"), ("--teacher.refresh_every", "5")],
+    ids=["ema", "refresh"],
+)
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["run", "dry run"])
-def test_a_server_has_no_running_mean_to_reason_with(
+def test_a_server_has_no_moving_teacher_to_reason_with(
     dry: tuple[str, ...],
+    moves: tuple[str, ...],
     command: list[str],
     run_main: Main,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     server = ("--rollout.engine", "vllm", "--rollout.url", "http://localhost:1")
-    reason = ("--teacher.reason_first", "true", "--teacher.weights", "ema")
+    reason = ("--teacher.reason_first", "true", *moves)
     text = refused(run_main, capsys, [*command, *server, *reason, *dry])
     assert "only the student's and the base's weights" in text
     assert "--rollout.engine builtin" in text

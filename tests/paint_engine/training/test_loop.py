@@ -174,7 +174,8 @@ def test_a_trained_head_is_compared_with_the_teachers_own(
     original = run.recipe.loss
 
     def spy(inputs: LossInputs) -> LossOutput:
-        heads.append((inputs.lm_head_weight.detach().clone(), inputs.second_lm_head_weight))
+        (second,) = inputs.second_passes
+        heads.append((inputs.lm_head_weight.detach().clone(), second.lm_head_weight))
         return original(inputs)
 
     monkeypatch.setattr(run.recipe, "loss", spy)

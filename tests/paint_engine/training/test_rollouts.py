@@ -278,14 +278,13 @@ def test_a_reference_solution_is_cut_where_a_rollout_would_be(build: Build) -> N
 
 def test_the_running_mean_follows_the_steps(build: Build) -> None:
     run = build(**{"teacher.weights": "ema", "teacher.ema_decay": 0.5, "optim.learning_rate": 0.01})
-    assert run.ema is not None
     states = [[p.detach().clone() for p in run.parameters]]
     for step in range(2):
         train_step(run, step)
         states.append([p.detach().clone() for p in run.parameters])
-    for mean, start, once, twice in zip(run.ema.shadow, *states, strict=True):
+    for mean, start, once, twice in zip(run.teacher.kept, *states, strict=True):
         torch.testing.assert_close(mean, 0.25 * start + 0.25 * once + 0.5 * twice)
-    assert any(not torch.equal(a, b) for a, b in zip(run.ema.shadow, states[2], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(run.teacher.kept, states[2], strict=True))
 
 
 @pytest.mark.parametrize("weights", ["fixed", "ema", "live"])
