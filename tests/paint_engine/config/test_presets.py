@@ -25,7 +25,9 @@ from paint_engine.recipes.base import ATTRIBUTE, PACKAGE
 
 RECIPES = ("paint", "opsd", "opsd-v1", "grpo", "sft")
 MODELS = ("tiny", "qwen3-1.7b", "qwen3-4b", "qwen3-8b")
-NAMES = [f"{recipe}-{model}" for recipe in RECIPES for model in MODELS]
+# Of other contexts and signals.
+VARIANTS = ("sdpo", "paint-control", "grpo-paint")
+NAMES = [f"{recipe}-{model}" for recipe in (*RECIPES, *VARIANTS) for model in MODELS]
 PRESETS = Path(cli.__file__).with_name("presets")
 PAGE = Path(__file__).parents[3] / "docs" / "recipes.md"
 # Of the tiny recipes, each by the same small sweep.
@@ -258,10 +260,45 @@ def test_opsd_as_first_published_has_another_divergence_without_a_clip(model: st
 def test_the_tiny_recipes_have_one_budget() -> None:
     budgets = {
         (c.train.num_steps, c.train.batch_size, c.rollout.max_new_tokens, c.eval, c.model, c.data)
-        for c in (config_of(f"{recipe}-tiny") for recipe in RECIPES)
+        for c in (config_of(f"{recipe}-tiny") for recipe in (*RECIPES, *VARIANTS))
     }
     assert len({str(budget) for budget in budgets}) == 1
     assert config_of("paint-tiny") == config_of("tiny")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_control_is_paint_with_another_problem_s_solution(model: str) -> None:
+    changed = differences(config_of(f"paint-{model}"), config_of(f"paint-control-{model}"))
+    assert changed == {"teacher.context": "other"}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_sdpo_shows_siblings_and_has_a_loss_of_its_own(model: str) -> None:
+    changed = differences(config_of(f"paint-{model}"), config_of(f"sdpo-{model}"))
+    assert changed == {
+        "teacher.context": "sibling",
+        "teacher.weights": "ema",
+        "teacher.ema_decay": 0.99,
+        "masking.rho_wrong": 0.0,
+        "masking.rho_correct": 0.0,
+        "objective.divergence": "reverse_kl",
+        "objective.pointwise_clip": None,
+        "objective.interpolation_weight": 0.0,
+        "objective.reduction": "token_mean",
+    }
+    assert config_of(f"sdpo-{model}").teacher.group_size == 8
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_grpo_paint_is_paint_with_rewards(model: str) -> None:
+    changed = differences(config_of(f"paint-{model}"), config_of(f"grpo-paint-{model}"))
+    assert changed == {
+        "objective.name": "grpo_paint",
+        "rollout.top_p": 1.0,
+        "rollout.top_k": -1,
+        "objective.importance_cap": 2.0,
+        "grpo.ratio_clip_high": 0.2,
+    }
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -281,7 +318,7 @@ def test_sft_goes_four_times_through_the_data() -> None:
     assert config_of("sft-qwen3-8b").objective.temperature == 1.0
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, *VARIANTS])
 def test_sizes_differ_in_the_model_and_in_how_it_is_split(recipe: str) -> None:
     largest = config_of(f"{recipe}-qwen3-8b")
     for size in ("1.7B", "4B"):
