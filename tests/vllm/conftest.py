@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -253,8 +254,10 @@ class Served:
         if self._process is not None:
             server = psutil.Process(self._process.pid)
             for process in (server, *server.children(recursive=True)):
-                if not any("resource_tracker" in part for part in process.cmdline()):
-                    process.kill()
+                # A child may end with the server, before its turn.
+                with suppress(psutil.NoSuchProcess):
+                    if not any("resource_tracker" in part for part in process.cmdline()):
+                        process.kill()
             self._process.wait()
             self._process = None
 
