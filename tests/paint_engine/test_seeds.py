@@ -73,5 +73,5 @@ def test_no_other_module_derives_a_seed() -> None:
         "global_seed(command.config.train.seed)",
         "dropout_seed(config.train.seed, step, run.world.rank)",
     }
-    # The estimate of the longest prompt, which no run draws from.
-    assert {argument for argument in given if "seed" not in argument} == {"0"}
+    # The estimate of the longest prompt, which no run draws from, and a bootstrap.
+    assert {argument for argument in given if "seed" not in argument} == {"0", "BOOTSTRAP_SEED"}
