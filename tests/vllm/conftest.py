@@ -197,15 +197,22 @@ def mismatch() -> Callable[..., float]:
 
 
 class Served:
-    """`vllm serve` in a session of its own, so that its engine's process ends with it."""
+    """`vllm serve` in a session of its own, so that its engine's process ends with it.
 
-    def __init__(self, model_dir: Path, log: Path, **settings: object) -> None:
+    adapters: with LoRA. vLLM 0.32's engine ends with an error then, where requests of one batch ask
+        for log-probabilities of their prompts.
+    """
+
+    def __init__(
+        self, model_dir: Path, log: Path, *, adapters: bool = True, **settings: object
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._model_dir = model_dir
         self._log = log
+        self._flags = ["--enable-lora", "--max-lora-rank", "8"] if adapters else []
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -216,7 +223,6 @@ class Served:
             "host": "127.0.0.1",
             "port": self.port,
             "dtype": "float32",
-            "max-lora-rank": 8,
             "logprobs-mode": "processed_logprobs",
             "generation-config": "vllm",
             "max-model-len": 512,
@@ -230,7 +236,7 @@ class Served:
         }
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, "--enable-lora"],
+                [*command, *self._flags],
                 env=environment,
                 stdout=log,
                 stderr=log,

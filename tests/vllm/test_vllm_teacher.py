@@ -39,7 +39,9 @@ def served(
     whole_dir: Path, make_served: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
     log = tmp_path_factory.mktemp("teacher") / "log.txt"
-    served = make_served(whole_dir, log, max_logprobs=1000, logprobs_mode="raw_logprobs")
+    served = make_served(
+        whole_dir, log, adapters=False, max_logprobs=1000, logprobs_mode="raw_logprobs"
+    )
     served.start()
     served.wait()
     yield served
