@@ -41,7 +41,7 @@ def answer(*arguments: str) -> str:
         (("train", "--print-config"), 0, "[optim]"),
         (("train", "--optim.lr", "1"), 2, "unknown key 'optim.lr'"),
         (("train", "--train.num_steps", "-1"), 2, "train.num_steps: got -1"),
-        (("train", "--preset", "tinny"), 2, "needs one of grpo-qwen3-1.7b"),
+        (("train", "--preset", "tinny"), 2, "needs one of grpo-paint-qwen3-1.7b"),
         (("train", "--config", "missing.toml"), 2, "missing.toml: no such file"),
         (("train", "--resume", "nowhere"), 2, "no config.toml there"),
         (("evaluate", "--help"), 0, "--benchmarks"),
