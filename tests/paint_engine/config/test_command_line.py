@@ -223,7 +223,10 @@ def test_presets_round_trip_through_a_file(name: str, tmp_path: Path) -> None:
         (["--train", "1"], ["--train", "needs a key that --help lists"]),
         (["tiny"], ["got the argument 'tiny'", "needs --section.key value", "--help"]),
         (["--train.seed"], ["--train.seed", "expected one argument", "--help"]),
-        (["--preset", "tniy"], ["'tniy'", "needs one of grpo-qwen3-1.7b", "did you mean tiny?"]),
+        (
+            ["--preset", "tniy"],
+            ["'tniy'", "needs one of grpo-paint-qwen3-1.7b", "did you mean tiny?"],
+        ),
         (["--preset", "tiny", "--config", "x.toml"], ["--preset and --config", "at most one"]),
         (["--resume", "x", "--preset", "tiny"], ["--preset and --resume", "at most one"]),
         (["--config", "absent.toml"], ["absent.toml: no such file", "needs", "--preset"]),
