@@ -36,6 +36,8 @@ def sample_step(run: Run, step: int) -> tuple[list[TrainExample], int]:
     ]
     # A teacher may be shown what rollouts of other ranks are.
     batch = merge_shares(gather_objects(judged))
+    errors = [example.verdict.error for example in batch if example.verdict is not None]
+    run.reward.check_some_judged(errors, f"step {step + 1}")
     context = step_context(run, step, sampled.requests, batch)
     # A template or a context may fail for what this step has, and then on one rank alone.
     kinds = (BadTemplate, ContextFailed)
@@ -43,8 +45,6 @@ def sample_step(run: Run, step: int) -> tuple[list[TrainExample], int]:
     if run.scorer is not None:
         prepared = run.scorer.add_scores(prepared)
     gathered = merge_shares(gather_objects(list(prepared)))
-    errors = [example.verdict.error for example in gathered if example.verdict is not None]
-    run.reward.check_some_judged(errors, f"step {step + 1}")
     return list(run.recipe.prepare_batch(gathered)), step - sampled.weights_version
 
 
