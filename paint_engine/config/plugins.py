@@ -12,7 +12,9 @@ import traceback
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def is_own(name: str) -> bool:
@@ -67,6 +69,29 @@ def _module_files(package: str) -> dict[str, Path]:
         for directory in spec.submodule_search_locations
         for file in Path(directory).glob("*.py")
     }
+
+
+def load_class(
+    name: str, package: str, attribute: str, key: str, base: type[T], needed: tuple[str, str]
+) -> type[T]:
+    """Returns the subclass of `base` that a name stands for, as `load_plugin` finds it.
+
+    needed: the two members that `base` declares and that the class must have.
+
+    Raises ValueError if there is none, or if it lacks one of them.
+    """
+    found, kind = load_plugin(name, package, attribute, key), base.__name__
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(
+            f"{key}: got {name!r}, which is {found!r}; needs a subclass of {package}.{kind}; name "
+            f"the class itself, as in my_module:My{kind}"
+        )
+    if any(getattr(found, member) is getattr(base, member) for member in needed):
+        raise ValueError(
+            f"{key}: got {name!r}, which lacks `{needed[0]}` or `{needed[1]}`; needs both; "
+            f"implement them, or derive the class from a {kind.lower()} that has them"
+        )
+    return found
 
 
 def _load_own(name: str, key: str) -> Any:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from paint_engine.config import templates
-from paint_engine.config.plugins import load_plugin, plugin_names
+from paint_engine.config.plugins import load_class, plugin_names
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import PromptsSection
 from paint_engine.config.toml import LEAVES, flag, value_of
@@ -212,18 +212,7 @@ def read_keys(context: type[Context]) -> tuple[str, ...]:
 def context_class(name: str) -> type[Context]:
     """Returns the context of a name, built in or "module:Class". Raises ValueError if there is
     none."""
-    found = load_plugin(name, PACKAGE, ATTRIBUTE, KEY)
-    if not (isinstance(found, type) and issubclass(found, Context)):
-        raise ValueError(
-            f"{KEY}: got {name!r}, which is {found!r}; needs a subclass of "
-            "paint_engine.contexts.Context; name the class itself, as in my_module:MyContext"
-        )
-    if found.show is Context.show or found.placeholder is Context.placeholder:
-        raise ValueError(
-            f"{KEY}: got {name!r}, which lacks `show` or `placeholder`; needs both; implement "
-            "them, or derive the class from a context that has them"
-        )
-    return found
+    return load_class(name, PACKAGE, ATTRIBUTE, KEY, Context, ("show", "placeholder"))
 
 
 def context_of(config: Config) -> Context:

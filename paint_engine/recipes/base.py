@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from paint_engine.config.plugins import load_plugin, plugin_names
+from paint_engine.config.plugins import load_class, plugin_names
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import LEAVES, flag, value_of
 from paint_engine.contexts import Context, context_of
@@ -279,18 +279,7 @@ def stale_rollouts_note(config: Config) -> list[str]:
 def recipe_class(name: str) -> type[Recipe]:
     """Returns the recipe of a name, built in or "module:Class". Raises ValueError if there is
     none."""
-    found = load_plugin(name, PACKAGE, ATTRIBUTE, "objective.name")
-    if not (isinstance(found, type) and issubclass(found, Recipe)):
-        raise ValueError(
-            f"objective.name: got {name!r}, which is {found!r}; needs a subclass of "
-            "paint_engine.recipes.Recipe; name the class itself, as in my_module:MyRecipe"
-        )
-    if found.display is Recipe.display or found.loss is Recipe.loss:
-        raise ValueError(
-            f"objective.name: got {name!r}, which lacks `display` or `loss`; needs both; implement "
-            "them, or derive the class from a recipe that has them"
-        )
-    return found
+    return load_class(name, PACKAGE, ATTRIBUTE, "objective.name", Recipe, ("display", "loss"))
 
 
 def recipe_of(config: Config) -> Recipe:
