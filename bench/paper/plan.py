@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import paint_engine
+from paint_engine.tiny import TINY_BASE
 
 BASE = "base"
 RECIPES = ("sft", "grpo", "opsd", "paint")
@@ -263,8 +263,7 @@ def preset_of(run: PlannedRun) -> str:
 
 def base_directory(bases: Path, size: str) -> Path:
     if size == BUNDLED:
-        # paint_engine.model.load has this path too, but importing it imports PyTorch.
-        return Path(paint_engine.__file__).parent / "tiny" / "base"
+        return TINY_BASE
     return bases / size
 
 

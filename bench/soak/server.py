@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paint_engine.files import ADAPTER_FILE
-from paint_engine.model.load import TINY_BASE
+from paint_engine.tiny import TINY_BASE
 
 _NUM_IDS = 256
 

@@ -27,7 +27,7 @@ from bench.measure import dtype_on
 from paint_engine.config.command_line import CommandLine, load_config
 from paint_engine.distributed import World
 from paint_engine.estimate.model_shape import shape_of, step_flops
-from paint_engine.model.load import TINY_BASE
+from paint_engine.tiny import TINY_BASE
 from paint_engine.training import build as setup
 from paint_engine.training.run import Run
 from paint_engine.types import Problem, Rollout, TeacherView, TrainExample

@@ -143,7 +143,8 @@ class Section(BaseModel):
 
 class ModelSection(Section):
     name_or_path: PathText = Field(
-        default="tiny", description="'tiny', a model directory or a Hugging Face id"
+        default="tiny",
+        description="'tiny' or 'tiny-teacher' (bundled), a model directory or a Hugging Face id",
     )
     revision: OrNone[PathText] = Field(
         default=None, description="commit, tag or branch of a Hugging Face id; none = the newest"
@@ -324,7 +325,7 @@ class TeacherSection(Section):
     model: OrNone[PathText] = Field(
         default=None,
         description="with external, the model with the student's vocabulary: a directory, a "
-        "Hugging Face id, or 'tiny'",
+        "Hugging Face id, or 'tiny-teacher' or 'tiny' (bundled)",
     )
     revision: OrNone[PathText] = Field(
         default=None,

@@ -51,13 +51,14 @@ from paint_engine.model import (
     meta_model,
     resolve_model,
 )
-from paint_engine.model.load import TINY_BASE, pick_dtype
+from paint_engine.model.load import pick_dtype
 from paint_engine.model.probe import check_forward, set_logit_scale
 from paint_engine.model.stored import check_stored, set_generation_config
 from paint_engine.prompts.chat import student_text
 from paint_engine.rollout import RolloutEngine
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.vllm_engine import StoredModel, VllmEngine
+from paint_engine.tiny import BUNDLED
 
 # Files that change the outcome, apart from the weights. The tokenizer's are in the base's
 # directory, since checkpoints have none.
@@ -214,7 +215,7 @@ def mismatched_prompts(target: Target, asked: PromptsSection) -> PromptsSection 
 
 
 def _place(name_or_path: str) -> str:
-    path = TINY_BASE if name_or_path == "tiny" else Path(name_or_path)
+    path = Path(BUNDLED.get(name_or_path, name_or_path))
     return str(path.resolve()) if path.is_dir() else name_or_path
 
 

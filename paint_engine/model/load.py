@@ -19,6 +19,7 @@ from paint_engine.model.lora import add_lora
 from paint_engine.model.probe import set_logit_scale
 from paint_engine.model.stored import empty_model, load_weights, read_settings
 from paint_engine.seeds import adapter_seed
+from paint_engine.tiny import BUNDLED
 
 # What a model has beside its weights.
 _SETTINGS_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
@@ -60,7 +61,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def is_on_hub(section: ModelSection) -> bool:
     """Returns whether the model is named by a Hugging Face id."""
-    return section.name_or_path != "tiny" and not Path(section.name_or_path).is_dir()
+    return section.name_or_path not in BUNDLED and not Path(section.name_or_path).is_dir()
 
 
 def _pinned_directory(section: ModelSection, *, with_weights: bool) -> str:
@@ -98,8 +99,8 @@ def hub_commit(section: ModelSection) -> str | None:
 
 
 def resolve_model(section: ModelSection, *, with_weights: bool = True) -> str:
-    """Returns what the model is read from: the bundled base's path for "tiny", the directory of a
-    pinned revision; otherwise the name itself.
+    """Returns what the model is read from: the directory of a bundled model or of a pinned
+    revision; otherwise the name itself.
 
     Raises ValueError for a directory that lacks the configuration, the tokenizer or the weights, or
     that holds an adapter or a pipe, for a revision that there is not, and for a revision of a
@@ -108,8 +109,8 @@ def resolve_model(section: ModelSection, *, with_weights: bool = True) -> str:
     name_or_path = section.name_or_path
     if section.revision is not None:
         name_or_path = _pinned_directory(section, with_weights=with_weights)
-    if name_or_path == "tiny":
-        return str(TINY_BASE)
+    if name_or_path in BUNDLED:
+        return str(BUNDLED[name_or_path])
     path = Path(name_or_path)
     if not path.is_dir():
         # An id has at most one slash, between owner and name.
@@ -182,7 +183,7 @@ def meta_base(section: ModelSection, *, trains_base: bool = False) -> PreTrained
 
     Raises ValueError if there is no such model.
     """
-    path = str(TINY_BASE) if section.name_or_path == "tiny" else section.name_or_path
+    path = str(BUNDLED.get(section.name_or_path, section.name_or_path))
     if section.revision is not None:
         path = resolve_model(section, with_weights=False)
     settings = read_settings(path, section)

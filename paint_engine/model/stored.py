@@ -28,6 +28,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from paint_engine.config.sections import ModelSection
 from paint_engine.files import BadFile, Record, check_no_devices, checked, read_json
+from paint_engine.tiny import BUNDLED
 
 # What saving a wrapped model writes before all names (PEFT, DistributedDataParallel) or before the
 # names of a wrapped submodule (torch.compile, FSDP, activation checkpointing).
@@ -44,7 +45,7 @@ def load_failure(what: str, name: str, error: Exception) -> ValueError:
     """Returns the error for a part of a model that cannot be read, with what to do."""
     remedy = (
         "a file in that directory is damaged or not of this model; save or fetch it again"
-        if name == "tiny" or Path(name).is_dir()
+        if name in BUNDLED or Path(name).is_dir()
         else "it is neither a local directory nor reachable on the hub; check "
         "--model.name_or_path (--model in an evaluation or export) and the network"
     )

@@ -1,9 +1,12 @@
-"""Pretrains the tiny base: `python -m paint_engine.tiny.pretrain [--size S] [--output DIR]`.
+"""Pretrains the tiny models: `python -m paint_engine.tiny.pretrain [--slip-rate 0] [--output DIR]`.
 
 The base gets the two properties that PAINT needs of a real one. Alone it is fallible: in the
 unaided solutions of its training data, a share of the intermediate results is wrong, and later
 steps use the wrong results. With a verified solution in its prompt, whole or partly hidden, it is
 much better: those training solutions are correct, in other words than the shown one.
+
+The bundled stronger teacher, which the preset opd-tiny distils from, is the same model but for
+`--slip-rate 0`: it has seen correct solutions only. Its tokenizer is the base's.
 """
 
 import argparse
@@ -24,9 +27,9 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from paint_engine.config.sections import PromptsSection
 from paint_engine.files import new_files, write_json
 from paint_engine.model import pick_device
-from paint_engine.model.load import TINY_BASE
 from paint_engine.prompts.chat import encode_chat, student_text, teacher_text
 from paint_engine.prompts.masking import OMISSION_MARKER, mask_solution
+from paint_engine.tiny import TINY_BASE, TINY_TEACHER
 from paint_engine.tiny.problems import (
     PRETRAIN_BUCKETS,
     WordProblem,
@@ -111,7 +114,9 @@ def _user_text(problem: WordProblem, rng: random.Random, *, unaided: bool) -> st
     return teacher_text(problem.text, partial, _PROMPTS, whole=False)
 
 
-def draw_document(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Document:
+def draw_document(
+    tokenizer: PreTrainedTokenizerBase, rng: random.Random, slip_rate: float = SLIP_RATE
+) -> Document:
     """Draws an unaided solution with slips, a correct one after a verified solution, or a drill."""
     kind = rng.random()
     if kind < DRILL_SHARE:
@@ -119,7 +124,7 @@ def draw_document(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Doc
     problem = draw_pretraining_problem(rng)
     unaided = kind < DRILL_SHARE + UNAIDED_SHARE
     prompt = _user_text(problem, rng, unaided=unaided)
-    completion = render_solution(problem, rng, slip_rate=SLIP_RATE if unaided else 0.0)
+    completion = render_solution(problem, rng, slip_rate=slip_rate if unaided else 0.0)
     return Document(
         encode_chat(tokenizer, prompt, thinking=False),
         tuple(tokenizer.encode(completion + "<|im_end|>")),
@@ -187,10 +192,18 @@ def _optimizers(model: Qwen3ForCausalLM) -> tuple[torch.optim.Optimizer, ...]:
 
 
 def pretrain(
-    num_steps: int, *, size: str = "small", device: torch.device, log_every: int = 50
+    num_steps: int,
+    *,
+    size: str = "small",
+    slip_rate: float = SLIP_RATE,
+    device: torch.device,
+    log_every: int = 50,
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
     """Trains tokenizer and model from scratch. The result is the same on every run on one
-    machine."""
+    machine; the tokenizer is the same at any size and slip rate.
+
+    slip_rate: the share of the intermediate results that are wrong in unaided solutions.
+    """
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)
     tokenizer = _train_tiny_tokenizer()
@@ -204,7 +217,7 @@ def pretrain(
         # Linear warm-up, then a cosine schedule to zero.
         warmup = min(1.0, (step + 1) / WARMUP_STEPS)
         scale = warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-        documents = [draw_document(tokenizer, rng) for _ in range(BATCH_SIZE)]
+        documents = [draw_document(tokenizer, rng, slip_rate) for _ in range(BATCH_SIZE)]
         # Rows of similar length share a micro-batch, so little is padding.
         documents.sort(key=lambda d: len(d.prompt_ids) + len(d.completion_ids))
         num_tokens = sum(len(d.prompt_ids) + len(d.completion_ids) - 1 for d in documents)
@@ -228,27 +241,42 @@ def pretrain(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pretrain the tiny base of the laptop domain.")
+    parser = argparse.ArgumentParser(description="Pretrain a tiny model of the laptop domain.")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--output", type=Path, help="default for small: the bundled base's folder")
+    parser.add_argument(
+        "--slip-rate",
+        type=float,
+        default=SLIP_RATE,
+        help="share of wrong intermediate results in unaided solutions; 0 for a teacher",
+    )
+    parser.add_argument("--output", type=Path, help="default: the bundled model's folder")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--num-steps", type=int, default=NUM_STEPS)
     arguments = parser.parse_args()
     output: Path | None = arguments.output
-    if output is None and arguments.size != "small":
-        parser.error(f"--size {arguments.size} needs --output DIR; the bundled base is small")
-    output = output or TINY_BASE
+    if not 0 <= arguments.slip_rate < 1:
+        parser.error(f"--slip-rate: got {arguments.slip_rate:g}; needs 0 to below 1")
+    bundled = {("small", SLIP_RATE): TINY_BASE, ("small", 0.0): TINY_TEACHER}
+    output = output or bundled.get((arguments.size, arguments.slip_rate))
+    if output is None:
+        parser.error(
+            f"--size {arguments.size} with --slip-rate {arguments.slip_rate:g} is no bundled "
+            "model; needs --output DIR"
+        )
     # Deterministic algorithms need this setting on a GPU.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     started = time.monotonic()
     device = pick_device(arguments.device)
-    model, tokenizer = pretrain(arguments.num_steps, size=arguments.size, device=device)
+    model, tokenizer = pretrain(
+        arguments.num_steps, size=arguments.size, slip_rate=arguments.slip_rate, device=device
+    )
     with new_files(output) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
     weights = (output / "model.safetensors").read_bytes()
     record = {
-        "command": f"python -m paint_engine.tiny.pretrain --size {arguments.size}",
+        "command": f"python -m paint_engine.tiny.pretrain --size {arguments.size} "
+        f"--slip-rate {arguments.slip_rate:g}",
         "num_steps": arguments.num_steps,
         "num_parameters": model.num_parameters(),
         "sha256": hashlib.sha256(weights).hexdigest(),

@@ -14,14 +14,14 @@ from paint_engine.config.sections import EvalSection, ModelSection, PromptsSecti
 from paint_engine.evaluation.accuracy import avg_at_k, correct_matrix, paired_bootstrap
 from paint_engine.evaluation.answers import all_requests, evaluate
 from paint_engine.model.forward import lm_head_weight
-from paint_engine.model.load import TINY_BASE, load_base
+from paint_engine.model.load import load_base
 from paint_engine.model.tokenizer import load_tokenizer
 from paint_engine.prompts.chat import encode_student_prompt, encode_teacher_prompt
 from paint_engine.prompts.masking import mask_solution
 from paint_engine.rewards.math import MathReward
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import sampling_params
-from paint_engine.tiny import pretrain
+from paint_engine.tiny import TINY_BASE, pretrain
 from paint_engine.tiny.problems import load_split
 from paint_engine.tiny.tokenizer import CHAT_TEMPLATE
 from paint_engine.types import Problem
