@@ -1,6 +1,7 @@
-"""Makes the paper's four tables at laptop scale.
+"""Makes the paper's four tables at laptop scale, and one of other teachers and signals.
 
     python -m bench.paper_tables --quick    # ten minutes on two cores
+    python -m bench.paper_tables --tables 5
     python -m bench.paper_tables --rerun small/paint/seed-0
 
 Every recipe, mask ratio, placement and interpolation of the paper runs on the laptop problems, with
@@ -20,10 +21,11 @@ from typing import Any
 
 from bench.paper.markdown import document
 from bench.paper.plan import (
+    PAPER,
     SCALES,
     TABLES,
     Scale,
-    needed_sizes,
+    needed_bases,
     quick,
     sweep_runs,
     table_runs,
@@ -57,8 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         nargs="+",
         choices=NUMBERS,
-        default=NUMBERS,
-        help="1: recipes; 2: mask ratios; 3: placements; 4: interpolation (default: all)",
+        default=PAPER,
+        help="1: recipes; 2: mask ratios; 3: placements; 4: interpolation; 5: other teachers, "
+        "contexts and signals, not in the paper (default: 1 2 3 4)",
     )
     parser.add_argument("--workers", type=int, help="default: 2, or the number of GPUs")
     parser.add_argument("--runs", type=Path, help="default: runs/paper-tables-SCALE")
@@ -101,8 +104,8 @@ def output_path(arguments: argparse.Namespace, scale: Scale) -> Path:
     """Returns the result file to write, or the one that a rerun is compared with."""
     parts = ["paper-tables", *([] if scale.name == "laptop" else [scale.name])]
     numbers = sorted(set(arguments.tables))
-    # Some of the tables do not replace the file of all; a rerun is compared with all.
-    is_part = numbers != list(NUMBERS) and not arguments.rerun
+    # Some of the paper's tables do not replace the file of all, which a rerun is compared with.
+    is_part = numbers != list(PAPER) and not (arguments.rerun and set(numbers) <= set(PAPER))
     parts += map(str, numbers) if is_part else []
     return arguments.output or RESULTS / f"{'-'.join(parts)}.json"
 
@@ -112,11 +115,11 @@ def make_tables(arguments: argparse.Namespace, scale: Scale, num_workers: int) -
     numbers = tuple(sorted(set(arguments.tables)))
     directory = arguments.runs or Path("runs") / f"paper-tables-{scale.name}"
     output = output_path(arguments, scale)
-    sizes = needed_sizes(scale, numbers)
-    make_bases(sizes, arguments.bases)
+    names = needed_bases(scale, numbers)
+    make_bases(names, arguments.bases)
     with make_pool(num_workers, on_gpus=arguments.scale == "gpu") as pool:
         records, choices, swept = run_tables(scale, numbers, arguments.bases, directory, pool)
-    bases = describe_bases(sizes, arguments.bases)
+    bases = describe_bases(names, arguments.bases)
     result = build_result(scale, numbers, bases, records, choices, swept, num_workers)
     if len(result["commits"]) > 1:
         print(

@@ -26,6 +26,7 @@ TITLES = {
     2: "Table 2, share of the solution hidden at\noverlap 1 / 0: points above 0.40 / 0.30",
     3: "Table 3, what is hidden:\npoints above a suffix",
     4: "Table 4, strength k and budget f of the\ninterpolation: points above k 0.03, f 0.03",
+    5: "Other teachers, contexts and signals:\npoints above no update",
 }
 
 
@@ -42,7 +43,7 @@ def row_name(table: int, setting: str) -> str:
 def shown_differences(panel: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     """Returns lines from top to bottom: (name, setting, difference).
 
-    The differences to the first reference come first, then PAINT's to a further one.
+    The differences to the first reference come first, then those to a further one.
     """
     table, first = panel["table"], reference_of(panel)
     found = [

@@ -1,9 +1,10 @@
-"""Markdown of the paper's tables at laptop scale: pure functions of `paper-tables*.json`."""
+"""Markdown of the tables at laptop scale: pure functions of `paper-tables*.json`."""
 
 import statistics
 from collections.abc import Callable
 from typing import Any
 
+from bench.paper.plan import PAPER
 from bench.paper.published import ABLATIONS, TABLE_1, paper_difference
 from bench.tables import Result, Table, markdown
 
@@ -13,6 +14,11 @@ LABELS = {
     "grpo": "GRPO",
     "opsd": "OPSD",
     "paint": "PAINT",
+    "teacher": "the stronger teacher itself",
+    "opd": "OPD: the stronger teacher",
+    "paint-control": "PAINT with another problem's solution",
+    "sdpo": "SDPO: a correct sibling",
+    "grpo-paint": "GRPO and PAINT",
     "place-prefix": "prefix",
     "place-middle": "middle",
     "place-random": "random span",
@@ -23,6 +29,7 @@ TITLES = {
     2: "how much of the solution is hidden",
     3: "what part of it is hidden",
     4: "strength and budget of the interpolation",
+    5: "other teachers, contexts and signals",
 }
 NOT_IN_PAPER = "none"
 QUICK = "**A quick version:** one base, two seeds, half the steps, some of the rows. Not a result."
@@ -179,6 +186,27 @@ TABLE_HEADERS = {
 }
 
 
+def teachers_table(result: Result) -> str:
+    """Returns Table 5: every row compared with no update and with PAINT."""
+    (panel,) = panels_of(result, 5)
+    header = ["recipe", "last", "best", "s.d. of seeds"]
+    header += ["to no update", "verdict", "seeds above", "to PAINT", "verdict", "seeds above"]
+    header += ["learning rate"]
+    lines = []
+    for row in panel["rows"]:
+        rate = row["learning_rate"]
+        lines.append(
+            [
+                LABELS[row["setting"]],
+                *accuracy_cells(row),
+                *difference_cells(row, "base"),
+                *difference_cells(row, "paint"),
+                "" if rate is None else f"{rate:g}",
+            ]
+        )
+    return f"{markdown(header, lines)}\n\n{caption(result, 5, beside_paper=False)}"
+
+
 def reference_of(panel: dict[str, Any]) -> str:
     """Returns the setting that the other rows of a panel are compared with."""
     return next(d["reference"] for row in panel["rows"] for d in row["differences"])
@@ -279,7 +307,8 @@ of rollouts (solutions for SFT).
 - *verdict*: "above" or "below" if the interval excludes 0, else "within noise": these runs cannot
   tell the two apart, which does not make them equal.
 - *seeds above*: number of seeds in which the row's last accuracy is higher, and in which both are
-  equal.
+  equal."""
+READING_PAPER = """
 - *paper*: the paper's figures, for other models and problems and without intervals. Compare sign
   and order, not size."""
 
@@ -310,9 +339,35 @@ is rough. If seeds move a row by less than 2 points, the intervals are too wide,
 of single answers is counted more than once: they cover the truth in more than 95% of cases, and
 "within noise" is reported too often. If seeds move a row by more, they are too narrow (figures in
 bench/paper/stats.py). There is no correction for the number of rows."""
+LIMITS_OF_TEACHERS = """\
+**What the table shows:** what a small model learns from each teacher and signal at an equal budget
+of rollouts, and whether another problem's solution, as a control, teaches as much as its own.
+
+**What it does not show:** which of them is best on competition mathematics.
+
+- The models have {models} million parameters, and the problems are word problems of one domain.
+- The stronger teacher is of the base's size; it was pretrained on solutions without slips. A
+  teacher of the base's own family and size is closer to it than a larger one.
+- The base was taught to read a solution of the problem in its prompt. It was not taught another
+  problem's solution, and not the message that shows a sibling.
+- Equal rollouts are not equal problems: SDPO and GRPO spend 8 rollouts on each problem, so they see
+  {groups} problems per step and the others see {batch}.
+- Each learning rate was chosen with one seed from a coarse grid, and the intervals ignore this
+  choice.
+
+**The intervals** come from a bootstrap over problems and seeds. With {seeds} seeds, the seeds' part
+is rough (figures in bench/paper/stats.py). There is no correction for the number of rows."""
 OF_SMALL = """
   The small base also uses the presence of a solution more than its contents, so mask ratios and
   placements hardly matter to it (docs/decisions.md)."""
+
+
+def has_paper_tables(result: Result) -> bool:
+    return any(panel["table"] in PAPER for panel in result["tables"])
+
+
+def reading_text(result: Result) -> str:
+    return READING + READING_PAPER * has_paper_tables(result)
 
 
 def limits_text(result: Result) -> str:
@@ -320,7 +375,7 @@ def limits_text(result: Result) -> str:
     sizes = [f"{base['num_parameters'] / 1e6:.1f}" for base in result["bases"]]
     scale = result["scale"]
     num_seeds = sorted({len(scale[name]) for name in ("ablation_seeds", "main_seeds")})
-    text = LIMITS.format(
+    text = (LIMITS if has_paper_tables(result) else LIMITS_OF_TEACHERS).format(
         models=" to ".join(dict.fromkeys((sizes[0], sizes[-1]))),
         small=OF_SMALL if "small" in scale["sizes"] else "",
         groups=scale["batch_size"] // 8,
@@ -348,8 +403,9 @@ PAPER_TABLES: dict[tuple[str, str], Table] = {
     ("paper-tables", "2"): lambda result: ablation_table(result, 2, ratio_label),
     ("paper-tables", "3"): lambda result: ablation_table(result, 3, placement_label),
     ("paper-tables", "4"): lambda result: ablation_table(result, 4, blend_label),
+    ("paper-tables", "5"): teachers_table,
     ("paper-tables", "rates"): rates_table,
-    ("paper-tables", "reading"): lambda result: READING,
+    ("paper-tables", "reading"): reading_text,
     ("paper-tables", "limits"): limits_text,
 }
 """for `bench.tables.fill`, keyed by the result's name and the view in the marker"""
@@ -365,5 +421,8 @@ def document(result: Result, figure: str) -> str:
         ("## What the tables show, and what they do not", "limits"),
     ]
     parts = [f"{title}\n\n{PAPER_TABLES['paper-tables', view](result)}" for title, view in views]
-    picture = f"![Differences with their intervals, and the paper's]({figure})"
-    return "\n\n".join(["# The paper's tables at laptop scale", picture, *parts]) + "\n"
+    of_paper = has_paper_tables(result)
+    and_paper = ", and the paper's" if of_paper else ""
+    picture = f"![Differences with their intervals{and_paper}]({figure})"
+    what = "The paper's tables" if of_paper else "Teachers and signals"
+    return "\n\n".join([f"# {what} at laptop scale", picture, *parts]) + "\n"

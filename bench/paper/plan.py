@@ -1,4 +1,6 @@
-"""The plan of the paper's tables at laptop scale: scales, rows, settings and runs.
+"""The plan of the tables at laptop scale: scales, rows, settings and runs.
+
+Tables 1 to 4 are the paper's. Table 5 has the other teachers, contexts and signals.
 
 A row is a setting on every seed; a run is a setting on one seed, such as `small/paint/seed-0`. A
 setting that occurs in several tables runs once. All is fixed before the first run, except for the
@@ -11,10 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from paint_engine.tiny import TINY_BASE
+from paint_engine.tiny import TINY_BASE, TINY_TEACHER
 
 BASE = "base"
+TEACHER = "teacher"
+"""the external teacher of `opd`"""
+EVALUATED = (BASE, TEACHER)
+"""rows that are evaluated and not trained"""
 RECIPES = ("sft", "grpo", "opsd", "paint")
+TEACHERS = ("opd", "paint", "paint-control", "sdpo", "grpo-paint")
+"""presets of Table 5, without the model's name"""
 SWEEP_SEED = 100
 """seed of the sweep, used in no table"""
 BUNDLED = "small"
@@ -77,7 +85,7 @@ GPU = Scale(
     ablation_seeds=(0, 1, 2),
 )
 QUICK_ROWS = (
-    *(BASE, *RECIPES),
+    *(BASE, *RECIPES, TEACHER, *TEACHERS),
     *("rho-0.75-0.75", "rho-0.40-0.30", "place-prefix", "blend-0.03-1.00"),
 )
 SCALES = {scale.name: scale for scale in (LAPTOP, GPU)}
@@ -141,12 +149,14 @@ BLEND_ROWS = (
 class Table:
     """A table's rows and the settings that they are compared with.
 
-    references: the first is the reference of every row; `paint` is compared with all of them.
+    references: the first is the reference of every row; `paint` is compared with all of them, and
+    so is every row if `all_with_all`.
     """
 
     number: int
     rows: tuple[str, ...]
     references: tuple[str, ...]
+    all_with_all: bool = False
 
 
 TABLES = (
@@ -154,14 +164,18 @@ TABLES = (
     Table(2, RATIO_ROWS, ("rho-0.40-0.30",)),
     Table(3, PLACEMENT_ROWS, ("rho-0.40-0.30",)),
     Table(4, BLEND_ROWS, ("paint",)),
+    Table(5, (BASE, TEACHER, *TEACHERS), (BASE, "paint"), all_with_all=True),
 )
+PAPER = (1, 2, 3, 4)
+"""the numbers of the paper's tables"""
 
 
 @dataclass(frozen=True)
 class PlannedRun:
     """One training run, or one evaluation of the base.
 
-    rate: learning rate of a run of the sweep; None if the sweep decides it, and for the base.
+    rate: learning rate of a run of the sweep; None if the sweep decides it, and for rows that are
+    not trained.
     """
 
     size: str
@@ -179,6 +193,11 @@ class PlannedRun:
     def recipe(self) -> str:
         """The recipe whose learning rate the run takes; PAINT for an ablation."""
         return "paint" if self.setting in ABLATIONS else self.setting
+
+    @property
+    def base(self) -> str:
+        """The model that is trained or evaluated: a size, or the teacher."""
+        return TEACHER if self.setting == TEACHER else self.size
 
 
 def shown_rows(scale: Scale, table: Table) -> tuple[str, ...]:
@@ -210,15 +229,16 @@ def table_runs(scale: Scale, numbers: Sequence[int]) -> list[PlannedRun]:
     return sorted(runs, key=lambda run: (-scale.sizes.index(run.size), run.seed, run.setting))
 
 
-def needed_sizes(scale: Scale, numbers: Sequence[int]) -> tuple[str, ...]:
-    """Sizes of the bases that these tables need, in the scale's order."""
-    used = {run.size for run in table_runs(scale, numbers)}
-    return tuple(size for size in scale.sizes if size in used)
+def needed_bases(scale: Scale, numbers: Sequence[int]) -> tuple[str, ...]:
+    """Models that these tables need: sizes in the scale's order, then the teacher."""
+    used = {run.base for run in table_runs(scale, numbers)}
+    return tuple(name for name in (*scale.sizes, TEACHER) if name in used)
 
 
 def sweep_runs(scale: Scale, numbers: Sequence[int]) -> list[PlannedRun]:
     """Returns a run at every learning rate of the grid, for each recipe and size in the tables."""
-    needed = {(run.size, run.recipe) for run in table_runs(scale, numbers) if run.setting != BASE}
+    trained = [run for run in table_runs(scale, numbers) if run.setting not in EVALUATED]
+    needed = {(run.size, run.recipe) for run in trained}
     ordered = sorted(needed, key=lambda pair: (-scale.sizes.index(pair[0]), pair[1]))
     return [
         PlannedRun(size, recipe, SWEEP_SEED, rate)
@@ -231,7 +251,7 @@ def overrides(scale: Scale, run: PlannedRun, rate: float | None) -> dict[str, st
     """Returns the run's overrides of its preset, without the paths of the base and the run
     directory.
 
-    rate: the learning rate; None for the base, which is only evaluated.
+    rate: the learning rate; None for a row that is only evaluated.
     """
     sweep = run.rate is not None
     half = scale.num_steps // 2
@@ -258,13 +278,13 @@ def arguments(preset: str, values: Mapping[str, str]) -> list[str]:
 
 
 def preset_of(run: PlannedRun) -> str:
-    return "tiny" if run.setting == BASE else f"{run.recipe}-tiny"
+    return "tiny" if run.setting in EVALUATED else f"{run.recipe}-tiny"
 
 
-def base_directory(bases: Path, size: str) -> Path:
-    if size == BUNDLED:
-        return TINY_BASE
-    return bases / size
+def base_directory(bases: Path, name: str) -> Path:
+    """Returns the directory of a model of `PlannedRun.base`."""
+    bundled = {BUNDLED: TINY_BASE, TEACHER: TINY_TEACHER}
+    return bundled.get(name, bases / name)
 
 
 def base_sha256(base: Path) -> str:
@@ -275,8 +295,8 @@ def base_sha256(base: Path) -> str:
 class Job:
     """A planned run with everything that it needs.
 
-    rate: the learning rate; None for the base.
-    base: the directory of the base model.
+    rate: the learning rate; None for a row that is only evaluated.
+    base: the directory of the model that is trained or evaluated.
     directory: holds the log, the record and, in `training`, the run directory.
     """
 
@@ -290,8 +310,11 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """What decides the result besides the code; a stored record with other settings is not
         used."""
-        return {
+        settings = {
             "preset": preset_of(self.run),
             "overrides": overrides(self.scale, self.run, self.rate),
             "base_sha256": base_sha256(self.base),
         }
+        if self.run.setting == "opd":
+            settings["teacher_sha256"] = base_sha256(TINY_TEACHER)
+        return settings

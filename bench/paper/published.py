@@ -65,7 +65,7 @@ def paper_difference(table: int, panel: int, setting: str, reference: str) -> fl
     if table == 1:
         macro = {row: values[-1] for row, values in list(TABLE_1.values())[panel].items()}
     else:
-        macro = ABLATIONS[table]
+        macro = ABLATIONS.get(table, {})
     if setting not in macro or reference not in macro:
         return None
     return macro[setting] - macro[reference]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.paper.plan import (
+    PAPER,
     SCALES,
     Job,
     PlannedRun,
@@ -24,7 +25,7 @@ from bench.paper.stats import table_numbers
 Record = dict[str, Any]
 PACKAGES = ("torch", "transformers", "peft")
 # Only needed to resume: a table's runs share the base, and the setting implies the preset.
-_NOT_KEPT = ("preset", "base_sha256")
+_NOT_KEPT = ("preset", "base_sha256", "teacher_sha256")
 
 
 def versions() -> dict[str, str]:
@@ -38,7 +39,7 @@ def command(scale: Scale, numbers: Sequence[int]) -> str:
     parts = ["python -m bench.paper_tables"]
     parts += ["--quick"] if is_quick else []
     parts += [] if name == "laptop" else [f"--scale {name}"]
-    parts += [] if len(numbers) == 4 else [f"--tables {' '.join(map(str, numbers))}"]
+    parts += [] if tuple(numbers) == PAPER else [f"--tables {' '.join(map(str, numbers))}"]
     return " ".join(parts)
 
 
@@ -120,7 +121,7 @@ def rerun(result: Record, run_id: str, bases: Path, directory: Path, pool: Execu
     hashes = {base["size"]: base["sha256"] for base in result["bases"]}
     jobs = []
     for run in find_runs(result, run_id):
-        old, base = recorded[run.run_id], base_directory(bases, run.size).resolve()
+        old, base = recorded[run.run_id], base_directory(bases, run.base).resolve()
         if not (base / "model.safetensors").exists():
             raise ValueError(
                 f"{run.run_id}: found no base in {base}; needs the {run.size} base; pass its "
@@ -128,7 +129,7 @@ def rerun(result: Record, run_id: str, bases: Path, directory: Path, pool: Execu
             )
         job = Job(run, scale_of(result), old["learning_rate"], base, directory / run.run_id)
         now = job.settings
-        if now["base_sha256"] != hashes[run.size] or now["overrides"] != old["overrides"]:
+        if now["base_sha256"] != hashes[run.base] or now["overrides"] != old["overrides"]:
             raise ValueError(
                 f"{run.run_id}: the base in {base} or the plan differs from that of the result; "
                 "check --bases, or make the tables again"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.paper.plan import (
-    BASE,
+    EVALUATED,
     Job,
     PlannedRun,
     Scale,
@@ -184,27 +184,27 @@ def best_rates(scale: Scale, sweep: Sequence[Record]) -> tuple[Rates, list[Recor
     return rates, found
 
 
-def make_bases(sizes: Sequence[str], bases: Path, say: Callable[[str], None] = print) -> None:
+def make_bases(names: Sequence[str], bases: Path, say: Callable[[str], None] = print) -> None:
     """Pretrains the bases that are missing; each takes 15 minutes or more on two cores."""
-    for size in sizes:
-        directory = base_directory(bases, size)
+    for name in names:
+        directory = base_directory(bases, name)
         if (directory / "pretraining.json").exists():
             continue
-        say(f"pretraining the {size} base in {directory}")
-        command = [sys.executable, "-m", "paint_engine.tiny.pretrain", "--size", size]
+        say(f"pretraining the {name} base in {directory}")
+        command = [sys.executable, "-m", "paint_engine.tiny.pretrain", "--size", name]
         subprocess.run([*command, "--output", str(directory)], check=True)
 
 
-def describe_bases(sizes: Sequence[str], bases: Path) -> list[Record]:
-    """Returns the size, number of steps and hash of the weights of each base, from its pretraining
-    record."""
+def describe_bases(names: Sequence[str], bases: Path) -> list[Record]:
+    """Returns the name (its size, or the teacher), number of steps and hash of the weights of each
+    model, from its pretraining record."""
     described = []
-    for size in sizes:
-        directory = base_directory(bases, size)
+    for name in names:
+        directory = base_directory(bases, name)
         record = json.loads((directory / "pretraining.json").read_text())
         described.append(
             {
-                "size": size,
+                "size": name,
                 "num_parameters": record["num_parameters"],
                 "num_steps": record["num_steps"],
                 "sha256": base_sha256(directory),
@@ -219,9 +219,9 @@ def make_jobs(
     jobs = []
     for run in runs:
         rate = run.rate
-        if rate is None and run.setting != BASE:
+        if rate is None and run.setting not in EVALUATED:
             rate = rates[run.size, run.recipe]
-        base = base_directory(bases, run.size)
+        base = base_directory(bases, run.base)
         jobs.append(Job(run, scale, rate, base.resolve(), directory / run.run_id))
     return jobs
 

@@ -136,7 +136,8 @@ def row_numbers(
 
 def compared_with(table: Table, setting: str, shown: Container[str]) -> tuple[str, ...]:
     """Returns the shown references that a row is compared with."""
-    references = table.references if setting == "paint" else table.references[:1]
+    all_of_them = setting == "paint" or table.all_with_all
+    references = table.references if all_of_them else table.references[:1]
     return tuple(name for name in references if name in shown)
 
 

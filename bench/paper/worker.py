@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench.measure import commit
-from bench.paper.plan import BASE, Job, arguments, overrides, preset_of
+from bench.paper.plan import EVALUATED, Job, arguments, overrides, preset_of
 from bench.paper.stats import encode_counts
 from paint_engine import train
 from paint_engine.config.command_line import load_config
@@ -39,7 +39,7 @@ def perform(job: Job) -> dict[str, Any]:
     log = job.directory / "log.txt"
     with log.open("w") as stream, redirect_stdout(stream), redirect_stderr(stream):
         try:
-            if job.run.setting == BASE:
+            if job.run.setting in EVALUATED:
                 _evaluate_base(argv)
             else:
                 train.main(argv)

@@ -26,12 +26,15 @@ from bench.paper.plan import (
     LAPTOP,
     RECIPES,
     SCALES,
+    TEACHER,
+    TEACHERS,
     Job,
     Scale,
     base_directory,
     base_sha256,
     quick,
     sweep_runs,
+    table_runs,
 )
 from bench.paper.result import build_result, find_runs, rerun
 from bench.paper.runs import best_rates, make_jobs
@@ -257,6 +260,30 @@ def test_a_page_of_some_tables_has_only_these(
     result = build_result(LAPTOP, (4,), described, records, [], {}, 2)
     assert "first 3 seeds of Table 1" in document(result, "x.png")
     draw_tables(result)
+
+
+def test_teachers_are_compared_with_no_update_and_with_paint(
+    bases: Path, tmp_path: Path, planted_record: Planted
+) -> None:
+    rates = {("small", recipe): 1e-4 for recipe in TEACHERS}
+    jobs = make_jobs(table_runs(LAPTOP, (5,)), LAPTOP, rates, bases, tmp_path / "runs")
+    records = {job.run.run_id: planted_record(job) for job in jobs}
+    described = [{"size": "small", "num_parameters": 886_144, "num_steps": 1, "sha256": "0"}]
+    result = build_result(LAPTOP, (5,), described, records, [], {}, 2)
+    assert result["command"].endswith("--tables 5")
+    lines = PAPER_TABLES["paper-tables", "5"](result).splitlines()[2:9]
+    cells = {line.split(" | ")[0][2:]: line.split(" | ") for line in lines}
+    assert list(cells) == [LABELS[setting] for setting in (BASE, TEACHER, *TEACHERS)]
+    # PAINT is planted 10 points above the other trained rows, which are 10 above the base.
+    control = cells["PAINT with another problem's solution"]
+    assert control[5] == "above" and control[8] == "below"
+    assert cells["PAINT"][5] == "above" and cells["PAINT"][7:10] == ["", "", ""]
+    assert cells["no update"][8] == "below"
+    page = document(result, "x.png")
+    assert "# Teachers and signals" in page and "another problem's" in page
+    assert "Table 1" not in page and "the paper's figures" not in page
+    (panel,) = draw_tables(result).subfigs[0].axes
+    assert len(panel.get_yticks()) == 6 + 6
 
 
 def test_the_figure_has_a_panel_per_table_and_base(result: dict[str, Any]) -> None:

@@ -25,11 +25,9 @@ from paint_engine.recipes.base import ATTRIBUTE, PACKAGE
 
 RECIPES = ("paint", "opsd", "opsd-v1", "grpo", "sft")
 MODELS = ("tiny", "qwen3-1.7b", "qwen3-4b", "qwen3-8b")
-# Of other contexts and signals.
-VARIANTS = ("sdpo", "paint-control", "grpo-paint")
+# Of other teachers, contexts and signals.
+VARIANTS = ("opd", "sdpo", "paint-control", "grpo-paint")
 NAMES = [f"{recipe}-{model}" for recipe in (*RECIPES, *VARIANTS) for model in MODELS]
-# No stronger teacher is bundled.
-DISTILLED = [f"opd-{model}" for model in MODELS if model != "tiny"]
 PRESETS = Path(cli.__file__).with_name("presets")
 PAGE = Path(__file__).parents[3] / "docs" / "recipes.md"
 # Of the tiny recipes, each by the same small sweep.
@@ -180,10 +178,10 @@ def parent_of(name: str) -> str | None:
 
 
 def test_every_recipe_is_there_for_every_model() -> None:
-    assert sorted([*NAMES, *DISTILLED, "tiny"]) == list(preset_names())
+    assert sorted([*NAMES, "tiny"]) == list(preset_names())
 
 
-@pytest.mark.parametrize("name", [*NAMES, *DISTILLED])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_preset_sets_only_what_it_changes_and_says_why(name: str) -> None:
     parent = parent_of(name)
     if parent is None:
@@ -195,7 +193,7 @@ def test_a_preset_sets_only_what_it_changes_and_says_why(name: str) -> None:
         assert above.startswith("# ") and len(above) > 8, key
 
 
-@pytest.mark.parametrize("name", [*NAMES, *DISTILLED])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_preset_begins_with_a_line_for_the_listing(name: str) -> None:
     first = (PRESETS / f"{name}.toml").read_text().splitlines()[0]
     assert first.startswith("# ") and first.endswith(".")
@@ -291,11 +289,14 @@ def test_sdpo_shows_siblings_and_has_a_loss_of_its_own(model: str) -> None:
     assert config_of(f"sdpo-{model}").teacher.group_size == 8
 
 
-@pytest.mark.parametrize("name", DISTILLED)
-def test_plain_distillation_has_a_larger_teacher_on_the_same_prompt(name: str) -> None:
-    config = config_of(name)
+@pytest.mark.parametrize("model", MODELS)
+def test_plain_distillation_has_a_stronger_teacher_on_the_same_prompt(model: str) -> None:
+    config = config_of(f"opd-{model}")
     assert (config.teacher.weights, config.teacher.context) == ("external", "none")
     assert config.prompts.teacher_thinking == config.prompts.student_thinking
+    if model == "tiny":
+        assert config.teacher.model == "tiny-teacher"
+        return
     sizes = [
         float(model.rpartition("-")[2].rstrip("B"))
         for model in (config.model.name_or_path, config.teacher.model or "")

@@ -19,7 +19,7 @@ from paint_engine.recipes import recipe_of
 
 Main = Callable[[Sequence[str]], int]
 TINY = [name for name in preset_names() if name.endswith("tiny")]
-# Teachers of another model are those of tests/paint_engine/training/test_teacher_runs.py.
+# The larger teachers of another model need its files: opd-tiny stands for them.
 LARGE = [name for name in preset_names() if not name.endswith("tiny") and name[:4] != "opd-"]
 SMALL = (
     "--train.num_steps 2 --train.batch_size 8 --train.device cpu --rollout.max_new_tokens 24 "
