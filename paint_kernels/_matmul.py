@@ -22,6 +22,7 @@ from paint_kernels._half_heads import (
     largest_magnitude,
     power_of_two_below,
 )
+from paint_kernels._onednn import onednn_product, runs_in_onednn
 from paint_kernels._precision import full_precision
 
 if TYPE_CHECKING:
@@ -67,9 +68,15 @@ def project(
     hidden_states = hidden_states.to(out.dtype)
     if weight.is_cuda and weight.dtype == out.dtype:
         return torch.mm(hidden_states, weight.T, out=out)
+    in_onednn = runs_in_onednn(hidden_states)
     for start in range(0, weight.shape[0], WEIGHT_TILE):
         tile = weight[start : start + WEIGHT_TILE].to(out.dtype)
-        torch.mm(hidden_states, tile.T, out=out[:, start : start + WEIGHT_TILE])
+        columns = out[:, start : start + WEIGHT_TILE]
+        if in_onednn:
+            # The product is in the cache still.
+            columns.copy_(onednn_product(hidden_states, tile))
+        else:
+            torch.mm(hidden_states, tile.T, out=columns)
     return out
 
 
@@ -105,6 +112,8 @@ class GradientProduct:
     def hidden(self, gradient: Float[Tensor, "R V"], out: Float[Tensor, "R H"]) -> None:
         if self.in_half:
             half_product(gradient, self.weight, out, add=False)
+        elif self.weight.dtype == gradient.dtype and runs_in_onednn(gradient):
+            out.copy_(onednn_product(gradient, self.weight.T))
         elif self.weight.dtype == gradient.dtype:
             torch.mm(gradient, self.weight, out=out)
         else:

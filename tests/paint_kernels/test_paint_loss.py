@@ -49,6 +49,18 @@ def test_every_vocabulary_and_kl(build, check, clip_for, vocab_size, noise, clip
     assert (output.clipped_mass > 0).any().item() is clip
 
 
+def test_products_that_the_user_keeps_from_onednn(build, check, monkeypatch):
+    used, real = [], _matmul.onednn_product
+    monkeypatch.setattr(_matmul, "onednn_product", lambda *given: used.append(1) or real(*given))
+    batch = build((7, 0, 1, 12), 203)
+    check(paint_loss, batch)
+    assert bool(used) is torch.backends.mkldnn.is_available()
+    used.clear()
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    check(paint_loss, batch)
+    assert not used
+
+
 @settings(deadline=None, derandomize=True, max_examples=90)
 @given(
     lengths=LENGTHS,
