@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from run_contents import assert_same
 from scoring_server import ScoringServer
 
 from paint_engine.files import read_jsonl, read_tables
@@ -17,23 +17,6 @@ from paint_engine.scoring import scorer as scorer_module
 
 Main = Callable[[Sequence[str]], int]
 RunRanks = Callable[[int, Sequence[Sequence[object]]], None]
-TIMING = ("seconds", "tokens_per_s")
-
-
-def content(run: Path, step: int = 4) -> dict[str, Any]:
-    """All that must not depend on what happened on the way."""
-    last = run / "checkpoints" / f"step-{step}"
-    files = [*last.glob("*.safetensors"), *last.glob("trainer/*.safetensors")]
-    tensors = {
-        f"{file.name}:{name}": tensor.numpy().tobytes()
-        for file in files
-        for name, tensor in load_file(file).items()
-    }
-    metrics = [
-        {key: value for key, value in line.items() if not key.startswith(TIMING)}
-        for line in read_jsonl(run / "metrics.jsonl")
-    ]
-    return {"metrics": metrics, "samples": (run / "samples.jsonl").read_bytes(), **tensors}
 
 
 @pytest.fixture
@@ -70,10 +53,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
     assert run_main([*argv, "--run.dir", str(cut), "--train.num_steps", "2"]) == 0
     again = ["--resume", str(cut), "--train.num_steps", "4", *served[:2]]
     assert run_main(again) == 0
-    expected, actual = content(undisturbed), content(cut)
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        assert actual[key] == value, key
+    assert_same(cut, undisturbed)
 
 
 def test_a_server_killed_in_a_step_changes_nothing(
@@ -93,7 +73,7 @@ def test_a_server_killed_in_a_step_changes_nothing(
     text = capfd.readouterr().err
     assert "rank 0: the teacher's server failed (the server at " in text
     assert "it is asked again" in text and "Traceback" not in text
-    assert content(run) == content(undisturbed)
+    assert_same(run, undisturbed)
 
 
 def test_a_dead_server_ends_a_saved_run_that_continues(
@@ -123,7 +103,7 @@ def test_a_dead_server_ends_a_saved_run_that_continues(
     (printed,) = re.findall(r"resume with: python -m paint_engine.train (.*)", text.out)
     assert f"--teacher.url {teacher.url}" in printed
     assert run_main(shlex.split(printed)) == 0
-    assert content(run) == content(undisturbed)
+    assert_same(run, undisturbed)
 
 
 def test_a_resumed_run_keeps_its_teacher(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_contents import assert_same
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -232,22 +233,8 @@ def test_three_steps_and_one_more_are_four(
     argv = [*commands[name], "--train.num_steps", "3", "--run.dir", str(tmp_path)]
     assert run_main(argv) == 0
     assert run_main(["--resume", str(tmp_path), "--train.num_steps", str(NUM_STEPS)]) == 0
-    contents = []
-    for run in (runs[0] / name, tmp_path):
-        last = run / "checkpoints" / f"step-{NUM_STEPS}"
-        files = sorted([*last.glob("*.safetensors"), *last.glob("trainer/*.safetensors")])
-        tensors = {
-            f"{file.name}:{key}": tensor.numpy().tobytes()
-            for file in files
-            for key, tensor in load_file(file).items()
-        }
-        metrics = [
-            {key: value for key, value in step.items() if not key.startswith(TIMING[:2])}
-            for step in read_jsonl(run / "metrics.jsonl")
-        ]
-        contents.append((metrics, tensors))
-    assert contents[0] == contents[1]
-    kept = [key for key in contents[0][1] if ":refreshed/" in key]
+    expected = assert_same(tmp_path, runs[0] / name, NUM_STEPS)
+    kept = [key for key in expected if ":refreshed/" in key]
     assert bool(kept) == ("refreshed" in name)
 
 
