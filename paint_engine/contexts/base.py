@@ -54,10 +54,11 @@ class Context:
     keys: configuration keys that this context reads and others may not. Those of masks, groups and
         texts follow from the declarations below.
     needs_solution, needs_answer: rows of the data must have one.
-    needs_group: a problem is sampled `teacher.group_size` times, in consecutive rollouts.
+    needs_group: a problem is sampled several times, in consecutive rollouts: `teacher.group_size`
+        times, or `grpo.group_size` times by a recipe that has groups of its own.
     is_masked: a part of the text is hidden, the more the rollout overlaps with it (Eq. 4 to 6).
     shows_text: the prompt has a text beside the problem.
-    is_optional: a rollout may have nothing to show. It is then not trained on.
+    is_optional: a rollout may have nothing to show. The teacher then does not train it.
     teacher_template, reason_template: the messages that stand in place of the default ones of
         `prompts`.
     """
@@ -101,8 +102,6 @@ class Context:
         self._check_idle_keys()
         if self.shows_text:
             self._check_template()
-        if self.needs_group:
-            self._check_groups()
 
     def check_problems(self, problems: Sequence[Problem]) -> None:
         """Raises ValueError for training problems of which the context can show nothing."""
@@ -135,15 +134,6 @@ class Context:
                 f"prompts.teacher_template: got {self.message!r} with teacher.reason_first true; "
                 "needs {rationale} in it, because the rationale would otherwise appear nowhere; "
                 "add it, or use --teacher.reason_first false"
-            )
-
-    def _check_groups(self) -> None:
-        batch_size, size = self.config.train.batch_size, self.config.teacher.group_size
-        if batch_size % size:
-            raise ValueError(
-                f"train.batch_size: got {batch_size} with teacher.group_size {size} and {KEY} "
-                f"{self.name!r}; needs a multiple of it, because a batch consists of whole groups; "
-                "change one of them"
             )
 
     # ---- a step ----------------------------------------------------------------------------------

@@ -46,8 +46,8 @@ def pack_sequences(
 
 
 def build_batch(examples: Sequence[TrainExample]) -> TrainBatch:
-    """Builds student and teacher sequences over the same completion ids. Either all examples have a
-    teacher view or none has."""
+    """Builds student and teacher sequences over the same completion ids. Examples without a teacher
+    view are in no teacher's sequences."""
     completions = [e.rollout.completion_ids for e in examples]
     return TrainBatch(
         student=pack_sequences([e.rollout.prompt_ids for e in examples], completions),
@@ -59,12 +59,10 @@ def build_batch(examples: Sequence[TrainExample]) -> TrainBatch:
 
 def _scored(examples: Sequence[TrainExample]) -> dict[int, ScoredSequences]:
     """Returns the sequences of each teacher that scores any of the rollouts."""
-    views = [e.teacher_view for e in examples if e.teacher_view is not None]
-    assert len(views) in (0, len(examples)), (len(views), len(examples))
-    prompts = [view.prompts for view in views]
+    prompts = [{} if e.teacher_view is None else e.teacher_view.prompts for e in examples]
     found = {}
-    for teacher in sorted({place for view in prompts for place in view}):
-        rollouts = tuple(row for row, view in enumerate(prompts) if teacher in view)
+    for teacher in sorted({place for of_one in prompts for place in of_one}):
+        rollouts = tuple(row for row, of_one in enumerate(prompts) if teacher in of_one)
         completions = [examples[row].rollout.completion_ids for row in rollouts]
         packed = pack_sequences([prompts[row][teacher] for row in rollouts], completions)
         found[teacher] = ScoredSequences(rollouts, packed)

@@ -134,6 +134,8 @@ class Recipe:
     samples: the student samples rollouts. If false, training uses the reference solutions.
     uses_teacher: a teacher that sees more than the student scores the same tokens.
     loss_parts: names of losses that are logged beside "loss".
+    teacher_values: names in `LossOutput.per_token` that only rollouts with a teacher view have;
+        those of the others are 0, and not in the means that are logged.
     recorded_as: a metric that identifies the recipe's runs if a run directory has no configuration;
         "" for none. A recipe that is derived from others may record theirs, too.
     """
@@ -143,6 +145,7 @@ class Recipe:
     samples: ClassVar[bool] = True
     uses_teacher: ClassVar[bool] = False
     loss_parts: ClassVar[tuple[str, ...]] = ()
+    teacher_values: ClassVar[tuple[str, ...]] = ()
     recorded_as: ClassVar[str] = ""
 
     def __init__(self, config: Config) -> None:

@@ -29,7 +29,8 @@ class GrpoPaint(Paint, Grpo):
     """A recipe of both kinds. Its loss is Grpo's plus `objective.distill_weight` times Paint's.
 
     Each part is what its own recipe computes: advantages within the group for one, the clipped and
-    weighted divergence for the other, and `objective.reduction` for each. The KL to the base
+    weighted divergence for the other, and `objective.reduction` for each. A rollout for which the
+    teacher's context has nothing to show has the policy gradient alone. The KL to the base
     (`grpo.kl_weight`) would need a third pass, which a step does not have.
     """
 
@@ -57,30 +58,32 @@ class GrpoPaint(Paint, Grpo):
         """Number of rollouts of one problem, whose rewards are compared."""
         return self.config.grpo.group_size
 
-    def check(self) -> None:
-        """Raises ValueError for a context that may have nothing to show. Its rollout would have
-        only the policy gradient, and a micro-batch has a teacher's pass over all of its rollouts
-        or none."""
-        super().check()
-        assert self.context is not None
-        if self.context.is_optional:
+    def check_groups(self) -> None:
+        """Raises ValueError for `teacher.group_size`: a rollout's siblings are those whose rewards
+        it is compared with."""
+        size = self.config.teacher.group_size
+        if size != LEAVES["teacher.group_size"].default:
             raise ValueError(
-                f"teacher.context: got {self.context.name!r} with objective.name 'grpo_paint'; "
-                "needs a context that has something to show for every rollout, because each has a "
-                "policy gradient and a divergence; use --teacher.context solution, answer, other "
-                "or none, or --objective.name paint"
+                f"teacher.group_size: got {size} with objective.name 'grpo_paint', whose groups "
+                f"are those of the rewards; leave it out, and set --grpo.group_size {size}"
             )
 
     def notes(self) -> list[str]:
         """Returns the notes of both recipes, and one on groups that cannot be left out."""
         found = Grpo.notes(self) + Paint.notes(self)
-        if self.config.grpo.skip_zero_variance and self.config.objective.on == "all":
+        if self.config.grpo.skip_zero_variance and not self._leaves_out:
             found.append(
                 "grpo.skip_zero_variance leaves no rollout out: groups of equal rewards have no "
                 "policy gradient, but the teacher trains them; with objective.on wrong or right "
                 "it leaves out those that the teacher does not train"
             )
         return found
+
+    @property
+    def _leaves_out(self) -> bool:
+        """Whether the teacher may leave rollouts to the policy gradient alone."""
+        assert self.context is not None
+        return self.config.objective.on != "all" or self.context.is_optional
 
     @property
     def display(self) -> Display:
@@ -109,9 +112,13 @@ class GrpoPaint(Paint, Grpo):
         policy, distilled = Grpo.loss(self, inputs), Paint.loss(self, inputs)
         weight = self.config.objective.distill_weight
         token_loss = policy.per_token["token_loss"] + weight * distilled.per_token["token_loss"]
+        per_token = {**distilled.per_token, **policy.per_token, "token_loss": token_loss}
+        if self._leaves_out and "token_weight" not in per_token:
+            # Each token counts 1 here, but not in other micro-batches of the step.
+            per_token["token_weight"] = token_loss.new_ones(len(token_loss))
         return LossOutput(
             policy.loss + weight * distilled.loss,
-            {**distilled.per_token, **policy.per_token, "token_loss": token_loss},
+            per_token,
             {"policy_loss": policy.loss.detach(), "distill_loss": distilled.loss.detach()},
         )
 

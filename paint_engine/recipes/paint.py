@@ -59,6 +59,13 @@ class Paint(TeacherRecipe):
         "objective.token_weights",
     )
     recorded_as = "token_kl"
+    teacher_values = (
+        "token_kl",
+        "clipped_mass",
+        "clipped_token_share",
+        "teacher_entropy",
+        "served_mass",
+    )
 
     def check(self) -> None:
         """Raises ValueError for a JSD weight with another divergence."""

@@ -1,7 +1,8 @@
 """A micro-batch's loss against several second passes: one after the other, and their sum.
 
 Teachers of a mixture score all rollouts, each with its weight. Teachers to which the data route the
-rollouts score their own with weight 1. Either way the loss is a sum over the passes.
+rollouts score their own with weight 1. A rollout without a teacher view is in no pass. In each case
+the loss is a sum over the passes.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ class Part:
 def parts_of(inputs: LossInputs) -> list[Part]:
     """Returns the parts of a micro-batch's loss, one for each second pass."""
     assert inputs.second_passes, "the recipe has no second pass"
-    return [_part(inputs, second) for second in inputs.second_passes]
+    return [part_of(inputs, second) for second in inputs.second_passes]
 
 
 def is_whole(parts: Sequence[Part]) -> bool:
@@ -39,7 +40,8 @@ def is_whole(parts: Sequence[Part]) -> bool:
     return len(parts) == 1 and parts[0].rows is None and parts[0].second.weight == 1.0
 
 
-def _part(inputs: LossInputs, second: SecondPass) -> Part:
+def part_of(inputs: LossInputs, second: SecondPass) -> Part:
+    """Returns the part of one second pass."""
     inputs = replace(inputs, second_passes=(second,))
     num_rollouts = len(inputs.cu_seqlens) - 1
     if second.rollouts is None or len(second.rollouts) == num_rollouts:
@@ -79,7 +81,8 @@ def added_outputs(
     """Returns the weighted sum of the parts' losses, and of their values per token.
 
     The weights at a token add up to 1, so entropies and masses are means over its teachers. A token
-    counts as selected if any of them interpolates its target.
+    counts as selected if any of them interpolates its target. Where no teacher scores it, its
+    values are 0.
     """
     rows = [output._asdict() for output in outputs]
     selected = added(parts, [row.pop("selected").to(torch.float32) for row in rows], num_rows) > 0

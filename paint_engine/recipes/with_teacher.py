@@ -54,12 +54,25 @@ class TeacherRecipe(Recipe):
             "no server sends; leave it out, or use --objective.name paint or sampled_token"
         )
 
+    def check_groups(self) -> None:
+        """Raises ValueError for a batch that does not consist of whole groups. Called for a context
+        that needs groups; a recipe that has groups of its own overrides this."""
+        batch_size, teacher = self.config.train.batch_size, self.config.teacher
+        if batch_size % teacher.group_size:
+            raise ValueError(
+                f"train.batch_size: got {batch_size} with teacher.group_size {teacher.group_size} "
+                f"and teacher.context {teacher.context!r}; needs a multiple of it, because a batch "
+                "consists of whole groups; change one of them"
+            )
+
     def check(self) -> None:
         """Raises ValueError for settings of the teacher that contradict each other."""
         super().check()
         load_weighting(self.config.objective.token_weights)
         assert self.context is not None
         self.context.check()
+        if self.context.needs_group:
+            self.check_groups()
         check_teacher(self.config)
         teacher = self.config.teacher
         if teacher.reason_first and self.config.rollout.ahead:
@@ -128,18 +141,19 @@ class TeacherRecipe(Recipe):
         from paint_engine.recipes.tokens import rollout_of_token
 
         name = self.config.objective.token_weights
-        weighting, weights = load_weighting(name), torch.ones_like(divergence)
-        if weighting is not None:
-            weights = weights_of(
-                name,
-                weighting,
-                inputs,
-                student_entropy=student_entropy,
-                teacher_entropy=teacher_entropy,
-                divergence=divergence,
-            )
-        taught = torch.tensor([self.teaches(e) for e in inputs.examples], dtype=torch.bool)
-        return weights * taught[rollout_of_token(inputs.cu_seqlens)].to(weights)
+        weighting, taught = load_weighting(name), [self.teaches(e) for e in inputs.examples]
+        if weighting is None:
+            rows = rollout_of_token(inputs.cu_seqlens)
+            return torch.tensor(taught, dtype=torch.bool)[rows].to(divergence)
+        return weights_of(
+            name,
+            weighting,
+            inputs,
+            student_entropy=student_entropy,
+            teacher_entropy=teacher_entropy,
+            divergence=divergence,
+            taught=taught,
+        )
 
     def metrics(self, examples: Sequence[TrainExample]) -> dict[str, float]:
         """Returns the rollouts' means and the teacher views' means."""

@@ -1,7 +1,7 @@
 """Collects what the micro-batches of one step produce into the step's metrics and samples."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from operator import itemgetter
@@ -89,16 +89,26 @@ class StepRecord:
         """Returns the metrics of all ranks: the loss and its parts, means over trained tokens and
         updates, means over rollouts, and the mismatch with the sampler. A collective call."""
         totals, num_updates = sum_over_ranks(self._sums), self._recipe.num_updates
-        scored = count_tokens(self.trained) * num_updates
         differences = [value for part in self._differences for value in part.tolist()]
         losses = ("loss", *self._recipe.loss_parts)
         return {
             **{name: totals.pop(name, 0.0) / num_updates for name in losses},
-            **{name: total / scored for name, total in totals.items()},
+            **self._token_means(totals),
             **self._recipe.metrics(self._rollouts),
             **mismatch_metrics(gather_objects(differences)),
             "num_loss_tokens": self.num_tokens,
         }
+
+    def _token_means(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Returns the means of the values by token, over all updates. Those of a teacher are over
+        the rollouts that it has scored, and missing where there are none."""
+        viewed = [item for item in self.trained if item.teacher_view is not None]
+        of_teacher = set(self._recipe.teacher_values)
+        counts = {
+            name: count_tokens(viewed if name in of_teacher else self.trained) for name in totals
+        }
+        num_updates = self._recipe.num_updates
+        return {n: t / (counts[n] * num_updates) for n, t in totals.items() if counts[n]}
 
     def samples(self) -> list[dict[str, object]]:
         """Returns all ranks' samples in the order of the batch. A collective call."""

@@ -165,6 +165,9 @@ def score(
     second = second_passes(run, batch)
     with span("student"):
         student_states = hidden_states(run.model, batch.student, attention=run.attention)
+    if run.recipe.second_pass is not None and not second:
+        # No rollout here has a teacher view, so that the loss to the teacher has no rows.
+        second = (SecondPass(student_states.detach()[:0], rollouts=()),)
     with span("loss"), autocast(run.model):
         inputs = LossInputs(
             student_hidden_states=student_states,
@@ -189,7 +192,7 @@ def score(
 
 def second_passes(run: Run, batch: TrainBatch) -> tuple[SecondPass, ...]:
     """Runs the recipe's second pass: the base's over the student's sequences, or that of each
-    teacher over its own."""
+    teacher over its own. None where no rollout has a teacher view."""
     if run.recipe.second_pass is None:
         return ()
     passes = []
@@ -197,7 +200,7 @@ def second_passes(run: Run, batch: TrainBatch) -> tuple[SecondPass, ...]:
         if run.recipe.second_pass == "base":
             everything = ScoredSequences(tuple(range(len(batch.cu_seqlens) - 1)), batch.student)
             return (_score_with(run, run.base, everything),)
-        assert batch.teachers, "the recipe has a teacher and made no views"
+        _check_views(run, batch)
         for place, member in enumerate(run.teacher.members):
             if (scored := batch.teachers.get(place)) is not None:
                 passes.append(_score_with(run, member, scored))
@@ -205,6 +208,13 @@ def second_passes(run: Run, batch: TrainBatch) -> tuple[SecondPass, ...]:
                 # The other ranks may have rollouts for it, and gather its weights together.
                 _score_with(run, member, _idle_sequences(run.world.device))
     return tuple(passes)
+
+
+def _check_views(run: Run, batch: TrainBatch) -> None:
+    viewed = {row for scored in batch.teachers.values() for row in scored.rollouts}
+    shows, num_rollouts = run.recipe.context, len(batch.cu_seqlens) - 1
+    may_lack = shows is not None and shows.is_optional
+    assert may_lack or len(viewed) == num_rollouts, "the recipe made no view of a rollout"
 
 
 def _score_with(run: Run, teacher: Teacher, scored: ScoredSequences) -> SecondPass:

@@ -37,10 +37,18 @@ PLAIN = {
 GROUP = {"group_size": 2, "scale_by_std": False}
 
 
-def recipe(name: str, *, grpo: dict[str, object] | None = None, **objective: object) -> Recipe:
+def recipe(
+    name: str,
+    *,
+    grpo: dict[str, object] | None = None,
+    teacher: dict[str, object] | None = None,
+    **objective: object,
+) -> Recipe:
     """Without clip and interpolation, at temperature 1."""
-    sections = {"objective": {"name": name, **PLAIN, **objective}, "grpo": grpo or {}}
-    return recipe_of(Config.model_validate(sections))
+    sections = {"objective": {"name": name, **PLAIN, **objective}}
+    return recipe_of(
+        Config.model_validate({**sections, "grpo": grpo or {}, "teacher": teacher or {}})
+    )
 
 
 def hand_examples(verdicts: Sequence[bool | None] = (False, True)) -> list[TrainExample]:
@@ -61,16 +69,20 @@ def logits(rows: Sequence[Sequence[int]]) -> Tensor:
 def loss_of(
     of: Recipe, examples: Sequence[TrainExample], old_logprobs: Tensor | None = None
 ) -> tuple[LossOutput, list[list[float]]]:
-    """The loss of a step of one micro-batch, and its gradient by the student's logits."""
-    rows = [e.rollout.problem.problem_id == "p:0" for e in examples]
-    tokens = [row for first in rows for row in ((0, 1) if first else (2,))]
-    student = logits(STUDENT)[tokens].requires_grad_()
+    """The loss of a step of one micro-batch, and its gradient by the student's logits. With a
+    context that may show nothing, the teacher scores the rollouts that have a teacher view."""
+    rows = [(0, 1) if e.rollout.problem.problem_id == "p:0" else (2,) for e in examples]
+    student = logits(STUDENT)[[row for of_one in rows for row in of_one]].requires_grad_()
+    scored, shows = tuple(range(len(rows))), of.context
+    if shows is not None and shows.is_optional:
+        scored = tuple(place for place, e in enumerate(examples) if e.teacher_view is not None)
+    teacher = logits(TEACHER)[[row for place in scored for row in rows[place]]]
     lengths = [len(example.rollout.completion_ids) for example in examples]
     per_rollout = of.config.objective.reduction == "sequence_mean"
     inputs = LossInputs(
         student_hidden_states=student,
         lm_head_weight=torch.eye(2, dtype=torch.float64),
-        second_passes=(SecondPass(logits(TEACHER)[tokens]),) if of.second_pass else (),
+        second_passes=(SecondPass(teacher, rollouts=scored),) if of.second_pass else (),
         completion_ids=torch.tensor([i for e in examples for i in e.rollout.completion_ids]),
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
         examples=examples,

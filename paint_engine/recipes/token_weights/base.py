@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -74,20 +74,24 @@ def weights_of(
     student_entropy: Float[Tensor, " N"],
     teacher_entropy: Float[Tensor, " N"] | None,
     divergence: Float[Tensor, " N"],
+    taught: Sequence[bool],
 ) -> Float[Tensor, " N"]:
     """Returns the weights of a micro-batch's tokens, (N,), in the dtype of `divergence`.
 
     name: of the weighting, for messages.
+    taught: of each rollout, whether the teacher trains it; the tokens of the others get 0, and the
+        weighting does not see them.
 
     Raises ValueError for weights of another shape or that are not finite.
     """
     import torch
 
-    parts, none = [], divergence.new_zeros(0)
+    parts = [divergence.new_zeros(0)]
     with torch.no_grad():
         bounds = pairwise(inputs.cu_seqlens.tolist())
-        for example, (start, end) in zip(inputs.examples, bounds, strict=True):
-            if start == end:
+        for example, (start, end), counts in zip(inputs.examples, bounds, taught, strict=True):
+            if start == end or not counts:
+                parts.append(divergence.new_zeros(end - start))
                 continue
             rows = slice(start, end)
             tokens = RolloutTokens(
@@ -101,7 +105,7 @@ def weights_of(
                 example=example,
             )
             parts.append(_of_shape(name, weighting(tokens), tokens).to(divergence))
-        weights = torch.cat([none, *parts])
+        weights = torch.cat(parts)
         # What is not finite before the weights is another's fault, and named where it is found.
         before = student_entropy.isfinite() & divergence.isfinite()
         if teacher_entropy is not None:

@@ -4,8 +4,7 @@ nobody is shown anything, and contexts and recipes of a user's own."""
 import json
 import math
 import shlex
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,17 +28,8 @@ OPTIONS = {
     "sibling": SIBLING,
     "answer": "--teacher.context answer",
 }
-# Random weights answer nothing: every third completion is said to be right.
-REWARD = """
-from paint_engine.types import Verdict
-
-def judge(problem, text):
-    correct = sum(map(ord, text)) % 3 == 0
-    return Verdict(float(correct), correct, feedback="" if correct else f"{len(text)} letters")
-
-def wordy(problem, text):
-    return Verdict(0.0, False, feedback="x" * 20_001)
-"""
+# Every third completion is said to be right; the others get feedback.
+REWARD = "--reward.function own_functions:judge"
 
 
 def trained(main: Main, run: Path, *options: str) -> tuple[list[dict[str, Any]], list[dict]]:
@@ -122,16 +112,6 @@ def rows(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def reward(tmp_path: Path) -> Iterator[str]:
-    directory = tmp_path / "own"
-    directory.mkdir()
-    (directory / "user_feedback.py").write_text(REWARD)
-    sys.path.insert(0, str(directory))
-    yield "--reward.function user_feedback:judge"
-    sys.path.remove(str(directory))
-
-
-@pytest.fixture
 def small(command: list[str]) -> str:
     """A run of two steps on a random model."""
     options = "--train.num_steps 2 --train.batch_size 8 --eval.enabled false"
@@ -171,9 +151,9 @@ def test_problems_alone_are_refused_where_answers_are_needed(
 
 
 def test_siblings_teach_without_solutions(
-    small: str, rows: Callable[..., str], reward: str, run_main: Main, tmp_path: Path
+    small: str, rows: Callable[..., str], run_main: Main, tmp_path: Path
 ) -> None:
-    options = f"{rows(answer='7')} --teacher.context sibling --teacher.group_size 4 {reward}"
+    options = f"{rows(answer='7')} --teacher.context sibling --teacher.group_size 4 {REWARD}"
     metrics, samples = trained(run_main, tmp_path / "run", small, options)
     assert any(0 < step["context_share"] < 1 for step in metrics)
     for step in metrics:
@@ -182,9 +162,9 @@ def test_siblings_teach_without_solutions(
 
 
 def test_feedback_of_the_reward_function_teaches(
-    small: str, rows: Callable[..., str], reward: str, run_main: Main, tmp_path: Path
+    small: str, rows: Callable[..., str], run_main: Main, tmp_path: Path
 ) -> None:
-    options = f"{rows(answer='7')} --teacher.context feedback {reward}"
+    options = f"{rows(answer='7')} --teacher.context feedback {REWARD}"
     metrics, samples = trained(run_main, tmp_path / "run", small, options)
     assert all(step["context_share"] == pytest.approx(1 - step["accuracy"]) for step in metrics)
     assert all(sample["shown"].endswith(" letters") for sample in samples) and samples
@@ -218,6 +198,56 @@ def test_a_step_that_shows_nothing_trains_nothing_and_says_so(
     assert "Rollouts with a context" in (tmp_path / "run" / "report.html").read_text()
 
 
+# ---- beside a policy gradient --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", ["sibling", "feedback"])
+def test_a_rollout_that_is_shown_nothing_has_the_policy_gradient_alone(
+    context: str, small: str, rows: Callable[..., str], run_main: Main, tmp_path: Path
+) -> None:
+    """Siblings are those of GRPO's group."""
+    options = f"{rows(answer='7')} {REWARD} --objective.name grpo_paint --grpo.group_size 4"
+    options += f" --teacher.context {context} --objective.distill_weight 0.5"
+    metrics, samples = trained(run_main, tmp_path / "run", small, options)
+    # All rollouts go through the student.
+    assert len(samples) == 16
+    for step in metrics:
+        here = [sample for sample in samples if sample["step"] == step["step"]]
+        viewed = [sample for sample in here if "shown" in sample]
+        assert step["context_share"] == len(viewed) / 8 and 0 < len(viewed) < 8
+        assert step["grad_norm"] > 0 and step["token_weight"] < 1
+        loss = sum(fmean(sample["token_loss"]) for sample in here) / 8
+        assert step["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-6)
+        # What the teacher says is averaged over the rollouts that it has scored.
+        for name in ("token_kl", "teacher_entropy"):
+            values = [value for sample in viewed for value in sample[name]]
+            assert step[name] == pytest.approx(fmean(values), rel=1e-5)
+    for sample in samples:
+        is_shown = "shown" in sample
+        assert set(sample["token_weight"]) == {float(is_shown)}
+        assert any(sample["token_kl"]) == is_shown
+        if context == "feedback":
+            assert is_shown == (not sample["correct"])
+        if not is_shown:
+            # With one update each ratio is 1.
+            policy = [-sample["advantage"]] * len(sample["tokens"])
+            assert sample["token_loss"] == pytest.approx(policy, rel=1e-6)
+    assert "Rollouts with a context" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_step_without_any_context_has_the_policy_gradient(
+    small: str, rows: Callable[..., str], run_main: Main, tmp_path: Path
+) -> None:
+    """Only the fixed advantage, since nothing is right: there are no siblings."""
+    options = f"{rows(answer='7')} --objective.name grpo_paint --grpo.group_size 4"
+    options += " --teacher.context sibling --grpo.advantage negative"
+    metrics, samples = trained(run_main, tmp_path / "run", small, options)
+    for step in metrics:
+        assert step["context_share"] == step["distill_loss"] == 0 < step["grad_norm"]
+        assert step["loss"] == step["policy_loss"] and "token_kl" not in step
+    assert len(samples) == 16
+
+
 # ---- of one's own --------------------------------------------------------------------------------
 
 
@@ -233,11 +263,10 @@ def test_the_example_of_a_recipe_trains_with_each_context(
 def test_feedback_that_is_too_long_is_an_error_of_the_reward_function(
     small: str,
     rows: Callable[..., str],
-    reward: str,
     run_main: Main,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = f"{rows(answer='7')} --teacher.context feedback {reward.replace('judge', 'wordy')}"
+    options = f"{rows(answer='7')} --teacher.context feedback {REWARD.replace('judge', 'wordy')}"
     assert run_main(shlex.split(f"{small} {options}")) == 1
     printed = " ".join(capsys.readouterr().out.split())
     assert "returned feedback of 20,001 characters; needs at most 20,000" in printed

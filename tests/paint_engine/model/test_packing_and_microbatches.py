@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import pytest
@@ -85,6 +85,19 @@ def test_both_roles_predict_the_same_completion_tokens(ragged: list[TrainExample
             prompt = item.rollout.prompt_ids if role == "student" else item.teacher_view.prompt_ids
             got = packed.token_ids[begin[row] : begin[row] + len(prompt)].tolist()
             assert got == list(prompt), (role, row)
+
+
+def test_a_rollout_without_a_view_is_in_no_teacher_s_sequences(ragged: list[TrainExample]) -> None:
+    some = [
+        replace(item, teacher_view=None) if row == 1 else item for row, item in enumerate(ragged)
+    ]
+    batch = build_batch(some)
+    assert torch.equal(batch.student.token_ids, build_batch(ragged).student.token_ids)
+    scored, own = batch.teachers[0], build_batch([*ragged[:1], *ragged[2:]])
+    assert scored.rollouts == (0, 2, 3) and own.teacher is not None
+    assert torch.equal(scored.sequences.token_ids, own.teacher.token_ids)
+    assert torch.equal(scored.sequences.loss_positions, own.teacher.loss_positions)
+    assert build_batch([some[1]]).teachers == {}
 
 
 def test_stop_tokens_and_truncated_rollouts_stay_in_the_loss(

@@ -1,16 +1,35 @@
 """`grpo_paint`: GRPO's loss and PAINT's divergence together."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
-from hand_cases import GROUP, KL_0, KL_1, hand_examples, judged, loss_of, recipe
+from hand_cases import (
+    GROUP,
+    KL_0,
+    KL_1,
+    TEACHER,
+    hand_examples,
+    judged,
+    logits,
+    loss_of,
+    recipe,
+)
 
 from paint_engine.config.command_line import load_config
 from paint_engine.recipes import Recipe
+from paint_engine.types import TeacherView, TopK, TrainExample
 
 DIVERGENCE = ((KL_0 + KL_1) / 2 + KL_0) / 2
 
 
-def mixed(*, grpo: dict[str, object] | None = None, **objective: object) -> Recipe:
+# The whole distribution of each of the teacher's rows.
+TOP = logits(TEACHER).float().log_softmax(-1)
+
+
+def mixed(*, grpo: dict[str, object] | None = None, **objective: Any) -> Recipe:
     return recipe("grpo_paint", grpo={**GROUP, **(grpo or {})}, **objective)
 
 
@@ -145,8 +164,71 @@ def test_it_shows_both_and_each_part_of_the_loss() -> None:
     assert not display.loss_is_flat({"reward": 0.5, "ratio": 1.0})
 
 
-def test_a_context_that_may_show_nothing_is_refused() -> None:
-    command = ["--objective.name", "grpo_paint", "--teacher.context", "sibling"]
-    command += ["--masking.rho_wrong", "0", "--masking.rho_correct", "0"]
-    with pytest.raises(ValueError, match=r"teacher\.context: got 'sibling'.*grpo_paint"):
-        load_config(command)
+# ---- contexts that may show nothing --------------------------------------------------------------
+
+
+def viewed(places: Sequence[int], *, served: bool) -> list[TrainExample]:
+    """The rollouts, these with a teacher view, and if asked with a server's scores of all tokens of
+    the vocabulary."""
+    found, rows = hand_examples(), (TOP[:2], TOP[2:])
+    for place in places:
+        view, scores = TeacherView((0,), "shown", mask_ratio=0.0), rows[place]
+        ids = torch.arange(2, dtype=torch.int32).expand(len(scores), 2)
+        top = TopK(ids, scores) if served else None
+        found[place] = replace(found[place], teacher_view=view, served=top)
+    return found
+
+
+@pytest.mark.parametrize("token_weights", ["uniform", "entropy"])
+@pytest.mark.parametrize("served", [False, True])
+@pytest.mark.parametrize("places", [(), (0,), (1,), (0, 1)])
+def test_a_rollout_without_a_view_has_the_policy_gradient_alone(
+    places: tuple[int, ...], served: bool, token_weights: str
+) -> None:
+    """Its divergence counts 0, and the teacher's numbers of its tokens are 0."""
+    teacher = {"context": "sibling", "url": "http://localhost:1" if served else None}
+    found = mixed(teacher=teacher, distill_weight=0.5, token_weights=token_weights)
+    examples = found.prepare_batch(viewed(places, served=served))
+    output, gradient = loss_of(found, examples)
+    policy, of_policy = loss_of(recipe("grpo", grpo=GROUP), examples)
+    whole = recipe("paint", token_weights=token_weights)
+    every, _ = loss_of(whole, examples)
+    shown = [float(place in places) for place in (0, 0, 1)]
+    kl = [KL_0 * shown[0], KL_1 * shown[1], KL_0 * shown[2]]
+    weights = every.per_token.get("token_weight", torch.ones(3)).tolist()
+    losses = [k * w for k, w in zip(kl, weights, strict=True)]
+    divergence = ((losses[0] + losses[1]) / 2 + losses[2]) / 2
+    assert output.parts["distill_loss"].item() == pytest.approx(divergence, rel=1e-6)
+    assert output.parts["policy_loss"] == policy.loss
+    assert output.per_token["token_kl"].tolist() == pytest.approx(kl, rel=1e-6)
+    assert output.per_token["token_weight"].tolist() == pytest.approx(
+        [w * share for w, share in zip(weights, shown, strict=True)]
+    )
+    entropies = (every.per_token["teacher_entropy"] * torch.tensor(shown)).tolist()
+    assert output.per_token["teacher_entropy"].tolist() == pytest.approx(entropies, rel=1e-6)
+    # p_S - p_T of each token, times its share of the loss.
+    of_teacher = (-1 / 16, 1 / 8, 1 / 8)
+    for row, one, other, share, weight in zip(
+        gradient, of_policy, of_teacher, shown, weights, strict=True
+    ):
+        part = 0.5 * share * weight * other
+        assert row == pytest.approx([one[0] + part, one[1] - part], rel=1e-6)
+
+
+def test_the_groups_of_siblings_are_those_of_the_rewards() -> None:
+    found = mixed(teacher={"context": "sibling"})
+    assert found.group_size == 2
+    with pytest.raises(ValueError, match=r"teacher\.group_size: got 4 .* set --grpo\.group_size 4"):
+        mixed(teacher={"context": "sibling", "group_size": 4})
+    # A batch of whole groups of rewards; it need not be one of teacher.group_size.
+    command = "--objective.name grpo_paint --teacher.context sibling --grpo.group_size 4"
+    load_config([*command.split(), "--train.batch_size", "12"])
+
+
+def test_groups_without_any_signal_are_left_out() -> None:
+    """All wrong, there are no siblings; all right, each has some."""
+    found = mixed(teacher={"context": "sibling"}, grpo={"skip_zero_variance": True})
+    right, wrong = judged(viewed((0, 1), served=False), True), judged(hand_examples(), False)
+    batch = [*right, *wrong, *hand_examples()]
+    assert [id(e) for e in found.trained(batch)] == [id(e) for e in (*right, *batch[4:])]
+    assert found.notes() == []

@@ -186,6 +186,14 @@ def test_a_users_function_gets_the_tokens_of_each_rollout(module: str) -> None:
     assert len(tensors) == 5 and not any(tensor.requires_grad for tensor in tensors)
 
 
+def test_a_users_function_sees_no_rollout_that_the_teacher_does_not_train(module: str) -> None:
+    found = recipe("paint", token_weights=f"{module}:late", on="wrong")
+    output, gradient = loss_of(found, hand_examples())
+    assert [tokens.length for tokens in __import__(module).given] == [2]
+    assert output.per_token["token_weight"].tolist() == [1.0, 2.0, 0.0]
+    assert gradient[2] == [0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
