@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,27 @@ RECIPES = {
         "--objective.token_weights position --train.batch_size 8 --grpo.group_size 4 "
         "--grpo.num_updates 2 --rollout.max_new_tokens 160 --optim.learning_rate 3e-4"
     ),
+    "none": "--preset paint-tiny --teacher.context none --prompts.teacher_thinking true",
+    "answer, own weights of tokens": (
+        "--preset paint-tiny --teacher.context answer --objective.token_weights own_functions:early"
+    ),
+    "feedback, wrong rollouts": (
+        "--preset paint-tiny --teacher.context feedback --objective.on wrong "
+        "--reward.function own_functions:judge"
+    ),
+    "right rollouts": (
+        "--preset paint-tiny --objective.on right --reward.function own_functions:judge "
+        "--train.batch_size 12 --optim.learning_rate 3e-4"
+    ),
+    # Some rollouts are shown nothing.
+    "grpo-paint, sibling": (
+        "--preset paint-tiny --objective.name grpo_paint --teacher.context sibling "
+        "--reward.function own_functions:judge --grpo.group_size 4 --grpo.num_updates 2"
+    ),
+    "grpo-paint, feedback": (
+        "--preset paint-tiny --objective.name grpo_paint --teacher.context feedback "
+        "--reward.function own_functions:judge --grpo.group_size 4"
+    ),
     "negative advantage": (
         "--preset grpo-tiny --train.batch_size 8 --grpo.advantage negative --grpo.num_updates 2"
     ),
@@ -57,7 +79,9 @@ def test_two_steps_and_two_more_are_four(name: str, run_main: Main, tmp_path: Pa
     assert run_main([*argv, "--train.num_steps", "4", "--run.dir", str(whole)]) == 0
     assert run_main([*argv, "--train.num_steps", "2", "--run.dir", str(cut)]) == 0
     assert [step["step"] for step in read_jsonl(cut / "metrics.jsonl")] == [1, 2]
-    assert run_main(["--resume", str(cut), "--train.num_steps", "4"]) == 0
+    # A run directory cannot allow modules of a user's own.
+    own = [p for pair in pairwise(argv) if pair[1].startswith("own_functions:") for p in pair]
+    assert run_main(["--resume", str(cut), "--train.num_steps", "4", *own]) == 0
     expected = assert_same(cut, whole)
     # Steps that change nothing would make every comparison above empty.
     assert len({step["loss"] for step in expected["metrics"]}) == 4
