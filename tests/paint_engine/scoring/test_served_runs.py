@@ -173,6 +173,43 @@ def test_two_ranks_train_as_one(
     assert 0 < line["served_mass"] < 1
 
 
+BOTH_LOSSES = ("--objective.name", "grpo_paint", "--grpo.group_size", "3")
+
+
+@pytest.mark.parametrize("recipe", [(), BOTH_LOSSES], ids=["paint", "grpo_paint"])
+def test_rollouts_that_are_shown_nothing_are_not_scored(
+    recipe: tuple[str, ...],
+    argv: list[str],
+    run_main: Main,
+    run_ranks: RunRanks,
+    tmp_path: Path,
+    teacher: ScoringServer,
+    served: list[str],
+) -> None:
+    """Those that the reward calls right. Of three rollouts a rank may have none that are scored."""
+    feedback = ["--teacher.context", "feedback", "--reward.function", "own_functions:judge"]
+    own = [*argv, *recipe, *feedback]
+    whole, cut, two = (tmp_path / name for name in ("whole", "cut", "two"))
+    assert run_main([*own, "--run.dir", str(whole)]) == 0
+    lines = read_jsonl(whole / "metrics.jsonl")
+    shares = [line["context_share"] for line in lines]
+    assert any(0 < share < 1 for share in shares)
+    assert len(teacher.asked) == 1 + round(3 * sum(shares))
+    for line, share in zip(lines, shares, strict=True):
+        # Where all are right, rewards say nothing either.
+        assert (line["grad_norm"] > 0) == (share > 0) == (0 < line.get("served_mass", 0) < 1)
+    assert run_main([*own, "--run.dir", str(cut), "--train.num_steps", "2"]) == 0
+    again = ["--resume", str(cut), "--train.num_steps", "4", *served[:2], *feedback[2:]]
+    assert run_main(again) == 0
+    assert_same(cut, whole)
+    # Steps whose rounding has not yet changed what is sampled.
+    run_ranks(2, [[*own, "--run.dir", str(two), "--train.num_steps", "2"]])
+    for line, other in zip(lines, read_jsonl(two / "metrics.jsonl"), strict=False):
+        assert other.keys() == line.keys()
+        for key in ("loss", "token_kl", "served_mass", "teacher_entropy", "num_loss_tokens"):
+            assert other[key] == pytest.approx(line[key], rel=1e-4, abs=1e-6), key
+
+
 def test_two_ranks_end_together(
     argv: list[str],
     torchrun: Callable[..., Any],
