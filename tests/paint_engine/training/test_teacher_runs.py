@@ -32,6 +32,10 @@ TIMING = ("seconds", "tokens_per_s", "rollout_logprob_diff")
 PLAIN = ("--objective.pointwise_clip", "none", "--objective.interpolation_weight", "0")
 
 
+# Every third completion is said to be right; the others get feedback.
+JUDGED = ("--reward.function", "own_functions:judge")
+
+
 def flags_of(teachers: Sequence[Path]) -> dict[str, list[str]]:
     """The flags of each kind of run, by its name."""
     models = ["--teacher.models", json.dumps([str(path) for path in teachers])]
@@ -40,6 +44,8 @@ def flags_of(teachers: Sequence[Path]) -> dict[str, list[str]]:
     refreshed = ["--teacher.refresh_every", "2"]
     both = ["--objective.name", "grpo_paint", "--grpo.group_size", "5"]
     weighed = ["--objective.token_weights", "position"]
+    sibling = ["--teacher.context", "sibling", *JUDGED]
+    feedback = ["--teacher.context", "feedback", *JUDGED]
     return {
         "external": [*external, "--teacher.model", str(teachers[0])],
         "external, all weights": [
@@ -50,6 +56,14 @@ def flags_of(teachers: Sequence[Path]) -> dict[str, list[str]]:
         "routed, sampled token": [*external, *models, *routed, "--objective.name", "sampled_token"],
         # Of one problem at each step, so that the other teacher is idle on both ranks.
         "routed, with rewards": [*external, *models, *routed, *both, *weighed],
+        "external, sibling": [
+            *(*external, "--teacher.model", str(teachers[0])),
+            *(*sibling, "--teacher.group_size", "5"),
+        ],
+        "mixed, feedback": [*external, *models, "--teacher.model_weights", "[1, 3]", *feedback],
+        # Each has a policy gradient, and some have a divergence: to the one teacher or the other.
+        "routed, sibling, with rewards": [*external, *models, *routed, *sibling, *both],
+        "routed, feedback, with rewards": [*external, *models, *routed, *feedback, *both],
         "refreshed": refreshed,
         "refreshed, all weights": [*refreshed, "--lora.enabled", "false"],
     }
@@ -127,7 +141,10 @@ def divergences(run: Run, items: Sequence[TrainExample], teachers: Sequence[Path
     return found
 
 
-@pytest.mark.parametrize("name", ["external", "mixed", "routed"])
+HAND = ["external", "mixed", "routed", "external, sibling", "mixed, feedback"]
+
+
+@pytest.mark.parametrize("name", HAND)
 def test_the_loss_of_a_step_is_that_of_float64_by_hand(
     name: str,
     commands: dict[str, list[str]],
@@ -138,16 +155,20 @@ def test_the_loss_of_a_step_is_that_of_float64_by_hand(
     run = built([*commands[name], *PLAIN], tmp_path / "run")
     items = sample_step(run, 0)[0]
     monkeypatch.setattr(step_module, "sample_step", lambda run, step: (items, 0))
-    scorers = [item.teacher_view.scorers for item in items if item.teacher_view]
+    shown = [item for item in items if item.teacher_view is not None]
+    scorers = [item.teacher_view.scorers for item in shown]
     if name == "routed":
         domains = [DOMAINS.index(item.rollout.problem.route) for item in items]
         assert scorers == [(domain,) for domain in domains] and set(domains) == {0, 1}
     else:
-        assert scorers == [(0, 1) if name == "mixed" else (0,)] * 5
-    weights = torch.tensor([0.25, 0.75] if name == "mixed" else [1.0], dtype=torch.float64)
-    by_hand = [(weights[:, None] * rows).sum(0) for rows in divergences(run, items, teacher_dirs)]
+        assert scorers == [(0, 1) if "mixed" in name else (0,)] * len(shown)
+    weights = torch.tensor([0.25, 0.75] if "mixed" in name else [1.0], dtype=torch.float64)
+    by_hand = [(weights[:, None] * rows).sum(0) for rows in divergences(run, shown, teacher_dirs)]
     metrics, samples = train_step(run, 0)
-    loss = torch.stack([tokens.mean() for tokens in by_hand]).mean().item()
+    # A rollout that is shown nothing is in the denominator.
+    assert run.recipe.context is not None and len(shown) > 0
+    assert (len(shown) < 5) == run.recipe.context.is_optional
+    loss = torch.stack([tokens.mean() for tokens in by_hand]).sum().item() / 5
     assert loss > 0.1
     assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
     assert metrics["token_kl"] == pytest.approx(torch.cat(by_hand).mean().item(), rel=1e-4)
@@ -221,7 +242,19 @@ def test_two_ranks_train_as_one_process_does(name: str, runs: tuple[Path, Path])
     assert len({step["loss"] for step in expected}) == NUM_STEPS
 
 
-@pytest.mark.parametrize("name", ["mixed", "routed", "refreshed", "refreshed, all weights"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "external, all weights",
+        "mixed",
+        "routed",
+        "external, sibling",
+        "mixed, feedback",
+        "routed, feedback, with rewards",
+        "refreshed",
+        "refreshed, all weights",
+    ],
+)
 def test_three_steps_and_one_more_are_four(
     name: str,
     commands: dict[str, list[str]],
@@ -232,7 +265,10 @@ def test_three_steps_and_one_more_are_four(
     # Cut between two refreshes.
     argv = [*commands[name], "--train.num_steps", "3", "--run.dir", str(tmp_path)]
     assert run_main(argv) == 0
-    assert run_main(["--resume", str(tmp_path), "--train.num_steps", str(NUM_STEPS)]) == 0
+    # A run directory cannot allow modules of a user's own.
+    own = JUDGED if "sibling" in name or "feedback" in name else ()
+    resumed = ["--resume", str(tmp_path), "--train.num_steps", str(NUM_STEPS), *own]
+    assert run_main(resumed) == 0
     expected = assert_same(tmp_path, runs[0] / name, NUM_STEPS)
     kept = [key for key in expected if ":refreshed/" in key]
     assert bool(kept) == ("refreshed" in name)
