@@ -52,6 +52,24 @@ RECIPES = {
         "--preset paint-tiny --objective.on wrong --objective.token_weights position "
         "--rollout.max_new_tokens 160 --train.max_tokens_per_microbatch 600"
     ),
+    "feedback, own weights of tokens": (
+        "--preset paint-tiny --teacher.context feedback --reward.function own_functions:judge "
+        "--objective.token_weights own_functions:early"
+    ),
+    "right rollouts": (
+        "--preset paint-tiny --objective.on right --reward.function own_functions:judge"
+    ),
+    # Some rollouts are shown nothing, and all of a rank's in some micro-batches.
+    "grpo-paint, sibling": (
+        "--preset paint-tiny --objective.name grpo_paint --teacher.context sibling "
+        "--reward.function own_functions:judge --grpo.group_size 4 --grpo.num_updates 2 "
+        "--train.max_tokens_per_microbatch 200"
+    ),
+    "grpo-paint, feedback": (
+        "--preset paint-tiny --objective.name grpo_paint --teacher.context feedback "
+        "--reward.function own_functions:judge --grpo.group_size 4 "
+        "--train.max_tokens_per_microbatch 200"
+    ),
     "negative advantage": "--preset grpo-tiny --grpo.advantage negative --grpo.num_updates 2",
 }
 # Of the sampler's rounding, whose batches differ; of time.
