@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import chain
 from operator import itemgetter
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +15,7 @@ from paint_engine.prompts.anchors import extract_anchors, find_anchors
 from paint_engine.recipes import LossOutput, Recipe
 from paint_engine.rollout.mismatch import mismatch_metrics
 from paint_engine.training.finite import Scored
-from paint_engine.types import TeacherView, TrainExample
+from paint_engine.types import TeacherView, TopK, TrainExample
 
 
 def count_tokens(items: Sequence[TrainExample]) -> int:
@@ -117,7 +118,11 @@ class StepRecord:
 
 def _stand_in(recipe: Recipe, rollouts: Sequence[TrainExample]) -> TrainExample:
     """Returns the first rollout that has what the recipe's passes need. If the teacher has nothing
-    to show in the whole step, it gets the student's prompt."""
+    to show in the whole step, it gets the student's prompt; if the server was asked for none of
+    the rollouts, a teacher that is certain of its tokens."""
+    if recipe.served_top_k is not None:
+        scored = next((e for e in rollouts if e.served is not None), None)
+        return scored or replace(rollouts[0], served=_certain(rollouts[0]))
     if recipe.second_pass != "teacher":
         return rollouts[0]
     viewed = next((e for e in rollouts if e.teacher_view is not None), None)
@@ -126,6 +131,11 @@ def _stand_in(recipe: Recipe, rollouts: Sequence[TrainExample]) -> TrainExample:
     return replace(
         rollouts[0], teacher_view=TeacherView(rollouts[0].rollout.prompt_ids, "", mask_ratio=0.0)
     )
+
+
+def _certain(item: TrainExample) -> TopK:
+    ids = torch.tensor(item.rollout.completion_ids, dtype=torch.int32)[:, None]
+    return TopK(ids, torch.zeros(ids.shape))
 
 
 def _teacher_view(item: TrainExample, view: TeacherView) -> dict[str, object]:

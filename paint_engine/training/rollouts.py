@@ -7,12 +7,13 @@ from dataclasses import replace
 
 from paint_engine.contexts import ContextFailed
 from paint_engine.data import batch_requests
-from paint_engine.distributed import gather_objects, merge_shares, together
+from paint_engine.distributed import gather_objects, merge_shares, my_share, together
 from paint_engine.prompts.anchors import overlap
 from paint_engine.prompts.target import encode_target
 from paint_engine.prompts.template import BadTemplate
 from paint_engine.recipes import StepContext
 from paint_engine.rollout import to_rollout
+from paint_engine.scoring import Scorer
 from paint_engine.training.run import Run
 from paint_engine.types import Request, Rollout, TrainExample
 
@@ -42,10 +43,22 @@ def sample_step(run: Run, step: int) -> tuple[list[TrainExample], int]:
     # A template or a context may fail for what this step has, and then on one rank alone.
     kinds = (BadTemplate, ContextFailed)
     prepared = together(lambda: run.recipe.prepare(context, judged), kinds)
-    if run.scorer is not None:
-        prepared = run.scorer.add_scores(prepared)
     gathered = merge_shares(gather_objects(list(prepared)))
-    return list(run.recipe.prepare_batch(gathered)), step - sampled.weights_version
+    batch = list(run.recipe.prepare_batch(gathered))
+    if run.scorer is not None:
+        batch = add_scores(run, run.scorer, batch)
+    return batch, step - sampled.weights_version
+
+
+def add_scores(run: Run, scorer: Scorer, batch: Sequence[TrainExample]) -> list[TrainExample]:
+    """Returns the batch with the scores of the teacher's server for the rollouts that the recipe
+    trains. The server is not asked for the others. The ranks share the requests. A collective
+    call; raises TeacherDied on every rank."""
+    trained = {id(example) for example in run.recipe.trained(batch)}
+    places = [place for place, example in enumerate(batch) if id(example) in trained]
+    scored = scorer.add_scores([batch[place] for place in my_share(places, run.world)])
+    by_place = dict(zip(places, merge_shares(gather_objects(scored)), strict=True))
+    return [by_place.get(place, example) for place, example in enumerate(batch)]
 
 
 def step_context(

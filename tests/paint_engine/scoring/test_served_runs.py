@@ -265,6 +265,56 @@ def test_all_weights_and_an_evaluation_of_a_base_that_is_gone(
     assert "step 0 is not evaluated: with lora.enabled false" in capfd.readouterr().out
 
 
+REWARD = """
+from paint_engine.types import Verdict
+
+
+def by_length(problem, text):
+    return Verdict(0.0, len(text) % 2 == 0)
+
+
+def wrong(problem, text):
+    return Verdict(0.0, False)
+"""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "function", "on"),
+    [
+        ("paint", "by_length", "wrong"),
+        ("sampled_token", "by_length", "right"),
+        ("paint", "wrong", "right"),
+        ("sampled_token", "wrong", "right"),
+    ],
+)
+def test_the_server_scores_the_rollouts_that_are_trained_and_no_others(
+    recipe: str,
+    function: str,
+    on: str,
+    argv: list[str],
+    run_main: Main,
+    tmp_path: Path,
+    teacher: ScoringServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "own_reward.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run, place = tmp_path / "run", argv.index("--teacher.served_top_k")
+    own = ["--objective.name", recipe, "--objective.on", on, "--run.dir", str(run)]
+    own += ["--reward.function", f"own_reward:{function}", "--run.samples_per_step", "3"]
+    assert run_main([*argv[:place], *own]) == 0
+    steps, samples = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "samples.jsonl")
+    # Three rollouts a step, of which those with a sample were trained; and the trial at the start.
+    assert len(teacher.asked) == 1 + len(samples)
+    assert round(3 * sum(step["taught_share"] for step in steps)) == len(samples)
+    if function == "wrong":
+        assert not samples and {step["loss"] for step in steps} == {0.0}
+    else:
+        assert 0 < len(samples) < 3 * len(steps)
+        assert {sample["correct"] for sample in samples} == {on == "right"}
+
+
 def test_a_recipe_of_one_s_own(argv: list[str], run_main: Main, tmp_path: Path) -> None:
     run = tmp_path / "own"
     own = ["--objective.name", "examples.custom_recipe:EarlyTokens", "--run.dir", str(run)]
