@@ -26,7 +26,8 @@ from transformers import (
 from bench.measure import dtype_on
 from paint_engine.config.command_line import CommandLine, load_config
 from paint_engine.distributed import World
-from paint_engine.estimate.model_shape import shape_of, step_flops
+from paint_engine.estimate.arithmetic import Scoring, rollout_flops
+from paint_engine.estimate.model_shape import shape_of
 from paint_engine.tiny import TINY_BASE
 from paint_engine.training import build as setup
 from paint_engine.training.run import Run
@@ -190,14 +191,16 @@ def operations(run: Run, rollouts: Sequence[TrainExample]) -> dict[str, float]:
     """Returns the floating-point operations of a step by part, without padding and
     recomputation."""
     shape, counted = shape_of(run.model), Counter[str]()
+    once = run.config.parallel.model_copy(update={"activation_checkpointing": False})
+    config = run.config.model_copy(update={"parallel": once})
     for item in rollouts:
         counted.update(
-            step_flops(
+            rollout_flops(
+                config,
                 shape,
                 student_prompt=len(item.rollout.prompt_ids),
-                teacher_prompt=len(teacher_prompt_ids(item)),
                 completion=len(item.rollout.completion_ids),
-                checkpointing=False,
+                scoring=[Scoring(shape, len(teacher_prompt_ids(item)))],
             )
         )
     return dict(counted)

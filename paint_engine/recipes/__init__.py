@@ -4,6 +4,7 @@ Declarations are read without PyTorch; a recipe imports PyTorch when it computes
 """
 
 from paint_engine.recipes.base import (
+    HeadWork,
     LossInputs,
     LossOutput,
     Recipe,
@@ -16,6 +17,7 @@ from paint_engine.recipes.base import (
 )
 
 __all__ = [
+    "HeadWork",
     "LossInputs",
     "LossOutput",
     "Recipe",

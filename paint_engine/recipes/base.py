@@ -105,6 +105,21 @@ class LossInputs:
 
 
 @dataclass(frozen=True)
+class HeadWork:
+    """The products of a token's hidden states with rows of the heads, in a loss and its backward
+    pass. A product with (V, H) weights is 2 V H floating-point operations.
+
+    student: number of products with the student's whole head.
+    second: number of products with the whole head of each second pass.
+    rows: number of products with single rows of the student's head.
+    """
+
+    student: int
+    second: int = 1
+    rows: int = 0
+
+
+@dataclass(frozen=True)
 class LossOutput:
     """The loss of one micro-batch.
 
@@ -236,6 +251,15 @@ class Recipe:
     def trained(self, examples: Sequence[TrainExample]) -> Sequence[TrainExample]:
         """Returns the examples, of all ranks, that the models process."""
         return examples
+
+    def head_work(self, num_passes: int) -> HeadWork:
+        """Returns the work of `loss` with the heads, for the estimates. By default, it is that of
+        `token_logprobs` of the student and of each second pass.
+
+        num_passes: number of second passes over each rollout.
+        """
+        # The logits, and the gradient back through them; a trained head's takes the logits again.
+        return HeadWork(student=2 if self.config.lora.enabled else 4)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Computes the loss of one micro-batch."""

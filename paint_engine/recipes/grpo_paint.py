@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from paint_engine.config.toml import LEAVES
-from paint_engine.recipes.base import LossInputs, LossOutput, reads
+from paint_engine.recipes.base import HeadWork, LossInputs, LossOutput, reads
 from paint_engine.recipes.display import Display, Quantity
 from paint_engine.recipes.grpo import Grpo
 from paint_engine.recipes.paint import Paint
@@ -106,6 +106,11 @@ class GrpoPaint(Paint, Grpo):
         """Returns the examples that at least one of the two parts trains."""
         kept = {id(e) for part in (Grpo, Paint) for e in part.trained(self, examples)}
         return [example for example in examples if id(example) in kept]
+
+    def head_work(self, num_passes: int) -> HeadWork:
+        """Returns the work of both losses. The policy gradient has no second pass."""
+        policy, distilled = Grpo.head_work(self, 0), Paint.head_work(self, num_passes)
+        return replace(distilled, student=policy.student + distilled.student)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Computes both losses and adds them."""

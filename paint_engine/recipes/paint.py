@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from paint_engine.recipes.base import LossInputs, LossOutput
+from paint_engine.recipes.base import HeadWork, LossInputs, LossOutput
 from paint_engine.recipes.display import (
     ACCURACY,
     CONTEXT_EXPOSURE,
@@ -24,6 +24,7 @@ from paint_engine.recipes.display import (
     TokenColor,
 )
 from paint_engine.recipes.teacher_keys import check_served_temperature
+from paint_engine.recipes.token_weights import load_weighting
 from paint_engine.recipes.with_teacher import TeacherRecipe
 
 if TYPE_CHECKING:
@@ -153,6 +154,28 @@ class Paint(TeacherRecipe):
             clips=clips,
             interpolates=objective.interpolation_weight > 0,
         )
+
+    def head_work(self, num_passes: int) -> HeadWork:
+        """Returns the work of one loss for each second pass, or of the loss to a server's top-k."""
+        frozen, top_k = self.config.lora.enabled, self.config.objective.teacher_top_k
+        if self.served_top_k is not None:
+            # The completion's own token is listed, too.
+            return self._served_work(self.served_top_k + 1)
+        if top_k is not None:
+            # The logits of the rows, the gradient by the hidden states, and that by the rows.
+            return HeadWork(student=0, rows=(2 if frozen else 3) * top_k * num_passes)
+        weighs = load_weighting(self.config.objective.token_weights) is not None
+        if frozen or not weighs:
+            return HeadWork(student=(2 if frozen else 3) * num_passes)
+        # With a loss per token, the gradient by the head takes both models' logits again.
+        return HeadWork(student=4 * num_passes, second=2)
+
+    def _served_work(self, num_ids: int) -> HeadWork:
+        frozen = self.config.lora.enabled
+        if self.config.teacher.tail == "renormalise":
+            return HeadWork(student=0, rows=(2 if frozen else 3) * num_ids)
+        # The tail is of all logits; only the gradients are of the rows.
+        return HeadWork(student=2 if frozen else 4, rows=(1 if frozen else 2) * num_ids)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Computes the divergence by `paint_kernels.paint_loss`, which never holds all logits at

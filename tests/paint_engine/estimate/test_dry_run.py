@@ -1,23 +1,21 @@
 """The report of a dry run: from a config.json alone, with no weights anywhere."""
 
+import re
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerBase, Qwen3Config
 
 from paint_engine.config.command_line import load_config
 from paint_engine.config.schema import Config
-from paint_engine.config.sections import LoraSection
 from paint_engine.data.problem_sets import ProblemSet, batch_indices, load_train_set
-from paint_engine.estimate.dry_run import check_run_fits, describe, prompt_lengths, rollout_flops
+from paint_engine.estimate.dry_run import check_run_fits, describe
+from paint_engine.estimate.lengths import prompt_lengths
 from paint_engine.estimate.memory import estimate_memory
-from paint_engine.estimate.model_shape import shape_of, step_flops
-from paint_engine.model.forward import causal_lm
+from paint_engine.estimate.model_shape import shape_of
 from paint_engine.model.load import meta_model
-from paint_engine.model.lora import add_lora
 
 CPU = torch.device("cpu")
 # Of the published checkpoints, as the hub counts them.
@@ -149,33 +147,15 @@ def test_a_rationale_is_shown_measured_and_counted(
     assert max(prompt_lengths(reasons, tokenizer, train_set, 1424).teacher) == 400
     report = describe(reasons, tokenizer, train_set, None, model, device=CPU, num_ranks=1)
     assert "what the teacher writes of the text" in report
-    flops = [rollout_flops(c, shape_of(model), after.typical(1024)) for c in (plain, reasons)]
-    assert flops[1].keys() - flops[0].keys() == {"rationale"}
-    # Prompt and rationale go through the model once; a hundred tokens go through the head.
-    sampled = step_flops(
-        shape_of(model),
-        student_prompt=after.typical(0).teacher_prompt - 100,
-        teacher_prompt=0,
-        completion=100,
-        checkpointing=False,
-    )
-    assert flops[1]["rationale"] == sampled["rollout"]
 
 
-def test_updates_on_one_batch_and_what_is_not_sampled_are_counted(
+def test_rollouts_of_one_problem_and_what_is_not_sampled(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     write_config(tmp_path, "1.7b")
-    grpo = ("--objective.name", "grpo", "--grpo.kl_weight", "0.1")
-    options = grpo, (*grpo, "--grpo.num_updates", "3"), ("--objective.name", "sft")
-    once, thrice, sft = (config_of(tmp_path, *o, "--train.batch_size", "32") for o in options)
+    options = ("--objective.name", "grpo", "--grpo.kl_weight", "0.1"), ("--objective.name", "sft")
+    once, sft = (config_of(tmp_path, *o, "--train.batch_size", "32") for o in options)
     train_set, model = train_set_of(once, tokenizer), meta_model(once)
-    typical = prompt_lengths(once, tokenizer, train_set, 40960).typical(1024)
-    flops = [rollout_flops(config, shape_of(model), typical) for config in (once, thrice, sft)]
-    assert set(flops[0]) == {"rollout", "teacher", "student", "loss", "backward"}
-    for name, size in flops[0].items():
-        assert flops[1][name] == size * (1 if name == "rollout" else 3)
-    assert flops[2] == {name: flops[0][name] for name in ("student", "loss", "backward")}
     report = describe(once, tokenizer, train_set, None, model, device=CPU, num_ranks=1)
     assert "# 31 more rollouts in the first step, 8 of each problem, with" in report
     # Nothing is sampled, by vLLM or otherwise, where nothing is evaluated.
@@ -193,6 +173,24 @@ def test_updates_on_one_batch_and_what_is_not_sampled_are_counted(
         for config, parallel in zip((once, sft), on_gpu, strict=True)
     ]
     assert [" vLLM" in text.rpartition("# memory")[2] for text in reports] == [True, False]
+
+
+def test_what_the_sums_leave_out_is_said(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    write_config(tmp_path, "1.7b")
+    plain = config_of(tmp_path)
+    config = config_of(tmp_path, "--objective.on", "wrong", "--teacher.refresh_every", "5")
+    train_set, model = train_set_of(plain, tokenizer), meta_model(plain)
+    left_out = "# objective.on wrong: each rollout that is left out of the passes takes "
+    copied = f"# every 5 steps the teacher becomes a copy of the student's {69_730_304:,} trained"
+    for given, expected in ((plain, False), (config, True)):
+        report = describe(given, tokenizer, train_set, None, model, device=CPU, num_ranks=1)
+        assert (left_out in report) == (copied in report) == expected
+    (total,) = re.findall(r"# a step: ([\d.]+) TFLOP \(rollout ([\d.]+)", report)
+    (one,) = re.findall(rf"{left_out}([\d.]+) TFLOP less", report)
+    passes = float(total[0]) - float(total[1])
+    assert float(one) * config.train.batch_size == pytest.approx(passes, rel=0.02)
 
 
 def test_memory_is_of_the_roles_and_the_sampling_that_a_run_has(
@@ -232,40 +230,3 @@ def test_memory_is_of_the_roles_and_the_sampling_that_a_run_has(
 def test_a_directory_without_a_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"needs the model's config\.json"):
         meta_model(config_of(tmp_path))
-
-
-@pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_operations_are_those_that_pytorch_counts(lora: bool, checkpointing: bool) -> None:
-    base = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=500,
-            hidden_size=64,
-            num_hidden_layers=12,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            intermediate_size=192,
-        )
-    )
-    model = add_lora(base, LoraSection(enabled=lora, rank=4), 0)
-    prompt, completion = 3, 5
-    length = prompt + completion
-    ids = torch.zeros(1, length, dtype=torch.long)
-    with FlopCounterMode(display=False) as forward:
-        states = causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
-    with FlopCounterMode(display=False) as backward:
-        states.sum().backward()
-    shape = shape_of(model)
-    flops = step_flops(
-        shape,
-        student_prompt=prompt,
-        teacher_prompt=prompt,
-        completion=completion,
-        checkpointing=checkpointing,
-    )
-    # Of an attention this short nearly nothing; the first layer's inputs need no gradient.
-    assert flops["student"] == pytest.approx(forward.get_total_flops(), rel=0.05)
-    recomputed = flops["student"] * checkpointing
-    assert flops["backward"] - recomputed == pytest.approx(backward.get_total_flops(), rel=0.05)
-    assert flops["loss"] == 2 * shape.head_parameters * completion * (3 if lora else 4)

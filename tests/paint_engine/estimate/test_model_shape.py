@@ -8,7 +8,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from paint_engine.config.sections import LoraSection
-from paint_engine.estimate.model_shape import shape_of, step_flops
+from paint_engine.estimate.arithmetic import sampling_flops
+from paint_engine.estimate.model_shape import shape_of
 from paint_engine.model.lora import add_lora
 
 Build = Callable[..., PreTrainedModel]
@@ -64,7 +65,5 @@ def test_experts_that_a_token_does_not_pass_are_not_counted_as_work(small_model:
     # Two of four experts, each of three matrices of 16 x 32, in both layers.
     assert shape.layer_parameters - shape.active_parameters == 2 * 2 * 3 * 16 * 32
     assert shape.intermediate == 2 * 16
-    lengths = {"student_prompt": 0.0, "teacher_prompt": 0.0, "completion": 10.0}
-    flops = step_flops(shape, **lengths, checkpointing=False)
     products = 2 * 10 * (shape.active_parameters + 340 * 32)
-    assert flops["rollout"] == pytest.approx(products + 2 * 2 * 32 * 10**2)
+    assert sampling_flops(shape, 0, 10) == pytest.approx(products + 2 * 2 * 32 * 10**2)

@@ -277,16 +277,30 @@ def test_three_steps_and_one_more_are_four(
 # ---- before a run --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    # Four of the seven rows name the first teacher.
+    ("name", "scored"),
+    [("mixed", ("5", "5")), ("routed", ("2.86", "2.14"))],
+)
 def test_a_dry_run_shows_the_teachers_and_their_prompts(
-    commands: dict[str, list[str]], teacher_dirs: tuple[Path, Path], tmp_path: Path
+    name: str,
+    scored: tuple[str, str],
+    commands: dict[str, list[str]],
+    teacher_dirs: tuple[Path, Path],
+    tmp_path: Path,
 ) -> None:
     said: list[str] = []
-    plan_run(load_config([*commands["mixed"], "--run.dir", str(tmp_path / "run")]), said.append)
+    plan_run(load_config([*commands[name], "--run.dir", str(tmp_path / "run")]), said.append)
     text = "\n".join(said)
-    for path in teacher_dirs:
+    names = DOMAINS if name == "routed" else tuple(map(str, teacher_dirs))
+    for path, own, number in zip(teacher_dirs, names, scored, strict=True):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(path).parameters())
-        assert f"# teacher {path}: {size:,} parameters, frozen" in text
-        assert f"# teacher {path}'s prompt of the same problem" in text
+        assert (
+            f"# teacher {own}: {size:,} parameters, frozen; it scores {number} of a step's 5"
+            in text
+        )
+    shown = [own for own in names if f"# teacher {own}'s prompt of the same problem" in text]
+    assert len(shown) == (2 if name == "mixed" else 1)
     assert "teachers' weights" in text
     assert not (tmp_path / "run").exists()
 
