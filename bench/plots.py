@@ -21,7 +21,7 @@ from bench.kernels.tables import kernel_shapes_table, kernels_first_table, kerne
 from bench.measure import ROOT
 from bench.paper.markdown import PAPER_TABLES, document
 from bench.soak.tables import kills_table, starts_table, steps_table
-from bench.step.tables import engine_table
+from bench.step.tables import engine_table, estimates_table
 from bench.tables import (
     Result,
     Table,
@@ -50,6 +50,7 @@ TABLES: dict[tuple[str, str], Table] = {
     ("floor", "head"): head_table,
     ("floor", "topk"): top_k_table,
     ("engine", ""): engine_table,
+    ("step_estimates", ""): estimates_table,
     ("soak", "steps"): steps_table,
     ("soak", "kills"): kills_table,
     ("soak", "starts"): starts_table,

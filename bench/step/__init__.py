@@ -1,4 +1,4 @@
-"""One training step beside the same step with plain PyTorch's loss and with TRL's trainer.
+"""One training step beside plain PyTorch's loss, TRL's trainer, and what the dry run predicts.
 
 Cases (models and rollouts), the loops that run them, and their times and memory.
 """

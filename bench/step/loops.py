@@ -12,6 +12,7 @@ import torch
 
 from bench.losses import float32_logits
 from bench.measure import dtype_on
+from paint_engine.config.schema import Config
 from paint_engine.model.forward import autocast, hidden_states, lm_head_weight
 from paint_engine.model.packing import batch_to, build_batch
 from paint_engine.recipes import LossInputs, LossOutput, Recipe, SecondPass
@@ -142,7 +143,10 @@ class OwnLoop:
     """`train_step` on given rollouts instead of sampled ones, with the loss of a recipe."""
 
     def __init__(
-        self, run: Run, rollouts: Sequence[TrainExample], recipe: type[Recipe] = Paint
+        self,
+        run: Run,
+        rollouts: Sequence[TrainExample],
+        recipe: Callable[[Config], Recipe] = Paint,
     ) -> None:
         self.run, self.rollouts = run, list(rollouts)
         run.recipe = recipe(run.config)

@@ -64,3 +64,32 @@ def engine_table(result: Result) -> str:
     """Tables of all cases."""
     tables = [engine_case_table(case) for case in result["cases"]]
     return "\n\n".join([*tables, f"Measured on {made_by(result)}"])
+
+
+def estimates_table(result: Result) -> str:
+    """Returns a table with one row per teacher: the measured and the predicted time of a step over
+    the plain step's, and the error of the prediction."""
+    header = ["teacher", "TFLOP", "measured", "rounds", "predicted", "error"]
+    rows = [
+        [
+            row["teacher"],
+            f"{sum(row['flops'].values()) / 1e12:.3g}",
+            f"{row['measured']:.2f}",
+            f"{row['lowest']:.2f} to {row['highest']:.2f}",
+            f"{row['predicted']:.2f}",
+            f"{row['error']:+.1%}",
+        ]
+        for row in result["rows"]
+    ]
+    sizes = ", ".join(
+        f"{name} H {hidden} with {layers} layers"
+        for name, (hidden, layers) in result["models"].items()
+    )
+    caption = (
+        "Processor time of a step over that with the base as the teacher, "
+        f"{result['plain_ms']:,.0f} ms: the median of {result['rounds']} rounds, their range, and "
+        "the ratio of the operations that the dry run counts. "
+        f"{result['rollouts']} rollouts of {result['completion']} tokens, "
+        f"V {result['num_tokens']:,}; {sizes}. Measured on {made_by(result)}"
+    )
+    return f"{markdown(header, rows)}\n\n{caption}"
