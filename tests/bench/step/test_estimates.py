@@ -1,11 +1,12 @@
 """The measured steps of the estimates train as their cases say; predictions and their table."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 
-from bench.plots import TABLES
+from bench.plots import RESULTS, TABLES
 from bench.step import estimates
 from bench.step.estimates import CASES, PLAIN, Sizes, make_loop, measure_estimates, row_of
 from paint_engine.types import TeacherView, TrainExample
@@ -85,3 +86,9 @@ def test_the_error_of_a_prediction_and_its_table() -> None:
     lines = TABLES["step_estimates", ""](result).splitlines()
     assert "| a wider model | 0.008 | 2.00 | 2.00 to 2.00 | 1.60 | -20.0% |" in lines
     assert "1,250 ms" in lines[-1] and "student H 64 with 1 layers" in lines[-1]
+
+
+def test_the_measured_steps_are_within_fifteen_percent_of_their_estimate() -> None:
+    result = json.loads((RESULTS / "step-estimates-cpu.json").read_text())
+    assert [row["teacher"] for row in result["rows"]] == list(CASES)
+    assert max(abs(row["error"]) for row in result["rows"]) < 0.15
