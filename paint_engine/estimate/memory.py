@@ -77,6 +77,7 @@ class Setting:
     compute_bytes: bytes of one number in matrix products.
     residual_bytes: bytes of one number in the residual stream.
     served_top_k: tokens that the teacher's server lists; None without a server.
+    own_losses: gradients of each token by losses beside the one to each teacher.
     """
 
     trains_all: bool
@@ -93,6 +94,7 @@ class Setting:
     sharded: bool
     colocated_vllm: bool
     served_top_k: int | None = None
+    own_losses: int = 0
 
     @property
     def shards(self) -> int:
@@ -114,10 +116,11 @@ def setting_of(config: Config, num_ranks: int, *, on_gpu: bool) -> Setting:
     trains_all = not config.lora.enabled
     sharded = num_ranks > 1 and parallel.shard == "full"
     moves = config.teacher.weights == "ema" or config.teacher.refresh_every is not None
+    recipe = recipe_of(config)
     in_process = draws(config) and rollout.url is None and rollout.engine != "builtin"
     return Setting(
         trains_all=trains_all,
-        second_pass=recipe_of(config).second_pass is not None,
+        second_pass=recipe.second_pass is not None,
         copies_base=trains_all and keeps_base(config),
         other_adapters=config.lora.enabled and moves,
         compute_bytes=compute,
@@ -130,7 +133,8 @@ def setting_of(config: Config, num_ranks: int, *, on_gpu: bool) -> Setting:
         num_ranks=num_ranks,
         sharded=sharded,
         colocated_vllm=on_gpu and in_process and (rollout.engine == "vllm" or vllm_is_installed()),
-        served_top_k=recipe_of(config).served_top_k,
+        served_top_k=recipe.served_top_k,
+        own_losses=recipe.head_work(1).losses - 1,
     )
 
 
@@ -244,7 +248,7 @@ def _loss(
     own_width = shape.hidden * (2 if teachers.routed else 1)
     teacher_width = (teachers.width if teachers.shapes else shape.hidden) * setting.second_pass
     one_token = setting.residual_bytes * own_width + setting.compute_bytes * teacher_width
-    number = teachers.num_losses
+    number = teachers.num_losses + setting.own_losses
     head_gradients = shape.head_parameters * _FLOAT32 * setting.trains_all
     # An id and its log-probability, both of 4 bytes, of each listed token and of the rollout's own.
     listed = 0 if setting.served_top_k is None else setting.served_top_k + 1

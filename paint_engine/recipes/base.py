@@ -112,11 +112,14 @@ class HeadWork:
     student: number of products with the student's whole head.
     second: number of products with the whole head of each second pass.
     rows: number of products with single rows of the student's head.
+    losses: number of gradients by the hidden states, and by the head if it is trained, that exist
+        together where there is one second pass or none.
     """
 
     student: int
     second: int = 1
     rows: int = 0
+    losses: int = 1
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,8 @@ class GrpoPaint(Paint, Grpo):
     def head_work(self, num_passes: int) -> HeadWork:
         """Returns the work of both losses. The policy gradient has no second pass."""
         policy, distilled = Grpo.head_work(self, 0), Paint.head_work(self, num_passes)
-        return replace(distilled, student=policy.student + distilled.student)
+        student = policy.student + distilled.student
+        return replace(distilled, student=student, losses=policy.losses + distilled.losses)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Computes both losses and adds them."""

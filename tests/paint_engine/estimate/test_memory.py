@@ -22,6 +22,7 @@ from paint_engine.config.sections import (
     EvalSection,
     LoraSection,
     ModelSection,
+    ObjectiveSection,
     ParallelSection,
     RolloutSection,
     TeacherSection,
@@ -173,6 +174,7 @@ def run_steps(
     batch: TrainBatch,
     live: LiveBytes,
     states: Callable[[nn.Module, PackedSequences], Tensor],
+    items: Sequence[TrainExample] = (),
 ) -> int:
     """The peak of the second of two training steps: the optimizer's moments exist by then."""
     optimizer = build_optimizer(model, config.optim)
@@ -198,7 +200,7 @@ def run_steps(
                     second_passes=tuple(passes),
                     completion_ids=batch.completion_ids,
                     cu_seqlens=batch.cu_seqlens,
-                    examples=(),
+                    examples=items,
                     old_logprobs=None,
                     vocab_size=lm_head_weight(model).shape[0],
                     denominator=config.train.batch_size,
@@ -279,6 +281,32 @@ def test_a_real_step_takes_what_is_estimated(
         for tensor in (*model.parameters(), *(teacher.copy or nn.Module()).parameters()):
             live.count(tensor)
         peak = run_steps(model, teacher, config, batch, live, padded_states)
+    assert peak == pytest.approx(expected.allocated_bytes, rel=TOLERANCE), expected.table()
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_real_step_with_two_losses_takes_what_is_estimated(
+    lora: bool, tmp_path: Path, examples: Callable[..., list[TrainExample]]
+) -> None:
+    lengths, rows = Lengths(32, 64, 96), 4
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**SMALL, dtype="float32")).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    config = make_config(tmp_path, lengths, rows, lora=lora, dtype="float32")
+    config = config.model_copy(update={"objective": ObjectiveSection(name="grpo_paint")})
+    items = [
+        replace(item, advantage=1.0) for item in examples((32,) * rows, (64,) * rows, (96,) * rows)
+    ]
+    live = LiveBytes(paint_loss._init_fn)
+    with live:
+        base = load_base(config.model, torch.device("cpu"), trains_base=not lora)
+        model = add_lora(base, config.lora, 0)
+        expected = estimated(model, config, lengths, None)
+        teacher = FixedTeacher(model)
+        for tensor in (*model.parameters(), *(teacher.copy or nn.Module()).parameters()):
+            live.count(tensor)
+        batch = build_batch(items)
+        peak = run_steps(model, teacher, config, batch, live, padded_states, items)
     assert peak == pytest.approx(expected.allocated_bytes, rel=TOLERANCE), expected.table()
 
 
