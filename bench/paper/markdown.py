@@ -374,7 +374,7 @@ def limits_text(result: Result) -> str:
     """Returns a text on what the tables show and do not show, and how long they took."""
     sizes = [f"{base['num_parameters'] / 1e6:.1f}" for base in result["bases"]]
     scale = result["scale"]
-    num_seeds = sorted({len(scale[name]) for name in ("ablation_seeds", "main_seeds")})
+    num_seeds = sorted({len(panel["seeds"]) for panel in result["tables"]})
     text = (LIMITS if has_paper_tables(result) else LIMITS_OF_TEACHERS).format(
         models=" to ".join(dict.fromkeys((sizes[0], sizes[-1]))),
         small=OF_SMALL if "small" in scale["sizes"] else "",
