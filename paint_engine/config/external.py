@@ -1,6 +1,7 @@
 """The models of `teacher.weights = "external"`, and which of them score a problem's rollouts."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paint_engine.config.schema import Config
@@ -52,3 +53,13 @@ def scorers(config: Config, route: str) -> tuple[int, ...]:
     if config.teacher.route_column is None:
         return tuple(range(max(1, len(models))))
     return ([model.name for model in models].index(route),)
+
+
+def scorer_names(config: Config, places: Sequence[int]) -> tuple[str, ...]:
+    """Returns the names of the models at these places among the run's teachers: those of
+    `teacher.model_names`, else what names their files, or the served model's. Empty if the teacher
+    is the student's own model."""
+    if config.teacher.url is not None:
+        return tuple(filter(None, (config.teacher.served_model,)))
+    models = teacher_models(config)
+    return tuple(models[place].name for place in places) if models else ()

@@ -108,6 +108,8 @@ class _TeacherView(Record):
     source: str
     shown: str
     rationale: str = ""
+    # Of other models alone. An earlier version did not record it.
+    scored_by: list[str] = Field(default_factory=list)
 
 
 class _Reward(Record):

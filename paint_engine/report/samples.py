@@ -69,10 +69,12 @@ class TeacherView:
     `title` says what the text is, and whose. `hidden` is None without a mask, and if `shown` is not
     the text with one span replaced; `shown` is then what the teacher saw. `is_solution` says that
     the text is the problem's verified solution. `rationale` is what a reasoning teacher wrote
-    first, else "". The anchors are of a masked text.
+    first, else "". The anchors are of a masked text. `scored_by` names the teachers; it is empty if
+    the teacher is the student's own model.
     """
 
     title: str
+    scored_by: tuple[str, ...]
     shown: str
     hidden: str | None
     shown_tail: str
@@ -138,6 +140,7 @@ def _view_teacher(sample: Mapping[str, Any], marker: str) -> TeacherView:
     anchors = [(anchor["text"], anchor["found"]) for anchor in sample.get("anchors", ())]
     return TeacherView(
         title=_title(sample, hidden),
+        scored_by=tuple(sample.get("scored_by", ())),
         shown=shown if span is None else text[:start],
         hidden=hidden,
         shown_tail="" if span is None else text[end:],

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from paint_engine.config.external import scorer_names
+from paint_engine.config.schema import Config
 from paint_engine.distributed import gather_objects, sum_over_ranks
 from paint_engine.prompts.anchors import extract_anchors, find_anchors
 from paint_engine.recipes import LossOutput, Recipe
@@ -81,7 +83,8 @@ class StepRecord:
         """Records what only the first update on the rollouts provides: samples for the report,
         differences to the sampler's log-probabilities, and old log-probabilities."""
         kept, output = self.trained[: self._config.run.samples_per_step], scored.output
-        self._samples += sample_records(self._step + 1, items, kept, output, tokenizer)
+        step, config = self._step + 1, self._config
+        self._samples += sample_records(step, items, kept, output, tokenizer, config)
         self._differences += scored.differences
         if self._recipe.num_updates > 1:
             self.old_logprobs[place] = output.per_token["logprobs"]
@@ -138,14 +141,17 @@ def _certain(item: TrainExample) -> TopK:
     return TopK(ids, torch.zeros(ids.shape))
 
 
-def _teacher_view(item: TrainExample, view: TeacherView) -> dict[str, object]:
-    """Returns what the report shows of the view: with a mask, the text behind it unless that is the
-    problem's solution, and which of its anchors were found."""
+def _teacher_view(item: TrainExample, view: TeacherView, config: Config) -> dict[str, object]:
+    """Returns what the report shows of the view: the teachers that are other models, and with a
+    mask, the text behind it unless that is the problem's solution, and which of its anchors were
+    found."""
     record: dict[str, object] = {
         "context": view.context,
         "source": view.source,
         "shown": view.shown,
     }
+    if names := scorer_names(config, view.scorers):
+        record["scored_by"] = list(names)
     solution = item.rollout.problem.solution
     if item.overlap is not None:
         # A view that a recipe of the user's own made may say nothing of its text.
@@ -169,6 +175,7 @@ def _record(
     output: LossOutput,
     tokens: slice,
     tokenizer: PreTrainedTokenizerBase,
+    config: Config,
 ) -> dict[str, object]:
     problem, rollout = item.rollout.problem, item.rollout
     record: dict[str, object] = {
@@ -184,7 +191,7 @@ def _record(
     if item.verdict is not None:
         record["correct"] = item.verdict.correct
     if item.teacher_view is not None:
-        record |= _teacher_view(item, item.teacher_view)
+        record |= _teacher_view(item, item.teacher_view, config)
     if item.verdict is not None and item.advantage is not None:
         record |= {"reward": item.verdict.reward, "advantage": item.advantage}
     columns = {
@@ -199,6 +206,7 @@ def sample_records(
     kept: Sequence[TrainExample],
     output: LossOutput,
     tokenizer: PreTrainedTokenizerBase,
+    config: Config,
 ) -> list[dict[str, object]]:
     """Returns a JSON-ready record of each of the micro-batch's `items` that is in `kept`, the first
     rollouts of the batch. `place` is its position in `kept`.
@@ -211,6 +219,7 @@ def sample_records(
         end = start + len(item.rollout.completion_ids)
         for place, candidate in enumerate(kept):
             if item is candidate:
-                records.append(_record(step, place, item, output, slice(start, end), tokenizer))
+                tokens = slice(start, end)
+                records.append(_record(step, place, item, output, tokens, tokenizer, config))
         start = end
     return records

@@ -294,6 +294,14 @@ OTHER = {
             ("What the teacher was shown (mine:Own; p:1) Five.",),
         ),
         (shown("none", "", ""), ("The teacher saw the problem alone (none)",)),
+        (
+            shown("sibling", "rollout 3 of the batch", "So 5.", scored_by=["kites"]),
+            ("So 5. Scored by the teacher kites. Verified solution",),
+        ),
+        (
+            shown("none", "", "", scored_by=["org/<one>", "org/two"]),
+            ("alone (none) Scored by the teachers org/<one>, org/two. Verified solution",),
+        ),
     ],
 )
 def test_what_the_teacher_was_shown_is_shown_with_whose_it_is(
@@ -305,6 +313,7 @@ def test_what_the_teacher_was_shown_is_shown_with_whose_it_is(
     text = text_of(page)
     for phrase in phrases:
         assert phrase in text, phrase
+    assert ("Scored by" in text) == ("scored_by" in sample)
     masked = "mask_ratio" in sample
     assert ("anchors found in the rollout" in text) == masked == ("overlap 50%" in text)
     assert ('<del class="hidden">8 = 12$.</del>' in page) == ("...(omitted)..." in sample["shown"])

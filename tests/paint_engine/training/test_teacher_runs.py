@@ -1,6 +1,7 @@
 """Runs with external, mixed, routed and refreshed teachers: a step by hand, two ranks, resuming."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from paint_engine.config.command_line import load_config
 from paint_engine.distributed import World
 from paint_engine.files import read_jsonl
 from paint_engine.model.forward import causal_lm
+from paint_engine.report.samples import choose_samples
 from paint_engine.training import step as step_module
 from paint_engine.training.build import build_run, plan_run
 from paint_engine.training.rollouts import sample_step
@@ -272,6 +274,33 @@ def test_three_steps_and_one_more_are_four(
     expected = assert_same(tmp_path, runs[0] / name, NUM_STEPS)
     kept = [key for key in expected if ":refreshed/" in key]
     assert bool(kept) == ("refreshed" in name)
+
+
+# ---- what is kept --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["routed", "mixed", "refreshed"])
+def test_the_samples_and_the_report_say_which_teacher_scored_a_rollout(
+    name: str,
+    runs: tuple[Path, Path],
+    settings: list[str],
+    teacher_dirs: tuple[Path, Path],
+) -> None:
+    rows = read_jsonl(Path(settings[settings.index("--data.path") + 1]))
+    domains = {f"train.jsonl:{line}": row["domain"] for line, row in enumerate(rows, start=1)}
+    names = [str(path) for path in teacher_dirs]
+    for directory in (run / name for run in runs):
+        samples = read_jsonl(directory / "samples.jsonl")
+        if name == "routed":
+            expected = [[domains[sample["problem_id"]]] for sample in samples]
+            assert {domain for (domain,) in expected} == set(DOMAINS)
+        else:
+            expected = [names if name == "mixed" else None] * len(samples)
+        assert [sample.get("scored_by") for sample in samples] == expected
+        page = (directory / "report.html").read_text()
+        chosen = [sample.get("scored_by") for sample in choose_samples(samples)]
+        shown = re.findall(r"Scored by the teachers? ([^<]*)\.</p>", page)
+        assert shown == [", ".join(who) for who in chosen if who]
 
 
 # ---- before a run --------------------------------------------------------------------------------
