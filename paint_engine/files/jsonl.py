@@ -158,20 +158,20 @@ def _lines_from_the_end(file: FileIO, path: Path) -> Iterator[tuple[int, bytes]]
         yield 0, b"".join(reversed(parts))
 
 
-def truncate_jsonl(path: Path, last_step: int) -> None:
-    """Removes the objects of steps after `last_step`, and a line that is cut off. The steps of the
-    lines never decrease, so only the end of the file is read. It is cut in place: a disk may have
-    no room for a second copy.
+def truncate_jsonl(path: Path, last_step: int) -> dict[str, Any]:
+    """Removes the objects of steps after `last_step`, and a line that is cut off; returns the last
+    object that is left, empty for none. The steps of the lines never decrease, so only the end of
+    the file is read. It is cut in place: a disk may have no room for a second copy.
 
     Raises BadFile for a line that it reads and that is no object with a step, and WriteFailed.
     """
     with writing(path), _open_appended(path) as file:
-        end, line = 0, b""
+        end, line, last = 0, b"", {}
         for start, line in _lines_from_the_end(file, path):
             where = f"{path}: the line at byte {start:,}"
             record = _record(line, where) if line.strip() else None
             if record is not None and _step(record, where) <= last_step:
-                end = start + len(line)
+                end, last = start + len(line), record
                 break
         if end < os.fstat(file.fileno()).st_size:
             file.truncate(end)
@@ -179,6 +179,7 @@ def truncate_jsonl(path: Path, last_step: int) -> None:
             # Only its line break was cut off.
             file.write(b"\n" if line else b"")
         os.fsync(file.fileno())
+        return last
 
 
 def _step(record: Mapping[str, Any], where: str) -> int:

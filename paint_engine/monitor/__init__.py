@@ -2,11 +2,13 @@
 of each part."""
 
 from paint_engine.monitor.metrics import (
+    EVAL_PREFIX,
     SKIPPED_STEPS,
     MetricsWriter,
     NotFinite,
     check_finite,
     check_loggers,
+    is_evaluation,
     wandb_id,
 )
 from paint_engine.monitor.progress import Progress
@@ -21,6 +23,7 @@ from paint_engine.monitor.shortening import (
 from paint_engine.monitor.timings import Timings
 
 __all__ = [
+    "EVAL_PREFIX",
     "FALL",
     "SKIPPED_STEPS",
     "Lengths",
@@ -33,6 +36,7 @@ __all__ = [
     "check_finite",
     "check_loggers",
     "compare_lengths",
+    "is_evaluation",
     "lengths_of",
     "wandb_id",
 ]

@@ -1,8 +1,9 @@
 """Writes a run's metrics and samples, and checks that metrics are finite.
 
-`MetricsWriter` appends one JSON object per step to `metrics.jsonl` and one per kept rollout to
-`samples.jsonl`. It also logs the metrics to TensorBoard and W&B on request. KL and entropies are in
-nats; overlap, accuracy, mask ratios, masses and rates are fractions.
+`MetricsWriter` appends one JSON object per step to `metrics.jsonl`, one per evaluation between the
+steps, and one per kept rollout to `samples.jsonl`. It also logs the metrics to TensorBoard and W&B
+on request. KL and entropies are in nats; overlap, accuracy, mask ratios, masses and rates are
+fractions.
 """
 
 import math
@@ -38,6 +39,8 @@ from paint_engine.files import (
 
 SKIPPED_STEPS = "skipped_steps"
 """the metric: optimizer steps so far that were skipped, because their gradient was not finite"""
+EVAL_PREFIX = "eval_"
+"""how the metrics of an evaluation begin"""
 _WANDB_ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -55,6 +58,12 @@ def check_finite(metrics: Mapping[str, float]) -> None:
                 f"step {metrics['step']}: the metric '{name}' is {value!r}; needs a finite number; "
                 "see what the recipe computes it from"
             )
+
+
+def is_evaluation(metrics: Mapping[str, Any]) -> bool:
+    """Returns whether these are the metrics of an evaluation, and not of a step."""
+    names = metrics.keys() - {"step"}
+    return bool(names) and all(name.startswith(EVAL_PREFIX) for name in names)
 
 
 class MetricsWriter:
@@ -92,8 +101,9 @@ class MetricsWriter:
         self._tensorboard = self._wandb = None
         with ExitStack() as stack:
             open_lines = partial(_open_lines, resume_step=resume_step)
-            self._metrics = stack.enter_context(open_lines(run_dir / METRICS_FILE))
-            self._samples = stack.enter_context(open_lines(run_dir / SAMPLES_FILE))
+            self._metrics, self._last = open_lines(run_dir / METRICS_FILE)
+            stack.enter_context(self._metrics)
+            self._samples = stack.enter_context(open_lines(run_dir / SAMPLES_FILE)[0])
             if tensorboard:
                 stack.enter_context(_quiet_threads())
                 with writing(run_dir / TENSORBOARD_DIRECTORY):
@@ -109,8 +119,26 @@ class MetricsWriter:
 
         Raises ValueError if a value has no JSON form; the message names the key and the step.
         """
-        append_lines(self._metrics, json_line(metrics))
+        self._append(metrics)
         append_lines(self._samples, b"".join(json_line(sample) for sample in samples))
+        self._mirror(metrics)
+
+    def write_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Appends the metrics of the evaluation after `step` steps, a line of its own.
+
+        A resumed run passes its evaluations again: nothing is written if `metrics.jsonl` ends with
+        this one, or with a later step, since the steps of its lines never decrease."""
+        if metrics["step"] < self._last.get("step", 0) or metrics == self._last:
+            return
+        self._append(metrics)
+        self._mirror(metrics)
+
+    def _append(self, metrics: Mapping[str, float]) -> None:
+        append_lines(self._metrics, json_line(metrics))
+        self._last = dict(metrics)
+
+    def _mirror(self, metrics: Mapping[str, float]) -> None:
+        """Logs the metrics to TensorBoard and W&B."""
         step = int(metrics["step"])
         numbers = {name: value for name, value in metrics.items() if name != "step"}
         if self._tensorboard is not None:
@@ -158,9 +186,10 @@ def _quiet_threads() -> Iterator[None]:
         threading.excepthook = before
 
 
-def _open_lines(path: Path, resume_step: int) -> FileIO:
-    truncate_jsonl(path, resume_step)
-    return open_jsonl(path)
+def _open_lines(path: Path, resume_step: int) -> tuple[FileIO, dict[str, Any]]:
+    """Returns the file, opened at its end, and its last object."""
+    last = truncate_jsonl(path, resume_step)
+    return open_jsonl(path), last
 
 
 def check_loggers(*, tensorboard: bool, wandb_project: str | None) -> None:

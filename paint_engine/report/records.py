@@ -16,6 +16,7 @@ from paint_engine.files import (
     read_jsonl,
     read_tables,
 )
+from paint_engine.monitor import is_evaluation
 
 _REMEDY = "restore it from a copy, or remove it: the report says what is missing"
 
@@ -118,7 +119,8 @@ class _Reward(Record):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`: numbers by name, with `step`. Empty if there is no such file.
+    """The lines of `metrics.jsonl` that are of steps: numbers by name, with `step`. Empty if there
+    is no such file. The evaluations are in `summary.json`, too, and in more detail.
 
     Raises BadFile for other lines, and ReadFailed."""
     rows = _lines(path)
@@ -126,7 +128,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         where = f"{path}: entry {number}"
         checked(_Step, row, where, _REMEDY)
         checked(dict[str, Number], row, where, _REMEDY)
-    return rows
+    return [row for row in rows if not is_evaluation(row)]
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:

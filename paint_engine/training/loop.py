@@ -21,7 +21,12 @@ from paint_engine.training.finite import bad_weight, largest_weight
 from paint_engine.training.interrupt import Stopped, StopRequest
 from paint_engine.training.run import Run, SaveFailed, StepNotRecorded, save
 from paint_engine.training.step import train_step
-from paint_engine.training.summary import print_summary, summarise
+from paint_engine.training.summary import (
+    evaluation_metrics,
+    present_evaluations,
+    print_summary,
+    summarise,
+)
 
 
 def open_writer(run: Run) -> MetricsWriter | None:
@@ -50,15 +55,19 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
         regular = section.every > 0 and step > 0 and step % section.every == 0
         return regular or (section.at_end and step == num_steps)
 
+    def evaluate_after(step: int) -> None:
+        evaluate_at(run, step, progress, stop)
+        record_evaluation(run, writer, step)
+
     if run.eval_set is not None and section.at_start:
-        evaluate_at(run, 0, progress, stop)
+        evaluate_after(0)
     with progress.training(num_steps, run.step) as show:
         while run.step < num_steps:
             stop.check_together()
             # An evaluation runs before the step that samples from the same weights. A stop during
             # it then loses no step, and a resumed run starts with it.
             if run.eval_set is not None and is_evaluated(run.step):
-                evaluate_at(run, run.step, progress, stop)
+                evaluate_after(run.step)
             metrics, samples = train_step(run, run.step)
             check_finite(metrics)
             record_step(run, writer, metrics, samples)
@@ -74,7 +83,7 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
                 save(run)
     save(run)
     if run.eval_set is not None and is_evaluated(num_steps):
-        evaluate_at(run, num_steps, progress, stop)
+        evaluate_after(num_steps)
 
 
 def record_step(
@@ -90,6 +99,21 @@ def record_step(
         together(lambda: writer and writer.write(metrics, samples), (WriteFailed,))
     except WriteFailed as failure:
         raise StepNotRecorded(str(failure)) from failure
+
+
+def record_evaluation(run: Run, writer: MetricsWriter | None, step: int) -> None:
+    """Writes the metrics of the evaluation after `step` steps, unless they are written already. A
+    collective: raises WriteFailed, ReadFailed and BadFile on every rank, and LockLost.
+
+    That of the base is absent if the run could not evaluate it any more.
+    """
+    run.check_lock()
+
+    def write() -> None:
+        if writer is not None and (found := present_evaluations(run).get(step)) is not None:
+            writer.write_evaluation(evaluation_metrics(step, found))
+
+    together(write, FILE_FAILURES)
 
 
 def _launcher(run: Run) -> str:

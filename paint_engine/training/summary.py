@@ -28,7 +28,7 @@ from paint_engine.evaluation.store import (
 )
 from paint_engine.files import SUMMARY_FILE, write_json
 from paint_engine.files.terminal import Terminal
-from paint_engine.monitor import FALL, Shortening, compare_lengths, lengths_of
+from paint_engine.monitor import EVAL_PREFIX, FALL, Shortening, compare_lengths, lengths_of
 from paint_engine.training.run import Run
 
 
@@ -118,6 +118,17 @@ def evaluation_row(step: int, evaluation: Evaluation) -> dict[str, Any]:
         **{key: None if math.isnan(value) else value for key, value in values.items()},
         "truncation_rate": sum(s.truncated for s in evaluation.samples) / matrix.size,
     }
+
+
+def evaluation_metrics(step: int, evaluation: Evaluation) -> dict[str, float]:
+    """Returns the numbers of `evaluation_row` as metrics, `eval_avg_at_k` for one, without those
+    that no correct answer gives."""
+    row = evaluation_row(step, evaluation)
+    within, passes = row.pop("accuracy_within"), row.pop("pass_at_k")
+    row |= {f"{ACCURACY_WITHIN}{budget}": share for budget, share in within.items()}
+    row |= {f"pass_at_{k}": share for k, share in passes.items()}
+    numbers = {f"{EVAL_PREFIX}{name}": value for name, value in row.items() if name != "step"}
+    return {"step": step, **{name: n for name, n in numbers.items() if n is not None}}
 
 
 def evaluation_shortenings(evaluations: Mapping[int, Evaluation]) -> list[Shortening]:

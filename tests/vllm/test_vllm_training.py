@@ -15,6 +15,7 @@ import pytest
 
 from paint_engine.checkpoint.directory import list_checkpoints
 from paint_engine.files import read_jsonl
+from paint_engine.report.records import read_metrics
 
 SETTINGS = {
     "rollout.engine": "vllm",
@@ -86,7 +87,7 @@ def test_a_run_samples_from_the_weights_that_it_trains(start: Start, tmp_path: P
     process = start("--run.dir", str(run), "--train.num_steps", "3")
     printed = finish(process)
     assert process.returncode == 0, printed[-4000:]
-    metrics = read_jsonl(run / "metrics.jsonl")
+    metrics = read_metrics(run / "metrics.jsonl")
     assert [m["rollout_lag"] for m in metrics] == [0, 0, 0]
     for step in metrics:
         assert 0 < step["rollout_logprob_diff"] < 1e-5

@@ -11,6 +11,7 @@ from paint_engine.monitor.metrics import (
     NotFinite,
     check_finite,
     check_loggers,
+    is_evaluation,
     wandb_id,
 )
 
@@ -76,6 +77,42 @@ def test_resume_drops_later_steps_and_a_line_cut_short(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
 
 
+def test_an_evaluation_is_a_line_of_its_own_and_written_once(tmp_path: Path) -> None:
+    before, after = ({"step": step, "eval_avg_at_k": 0.1 + 0.1 * step} for step in (0, 2))
+    steps = [{"step": step, "loss": 0.5} for step in (1, 2, 3)]
+    assert [is_evaluation(metrics) for metrics in (before, *steps, {"step": 1})] == [True] + [
+        False
+    ] * 4
+    with open_writer(tmp_path) as writer:
+        writer.write_evaluation(before)
+        writer.write(steps[0], [])
+        writer.write(steps[1], [])
+        writer.write_evaluation(after)
+        writer.write(steps[2], [])
+    whole = [before, *steps[:2], after, steps[2]]
+    assert read_jsonl(tmp_path / "metrics.jsonl") == whole
+    # A resumed run passes both again.
+    with open_writer(tmp_path, resume_step=2) as writer:
+        assert read_jsonl(tmp_path / "metrics.jsonl") == whole[:4]
+        writer.write_evaluation(before)
+        writer.write_evaluation(after)
+        writer.write(steps[2], [])
+    assert read_jsonl(tmp_path / "metrics.jsonl") == whole
+    # With other settings of the evaluation it has other numbers.
+    other = after | {"eval_avg_at_k": 0.9}
+    with open_writer(tmp_path, resume_step=2) as writer:
+        writer.write_evaluation(other)
+        writer.write_evaluation(other)
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [*whole[:4], other]
+
+
+def test_an_evaluation_before_the_first_step_is_kept(tmp_path: Path) -> None:
+    for _ in range(2):
+        with open_writer(tmp_path) as writer:
+            writer.write_evaluation({"step": 0, "eval_avg_at_k": 0.5})
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 0, "eval_avg_at_k": 0.5}]
+
+
 def test_fresh_run_starts_with_empty_files(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.1}\n')
     open_writer(tmp_path).close()
@@ -125,12 +162,16 @@ def test_numbers_are_mirrored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", tensorboard)
     with open_writer(tmp_path, 4, tensorboard=True, wandb_project="paint") as writer:
         writer.write({"step": 5, "loss": 0.25}, [])
+        writer.write_evaluation({"step": 5, "eval_tokens_per_correct": 80.0})
     assert calls == [
         (str(tmp_path / "tensorboard"), 5),
         (wandb_id(tmp_path),),
         ("loss", 0.25, 5),
         ("flushed",),
         ({"loss": 0.25}, 5),
+        ("eval_tokens_per_correct", 80.0, 5),
+        ("flushed",),
+        ({"eval_tokens_per_correct": 80.0}, 5),
         ("closed",),
         ("finished",),
     ]

@@ -16,6 +16,7 @@ import pytest
 from paint_engine.config.command_line import load_config, preset_names
 from paint_engine.files import read_jsonl
 from paint_engine.recipes import recipe_of
+from paint_engine.report.records import read_metrics
 
 Main = Callable[[Sequence[str]], int]
 TINY = [name for name in preset_names() if name.endswith("tiny")]
@@ -99,7 +100,7 @@ def check_two_steps(main: Main, argv: list[str], run_dir: Path) -> list[dict]:
     assert main([*argv, "--dry-run"]) == 0
     assert not run_dir.exists()
     assert main([*argv, "--run.dir", str(run_dir)]) == 0
-    steps = read_jsonl(run_dir / "metrics.jsonl")
+    steps = read_metrics(run_dir / "metrics.jsonl")
     assert [metrics["step"] for metrics in steps] == [1, 2]
     config = load_config(argv).config
     num_groups = config.train.batch_size // config.grpo.group_size

@@ -12,6 +12,7 @@ from paint_engine.evaluation import store
 from paint_engine.evaluation.accuracy import avg_at_k, correct_matrix, pass_at_k
 from paint_engine.evaluation.store import EvalSample, SampleFiles, read_evaluations
 from paint_engine.files import read_jsonl
+from paint_engine.monitor import is_evaluation
 from paint_engine.training import evaluations as run_eval
 
 Main = Callable[[Sequence[str]], int]
@@ -64,6 +65,13 @@ def evaluations(run_dir: Path) -> dict[int, list[EvalSample]]:
     return {step: found.samples for step, found in read_evaluations(run_dir).items()}
 
 
+def logged(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` that are of evaluations, between the steps."""
+    lines = read_jsonl(run_dir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4]
+    return [line for line in lines if is_evaluation(line)]
+
+
 @pytest.mark.parametrize("after", [2, 10, 14])
 def test_a_killed_evaluation_resumes_where_it_was(
     after: int, arguments: list[str], run_main: Main, tmp_path: Path
@@ -87,6 +95,7 @@ def test_a_killed_evaluation_resumes_where_it_was(
         assert run_main(again) == 0
     assert sum(drawn) == 3 * NUM_SAMPLES - after
     assert evaluations(cut) == evaluations(whole)
+    assert logged(cut) == logged(whole)
     for name in ("step-0.jsonl", "step-2.jsonl", "step-4.jsonl"):
         assert (cut / "evaluations" / name).read_bytes() == (
             whole / "evaluations" / name
@@ -199,5 +208,16 @@ def test_the_summary_has_the_best_and_the_last(
     assert summary["last"] == rows[4]
     assert summary["best"] == max((rows[2], rows[4]), key=lambda r: (r["avg_at_k"], r["step"]))
     assert summary["best_step"] == summary["best"]["step"]
+    for line, row in zip(logged(run), summary["evaluations"], strict=True):
+        assert (line.pop("step"), line.pop("eval_avg_at_k")) == (row["step"], row["avg_at_k"])
+        for k, share in row["pass_at_k"].items():
+            assert line.pop(f"eval_pass_at_{k}") == share
+        # The limit is 6 tokens.
+        for budget in ("1", "3", "6"):
+            assert line.pop(f"eval_accuracy_within_{budget}") == row["accuracy_within"][budget]
+        lengths = ("mean_length", "mean_correct_length", "median_correct_length")
+        for name in (*lengths, "tokens_per_correct", "truncation_rate"):
+            assert line.pop(f"eval_{name}", None) == row[name]
+        assert not line
     printed = capsys.readouterr().out
     assert f"step {summary['best']['step']})" in printed and "last:" in printed

@@ -59,7 +59,7 @@ def test_two_steps_on_rows_of_each_shape_leave_a_whole_run_directory(
         "summary.json",
         "report.html",
     }
-    assert [r["step"] for r in read_jsonl(run_dir / "metrics.jsonl")] == [1, 2]
+    assert [r["step"] for r in read_jsonl(run_dir / "metrics.jsonl")] == [0, 1, 2, 2]
     samples = read_jsonl(run_dir / "samples.jsonl")
     assert [s["step"] for s in samples] == [1, 1, 2, 2]
     for sample in samples:
@@ -281,7 +281,7 @@ def test_a_run_whose_numbers_overflow_says_which_and_keeps_its_checkpoints(
     assert "all weights are finite; the largest of the trained ones is 1e+30, in " in printed
     assert "newest checkpoint: step-1" in printed and "learning_rate" not in printed
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
-    assert [m["step"] for m in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1]
+    assert [m["step"] for m in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_one_message(

@@ -97,7 +97,7 @@ def test_a_run_whose_lock_was_taken_writes_nothing_more(
     assert f"error: run directory {run_dir} was taken by process {os.getpid()} on other-" in printed
     assert "writes nothing more there" in printed
     assert content(run_dir) == states[0]
-    assert len(read_jsonl(run_dir / "metrics.jsonl")) == (2 if place == "step" else 0)
+    assert len(read_jsonl(run_dir / "metrics.jsonl")) == (3 if place == "step" else 0)
 
 
 def test_every_rank_ends_where_the_main_one_is_refused(

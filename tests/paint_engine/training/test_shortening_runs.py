@@ -11,7 +11,11 @@ from paint_engine.evaluation import answers
 from paint_engine.evaluation.store import EvalSample, read_evaluations
 from paint_engine.files import read_jsonl
 from paint_engine.monitor import ShorteningWatch, shortening
-from paint_engine.training.summary import evaluation_row, evaluation_shortenings
+from paint_engine.training.summary import (
+    evaluation_metrics,
+    evaluation_row,
+    evaluation_shortenings,
+)
 
 Main = Callable[[Sequence[str]], int]
 # By step, from 1: shorter at step 2, as before at step 4, and shorter again at step 5.
@@ -147,11 +151,28 @@ def test_the_numbers_of_an_evaluation_by_hand(
         "tokens_per_correct": 6.0,
         "truncation_rate": 0.5,
     }
+    assert evaluation_metrics(3, replace(found, samples=planted)) == {
+        "step": 3,
+        "eval_avg_at_k": 4 / 6,
+        "eval_pass_at_1": pytest.approx(4 / 6),
+        "eval_pass_at_2": 1.0,
+        "eval_accuracy_within_1": 1 / 6,
+        "eval_accuracy_within_3": 3 / 6,
+        "eval_accuracy_within_6": 4 / 6,
+        "eval_mean_length": 4.0,
+        "eval_mean_correct_length": 3.0,
+        "eval_median_correct_length": 2.5,
+        "eval_tokens_per_correct": 6.0,
+        "eval_truncation_rate": 0.5,
+    }
     wrong = [replace(sample, correct=False) for sample in planted]
     row = evaluation_row(0, replace(found, samples=wrong))
     assert (row["mean_length"], row["accuracy_within"]) == (4.0, {"1": 0.0, "3": 0.0, "6": 0.0})
     assert row["mean_correct_length"] is row["median_correct_length"] is None
     assert row["tokens_per_correct"] is None
+    metrics = evaluation_metrics(0, replace(found, samples=wrong))
+    assert metrics.keys() >= {"eval_mean_length", "eval_accuracy_within_6"}
+    assert not metrics.keys() & {"eval_mean_correct_length", "eval_tokens_per_correct"}
     # Six answers are too few to tell.
     assert evaluation_shortenings({0: found, 1: found}) == []
     assert evaluation_shortenings({1: found}) == []

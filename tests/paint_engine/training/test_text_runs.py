@@ -15,6 +15,7 @@ from paint_engine.config.toml import value_of
 from paint_engine.distributed import World
 from paint_engine.files import CONFIG_FILE, METRICS_FILE, REPORT_FILE, SAMPLES_FILE, read_jsonl
 from paint_engine.prompts import template
+from paint_engine.report.records import read_metrics
 from paint_engine.training.build import build_run
 from paint_engine.training.rollouts import sample_step
 
@@ -148,7 +149,7 @@ def test_rows_without_an_answer_are_trained_on_and_counted(
 ) -> None:
     assert run_main([*use_rows(PROOF), *more]) == 0
     assert "own.jsonl: 1 of 1 rows have no answer; they are trained on" in said(capsys)
-    (metrics,) = read_jsonl(tmp_path / "run" / METRICS_FILE)
+    (metrics,) = read_metrics(tmp_path / "run" / METRICS_FILE)
     assert metrics["loss"] == metrics["loss"] and "accuracy" not in metrics
     for sample in read_jsonl(tmp_path / "run" / SAMPLES_FILE):
         assert "correct" not in sample and sample["answer"] == ""
