@@ -1,5 +1,5 @@
 """What a training run records and shows: metrics and samples on disk, the console display, the time
-of each part."""
+of each part. `timings` is not imported here, because it needs torch and the report does not."""
 
 from paint_engine.monitor.metrics import (
     EVAL_PREFIX,
@@ -20,7 +20,6 @@ from paint_engine.monitor.shortening import (
     compare_lengths,
     lengths_of,
 )
-from paint_engine.monitor.timings import Timings
 
 __all__ = [
     "EVAL_PREFIX",
@@ -32,7 +31,6 @@ __all__ = [
     "Progress",
     "Shortening",
     "ShorteningWatch",
-    "Timings",
     "check_finite",
     "check_loggers",
     "compare_lengths",

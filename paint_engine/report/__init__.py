@@ -1,8 +1,5 @@
 """The HTML report of a run: training curves, sampled rollouts with coloured tokens, and the
-configuration."""
+configuration.
 
-from paint_engine.report.page import write_report
-
-__all__ = [
-    "write_report",
-]
+Nothing is imported here: `python -m paint_engine.report` itself says which libraries are missing.
+"""

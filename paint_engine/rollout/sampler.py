@@ -9,7 +9,8 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.distributed import launched_rank, together
-from paint_engine.monitor import NotFinite, Timings
+from paint_engine.monitor import NotFinite
+from paint_engine.monitor.timings import Timings
 from paint_engine.rollout.engine import Completion, EngineDied, RolloutEngine, SamplingParams
 from paint_engine.types import Problem, Request, Rollout
 

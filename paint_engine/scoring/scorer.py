@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import replace
 
 from paint_engine.distributed import together
-from paint_engine.monitor import Timings
+from paint_engine.monitor.timings import Timings
 from paint_engine.rollout import EngineDied
 from paint_engine.rollout.http import Requests, ask_at_once
 from paint_engine.rollout.replies import engine_faults

@@ -88,7 +88,8 @@ from paint_engine.model.teachers.external import (
     load_teachers,
     open_teachers,
 )
-from paint_engine.monitor import Timings, check_loggers, wandb_id
+from paint_engine.monitor import check_loggers, wandb_id
+from paint_engine.monitor.timings import Timings
 from paint_engine.prompts.template import check_date, check_template, shows_date
 from paint_engine.recipes import keeps_base, recipe_of
 from paint_engine.rewards import Reward, open_reward

@@ -13,7 +13,7 @@ from paint_engine.files import FILE_FAILURES, LockLost, ReadFailed, WriteFailed
 from paint_engine.files.terminal import Terminal
 from paint_engine.monitor import MetricsWriter, NotFinite, Progress, check_finite
 from paint_engine.prompts.template import BadTemplate
-from paint_engine.report import write_report
+from paint_engine.report.page import write_report
 from paint_engine.rewards import RewardFailed
 from paint_engine.rollout import EngineDied
 from paint_engine.training.evaluations import evaluate_at

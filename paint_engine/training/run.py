@@ -22,7 +22,8 @@ from paint_engine.distributed import (
 from paint_engine.files import FILE_FAILURES, DirectoryLock, LockLost, Record, WriteFailed
 from paint_engine.model import FixedTeacher, Teacher, max_context
 from paint_engine.model.sharding import is_sharded
-from paint_engine.monitor import NotFinite, ShorteningWatch, Timings
+from paint_engine.monitor import NotFinite, ShorteningWatch
+from paint_engine.monitor.timings import Timings
 from paint_engine.recipes import Recipe
 from paint_engine.rewards import Reward
 from paint_engine.rollout import RolloutEngine, Sampler, SamplingParams, sampling_params

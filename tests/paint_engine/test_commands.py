@@ -1,4 +1,4 @@
-"""The three commands: what they answer before PyTorch is imported, and without the engine's
+"""The commands: what they answer before PyTorch is imported, and without the engine's
 libraries."""
 
 import re
@@ -57,6 +57,8 @@ def answer(*arguments: str) -> str:
         (("export", "--help"), 0, "OUTPUT_DIR"),
         (("export", "nowhere", "out"), 2, "nowhere: no such directory"),
         (("export", "a", "b", "--dtype", "int8"), 2, "invalid choice: 'int8'"),
+        (("report.__main__", "--help"), 0, "run_dir"),
+        (("report.__main__", "nowhere"), 2, "nowhere is not a directory"),
     ],
 )
 def test_an_answer_that_needs_no_model_imports_no_torch(
@@ -89,7 +91,7 @@ runpy.run_module("paint_engine.{command}", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "export", "report"])
 def test_without_the_engine_s_libraries_a_command_says_what_to_install(command: str) -> None:
     program = WITHOUT.format(missing=set(ENGINE_LIBRARIES), command=command)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -98,6 +100,13 @@ def test_without_the_engine_s_libraries_a_command_says_what_to_install(command: 
         f"error: the engine needs {', '.join(ENGINE_LIBRARIES)}, not installed here: run pip "
         "install '.[engine]' in the clone\n"
     )
+
+
+def test_a_report_is_made_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    printed = answer("report.__main__", str(tmp_path))
+    assert "imported: ['matplotlib', 'numpy']" in printed
+    assert (tmp_path / "report.html").exists()
 
 
 def test_the_libraries_are_those_of_the_extra() -> None:

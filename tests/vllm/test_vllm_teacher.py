@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 from paint_engine.config.sections import TeacherSection
-from paint_engine.monitor import Timings
+from paint_engine.monitor.timings import Timings
 from paint_engine.rollout.http import Refused, Requests
 from paint_engine.scoring import Asked, Scorer, TeacherServer, find_teacher
 from paint_engine.types import Problem, Rollout, TeacherView, TrainExample

@@ -8,7 +8,7 @@ import pytest
 from scoring_server import BODIES, CHOICES, ScoringServer
 
 from paint_engine.config.sections import TeacherSection
-from paint_engine.monitor import Timings
+from paint_engine.monitor.timings import Timings
 from paint_engine.rollout.http import Requests
 from paint_engine.scoring import Asked, Scorer, TeacherDied, TeacherServer, find_teacher
 from paint_engine.scoring import server as server_module

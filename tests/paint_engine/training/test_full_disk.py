@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from paint_engine import report
 from paint_engine.files import WriteFailed, read_jsonl
 from paint_engine.report import __main__ as report_command
+from paint_engine.report.page import write_report
 from paint_engine.rollout.builtin import BuiltinEngine
 
 Main = Callable[[Sequence[str]], int]
@@ -164,4 +164,4 @@ def test_a_report_that_does_not_fit_keeps_the_earlier_one(
     assert "all 2 steps up to the newest checkpoint" in printed
     fill(None)
     assert run_main(["--resume", str(run_dir)]) == 0
-    assert report.write_report(run_dir).is_file()
+    assert write_report(run_dir).is_file()
