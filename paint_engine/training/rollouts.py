@@ -43,6 +43,8 @@ def sample_step(run: Run, step: int) -> tuple[list[TrainExample], int]:
     # A template or a context may fail for what this step has, and then on one rank alone.
     kinds = (BadTemplate, ContextFailed)
     prepared = together(lambda: run.recipe.prepare(context, judged), kinds)
+    # A second time: each rank renders the prompts of its own rollouts alone, and the micro-batches
+    # are planned by the lengths of all.
     gathered = merge_shares(gather_objects(list(prepared)))
     batch = list(run.recipe.prepare_batch(gathered))
     if run.scorer is not None:
