@@ -33,7 +33,7 @@ def runs_in_onednn(x: Tensor) -> bool:
     it off (`torch.backends.mkldnn.enabled`)."""
     # It takes no tensors without elements.
     is_taken = x.is_cpu and x.dtype == torch.float32 and x.numel() > 0
-    return is_taken and _IS_KNOWN and torch.backends.mkldnn.enabled
+    return is_taken and _IS_KNOWN and bool(torch.backends.mkldnn.enabled)
 
 
 def onednn_product(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:

@@ -28,8 +28,10 @@ from paint_engine.config.command_line import CommandLine, load_config
 from paint_engine.distributed import World
 from paint_engine.estimate.arithmetic import Scoring, rollout_flops
 from paint_engine.estimate.model_shape import shape_of
+from paint_engine.model import load_base, load_tokenizer
 from paint_engine.tiny import TINY_BASE
-from paint_engine.training import build as setup
+from paint_engine.training import build
+from paint_engine.training.parts import models
 from paint_engine.training.run import Run
 from paint_engine.types import Problem, Rollout, TeacherView, TrainExample
 
@@ -128,7 +130,7 @@ def load_case(
     command = load_config(case.arguments)
     if case.lengths is None:
         section = command.config.model
-        return command, setup.load_base(section, device), setup.load_tokenizer(section)
+        return command, load_base(section, device), load_tokenizer(section)
     config = random_config(case.name)
     torch.manual_seed(0)
     options = {"dtype": dtype_on(device), "attn_implementation": "sdpa"}
@@ -143,9 +145,11 @@ def open_run(case: Case, device: torch.device, directory: Path) -> Run:
     config = command.config
     section = config.run.model_copy(update={"dir": str(directory)})
     command = replace(command, config=config.model_copy(update={"run": section}))
-    given = {"load_base": lambda *_, **__: base, "load_tokenizer": lambda _: tokenizer}
-    with mock.patch.multiple(setup, **given):
-        return setup.build_run(command, World(0, 1, 0, device))
+    with (
+        mock.patch.object(models, "load_base", lambda *_, **__: base),
+        mock.patch.object(build, "load_tokenizer", lambda _: tokenizer),
+    ):
+        return build.build_run(command, World(0, 1, 0, device))
 
 
 def fixed_rollout(
