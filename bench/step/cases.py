@@ -31,7 +31,7 @@ from paint_engine.estimate.model_shape import shape_of
 from paint_engine.model import load_base, load_tokenizer
 from paint_engine.tiny import TINY_BASE
 from paint_engine.training import build
-from paint_engine.training.parts import models
+from paint_engine.training.parts import models as run_models
 from paint_engine.training.run import Run
 from paint_engine.types import Problem, Rollout, TeacherView, TrainExample
 
@@ -146,7 +146,7 @@ def open_run(case: Case, device: torch.device, directory: Path) -> Run:
     section = config.run.model_copy(update={"dir": str(directory)})
     command = replace(command, config=config.model_copy(update={"run": section}))
     with (
-        mock.patch.object(models, "load_base", lambda *_, **__: base),
+        mock.patch.object(run_models, "load_base", lambda *_, **__: base),
         mock.patch.object(build, "load_tokenizer", lambda _: tokenizer),
     ):
         return build.build_run(command, World(0, 1, 0, device))
