@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from paint_engine.config.bundled import TINY_BASE
 from paint_engine.prompts.anchors import overlap
 from paint_engine.prompts.masking import mask_ratio, mask_solution
-from paint_engine.tiny import TINY_BASE
 from paint_engine.tiny.problems import load_split
 from paint_engine.types import Problem
 from paint_kernels import paint_loss

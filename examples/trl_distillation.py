@@ -14,8 +14,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.distillation_config import DistillationConfig
 
+from paint_engine.config.bundled import TINY_BASE
 from paint_engine.integrations.trl import PaintDistillationTrainer
-from paint_engine.tiny import TINY_BASE
 from paint_engine.tiny.problems import load_split
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from paint_engine.tiny import TINY_BASE, TINY_TEACHER
+from paint_engine.config.bundled import TINY_BASE, TINY_TEACHER
 
 BASE = "base"
 TEACHER = "teacher"

@@ -11,6 +11,7 @@ from typing import Any
 from bench.paper.plan import (
     PAPER,
     SCALES,
+    TEACHER,
     Job,
     PlannedRun,
     Scale,
@@ -106,7 +107,7 @@ def find_runs(result: Record, run_id: str) -> list[PlannedRun]:
     if not found:
         raise ValueError(
             f"--rerun: got {run_id!r}, which is no run or row of the result; needs one such as "
-            f"{sorted(known)[0]}; --list prints all"
+            f"{sorted(known)[0]}; --list prints all; --tables 5 has a result of its own"
         )
     return found
 
@@ -129,10 +130,12 @@ def rerun(result: Record, run_id: str, bases: Path, directory: Path, pool: Execu
             )
         job = Job(run, scale_of(result), old["learning_rate"], base, directory / run.run_id)
         now = job.settings
-        if now["base_sha256"] != hashes[run.base] or now["overrides"] != old["overrides"]:
+        same_teacher = now.get("teacher_sha256") in (None, hashes.get(TEACHER))
+        same_base = now["base_sha256"] == hashes[run.base] and same_teacher
+        if not same_base or now["overrides"] != old["overrides"]:
             raise ValueError(
-                f"{run.run_id}: the base in {base} or the plan differs from that of the result; "
-                "check --bases, or make the tables again"
+                f"{run.run_id}: the base in {base}, its teacher or the plan differs from that of "
+                "the result; check --bases, or make the tables again"
             )
         jobs.append(job)
     lines = []

@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from paint_engine.config.bundled import TINY_BASE
 from paint_engine.files import ADAPTER_FILE
-from paint_engine.tiny import TINY_BASE
 
 _NUM_IDS = 256
 

@@ -24,12 +24,12 @@ from transformers import (
 )
 
 from bench.measure import dtype_on
+from paint_engine.config.bundled import TINY_BASE
 from paint_engine.config.command_line import CommandLine, load_config
 from paint_engine.distributed import World
 from paint_engine.estimate.arithmetic import Scoring, rollout_flops
 from paint_engine.estimate.model_shape import shape_of
 from paint_engine.model import load_base, load_tokenizer
-from paint_engine.tiny import TINY_BASE
 from paint_engine.training import build
 from paint_engine.training.parts import models as run_models
 from paint_engine.training.run import Run

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from bench.measure import progress
 from bench.step.loops import OwnLoop
+from paint_engine.config.bundled import TINY_BASE
 from paint_engine.config.command_line import load_config
 from paint_engine.config.schema import Config
 from paint_engine.data import batch_requests
@@ -28,7 +29,6 @@ from paint_engine.estimate.lengths import prompt_lengths
 from paint_engine.estimate.model_shape import shape_of
 from paint_engine.model.teachers import ExternalTeacher
 from paint_engine.recipes import Recipe, recipe_of
-from paint_engine.tiny import TINY_BASE
 from paint_engine.training.build import build_run
 from paint_engine.training.rollouts import step_context
 from paint_engine.training.run import Run

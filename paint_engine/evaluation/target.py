@@ -31,6 +31,7 @@ from paint_engine.checkpoint.choose import (
 )
 from paint_engine.checkpoint.directory import list_checkpoints, split_place
 from paint_engine.checkpoint.merge import load_whole
+from paint_engine.config.bundled import BUNDLED
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import LoraSection, ModelSection, PromptsSection
 from paint_engine.distributed import World
@@ -58,7 +59,6 @@ from paint_engine.prompts.chat import student_text
 from paint_engine.rollout import RolloutEngine
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.vllm_engine import StoredModel, VllmEngine
-from paint_engine.tiny import BUNDLED
 
 # Files that change the outcome, apart from the weights. The tokenizer's are in the base's
 # directory, since checkpoints have none.

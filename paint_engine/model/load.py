@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from paint_engine.config.bundled import BUNDLED
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import ModelSection
 from paint_engine.files import ADAPTER_CONFIG_FILE, check_no_devices
@@ -19,13 +20,11 @@ from paint_engine.model.lora import add_lora
 from paint_engine.model.probe import set_logit_scale
 from paint_engine.model.stored import empty_model, load_weights, read_settings
 from paint_engine.seeds import adapter_seed
-from paint_engine.tiny import BUNDLED
 
 # What a model has beside its weights.
 _SETTINGS_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 # The same weights again, for other libraries.
 _OTHER_WEIGHTS = ("original/*", "consolidated*", "onnx/*")
-TINY_BASE = Path(__file__).parents[1] / "tiny" / "base"
 
 
 def quiet_libraries() -> None:

@@ -26,9 +26,9 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from paint_engine.config.bundled import BUNDLED
 from paint_engine.config.sections import ModelSection
 from paint_engine.files import BadFile, Record, check_no_devices, checked, read_json
-from paint_engine.tiny import BUNDLED
 
 # What saving a wrapped model writes before all names (PEFT, DistributedDataParallel) or before the
 # names of a wrapped submodule (torch.compile, FSDP, activation checkpointing).

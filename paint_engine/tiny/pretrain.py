@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
+from paint_engine.config.bundled import TINY_BASE, TINY_TEACHER
 from paint_engine.config.sections import PromptsSection
 from paint_engine.files import new_files, write_json
 from paint_engine.model import pick_device
 from paint_engine.prompts.chat import encode_chat, student_text, teacher_text
 from paint_engine.prompts.masking import OMISSION_MARKER, mask_solution
-from paint_engine.tiny import TINY_BASE, TINY_TEACHER
 from paint_engine.tiny.problems import (
     PRETRAIN_BUCKETS,
     WordProblem,

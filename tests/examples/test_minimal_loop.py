@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from paint_engine.config.bundled import TINY_BASE
 from paint_engine.config.sections import PromptsSection
 from paint_engine.prompts import chat
 from paint_engine.prompts.anchors import overlap
 from paint_engine.prompts.masking import OMISSION_MARKER, mask_ratio, mask_solution
-from paint_engine.tiny import TINY_BASE
 from paint_engine.tiny.problems import load_split
 from paint_kernels import reference
 

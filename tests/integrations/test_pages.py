@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl.trainer.distillation_config import DistillationConfig
 
-from paint_engine.tiny import TINY_BASE
+from paint_engine.config.bundled import TINY_BASE
 
 ROOT = Path(__file__).parents[2]
 INTEGRATION = re.compile(r"from paint_engine\.integrations\.(\w+) import")

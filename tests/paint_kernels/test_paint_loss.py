@@ -9,6 +9,7 @@ from paint_kernels import (
     LossSettings,
     _loss,
     _matmul,
+    _onednn,
     _plan,
     _torch_backend,
     _torch_divergences,
@@ -54,11 +55,23 @@ def test_products_that_the_user_keeps_from_onednn(build, check, monkeypatch):
     monkeypatch.setattr(_matmul, "onednn_product", lambda *given: used.append(1) or real(*given))
     batch = build((7, 0, 1, 12), 203)
     check(paint_loss, batch)
-    assert bool(used) is torch.backends.mkldnn.is_available()
+    assert bool(used) is _onednn._IS_USED
     used.clear()
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "enabled", False)
+        check(paint_loss, batch)
+    monkeypatch.setattr(_onednn, "_IS_USED", False)
     check(paint_loss, batch)
     assert not used
+
+
+def test_onednn_is_left_alone_where_it_is_unknown_or_inexact(monkeypatch):
+    assert _onednn._is_exact()
+    for mode, exact in (("BF16", False), ("any", False), ("STRICT", True)):
+        monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", mode)
+        assert _onednn._is_exact() is exact
+    monkeypatch.setattr(_onednn, "_KNOWN", "mkldnn::_linear_pointwise(Tensor X) -> Tensor")
+    assert not _onednn._is_known()
 
 
 @settings(deadline=None, derandomize=True, max_examples=90)

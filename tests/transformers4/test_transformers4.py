@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from paint_engine import export
-from paint_engine.tiny import TINY_BASE
+from paint_engine.config.bundled import TINY_BASE
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-transformers4/bin/python"

@@ -31,9 +31,9 @@ from bench.paper.plan import (
     sweep_runs,
     table_runs,
 )
+from paint_engine.config.bundled import BUNDLED, TINY_BASE, TINY_TEACHER
 from paint_engine.config.command_line import load_config
 from paint_engine.config.schema import Config
-from paint_engine.tiny import BUNDLED, TINY_BASE, TINY_TEACHER
 from paint_engine.tiny.pretrain import SIZES
 from paint_engine.tiny.problems import load_split
 

@@ -18,12 +18,12 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from paint_engine.config.bundled import TINY_BASE
 from paint_engine.config.sections import PromptsSection
 from paint_engine.prompts.chat import encode_student_prompt, encode_teacher_prompt, teacher_text
 from paint_engine.prompts.control import DataTexts, control_tokens, spelled_tokens
 from paint_engine.prompts.rationale import encode_reason_prompt
 from paint_engine.prompts.template import render
-from paint_engine.tiny import TINY_BASE
 from paint_engine.tiny.problems import load_split
 from paint_engine.types import Problem
 

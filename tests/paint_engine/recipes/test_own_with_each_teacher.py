@@ -13,8 +13,8 @@ from scoring_server import ScoringServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.custom_reward import reward
+from paint_engine.config.bundled import TINY_BASE
 from paint_engine.files import read_jsonl, read_tables
-from paint_engine.tiny import TINY_BASE
 from paint_engine.tiny.problems import load_split
 from paint_engine.types import Problem
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from paint_engine.config.bundled import TINY_BASE
 from paint_engine.config.sections import EvalSection, ModelSection, PromptsSection
 from paint_engine.evaluation.accuracy import avg_at_k, correct_matrix, paired_bootstrap
 from paint_engine.evaluation.answers import all_requests, evaluate
@@ -21,7 +22,7 @@ from paint_engine.prompts.masking import mask_solution
 from paint_engine.rewards.math import MathReward
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import sampling_params
-from paint_engine.tiny import TINY_BASE, pretrain
+from paint_engine.tiny import pretrain
 from paint_engine.tiny.problems import load_split
 from paint_engine.tiny.tokenizer import CHAT_TEMPLATE
 from paint_engine.types import Problem

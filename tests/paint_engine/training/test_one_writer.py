@@ -14,6 +14,7 @@ from paint_engine.distributed import World
 from paint_engine.evaluation.store import SampleFiles
 from paint_engine.files import DirectoryLock, lock, read_jsonl
 from paint_engine.training import build, loop
+from paint_engine.training.parts import models
 
 Main = Callable[[Sequence[str]], int]
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -37,7 +38,7 @@ def test_while_a_run_lives_its_directory_is_left_alone(
     before = content(run_dir)
     (tmp_path / "link").symlink_to(run_dir)
     with monkeypatch.context() as patch:
-        patch.setattr(build, "load_base", lambda *_, **__: pytest.fail("loaded the model"))
+        patch.setattr(models, "load_base", lambda *_, **__: pytest.fail("loaded the model"))
         for argv in (
             command,
             [*command, "--run.overwrite", "true"],
