@@ -20,7 +20,7 @@ $(1) $(LOCKED) --requirement locks/torch-cpu.txt || { \
 	$(1) $(LOCKED) --requirement locks/torch.txt; }
 endef
 
-.PHONY: train test test-vllm test-transformers4 lint kernels-report lock clean help
+.PHONY: train test test-vllm test-transformers4 lint resolve kernels-report lock clean help
 
 help:
 	@echo "make train           install, then run PAINT on the bundled tiny model (ARGS='--train.num_steps 10')"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-vllm       install vLLM for CPUs beside it, then run the tests with the real engine"
 	@echo "make test-transformers4  install transformers 4.57 beside it, then read exports with it"
 	@echo "make lint            ruff, pyright, import-linter"
+	@echo "make resolve         ask the registry whether both installations resolve (no download but metadata)"
 	@echo "make kernels-report  compile every Triton kernel for five GPUs, without one"
 	@echo "make lock            write locks/ and constraints-gpu.txt, after a change of versions"
 	@echo "make clean           remove the virtual environment"
@@ -50,6 +51,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+resolve: $(VENV)/.installed-dev
+	$(BIN)/python .ci/resolve.py
 
 kernels-report: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.kernels_report $(ARGS)

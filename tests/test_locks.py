@@ -1,7 +1,10 @@
 """The locks that CI installs agree with the versions that are decided elsewhere, and every install
 of the Makefile's test environments compares hashes."""
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -109,6 +112,14 @@ def test_vllm_is_bound_to_the_minor_version_that_is_tested() -> None:
     assert tested in Requirement(text).specifier
     for other in (f"{tested.major}.{tested.minor + 1}.0", f"{tested.major}.{tested.minor - 1}.9"):
         assert Version(other) not in Requirement(text).specifier
+
+
+def test_resolving_says_so_where_no_registry_answers() -> None:
+    unreachable = {"UV_DEFAULT_INDEX": "http://127.0.0.1:9/simple", "UV_HTTP_RETRIES": "0"}
+    command = [sys.executable, str(ROOT / ".ci" / "resolve.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | unreachable)
+    assert done.returncode == 0, done.stderr
+    assert "resolve: SKIPPED, no registry can be reached" in done.stdout
 
 
 def test_every_test_environment_is_installed_with_hashes() -> None:
