@@ -70,6 +70,9 @@ def fault(installation: Installation, python: str) -> str | None:
     """What is wrong with an installation, or None."""
     file = ROOT / installation.constraints
     done = compiled(installation, python, file)
+    if done.returncode == NOT_ASKED:
+        print(f"resolve: {file.name}, Python {python}: SKIPPED:\n{done.stderr}")
+        return None
     if done.returncode:
         return done.stderr
     lacking = versions(done.stdout) - versions(file.read_text()) if installation.whole else set()
