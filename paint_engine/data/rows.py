@@ -19,6 +19,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -79,7 +80,23 @@ class LoadedProblems:
 
 
 class _BadRow(Exception):
-    """The reason why one row cannot be used: what the row has and what is needed."""
+    """The reason why one row cannot be used: what the row has and what is needed.
+
+    remedy: the key to change if the row is right; None = those of problem, solution and answer.
+    """
+
+    def __init__(self, reason: str, remedy: str | None = None) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
+
+
+@contextmanager
+def _remedy(text: str) -> Iterator[None]:
+    """A context in which a row is bad for a column that another key names."""
+    try:
+        yield
+    except _BadRow as error:
+        raise _BadRow(str(error), text) from error
 
 
 @dataclass(frozen=True)
@@ -93,11 +110,13 @@ class Routes:
         """Returns the problem with its teacher. Raises _BadRow for a row that names none."""
         fields = _parse_line(row) if isinstance(row, bytes) else row
         assert isinstance(fields, dict), "the row has become a problem"
-        name = _text(fields, self.column, "teacher")
+        with _remedy("name the column of teachers with --teacher.route_column"):
+            name = _text(fields, self.column, "teacher")
         if name not in self.names:
             raise _BadRow(
                 f"no teacher: the column {self.column!r} holds {name[:60]!r}; needs one of "
-                f"{', '.join(self.names)}"
+                f"{', '.join(self.names)}",
+                "give teacher.models the names that the column has with --teacher.model_names",
             )
         return replace(problem, route=name)
 
@@ -156,10 +175,12 @@ def load_problems(
             problems.append(problem if routes is None else routes.add(problem, row))
         except _BadRow as error:
             if on_bad_row == "stop":
+                remedy = error.remedy or (
+                    f"name the columns with --{section}.columns.problem NAME (.solution, .answer)"
+                )
                 raise ValueError(
-                    f"{place}: {error}; correct the row, name the columns with "
-                    f"--{section}.columns.problem NAME (.solution, .answer), or leave such rows "
-                    "out with --data.on_bad_row skip"
+                    f"{place}: {error}; correct the row, {remedy}, or leave such rows out with "
+                    "--data.on_bad_row skip"
                 ) from error
             num_skipped += 1
             first_bad = first_bad or f", the first {place}: {error}"
@@ -347,7 +368,8 @@ def _to_problem(
     feedback = columns.feedback if isinstance(columns, DataColumnsSection) else None
     if feedback is None:
         return found
-    return replace(found, feedback=_text(fields, feedback, "feedback", required=False))
+    with _remedy("name the column of feedback with --data.columns.feedback"):
+        return replace(found, feedback=_text(fields, feedback, "feedback", required=False))
 
 
 def _split_row(

@@ -4,6 +4,7 @@ transformers initialises a weight at random where the files lack it, ignores a t
 nowhere, and casts integers to floating point. Here all of these are refused.
 """
 
+import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -43,14 +44,18 @@ _NUM_NAMED = 3
 
 def load_failure(what: str, name: str, error: Exception) -> ValueError:
     """Returns the error for a part of a model that cannot be read, with what to do."""
+    near = difflib.get_close_matches(name, BUNDLED, n=1)
     remedy = (
         "a file in that directory is damaged or not of this model; save or fetch it again"
         if name in BUNDLED or Path(name).is_dir()
         else "it is neither a local directory nor reachable on the hub; check "
-        "--model.name_or_path (--model in an evaluation or export) and the network"
+        "--model.name_or_path (--model in an evaluation or export) and the network, or name a "
+        "local directory" + (f"; did you mean {near[0]}?" if near else "")
     )
+    # A library's message may have several lines.
+    reason = " ".join(str(error).split())
     return ValueError(
-        f"{what} {name!r} could not be loaded ({type(error).__name__}: {error}): {remedy}"
+        f"{what} {name!r} could not be loaded ({type(error).__name__}: {reason}): {remedy}"
     )
 
 

@@ -107,7 +107,7 @@ def _check_external(config: Config) -> None:
         raise ValueError(
             f"teacher.weights: got 'external' with {got}; needs one of the two: name another "
             "model of the student's vocabulary with --teacher.model, or several with "
-            "--teacher.models"
+            "--teacher.models (and --teacher.model none if a preset names one)"
         )
     if section.revision is not None and section.model is None:
         raise ValueError(

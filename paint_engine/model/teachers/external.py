@@ -28,7 +28,8 @@ from paint_engine.model.tokenizer import (
 from paint_engine.types import Reader
 
 _KEY_OF = {"name_or_path": "model", "revision": "revision"}
-_KEYS = re.compile(r"\bmodel\.(name_or_path|revision)\b")
+# A teacher is of no evaluation or export, which name a model by --model.
+_KEYS = re.compile(r"\bmodel\.(name_or_path|revision)\b(?: \(--model [^)]*\))?")
 
 
 class ExternalTeacher(Teacher):

@@ -85,11 +85,14 @@ def test_a_column_names_the_teacher_of_a_row(tmp_path: Path) -> None:
     assert [problem.route for problem in loaded.problems] == ["math", "2", "math"]
     assert load_row(tmp_path, rows[0]).route == ""
     bad = {"other": "'code'; needs one of math, 2", "none": "'domain' is missing"}
+    keys = {"other": "teacher.model_names", "none": "teacher.route_column"}
     for name, row in (("other", GOOD | {"domain": "code"}), ("none", GOOD)):
         path = write_jsonl(tmp_path / f"{name}.jsonl", [rows[0], row])
         message = refusal(path, routes=routes)
         assert message.startswith(f"{name}.jsonl:2: no teacher: the column ")
         assert bad[name] in message
+        assert f"with --{keys[name]}, or leave such rows out" in message
+        assert "data.columns" not in message
         loaded = load(path, routes=routes, on_bad_row="skip")
         assert (len(loaded.problems), loaded.num_skipped) == (1, 1)
 
@@ -352,7 +355,9 @@ def test_feedback_is_a_column_that_may_be_empty(tmp_path: Path) -> None:
     assert load_row(tmp_path, GOOD | {"hint": None}, columns=columns).feedback == ""
     assert load_row(tmp_path, GOOD | {"hint": "Look again."}).feedback == ""
     file = write_jsonl(tmp_path / "a.jsonl", [GOOD])
-    assert "no feedback: the column 'hint' is missing" in refusal(file, columns=columns)
+    message = refusal(file, columns=columns)
+    assert "no feedback: the column 'hint' is missing" in message
+    assert "with --data.columns.feedback, or leave" in message
 
 
 def test_a_bare_answer_is_no_solution(tmp_path: Path) -> None:

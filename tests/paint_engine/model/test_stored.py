@@ -19,6 +19,7 @@ from paint_engine.files import BadFile
 from paint_engine.model.load import resolve_model
 from paint_engine.model.stored import (
     check_stored,
+    load_failure,
     load_weights,
     read_settings,
     refuse_prefixes,
@@ -262,6 +263,14 @@ def test_a_configuration_without_a_model_is_refused(
     for load in (check_stored, lambda *given: load_weights(*given, None)):
         with pytest.raises(ValueError, match=f"(?s){message}"):
             load(path, section)
+
+
+def test_a_failure_is_one_line_and_names_a_bundled_model_of_nearly_that_name() -> None:
+    error = OSError("cannot connect\nto the hub")
+    message = str(load_failure("model", "tiny-teachr", error))
+    assert "'tiny-teachr' could not be loaded (OSError: cannot connect to the hub): " in message
+    assert message.endswith("; did you mean tiny-teacher?") and "\n" not in message
+    assert "did you mean" not in str(load_failure("model", "Qwen/Qwen3-8B", error))
 
 
 def test_a_damaged_index_is_named(untied_model_dir: Path, tmp_path: Path) -> None:
