@@ -104,7 +104,9 @@ def _explain(
         needed = re.sub(r"^\w+ should (be|have) | after validation.*", "", message)
         items = "numbers" if "float" in str(field.annotation) else "texts"
         needed = needed.replace("valid tuple", f"list of {items}")
-        example = toml_value(field.default)
+        # An empty list shows no item's form.
+        two = "[1.0, 2.0]" if items == "numbers" else '["one", "two"]'
+        example = two if field.default == () else toml_value(field.default)
         # A shell would interpret TOML's backslashes, and the quotes of a list.
         example = shlex.quote(example) if "\\" in example or example[0] == "[" else example
         lines.append(

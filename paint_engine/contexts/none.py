@@ -52,7 +52,10 @@ class Nothing(Context):
         weights = teacher.weights
         is_same = self.message == prompts.student_template and prompts.teacher_suffix == ""
         is_same = is_same and prompts.teacher_thinking == prompts.student_thinking
-        if not is_same or weights not in _OWN_WEIGHTS or teacher.url is not None:
+        own_weights = weights in _OWN_WEIGHTS or (
+            weights == "external" and teacher.model == self.config.model.name_or_path
+        )
+        if not is_same or not own_weights or teacher.url is not None:
             return []
         whose = (
             "the student itself" if weights == "live" else "the base, as which the student starts,"

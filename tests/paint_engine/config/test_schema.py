@@ -223,6 +223,16 @@ def test_refused_values_say_got_needed_and_remedy(
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("key", "example"),
+    [("teacher.models", """'["one", "two"]'"""), ("teacher.model_weights", "'[1.0, 2.0]'")],
+)
+def test_the_example_of_a_list_that_is_empty_by_default_has_items(key: str, example: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        build_config([("my.toml", {key: "[a, b]"})])
+    assert str(caught.value).endswith(f"for example --{key} {example}")
+
+
 def test_every_refused_value_has_its_line_and_source() -> None:
     layers = [("a.toml", {"train.num_steps": 0}), ("command line", {"optim.eps": -1.0})]
     with pytest.raises(ValueError) as caught:

@@ -533,6 +533,10 @@ def test_a_teacher_that_is_the_student_is_spoken_of() -> None:
         (note,) = recipe("none", "--teacher.weights", weights).notes()
         assert f"teacher.weights {weights} the teacher is {whose}" in note
         assert "the loss stays at zero" in note
+    external = ("--teacher.weights", "external", "--teacher.model")
+    (note,) = recipe("none", *external, "tiny").notes()
+    assert "teacher.weights external the teacher is the base" in note
+    assert recipe("none", *external, "tiny-teacher").notes() == []
     (note,) = recipe("none", "--teacher.refresh_every", "5").notes()
     assert "teacher.weights fixed the teacher is the base" in note
     others = (
