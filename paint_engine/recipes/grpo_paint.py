@@ -71,19 +71,13 @@ class GrpoPaint(Paint, Grpo):
     def notes(self) -> list[str]:
         """Returns the notes of both recipes, and one on groups that cannot be left out."""
         found = Grpo.notes(self) + Paint.notes(self)
-        if self.config.grpo.skip_zero_variance and not self._leaves_out:
+        if self.config.grpo.skip_zero_variance and not self.chooses:
             found.append(
                 "grpo.skip_zero_variance leaves no rollout out: groups of equal rewards have no "
                 "policy gradient, but the teacher trains them; with objective.on wrong or right "
                 "it leaves out those that the teacher does not train"
             )
         return found
-
-    @property
-    def _leaves_out(self) -> bool:
-        """Whether the teacher may leave rollouts to the policy gradient alone."""
-        assert self.context is not None
-        return self.config.objective.on != "all" or self.context.is_optional
 
     @property
     def display(self) -> Display:
@@ -107,6 +101,12 @@ class GrpoPaint(Paint, Grpo):
         kept = {id(e) for part in (Grpo, Paint) for e in part.trained(self, examples)}
         return [example for example in examples if id(example) in kept]
 
+    @property
+    def takes_token_losses(self) -> bool:
+        """Also where the teacher chooses: the policy gradient trains the other rollouts in the same
+        micro-batches."""
+        return super().takes_token_losses or self.chooses
+
     def head_work(self, num_passes: int) -> HeadWork:
         """Returns the work of both losses. The policy gradient has no second pass."""
         policy, distilled = Grpo.head_work(self, 0), Paint.head_work(self, num_passes)
@@ -119,7 +119,7 @@ class GrpoPaint(Paint, Grpo):
         weight = self.config.objective.distill_weight
         token_loss = policy.per_token["token_loss"] + weight * distilled.per_token["token_loss"]
         per_token = {**distilled.per_token, **policy.per_token, "token_loss": token_loss}
-        if self._leaves_out and "token_weight" not in per_token:
+        if self.chooses and "token_weight" not in per_token:
             # Each token counts 1 here, but not in other micro-batches of the step.
             per_token["token_weight"] = token_loss.new_ones(len(token_loss))
         return LossOutput(

@@ -155,6 +155,12 @@ class Paint(TeacherRecipe):
             interpolates=objective.interpolation_weight > 0,
         )
 
+    @property
+    def takes_token_losses(self) -> bool:
+        """Whether the loss may need the divergence of each token, and not only its mean: tokens of
+        one micro-batch count differently."""
+        return load_weighting(self.config.objective.token_weights) is not None
+
     def head_work(self, num_passes: int) -> HeadWork:
         """Returns the work of one loss for each second pass, or of the loss to a server's top-k."""
         frozen, top_k = self.config.lora.enabled, self.config.objective.teacher_top_k
@@ -164,8 +170,7 @@ class Paint(TeacherRecipe):
         if top_k is not None:
             # The logits of the rows, the gradient by the hidden states, and that by the rows.
             return HeadWork(student=0, rows=(2 if frozen else 3) * top_k * num_passes)
-        weighs = load_weighting(self.config.objective.token_weights) is not None
-        if frozen or not weighs:
+        if frozen or not self.takes_token_losses:
             return HeadWork(student=(2 if frozen else 3) * num_passes)
         # With a loss per token, the gradient by the head takes both models' logits again.
         return HeadWork(student=4 * num_passes, second=2)

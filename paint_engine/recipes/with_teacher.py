@@ -104,6 +104,13 @@ class TeacherRecipe(Recipe):
             return add_rationales(shows, context, viewed)
         return viewed
 
+    @property
+    def chooses(self) -> bool:
+        """Whether the teacher may leave some rollouts untaught: by `objective.on`, or because its
+        context has nothing to show for them."""
+        assert self.context is not None
+        return self.config.objective.on != "all" or self.context.is_optional
+
     def teaches(self, example: TrainExample) -> bool:
         """Returns whether the teacher trains this rollout: its context has something to show for
         it, and `objective.on` lets it. A rollout without a verdict is neither right nor wrong."""

@@ -132,6 +132,10 @@ CASES: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
     "grpo, KL": ("grpo", 1, {"grpo": {"kl_weight": 0.1}}),
     "grpo_paint": ("grpo_paint", 1, {}),
     "grpo_paint, two teachers": ("grpo_paint", 2, {}),
+    "grpo_paint, on wrong": ("grpo_paint", 1, {"objective": {"on": "wrong"}}),
+    "grpo_paint, two teachers, on wrong": ("grpo_paint", 2, {"objective": {"on": "wrong"}}),
+    # No rollout here has a sibling's text; the teacher scores all of them, as the counts have it.
+    "grpo_paint, sibling": ("grpo_paint", 1, {"teacher": {"context": "sibling"}}),
     "sft": ("sft", 0, {}),
     "teacher_top_k": ("paint", 1, {"objective": {"teacher_top_k": LISTED}}),
     "served": ("paint", 0, {"teacher": SERVED}),
