@@ -103,15 +103,22 @@ def _first_batch(
     return lines
 
 
+def _share(number: float) -> str:
+    """Returns a number of rollouts, which is a mean where routes decide: 1,024 or 2.86."""
+    return f"{number:,.2f}".rstrip("0").rstrip(".")
+
+
 def _teacher_lines(config: Config, completion: int, scoring: Sequence[Scoring]) -> list[str]:
     """Returns a line on each teacher that is another model, and one on a teacher that follows."""
     size, lines = config.train.batch_size, []
-    models = teacher_models(config)
+    models, recipe = teacher_models(config), recipe_of(config)
+    may_lack = recipe.context is not None and recipe.context.is_optional
+    bound = "at most " if recipe.leaves_out or may_lack else ""
     for model, one in zip(models, scoring if models else (), strict=True):
         number = one.share * size
         lines.append(
             f"# teacher {one_line(model.name)}: {one.shape.base_parameters:,} parameters, frozen; "
-            f"it scores {number:.3g} of a step's {size} rollouts, "
+            f"it scores {bound}{_share(number)} of a step's {size:,} rollouts, "
             f"{number * (one.prompt + completion):,.0f} tokens"
         )
     every = config.teacher.refresh_every
@@ -148,11 +155,11 @@ def _work_lines(
         f"through the student{second}",
         f"# a step: {sum(flops.values()) * size / 1e12:.3g} TFLOP ({parts})",
     ]
-    if recipe.uses_teacher and config.objective.on != "all":
+    if recipe.leaves_out:
         passes = sum(flops.values()) - flops.get("rollout", 0.0) - flops.get("rationale", 0.0)
         lines.append(
-            f"# objective.on {config.objective.on}: each rollout that is left out of the passes "
-            f"takes {passes / 1e12:.3g} TFLOP less"
+            "# the sums have every rollout; each one that is left out of the passes takes "
+            f"{passes / 1e12:.3g} TFLOP less"
         )
     return lines
 

@@ -255,6 +255,11 @@ class Recipe:
         """Returns the examples, of all ranks, that the models process."""
         return examples
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether `trained` may leave rollouts out of the passes, for the estimates."""
+        return False
+
     def head_work(self, num_passes: int) -> HeadWork:
         """Returns the work of `loss` with the heads, for the estimates. By default, it is that of
         `token_logprobs` of the student and of each second pass.

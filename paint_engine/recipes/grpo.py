@@ -174,6 +174,11 @@ class Grpo(Recipe):
         kept = [group for group in self._groups(examples) if not has_equal_rewards(group)]
         return [example for group in kept for example in group]
 
+    @property
+    def leaves_out(self) -> bool:
+        """Those of groups of equal rewards, with `skip_zero_variance`."""
+        return self.config.grpo.skip_zero_variance
+
     def metrics(self, examples: Sequence[TrainExample]) -> dict[str, float]:
         """Returns the rollouts' means, the mean reward and the number of groups without a
         signal."""

@@ -102,6 +102,11 @@ class GrpoPaint(Paint, Grpo):
         return [example for example in examples if id(example) in kept]
 
     @property
+    def leaves_out(self) -> bool:
+        """Those that neither of the two parts trains."""
+        return self.config.grpo.skip_zero_variance and self.chooses
+
+    @property
     def takes_token_losses(self) -> bool:
         """Also where the teacher chooses: the policy gradient trains the other rollouts in the same
         micro-batches."""

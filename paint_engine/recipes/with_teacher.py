@@ -123,6 +123,11 @@ class TeacherRecipe(Recipe):
         """Returns the examples that the teacher trains. The others still count in the means."""
         return [example for example in examples if self.teaches(example)]
 
+    @property
+    def leaves_out(self) -> bool:
+        """The rollouts that the teacher does not train."""
+        return self.chooses
+
     def weighs(self, examples: Sequence[TrainExample]) -> bool:
         """Returns whether tokens of these examples count differently: then `token_weights` has
         their weights, else each counts 1."""

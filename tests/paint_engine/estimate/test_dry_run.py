@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase, Qwen3Config
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from paint_engine.config.command_line import load_config
 from paint_engine.config.schema import Config
 from paint_engine.data.problem_sets import ProblemSet, batch_indices, load_train_set
-from paint_engine.estimate.dry_run import check_run_fits, describe
+from paint_engine.estimate.arithmetic import Scoring
+from paint_engine.estimate.dry_run import _teacher_lines, check_run_fits, describe
 from paint_engine.estimate.lengths import prompt_lengths
 from paint_engine.estimate.memory import estimate_memory
 from paint_engine.estimate.model_shape import shape_of
 from paint_engine.model.load import meta_model
+from paint_engine.recipes import recipe_of
 
 CPU = torch.device("cpu")
 # Of the published checkpoints, as the hub counts them.
@@ -182,7 +184,7 @@ def test_what_the_sums_leave_out_is_said(
     plain = config_of(tmp_path)
     config = config_of(tmp_path, "--objective.on", "wrong", "--teacher.refresh_every", "5")
     train_set, model = train_set_of(plain, tokenizer), meta_model(plain)
-    left_out = "# objective.on wrong: each rollout that is left out of the passes takes "
+    left_out = "# the sums have every rollout; each one that is left out of the passes takes "
     copied = f"# every 5 steps the teacher becomes a copy of the student's {69_730_304:,} trained"
     for given, expected in ((plain, False), (config, True)):
         report = describe(given, tokenizer, train_set, None, model, device=CPU, num_ranks=1)
@@ -191,6 +193,51 @@ def test_what_the_sums_leave_out_is_said(
     (one,) = re.findall(rf"{left_out}([\d.]+) TFLOP less", report)
     passes = float(total[0]) - float(total[1])
     assert float(one) * config.train.batch_size == pytest.approx(passes, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", False),
+        ("--objective.on wrong", True),
+        ("--teacher.context sibling", True),
+        ("--teacher.context feedback", True),
+        ("--objective.name grpo", False),
+        ("--objective.name grpo --grpo.skip_zero_variance true", True),
+        ("--objective.name grpo_paint --objective.on wrong", False),
+        ("--objective.name grpo_paint --grpo.skip_zero_variance true", False),
+        ("--objective.name grpo_paint --grpo.skip_zero_variance true --objective.on wrong", True),
+    ],
+)
+def test_a_recipe_says_whether_it_leaves_rollouts_out(options: str, expected: bool) -> None:
+    objective: dict[str, object] = {}
+    values = options.split()
+    sections: dict[str, dict[str, object]] = {"objective": objective}
+    for key, value in zip(values[::2], values[1::2], strict=True):
+        section, name = key.removeprefix("--").split(".")
+        sections.setdefault(section, {})[name] = value == "true" or value
+    assert recipe_of(Config.model_validate(sections)).leaves_out == expected
+
+
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        ({}, "it scores 1,024 of a step's 1,024 rollouts, 122,880 tokens"),
+        ({"objective": {"on": "wrong"}}, "it scores at most 1,024 of a step's 1,024 rollouts"),
+        ({"teacher": {"context": "sibling"}}, "it scores at most 1,024 of a step's 1,024"),
+    ],
+)
+def test_a_teacher_s_rollouts_are_an_upper_bound_where_some_are_left_out(
+    sections: dict[str, dict[str, str]], line: str
+) -> None:
+    teacher = {"weights": "external", "models": ["t"], **sections.get("teacher", {})}
+    config = Config.model_validate({**sections, "teacher": teacher, "train": {"batch_size": 1024}})
+    with torch.device("meta"):
+        shape = shape_of(Qwen3ForCausalLM(Qwen3Config(vocab_size=8, num_hidden_layers=1)))
+    (found,) = _teacher_lines(config, 100, [Scoring(shape, 20.0)])
+    assert line in found
+    (found,) = _teacher_lines(config, 100, [Scoring(shape, 20.0, share=2 / 700)])
+    assert "2.93 of a step's 1,024" in found
 
 
 def test_memory_is_of_the_roles_and_the_sampling_that_a_run_has(
