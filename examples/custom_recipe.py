@@ -41,6 +41,11 @@ class EarlyTokens(Paint):
                 "weights tokens within their rollout; use --objective.reduction sequence_mean"
             )
 
+    @property
+    def takes_token_losses(self) -> bool:
+        """Yes, for `head_work` to count: with all weights trained, the loss costs more so."""
+        return True
+
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Computes the weighted mean of the token losses, with gradients to the student."""
         output = self.divergence(inputs, reduction="none")

@@ -126,6 +126,7 @@ CASES: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
     "paint": ("paint", 1, {}),
     "two teachers": ("paint", 2, {}),
     "weights of tokens": ("paint", 1, {"objective": {"token_weights": "position"}}),
+    "the example of a recipe": ("examples.custom_recipe:EarlyTokens", 1, {}),
     "sampled_token": ("sampled_token", 1, {}),
     "two teachers, sampled_token": ("sampled_token", 2, {}),
     "grpo": ("grpo", 0, {}),
