@@ -11,7 +11,7 @@ from paint_engine.distributed import gather_objects, merge_shares, my_share, tog
 from paint_engine.prompts.anchors import overlap
 from paint_engine.prompts.target import encode_target
 from paint_engine.prompts.template import BadTemplate
-from paint_engine.recipes import StepContext
+from paint_engine.recipes import Recipe, StepContext
 from paint_engine.rollout import to_rollout
 from paint_engine.scoring import Scorer
 from paint_engine.training.run import Run
@@ -24,7 +24,8 @@ def sample_step(run: Run, step: int) -> tuple[list[TrainExample], int]:
 
     step: counts from 0.
 
-    Raises EngineDied, RewardFailed, and BadTemplate and ContextFailed on every rank.
+    Raises EngineDied, RewardFailed, and on every rank BadTemplate, ContextFailed, and ValueError
+    for a rollout without a view that the teacher needs.
     """
     config = run.config
     if not run.recipe.samples:
@@ -47,9 +48,27 @@ def sample_step(run: Run, step: int) -> tuple[list[TrainExample], int]:
     # are planned by the lengths of all.
     gathered = merge_shares(gather_objects(list(prepared)))
     batch = list(run.recipe.prepare_batch(gathered))
+    check_views(run.recipe, batch)
     if run.scorer is not None:
         batch = add_scores(run, run.scorer, batch)
     return batch, step - sampled.weights_version
+
+
+def check_views(recipe: Recipe, batch: Sequence[TrainExample]) -> None:
+    """Raises ValueError if a recipe of the user's own has made no teacher view of a rollout that it
+    trains. The batch is that of all ranks, so that they all raise."""
+    may_lack = recipe.context is not None and recipe.context.is_optional
+    if may_lack or (recipe.second_pass != "teacher" and recipe.served_top_k is None):
+        return
+    lacking = [e.rollout.problem for e in recipe.trained(batch) if e.teacher_view is None]
+    if lacking:
+        config = recipe.config
+        raise ValueError(
+            f"objective.name: {config.objective.name}: prepare made no teacher view of a rollout "
+            f"of {lacking[0].problem_id}; the teacher needs one of each rollout that is trained "
+            f"(teacher.context {config.teacher.context!r}); add it in prepare, leave the rollout "
+            "out in trained, or use a context with is_optional = True"
+        )
 
 
 def add_scores(run: Run, scorer: Scorer, batch: Sequence[TrainExample]) -> list[TrainExample]:

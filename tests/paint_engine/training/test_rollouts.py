@@ -2,7 +2,7 @@
 solutions, rationales."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -11,15 +11,18 @@ import pytest
 import torch
 
 from paint_engine.config.command_line import load_config
+from paint_engine.config.schema import Config
 from paint_engine.data.problem_sets import batch_requests
 from paint_engine.distributed import World
 from paint_engine.model.packing import build_batch
+from paint_engine.recipes import StepContext, recipe_of
+from paint_engine.recipes.paint import Paint
 from paint_engine.recipes.teacher_view import add_teacher_view
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import Completion
 from paint_engine.training import step as step_module
 from paint_engine.training.build import build_run
-from paint_engine.training.rollouts import judge, sample_step, step_context
+from paint_engine.training.rollouts import check_views, judge, sample_step, step_context
 from paint_engine.training.run import Run
 from paint_engine.training.step import score, train_step
 from paint_engine.types import Problem, Request, Rollout, TeacherView, TrainExample, Verdict
@@ -111,6 +114,31 @@ def test_the_teachers_suffix_is_the_end_of_its_prompts_alone(build: Build) -> No
                 for ids in (view_of(item).prompt_ids, item.rollout.prompt_ids)
             )
             assert teacher.endswith(tail + suffix) and student.endswith(tail)
+
+
+class Forgetful(Paint):
+    """A recipe that makes no view of the last rollout."""
+
+    def prepare(self, context: StepContext, examples: Sequence[TrainExample]) -> list[TrainExample]:
+        *others, last = super().prepare(context, examples)
+        return [*others, replace(last, teacher_view=None)]
+
+
+def test_a_rollout_without_the_view_that_it_needs_is_refused(run: Run) -> None:
+    forgetful = Forgetful(run.config)
+    run.recipe = forgetful
+    needed = r"objective\.name: paint: prepare made no teacher view of a rollout of .*add it in"
+    with pytest.raises(ValueError, match=needed):
+        sample_step(run, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "section"), [("paint", {"context": "sibling"}), ("grpo", {}), ("sft", {})]
+)
+def test_a_rollout_that_needs_no_view_may_lack_it(name: str, section: dict[str, str]) -> None:
+    config = Config.model_validate({"objective": {"name": name}, "teacher": section})
+    rollout = Rollout(Problem("p", "", "", ""), (1,), (2,), (0.0,), False, "")
+    check_views(recipe_of(config), [TrainExample(rollout)])
 
 
 @pytest.mark.parametrize(
