@@ -58,9 +58,6 @@ def test_times_are_compared_with_the_plain_step_s(models: dict[str, str], tmp_pa
     first, second = found["rows"]
     assert first["measured"] == first["predicted"] == 1.0 and first["error"] == 0.0
     assert second["measured"] > 0 and second["predicted"] > 1
-    assert found["flops_per_s"] * found["plain_ms"] / 1e3 == pytest.approx(
-        sum(first["flops"].values())
-    )
 
 
 def test_the_error_of_a_prediction_and_its_table() -> None:
@@ -88,7 +85,16 @@ def test_the_error_of_a_prediction_and_its_table() -> None:
     assert "1,250 ms" in lines[-1] and "student H 64 with 1 layers" in lines[-1]
 
 
-def test_the_measured_steps_are_within_fifteen_percent_of_their_estimate() -> None:
+def test_the_measured_steps_are_within_fifteen_percent_of_their_estimate(tmp_path: Path) -> None:
+    """The operations are counted anew, at the sizes of the measurement."""
     result = json.loads((RESULTS / "step-estimates-cpu.json").read_text())
     assert [row["teacher"] for row in result["rows"]] == list(CASES)
-    assert max(abs(row["error"]) for row in result["rows"]) < 0.15
+    sizes = Sizes(result["rollouts"], result["completion"])
+    models, flops = estimates.write_models(tmp_path), {}
+    for row in result["rows"]:
+        name = row["teacher"]
+        run = estimates.open_case(CASES[name], models, sizes, tmp_path / f"run-{len(flops)}")
+        flops[name] = make_loop(CASES[name], run)[1]
+        assert flops[name] == pytest.approx(row["flops"], rel=1e-9), name
+        predicted = sum(flops[name].values()) / sum(flops[PLAIN].values())
+        assert abs(predicted / row["measured"] - 1) < 0.15, name
