@@ -27,7 +27,7 @@ _SWITCHED_OFF = {"masking.rho_wrong": 0.0, "masking.rho_correct": 0.0}
 
 
 class ContextFailed(Exception):
-    """A context of the user's own returned what no teacher can be shown."""
+    """A context or a recipe of the user's own has no text for the teacher that it can be shown."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ def sample_step(run: Run, step: int) -> tuple[list[TrainExample], int]:
 
     step: counts from 0.
 
-    Raises EngineDied, RewardFailed, and on every rank BadTemplate, ContextFailed, and ValueError
-    for a rollout without a view that the teacher needs.
+    Raises EngineDied, RewardFailed, and on every rank BadTemplate, and ContextFailed, also for a
+    rollout without a view that the teacher needs.
     """
     config = run.config
     if not run.recipe.samples:
@@ -55,15 +55,15 @@ def sample_step(run: Run, step: int) -> tuple[list[TrainExample], int]:
 
 
 def check_views(recipe: Recipe, batch: Sequence[TrainExample]) -> None:
-    """Raises ValueError if a recipe of the user's own has made no teacher view of a rollout that it
-    trains. The batch is that of all ranks, so that they all raise."""
+    """Raises ContextFailed if a recipe of the user's own has made no teacher view of a rollout that
+    it trains. The batch is that of all ranks, so that they all raise."""
     may_lack = recipe.context is not None and recipe.context.is_optional
     if may_lack or (recipe.second_pass != "teacher" and recipe.served_top_k is None):
         return
     lacking = [e.rollout.problem for e in recipe.trained(batch) if e.teacher_view is None]
     if lacking:
         config = recipe.config
-        raise ValueError(
+        raise ContextFailed(
             f"objective.name: {config.objective.name}: prepare made no teacher view of a rollout "
             f"of {lacking[0].problem_id}; the teacher needs one of each rollout that is trained "
             f"(teacher.context {config.teacher.context!r}); add it in prepare, leave the rollout "

@@ -201,7 +201,7 @@ def test_what_the_sums_leave_out_is_said(
         ("", False),
         ("--objective.on wrong", True),
         ("--teacher.context sibling", True),
-        ("--teacher.context feedback", True),
+        ("--teacher.context feedback --data.columns.feedback hint", True),
         ("--objective.name grpo", False),
         ("--objective.name grpo --grpo.skip_zero_variance true", True),
         ("--objective.name grpo_paint --objective.on wrong", False),
@@ -210,13 +210,8 @@ def test_what_the_sums_leave_out_is_said(
     ],
 )
 def test_a_recipe_says_whether_it_leaves_rollouts_out(options: str, expected: bool) -> None:
-    objective: dict[str, object] = {}
-    values = options.split()
-    sections: dict[str, dict[str, object]] = {"objective": objective}
-    for key, value in zip(values[::2], values[1::2], strict=True):
-        section, name = key.removeprefix("--").split(".")
-        sections.setdefault(section, {})[name] = value == "true" or value
-    assert recipe_of(Config.model_validate(sections)).leaves_out == expected
+    config = load_config(options.split()).config
+    assert recipe_of(config).leaves_out == expected
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 
 from paint_engine.config.command_line import load_config
 from paint_engine.config.schema import Config
+from paint_engine.contexts import ContextFailed
 from paint_engine.data.problem_sets import batch_requests
 from paint_engine.distributed import World
 from paint_engine.model.packing import build_batch
@@ -128,7 +129,7 @@ def test_a_rollout_without_the_view_that_it_needs_is_refused(run: Run) -> None:
     forgetful = Forgetful(run.config)
     run.recipe = forgetful
     needed = r"objective\.name: paint: prepare made no teacher view of a rollout of .*add it in"
-    with pytest.raises(ValueError, match=needed):
+    with pytest.raises(ContextFailed, match=needed):
         sample_step(run, 0)
 
 
