@@ -337,7 +337,11 @@ def test_sft_goes_four_times_through_the_data() -> None:
 def test_sizes_differ_in_the_model_and_in_how_it_is_split(recipe: str) -> None:
     largest = config_of(f"{recipe}-qwen3-8b")
     for size in ("1.7B", "4B"):
-        changed = differences(largest, config_of(f"{recipe}-qwen3-{size.lower()}"))
+        smaller = config_of(f"{recipe}-qwen3-{size.lower()}")
+        changed = differences(largest, smaller)
+        if recipe == "opd":
+            # Each has a larger teacher than itself.
+            assert changed.pop("teacher.model") == smaller.teacher.model
         assert changed == {
             "model.name_or_path": f"Qwen/Qwen3-{size}",
             "parallel.shard": "replicate",
@@ -349,7 +353,7 @@ def test_a_run_s_record_is_whole() -> None:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 8])
-@pytest.mark.parametrize("name", [n for n in NAMES if "qwen3" in n])
+@pytest.mark.parametrize("name", [n for n in NAMES if "qwen3" in n and not n.startswith("opd")])
 def test_the_published_recipes_fit_80_gib(name: str, num_ranks: int, tmp_path: Path) -> None:
     hidden, layers, heads, intermediate, tied = SHAPES[name.rpartition("-")[2]]
     Qwen3Config(
