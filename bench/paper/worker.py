@@ -77,7 +77,8 @@ def _evaluate_base(argv: list[str]) -> None:
 
 def _evaluations(run_dir: Path) -> list[dict[str, Any]]:
     found = []
-    for step, evaluation in read_evaluations(run_dir).items():
+    for step, evaluations in read_evaluations(run_dir).items():
+        (evaluation,) = evaluations.values()
         correct = correct_matrix(evaluation.samples)
         found.append(
             {

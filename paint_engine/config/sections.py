@@ -18,6 +18,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from paint_engine.config import templates
+from paint_engine.config.benchmarks import Benchmark, benchmark_name, find_benchmarks
 from paint_engine.files import path_text
 from paint_engine.keys import SERVER_KEY
 
@@ -80,6 +81,18 @@ def _all_is_alone(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def _words_are_a_list(value: object) -> object:
+    # As `--benchmarks` of the evaluation command takes them.
+    if not isinstance(value, str):
+        return value
+    return [] if value.lower() == "none" else [entry.strip() for entry in value.split(",")]
+
+
+def _are_benchmarks(entries: tuple[str, ...]) -> tuple[str, ...]:
+    find_benchmarks(entries, "benchmarks")
+    return entries
+
+
 # TOML has no null: "none" stands for it, in files and on the command line.
 OrNone = Annotated[
     T | None,
@@ -124,6 +137,9 @@ LayerNames = Annotated[
 ]
 
 ServerUrl = Annotated[Text, AfterValidator(_is_server_url)]
+Benchmarks = Annotated[
+    PathTuple, BeforeValidator(_words_are_a_list), AfterValidator(_are_benchmarks)
+]
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -546,9 +562,14 @@ class EvalSection(Section):
     path: PathText = Field(default="tiny", description="as data.path")
     revision: OrNone[PathText] = Field(default=None, description="as data.revision")
     split: PathText = Field(default="test", description="as data.split")
+    benchmarks: Benchmarks = Field(
+        default=(),
+        description="benchmarks, as --benchmarks of paint_engine.evaluate takes them, in place of "
+        "path, split and revision; empty = that of path",
+    )
     columns: ColumnsSection = Field(default=ColumnsSection(), description="as data.columns")
     num_problems: OrNone[Rows] = Field(
-        default=128, description="number of problems, from the first; none = all"
+        default=128, description="number of problems of each, from the first; none = all"
     )
     num_samples: Samples = Field(default=12, description="completions per problem: the k of Avg@k")
     temperature: Positive = Field(default=1.0, description="sampling temperature")
@@ -570,6 +591,13 @@ class EvalSection(Section):
     )
     at_start: bool = Field(default=True, description="evaluate before the first step")
     at_end: bool = Field(default=True, description="evaluate after the last step")
+
+    @property
+    def sources(self) -> tuple[Benchmark, ...]:
+        """What is evaluated on: `benchmarks`, else `path`."""
+        if self.benchmarks:
+            return tuple(find_benchmarks(self.benchmarks, "eval.benchmarks"))
+        return (Benchmark(benchmark_name(self.path), self.path, self.split, self.revision),)
 
 
 class CheckpointSection(Section):

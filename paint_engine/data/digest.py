@@ -1,6 +1,6 @@
 """The digest of a run's data in its directory, and what has changed when the run is resumed.
 
-`data.json` holds, of the training and of the evaluation set, where the rows came from (with the
+`data.json` holds, of the training and of each evaluation set, where the rows came from (with the
 commit, from the hub), how many were used, one digest of all of them in order, and a few digits of
 each row's own. These only find the first row that differs.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import NonNegativeInt
+from pydantic import Field, NonNegativeInt
 
 from paint_engine.config.command_line import read_toml
 from paint_engine.config.schema import Config
@@ -28,13 +28,12 @@ from paint_engine.files import (
 from paint_engine.types import Problem
 
 _ROW_DIGITS = 6
-_TRAIN, _EVAL = "train", "eval"
-_NAMES = {_TRAIN: "training", _EVAL: "evaluation"}
-# What selects the rows of each set. Another selection of evaluation data is no mistake.
-_SELECTION = {
-    _TRAIN: ("path", "split", "columns", "revision", "max_rows", "max_prompt_tokens"),
-    _EVAL: ("path", "split", "columns", "revision", "num_problems"),
-}
+_TRAIN, _EVAL, _BENCHMARKS = "train", "eval", "benchmarks"
+# What selects the rows of the training set. Another selection of evaluation data is no mistake.
+_SELECTION = {"path", "split", "columns", "revision", "max_rows", "max_prompt_tokens"}
+
+Sets = tuple[ProblemSet, Mapping[str, ProblemSet]]
+"""the training set, and the evaluation sets by benchmark"""
 
 
 class _SetRecord(Record):
@@ -47,6 +46,7 @@ class _SetRecord(Record):
 class _DataRecord(Record):
     train: _SetRecord
     eval: _SetRecord | None = None
+    benchmarks: dict[str, _SetRecord] = Field(default_factory=dict)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -69,10 +69,10 @@ def _row_digest(problem: Problem) -> str:
     return hashlib.sha256(json.dumps(row).encode()).hexdigest()
 
 
-def _describe(section: Any, kind: str, problem_set: ProblemSet) -> dict[str, Any]:
+def _describe(problem_set: ProblemSet, selection: Mapping[str, Any]) -> dict[str, Any]:
     rows = [_row_digest(problem) for problem in problem_set.problems]
     return {
-        "selection": section.model_dump(mode="json", include=set(_SELECTION[kind])),
+        "selection": dict(selection),
         "commit": problem_set.commit,
         "num_rows": len(rows),
         "digest": hashlib.sha256("".join(rows).encode()).hexdigest(),
@@ -81,9 +81,10 @@ def _describe(section: Any, kind: str, problem_set: ProblemSet) -> dict[str, Any
 
 
 def data_record(
-    config: Config, train_set: ProblemSet, eval_set: ProblemSet | None
+    config: Config, train_set: ProblemSet, eval_sets: Mapping[str, ProblemSet]
 ) -> dict[str, Any]:
-    """What `data.json` holds of these sets.
+    """What `data.json` holds of these sets. With `eval.benchmarks`, "benchmarks" holds each by its
+    name, in place of "eval".
 
     {"train": {"selection": {"path": "train.jsonl", ...}, "num_rows": 64, "digest": "9f3c...",
                "row_digests": "..."}, "eval": {...}}
@@ -91,11 +92,19 @@ def data_record(
     A collective: raises ValueError on every rank if a rank has other rows than rank 0, as on nodes
     with copies of their own.
     """
-    record = {_TRAIN: _describe(config.data, _TRAIN, train_set)}
-    if eval_set is not None:
-        record[_EVAL] = _describe(config.eval, _EVAL, eval_set)
+    selection = config.data.model_dump(mode="json", include=_SELECTION)
+    record: dict[str, Any] = {_TRAIN: _describe(train_set, selection)}
+    shared = config.eval.model_dump(mode="json", include={"columns", "num_problems"})
+    parts = {}
+    for source in config.eval.sources if eval_sets else ():
+        own = {"path": source.path, "split": source.split, "revision": source.revision}
+        parts[source.name] = _describe(eval_sets[source.name], own | shared)
+    if config.eval.benchmarks and parts:
+        record[_BENCHMARKS] = parts
+    elif parts:
+        (record[_EVAL],) = parts.values()
     first = gather_objects(record)[0]
-    found = _differences(first, record, (train_set, eval_set), "rank 0", "this rank")
+    found = _differences(first, record, (train_set, eval_sets), "rank 0", "this rank")
     raise_together(
         f"{'; '.join(found)}; needs the same rows on every node; copy the data, or use a shared "
         "file system"
@@ -105,28 +114,31 @@ def data_record(
     return record
 
 
+def _by_set(record: Mapping[str, Any]) -> dict[str | None, dict[str, Any]]:
+    """The evaluation sets of a record by benchmark; None = the only one."""
+    single = {None: record[_EVAL]} if record.get(_EVAL) is not None else {}
+    return single | record.get(_BENCHMARKS, {})
+
+
 def _differences(
-    before: Mapping[str, Any],
-    now: Mapping[str, Any],
-    sets: Sequence[ProblemSet | None],
-    earlier: str,
-    later: str,
+    before: Mapping[str, Any], now: Mapping[str, Any], sets: Sets, earlier: str, later: str
 ) -> list[str]:
     """One text for each set whose rows differ, though the same rows were asked for."""
-    found = []
-    for kind, problem_set in zip((_TRAIN, _EVAL), sets, strict=True):
-        old, new = before.get(kind), now.get(kind)
-        if old is None or new is None or old["digest"] == new["digest"]:
-            continue
-        if kind == _EVAL and old["selection"] != new["selection"]:
-            continue
-        assert problem_set is not None
-        found.append(
-            f"the {_NAMES[kind]} data {new['selection']['path']} has {new['num_rows']} rows for "
-            f"{later} and had {old['num_rows']} for {earlier}; "
-            + _first_difference(old, new, problem_set.problems)
-        )
-    return found
+    train_set, eval_sets = sets
+    pairs = [("training", before.get(_TRAIN), now.get(_TRAIN), train_set)]
+    evaluated = _by_set(before)
+    for name, part in _by_set(now).items():
+        old = evaluated.get(name)
+        if old is not None and old["selection"] == part["selection"]:
+            problem_set = next(iter(eval_sets.values())) if name is None else eval_sets[name]
+            pairs.append(("evaluation", old, part, problem_set))
+    return [
+        f"the {kind} data {new['selection']['path']} has {new['num_rows']} rows for "
+        f"{later} and had {old['num_rows']} for {earlier}; "
+        + _first_difference(old, new, problem_set.problems)
+        for kind, old, new, problem_set in pairs
+        if old is not None and new is not None and old["digest"] != new["digest"]
+    ]
 
 
 def _first_difference(
@@ -146,14 +158,14 @@ def _first_difference(
 def check_same_data(
     run_dir: Path,
     record: Mapping[str, Any],
-    sets: tuple[ProblemSet, ProblemSet | None],
+    sets: Sets,
     *,
     allow_changed: bool,
     say: Callable[[str], object],
 ) -> None:
     """Compares a run's data with what its directory recorded.
 
-    record: `data_record` of `sets`, the training and the evaluation set.
+    record: `data_record` of `sets`.
     allow_changed: only say what has changed.
 
     Raises ValueError where rows were changed, added, removed or put in another order. Without a

@@ -1,14 +1,16 @@
 """The problems of a run with their prompts, checked against the model's context, and the requests
 of each step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 from transformers import PreTrainedTokenizerBase
 
+from paint_engine.config.benchmarks import Benchmark
 from paint_engine.config.external import scorers, teacher_models
 from paint_engine.config.schema import Config
+from paint_engine.config.sections import ColumnsSection
 from paint_engine.data.rows import Routes, load_problems
 from paint_engine.distributed import World, my_share
 from paint_engine.prompts.chat import encode_hidden_teacher_prompts, encode_student_prompts
@@ -207,29 +209,67 @@ def load_train_set(
     return ProblemSet(tuple(kept), tuple(kept_prompts), num_skipped, loaded.commit)
 
 
-def load_eval_set(
+def held_out_notes(config: Config) -> list[str]:
+    """Returns notes on a choice of benchmarks that is rarely meant."""
+    section, path = config.eval, config.data.path
+    if not section.enabled:
+        return []
+    found, places = [], [source.path for source in section.sources]
+    if section.benchmarks and (section.path != "tiny" or section.revision is not None):
+        found.append(
+            f"eval.benchmarks takes the place of eval.path {section.path}, which is not evaluated"
+        )
+    if places == ["tiny"] and path != "tiny":
+        found.append(
+            f"training on {path}, evaluating on the bundled word problems; name held-out problems "
+            "of your own with --eval.path, or switch that off with --eval.enabled false"
+        )
+    if path in places and path != "tiny":
+        found.append(
+            f"{path} is both trained on and evaluated on; name held-out problems with --eval.path"
+        )
+    return found
+
+
+def load_eval_sets(
     config: Config, tokenizer: PreTrainedTokenizerBase, context: int, say: Callable[[str], object]
-) -> ProblemSet | None:
-    """Loads the held-out problems and their evaluation prompts. Returns None if evaluation is off.
+) -> dict[str, ProblemSet]:
+    """Loads the held-out problems and their evaluation prompts, by benchmark. Returns none if
+    evaluation is off.
 
     `say` gets a line on what was left out. Raises ValueError if a prompt leaves no room for an
     answer in the model's context.
     """
+    if not config.eval.enabled:
+        return {}
+    return {
+        source.name: _load_eval_set(config, source, tokenizer, context, say)
+        for source in config.eval.sources
+    }
+
+
+def _load_eval_set(
+    config: Config,
+    source: Benchmark,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    say: Callable[[str], object],
+) -> ProblemSet:
     section = config.eval
-    if not section.enabled:
-        return None
+    # The columns are those of the user's data; the bundled benchmark has its own.
+    bundled = source.path == "tiny" and bool(section.benchmarks)
     loaded = load_problems(
-        section.path,
-        revision=section.revision,
-        split=section.split,
-        columns=section.columns,
+        source.path,
+        revision=source.revision,
+        split=source.split,
+        columns=ColumnsSection() if bundled else section.columns,
         on_bad_row=config.data.on_bad_row,
         max_rows=section.num_problems,
         section="eval",
     )
     if loaded.num_skipped:
-        say(f"{section.path}: skipped {loaded.num_skipped} bad rows")
-    for note in spelled_note(section.path, tokenizer, loaded.problems):
+        say(f"{source.path}: skipped {loaded.num_skipped} bad rows")
+    for note in spelled_note(source.path, tokenizer, loaded.problems):
         say(f"note: {note}")
     encoded = encode_student_prompts(
         tokenizer, loaded.problems, config.prompts, thinking=section.thinking
@@ -244,7 +284,7 @@ def longest_sequence(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     train_set: ProblemSet,
-    eval_set: ProblemSet | None,
+    eval_sets: Mapping[str, ProblemSet],
 ) -> int:
     """Returns the length in tokens of the longest prompt plus completion over all sampled
     sequences: rollouts, the teacher's rationales, and evaluations."""
@@ -269,8 +309,8 @@ def longest_sequence(
         )
         num_tokens = (len(prompt) + shows.num_added_tokens) * 5 // 4
         sizes.append(num_tokens + config.teacher.reason_max_new_tokens)
-    if eval_set is not None:
-        sizes.append(max(map(len, eval_set.prompts)) + config.eval.max_new_tokens)
+    for held_out in eval_sets.values():
+        sizes.append(max(map(len, held_out.prompts)) + config.eval.max_new_tokens)
     return max(sizes)
 
 

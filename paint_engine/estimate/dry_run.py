@@ -2,7 +2,7 @@
 step."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -219,7 +219,7 @@ def describe(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     train_set: ProblemSet,
-    eval_set: ProblemSet | None,
+    eval_sets: Mapping[str, ProblemSet] | None,
     model: nn.Module,
     *,
     device: torch.device,
@@ -257,7 +257,7 @@ def describe(
     )
     processors = "a CPU" if longest.device_memory_bytes is None else "a GPU"
     each = "1 process" if num_ranks == 1 else f"each of {num_ranks} processes"
-    num_held_out = len(eval_set.problems) if eval_set else 0
+    num_held_out = sum(len(held_out.problems) for held_out in (eval_sets or {}).values())
     return "\n".join(
         (
             to_toml(config),

@@ -152,29 +152,38 @@ def bootstrap(
 
 
 def paired_bootstrap(
-    before: np.ndarray,
-    after: np.ndarray,
-    *,
+    *pairs: tuple[np.ndarray, np.ndarray],
     num_resamples: int = NUM_RESAMPLES,
     seed: int = BOOTSTRAP_SEED,
 ) -> Estimate:
-    """Returns the mean of after - before with its bootstrap interval over problems.
+    """Returns the mean of after - before, over benchmarks of their means over problems, with its
+    bootstrap interval over the problems of each benchmark.
 
     Each resampled problem keeps its results before and after together.
 
-    before, after: (P, k) booleans over the same problems in the same order.
+    pairs: for each benchmark, before and after: (P, k) booleans over the same problems in the same
+        order.
     """
-    assert before.shape[0] == after.shape[0], (before.shape, after.shape)
-    per_problem = after.mean(axis=1) - before.mean(axis=1)
-    return bootstrap([per_problem], num_resamples=num_resamples, seed=seed)
+    for before, after in pairs:
+        assert before.shape[0] == after.shape[0], (before.shape, after.shape)
+    groups = [after.mean(axis=1) - before.mean(axis=1) for before, after in pairs]
+    return bootstrap(groups, num_resamples=num_resamples, seed=seed)
 
 
-def best_step(evaluations: Mapping[int, Evaluation]) -> int | None:
+def macro_avg_at_k(evaluations: Mapping[str, Evaluation]) -> float:
+    """Returns the unweighted mean of Avg@k over benchmarks.
+
+    evaluations: of the same weights, by benchmark.
+    """
+    averages = [avg_at_k(correct_matrix(found.samples)) for found in evaluations.values()]
+    return sum(averages) / len(averages)
+
+
+def best_step(evaluations: Mapping[int, Mapping[str, Evaluation]]) -> int | None:
     """Returns the training step with the highest Avg@k, the later one of a tie, or None without
-    evaluations after training steps."""
-    averages = {
-        step: avg_at_k(correct_matrix(evaluation.samples))
-        for step, evaluation in evaluations.items()
-        if step > 0
-    }
+    evaluations after training steps. Of several benchmarks, their macro average counts.
+
+    evaluations: by step and benchmark, each step with the same benchmarks.
+    """
+    averages = {step: macro_avg_at_k(found) for step, found in evaluations.items() if step > 0}
     return max(averages, key=lambda step: (averages[step], step), default=None)

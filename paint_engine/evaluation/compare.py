@@ -82,8 +82,7 @@ def read_run(text: str) -> dict[str, Evaluation]:
         evaluations = read_evaluations(path)
         if not evaluations:
             raise ValueError(_no_evaluation(text, path))
-        chosen = _choose_step(text, evaluations, which or "last")
-        return {chosen.header.benchmark: chosen}
+        return _choose_step(text, evaluations, which or "last")
     heads = [head for head in sorted(path.glob("*.json")) if head.with_suffix(".jsonl").is_file()]
     if not heads and is_training_run(path):
         raise ValueError(_no_evaluation(text, path))
@@ -113,10 +112,14 @@ def _no_evaluation(text: str, run_dir: Path) -> str:
     )
 
 
-def _choose_step(text: str, evaluations: Mapping[int, Evaluation], which: str) -> Evaluation:
+def _choose_step(
+    text: str, evaluations: Mapping[int, dict[str, Evaluation]], which: str
+) -> dict[str, Evaluation]:
     step: int | None = None
     if which == "best":
-        step = best_step(evaluations)
+        # A resumed run may have other benchmarks than before.
+        names = evaluations[max(evaluations)].keys()
+        step = best_step({s: found for s, found in evaluations.items() if found.keys() == names})
     elif which == "last":
         step = max(evaluations)
     elif which.removeprefix("step-").isdecimal():

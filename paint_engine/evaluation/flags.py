@@ -13,10 +13,10 @@ from typing import NoReturn
 from pydantic import ValidationError
 
 from paint_engine.config import templates
+from paint_engine.config.benchmarks import KNOWN, Benchmark, parse_benchmarks
 from paint_engine.config.command_line import parse_value
 from paint_engine.config.sections import INSTRUCTION, EvalSection, PromptsSection, RewardSection
 from paint_engine.config.toml import LEAVES
-from paint_engine.evaluation.benchmarks import KNOWN, Benchmark, parse_benchmarks
 from paint_engine.files import argument_path, argument_text, shown
 
 # The flag for each configuration key in other modules' messages, where the names differ.
@@ -278,7 +278,8 @@ def _named_as_flags(prefix: str = "") -> Iterator[None]:
 
 def section_of(arguments: argparse.Namespace) -> EvalSection:
     """Returns the flags as the section of a training run's configuration, with its checks."""
-    names = EvalSection.model_fields.keys() & vars(arguments).keys()
+    # This command has its benchmarks apart, with files and names.
+    names = (EvalSection.model_fields.keys() & vars(arguments).keys()) - {"benchmarks"}
     columns = {"problem": arguments.problem_column, "answer": arguments.answer_column}
     with _named_as_flags():
         return EvalSection(columns=columns, **{name: getattr(arguments, name) for name in names})  # pyright: ignore[reportArgumentType]

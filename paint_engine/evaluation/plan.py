@@ -12,11 +12,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.checkpoint.choose import present, recorded_section
+from paint_engine.config.benchmarks import Benchmark
 from paint_engine.config.sections import ColumnsSection, EvalSection, PromptsSection
 from paint_engine.data import ProblemSet, spelled_note
 from paint_engine.data.rows import load_problems
 from paint_engine.distributed import World, gather_objects
-from paint_engine.evaluation.benchmarks import Benchmark
 from paint_engine.evaluation.flags import EvaluationCommand
 from paint_engine.evaluation.store import Header, evaluation_settings, fingerprints
 from paint_engine.evaluation.target import (

@@ -463,25 +463,41 @@ def read_evaluation(head: Path) -> Evaluation:
     return Evaluation(header, seconds, samples)
 
 
-def read_evaluations(run_dir: Path) -> dict[int, Evaluation]:
-    """Reads a training run's complete evaluations by step, in increasing order. Raises BadFile for
-    what is none, and ReadFailed."""
-    found, directory = {}, evaluation_directory(run_dir)
+def read_evaluations(run_dir: Path) -> dict[int, dict[str, Evaluation]]:
+    """Reads a training run's complete evaluations by step, in increasing order, and benchmark.
+    Raises BadFile for what is none, and ReadFailed."""
+    found: dict[int, dict[str, Evaluation]] = {}
+    directory = evaluation_directory(run_dir)
     try:
         with reading(directory):
-            heads = [directory / name for name in os.listdir(directory)]
+            heads = [directory / name for name in sorted(os.listdir(directory))]
     except FileMissing:
         return {}
     for head in heads:
         if fnmatch(head.name, "step-*.json"):
             evaluation = read_evaluation(head)
-            step = evaluation.header.step
-            if head.stem != f"step-{step}":
+            step, name = evaluation.header.step, evaluation.header.benchmark
+            if step is None or head.stem not in (f"step-{step}", f"step-{step}-{name}"):
                 raise BadFile(
-                    f"{head}: step: got {step!r}; needs the step in the file's name; {_REMOVE}"
+                    f"{head}: step: got {step!r} of the benchmark {shown(name)}; needs those in "
+                    f"the file's name; {_REMOVE}"
                 )
-            found[step] = evaluation
+            found.setdefault(step, {})[name] = evaluation
     return dict(sorted(found.items()))
+
+
+def evaluation_name(directory: Path, step: int, benchmark: str, *, several: bool) -> str:
+    """Returns the NAME of the files of a training run's evaluation: that of an earlier one on this
+    benchmark after as many steps, whatever else the run was evaluated on then; else a new one.
+
+    several: the run lists its benchmarks, so that the name has to say which it is.
+    """
+    plain, own = f"step-{step}", f"step-{step}-{benchmark}"
+    head = directory / f"{plain}.json"
+    if not several:
+        return own if (directory / f"{own}.json").is_file() else plain
+    is_same = head.is_file() and read_evaluation(head).header.benchmark == benchmark
+    return plain if is_same else own
 
 
 def evaluation_directory(run_dir: Path) -> Path:

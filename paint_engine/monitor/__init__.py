@@ -18,6 +18,7 @@ from paint_engine.monitor.shortening import (
     Shortening,
     ShorteningWatch,
     compare_lengths,
+    joined,
     lengths_of,
 )
 
@@ -35,6 +36,7 @@ __all__ = [
     "check_loggers",
     "compare_lengths",
     "is_evaluation",
+    "joined",
     "lengths_of",
     "wandb_id",
 ]

@@ -7,7 +7,7 @@ Short, unfinished and interrupted runs get a report too; the page says what is m
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -296,19 +296,33 @@ def _lengths(summary: Mapping[str, Any] | None) -> _Lengths | None:
         return None
     budgets = sorted({int(key) for entry in evaluations for key in entry["accuracy_within"]})
     rows = []
-    for entry in evaluations:
+    several = any(entry.get("benchmarks") for entry in evaluations)
+    for name, entry in _by_benchmark(evaluations):
         within = {int(key): _percent(share) for key, share in entry["accuracy_within"].items()}
         lengths = [entry.get(key) for key in _LENGTHS]
         rows.append(
             [
                 f"{entry['step']:,}",
+                *([name, _percent(entry["avg_at_k"])] if several else []),
                 *(within.get(budget, _NONE) for budget in budgets),
                 _percent(entry.get("truncation_rate", 0.0)),
                 *(_NONE if length is None else f"{length:,.0f}" for length in lengths),
             ]
         )
     within_budgets = [f"correct within {budget:,} tokens" for budget in budgets]
-    return _Lengths(["step", *within_budgets, "cut at the limit", *_LENGTHS.values()], rows)
+    names = ["benchmark", "Avg@k"] if several else []
+    return _Lengths(["step", *names, *within_budgets, "cut at the limit", *_LENGTHS.values()], rows)
+
+
+def _by_benchmark(
+    evaluations: Iterable[Mapping[str, Any]],
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields each evaluation's numbers on each of several benchmarks, and then their means."""
+    for entry in evaluations:
+        for name, numbers in entry.get("benchmarks", {}).items():
+            if numbers.get("accuracy_within") is not None:
+                yield name, {**numbers, "step": entry["step"]}
+        yield "macro", entry
 
 
 def _flatten(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

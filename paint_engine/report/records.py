@@ -37,8 +37,7 @@ class _Step(Record):
     step: Step
 
 
-class _Evaluation(Record):
-    step: Step
+class _Numbers(Record):
     avg_at_k: Share
     # An earlier version did not record these.
     accuracy_within: dict[Annotated[str, Field(pattern=r"^[0-9]{1,12}$")], Share] | None = None
@@ -47,6 +46,12 @@ class _Evaluation(Record):
     mean_correct_length: Length | None = None
     median_correct_length: Length | None = None
     tokens_per_correct: Length | None = None
+
+
+class _Evaluation(_Numbers):
+    step: Step
+    # Of several benchmarks.
+    benchmarks: dict[str, _Numbers] = Field(default_factory=dict)
 
 
 class _Shortening(Record):

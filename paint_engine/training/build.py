@@ -82,14 +82,14 @@ def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     for note in check_tokenizer(config, tokenizer, model, teachers):
         show(f"note: {note}")
     readers = [teacher.reader for teacher in teachers]
-    train_set, eval_set, record = load_sets(config, tokenizer, model, readers, served, show)
+    train_set, eval_sets, record = load_sets(config, tokenizer, model, readers, served, show)
     if command.resume is not None:
         allow = command.allow_changed_data
-        sets = (train_set, eval_set)
+        sets = (train_set, eval_sets)
         check_same_data(command.resume, record, sets, allow_changed=allow, say=show)
     num_ranks, models = launched_ranks(), [(one.shape, one.reader) for one in teachers]
     report = describe(
-        *(config, tokenizer, train_set, eval_set, model),
+        *(config, tokenizer, train_set, eval_sets, model),
         device=device,
         num_ranks=num_ranks,
         teachers=models,
@@ -129,7 +129,7 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
     config = command.config
     base, attention = load_checked_base(config, tokenizer, world, opened, say)
     readers = tuple(teacher.reader for teacher in opened)
-    train_set, eval_set, data = load_sets(config, tokenizer, base, readers, served, say)
+    train_set, eval_sets, data = load_sets(config, tokenizer, base, readers, served, say)
     model, fixed = build_student(config, base, tokenizer, train_set, world, opened)
     check_forward(model, attention, f"model {config.model.name_or_path}")
     external = load_teachers(config, opened, world, say)
@@ -141,9 +141,9 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
     progress = SavedProgress(step=0, seconds_train=0.0, sampled_ahead=None)
     if resumes:
         check_same_teachers(run_dir, teacher_commits)
-        check_same_start(command, run_dir, commit, data, (train_set, eval_set), say)
+        check_same_start(command, run_dir, commit, data, (train_set, eval_sets), say)
         progress = load_progress(config, run_dir, model, optimizer, teacher, world, say)
-    longest = min(longest_sequence(config, tokenizer, train_set, eval_set), max_context(base))
+    longest = min(longest_sequence(config, tokenizer, train_set, eval_sets), max_context(base))
     engine, eval_engine = make_engines(config, model, fixed, teacher, world, longest)
     sampler = build_sampler(config, engine, model, tokenizer, train_set, world, progress, warn)
     run = Run(
@@ -160,7 +160,7 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
         optimizer=optimizer,
         train_set=train_set,
         readers=readers,
-        eval_set=eval_set,
+        eval_sets=eval_sets,
         attention=attention,
         sampler=sampler,
         eval_engine=eval_engine,

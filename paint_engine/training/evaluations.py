@@ -1,6 +1,7 @@
 """Evaluations during training, and the checkpoint that evaluated best."""
 
 import time
+from collections.abc import Iterable
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -8,13 +9,13 @@ from paint_engine.checkpoint.directory import mark_best, prune
 from paint_engine.distributed import any_rank, gather_objects, together
 from paint_engine.evaluation.accuracy import best_step
 from paint_engine.evaluation.answers import FAILURES, all_requests, check_answers, evaluate
-from paint_engine.evaluation.benchmarks import benchmark_name
 from paint_engine.evaluation.store import (
     EvalSample,
     Evaluation,
     Header,
     SampleFiles,
     evaluation_directory,
+    evaluation_name,
     evaluation_settings,
     fingerprints,
     remove_shares,
@@ -29,27 +30,28 @@ from paint_engine.files import (
 from paint_engine.monitor import Progress
 from paint_engine.training.interrupt import Stopped, StopRequest
 from paint_engine.training.run import Run, save
-from paint_engine.training.summary import evaluation_shortenings, present_evaluations
+from paint_engine.training.summary import (
+    current_evaluations,
+    evaluation_shortenings,
+    present_evaluations,
+)
 
 
 def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> None:
-    """Evaluates the weights after `step` steps: the current ones, or the base at step 0.
+    """Evaluates the weights after `step` steps on every benchmark: the current ones, or the base at
+    step 0.
 
     A finished evaluation with the same settings is kept; an interrupted one resumes. The weights
     are saved first, so that both parts evaluate the same weights, and are marked as best if no
     earlier ones were better.
     """
-    assert run.eval_set is not None and step in (0, run.step)
-    started = time.monotonic()
+    assert run.eval_sets and step in (0, run.step)
     checkpoint = save(run) if step > 0 else None
-    directory, name = evaluation_directory(run.run_dir), f"step-{step}"
-    if gather_objects(step in _present(run))[0]:
-        # A kill may have come between the evaluation's last file and these.
-        together(lambda: run.world.is_main and remove_shares(directory, name), FILE_FAILURES)
-        keep_best(run, step, checkpoint)
-        return
-    base = step == 0 and run.step > 0
-    if base and not run.base.exists:
+    present = gather_objects(list(_present(run).get(step, {})))[0]
+    missing = [name for name in run.eval_sets if name not in present]
+    # A kill may have come between an evaluation's last file and these.
+    together(lambda: run.world.is_main and _remove_shares(run, step, present), FILE_FAILURES)
+    if missing and step == 0 and run.step > 0 and not run.base.exists:
         progress.note(
             "step 0 is not evaluated: with lora.enabled false and teacher.url, teacher.weights "
             "external or teacher.refresh_every, a run keeps no copy of the base, which can be "
@@ -57,26 +59,63 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
             f"python -m paint_engine.evaluate --model {run.config.model.name_or_path}"
         )
         return
-    if not base:
+    if missing and (step > 0 or run.step == 0):
         run.sampler.sync(step)
-    header = gather_objects(
+    for name in missing:
+        _evaluate_on(run, name, step, checkpoint, progress, stop)
+    keep_best(run, step, checkpoint)
+    if missing:
+        together(lambda: run.world.is_main and note_shortening(run, step, progress), FILE_FAILURES)
+
+
+def _remove_shares(run: Run, step: int, names: Iterable[str]) -> None:
+    directory = evaluation_directory(run.run_dir)
+    for name in names:
+        remove_shares(directory, _files_of(run, step, name))
+
+
+def _files_of(run: Run, step: int, name: str) -> str:
+    several = bool(run.config.eval.benchmarks)
+    return evaluation_name(evaluation_directory(run.run_dir), step, name, several=several)
+
+
+def _evaluate_on(
+    run: Run,
+    name: str,
+    step: int,
+    checkpoint: Path | None,
+    progress: Progress,
+    stop: StopRequest,
+) -> None:
+    """Evaluates the weights on one benchmark, and resumes an interrupted evaluation of them.
+
+    checkpoint: that of the step; None for the base.
+    """
+    started = time.monotonic()
+    header, files_name = gather_objects(
         together(
-            lambda: evaluation_header(run, step, checkpoint) if run.world.is_main else None,
+            lambda: (
+                (evaluation_header(run, name, step, checkpoint), _files_of(run, step, name))
+                if run.world.is_main
+                else (None, "")
+            ),
             FILE_FAILURES,
         )
     )[0]
     assert isinstance(header, Header)
     run.check_lock()
+    directory = evaluation_directory(run.run_dir)
     with closing(
-        SampleFiles(directory, name, header, run.world, replace=True, lock=run.lock)
+        SampleFiles(directory, files_name, header, run.world, replace=True, lock=run.lock)
     ) as files:
-        mine = files.share(all_requests(run.eval_set.problems, run.config.eval.num_samples))
+        problems = run.eval_sets[name].problems
+        mine = files.share(all_requests(problems, run.config.eval.num_samples))
         failure: Exception | None = None
 
         def answer() -> bool:
             nonlocal failure
             try:
-                return answer_all(run, step, base, files, files.missing(mine), progress, stop)
+                return answer_all(run, name, step, files, files.missing(mine), progress, stop)
             except FAILURES as failed:
                 failure = failed
                 return True
@@ -87,35 +126,31 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
             stop.check_together()
         assert finished
         files.finish(time.monotonic() - started)
-    keep_best(run, step, checkpoint)
-    together(lambda: run.world.is_main and note_shortening(run, step, progress), FILE_FAILURES)
 
 
-def evaluation_header(run: Run, step: int, checkpoint: Path | None) -> Header:
-    """Returns the header of the evaluation after `step` steps.
+def evaluation_header(run: Run, name: str, step: int, checkpoint: Path | None) -> Header:
+    """Returns the header of the evaluation on a benchmark after `step` steps.
 
     checkpoint: holds the evaluated weights; None for the base.
     """
-    assert run.eval_set is not None
-    section, weights = run.config.eval, "base"
+    weights = "base"
     if checkpoint is not None:
         manifest = read_json(checkpoint / MANIFEST_FILE, dict[str, list[int | str]])
         weights = manifest[ADAPTER_FILE if ADAPTER_FILE in manifest else MODEL_FILE][1]
+    config = run.config
     return Header(
-        benchmark_name(section.path),
-        evaluation_settings(
-            section, run.config.train.seed, run.config.prompts, run.config.reward.function
-        ),
+        name,
+        evaluation_settings(config.eval, config.train.seed, config.prompts, config.reward.function),
         {"weights": weights},
-        fingerprints(run.eval_set.problems),
+        fingerprints(run.eval_sets[name].problems),
         step,
     )
 
 
 def answer_all(
     run: Run,
+    name: str,
     step: int,
-    base: bool,
     files: SampleFiles,
     requests: list[tuple[int, int]],
     progress: Progress,
@@ -123,10 +158,10 @@ def answer_all(
 ) -> bool:
     """Samples the rest of this rank's share of an evaluation. Returns False if a signal stopped
     it."""
-    assert run.eval_set is not None
-    section = run.config.eval
+    section, held_out = run.config.eval, run.eval_sets[name]
     share = "" if run.world.size == 1 else f" (this of {run.world.size} ranks)"
-    title = f"Avg@{section.num_samples} after {step} steps{share}"
+    of = f"{name}: " if len(run.eval_sets) > 1 else ""
+    title = f"{of}Avg@{section.num_samples} after {step} steps{share}"
     with progress.evaluation(title, len(requests)) as advance:
         record, num_left = files.recorder(advance), len(requests)
 
@@ -141,13 +176,13 @@ def answer_all(
             evaluate(
                 run.eval_engine,
                 run.tokenizer,
-                run.eval_set.problems,
-                run.eval_set.prompts,
+                held_out.problems,
+                held_out.prompts,
                 requests,
                 run.eval_params,
                 run.reward,
                 seed=run.config.train.seed,
-                base=base,
+                base=step == 0 and run.step > 0,
                 on_samples=on_samples,
             )
             return True
@@ -181,7 +216,7 @@ def note_shortening(run: Run, step: int, progress: Progress) -> None:
         progress.note(f"note: {found[step].note}")
 
 
-def _present(run: Run) -> dict[int, Evaluation]:
-    """The complete evaluations on the main rank, none on others. A collective: raises BadFile and
-    ReadFailed on every rank."""
-    return together(lambda: present_evaluations(run) if run.world.is_main else {}, FILE_FAILURES)
+def _present(run: Run) -> dict[int, dict[str, Evaluation]]:
+    """The complete evaluations by step and benchmark on the main rank, none on others. A
+    collective: raises BadFile and ReadFailed on every rank."""
+    return together(lambda: current_evaluations(run) if run.world.is_main else {}, FILE_FAILURES)

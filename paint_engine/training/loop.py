@@ -59,14 +59,14 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
         evaluate_at(run, step, progress, stop)
         record_evaluation(run, writer, step)
 
-    if run.eval_set is not None and section.at_start:
+    if run.eval_sets and section.at_start:
         evaluate_after(0)
     with progress.training(num_steps, run.step) as show:
         while run.step < num_steps:
             stop.check_together()
             # An evaluation runs before the step that samples from the same weights. A stop during
             # it then loses no step, and a resumed run starts with it.
-            if run.eval_set is not None and is_evaluated(run.step):
+            if run.eval_sets and is_evaluated(run.step):
                 evaluate_after(run.step)
             metrics, samples = train_step(run, run.step)
             check_finite(metrics)
@@ -82,7 +82,7 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
             if checkpoint.every and run.step % checkpoint.every == 0:
                 save(run)
     save(run)
-    if run.eval_set is not None and is_evaluated(num_steps):
+    if run.eval_sets and is_evaluated(num_steps):
         evaluate_after(num_steps)
 
 

@@ -67,7 +67,7 @@ class Run:
 
     `base` is the model before training. `teacher` scores the rollouts and is often the base; with
     `scorer`, a server does. `readers` are the teachers that are other models, as readers of
-    prompts. `name`
+    prompts. `eval_sets` are the held-out problems by benchmark, none if evaluation is off. `name`
     is the preset's name, or "run" for a configuration file. `saved` is the step and the path of the
     newest checkpoint that this process has written. `lock` is the main rank's, on the directory;
     the others have None.
@@ -86,7 +86,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     train_set: ProblemSet
     readers: tuple[Reader, ...]
-    eval_set: ProblemSet | None
+    eval_sets: dict[str, ProblemSet]
     attention: str
     sampler: Sampler
     eval_engine: RolloutEngine

@@ -1,11 +1,12 @@
 """The summary of a run: `summary.json` and the lines printed at the end."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from paint_engine.evaluation.accuracy import (
+    Estimate,
     avg_at_k,
     best_step,
     by_problem,
@@ -26,59 +27,96 @@ from paint_engine.evaluation.store import (
     fingerprints,
     read_evaluations,
 )
-from paint_engine.files import SUMMARY_FILE, write_json
+from paint_engine.files import SUMMARY_FILE, one_line, write_json
 from paint_engine.files.terminal import Terminal
-from paint_engine.monitor import EVAL_PREFIX, FALL, Shortening, compare_lengths, lengths_of
+from paint_engine.monitor import (
+    EVAL_PREFIX,
+    FALL,
+    Shortening,
+    compare_lengths,
+    joined,
+    lengths_of,
+)
 from paint_engine.training.run import Run
 
+Evaluations = Mapping[int, Mapping[str, Evaluation]]
+"""by step and benchmark"""
 
-def present_evaluations(
-    run: Run, complete: Mapping[int, Evaluation] | None = None
-) -> dict[int, Evaluation]:
-    """Returns the run's complete evaluations by step that have the current settings and problems.
+
+def current_evaluations(
+    run: Run, complete: Evaluations | None = None
+) -> dict[int, dict[str, Evaluation]]:
+    """Returns the run's complete evaluations by step and benchmark that have the current
+    settings, benchmarks and problems.
 
     complete: all complete evaluations; None reads them from the disk.
     """
-    section, seed = run.config.eval, run.config.train.seed
+    config = run.config
     if complete is None:
         complete = read_evaluations(run.run_dir)
-    settings = evaluation_settings(section, seed, run.config.prompts, run.config.reward.function)
-    problems = None if run.eval_set is None else fingerprints(run.eval_set.problems)
+    settings = evaluation_settings(
+        config.eval, config.train.seed, config.prompts, config.reward.function
+    )
+    problems = {name: fingerprints(held_out.problems) for name, held_out in run.eval_sets.items()}
+
+    def is_current(name: str, evaluation: Evaluation) -> bool:
+        if evaluation.settings != settings:
+            return False
+        return not problems or problems.get(name) == evaluation.header.problems
+
     return {
-        step: found
+        step: kept
         for step, found in complete.items()
-        if found.settings == settings and problems in (None, found.header.problems)
+        if (kept := {name: one for name, one in found.items() if is_current(name, one)})
+    }
+
+
+def present_evaluations(
+    run: Run, complete: Evaluations | None = None
+) -> dict[int, dict[str, Evaluation]]:
+    """Returns `current_evaluations` of the steps that are evaluated on every benchmark: only these
+    can be compared."""
+    current = current_evaluations(run, complete)
+    names = run.eval_sets.keys() or {name for found in current.values() for name in found}
+    return {
+        step: {name: found[name] for name in names}
+        for step, found in current.items()
+        if found.keys() >= names
     }
 
 
 def summarise(run: Run) -> dict[str, Any]:
     """Writes and returns `summary.json`: Avg@k before and after training on the same problems, the
     best evaluation in between, where completions became a quarter shorter, and the time taken.
-    Evaluations with other settings are left out.
+    Evaluations with other settings are left out. With several benchmarks, the numbers are their
+    macro averages, and each benchmark's are in the evaluations.
 
     `best` is selected on the problems that it is measured on, so it is biased upwards; `last` is
     not."""
     complete = read_evaluations(run.run_dir)
     present = present_evaluations(run, complete)
-    correct = {step: correct_matrix(found.samples) for step, found in present.items()}
     evaluations = [evaluation_row(step, found) for step, found in present.items()]
-    averages = {row["step"]: row["avg_at_k"] for row in evaluations}
-    passes = {step: pass_at_k(matrix, matrix.shape[1]) for step, matrix in correct.items()}
-    last = run.config.train.num_steps
-    paired = None
-    if 0 in correct and last in correct:
-        paired = paired_bootstrap(correct[0], correct[last])
+    rows, last = {row["step"]: row for row in evaluations}, run.config.train.num_steps
     best = best_step(present)
     trained = [row for row in evaluations if row["step"] > 0]
-    num_problems, num_samples = next(iter(correct.values())).shape if correct else (0, 0)
-    seconds_eval = sum(found.seconds for found in complete.values())
+    shapes = [
+        correct_matrix(one.samples).shape for one in next(iter(present.values()), {}).values()
+    ]
+    num_samples = shapes[0][1] if shapes else 0
+    seconds_eval = sum(one.seconds for found in complete.values() for one in found.values())
+
+    def of(step: int, key: str) -> Any:
+        return rows[step][key] if step in rows else None
+
+    passes = {step: of(step, "pass_at_k") for step in (0, last)}
+    difference = paired_difference(present[0], present[last]) if {0, last} <= rows.keys() else None
     summary = {
-        "avg_at_k_before": averages.get(0),
-        "avg_at_k_after": averages.get(last),
-        "paired_difference": paired.value if paired else None,
-        "paired_difference_ci95": [paired.low, paired.high] if paired else None,
-        "pass_at_k_before": passes.get(0),
-        "pass_at_k_after": passes.get(last),
+        "avg_at_k_before": of(0, "avg_at_k"),
+        "avg_at_k_after": of(last, "avg_at_k"),
+        "paired_difference": difference and difference.value,
+        "paired_difference_ci95": difference and difference.ci95,
+        "pass_at_k_before": passes[0] and passes[0][str(num_samples)],
+        "pass_at_k_after": passes[last] and passes[last][str(num_samples)],
         "evaluations": evaluations,
         "best": next((row for row in trained if row["step"] == best), None),
         "last": trained[-1] if trained else None,
@@ -87,7 +125,7 @@ def summarise(run: Run) -> dict[str, Any]:
             shortening.model_dump() | {"note": shortening.note}
             for shortening in (*evaluation_shortenings(present), *run.shortening.found)
         ],
-        "num_problems": num_problems,
+        "num_problems": sum(num_problems for num_problems, _ in shapes),
         "num_samples": num_samples,
         "seconds": run.seconds_train + seconds_eval,
         "seconds_train": run.seconds_train,
@@ -102,16 +140,48 @@ def summarise(run: Run) -> dict[str, Any]:
     return summary
 
 
-def evaluation_row(step: int, evaluation: Evaluation) -> dict[str, Any]:
-    """Returns the numbers of one evaluation: accuracies, accuracy by length budget, and lengths in
-    tokens, None for those of correct answers where there are none."""
+def paired_difference(
+    before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]
+) -> Estimate:
+    """Returns the macro average of Avg@k after - before, with its interval.
+
+    before, after: of the same problems in the same order, by benchmark.
+    """
+    return paired_bootstrap(
+        *(
+            (correct_matrix(first.samples), correct_matrix(after[name].samples))
+            for name, first in before.items()
+        )
+    )
+
+
+def evaluation_row(step: int, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Returns the numbers of the evaluation after `step` steps: accuracies, accuracy by length
+    budget, and lengths in tokens, None for those of correct answers where there are none.
+
+    evaluations: by benchmark. Of several, the numbers are the unweighted means over benchmarks, and
+        "benchmarks" has those of each.
+    """
+    by_name = {name: _numbers(found) for name, found in evaluations.items()}
+    if len(by_name) == 1:
+        return {"step": step, **next(iter(by_name.values()))}
+    return {"step": step, **_mean(list(by_name.values())), "benchmarks": by_name}
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """The mean of equally shaped numbers; None where one of them is."""
+    if isinstance(values[0], dict):
+        return {key: _mean([one[key] for one in values]) for key in values[0]}
+    return None if None in values else sum(values) / len(values)
+
+
+def _numbers(evaluation: Evaluation) -> dict[str, Any]:
     matrix = correct_matrix(evaluation.samples)
     budgets = length_budgets(evaluation.settings["max_new_tokens"])
     found = length_statistics(answers_of(by_problem(evaluation.samples).values()), budgets)
     values = {key: float(value[0]) for key, value in found.items()}
     within = {str(budget): values.pop(f"{ACCURACY_WITHIN}{budget}") for budget in budgets}
     return {
-        "step": step,
         "avg_at_k": avg_at_k(matrix),
         "pass_at_k": {str(k): pass_at_k(matrix, k) for k in pass_ks(matrix.shape[1])},
         "accuracy_within": within,
@@ -120,25 +190,37 @@ def evaluation_row(step: int, evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def evaluation_metrics(step: int, evaluation: Evaluation) -> dict[str, float]:
+def evaluation_metrics(step: int, evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
     """Returns the numbers of `evaluation_row` as metrics, `eval_avg_at_k` for one, without those
-    that no correct answer gives."""
-    row = evaluation_row(step, evaluation)
-    within, passes = row.pop("accuracy_within"), row.pop("pass_at_k")
-    row |= {f"{ACCURACY_WITHIN}{budget}": share for budget, share in within.items()}
-    row |= {f"pass_at_{k}": share for k, share in passes.items()}
-    numbers = {f"{EVAL_PREFIX}{name}": value for name, value in row.items() if name != "step"}
-    return {"step": step, **{name: n for name, n in numbers.items() if n is not None}}
+    that no correct answer gives. Of several benchmarks, these are the means, and
+    `eval_NAME_avg_at_k` is that of benchmark NAME."""
+    row = evaluation_row(step, evaluations)
+    by_name, metrics = row.pop("benchmarks", {}), {"step": row.pop("step")}
+    metrics |= _metrics_of(row, EVAL_PREFIX)
+    for name, numbers in by_name.items():
+        metrics |= _metrics_of(numbers, f"{EVAL_PREFIX}{name}_")
+    return metrics
 
 
-def evaluation_shortenings(evaluations: Mapping[int, Evaluation]) -> list[Shortening]:
-    """Returns the evaluations whose answers are a quarter shorter than the base's, in the order of
-    steps. Empty without an evaluation of the base."""
+def _metrics_of(numbers: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    flat = {key: value for key, value in numbers.items() if not isinstance(value, dict)}
+    flat |= {
+        f"{ACCURACY_WITHIN}{budget}": share for budget, share in numbers["accuracy_within"].items()
+    }
+    flat |= {f"pass_at_{k}": share for k, share in numbers["pass_at_k"].items()}
+    return {f"{prefix}{key}": value for key, value in flat.items() if value is not None}
+
+
+def evaluation_shortenings(evaluations: Evaluations) -> list[Shortening]:
+    """Returns the evaluations whose answers, to all benchmarks together, are a quarter shorter than
+    the base's, in the order of steps. Empty without an evaluation of the base."""
     if 0 not in evaluations:
         return []
     lengths = {
-        step: lengths_of((s.num_tokens, s.truncated) for s in evaluation.samples)
-        for step, evaluation in evaluations.items()
+        step: joined(
+            [lengths_of((s.num_tokens, s.truncated) for s in one.samples) for one in found.values()]
+        )
+        for step, found in evaluations.items()
     }
     base = lengths.pop(0)
     changes = [
@@ -165,6 +247,8 @@ def print_summary(console: Terminal, summary: dict[str, Any], report: Path | Non
             step = summary[name]["step"]
             value = f"{summary[name]['avg_at_k']:.1%}"
             console.print(f"{name + ':':15}{value}  (Avg@{summary['num_samples']}, step {step})")
+            for benchmark, numbers in summary[name].get("benchmarks", {}).items():
+                console.print(f"  {one_line(benchmark) + ':':13}{numbers['avg_at_k']:.1%}")
     console.print(
         f"time:          {summary['seconds']:.0f} s ({summary['seconds_train']:.0f} s for "
         f"{summary['num_steps']} steps, {summary['seconds_eval']:.0f} s for evaluation)"

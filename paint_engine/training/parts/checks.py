@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from paint_engine.config.command_line import CommandLine
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import LEAVES, value_of
-from paint_engine.data import ProblemSet, check_same_data
+from paint_engine.data import ProblemSet, check_same_data, held_out_notes
 from paint_engine.files import recorded_commit, recorded_teacher_commits
 from paint_engine.model import check_vocabulary
 from paint_engine.model.teachers.external import OpenedTeacher
@@ -27,19 +27,9 @@ def check_before_loading(config: Config, say: Callable[[str], object]) -> None:
     cannot have."""
     check_loggers(tensorboard=config.run.tensorboard, wandb_project=config.run.wandb_project)
     check_engine_has_teacher(config)
-    for note in recipe_of(config).notes() + server_notes(config.rollout, config.teacher):
+    notes = recipe_of(config).notes() + server_notes(config.rollout, config.teacher)
+    for note in notes + held_out_notes(config):
         say(f"note: {note}")
-    if config.eval.enabled and config.eval.path == "tiny" and config.data.path != "tiny":
-        say(
-            f"note: training on {config.data.path}, evaluating on the bundled word problems; name "
-            "held-out problems of your own with --eval.path, or switch that off with "
-            "--eval.enabled false"
-        )
-    if config.eval.enabled and config.eval.path == config.data.path != "tiny":
-        say(
-            f"note: {config.data.path} is both trained on and evaluated on; name held-out problems "
-            "with --eval.path"
-        )
 
 
 def check_tokenizer(
@@ -81,7 +71,7 @@ def check_same_start(
     run_dir: Path,
     commit: str | None,
     data: dict[str, Any],
-    sets: tuple[ProblemSet, ProblemSet | None],
+    sets: tuple[ProblemSet, dict[str, ProblemSet]],
     say: Callable[[str], object],
 ) -> None:
     """Raises ValueError if a model of the hub is not at the commit that the run was started with,

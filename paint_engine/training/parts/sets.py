@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.config.schema import Config
-from paint_engine.data import ProblemSet, data_record, load_eval_set, load_train_set
+from paint_engine.data import ProblemSet, data_record, load_eval_sets, load_train_set
 from paint_engine.model import max_context
 from paint_engine.scoring import ServedModel
 from paint_engine.types import Reader
@@ -20,8 +20,8 @@ def load_sets(
     readers: Sequence[Reader],
     served: ServedModel | None,
     say: Callable[[str], object],
-) -> tuple[ProblemSet, ProblemSet | None, dict[str, Any]]:
-    """Returns the training and the evaluation set, and the record of their rows. A collective.
+) -> tuple[ProblemSet, dict[str, ProblemSet], dict[str, Any]]:
+    """Returns the training and the evaluation sets, and the record of their rows. A collective.
 
     readers: the teachers that are other models.
     """
@@ -30,5 +30,5 @@ def load_sets(
         # The student's tokenizer writes the prompts.
         readers = (Reader(tokenizer, served.room(context)),)
     train_set = load_train_set(config, tokenizer, context, say, readers)
-    eval_set = load_eval_set(config, tokenizer, max_context(base), say)
-    return train_set, eval_set, data_record(config, train_set, eval_set)
+    eval_sets = load_eval_sets(config, tokenizer, max_context(base), say)
+    return train_set, eval_sets, data_record(config, train_set, eval_sets)

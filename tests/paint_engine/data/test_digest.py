@@ -35,7 +35,7 @@ def compare(
     allow: bool = False,
 ) -> list[str]:
     said: list[str] = []
-    sets = (set_of(rows), None if evaluated is None else set_of(evaluated))
+    sets = (set_of(rows), {} if evaluated is None else {"tiny": set_of(evaluated)})
     record = data_record(config, *sets)
     check_same_data(run_dir, record, sets, allow_changed=allow, say=said.append)
     write_data_record(run_dir, record)
@@ -45,7 +45,7 @@ def compare(
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     (tmp_path / CONFIG_FILE).write_text(to_toml(CONFIG))
-    sets = (set_of(problems(5)), set_of(problems(3)))
+    sets = (set_of(problems(5)), {"tiny": set_of(problems(3))})
     write_data_record(tmp_path, data_record(CONFIG, *sets))
     return tmp_path
 
@@ -98,6 +98,43 @@ def test_evaluation_data_may_be_selected_otherwise_but_not_change(run_dir: Path)
     assert compare(run_dir, problems(5), None) == []
 
 
+def test_each_benchmark_has_its_record(run_dir: Path) -> None:
+    """An evaluation on another list of them is no change of the data; an edit of one is."""
+    rows, names = problems(5), ("aime24", "mine=mine.jsonl")
+    config = CONFIG.model_copy(
+        update={"eval": CONFIG.eval.model_copy(update={"benchmarks": names})}
+    )
+    sets = {"aime24": set_of(problems(3)), "mine": set_of(problems(2))}
+    said: list[str] = []
+
+    def resume(held_out: dict[str, ProblemSet], now: Config = config) -> None:
+        record = data_record(now, set_of(rows), held_out)
+        check_same_data(
+            run_dir, record, (set_of(rows), held_out), allow_changed=False, say=said.append
+        )
+        write_data_record(run_dir, record)
+
+    resume(sets)
+    recorded = json.loads((run_dir / "data.json").read_text())
+    assert {name: one["num_rows"] for name, one in recorded["benchmarks"].items()} == {
+        "aime24": 3,
+        "mine": 2,
+    }
+    assert recorded["benchmarks"]["mine"]["selection"]["path"] == "mine.jsonl"
+    assert "eval" not in recorded
+    resume(sets)
+    edited = [*problems(1), replace(problems(2)[1], answer="7")]
+    with pytest.raises(ValueError, match=r"the evaluation data mine.jsonl has 2 rows .*number 2"):
+        resume(sets | {"mine": set_of(edited)})
+    other = CONFIG.eval.model_copy(update={"benchmarks": ("aime24", "mine=other.jsonl")})
+    resume(sets | {"mine": set_of(edited)}, CONFIG.model_copy(update={"eval": other}))
+    assert said == []
+    recorded["benchmarks"]["mine"]["digest"] = 3
+    (run_dir / "data.json").write_text(json.dumps(recorded))
+    with pytest.raises(ValueError, match=r"benchmarks.mine.digest"):
+        resume(sets)
+
+
 def test_without_a_record_another_path_is_refused(run_dir: Path) -> None:
     (run_dir / "data.json").unlink()
     assert compare(run_dir, problems(5)) == []
@@ -114,7 +151,7 @@ def test_a_row_that_goes_to_another_teacher_has_changed(run_dir: Path) -> None:
     routed = [replace(row, route="math") for row in rows]
     with pytest.raises(ValueError, match=r"row that differs is number 1 \(a.jsonl:0\)"):
         compare(run_dir, routed)
-    write_data_record(run_dir, data_record(CONFIG, set_of(routed), None))
+    write_data_record(run_dir, data_record(CONFIG, set_of(routed), {}))
     assert compare(run_dir, routed) == []
     with pytest.raises(ValueError, match=r"row that differs is number 3 \(a.jsonl:2\)"):
         compare(run_dir, [*routed[:2], replace(routed[2], route="code"), *routed[3:]])

@@ -157,22 +157,22 @@ def test_an_answer_whose_check_failed_votes_for_its_own_text_and_is_compared_wit
 
 def test_equal_evaluations_differ_by_nothing() -> None:
     correct = np.random.default_rng(0).random((50, 4)) < 0.5
-    same = paired_bootstrap(correct, correct)
+    same = paired_bootstrap((correct, correct))
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
 
 
 def test_the_interval_is_that_of_a_mean_over_problems() -> None:
     rng = np.random.default_rng(1)
     before, after = rng.random((200, 6)) < 0.4, rng.random((200, 6)) < 0.6
-    result = paired_bootstrap(before, after)
+    result = paired_bootstrap((before, after))
     differences = after.mean(axis=1) - before.mean(axis=1)
     assert result.value == pytest.approx(differences.mean())
     # Of many problems the bootstrap's interval is the normal one.
     half = 1.96 * differences.std() / 200**0.5
     assert result.low == pytest.approx(differences.mean() - half, abs=0.1 * half)
     assert result.high == pytest.approx(differences.mean() + half, abs=0.1 * half)
-    assert paired_bootstrap(before, after) == result
-    assert paired_bootstrap(after, before).value == pytest.approx(-result.value)
+    assert paired_bootstrap((before, after)) == result
+    assert paired_bootstrap((after, before)).value == pytest.approx(-result.value)
 
 
 def test_a_macro_average_weighs_benchmarks_alike_and_resamples_within_each() -> None:
@@ -191,7 +191,7 @@ def test_a_planted_difference_is_covered_in_about_95_of_100_intervals() -> None:
         # Problems of very different difficulty, all made easier by 0.1.
         difficulty = rng.uniform(0.0, 0.9, size=(60, 1))
         before, after = rng.random((60, 4)) < difficulty, rng.random((60, 4)) < difficulty + 0.1
-        result = paired_bootstrap(before, after, num_resamples=500, seed=seed)
+        result = paired_bootstrap((before, after), num_resamples=500, seed=seed)
         covered += result.low <= 0.1 <= result.high
     assert 0.89 <= covered / 200 <= 0.985
 
@@ -200,7 +200,7 @@ def test_pairing_removes_the_spread_between_problems() -> None:
     before = np.repeat([[False], [True]], 50, axis=0)
     after = before.copy()
     after[:10] = True
-    result = paired_bootstrap(before, after)
+    result = paired_bootstrap((before, after))
     assert result.value == pytest.approx(0.1)
     # Unpaired, the interval would be over 0.27 wide.
     assert result.low > 0.0 and result.high - result.low < 0.13
@@ -208,4 +208,4 @@ def test_pairing_removes_the_spread_between_problems() -> None:
 
 def test_evaluations_of_other_problems_are_not_paired() -> None:
     with pytest.raises(AssertionError):
-        paired_bootstrap(np.ones((3, 2), dtype=bool), np.ones((4, 2), dtype=bool))
+        paired_bootstrap((np.ones((3, 2), dtype=bool), np.ones((4, 2), dtype=bool)))

@@ -1,4 +1,4 @@
-"""Benchmarks by name, by id and by file, and prompts that fit the model."""
+"""Benchmarks are loaded, and their prompts fit the model."""
 
 import json
 from collections.abc import Callable
@@ -7,48 +7,12 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from paint_engine.config.benchmarks import KNOWN, Benchmark
 from paint_engine.config.sections import ColumnsSection, EvalSection, PromptsSection
-from paint_engine.evaluation.benchmarks import KNOWN, Benchmark, parse_benchmarks
 from paint_engine.evaluation.plan import load_benchmark
 
 SECTION = EvalSection(max_new_tokens=20, num_problems=None)
 PROMPTS = PromptsSection(instruction="Go.")
-
-
-def test_names_files_and_ids(tmp_path: Path) -> None:
-    (tmp_path / "a:b=c.jsonl").write_text("")
-    odd = str(tmp_path / "a:b=c.jsonl")
-    assert parse_benchmarks("aime24, hmmt25") == [KNOWN[0], KNOWN[2]]
-    assert parse_benchmarks("../data/aime_2024.jsonl") == [
-        Benchmark("aime_2024", "../data/aime_2024.jsonl", "test")
-    ]
-    assert parse_benchmarks("m=HuggingFaceH4/MATH-500,openai/gsm8k:main:train,own/set:dev") == [
-        Benchmark("m", "HuggingFaceH4/MATH-500", "test"),
-        Benchmark("gsm8k", "openai/gsm8k:main", "train"),
-        Benchmark("set", "own/set", "dev"),
-    ]
-    assert parse_benchmarks(odd) == [Benchmark("a", odd, "test")]
-    # Near a known name, and still an id.
-    assert parse_benchmarks("aime2024:train") == [Benchmark("aime2024", "aime2024", "train")]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("aime24,", "empty entry; needs a comma-separated list"),
-        ("x=", "empty entry"),
-        ("aime24,aime24=other.jsonl", "two benchmarks are called 'aime24', which names the files"),
-        ("a/b=x.jsonl", "'a/b' cannot name a benchmark"),
-        ("data/results.jsonl", "the evaluation writes a results.json of its own; give another"),
-        ("tiny,versions=x.jsonl", "the evaluation writes a versions.json of its own; give another"),
-        ("someone/Results", "'Results' cannot name a benchmark"),
-        ("aime2024", "did you mean aime24"),
-        ("mine=HMMT-25", "called 'HMMT-25'; did you mean hmmt25"),
-    ],
-)
-def test_entries_that_say_nothing(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_benchmarks(text)
 
 
 def test_rows_without_a_solution(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -183,7 +183,7 @@ def test_the_interval_is_the_one_of_a_run_s_summary(tmp_path: Path, run: Run) ->
     write(tmp_path / "a", first)
     write(tmp_path / "b", second)
     found, _ = run("a", "b")
-    expected = paired_bootstrap(first, second)
+    expected = paired_bootstrap((first, second))
     bench = found["others"][0]["benchmarks"]["bench"]
     assert bench["difference"] == expected.value
     assert bench["ci95"] == [expected.low, expected.high]

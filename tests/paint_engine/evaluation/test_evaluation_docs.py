@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from paint_engine.config.benchmarks import KNOWN, parse_benchmarks
 from paint_engine.config.command_line import load_config
 from paint_engine.config.sections import EvalSection
 from paint_engine.distributed import World
 from paint_engine.evaluation import compare
 from paint_engine.evaluation.accuracy import NUM_RESAMPLES
-from paint_engine.evaluation.benchmarks import KNOWN, parse_benchmarks
 from paint_engine.evaluation.flags import parse_arguments, parse_comparison, section_of
 from paint_engine.evaluation.lengths import answers_of, length_statistics
 from paint_engine.evaluation.results import measures, results_table

@@ -18,11 +18,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paint_engine import evaluate as command_line
+from paint_engine.config.benchmarks import benchmark_name
 from paint_engine.config.sections import EvalSection, PromptsSection
 from paint_engine.distributed import World
 from paint_engine.evaluation.accuracy import correct_matrix
 from paint_engine.evaluation.answers import all_requests, evaluate
-from paint_engine.evaluation.benchmarks import benchmark_name
 from paint_engine.evaluation.store import (
     EvalSample,
     Header,

@@ -106,6 +106,6 @@ def test_it_solves_clearly_more_with_the_reference_in_its_prompt(
     masked = accuracy([teacher_prompt(p, 0.35) for p in problems])
     # Fallible alone, and neither hopeless nor done.
     assert 0.25 <= avg_at_k(alone) <= 0.8
-    difference = paired_bootstrap(alone, masked)
+    difference = paired_bootstrap((alone, masked))
     assert difference.low > 0
     assert avg_at_k(masked) > 0.65

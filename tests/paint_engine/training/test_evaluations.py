@@ -9,11 +9,22 @@ import pytest
 
 from paint_engine.checkpoint import save
 from paint_engine.evaluation import store
-from paint_engine.evaluation.accuracy import avg_at_k, correct_matrix, pass_at_k
-from paint_engine.evaluation.store import EvalSample, SampleFiles, read_evaluations
+from paint_engine.evaluation.accuracy import avg_at_k, best_step, correct_matrix, pass_at_k
+from paint_engine.evaluation.store import (
+    EvalSample,
+    Evaluation,
+    Header,
+    SampleFiles,
+    read_evaluations,
+)
 from paint_engine.files import read_jsonl
 from paint_engine.monitor import is_evaluation
 from paint_engine.training import evaluations as run_eval
+from paint_engine.training.summary import (
+    evaluation_metrics,
+    evaluation_row,
+    paired_difference,
+)
 
 Main = Callable[[Sequence[str]], int]
 NUM_SAMPLES = 6  # 3 problems, 2 samples of each
@@ -62,7 +73,9 @@ def arguments(command: list[str]) -> list[str]:
 
 
 def evaluations(run_dir: Path) -> dict[int, list[EvalSample]]:
-    return {step: found.samples for step, found in read_evaluations(run_dir).items()}
+    """The samples of a run that is evaluated on one benchmark."""
+    found = read_evaluations(run_dir)
+    return {step: one.samples for step, of_step in found.items() for one in of_step.values()}
 
 
 def logged(run_dir: Path) -> list[dict[str, Any]]:
@@ -170,7 +183,7 @@ def test_with_other_settings_it_starts_afresh(
         assert run_main(["--resume", str(run), "--eval.temperature", "0.7"]) == 0
     # The base's too, whose finished evaluation was with the old temperature.
     assert drawn == [NUM_SAMPLES] * 3
-    assert {e.settings["temperature"] for e in read_evaluations(run).values()} == {0.7}
+    assert {e["test"].settings["temperature"] for e in read_evaluations(run).values()} == {0.7}
 
 
 def test_other_weights_after_as_many_steps_are_not_mixed_in(
@@ -221,3 +234,104 @@ def test_the_summary_has_the_best_and_the_last(
         assert not line
     printed = capsys.readouterr().out
     assert f"step {summary['best']['step']})" in printed and "last:" in printed
+
+
+def test_a_run_on_several_benchmarks_stores_each_and_sums_up_their_means(
+    arguments: list[str],
+    run_main: Main,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The path's evaluations are kept where it becomes one of several."""
+    run, other = tmp_path / "run", write_rows(tmp_path / "other.jsonl", 2, shape="aime")
+    assert run_main([*arguments, "--train.num_steps", "2"]) == 0
+    names = f"{tmp_path / 'test.jsonl'},more={other}"
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = asked(patch)
+        again = ["--resume", str(run), "--train.num_steps", "4", "--eval.benchmarks", names]
+        assert run_main(again) == 0
+    printed = capsys.readouterr().out
+    assert f"eval.benchmarks takes the place of eval.path {tmp_path / 'test.jsonl'}" in printed
+    # Of steps 0 and 2 the second benchmark alone; step 2 comes again as the newest checkpoint.
+    assert drawn == [4, 4, 6, 4]
+    found = read_evaluations(run)
+    assert list(found) == [0, 2, 4]
+    assert all(sorted(one) == ["more", "test"] for one in found.values())
+    assert sorted(path.name for path in (run / "evaluations").glob("*.json")) == [
+        *("step-0-more.json", "step-0.json", "step-2-more.json", "step-2.json"),
+        *("step-4-more.json", "step-4-test.json"),
+    ]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["num_problems"] == 3 + 2
+    for row in summary["evaluations"]:
+        averages = {
+            name: avg_at_k(correct_matrix(one.samples)) for name, one in found[row["step"]].items()
+        }
+        assert {name: one["avg_at_k"] for name, one in row["benchmarks"].items()} == averages
+        assert row["avg_at_k"] == sum(averages.values()) / 2
+    assert summary["avg_at_k_after"] == summary["evaluations"][-1]["avg_at_k"]
+    # The base, and step 2 once of one benchmark and once of both; steps never decrease.
+    lines = [line for line in read_jsonl(run / "metrics.jsonl") if is_evaluation(line)]
+    assert [line["step"] for line in lines] == [0, 2, 2, 4]
+    assert ["eval_more_avg_at_k" in line for line in lines] == [False, False, True, True]
+    assert lines[2:] == [evaluation_metrics(step, found[step]) for step in (2, 4)]
+    # Each value is shown apart, and their means.
+    page = (run / "report.html").read_text()
+    assert page.count("<td>more</td>") == page.count("<td>macro</td>") == 3
+    # Back to one benchmark, nothing is sampled again.
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = asked(patch)
+        assert run_main(["--resume", str(run), "--eval.benchmarks", "[]"]) == 0
+    assert drawn == []
+
+
+def _check_metrics_by_hand(both: dict[str, float], none: dict[str, float]) -> None:
+    """both: of the benchmarks with correct answers; none: "b" has no correct one."""
+    assert both["step"] == 4
+    averages = {name: both[f"eval_{name}avg_at_k"] for name in ("", "a_", "b_")}
+    assert averages == {"": (3 / 4 + 1 / 2) / 2, "a_": 3 / 4, "b_": 1 / 2}
+    assert (both["eval_a_accuracy_within_8"], both["eval_b_accuracy_within_8"]) == (3 / 4, 1 / 2)
+    assert both["eval_a_pass_at_2"] == both["eval_pass_at_2"] == 1.0
+    assert (both["eval_a_mean_length"], both["eval_b_mean_length"]) == (5, 3)
+    # The same names of each benchmark as of the mean, and no others.
+    of_mean = {name for name in both if not name.startswith(("eval_a_", "eval_b_", "step"))}
+    assert both.keys() - of_mean == {"step"} | {
+        name.replace("eval_", f"eval_{benchmark}_", 1)
+        for name in of_mean
+        for benchmark in ("a", "b")
+    }
+    # No mean where one benchmark has no value.
+    assert none["eval_a_mean_correct_length"] == 8
+    assert not none.keys() & {"eval_mean_correct_length", "eval_b_mean_correct_length"}
+    assert none["eval_b_avg_at_k"] == 0.0
+
+
+def test_means_over_benchmarks_by_hand() -> None:
+    """Two problems and one; two answers each; the limit is 8 tokens."""
+
+    def of(name: str, *correct: bool) -> Evaluation:
+        samples = [
+            EvalSample(f"{name}:{i // 2}", i % 2, "", 2 * (i + 1), None, right, False, None)
+            for i, right in enumerate(correct)
+        ]
+        problems = dict.fromkeys((sample.problem_id for sample in samples), "0")
+        settings = {"max_new_tokens": 8, "num_samples": 2}
+        return Evaluation(Header(name, settings, {}, problems, 4), 1.0, samples)
+
+    first = {"a": of("a", True, True, False, True), "b": of("b", False, True)}
+    row = evaluation_row(4, first)
+    assert (row["step"], row["avg_at_k"]) == (4, (3 / 4 + 1 / 2) / 2)
+    assert row["pass_at_k"] == {"1": (3 / 4 + 1 / 2) / 2, "2": 1.0}
+    # Lengths 2, 4, 6, 8 and 2, 4: correct within 4 tokens are half of each.
+    assert row["accuracy_within"]["4"] == 1 / 2
+    assert (row["mean_length"], row["truncation_rate"]) == ((5 + 3) / 2, 0.0)
+    assert row["mean_correct_length"] == pytest.approx(((2 + 4 + 8) / 3 + 4) / 2)
+    none = {"a": of("a", False, False, False, True), "b": of("b", False, False)}
+    assert evaluation_row(0, none)["mean_correct_length"] is None
+    _check_metrics_by_hand(evaluation_metrics(4, first), evaluation_metrics(0, none))
+    difference = paired_difference(none, first)
+    assert difference.value == pytest.approx((2 / 4 + 1 / 2) / 2)
+    # The mean of the benchmarks decides, though "a" alone is best at step 2.
+    better = {"a": of("a", True, True, True, True), "b": of("b", False, False)}
+    assert best_step({0: better, 2: better, 4: first}) == 4

@@ -102,7 +102,8 @@ def content(run_dir: Path, step: int = 4) -> dict[str, Any]:
         "samples": (run_dir / "samples.jsonl").read_bytes(),
         "evaluations": {
             step: (evaluation.settings, evaluation.samples)
-            for step, evaluation in read_evaluations(run_dir).items()
+            for step, found in read_evaluations(run_dir).items()
+            for evaluation in found.values()
         },
         "summary": {k: summary[k] for k in summary if "_at_k" in k or "paired" in k},
         **{p.name: p.read_bytes() for p in target.glob("*model.safetensors")},
@@ -269,7 +270,7 @@ def test_other_evaluation_settings_after_a_resume_are_measured_anew_base_include
     variants: Callable[..., list[str]], run_main: Main, tmp_path: Path
 ) -> None:
     assert run_main(variants("run", "--train.num_steps", "1")) == 0
-    first = read_evaluations(tmp_path / "run")[0]
+    first = read_evaluations(tmp_path / "run")[0]["test"]
     argv = ["--resume", str(tmp_path / "run"), "--train.num_steps", "2", "--eval.num_problems", "2"]
     assert run_main(argv) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -277,5 +278,5 @@ def test_other_evaluation_settings_after_a_resume_are_measured_anew_base_include
     assert [row["step"] for row in summary["evaluations"]] == [0, 2]
     assert summary["paired_difference_ci95"] is not None
     # The base was sampled with the adapters off: the same answers as before the first step.
-    again = read_evaluations(tmp_path / "run")[0]
+    again = read_evaluations(tmp_path / "run")[0]["test"]
     assert again.samples == first.samples[: len(again.samples)]

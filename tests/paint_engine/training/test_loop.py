@@ -213,8 +213,8 @@ def test_each_thinking_switch_reaches_its_own_prompts(switch: str, command: list
     settings = [part for n in names for part in (f"--{n}", str(n == switch).lower())]
     run = build_run(load_config([*command, *settings]), WORLD)
     (first, *_), _ = step_module.sample_step(run, 0)
-    assert run.eval_set is not None
-    prompts = (first.rollout.prompt_ids, first.teacher_view.prompt_ids, run.eval_set.prompts[0])
+    (held_out,) = run.eval_sets.values()
+    prompts = (first.rollout.prompt_ids, first.teacher_view.prompt_ids, held_out.prompts[0])
     for name, ids in zip(names, prompts, strict=True):
         text = run.tokenizer.decode(list(ids))
         # Qwen3's template: with thinking off the answer begins after an empty thought.

@@ -134,13 +134,13 @@ def test_the_numbers_of_an_evaluation_by_hand(
     """Three problems with two answers each; the limit is 6 tokens."""
     assert run_main([*command, "--train.num_steps", "1"]) == 0
     run = tmp_path / "run"
-    found = read_evaluations(run)[0]
+    found = read_evaluations(run)[0]["test"]
     lengths, correct = (1, 6, 3, 2, 6, 6), (True, False, True, True, False, True)
     planted = [
         replace(sample, num_tokens=length, correct=is_right, truncated=length == 6)
         for sample, length, is_right in zip(found.samples, lengths, correct, strict=True)
     ]
-    assert evaluation_row(3, replace(found, samples=planted)) == {
+    assert evaluation_row(3, {"test": replace(found, samples=planted)}) == {
         "step": 3,
         "avg_at_k": 4 / 6,
         "pass_at_k": {"1": pytest.approx(4 / 6), "2": 1.0},
@@ -151,7 +151,7 @@ def test_the_numbers_of_an_evaluation_by_hand(
         "tokens_per_correct": 6.0,
         "truncation_rate": 0.5,
     }
-    assert evaluation_metrics(3, replace(found, samples=planted)) == {
+    assert evaluation_metrics(3, {"test": replace(found, samples=planted)}) == {
         "step": 3,
         "eval_avg_at_k": 4 / 6,
         "eval_pass_at_1": pytest.approx(4 / 6),
@@ -166,15 +166,15 @@ def test_the_numbers_of_an_evaluation_by_hand(
         "eval_truncation_rate": 0.5,
     }
     wrong = [replace(sample, correct=False) for sample in planted]
-    row = evaluation_row(0, replace(found, samples=wrong))
+    row = evaluation_row(0, {"test": replace(found, samples=wrong)})
     assert (row["mean_length"], row["accuracy_within"]) == (4.0, {"1": 0.0, "3": 0.0, "6": 0.0})
     assert row["mean_correct_length"] is row["median_correct_length"] is None
     assert row["tokens_per_correct"] is None
-    metrics = evaluation_metrics(0, replace(found, samples=wrong))
+    metrics = evaluation_metrics(0, {"test": replace(found, samples=wrong)})
     assert metrics.keys() >= {"eval_mean_length", "eval_accuracy_within_6"}
     assert not metrics.keys() & {"eval_mean_correct_length", "eval_tokens_per_correct"}
     # Six answers are too few to tell.
-    assert evaluation_shortenings({0: found, 1: found}) == []
-    assert evaluation_shortenings({1: found}) == []
+    assert evaluation_shortenings({0: {"test": found}, 1: {"test": found}}) == []
+    assert evaluation_shortenings({1: {"test": found}}) == []
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["evaluations"][0] == evaluation_row(0, found)
+    assert summary["evaluations"][0] == evaluation_row(0, {"test": found})

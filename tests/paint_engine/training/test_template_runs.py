@@ -13,11 +13,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine.config import templates
+from paint_engine.config.benchmarks import Benchmark
 from paint_engine.config.command_line import load_config
 from paint_engine.config.sections import EvalSection, PromptsSection
 from paint_engine.distributed import World
 from paint_engine.estimate.dry_run import describe
-from paint_engine.evaluation.benchmarks import Benchmark
 from paint_engine.evaluation.flags import parse_arguments, prompts_of
 from paint_engine.evaluation.plan import load_benchmark
 from paint_engine.evaluation.store import evaluation_settings
@@ -90,7 +90,7 @@ def test_the_dry_run_shows_every_message(run: Run) -> None:
         run.config,
         run.tokenizer,
         run.train_set,
-        run.eval_set,
+        run.eval_sets,
         run.model,
         device=torch.device("cpu"),
         num_ranks=1,
@@ -105,12 +105,13 @@ def test_the_dry_run_shows_every_message(run: Run) -> None:
 
 
 def test_a_run_is_evaluated_with_the_student_s_message_and_its_record_says_so(run: Run) -> None:
-    assert run.eval_set is not None
-    texts = [decoded(run, prompt) for prompt in run.eval_set.prompts]
-    problems = run.eval_set.problems
+    (held_out,) = run.eval_sets.values()
+    texts = [decoded(run, prompt) for prompt in held_out.prompts]
+    problems = held_out.problems
     assert texts == [f"{OPENING}Q {problem.problem} Go.{ANSWER}" for problem in problems]
     evaluate_at(run, 0, Progress(Terminal(quiet=True)), StopRequest())
-    ((step, evaluation),) = present_evaluations(run).items()
+    ((step, found),) = present_evaluations(run).items()
+    (evaluation,) = found.values()
     assert step == 0
     assert evaluation.settings["student_template"] == OWN["prompts.student_template"]
     prompts = run.config.prompts.model_copy(update={"student_template": templates.STUDENT})

@@ -1,6 +1,8 @@
-"""Benchmarks by name, by Hugging Face id or by file, as `--benchmarks` lists them."""
+"""Benchmarks by name, by Hugging Face id or by file, as `--benchmarks` and `eval.benchmarks` list
+them."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,11 +15,13 @@ class Benchmark:
     """Benchmark("aime24", "HuggingFaceH4/aime_2024", "train")
 
     split: of "tiny" and of a data set by id; ignored for files.
+    revision: of a data set by id; None = the newest.
     """
 
     name: str
     path: str
     split: str
+    revision: str | None = None
 
 
 KNOWN = (
@@ -37,44 +41,51 @@ def benchmark_name(path: str) -> str:
 
 
 def parse_benchmarks(text: str) -> list[Benchmark]:
-    """Returns the benchmarks of a comma-separated list. Each entry is a known name or
-    [NAME=]SOURCE, where SOURCE is a file or a `datasets` id: ID, ID:SPLIT or ID:CONFIG:SPLIT.
+    """Returns the benchmarks of a comma-separated list, by `find_benchmarks`."""
+    return find_benchmarks([entry.strip() for entry in text.split(",")], f"--benchmarks {text}")
+
+
+def find_benchmarks(entries: Sequence[str], given: str) -> list[Benchmark]:
+    """Returns the benchmarks that the entries name. Each is a known name or [NAME=]SOURCE, where
+    SOURCE is a file or a `datasets` id: ID, ID:SPLIT or ID:CONFIG:SPLIT.
+
+    given: where the entries are from, for messages.
 
     Raises ValueError for an empty entry, for two with the same name, and for a name that cannot
     name result files.
     """
-    found = [_parse(entry.strip(), text) for entry in text.split(",")]
+    found = [_parse(entry, given) for entry in entries]
     names = [benchmark.name for benchmark in found]
     for name in names:
         if name.lower() in _TAKEN:
             raise ValueError(
-                f"--benchmarks {text}: {name!r} cannot name a benchmark, because the evaluation "
-                f"writes a {name}.json of its own; give another name: --benchmarks other=PATH"
+                f"{given}: {name!r} cannot name a benchmark, because the evaluation "
+                f"writes a {name}.json of its own; give another name: other=PATH"
             )
         if names.count(name) > 1:
             raise ValueError(
-                f"--benchmarks {text}: two benchmarks are called {name!r}, which names the files "
-                "of their results; give one another name: --benchmarks other=PATH"
+                f"{given}: two benchmarks are called {name!r}, which names the files "
+                "of their results; give one another name: other=PATH"
             )
     return found
 
 
-def _parse(entry: str, text: str) -> Benchmark:
+def _parse(entry: str, given: str) -> Benchmark:
     known = next((benchmark for benchmark in KNOWN if benchmark.name == entry), None)
     if known is not None:
         return known
-    name, given, source = entry.partition("=")
-    if not given or Path(entry).is_file():
+    name, equals, source = entry.partition("=")
+    if not equals or Path(entry).is_file():
         name, source = "", entry
     if not source:
         raise ValueError(
-            f"--benchmarks {text}: got an empty entry; needs a comma-separated list of "
+            f"{given}: got an empty entry; needs a list of "
             f"{', '.join(b.name for b in KNOWN)}, files or data set ids: aime24,data/mine.jsonl"
         )
     near = get_close_matches(source.lower(), [benchmark.name for benchmark in KNOWN], cutoff=0.7)
     if near and not re.search("[:/]", source) and not Path(source).exists():
         raise ValueError(
-            f"--benchmarks {text}: no benchmark and no file is called {source!r}; did you mean "
+            f"{given}: no benchmark and no file is called {source!r}; did you mean "
             f"{near[0]}? For a data set of that id give {source}:SPLIT"
         )
     path, split = source, _DEFAULT_SPLIT
@@ -83,7 +94,7 @@ def _parse(entry: str, text: str) -> Benchmark:
     name = name or benchmark_name(path)
     if not name or "/" in name:
         raise ValueError(
-            f"--benchmarks {text}: {name!r} cannot name a benchmark, because it names the files of "
-            "its results; give a name without a slash: --benchmarks NAME=PATH"
+            f"{given}: {name!r} cannot name a benchmark, because it names the files of "
+            "its results; give a name without a slash: NAME=PATH"
         )
     return Benchmark(name, path, split)
