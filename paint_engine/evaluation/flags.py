@@ -1,13 +1,14 @@
-"""The command lines of `python -m paint_engine.evaluate` and of its `compare`, and the translation
-of other modules' messages into these flags."""
+"""The command lines of `python -m paint_engine.evaluate`, of its `compare` and of its `table1`, and
+the translation of other modules' messages into these flags."""
 
 import argparse
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 from pydantic import ValidationError
@@ -41,6 +42,44 @@ class EvaluationCommand:
     benchmarks: tuple[Benchmark, ...]
 
 
+@dataclass(frozen=True)
+class Table1Command:
+    """What the user asked `table1` for.
+
+    runs: directories of training runs, as they were given.
+    steps: whose checkpoints are evaluated; None = all that each run has.
+    base: evaluate the base too, as step 0.
+    seeds: decoding seeds.
+    evaluation: what is common to all evaluations.
+    """
+
+    runs: tuple[str, ...]
+    steps: tuple[int, ...] | None
+    base: bool
+    seeds: tuple[int, ...]
+    json: Path | None
+    evaluation: EvaluationCommand
+
+    @property
+    def arguments(self) -> argparse.Namespace:
+        """All flags by name."""
+        return self.evaluation.arguments
+
+    def of_checkpoint(self, adapter: str) -> EvaluationCommand:
+        """Returns the command that evaluates one checkpoint.
+
+        adapter: as `--adapter` takes it.
+        """
+        arguments = argparse.Namespace(**vars(self.arguments) | {"adapter": adapter})
+        return replace(self.evaluation, arguments=arguments)
+
+
+_BENCHMARKS = (
+    f"comma-separated: {', '.join(benchmark.name for benchmark in KNOWN)}, [NAME=]FILE, "
+    "[NAME=]ID:SPLIT or ID:CONFIG:SPLIT"
+)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; --help lists every flag")
@@ -68,19 +107,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m paint_engine.evaluate",
         description="Avg@k, pass@k and maj@k of a model on benchmarks, by default sampled as in "
-        "the paper. Or: compare RUN_A RUN_B ... (see compare --help). The same command resumes an "
-        "interrupted evaluation. More in docs/evaluation.md.",
+        "the paper. Or: compare RUN_A RUN_B ..., or table1 RUN_DIR ... (see compare --help and "
+        "table1 --help). The same command resumes an interrupted evaluation. More in "
+        "docs/evaluation.md.",
         allow_abbrev=False,
         formatter_class=_Help,
     )
+    _add_model(parser.add_argument)
     _add_subject(parser.add_argument)
     _add_answers(parser.add_argument)
     _add_machine(parser.add_argument)
     return parser
 
 
-def _add_subject(add: Callable[..., object]) -> None:
-    """Adds the flags that select what is evaluated, and where the results go."""
+def _add_model(add: Callable[..., object]) -> None:
+    """Adds the flags that select the model."""
     add(
         "--model",
         metavar="M",
@@ -93,19 +134,24 @@ def _add_subject(add: Callable[..., object]) -> None:
         help="commit, tag or branch of a Hugging Face id; default: the adapter's run's, else the "
         "newest",
     )
+
+
+def _add_subject(add: Callable[..., object]) -> None:
+    """Adds the flags that select what of it is evaluated, on what, and where the results go."""
     add(
         "--adapter",
         metavar="A",
         type=argument_text,
         help="directory in peft's format, or RUN_DIR[:last|:best|:STEP]",
     )
-    names = ", ".join(benchmark.name for benchmark in KNOWN)
-    add(
-        "--benchmarks",
-        required=True,
-        help=f"comma-separated: {names}, [NAME=]FILE, [NAME=]ID:SPLIT or ID:CONFIG:SPLIT",
-    )
+    add("--benchmarks", required=True, help=_BENCHMARKS)
     add("--output", metavar="DIR", type=argument_path, help="default: evaluations/NAME-DIGEST")
+    add("--seed", type=int, default=0, help="sampling seed")
+    _add_rows(add)
+
+
+def _add_rows(add: Callable[..., object]) -> None:
+    """Adds the flags that say how the problems' rows are read."""
     add("--problem-column", metavar="NAME", help="column of the question, if not detected")
     add("--answer-column", metavar="NAME", help="column of the answer, if not detected")
     add(
@@ -158,7 +204,6 @@ def _add_answers(add: Callable[..., object]) -> None:
         help="date in a chat template that shows it; default: that of the run's training, else "
         "today's",
     )
-    add("--seed", type=int, default=0, help="sampling seed")
 
 
 def _add_machine(add: Callable[..., object]) -> None:
@@ -205,9 +250,13 @@ def parse_command(argv: Sequence[str]) -> EvaluationCommand:
     Raises ValueError with what was given, what is needed and what to do.
     """
     arguments = parse_arguments(argv)
-    benchmarks = parse_benchmarks(arguments.benchmarks)
     if arguments.model is None and arguments.adapter is None:
         raise ValueError("got neither --model nor --adapter; needs at least one of them")
+    return _checked(arguments)
+
+
+def _checked(arguments: argparse.Namespace) -> EvaluationCommand:
+    benchmarks = parse_benchmarks(arguments.benchmarks)
     share, size = arguments.gpu_memory_utilization, arguments.tensor_parallel_size
     if not (share is None or 0 < share < 1) or size < 1:
         raise ValueError(
@@ -217,6 +266,59 @@ def parse_command(argv: Sequence[str]) -> EvaluationCommand:
     section, prompts = section_of(arguments), prompts_of(arguments)
     reward = reward_of(arguments)
     return EvaluationCommand(arguments, section, prompts, reward, tuple(benchmarks))
+
+
+def parse_table1(argv: Sequence[str]) -> Table1Command:
+    """Parses and checks the command line of `table1`; `-h` prints all flags and exits.
+
+    Raises ValueError with what was given, what is needed and what to do.
+    """
+    arguments = _parse_known(_table1_parser(), argv)
+    runs, seeds, steps = arguments.runs, arguments.seeds, arguments.steps
+    for flag, values in (("RUN_DIR", runs), ("--seeds", seeds), ("--steps", steps or ())):
+        if len(set(values)) < len(values):
+            raise ValueError(
+                f"{flag}: got {', '.join(map(str, values))}; needs each once; leave out the "
+                "repeated ones"
+            )
+    return Table1Command(
+        tuple(runs),
+        None if steps is None else tuple(steps),
+        arguments.base,
+        tuple(seeds),
+        arguments.json,
+        # Each evaluation has one of the seeds.
+        _checked(argparse.Namespace(**vars(arguments) | {"seed": seeds[0]})),
+    )
+
+
+def _table1_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m paint_engine.evaluate table1",
+        description="Avg@k of the checkpoints of training runs by the protocol of the paper's "
+        "Table 1: on several benchmarks, with their macro average, the best step and the maximum "
+        "of each benchmark. The same command resumes. More in docs/reproducing.md.",
+        allow_abbrev=False,
+        formatter_class=_Help,
+    )
+    add = parser.add_argument
+    add("runs", metavar="RUN_DIR", nargs="+", type=argument_text, help="of a training run")
+    add("--steps", type=int, nargs="+", metavar="N", help="default: all checkpoints")
+    add("--base", action="store_true", help="evaluate the model before training too")
+    add("--seeds", type=int, nargs="+", metavar="N", default=[0], help="sampling seeds")
+    add("--benchmarks", default="aime24,aime25,hmmt25", help=_BENCHMARKS)
+    add(
+        "--output",
+        metavar="DIR",
+        type=argument_path,
+        help="directory of the evaluations' directories; default: evaluations",
+    )
+    add("--json", metavar="FILE", type=argument_path, help="also write the numbers to this file")
+    _add_model(add)
+    _add_rows(add)
+    _add_answers(add)
+    _add_machine(add)
+    return parser
 
 
 def parse_comparison(argv: Sequence[str]) -> argparse.Namespace:
@@ -248,7 +350,11 @@ def parse_comparison(argv: Sequence[str]) -> argparse.Namespace:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the flags by name. Raises ValueError for an unknown flag, with the most similar
     ones."""
-    arguments, unknown = _parser().parse_known_args(argv)
+    return _parse_known(_parser(), argv)
+
+
+def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    arguments, unknown = parser.parse_known_args(argv)
     if not unknown:
         return arguments
     flags = ["--" + name.replace("_", "-") for name in vars(arguments)]

@@ -1,12 +1,13 @@
 """What one command evaluates: target, tokenizer, problems, prompts and headers, without weights."""
 
+import argparse
 import datetime
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -54,8 +55,17 @@ class Plan:
     headers: dict[str, Header]
 
 
-def make_plan(command: EvaluationCommand, world: World) -> Plan:
-    """Loads and checks everything but the weights. The main rank prints notes.
+def make_plan(
+    command: EvaluationCommand,
+    world: World,
+    *,
+    say: Callable[[str], object] | None = None,
+    base_only: bool = False,
+) -> Plan:
+    """Loads and checks everything but the weights.
+
+    say: called with each note, on the main rank; None = prints it.
+    base_only: evaluate the base of the adapter that the command names.
 
     Raises ValueError for a user's mistake in a flag, the model, the adapter or the data.
     """
@@ -68,19 +78,25 @@ def make_plan(command: EvaluationCommand, world: World) -> Plan:
         trust_remote_code=arguments.trust_remote_code,
         revision=arguments.revision,
     )
+    if base_only:
+        target = Target(target.base)
+    say = (say or Terminal().say) if world.is_main else lambda text: None
     with present(target.trained):
-        return _plan_for(command, world, engine, target)
+        return _plan_for(command, world, engine, target, say)
 
 
 def _plan_for(
-    command: EvaluationCommand, world: World, engine: Literal["vllm", "builtin"], target: Target
+    command: EvaluationCommand,
+    world: World,
+    engine: Literal["vllm", "builtin"],
+    target: Target,
+    say: Callable[[str], object],
 ) -> Plan:
     arguments, section = command.arguments, command.section
     tokenizer, shape = load_tokenizer(target.base), skeleton(target)
     check_target(target, engine)
     check_vocabulary(target.base.name_or_path, tokenizer, shape)
     prompts, dated = with_date(command.prompts, target, tokenizer)
-    say = Terminal().say if world.is_main else lambda text: None
     # On by default is no wish of the user.
     asked = {} if section.thinking else {"--thinking": False}
     notes = mismatches(target, prompts) + check_template(tokenizer, asked, prompts.date)
@@ -97,10 +113,34 @@ def _plan_for(
         name: Header(name, settings, identity, fingerprints(problem_set.problems))
         for name, problem_set in sets.items()
     }
-    directory = arguments.output or default_directory(
-        target, identity | settings | {"num_problems": section.num_problems}
-    )
+    directory = arguments.output or _directory(target, section, identity, settings)
     return Plan(command, target, tokenizer, shape, engine, directory, sets, headers)
+
+
+def _directory(
+    target: Target, section: EvalSection, identity: dict[str, Any], settings: dict[str, Any]
+) -> Path:
+    return default_directory(target, identity | settings | {"num_problems": section.num_problems})
+
+
+def with_seed(plan: Plan, seed: int, parent: Path | None = None) -> Plan:
+    """Returns the plan with another decoding seed. Its directory is the one that the same command
+    with this seed would have by default.
+
+    parent: the directory that holds it, in place of the default one.
+    """
+    command = plan.command
+    arguments = argparse.Namespace(**vars(command.arguments) | {"seed": seed})
+    headers = {
+        name: replace(header, settings=header.settings | {"seed": seed})
+        for name, header in plan.headers.items()
+    }
+    first = next(iter(headers.values()))
+    directory = _directory(plan.target, command.section, first.subject, first.settings)
+    if parent is not None:
+        directory = parent / directory.name
+    command = replace(command, arguments=arguments)
+    return replace(plan, command=command, headers=headers, directory=directory)
 
 
 def with_date(

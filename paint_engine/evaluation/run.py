@@ -2,9 +2,10 @@
 
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
+from functools import cache
 
 from paint_engine.checkpoint.choose import present
 from paint_engine.distributed import (
@@ -53,29 +54,35 @@ from paint_engine.rollout import EngineDied, RolloutEngine, sampling_params
 _MEMORY_SHARES = {"cuda": 0.9, "cpu": 0.35}
 
 
+Loader = Callable[[], tuple[RolloutEngine, Reward]]
+"""loads what answers and what judges, at its first call"""
+
+
 def run_evaluation(command: EvaluationCommand, console: Terminal) -> None:
     """Samples the missing answers of every benchmark, prints the table, writes `results.json`.
 
-    A dead engine, a full disk and Ctrl-C end the program (exit codes 1, 1 and 130); the samples so
-    far are kept, and the same command resumes. A reward function that fails on every answer ends it
-    too (1), and so does a model whose numbers are not finite.
-
-    Raises ValueError, in terms of this command's flags, for a user's mistake.
+    Ends the program as `ends_with_one_message` says. Raises ValueError, in terms of this command's
+    flags, for a user's mistake.
     """
-    say = console.say
-    try:
+    with ends_with_one_message(console.say):
         world = init_world(pick_device(command.arguments.device))
         plan = make_plan(command, world)
-        with ExitStack() as stack:
-            if (lock := lock_output(plan, world)) is not None:
-                stack.enter_context(lock)
-            found = find_complete(plan, world)
-            if complete := [name for name, evaluation in found.items() if evaluation is not None]:
-                say(f"{', '.join(complete)}: complete already, nothing was sampled")
-            evaluations = answer_benchmarks(plan, found, lock, world, Progress(console))
-            together(
-                lambda: lock and report_results(plan, evaluations, lock, console), FILE_FAILURES
-            )
+        with opened(plan, world) as load:
+            evaluate_plan(plan, load, world, console)
+    barrier()
+
+
+@contextmanager
+def ends_with_one_message(say: Callable[..., object]) -> Iterator[None]:
+    """Around an evaluation: what cannot continue ends the program with one message.
+
+    A dead engine, a full disk and Ctrl-C end it (exit codes 1, 1 and 130); the samples so far are
+    kept, and the same command resumes. A reward function that fails on every answer ends it too
+    (1), and so does a model whose numbers are not finite. A ValueError, for a user's mistake, is
+    raised in terms of this command's flags.
+    """
+    try:
+        yield
     except ValueError as error:
         raise ValueError(own_flags(str(error))) from error
     except EngineDied as death:
@@ -94,7 +101,62 @@ def run_evaluation(command: EvaluationCommand, console: Terminal) -> None:
     except KeyboardInterrupt:
         say("interrupted; the same command resumes the evaluation")
         sys.exit(130)
-    barrier()
+
+
+def evaluate_plan(
+    plan: Plan, load: Loader, world: World, console: Terminal, *, show: bool = True
+) -> list[Evaluation]:
+    """Samples the missing answers of every benchmark, writes `results.json`, and returns the
+    evaluations. A collective call.
+
+    load: `opened`'s, of this plan or of one that differs in the seed. show: print the table.
+    """
+    with ExitStack() as stack:
+        if (lock := lock_output(plan, world)) is not None:
+            stack.enter_context(lock)
+        found = find_complete(plan, world)
+        if complete := [name for name, evaluation in found.items() if evaluation is not None]:
+            console.say(f"{', '.join(complete)}: complete already, nothing was sampled")
+        evaluations = answer_benchmarks(plan, found, load, lock, world, Progress(console))
+        together(
+            lambda: lock and report_results(plan, evaluations, lock, console, show=show),
+            FILE_FAILURES,
+        )
+    return evaluations
+
+
+@contextmanager
+def opened(plan: Plan, world: World) -> Iterator[Loader]:
+    """Yields a function that loads the weights, and a user's reward function, at its first call.
+    Both are closed at the end."""
+    with ExitStack() as stack:
+
+        @cache
+        def load() -> tuple[RolloutEngine, Reward]:
+            arguments, section = plan.command.arguments, plan.command.section
+            share = arguments.gpu_memory_utilization or _MEMORY_SHARES[world.device.type]
+            prompts = [prompt for held_out in plan.sets.values() for prompt in held_out.prompts]
+            reward = open_reward(
+                plan.command.reward.function,
+                plan.command.reward.timeout_s,
+                lambda text: Terminal(stderr=True).say(f"rank {world.rank}: {text}"),
+            )
+            stack.enter_context(closing(reward))
+            with present(plan.target.trained):
+                engine = build_engine(
+                    plan.target,
+                    plan.shape,
+                    world,
+                    kind=plan.engine,
+                    max_model_len=max(map(len, prompts)) + section.max_new_tokens,
+                    max_sequences=section.max_sequences,
+                    gpu_memory_utilization=share,
+                    tensor_parallel_size=arguments.tensor_parallel_size,
+                )
+            stack.enter_context(closing(engine))
+            return engine, reward
+
+        yield load
 
 
 def lock_output(plan: Plan, world: World) -> DirectoryLock | None:
@@ -149,6 +211,7 @@ def find_complete(plan: Plan, world: World) -> dict[str, Evaluation | None]:
 def answer_benchmarks(
     plan: Plan,
     found: dict[str, Evaluation | None],
+    load: Loader,
     lock: DirectoryLock | None,
     world: World,
     progress: Progress,
@@ -156,33 +219,14 @@ def answer_benchmarks(
     """Returns every benchmark's evaluation. The weights, and a user's reward function, are loaded
     only if one is not complete.
 
-    found: `find_complete`'s. lock: `lock_output`'s.
+    found: `find_complete`'s. load: `opened`'s. lock: `lock_output`'s.
     """
     pending = [name for name, evaluation in found.items() if evaluation is None]
     if pending:
-        arguments, section = plan.command.arguments, plan.command.section
-        share = arguments.gpu_memory_utilization or _MEMORY_SHARES[world.device.type]
-        prompts = [prompt for name in pending for prompt in plan.sets[name].prompts]
-        reward = open_reward(
-            plan.command.reward.function,
-            plan.command.reward.timeout_s,
-            lambda text: Terminal(stderr=True).say(f"rank {world.rank}: {text}"),
-        )
-        with present(plan.target.trained):
-            engine = build_engine(
-                plan.target,
-                plan.shape,
-                world,
-                kind=plan.engine,
-                max_model_len=max(map(len, prompts)) + section.max_new_tokens,
-                max_sequences=section.max_sequences,
-                gpu_memory_utilization=share,
-                tensor_parallel_size=arguments.tensor_parallel_size,
-            )
-        with closing(engine), closing(reward):
-            check_still_same(plan, world)
-            for name in pending:
-                found[name] = answer_benchmark(plan, name, engine, reward, lock, world, progress)
+        engine, reward = load()
+        check_still_same(plan, world)
+        for name in pending:
+            found[name] = answer_benchmark(plan, name, engine, reward, lock, world, progress)
     return [evaluation for evaluation in found.values() if evaluation is not None]
 
 
@@ -247,17 +291,23 @@ def answer_benchmark(
 
 
 def report_results(
-    plan: Plan, evaluations: Sequence[Evaluation], lock: DirectoryLock, console: Terminal
+    plan: Plan,
+    evaluations: Sequence[Evaluation],
+    lock: DirectoryLock,
+    console: Terminal,
+    *,
+    show: bool,
 ) -> None:
-    """Prints the table and writes `results.json`. The main rank calls it."""
+    """Writes `results.json`, and prints the table. The main rank calls it."""
     lock.check()
     results = {
         "model": plan.target.base.name_or_path,
-        "adapter": plan.command.arguments.adapter,
+        "adapter": plan.command.arguments.adapter if plan.target.trained else None,
         **{key: asdict(evaluations[0].header)[key] for key in ("settings", "subject")},
         "versions": read_versions(plan.directory),
         **summarise_benchmarks(evaluations),
     }
     write_json(plan.directory / RESULTS_FILE, results)
-    console.print(results_table(results))
-    console.say(f"results: {plan.directory}")
+    if show:
+        console.print(results_table(results))
+        console.say(f"results: {plan.directory}")
