@@ -250,9 +250,10 @@ def parse_command(argv: Sequence[str]) -> EvaluationCommand:
     Raises ValueError with what was given, what is needed and what to do.
     """
     arguments = parse_arguments(argv)
+    command = _checked(arguments)
     if arguments.model is None and arguments.adapter is None:
         raise ValueError("got neither --model nor --adapter; needs at least one of them")
-    return _checked(arguments)
+    return command
 
 
 def _checked(arguments: argparse.Namespace) -> EvaluationCommand:

@@ -37,7 +37,7 @@ HOSTILE: Mapping[str, object] = {
 EXTERNAL = ("teacher.model", "teacher.models", "teacher.revision")
 # Text that names rows or weights to read, columns of rows, layers, or prompts.
 DATA = re.compile(
-    r"(data|eval)\.(path|revision|split|columns\.\w+)|prompts\.\w+|masking\.marker"
+    r"(data|eval)\.(path|revision|split|columns\.\w+)|eval\.benchmarks|prompts\.\w+|masking\.marker"
     r"|teacher\.(route_column|model_names|served_model)"
     r"|lora\.target_modules"
 )
