@@ -254,6 +254,26 @@ def estimated(
     )
 
 
+def check_a_real_step(config: Config, lengths: Lengths, items: Sequence[TrainExample]) -> None:
+    """Compares the bytes of a step against the fixed teacher with the estimate."""
+    lora, batch, live = config.lora.enabled, build_batch(items), LiveBytes(paint_loss._init_fn)
+    with live:
+        base = load_base(config.model, torch.device("cpu"), trains_base=not lora)
+        model = add_lora(base, config.lora, 0)
+        expected = estimated(model, config, lengths, None)
+        teacher = FixedTeacher(model)
+        for tensor in (*model.parameters(), *(teacher.copy or nn.Module()).parameters()):
+            live.count(tensor)
+        peak = run_steps(model, teacher, config, batch, live, padded_states, items)
+    assert peak == pytest.approx(expected.allocated_bytes, rel=TOLERANCE), expected.table()
+
+
+def save_small_model(directory: Path) -> None:
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**SMALL, dtype="float32")).save_pretrained(directory)
+    (directory / "tokenizer.json").write_text("{}")
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -265,23 +285,11 @@ def test_a_real_step_takes_what_is_estimated(
     examples: Callable[..., list[TrainExample]],
 ) -> None:
     lengths, rows = Lengths(32, 64, 96), 4
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(**SMALL, dtype="float32")).save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
+    save_small_model(tmp_path)
     config = make_config(
         tmp_path, lengths, rows, lora=lora, dtype=dtype, checkpointing=checkpointing
     )
-    batch = build_batch(examples((32,) * rows, (64,) * rows, (96,) * rows))
-    live = LiveBytes(paint_loss._init_fn)
-    with live:
-        base = load_base(config.model, torch.device("cpu"), trains_base=not lora)
-        model = add_lora(base, config.lora, 0)
-        expected = estimated(model, config, lengths, None)
-        teacher = FixedTeacher(model)
-        for tensor in (*model.parameters(), *(teacher.copy or nn.Module()).parameters()):
-            live.count(tensor)
-        peak = run_steps(model, teacher, config, batch, live, padded_states)
-    assert peak == pytest.approx(expected.allocated_bytes, rel=TOLERANCE), expected.table()
+    check_a_real_step(config, lengths, examples((32,) * rows, (64,) * rows, (96,) * rows))
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -289,25 +297,13 @@ def test_a_real_step_with_two_losses_takes_what_is_estimated(
     lora: bool, tmp_path: Path, examples: Callable[..., list[TrainExample]]
 ) -> None:
     lengths, rows = Lengths(32, 64, 96), 4
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(**SMALL, dtype="float32")).save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
+    save_small_model(tmp_path)
     config = make_config(tmp_path, lengths, rows, lora=lora, dtype="float32")
     config = config.model_copy(update={"objective": ObjectiveSection(name="grpo_paint")})
     items = [
         replace(item, advantage=1.0) for item in examples((32,) * rows, (64,) * rows, (96,) * rows)
     ]
-    live = LiveBytes(paint_loss._init_fn)
-    with live:
-        base = load_base(config.model, torch.device("cpu"), trains_base=not lora)
-        model = add_lora(base, config.lora, 0)
-        expected = estimated(model, config, lengths, None)
-        teacher = FixedTeacher(model)
-        for tensor in (*model.parameters(), *(teacher.copy or nn.Module()).parameters()):
-            live.count(tensor)
-        batch = build_batch(items)
-        peak = run_steps(model, teacher, config, batch, live, padded_states, items)
-    assert peak == pytest.approx(expected.allocated_bytes, rel=TOLERANCE), expected.table()
+    check_a_real_step(config, lengths, items)
 
 
 TEACHERS: tuple[dict[str, Any], ...] = (
