@@ -135,6 +135,7 @@ def rollouts_of(run: Run, recipe: Recipe) -> list[TrainExample]:
     """Returns the first step's rollouts as the recipe prepares them: random completions of the
     longest length, every second one right."""
     rng, judged = random.Random(0), []
+    # Every case gets the problems of the plain step, also one whose recipe would sample groups.
     plain = run.config.model_copy(update={"objective": Config().objective})
     requests = batch_requests(plain, run.train_set, 0)
     for request in requests:

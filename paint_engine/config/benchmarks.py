@@ -40,9 +40,14 @@ def benchmark_name(path: str) -> str:
     return Path(path.partition(":")[0]).stem
 
 
+def split_entries(text: str) -> list[str]:
+    """Returns the entries of a comma-separated list."""
+    return [entry.strip() for entry in text.split(",")]
+
+
 def parse_benchmarks(text: str) -> list[Benchmark]:
     """Returns the benchmarks of a comma-separated list, by `find_benchmarks`."""
-    return find_benchmarks([entry.strip() for entry in text.split(",")], f"--benchmarks {text}")
+    return find_benchmarks(split_entries(text), f"--benchmarks {text}")
 
 
 def find_benchmarks(entries: Sequence[str], given: str) -> list[Benchmark]:

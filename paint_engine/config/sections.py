@@ -18,7 +18,12 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from paint_engine.config import templates
-from paint_engine.config.benchmarks import Benchmark, benchmark_name, find_benchmarks
+from paint_engine.config.benchmarks import (
+    Benchmark,
+    benchmark_name,
+    find_benchmarks,
+    split_entries,
+)
 from paint_engine.files import path_text
 from paint_engine.keys import SERVER_KEY
 
@@ -85,7 +90,7 @@ def _words_are_a_list(value: object) -> object:
     # As `--benchmarks` of the evaluation command takes them.
     if not isinstance(value, str):
         return value
-    return [] if value.lower() == "none" else [entry.strip() for entry in value.split(",")]
+    return [] if value.lower() == "none" else split_entries(value)
 
 
 def _are_benchmarks(entries: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """What a teacher's server says of a micro-batch's tokens, and the loss to it.
 
 Rows are the N packed completion tokens of B rollouts. A rollout without a teacher view has no
-scores: its rows are 0. K is one more than `teacher.served_top_k`:
-the completion's own token is listed too.
+scores: its rows are 0. K is one more than `teacher.served_top_k`: the completion's own token is
+listed too.
 """
 
 from typing import Any
