@@ -61,8 +61,8 @@ def draw_kernels(results: dict[str, Result]) -> Figure:
     panels = figure.subplots(
         len(rows), 2, squeeze=False, height_ratios=[len(one) + 3 for one in rows]
     )
-    for (left, right), result, one, lines in zip(
-        panels, results.values(), groups, rows, strict=True
+    for (left, right), (name, result), one, lines in zip(
+        panels, results.items(), groups, rows, strict=True
     ):
         shape = one[0]["shape"]
         draw_bars(left, lines, "ratio_to_floor", 1.0, 2)
@@ -75,7 +75,7 @@ def draw_kernels(results: dict[str, Result]) -> Figure:
         for axes in (left, right):
             axes.set_xlim(0, axes.get_xlim()[1] * 1.15)
         left.set_title(
-            f"{result['device']}: N {shape['num_tokens']:,}, H {shape['hidden']:,}, "
+            f"{name}, {result['device']}: N {shape['num_tokens']:,}, H {shape['hidden']:,}, "
             f"V {shape['vocab_size']:,}, {one[0]['dtype']}",
             loc="left",
             fontsize=9,
