@@ -77,7 +77,8 @@ class Config(Section):
     def _check_rollouts(self) -> None:
         rollout = self.rollout
         if rollout.engine == "builtin" and (rollout.ahead or rollout.url):
-            given = "rollout.ahead 1" if rollout.ahead else f"rollout.url {rollout.url}"
+            urls = ",".join(rollout.url or ())
+            given = "rollout.ahead 1" if rollout.ahead else f"rollout.url {urls}"
             raise ValueError(
                 f"rollout.engine: got 'builtin' with {given}; the built-in sampler uses the "
                 "weights that are being trained, in this process; needs vLLM: set --rollout.engine "

@@ -33,6 +33,7 @@ HIDDEN = "hidden"
 """the type of pydantic's error for a value that messages must not show"""
 # Of the domain name system.
 _MAX_HOST_BYTES = 253
+_MAX_SERVERS = 64
 ALL_LINEAR = "all-linear"
 """in place of names: every linear layer of the text decoder, as in peft"""
 
@@ -87,10 +88,18 @@ def _all_is_alone(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _words_are_a_list(value: object) -> object:
-    # As `--benchmarks` of the evaluation command takes them.
+    # As `--benchmarks` of the evaluation command takes them: separated by commas.
     if not isinstance(value, str):
         return value
     return [] if value.lower() == "none" else split_entries(value)
+
+
+def _servers_differ(urls: tuple[str, ...]) -> tuple[str, ...]:
+    # As requests go there: host and scheme have no case, and a slash at the end no meaning.
+    places = [urlsplit(url)._replace(netloc=urlsplit(url).netloc.lower()).geturl() for url in urls]
+    if not 1 <= len({place.rstrip("/") for place in places}) == len(urls) <= _MAX_SERVERS:
+        raise ValueError(f"1 to {_MAX_SERVERS} addresses, each of another server")
+    return urls
 
 
 def _are_benchmarks(entries: tuple[str, ...]) -> tuple[str, ...]:
@@ -142,6 +151,13 @@ LayerNames = Annotated[
 ]
 
 ServerUrl = Annotated[Text, AfterValidator(_is_server_url)]
+# Only the check after those of each address counts them: its message shows all of them.
+ServerUrls = Annotated[
+    tuple[ServerUrl, ...],
+    Field(strict=False),
+    BeforeValidator(_words_are_a_list),
+    AfterValidator(_servers_differ),
+]
 Benchmarks = Annotated[
     PathTuple, BeforeValidator(_words_are_a_list), AfterValidator(_are_benchmarks)
 ]
@@ -305,10 +321,10 @@ class RolloutSection(Section):
         description="sampler in training and evaluation: auto = vLLM if it is installed or "
         "rollout.url is given, else the built-in one",
     )
-    url: OrNone[ServerUrl] = Field(
+    url: OrNone[ServerUrls] = Field(
         default=None,
-        description="a vLLM server with the OpenAI API, such as http://node7:8000; none = vLLM in "
-        "this process",
+        description="vLLM servers with the OpenAI API, one or several, such as "
+        "http://node7:8000,http://node8:8000; none = vLLM in this process",
     )
     ahead: Annotated[int, Field(ge=0, le=1)] = Field(
         default=0,

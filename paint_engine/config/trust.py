@@ -19,7 +19,7 @@ from pathlib import Path
 
 from paint_engine.config.plugins import is_own
 from paint_engine.config.schema import Config
-from paint_engine.config.toml import LEAVES, flag, value_of
+from paint_engine.config.toml import LEAVES, flag, toml_value, value_of
 from paint_engine.files import CHECKPOINTS_DIRECTORY, CONFIG_FILE
 from paint_engine.keys import SERVER_KEY
 
@@ -136,7 +136,11 @@ def check_granted(config: Config, given: Collection[str], source: str, *, resume
     if not missing:
         return
     values = {key: value_of(config, key) for key in missing}
-    asked = ", ".join(f"{key} {values[key]!r} ({rule.does})" for key, rule in missing.items())
+    asked = ", ".join(
+        f"{key} {toml_value(value) if isinstance(value, tuple) else repr(value)} "
+        f"({missing[key].does})"
+        for key, value in values.items()
+    )
     # A place is rarely the one that is meant.
     safe = {key: LEAVES[key].default for key in _PLACES}
     flags = " ".join(

@@ -1,6 +1,7 @@
 """Chooses the engines that sample a run's rollouts and evaluation answers."""
 
 import importlib.util
+from collections.abc import Callable
 
 from torch import nn
 
@@ -42,9 +43,13 @@ def make_engines(
     teacher: Teacher,
     world: World,
     max_model_len: int,
+    warn: Callable[[str], None],
 ) -> tuple[RolloutEngine, RolloutEngine]:
     """Builds the engine for rollouts and the engine for evaluations. vLLM is one engine for
-    both."""
+    both.
+
+    warn: gets a message on each server that is lost or returns.
+    """
     section, name = config.rollout, resolve_model(config.model)
     if not (draws(config) and uses_vllm(section)):
         return (
@@ -60,6 +65,7 @@ def make_engines(
             world,
             max_sequences=section.max_sequences,
             adapter_dir=section.adapter_dir,
+            warn=warn,
         )
     else:
         engine = VllmEngine(
@@ -77,10 +83,11 @@ def make_engines(
     return engine, engine
 
 
-def server_notes(*sections: RolloutSection | TeacherSection) -> list[str]:
-    """Returns a note if a server's key would go over a network unencrypted. Raises ValueError for a
-    key that HTTP cannot send."""
-    urls = dict.fromkeys(section.url for section in sections if section.url is not None)
+def server_notes(rollout: RolloutSection, teacher: TeacherSection | None = None) -> list[str]:
+    """Returns a note on each server to which the key would go over a network unencrypted. Raises
+    ValueError for a key that HTTP cannot send."""
+    of_teacher = () if teacher is None or teacher.url is None else (teacher.url,)
+    urls = dict.fromkeys((*(rollout.url or ()), *of_teacher))
     if not urls or read_key() is None:
         return []
     return [

@@ -95,7 +95,21 @@ class Requests:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
+        self._parts: list[Requests] = []
         self._over = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether these requests were aborted."""
+        return self._over
+
+    def part(self) -> "Requests":
+        """Returns requests that can be aborted by themselves, and are aborted with these."""
+        part = Requests()
+        with self._lock:
+            part._over = self._over
+            self._parts.append(part)
+        return part
 
     @contextmanager
     def tracked(self, connection: socket.socket) -> Iterator[None]:
@@ -115,6 +129,8 @@ class Requests:
         """Ends all of these requests, and any later ones, with an OSError."""
         with self._lock:
             self._over = True
+            for part in self._parts:
+                part.abort()
             for connection in self._open:
                 # The server may have closed it first.
                 with suppress(OSError):
@@ -214,7 +230,7 @@ def _connect_to_any(addresses: list[Any], deadline: float) -> socket.socket:
 class Server:
     """JSON over HTTP with one connection per request. It can be used from several threads.
 
-    url: as `rollout.url`, which is checked with the configuration.
+    url: as one of `rollout.url`, which is checked with the configuration.
 
     Raises ValueError for a key that HTTP cannot send.
     """

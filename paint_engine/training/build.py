@@ -144,7 +144,7 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
         check_same_start(command, run_dir, commit, data, (train_set, eval_sets), say)
         progress = load_progress(config, run_dir, model, optimizer, teacher, world, say)
     longest = min(longest_sequence(config, tokenizer, train_set, eval_sets), max_context(base))
-    engine, eval_engine = make_engines(config, model, fixed, teacher, world, longest)
+    engine, eval_engine = make_engines(config, model, fixed, teacher, world, longest, warn)
     sampler = build_sampler(config, engine, model, tokenizer, train_set, world, progress, warn)
     run = Run(
         config=config,

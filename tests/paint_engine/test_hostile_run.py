@@ -309,7 +309,7 @@ def test_no_server_that_a_run_names_gets_a_request_or_the_key(
     for command in TRAIN:
         assert run_command(command, runs, run_dir, run_main, *flags) == 2
         printed = capsys.readouterr().out
-        assert f"--rollout.url {url}" in printed and "planted-key" not in printed
+        assert f"""--rollout.url '["{url}"]'""" in printed and "planted-key" not in printed
     assert keys == []
     assert run_command("resume", runs, run_dir, run_main, *flags, "--rollout.url", url) == 2
     assert keys and set(keys) == {"Bearer planted-key"}

@@ -38,7 +38,7 @@ def engine(
     served: Any, student: nn.Module, model_dir: Path, world: World
 ) -> Iterator[ServerEngine]:
     engine = ServerEngine(
-        served.url, student, str(model_dir), world, max_sequences=8, restart_timeout_s=240
+        [served.url], student, str(model_dir), world, max_sequences=8, restart_timeout_s=240
     )
     engine.sync(0)
     yield engine
@@ -106,7 +106,7 @@ def test_five_steps_each_sample_from_their_own_weights(
         (name,) = left_in_shared_memory()
         assert len(list(Path("/dev/shm", name).iterdir())) == 1
     # Only the newest adapter has a name on the server.
-    models = engine._server.request("GET", "/v1/models", timeout_s=10)
+    models = engine._replicas[0]._server.request("GET", "/v1/models", timeout_s=10)
     assert models.count(b'"parent":"') == 1
 
 
@@ -138,7 +138,7 @@ def test_a_server_that_has_forgotten_the_adapter(
 ) -> None:
     """As one that was started again before anybody noticed."""
     assert engine._written is not None
-    engine._unload(engine._written.name)
+    engine._replicas[0].unload()
     with pytest.raises(EngineDied, match="status 404"):
         engine.generate(prompts, range(len(prompts)), params)
     engine.restart()
@@ -151,7 +151,7 @@ def test_a_directory_that_the_server_does_not_see(
     served: Any, student: nn.Module, model_dir: Path, world: World, tmp_path: Path
 ) -> None:
     engine = ServerEngine(
-        served.url, student, str(model_dir), world, max_sequences=8, adapter_dir=str(tmp_path)
+        [served.url], student, str(model_dir), world, max_sequences=8, adapter_dir=str(tmp_path)
     )
     write = engine._files.write
 
@@ -178,11 +178,11 @@ def test_refused_requests_and_other_models(
     with pytest.raises(EngineDied, match="status 400"):
         engine.generate([(1,) * 600], [0], params)
     with pytest.raises(ValueError, match="the student is /other/model; start it with"):
-        ServerEngine(served.url, student, "/other/model", world, max_sequences=8)
+        ServerEngine([served.url], student, "/other/model", world, max_sequences=8)
     with pytest.raises(ValueError, match="trains all weights"):
-        ServerEngine(served.url, make_student(lora=False), str(model_dir), world, max_sequences=8)
+        ServerEngine([served.url], make_student(lora=False), str(model_dir), world, max_sequences=8)
 
 
 def test_no_server(student: nn.Module, model_dir: Path, world: World) -> None:
     with pytest.raises(ValueError, match=r"does not answer .* start it with: VLLM_ALLOW_"):
-        ServerEngine("http://127.0.0.1:9", student, str(model_dir), world, max_sequences=8)
+        ServerEngine(["http://127.0.0.1:9"], student, str(model_dir), world, max_sequences=8)

@@ -582,7 +582,39 @@ def test_an_address_that_no_server_has_is_refused(url: str) -> None:
 @pytest.mark.parametrize("url", ["http://node7:8000", "https://[::1]/prefix/", "http://127.0.0.1"])
 def test_addresses_of_servers(url: str) -> None:
     config = build_config([("command line", {"rollout.engine": "vllm", "rollout.url": url})])
-    assert config.rollout.url == url
+    assert config.rollout.url == (url,)
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["http://node7:8000,http://node8:8000", ["http://node7:8000", "http://node8:8000"]],
+)
+def test_several_servers_are_a_list_or_words(given: object) -> None:
+    config = build_config([("mine.toml", {"rollout.url": given})])
+    assert config.rollout.url == ("http://node7:8000", "http://node8:8000")
+    (printed,) = (line for line in to_toml(config).splitlines() if line.startswith('url = ["http'))
+    assert printed == 'url = ["http://node7:8000", "http://node8:8000"]'
+
+
+@pytest.mark.parametrize(
+    "urls",
+    [
+        [],
+        ["http://node7:8000", "http://node7:8000"],
+        ["http://node7:8000", "http://NODE7:8000/"],
+        [f"http://node7:{port}" for port in range(1, 66)],
+    ],
+)
+def test_servers_are_counted_and_different(urls: list[str]) -> None:
+    message = refused("rollout.url", urls)
+    assert "needs 1 to 64 addresses, each of another server" in message
+
+
+def test_each_of_several_addresses_is_checked() -> None:
+    message = refused("rollout.url", "http://node7:8000,node8:8000")
+    assert "rollout.url: got 'node8:8000'; needs a server's address" in message
+    hidden = refused("rollout.url", ["http://node7:8000", "http://user:s3cret@node8:8000"])
+    assert "got a value that is not shown" in hidden and "s3cret" not in hidden
 
 
 def refused(key: str, value: object) -> str:
@@ -654,4 +686,4 @@ def test_a_host_that_no_lookup_takes_is_refused(host: str) -> None:
 @pytest.mark.parametrize("host", [63 * "a", "node7.cluster.example.", "[::1]", "10.0.0.7"])
 def test_a_host_that_a_lookup_takes_is_accepted(host: str) -> None:
     url = f"http://{host}:8000"
-    assert recorded_config([("mine.toml", {"rollout.url": url})]).rollout.url == url
+    assert recorded_config([("mine.toml", {"rollout.url": url})]).rollout.url == (url,)

@@ -28,7 +28,7 @@ HOSTILE: Mapping[str, object] = {
     "teacher.context": "MODULE:Shows",
     "objective.token_weights": "MODULE:weights",
     "reward.function": "MODULE:judge",
-    "rollout.url": "http://127.0.0.1:9",
+    "rollout.url": ("http://127.0.0.1:9",),
     "rollout.adapter_dir": "/home/victim",
     "teacher.url": "http://127.0.0.1:9/teacher",
     "run.wandb_project": "theirs",
@@ -99,6 +99,10 @@ def write_config(file: Path, values: Mapping[str, object]) -> None:
     file.write_text("\n".join("\n".join(lines) for lines in tables.values()))
 
 
+def in_a_message(value: object) -> str:
+    return toml_value(value) if isinstance(value, tuple) else repr(value)
+
+
 def refusal(*argv: object) -> str:
     with pytest.raises(ValueError) as caught:
         load_config([str(part) for part in argv])
@@ -110,7 +114,7 @@ def test_resume_names_every_setting_and_the_flags_that_allow_it(hostile: Path) -
     message = refusal("--resume", hostile, "--dry-run")
     assert message.startswith(f"--resume {hostile}: needs --model.trust_remote_code true --model.")
     for key, value in values_of(hostile).items():
-        assert f"{key} {value!r} (" in message and flag(key, value) in message
+        assert f"{key} {in_a_message(value)} (" in message and flag(key, value) in message
     assert refusal("--resume", hostile, "--print-config") == message
     flags = message.partition("needs ")[2].partition(" on this command line")[0]
     config = load_config(["--resume", str(hostile), *shlex.split(flags)]).config
@@ -122,14 +126,14 @@ def test_resume_names_every_setting_and_the_flags_that_allow_it(hostile: Path) -
 def test_each_setting_is_asked_for(hostile: Path, key: str) -> None:
     """Also where the command line gives all of the others."""
     values = values_of(hostile)
-    others = [f"--{k}={v if isinstance(v, str) else 'true'}" for k, v in values.items() if k != key]
+    others = [part for k, v in values.items() if k != key for part in shlex.split(flag(k, v))]
     assert refusal("--resume", hostile, *others).count(" (") == 1
     assert flag(key, values[key]) in refusal("--resume", hostile, *others)
 
 
 def test_the_flag_has_to_be_the_recorded_value(hostile: Path) -> None:
     flags = {**values_of(hostile), "model.name_or_path": "my/model"}
-    argv = [f"--{k}={v if isinstance(v, str) else 'true'}" for k, v in flags.items()]
+    argv = [part for k, v in flags.items() for part in shlex.split(flag(k, v))]
     message = refusal("--resume", hostile, *argv)
     assert message.startswith("--model.name_or_path with --resume: got 'my/model', but the run was")
 
@@ -197,7 +201,8 @@ def test_a_run_directory_s_file_is_none_of_the_user_s_own(hostile: Path, disguis
     assert run_directory_of(given) == hostile
     message = refusal("--config", given)
     assert message.startswith(f"--config {given} (of the run directory {hostile}): needs --model.")
-    assert all(f"{key} {value!r} (" in message for key, value in values_of(hostile).items())
+    for key, value in values_of(hostile).items():
+        assert f"{key} {in_a_message(value)} (" in message
     assert "a file of your own may set all of this, if it is not named config.toml" in message
     given = given.relative_to(Path.cwd()) if disguise != "linked" else given
     assert "needs --model.trust_remote_code true" in refusal("--config", given)
@@ -256,7 +261,7 @@ def test_the_same_command_resumes_by_itself(hostile: Path) -> None:
 
 def record_of(run_dir: Path) -> Config:
     values = values_of(run_dir)
-    argv = [f"--{k}={v if isinstance(v, str) else 'true'}" for k, v in values.items()]
+    argv = [part for k, v in values.items() for part in shlex.split(flag(k, v))]
     return load_config(["--resume", str(run_dir), *argv]).config
 
 

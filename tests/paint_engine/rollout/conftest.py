@@ -1,8 +1,10 @@
 """A server that answers as vLLM's does, but for one fault that a test switches on."""
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ HUGE_BYTES = 300 * MIB
 # What a terminal would obey: a red text, and a new title of the window.
 ESCAPES = "\x1b[31m\x1b]0;title\x07"
 DRIP_S = 0.02
+# What is no fault of a reply: the process is gone.
+DEAD = "dead"
 
 
 class FakeServer(ThreadingHTTPServer):
@@ -22,21 +26,22 @@ class FakeServer(ThreadingHTTPServer):
 
     fault: the name of a fault, or None. applies: whether a request for a completion gets it.
     loads_adapters: whether it was started for that. served: what /v1/models replies.
-    headers: of every request. num_faults: how often it was applied. num_sent: the bytes of bodies
-    that it could send.
+    headers: of every request. asked: the path and the body of each with one. num_faults: how often
+    the fault was applied. num_sent: the bytes of bodies that it could send.
     """
 
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, model: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, model: str, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.fault: str | None = None
         self.applies: Callable[[Json], bool] = lambda request: True
         self.loads_adapters = True
         card = {"id": model, "root": model, "parent": None}
         self.served = json.dumps({"object": "list", "data": [card]}).encode()
         self.headers: list[dict[str, str]] = []
+        self.asked: list[tuple[str, Json]] = []
         self.num_faults = self.num_sent = 0
         self.released = threading.Event()
 
@@ -175,13 +180,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.server.headers.append(dict(self.headers))
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, request))
         if not self.path.endswith("/completions"):
             self._send(b"Success: it is done.", 200 if self.server.loads_adapters else 404)
             return
         choice, fault = good_choice(request), self.server.fault
         if fault is not None and self.server.applies(request):
             self.server.num_faults += 1
-            if fault in EXCHANGES:
+            if fault in EXCHANGES or fault == DEAD:
                 self._exchange(fault)
                 return
             if fault in BODIES:
@@ -193,6 +199,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _exchange(self, fault: str) -> None:
         self.close_connection = True
         match fault:
+            case "dead":
+                self.connection.shutdown(socket.SHUT_RDWR)
             case "300 MB":
                 self._send(b"", Content_Length=str(HUGE_BYTES))
                 for _ in range(HUGE_BYTES // MIB):
@@ -239,15 +247,46 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def server(model_dir: Path) -> Iterator[FakeServer]:
-    with FakeServer(str(model_dir)) as server:
+@contextmanager
+def serving(server: FakeServer) -> Iterator[FakeServer]:
+    """The server answers inside."""
+    with server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
         server.released.set()
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def server(model_dir: Path) -> Iterator[FakeServer]:
+    with serving(FakeServer(str(model_dir))) as server:
+        yield server
+
+
+@pytest.fixture
+def start_server(model_dir: Path) -> Iterator[Callable[..., FakeServer]]:
+    """Starts another server by (port=a free one, model=the test's)."""
+    with ExitStack() as stack:
+
+        def start(port: int = 0, model: str = str(model_dir)) -> FakeServer:
+            return stack.enter_context(serving(FakeServer(model, port)))
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def kill_server() -> Callable[[FakeServer], None]:
+    """Ends a server as SIGKILL does: its requests in progress get no answer, later ones no
+    connection. Any thread may call it."""
+
+    def kill(server: FakeServer) -> None:
+        server.fault, server.applies = DEAD, lambda request: True
+        server.shutdown()
+        server.server_close()
+
+    return kill
 
 
 @pytest.fixture(scope="session")

@@ -95,6 +95,46 @@ def test_training_is_saved_and_continues(
     assert numbers(tmp_path / "run") == numbers(tmp_path / "undisturbed")
 
 
+def test_a_run_goes_on_when_one_of_its_servers_dies(
+    served: list[str],
+    server: Any,
+    start_server: Callable[..., Any],
+    kill_server: Callable[[Any], None],
+    run_main: Main,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert run_main([*served, "--run.dir", str(tmp_path / "undisturbed")]) == 0
+    second = start_server()
+    urls = ["--rollout.url", f"{server.url},{second.url}"]
+
+    def sampled(one: Any) -> int:
+        asked = [body for path, body in one.asked if path.endswith("/completions")]
+        return sum(body["max_tokens"] == TRAINING_TOKENS for body in asked)
+
+    def third_step_is_reached(request: dict[str, Any]) -> bool:
+        if sampled(second) < 4:
+            return False
+        kill_server(second)
+        return True
+
+    server.asked.clear()
+    second.fault, second.applies = "dead", third_step_is_reached
+    capfd.readouterr()
+    assert run_main([*served, *urls]) == 0
+    text = capfd.readouterr()
+    assert text.err.count("its requests go to the other servers until it returns") == 1
+    assert f"the server at {second.url} is gone" in text.err
+    assert "restarted once" not in text.err and "Traceback" not in text.err
+    # Four steps of three rollouts, in equal shares until the fourth request to the second server.
+    assert (sampled(server), sampled(second)) == (12 - 3, 4)
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "undisturbed")
+    assert (
+        str([server.url, second.url]).replace("'", '"')
+        in (tmp_path / "run" / "config.toml").read_text()
+    )
+
+
 def test_finished_answers_of_an_evaluation_are_kept(
     served: list[str],
     server: Any,

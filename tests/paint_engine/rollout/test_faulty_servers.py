@@ -85,7 +85,7 @@ def engine(
     server: Any, lora_model: PeftModel, model_dir: Path, tmp_path: Path
 ) -> Iterator[ServerEngine]:
     engine = ServerEngine(
-        server.url,
+        [server.url],
         lora_model,
         str(model_dir),
         WORLD,
@@ -125,7 +125,7 @@ def test_a_server_that_does_not_fit_is_refused_at_the_start(
     for name, value in fields.items():
         setattr(server, name, value)
     with pytest.raises(ValueError, match=message) as raised:
-        ServerEngine(server.url, lora_model, str(model_dir), WORLD, max_sequences=2)
+        ServerEngine([server.url], lora_model, str(model_dir), WORLD, max_sequences=2)
     assert str(raised.value).isprintable()
 
 

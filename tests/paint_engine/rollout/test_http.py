@@ -46,7 +46,7 @@ def test_a_key_that_http_cannot_send_is_refused_and_not_shown(
 
 
 def section(host: str, scheme: str = "http") -> RolloutSection:
-    return RolloutSection(url=f"{scheme}://{host}:8000")
+    return RolloutSection(url=(f"{scheme}://{host}:8000",))
 
 
 def test_a_key_that_goes_over_a_network_openly_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:

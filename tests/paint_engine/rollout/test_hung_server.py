@@ -99,7 +99,7 @@ def engine(
 ) -> Iterator[ServerEngine]:
     monkeypatch.setattr(rollout_server, "_CONTROL_TIMEOUT_S", 0.5)
     engine = ServerEngine(
-        f"http://127.0.0.1:{server.server_port}",
+        [f"http://127.0.0.1:{server.server_port}"],
         lora_model,
         str(model_dir),
         World(0, 1, 0, torch.device("cpu")),
