@@ -2,14 +2,18 @@
 its death."""
 
 import atexit
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 from paint_engine.files import printable_output
@@ -36,19 +40,56 @@ class _Batch:
     completions: list[Completion]
 
 
-def _serve(
-    connection: Any, llm_args: Mapping[str, Any], head_size: int, environment: Mapping[str, str]
-) -> None:
-    """Runs an engine's process. It answers calls until the trainer is gone."""
+# What the process runs. By its name, since classes of __main__ could not be sent back.
+_SOURCE = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from paint_engine.rollout.vllm_process import serve; serve(*json.loads(sys.argv[2]))"
+)
+
+
+def engine_environment(own: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment that an engine's process starts with: the trainer's without
+    torchrun's variables, and with `own`."""
+    kept = {n: v for n, v in os.environ.items() if not n.startswith(_TORCHRUN_PREFIXES)}
+    return kept | dict(own)
+
+
+def _start(own: Mapping[str, str]) -> tuple[Connection, subprocess.Popen[bytes]]:
+    """Starts an engine's process, which is to be sent Core's arguments.
+
+    Not by multiprocessing, whose child gets its variables only after it has imported PyTorch, the
+    trainer's __main__ and all that these import: what of it looks for GPUs would see those of all
+    ranks.
+    """
+    mine, theirs = multiprocessing.Pipe()
+    # Otherwise this process would hold the other end open and not notice a death.
+    with theirs:
+        handle = theirs.fileno()
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-c", _SOURCE, json.dumps(sys.path)),
+                json.dumps([handle, os.getpid()]),
+            ],
+            env=engine_environment(own),
+            stdin=subprocess.DEVNULL,
+            pass_fds=(handle,),
+        )
+    return mine, process
+
+
+def serve(handle: int, trainer: int) -> None:
+    """Runs an engine's process. It answers calls until the trainer is gone.
+
+    handle: the file descriptor of its end of the pipe.
+    trainer: the trainer's process id.
+    """
     # Ctrl-C reaches every process of a terminal, and torchrun's SIGTERM every process of a rank's
     # group. The trainer decides when this one ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    for name in [n for n in os.environ if n.startswith(_TORCHRUN_PREFIXES)]:
-        del os.environ[name]
-    os.environ.update(environment)
-    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
-    with printable_output():
+    threading.Thread(target=_end_with_the_trainer, args=(trainer,), daemon=True).start()
+    with Connection(handle) as connection, printable_output():
+        llm_args, head_size = connection.recv()
         _answer_calls(connection, llm_args, head_size)
 
 
@@ -90,12 +131,10 @@ def _send_batches(connection: Any, core: Core, args: Sequence[Any]) -> None:
                 return
 
 
-def _end_with_the_trainer() -> None:
+def _end_with_the_trainer(trainer: int) -> None:
     """Exits when the trainer is gone. A trainer killed by SIGKILL sends no message, and an engine
     that generates does not read the pipe."""
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None
-    while os.getppid() == trainer.pid:
+    while os.getppid() == trainer:
         time.sleep(_WATCH_S)
     os._exit(1)
 
@@ -104,7 +143,8 @@ class OwnProcess:
     """A `Core` in its own process. Generation overlaps with training, and the trainer survives its
     death.
 
-    environment: environment variables of the process, in addition to the trainer's.
+    environment: environment variables of the process from its start on, in addition to the
+        trainer's.
 
     Raises EngineDied if the engine cannot be built.
     """
@@ -112,19 +152,10 @@ class OwnProcess:
     def __init__(
         self, llm_args: Mapping[str, Any], head_size: int, environment: Mapping[str, str]
     ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve,
-            args=(theirs, llm_args, head_size, environment),
-            name="paint-vllm",
-            daemon=True,
-        )
-        self._process.start()
-        # At exit, multiprocessing would send SIGTERM, which the process ignores, and wait forever.
+        self._connection, self._process = _start(environment)
+        # At exit too, without the second that the process takes to notice it.
         atexit.register(self._process.kill)
-        # Otherwise this process would hold the other end open and not notice a death.
-        theirs.close()
+        self._connection.send((llm_args, head_size))
         # Whether a call has not got its last answer. Ctrl-C may leave it so at any point.
         self._is_answering = True
         try:
@@ -164,7 +195,7 @@ class OwnProcess:
     def close(self) -> None:
         """Kills the process, even during a batch. It has no state to save."""
         self._process.kill()
-        self._process.join()
+        self._process.wait()
         self._connection.close()
         atexit.unregister(self._process.kill)
 
@@ -196,5 +227,6 @@ class OwnProcess:
         return answer
 
     def _death(self) -> EngineDied:
-        self._process.join(_EXIT_TIMEOUT_S)
-        return EngineDied(f"vLLM's process ended with exit code {self._process.exitcode}")
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_EXIT_TIMEOUT_S)
+        return EngineDied(f"vLLM's process ended with exit code {self._process.returncode}")
