@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from torch import nn
 
@@ -122,10 +123,10 @@ class WeightFiles:
         directory = self._root / str(self._serial)
         error = None
         if self._writes:
-            if not isinstance(self._model, PeftModel):
-                # vLLM computes in this dtype. It would round to it itself, from files of twice the
-                # size.
-                dtype = compute_dtype(self._model)
+            # The trainer computes in this dtype, and so does vLLM: both would round to it. Adapters
+            # are rounded by themselves, which keeps what their sum with the base would lose.
+            dtype = compute_dtype(self._model)
+            if dtype == torch.bfloat16 or not isinstance(self._model, PeftModel):
                 weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
             num_bytes = sum(tensor.nbytes for tensor in weights.values())
             try:

@@ -279,15 +279,33 @@ def test_bfloat16(
     params: SamplingParams,
     mismatch: Callable[..., float],
     train_step: Callable[[nn.Module, int], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     student = make_student(dtype="bfloat16")
     engine = VllmEngine(student, str(model_dir), world, **SETTINGS)
     train_step(student, 1)
-    engine.sync(1)
-    completions = engine.generate(prompts, range(len(prompts)), params)
+
+    def sample() -> tuple[float, int]:
+        """The mismatch, and the bytes that were handed over."""
+        engine.sync(1)
+        assert engine._written is not None
+        files = engine._written.directory.glob("*.safetensors")
+        completions = engine.generate(prompts, range(len(prompts)), params)
+        assert mismatch(student, prompts, completions, params, base=True) > 0.04
+        return mismatch(student, prompts, completions, params), sum(
+            file.stat().st_size for file in files
+        )
+
+    rounded, num_bytes = sample()
+    # As before the adapters travelled in bfloat16.
+    monkeypatch.setattr(rollout_weights, "compute_dtype", lambda model: torch.float32)
+    exact, num_bytes_before = sample()
     engine.close()
-    assert mismatch(student, prompts, completions, params) < 0.02
-    assert mismatch(student, prompts, completions, params, base=True) > 0.04
+    print(f"mismatch {rounded:.6f} (float32 files: {exact:.6f}), {num_bytes} of {num_bytes_before}")
+    assert rounded < 0.02
+    assert abs(rounded - exact) < 1e-3
+    # Beside the tensors, each file has a header of the same size.
+    assert num_bytes < 0.75 * num_bytes_before
 
 
 def test_full_fine_tuning_replaces_the_weights_and_base_brings_them_back(

@@ -10,18 +10,32 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
-from transformers import PreTrainedModel
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from paint_engine.checkpoint.weights import gather_weights
 from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.distributed import World
+from paint_engine.files import ADAPTER_FILE
 from paint_engine.files.processes import start_of
-from paint_engine.model.forward import autocast
+from paint_engine.model.forward import autocast, hidden_states, lm_head_weight
 from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
+from paint_engine.model.packing import build_batch
 from paint_engine.rollout import adapter_files
 from paint_engine.rollout.adapter_files import WeightFiles
+from paint_engine.rollout.builtin import BuiltinEngine
+from paint_engine.rollout.engine import SamplingParams
+from paint_engine.rollout.mismatch import logprob_differences, mismatch_metrics
+from paint_engine.types import Problem, Rollout, TrainExample
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 
@@ -47,11 +61,11 @@ def test_each_write_has_a_new_name_and_replaces_the_one_before(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_adapters_on_a_bfloat16_base_are_handed_over_as_they_are_trained(
+def test_adapters_on_a_bfloat16_base_are_rounded_by_themselves(
     model_dir: Path, tmp_path: Path
 ) -> None:
-    """In float32 and by themselves: after a step at 5e-6 the sum of base and adapters, rounded to
-    bfloat16, is the base."""
+    """As the trainer's products round them: after a step at 5e-6 the sum of base and adapters,
+    rounded to bfloat16, is the base. A checkpoint has them in float32, twice the bytes."""
     section = ModelSection(name_or_path=str(model_dir), dtype="bfloat16")
     model = add_lora(load_base(section, WORLD.device), LoraSection(rank=4, alpha=8), seed=0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-6)
@@ -59,19 +73,75 @@ def test_adapters_on_a_bfloat16_base_are_handed_over_as_they_are_trained(
         model(input_ids=torch.arange(20)[None]).logits.square().mean().backward()
     optimizer.step()
     files = WeightFiles(model, WORLD, str(tmp_path), per_node=True)
-    stored = load_peft_weights(str(files.write(1).directory), device="cpu")
+    stored = load_file(files.write(1).directory / ADAPTER_FILE)
     files.close()
-    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    saved = gather_weights(model)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    num_bytes = [sum(tensor.nbytes for tensor in part.values()) for part in (stored, saved)]
+    assert 2 * num_bytes[0] == num_bytes[1] > 0
     unchanged, entries = 0, 0
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         a, b = (stored[f"{name}.lora_{part}.weight"] for part in "AB")
-        assert torch.equal(b, module.lora_B["default"].weight) and b.any()
+        trained = module.lora_B["default"].weight
+        assert isinstance(trained, torch.Tensor)
+        assert torch.equal(b, trained.to(torch.bfloat16)) and b.any()
         weight = module.get_base_layer().weight
-        unchanged += int(((weight.float() + 2 * b @ a).to(torch.bfloat16) == weight).sum())
+        assert isinstance(weight, torch.Tensor)
+        moved = weight.float() + 2 * b.float() @ a.float()
+        unchanged += int((moved.to(torch.bfloat16) == weight).sum())
         entries += weight.numel()
     assert unchanged > 0.99 * entries
+
+
+def test_a_sampler_with_rounded_adapters_is_as_far_from_the_trainer(
+    model_dir: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """`rollout_logprob_diff` of a sampler in bfloat16 that has the adapters as they travel, and of
+    one that has them in float32."""
+    section = ModelSection(name_or_path=str(model_dir), dtype="bfloat16")
+
+    def student() -> PeftModel:
+        model = add_lora(load_base(section, WORLD.device), LoraSection(rank=4, alpha=8), seed=0)
+        assert isinstance(model, PeftModel)
+        return model
+
+    trained, sampler = student(), student()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in trained.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    files = WeightFiles(trained, WORLD, str(tmp_path), per_node=True)
+    as_sent = load_peft_weights(str(files.write(1).directory), device="cpu")
+    files.close()
+    params = SamplingParams(1.1, 0.95, 20, 24, (), len(tokenizer))
+    prompts = [tuple(range(20, 24 + i)) for i in range(8)]
+
+    def difference(weights: dict[str, torch.Tensor]) -> float:
+        set_peft_model_state_dict(sampler, weights)
+        engine = BuiltinEngine(sampler, sampler.disable_adapter, max_sequences=8)
+        completions = engine.generate(prompts, range(8), params)
+        rollouts = [
+            Rollout(Problem("p", "", "", ""), prompt, c.token_ids, c.logprobs, c.truncated, "")
+            for prompt, c in zip(prompts, completions, strict=True)
+        ]
+        packed = build_batch([TrainExample(rollout) for rollout in rollouts]).student
+        with torch.no_grad(), autocast(trained):
+            states = hidden_states(trained, packed, attention="padded")
+            head = lm_head_weight(trained)
+            found = logprob_differences(states, head, rollouts, params)
+        return mismatch_metrics([[d for part in found for d in part.tolist()]])[
+            "rollout_logprob_diff"
+        ]
+
+    before = difference(gather_weights(trained))
+    assert 0 < before < 0.05
+    assert abs(difference(as_sent) - before) < 1e-3
+    # What a sampler without the adapters would show.
+    without = {name: torch.zeros_like(tensor) for name, tensor in as_sent.items()}
+    assert difference(without) > 10 * before
 
 
 @pytest.mark.parametrize(
