@@ -162,6 +162,8 @@ Benchmarks = Annotated[
     PathTuple, BeforeValidator(_words_are_a_list), AfterValidator(_are_benchmarks)
 ]
 
+BESIDE_RUN = "auto"
+"""of `eval.base_cache`: a directory beside that of the run"""
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -611,6 +613,16 @@ class EvalSection(Section):
         default=0, description="steps between evaluations; 0 = none during training"
     )
     at_start: bool = Field(default=True, description="evaluate before the first step")
+    base_cache: OrNone[PathText] = Field(
+        default=BESIDE_RUN,
+        description="directory of the base's evaluations, which runs share; auto = "
+        "base-evaluations beside the run directory; none = each run has its own",
+    )
+    seed: OrNone[Seed] = Field(
+        default=None,
+        description="seed of the answers; none = train.seed: runs of other seeds then share no "
+        "evaluation of the base",
+    )
     at_end: bool = Field(default=True, description="evaluate after the last step")
 
     @property

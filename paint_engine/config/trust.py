@@ -19,6 +19,7 @@ from pathlib import Path
 
 from paint_engine.config.plugins import is_own
 from paint_engine.config.schema import Config
+from paint_engine.config.sections import BESIDE_RUN
 from paint_engine.config.toml import LEAVES, flag, toml_value, value_of
 from paint_engine.files import CHECKPOINTS_DIRECTORY, CONFIG_FILE
 from paint_engine.keys import SERVER_KEY
@@ -75,6 +76,10 @@ _WIDENING: Mapping[str, _Widening] = {
     ),
     "teacher.url": _Widening(
         f"sends prompts, completions and {SERVER_KEY} there", lambda c: c.teacher.url is not None
+    ),
+    "eval.base_cache": _Widening(
+        "writes there; auto = beside the run directory, none = nowhere",
+        lambda c: c.eval.base_cache not in (None, BESIDE_RUN),
     ),
     "run.wandb_project": _Widening(
         "sends the run to W&B with your key; none = does not",

@@ -9,14 +9,20 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
 from paint_engine.config import templates
 from paint_engine.config.benchmarks import KNOWN, Benchmark, parse_benchmarks
 from paint_engine.config.command_line import parse_value
-from paint_engine.config.sections import INSTRUCTION, EvalSection, PromptsSection, RewardSection
+from paint_engine.config.sections import (
+    BESIDE_RUN,
+    INSTRUCTION,
+    EvalSection,
+    PromptsSection,
+    RewardSection,
+)
 from paint_engine.config.toml import LEAVES
 from paint_engine.files import argument_path, argument_text, shown
 
@@ -78,6 +84,14 @@ _BENCHMARKS = (
     f"comma-separated: {', '.join(benchmark.name for benchmark in KNOWN)}, [NAME=]FILE, "
     "[NAME=]ID:SPLIT or ID:CONFIG:SPLIT"
 )
+
+
+_BASE_CACHE: dict[str, Any] = {
+    "metavar": "DIR",
+    "type": argument_text,
+    "help": "as eval.base_cache of a training run: evaluations of whole models are reused from "
+    "there and kept there; auto = base-evaluations beside the run directory, or in runs",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -147,6 +161,7 @@ def _add_subject(add: Callable[..., object]) -> None:
     add("--benchmarks", required=True, help=_BENCHMARKS)
     add("--output", metavar="DIR", type=argument_path, help="default: evaluations/NAME-DIGEST")
     add("--seed", type=int, default=0, help="sampling seed")
+    add("--base-cache", default="none", **_BASE_CACHE)
     _add_rows(add)
 
 
@@ -315,6 +330,7 @@ def _table1_parser() -> argparse.ArgumentParser:
         help="directory of the evaluations' directories; default: evaluations",
     )
     add("--json", metavar="FILE", type=argument_path, help="also write the numbers to this file")
+    add("--base-cache", default=BESIDE_RUN, **_BASE_CACHE)
     _add_model(add)
     _add_rows(add)
     _add_answers(add)

@@ -18,6 +18,7 @@ from paint_engine.config.sections import ColumnsSection, EvalSection, PromptsSec
 from paint_engine.data import ProblemSet, spelled_note
 from paint_engine.data.rows import load_problems
 from paint_engine.distributed import World, gather_objects
+from paint_engine.evaluation.base_cache import base_cache_of
 from paint_engine.evaluation.flags import EvaluationCommand
 from paint_engine.evaluation.store import Header, evaluation_settings, fingerprints
 from paint_engine.evaluation.target import (
@@ -36,6 +37,9 @@ from paint_engine.prompts.chat import encode_student_prompts
 from paint_engine.prompts.template import check_date, check_template, shows_date
 from paint_engine.rollout import stop_notes, vllm_is_installed
 
+# Beside it is what runs share that have no `run.dir`.
+_SOME_RUN = "runs/any"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -43,6 +47,8 @@ class Plan:
 
     shape: the model on the meta device.
     sets, headers: by benchmark.
+    base_cache: where evaluations of models before training are kept; None = nowhere, and for a
+        trained one.
     """
 
     command: EvaluationCommand
@@ -53,6 +59,7 @@ class Plan:
     directory: Path
     sets: dict[str, ProblemSet]
     headers: dict[str, Header]
+    base_cache: Path | None
 
 
 def make_plan(
@@ -114,7 +121,10 @@ def _plan_for(
         for name, problem_set in sets.items()
     }
     directory = arguments.output or _directory(target, section, identity, settings)
-    return Plan(command, target, tokenizer, shape, engine, directory, sets, headers)
+    cache = base_cache_of(section.base_cache, Path(arguments.adapter or _SOME_RUN))
+    if target.trained is not None:
+        cache = None
+    return Plan(command, target, tokenizer, shape, engine, directory, sets, headers, cache)
 
 
 def _directory(

@@ -2,10 +2,10 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 
 from paint_engine.checkpoint.choose import present
 from paint_engine.distributed import (
@@ -16,6 +16,7 @@ from paint_engine.distributed import (
     together,
 )
 from paint_engine.evaluation.answers import FAILURES, all_requests, check_answers, evaluate
+from paint_engine.evaluation.base_cache import cache_header, find_base, keep_base, reused
 from paint_engine.evaluation.compare import is_training_run
 from paint_engine.evaluation.flags import EvaluationCommand, own_flags
 from paint_engine.evaluation.plan import Plan, make_plan
@@ -32,6 +33,7 @@ from paint_engine.evaluation.store import (
     read_finished,
     read_unfinished,
     remove_shares,
+    write_evaluation,
 )
 from paint_engine.evaluation.target import build_engine, compute_dtype_of
 from paint_engine.files import (
@@ -42,6 +44,7 @@ from paint_engine.files import (
     ReadFailed,
     WriteFailed,
     check_links,
+    one_line,
     write_json,
 )
 from paint_engine.files.terminal import Terminal
@@ -117,6 +120,7 @@ def evaluate_plan(
         found = find_complete(plan, world)
         if complete := [name for name, evaluation in found.items() if evaluation is not None]:
             console.say(f"{', '.join(complete)}: complete already, nothing was sampled")
+        found |= reuse_bases(plan, found, lock, console.say)
         evaluations = answer_benchmarks(plan, found, load, lock, world, Progress(console))
         together(
             lambda: lock and report_results(plan, evaluations, lock, console, show=show),
@@ -208,6 +212,46 @@ def find_complete(plan: Plan, world: World) -> dict[str, Evaluation | None]:
     return gather_objects(together(find, (ValueError, *FILE_FAILURES)))[0]
 
 
+def reuse_bases(
+    plan: Plan,
+    found: Mapping[str, Evaluation | None],
+    lock: DirectoryLock | None,
+    say: Callable[[str], object],
+) -> dict[str, Evaluation]:
+    """Copies the missing evaluations of a model before training that a run or another command has
+    made, says so, and returns them. A collective call.
+
+    Raises BadFile, ReadFailed, WriteFailed and LockLost on every rank.
+    """
+    directory = plan.base_cache
+    missing = [name for name, evaluation in found.items() if evaluation is None]
+    if directory is None:
+        return {}
+
+    def reuse() -> dict[str, Evaluation]:
+        copies = {}
+        for name in missing if lock is not None else ():
+            header = plan.headers[name]
+            entry = cache_header(header)
+            if entry is not None and (kept := find_base(directory, entry)) is not None:
+                file, evaluation = kept
+                lock.check()
+                copies[name] = reused(evaluation, header)
+                write_evaluation(plan.directory, name, copies[name])
+                remove_shares(plan.directory, name)
+                say(f"{one_line(name)}: reused, from {file}; nothing was sampled")
+        return copies
+
+    return gather_objects(together(reuse, FILE_FAILURES))[0]
+
+
+def keep_base_of(plan: Plan, evaluation: Evaluation) -> None:
+    """Keeps the evaluation of a model before training for others. The main rank calls it."""
+    entry = cache_header(evaluation.header)
+    if plan.base_cache is not None and entry is not None:
+        keep_base(plan.base_cache, entry, evaluation)
+
+
 def answer_benchmarks(
     plan: Plan,
     found: dict[str, Evaluation | None],
@@ -226,7 +270,10 @@ def answer_benchmarks(
         engine, reward = load()
         check_still_same(plan, world)
         for name in pending:
-            found[name] = answer_benchmark(plan, name, engine, reward, lock, world, progress)
+            answered = answer_benchmark(plan, name, engine, reward, lock, world, progress)
+            keep = partial(keep_base_of, plan, answered)
+            together(lambda keep=keep: world.is_main and keep(), FILE_FAILURES)
+            found[name] = answered
     return [evaluation for evaluation in found.values() if evaluation is not None]
 
 

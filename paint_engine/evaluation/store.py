@@ -121,6 +121,11 @@ class Header:
     problems: dict[str, str]
     step: int | None = None
 
+    @property
+    def reward_function(self) -> str:
+        """What judges the answers."""
+        return self.settings.get(_REWARD_FUNCTION, DEFAULT_REWARD)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -141,7 +146,7 @@ class Evaluation:
     @property
     def reward_function(self) -> str:
         """What judged the answers."""
-        return self.settings.get(_REWARD_FUNCTION, DEFAULT_REWARD)
+        return self.header.reward_function
 
 
 def fingerprints(problems: Sequence[Problem]) -> dict[str, str]:
@@ -299,12 +304,20 @@ class SampleFiles:
     def _write(self, evaluation: Evaluation) -> None:
         if self._lock is not None:
             self._lock.check()
-        head = self._directory / f"{self._name}.json"
-        head.unlink(missing_ok=True)
-        samples = self._directory / f"{self._name}.jsonl"
-        write_atomic(samples, b"".join(json_line(s.record()) for s in evaluation.samples))
-        write_json(head, asdict(evaluation.header) | {"seconds": evaluation.seconds})
+        (self._directory / f"{self._name}.json").unlink(missing_ok=True)
+        write_evaluation(self._directory, self._name, evaluation)
         remove_shares(self._directory, self._name)
+
+
+def write_evaluation(directory: Path, name: str, evaluation: Evaluation) -> None:
+    """Writes a complete evaluation to NAME.jsonl and, last, NAME.json. Raises WriteFailed.
+
+    What is at these names has the same header, or the caller has removed its NAME.json.
+    """
+    samples = b"".join(json_line(sample.record()) for sample in evaluation.samples)
+    write_atomic(directory / f"{name}.jsonl", samples)
+    head = asdict(evaluation.header) | {"seconds": evaluation.seconds}
+    write_json(directory / f"{name}.json", head)
 
 
 def remove_shares(directory: Path, name: str) -> None:

@@ -48,6 +48,7 @@ from paint_engine.files.lock import DirectoryLock, is_lock_file
 from paint_engine.files.names import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
+    BASE_CACHE_DIRECTORY,
     BEST_LINK,
     CHECKPOINTS_DIRECTORY,
     CONFIG_FILE,
@@ -89,6 +90,7 @@ from paint_engine.files.records import (
     read_tables,
 )
 from paint_engine.files.versions import (
+    package_versions,
     present_versions,
     recorded_commit,
     recorded_name,
@@ -99,6 +101,7 @@ from paint_engine.files.versions import (
 __all__ = [
     "ADAPTER_CONFIG_FILE",
     "ADAPTER_FILE",
+    "BASE_CACHE_DIRECTORY",
     "BEST_LINK",
     "CHECKPOINTS_DIRECTORY",
     "CONFIG_FILE",
@@ -147,6 +150,7 @@ __all__ = [
     "one_line",
     "open_jsonl",
     "open_regular",
+    "package_versions",
     "parse_json",
     "path_text",
     "present_versions",

@@ -16,6 +16,8 @@ WANDB_ID_FILE = "wandb_id.txt"
 """the run's id in W&B, with which a resumed run continues its curves"""
 CHECKPOINTS_DIRECTORY = "checkpoints"
 EVALUATIONS_DIRECTORY = "evaluations"
+BASE_CACHE_DIRECTORY = "base-evaluations"
+"""beside run directories: evaluations of models before training, which the runs share"""
 TENSORBOARD_DIRECTORY = "tensorboard"
 WANDB_DIRECTORY = "wandb"
 

@@ -13,6 +13,7 @@ from paint_engine.files.records import Record, read_json, read_json_if_there
 
 _COMMIT, _TEACHER_COMMITS = "model_commit", "teacher_commits"
 _PACKAGES = (
+    "paint-engine",
     "torch",
     "triton",
     "transformers",
@@ -32,6 +33,16 @@ class _Versions(Record):
     teacher_commits: dict[str, str] | None = None
 
 
+def package_versions() -> dict[str, str]:
+    """The versions of this package and of those that compute, sample and judge, as far as they are
+    installed."""
+    found = {}
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
 def present_versions(name: str, world_size: int) -> dict[str, object]:
     """The preset's name, the command, threads and processes, and the versions of packages."""
     # Imported here, for the command line uses this module before PyTorch is loaded.
@@ -40,10 +51,7 @@ def present_versions(name: str, world_size: int) -> dict[str, object]:
     versions: dict[str, object] = {"preset": name, "command": sys.argv}
     versions |= {"python": platform.python_version(), "num_threads": torch.get_num_threads()}
     versions["world_size"] = world_size
-    for package in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
+    return versions | package_versions()
 
 
 def write_versions(

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from typing import Literal
 
 from torch import nn
 
@@ -36,6 +37,14 @@ def check_engine_has_teacher(config: Config) -> None:
         )
 
 
+def engine_name(config: Config) -> Literal["builtin", "vllm", "server"]:
+    """Returns what samples the run's rollouts and answers. Raises ValueError as `uses_vllm`
+    does."""
+    if not (draws(config) and uses_vllm(config.rollout)):
+        return "builtin"
+    return "vllm" if config.rollout.url is None else "server"
+
+
 def make_engines(
     config: Config,
     model: nn.Module,
@@ -51,7 +60,7 @@ def make_engines(
     warn: gets a message on each server that is lost or returns.
     """
     section, name = config.rollout, resolve_model(config.model)
-    if not (draws(config) and uses_vllm(section)):
+    if engine_name(config) == "builtin":
         return (
             BuiltinEngine(model, teacher.scoring, section.max_sequences),
             BuiltinEngine(model, base.scoring, config.eval.max_sequences),

@@ -3,12 +3,20 @@
 import time
 from collections.abc import Iterable
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from paint_engine.checkpoint.directory import mark_best, prune
 from paint_engine.distributed import any_rank, gather_objects, together
 from paint_engine.evaluation.accuracy import best_step
 from paint_engine.evaluation.answers import FAILURES, all_requests, check_answers, evaluate
+from paint_engine.evaluation.base_cache import (
+    base_cache_of,
+    cache_header,
+    find_base,
+    keep_base,
+    reused,
+)
 from paint_engine.evaluation.store import (
     EvalSample,
     Evaluation,
@@ -19,15 +27,23 @@ from paint_engine.evaluation.store import (
     evaluation_settings,
     fingerprints,
     remove_shares,
+    write_evaluation,
 )
+from paint_engine.evaluation.target import Target
 from paint_engine.files import (
     ADAPTER_FILE,
     FILE_FAILURES,
     MANIFEST_FILE,
     MODEL_FILE,
+    LockLost,
+    WriteFailed,
+    one_line,
     read_json,
+    writing,
 )
+from paint_engine.model import compute_dtype
 from paint_engine.monitor import Progress
+from paint_engine.rollout.choose import engine_name
 from paint_engine.training.interrupt import Stopped, StopRequest
 from paint_engine.training.run import Run, save
 from paint_engine.training.summary import (
@@ -51,6 +67,8 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
     missing = [name for name in run.eval_sets if name not in present]
     # A kill may have come between an evaluation's last file and these.
     together(lambda: run.world.is_main and _remove_shares(run, step, present), FILE_FAILURES)
+    if step == 0:
+        missing = [name for name in missing if not _reuse_base(run, name, progress)]
     if missing and step == 0 and run.step > 0 and not run.base.exists:
         progress.note(
             "step 0 is not evaluated: with lora.enabled false and teacher.url, teacher.weights "
@@ -125,7 +143,67 @@ def _evaluate_on(
         if any_rank(not finished):
             stop.check_together()
         assert finished
-        files.finish(time.monotonic() - started)
+        evaluation = files.finish(time.monotonic() - started)
+    if step == 0:
+        together(lambda: run.world.is_main and _keep_base(run, evaluation, progress), FILE_FAILURES)
+
+
+def _base_entry(run: Run, header: Header) -> tuple[Path, Header] | None:
+    """Returns where the run's evaluation of the base is shared with other runs, and its header
+    there; None where it is not shared.
+
+    header: of the run's own evaluation.
+    """
+    config = run.config
+    directory = base_cache_of(config.eval.base_cache, run.run_dir)
+    if directory is None:
+        return None
+    identity = Target(config.model).identity(engine_name(config), compute_dtype(run.model))
+    entry = cache_header(replace(header, subject=identity))
+    return None if entry is None else (directory, entry)
+
+
+def _reuse_base(run: Run, name: str, progress: Progress) -> bool:
+    """Copies the evaluation of the base on a benchmark that another run or command has made, and
+    says so. Returns False where there is none. A collective: raises BadFile, ReadFailed,
+    WriteFailed and LockLost on every rank."""
+
+    def reuse() -> bool:
+        if not run.world.is_main:
+            return False
+        header = evaluation_header(run, name, 0, None)
+        entry = _base_entry(run, header)
+        if entry is None or (found := find_base(*entry)) is None:
+            return False
+        file, evaluation = found
+        if run.lock is not None:
+            run.lock.check()
+        directory, files_name = evaluation_directory(run.run_dir), _files_of(run, 0, name)
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            # Of other settings.
+            (directory / f"{files_name}.json").unlink(missing_ok=True)
+        write_evaluation(directory, files_name, reused(evaluation, header))
+        remove_shares(directory, files_name)
+        progress.note(f"{one_line(name)}: the base's evaluation is reused, from {file}")
+        return True
+
+    return gather_objects(together(reuse, (ValueError, LockLost, *FILE_FAILURES)))[0]
+
+
+def _keep_base(run: Run, evaluation: Evaluation, progress: Progress) -> None:
+    """Shares the run's evaluation of the base with later runs. Where the place cannot be written, a
+    note says so: the run has its own copy. The main rank calls it."""
+    entry = _base_entry(run, evaluation.header)
+    if entry is None:
+        return
+    try:
+        keep_base(*entry, evaluation)
+    except WriteFailed as failure:
+        progress.note(
+            f"note: the base's evaluation is not kept for other runs: {failure}; name another "
+            "directory with --eval.base_cache, or give none"
+        )
 
 
 def evaluation_header(run: Run, name: str, step: int, checkpoint: Path | None) -> Header:
@@ -140,7 +218,7 @@ def evaluation_header(run: Run, name: str, step: int, checkpoint: Path | None) -
     config = run.config
     return Header(
         name,
-        evaluation_settings(config.eval, config.train.seed, config.prompts, config.reward.function),
+        evaluation_settings(config.eval, run.eval_seed, config.prompts, config.reward.function),
         {"weights": weights},
         fingerprints(run.eval_sets[name].problems),
         step,
@@ -181,7 +259,7 @@ def answer_all(
                 requests,
                 run.eval_params,
                 run.reward,
-                seed=run.config.train.seed,
+                seed=run.eval_seed,
                 base=step == 0 and run.step > 0,
                 on_samples=on_samples,
             )

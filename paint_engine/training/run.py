@@ -128,6 +128,12 @@ class Run:
         """Sampling parameters of the evaluations."""
         return sampling_params(self.config.eval, self.model, self.tokenizer)
 
+    @property
+    def eval_seed(self) -> int:
+        """Seed of the evaluations' answers."""
+        own = self.config.eval.seed
+        return self.config.train.seed if own is None else own
+
     def check_lock(self) -> None:
         """Before a write: raises LockLost on every rank if the directory is no longer this run's,
         and WriteFailed if that cannot be told. A collective call."""

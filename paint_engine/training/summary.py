@@ -55,7 +55,7 @@ def current_evaluations(
     if complete is None:
         complete = read_evaluations(run.run_dir)
     settings = evaluation_settings(
-        config.eval, config.train.seed, config.prompts, config.reward.function
+        config.eval, run.eval_seed, config.prompts, config.reward.function
     )
     problems = {name: fingerprints(held_out.problems) for name, held_out in run.eval_sets.items()}
 

@@ -401,6 +401,8 @@ def command(model_dir: Path, tmp_path: Path, write_rows: Callable[..., Path]) ->
         # So large that each step changes what the next one samples.
         "optim.learning_rate": 0.02,
         "checkpoint.every": 1,
+        # Each run of a test evaluates by itself.
+        "eval.base_cache": "none",
     }
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
 

@@ -31,6 +31,7 @@ HOSTILE: Mapping[str, object] = {
     "rollout.url": ("http://127.0.0.1:9",),
     "rollout.adapter_dir": "/home/victim",
     "teacher.url": "http://127.0.0.1:9/teacher",
+    "eval.base_cache": "/home/victims",
     "run.wandb_project": "theirs",
 }
 # Of teachers that are other models, which do not go with a server; tried below.
@@ -138,7 +139,9 @@ def test_the_flag_has_to_be_the_recorded_value(hostile: Path) -> None:
     assert message.startswith("--model.name_or_path with --resume: got 'my/model', but the run was")
 
 
-@pytest.mark.parametrize("key", ["rollout.url", "rollout.adapter_dir", "run.wandb_project"])
+@pytest.mark.parametrize(
+    "key", ["rollout.url", "rollout.adapter_dir", "eval.base_cache", "run.wandb_project"]
+)
 def test_places_and_servers_may_be_left_out_of_a_resumed_run(hostile: Path, key: str) -> None:
     write_config(hostile / "config.toml", {key: HOSTILE[key]})
     assert "none = " in refusal("--resume", hostile)
