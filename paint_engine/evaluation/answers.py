@@ -1,6 +1,7 @@
 """Samples and judges answers to held-out problems."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -52,9 +53,11 @@ def evaluate(
     resumed evaluation draws the same samples as an uninterrupted one.
 
     Raises RewardFailed if the first MAX_FIRST_FAILURES calls of a user's reward function fail,
-    before `on_samples` is called, NotFinite for a completion whose log-probabilities are not
-    finite, and what `on_samples` raises.
+    before `on_samples` is called, NotFinite where the log-probability of the first token, or of
+    one that the engine returns without being asked, is not finite, and what `on_samples` raises.
     """
+    if not (params.logprobs or engine.always_has_logprobs):
+        _check_first_token(engine, problems, prompts, requests[:1], params, seed=seed, base=base)
     finished: dict[int, EvalSample] = {}
     waiting: list[EvalSample] = []
     works = not reward.is_own
@@ -84,6 +87,29 @@ def evaluate(
     if waiting:
         on_samples(waiting)
     return [finished[index] for index in range(len(requests))]
+
+
+def _check_first_token(
+    engine: RolloutEngine,
+    problems: Sequence[Problem],
+    prompts: Sequence[tuple[int, ...]],
+    requests: Sequence[tuple[int, int]],
+    params: SamplingParams,
+    *,
+    seed: int,
+    base: bool,
+) -> None:
+    """Samples the first token of these answers with its log-probability, which weights that are not
+    finite show. The answers themselves have none: it would cost a pass over the vocabulary per
+    token. All ranks call it, as some engines need."""
+    completions = engine.generate(
+        [prompts[i] for i, _ in requests],
+        [evaluation_seed(seed, problems[i].problem_id, j) for i, j in requests],
+        replace(params, max_new_tokens=1, logprobs=True),
+        base=base,
+    )
+    for (i, _), completion in zip(requests, completions, strict=True):
+        check_completion(completion, problems[i].problem_id)
 
 
 def _judged(reward: Reward, rollout: Rollout, sample_index: int) -> EvalSample:

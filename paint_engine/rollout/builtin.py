@@ -329,6 +329,11 @@ class BuiltinEngine:
         self._max_sequences = max_sequences
 
     @property
+    def always_has_logprobs(self) -> bool:
+        """True: the distribution that draws a token has its probability."""
+        return True
+
+    @property
     def can_restart(self) -> bool:
         """True: the engine has no state of its own that could be lost."""
         return True

@@ -18,6 +18,9 @@ class SamplingParams:
 
     A token of `stop_token_ids` ends a completion and stays in it. `vocab_size` is the tokenizer's
     largest id plus 1: the padding rows of the head above it are never sampled.
+
+    logprobs: whether a completion needs the log-probabilities of its tokens. An engine computes
+        none for a completion that does not, unless it has them already.
     """
 
     temperature: float
@@ -26,12 +29,14 @@ class SamplingParams:
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
     vocab_size: int
+    logprobs: bool = True
 
 
 @dataclass(frozen=True)
 class Completion:
     """Sampled token ids, the log-probability of each under the processed distribution (temperature
-    and truncation applied), and whether the length limit ended it."""
+    and truncation applied) or none where they were not asked for, and whether the length limit
+    ended it."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -79,7 +84,8 @@ def stop_notes(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[str
 def sampling_params(
     section: RolloutSection | EvalSection, model: nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> SamplingParams:
-    """Builds complete sampling parameters from the rollout's or the evaluation's section."""
+    """Builds complete sampling parameters from the rollout's or the evaluation's section. No
+    evaluation uses log-probabilities: an answer's text is judged."""
     return SamplingParams(
         temperature=section.temperature,
         top_p=section.top_p,
@@ -87,6 +93,7 @@ def sampling_params(
         max_new_tokens=section.max_new_tokens,
         stop_token_ids=stop_token_ids(model, tokenizer),
         vocab_size=vocabulary_size(tokenizer),
+        logprobs=isinstance(section, RolloutSection),
     )
 
 
@@ -105,6 +112,12 @@ class RolloutEngine(Protocol):
     @property
     def can_restart(self) -> bool:
         """Whether this rank can rebuild the engine on its own."""
+        ...
+
+    @property
+    def always_has_logprobs(self) -> bool:
+        """Whether completions have log-probabilities where `SamplingParams.logprobs` is false, too,
+        since they cost nothing more."""
         ...
 
     def sync(self, weights_version: int) -> None:

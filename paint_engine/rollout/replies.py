@@ -29,15 +29,24 @@ class _Logprobs(Reply):
     token_logprobs: Annotated[list[float], FailFast()]
 
 
-class _Choice(Reply):
+class _Tokens(Reply):
     finish_reason: Literal["stop", "length"]
     prompt_token_ids: Annotated[list[int], FailFast()]
     token_ids: Annotated[list[int], FailFast()]
+
+
+class _Choice(_Tokens):
     logprobs: _Logprobs
 
 
 class _Choices(Reply):
     choices: Annotated[list[_Choice], FailFast(), Field(min_length=1, max_length=1)]
+
+
+class _Answers(Reply):
+    """Completions without log-probabilities."""
+
+    choices: Annotated[list[_Tokens], FailFast(), Field(min_length=1, max_length=1)]
 
 
 class _Card(Reply):
@@ -97,17 +106,31 @@ def read_completion(body: bytes, prompt: Sequence[int], params: SamplingParams) 
 
     Raises BadReply, with what came and what was needed.
     """
-    (choice,) = read_reply(_Choices, body).choices
+    if params.logprobs:
+        (choice,) = read_reply(_Choices, body).choices
+        logprobs = choice.logprobs.token_logprobs
+    else:
+        (choice,) = read_reply(_Answers, body).choices
+        logprobs = []
     check_echo(choice.prompt_token_ids, prompt)
-    token_ids, logprobs = choice.token_ids, choice.logprobs.token_logprobs
-    if not 1 <= len(token_ids) <= params.max_new_tokens or len(token_ids) != len(logprobs):
+    _check_lengths(choice.token_ids, logprobs, params)
+    _check_tokens(choice.token_ids, params.vocab_size)
+    _check_logprobs(logprobs)
+    _check_end(choice.token_ids, choice.finish_reason, params)
+    return Completion(tuple(choice.token_ids), tuple(logprobs), choice.finish_reason == "length")
+
+
+def _check_lengths(token_ids: list[int], logprobs: list[float], params: SamplingParams) -> None:
+    fits = 1 <= len(token_ids) <= params.max_new_tokens
+    if not params.logprobs and not fits:
+        raise BadReply(
+            f"got {len(token_ids)} token_ids; needs from 1 to {params.max_new_tokens} of them"
+        )
+    if params.logprobs and not (fits and len(token_ids) == len(logprobs)):
         raise BadReply(
             f"got {len(token_ids)} token_ids and {len(logprobs)} token_logprobs; needs as many of "
             f"both, from 1 to {params.max_new_tokens}"
         )
-    _check_tokens(token_ids, logprobs, params.vocab_size)
-    _check_end(token_ids, choice.finish_reason, params)
-    return Completion(tuple(token_ids), tuple(logprobs), choice.finish_reason == "length")
 
 
 def check_echo(echoed: list[int], prompt: Sequence[int]) -> None:
@@ -121,13 +144,17 @@ def check_echo(echoed: list[int], prompt: Sequence[int]) -> None:
         )
 
 
-def _check_tokens(token_ids: list[int], logprobs: list[float], vocab_size: int) -> None:
-    for place, (token, logprob) in enumerate(zip(token_ids, logprobs, strict=True)):
+def _check_tokens(token_ids: list[int], vocab_size: int) -> None:
+    for place, token in enumerate(token_ids):
         if not 0 <= token < vocab_size:
             raise BadReply(
                 f"token_ids.{place}: got {shown_value(token)}; needs an id from 0 to "
                 f"{vocab_size - 1}"
             )
+
+
+def _check_logprobs(logprobs: list[float]) -> None:
+    for place, logprob in enumerate(logprobs):
         if not IMPOSSIBLE < logprob <= ROUNDING:
             raise BadReply(
                 f"token_logprobs.{place}: got {logprob}; needs the log-probability of a token that "

@@ -219,8 +219,8 @@ class Core:
             # Exactly our stop tokens end an answer; the model's own list is ignored.
             stop_token_ids=list(params.stop_token_ids),
             ignore_eos=True,
-            # No alternatives; the sampled token's log-probability is always included.
-            logprobs=0,
+            # No alternatives; the sampled token's log-probability is always included in some.
+            logprobs=0 if params.logprobs else None,
             flat_logprobs=True,
             detokenize=False,
             skip_special_tokens=False,
@@ -251,6 +251,8 @@ def _completion(output: Any) -> Completion:
     if output.finish_reason not in ("stop", "length"):
         raise EngineDied(f"vLLM ended a completion with {output.finish_reason!r}")
     token_ids, flat = tuple(output.token_ids), output.logprobs
+    if flat is None:
+        return Completion(token_ids, (), output.finish_reason == "length")
     # One entry per position, because logprobs = 0 requests only the sampled token.
     assert tuple(flat.token_ids) == token_ids, "log-probabilities of other tokens than the sampled"
     return Completion(token_ids, tuple(flat.logprobs), output.finish_reason == "length")

@@ -168,6 +168,11 @@ class VllmEngine:
         return finished.all()
 
     @property
+    def always_has_logprobs(self) -> bool:
+        """False: vLLM computes them in a pass of their own."""
+        return False
+
+    @property
     def can_restart(self) -> bool:
         """Whether this rank can rebuild the engine on its own. An engine over several ranks must be
         built by all of them, and the other ranks do not know that it died."""

@@ -190,7 +190,7 @@ class Replica:
             # Exactly our stop tokens end an answer; the model's own list is ignored.
             "stop_token_ids": list(params.stop_token_ids),
             "ignore_eos": True,
-            "logprobs": 0,
+            "logprobs": 0 if params.logprobs else None,
             "return_token_ids": True,
             "add_special_tokens": False,
             "skip_special_tokens": False,
@@ -345,6 +345,11 @@ class ServerEngine:
                 if on_batch is not None:
                     on_batch([index], [completion])
         return [completions[index] for index in range(len(prompts))]
+
+    @property
+    def always_has_logprobs(self) -> bool:
+        """False: vLLM computes them in a pass of their own."""
+        return False
 
     @property
     def can_restart(self) -> bool:

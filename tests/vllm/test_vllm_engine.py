@@ -48,6 +48,15 @@ def engine(student: nn.Module, model_dir: Path, world: World) -> Iterator[VllmEn
     engine.close()
 
 
+def test_without_log_probabilities_the_tokens_are_the_same(
+    engine: VllmEngine, prompts: Prompts, params: SamplingParams
+) -> None:
+    seeds = range(len(prompts))
+    scored = engine.generate(prompts, seeds, params)
+    plain = engine.generate(prompts, seeds, replace(params, logprobs=False))
+    assert plain == [replace(completion, logprobs=()) for completion in scored]
+
+
 def test_token_ids_stops_and_lengths(
     engine: VllmEngine, prompts: Prompts, params: SamplingParams
 ) -> None:

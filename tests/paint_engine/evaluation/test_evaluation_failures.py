@@ -2,8 +2,9 @@
 and keeps what it has finished."""
 
 import errno
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,10 +12,16 @@ from typing import Any
 
 import pytest
 from exit_codes import exit_code
+from transformers import PreTrainedTokenizerBase
 
 from paint_engine import evaluate
+from paint_engine.evaluation import answers
 from paint_engine.files import read_jsonl
+from paint_engine.monitor import NotFinite
+from paint_engine.rewards.math import REWARD
 from paint_engine.rollout.builtin import BuiltinEngine
+from paint_engine.rollout.engine import Completion, SamplingParams
+from paint_engine.types import Problem
 
 main = partial(exit_code, evaluate.main)
 
@@ -105,3 +112,53 @@ def test_logits_that_are_not_finite_are_an_error_and_no_accuracy(
     assert "error: rank 0: the sampler's log-probability of token " in printed
     assert "of the completion for rows.jsonl:11 is nan" in printed and "Avg@" not in printed
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+class _Engine:
+    """Records what it is asked for; the first token's log-probability is `first`."""
+
+    always_has_logprobs = False
+
+    def __init__(self, first: float) -> None:
+        self.first, self.asked = first, []
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        params: SamplingParams,
+        *,
+        base: bool = False,
+        on_batch: Callable[[list[int], list[Completion]], None] | None = None,
+    ) -> list[Completion]:
+        self.asked.append((len(prompts), params.max_new_tokens, params.logprobs))
+        logprobs = (self.first,) if params.logprobs else ()
+        found = [Completion((5,), logprobs, True) for _ in prompts]
+        if on_batch is not None:
+            on_batch(list(range(len(prompts))), found)
+        return found
+
+
+@pytest.mark.parametrize("first", [-0.5, math.nan])
+def test_only_the_first_token_of_one_answer_is_asked_for_with_its_log_probability(
+    first: float, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    engine, seen, reward = _Engine(first), [], REWARD(timeout_s=1.0)
+    problem = Problem("p:1", "How many?", "", "3")
+    params = SamplingParams(1.0, 1.0, -1, 30, (2,), 340, logprobs=False)
+
+    def ask() -> None:
+        answers.evaluate(
+            *(engine, tokenizer, [problem], [(7, 8)], [(0, 0), (0, 1)], params, reward),
+            seed=0,
+            base=True,
+            on_samples=seen.extend,
+        )
+
+    if math.isnan(first):
+        with pytest.raises(NotFinite, match=r"token 0 .* of the completion for p:1 is nan"):
+            ask()
+        assert engine.asked == [(1, 1, True)] and not seen
+    else:
+        ask()
+        assert engine.asked == [(1, 1, True), (2, 30, False)] and len(seen) == 2

@@ -49,6 +49,11 @@ class FakeServer(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
+    @property
+    def requests(self) -> list[Json]:
+        """Those for completions."""
+        return [body for path, body in self.asked if path.endswith("/completions")]
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """The client may hang up at any time."""
 
@@ -63,12 +68,13 @@ def good_choice(request: Json) -> Json:
         token_ids[-1] = stops[0]
     # With one candidate it is certain.
     logprob = 0.0 if request["top_k"] == 1 else -0.5
+    logprobs = {"token_logprobs": [logprob] * len(token_ids), "top_logprobs": []}
     return {
         "index": 0,
         "text": "",
         "prompt_token_ids": request["prompt"],
         "token_ids": token_ids,
-        "logprobs": {"token_logprobs": [logprob] * len(token_ids), "top_logprobs": []},
+        "logprobs": None if request["logprobs"] is None else logprobs,
         "finish_reason": "stop" if ends else "length",
         "stop_reason": stops[0] if ends else None,
     }
@@ -76,7 +82,8 @@ def good_choice(request: Json) -> Json:
 
 def _lengthen(choice: Json, count: int) -> None:
     choice["token_ids"] = [20] * count
-    choice["logprobs"]["token_logprobs"] = [-0.5] * count
+    if choice["logprobs"] is not None:
+        choice["logprobs"]["token_logprobs"] = [-0.5] * count
     choice["finish_reason"] = "length"
 
 

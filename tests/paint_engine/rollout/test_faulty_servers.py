@@ -5,16 +5,19 @@ import re
 import time
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
+from paint_engine.config.sections import EvalSection, RolloutSection
 from paint_engine.distributed import World
 from paint_engine.rollout import vllm_server
-from paint_engine.rollout.engine import EngineDied, SamplingParams
+from paint_engine.rollout.engine import EngineDied, SamplingParams, sampling_params
 from paint_engine.rollout.vllm_server import ServerEngine
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -136,6 +139,26 @@ def test_good_replies(engine: ServerEngine) -> None:
     assert not any(c.truncated for c in completions)
     (cut,) = engine.generate([(1,)], [7], PARAMS)
     assert cut.truncated and len(cut.token_ids) == 8 and cut.logprobs == (-0.5,) * 8
+
+
+def test_an_answer_of_an_evaluation_is_asked_for_without_log_probabilities(
+    engine: ServerEngine, server: Any, tokenizer: PreTrainedTokenizerBase, lora_model: PeftModel
+) -> None:
+    """And what comes without them is checked as before."""
+    for section, asked in ((RolloutSection(), 0), (EvalSection(), None)):
+        params = sampling_params(section, lora_model, tokenizer)
+        server.asked.clear()
+        completions = engine.generate(
+            PROMPTS, SEEDS, replace(PARAMS, logprobs=params.logprobs), base=asked is None
+        )
+        assert [request["logprobs"] for request in server.requests] == [asked] * 3
+        lengths = [1, 4, 1]
+        assert [len(c.token_ids) for c in completions] == lengths
+        assert [len(c.logprobs) for c in completions] == (lengths if asked == 0 else [0] * 3)
+    for fault in ("id out of range", "too short", "changed prompt", "past a stop token"):
+        server.fault = fault
+        with pytest.raises(EngineDied, match=FAULTS[fault]):
+            engine.generate([(7, 8, 9)], [7], replace(PARAMS, logprobs=False))
 
 
 def test_each_fault_is_told_in_time_and_in_little_memory(
