@@ -70,6 +70,24 @@ def load_checkpoint(
     return None
 
 
+def load_step(
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    world: World,
+    teacher: Teacher | None = None,
+) -> None:
+    """Restores one checkpoint of a run as `load_checkpoint` does, an older one than the newest.
+
+    Raises BadFile where it is damaged, and what `load_checkpoint` raises. A collective call.
+    """
+    damage = damage_of(checkpoint, world)
+    if damage is not None:
+        raise BadFile(f"{checkpoint} is damaged ({damage}); restore it from a copy")
+    _restore(checkpoint, model, optimizer, world, teacher)
+
+
 def _restore(
     checkpoint: Path,
     model: nn.Module,

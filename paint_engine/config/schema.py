@@ -63,6 +63,13 @@ class Config(Section):
                 f"optim.warmup_steps: got {self.optim.warmup_steps} with train.num_steps "
                 f"{self.train.num_steps}; needs at most that many; lower it or train longer"
             )
+        if self.eval.final is not None and not self.eval.at_end:
+            raise ValueError(
+                f"eval.at_end: got false with eval.final_num_samples {self.eval.final_num_samples} "
+                f"and eval.final_max_new_tokens {self.eval.final_max_new_tokens}; needs true, "
+                "since the full protocol follows the evaluation after the last step; leave these "
+                "keys out, or set --eval.at_end true"
+            )
         self._check_rollouts()
         if self.run.auto_resume and (self.run.dir is None or self.run.overwrite):
             raise ValueError(

@@ -624,6 +624,36 @@ class EvalSection(Section):
         "evaluation of the base",
     )
     at_end: bool = Field(default=True, description="evaluate after the last step")
+    final_num_samples: OrNone[Samples] = Field(
+        default=None,
+        description="num_samples of a second evaluation after training, of the base, the last and "
+        "the best step; none = num_samples",
+    )
+    final_max_new_tokens: OrNone[Tokens] = Field(
+        default=None, description="its max_new_tokens; none = max_new_tokens"
+    )
+
+    def is_evaluated(self, step: int, num_steps: int) -> bool:
+        """Whether there is an evaluation after `step` of `num_steps` steps, from 1."""
+        regular = self.every > 0 and step > 0 and step % self.every == 0
+        return regular or (self.at_end and step == num_steps)
+
+    @property
+    def final(self) -> "EvalSection | None":
+        """The section of the evaluation after training, by the full protocol; None if it would be
+        the one that holds during training."""
+        changed = {
+            "num_samples": self.final_num_samples or self.num_samples,
+            "max_new_tokens": self.final_max_new_tokens or self.max_new_tokens,
+        }
+        full = self.model_copy(update=changed)
+        same = all(getattr(self, name) == value for name, value in changed.items())
+        return None if same else full
+
+    @property
+    def longest_completion(self) -> int:
+        """The largest limit on an answer, in tokens, during training and after it."""
+        return max(self.max_new_tokens, self.final_max_new_tokens or 0)
 
     @property
     def sources(self) -> tuple[Benchmark, ...]:

@@ -274,9 +274,11 @@ def _load_eval_set(
     encoded = encode_student_prompts(
         tokenizer, loaded.problems, config.prompts, thinking=section.thinking
     )
-    limits = context, section.max_new_tokens
+    limits = context, section.longest_completion
+    is_final = section.longest_completion > section.max_new_tokens
+    key = "eval.final_max_new_tokens" if is_final else "eval.max_new_tokens"
     for problem, ids in zip(loaded.problems, encoded, strict=True):
-        _check_length(problem, len(ids), *limits, "evaluation", "eval.max_new_tokens")
+        _check_length(problem, len(ids), *limits, "evaluation", key)
     return ProblemSet(loaded.problems, tuple(encoded), loaded.num_skipped, loaded.commit)
 
 
@@ -310,7 +312,7 @@ def longest_sequence(
         num_tokens = (len(prompt) + shows.num_added_tokens) * 5 // 4
         sizes.append(num_tokens + config.teacher.reason_max_new_tokens)
     for held_out in eval_sets.values():
-        sizes.append(max(map(len, held_out.prompts)) + config.eval.max_new_tokens)
+        sizes.append(max(map(len, held_out.prompts)) + config.eval.longest_completion)
     return max(sizes)
 
 

@@ -320,7 +320,7 @@ def _sampling(
         # The teacher's prompt with the rationale is about as long as the request and the rationale.
         runs.append((lengths.teacher_prompt, rows))
     if config.eval.enabled:
-        longest = lengths.student_prompt + config.eval.max_new_tokens
+        longest = lengths.student_prompt + config.eval.longest_completion
         runs.append((longest, config.eval.max_sequences))
 
     def row_bytes(length: int) -> int:

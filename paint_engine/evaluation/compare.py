@@ -34,6 +34,7 @@ from paint_engine.monitor import FALL, compare_lengths, lengths_of
 Evaluations = Mapping[str, Evaluation]
 
 _SEED = "seed"
+_FINAL = "final-"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def read_run(text: str) -> dict[str, Evaluation]:
     """Returns the complete evaluations of a run, by benchmark.
 
     text: the directory of an evaluation, or of a training run, which :last (the default), :best or
-        :STEP may follow.
+        :STEP may follow, and :final-last, :final-best or :final-STEP for what was evaluated by the
+        full protocol after training.
 
     Raises ValueError if there is none, or if its files are not what an evaluation writes.
     """
@@ -75,14 +77,19 @@ def read_run(text: str) -> dict[str, Evaluation]:
     if not path.is_dir():
         raise ValueError(
             f"{text}: no such directory; needs the directory of an evaluation (its --output), or a "
-            "training run's, with :STEP, :best or :last after it"
+            "training run's, with :STEP, :best, :last or :final-last after it"
         )
     check_links(path)
     if evaluation_directory(path).is_dir():
-        evaluations = read_evaluations(path)
+        evaluations, which = read_evaluations(path), which or "last"
         if not evaluations:
             raise ValueError(_no_evaluation(text, path))
-        return _choose_step(text, evaluations, which or "last")
+        step = _choose_step(text, evaluations, which.removeprefix(_FINAL))
+        if which.startswith(_FINAL):
+            evaluations = read_evaluations(path, final=True)
+        if step not in evaluations:
+            raise ValueError(_no_such(text, which, evaluations))
+        return evaluations[step]
     heads = [head for head in sorted(path.glob("*.json")) if head.with_suffix(".jsonl").is_file()]
     if not heads and is_training_run(path):
         raise ValueError(_no_evaluation(text, path))
@@ -112,9 +119,8 @@ def _no_evaluation(text: str, run_dir: Path) -> str:
     )
 
 
-def _choose_step(
-    text: str, evaluations: Mapping[int, dict[str, Evaluation]], which: str
-) -> dict[str, Evaluation]:
+def _choose_step(text: str, evaluations: Mapping[int, dict[str, Evaluation]], which: str) -> int:
+    """The step that `which` names, best by the evaluations during training."""
     step: int | None = None
     if which == "best":
         # A resumed run may have other benchmarks than before.
@@ -124,13 +130,18 @@ def _choose_step(
         step = max(evaluations)
     elif which.removeprefix("step-").isdecimal():
         step = int(which.removeprefix("step-"))
-    if step is None or step not in evaluations:
-        there = ", ".join(map(str, evaluations))
-        raise ValueError(
-            f"{text}: the run has no complete evaluation {which!r}; needs best, last or one of "
-            f"the evaluated steps: {there}"
-        )
-    return evaluations[step]
+    if step is None:
+        raise ValueError(_no_such(text, which, evaluations))
+    return step
+
+
+def _no_such(text: str, which: str, evaluations: Mapping[int, object]) -> str:
+    there = ", ".join(map(str, evaluations)) or "none"
+    kind = " (by the full protocol)" if which.startswith(_FINAL) else ""
+    return (
+        f"{text}: the run has no complete evaluation {which!r}; needs best, last or one of the "
+        f"evaluated steps{kind}: {there}"
+    )
 
 
 def check_pairs(first: str, other: str, before: Evaluations, after: Evaluations) -> None:

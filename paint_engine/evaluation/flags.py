@@ -356,7 +356,8 @@ def parse_comparison(argv: Sequence[str]) -> argparse.Namespace:
         metavar="RUN_B",
         type=argument_text,
         nargs="+",
-        help="another; a training run may have :STEP, :best or :last (default) after it",
+        help="another; a training run may have :STEP, :best or :last (default) after it, and "
+        ":final-STEP, :final-best or :final-last",
     )
     parser.add_argument(
         "--json", metavar="FILE", type=argument_path, help="also write the numbers to this file"

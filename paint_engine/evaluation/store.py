@@ -476,9 +476,14 @@ def read_evaluation(head: Path) -> Evaluation:
     return Evaluation(header, seconds, samples)
 
 
-def read_evaluations(run_dir: Path) -> dict[int, dict[str, Evaluation]]:
+def read_evaluations(run_dir: Path, *, final: bool = False) -> dict[int, dict[str, Evaluation]]:
     """Reads a training run's complete evaluations by step, in increasing order, and benchmark.
-    Raises BadFile for what is none, and ReadFailed."""
+
+    final: those by the full protocol, after training.
+
+    Raises BadFile for what is none, and ReadFailed.
+    """
+    start = _start_of(final)
     found: dict[int, dict[str, Evaluation]] = {}
     directory = evaluation_directory(run_dir)
     try:
@@ -487,10 +492,10 @@ def read_evaluations(run_dir: Path) -> dict[int, dict[str, Evaluation]]:
     except FileMissing:
         return {}
     for head in heads:
-        if fnmatch(head.name, "step-*.json"):
+        if fnmatch(head.name, f"{start}*.json"):
             evaluation = read_evaluation(head)
             step, name = evaluation.header.step, evaluation.header.benchmark
-            if step is None or head.stem not in (f"step-{step}", f"step-{step}-{name}"):
+            if step is None or head.stem not in (f"{start}{step}", f"{start}{step}-{name}"):
                 raise BadFile(
                     f"{head}: step: got {step!r} of the benchmark {shown(name)}; needs those in "
                     f"the file's name; {_REMOVE}"
@@ -499,13 +504,22 @@ def read_evaluations(run_dir: Path) -> dict[int, dict[str, Evaluation]]:
     return dict(sorted(found.items()))
 
 
-def evaluation_name(directory: Path, step: int, benchmark: str, *, several: bool) -> str:
+def _start_of(final: bool) -> str:
+    """The start of the names of a training run's evaluations."""
+    return "final-step-" if final else "step-"
+
+
+def evaluation_name(
+    directory: Path, step: int, benchmark: str, *, several: bool, final: bool = False
+) -> str:
     """Returns the NAME of the files of a training run's evaluation: that of an earlier one on this
     benchmark after as many steps, whatever else the run was evaluated on then; else a new one.
 
     several: the run lists its benchmarks, so that the name has to say which it is.
+    final: by the full protocol, after training.
     """
-    plain, own = f"step-{step}", f"step-{step}-{benchmark}"
+    plain = f"{_start_of(final)}{step}"
+    own = f"{plain}-{benchmark}"
     head = directory / f"{plain}.json"
     if not several:
         return own if (directory / f"{own}.json").is_file() else plain

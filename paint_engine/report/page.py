@@ -224,6 +224,11 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
     if before is not None and after is not None:
         k = run.summary["num_samples"]
         facts.append((f"pass@{k}", f"{_percent(before)} → {_percent(after)}"))
+    if (final := run.summary.get("final")) is not None:
+        name = f"Avg@{final['num_samples']} with {final['max_new_tokens']:,} tokens, after training"
+        rows = ((role, final.get(role)) for role in ("base", "last", "best"))
+        shown = [f"{role} {_percent(row['avg_at_k'])}" for role, row in rows if row is not None]
+        facts.append((name, ", ".join(shown)))
     return facts
 
 

@@ -58,6 +58,14 @@ class _Shortening(Record):
     note: str
 
 
+class _Final(Record):
+    num_samples: Count
+    max_new_tokens: Count
+    base: _Evaluation | None = None
+    last: _Evaluation | None = None
+    best: _Evaluation | None = None
+
+
 class _Summary(Record):
     num_problems: Count
     num_samples: Count
@@ -71,6 +79,7 @@ class _Summary(Record):
     shortenings: list[_Shortening] = Field(default_factory=list)
     pass_at_k_before: Share | None = None
     pass_at_k_after: Share | None = None
+    final: _Final | None = None
     preset: str | None = None
     seed: Count | None = None
 

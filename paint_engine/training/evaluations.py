@@ -1,12 +1,13 @@
 """Evaluations during training, and the checkpoint that evaluated best."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from paint_engine.checkpoint.directory import mark_best, prune
+from paint_engine.checkpoint.load import load_step
 from paint_engine.distributed import any_rank, gather_objects, together
 from paint_engine.evaluation.accuracy import best_step
 from paint_engine.evaluation.answers import FAILURES, all_requests, check_answers, evaluate
@@ -43,6 +44,7 @@ from paint_engine.files import (
 )
 from paint_engine.model import compute_dtype
 from paint_engine.monitor import Progress
+from paint_engine.rollout import sampling_params
 from paint_engine.rollout.choose import engine_name
 from paint_engine.training.interrupt import Stopped, StopRequest
 from paint_engine.training.run import Run, save
@@ -63,12 +65,80 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
     """
     assert run.eval_sets and step in (0, run.step)
     checkpoint = save(run) if step > 0 else None
-    present = gather_objects(list(_present(run).get(step, {})))[0]
-    missing = [name for name in run.eval_sets if name not in present]
+    missing = _missing(run, step, progress, final=False)
+    if _lacks_base(run, step, missing, progress):
+        return
+    if missing and (step > 0 or run.step == 0):
+        run.sampler.sync(step)
+    for name in missing:
+        _evaluate_on(run, name, step, checkpoint, progress, stop, final=False)
+    keep_best(run, step, checkpoint)
+    if missing:
+        together(lambda: run.world.is_main and note_shortening(run, step, progress), FILE_FAILURES)
+
+
+def evaluate_finally(run: Run, progress: Progress, stop: StopRequest) -> None:
+    """After the last step and its evaluation: evaluates the last step, the base if training began
+    with its evaluation, and the step that evaluated best, by the full protocol of
+    `eval.final_num_samples` and `eval.final_max_new_tokens`.
+
+    What is finished is kept, and what was interrupted resumes. The run's weights, moments and
+    teacher are those of the best step afterwards, with its newest checkpoint saved before.
+    """
+    last, best = run.step, gather_objects(_best_of(run))[0]
+    checkpoint = save(run)
+    if missing := _missing(run, last, progress, final=True):
+        run.sampler.sync(last)
+    for name in missing:
+        _evaluate_on(run, name, last, checkpoint, progress, stop, final=True)
+    missing = _missing(run, 0, progress, final=True) if run.config.eval.at_start else []
+    if not _lacks_base(run, 0, missing, progress):
+        for name in missing:
+            _evaluate_on(run, name, 0, None, progress, stop, final=True)
+    if best is None or best == last:
+        return
+    missing, checkpoint = (
+        _missing(run, best, progress, final=True),
+        checkpoint.with_name(f"step-{best}"),
+    )
+    if not missing:
+        return
+    if not gather_objects(checkpoint.is_dir())[0]:
+        progress.note(
+            f"step {best} evaluated best and is not evaluated by the full protocol: {checkpoint} "
+            "is gone"
+        )
+        return
+    load_step(checkpoint, run.model, run.optimizer, world=run.world, teacher=run.teacher)
+    run.sampler.sync(best)
+    for name in missing:
+        _evaluate_on(run, name, best, checkpoint, progress, stop, final=True)
+
+
+def _best_of(run: Run) -> int | None:
+    """The step that evaluated best during training, on the main rank; None without one. A
+    collective: raises BadFile and ReadFailed on every rank."""
+    return together(
+        lambda: best_step(present_evaluations(run)) if run.world.is_main else None, FILE_FAILURES
+    )
+
+
+def _missing(run: Run, step: int, progress: Progress, *, final: bool) -> list[str]:
+    """Returns the benchmarks on which these weights are still to be evaluated; an evaluation of the
+    base that another run has made is copied. A collective call."""
+    present = gather_objects(list(_present(run, final=final).get(step, {})))[0]
     # A kill may have come between an evaluation's last file and these.
-    together(lambda: run.world.is_main and _remove_shares(run, step, present), FILE_FAILURES)
+    together(
+        lambda: run.world.is_main and _remove_shares(run, step, present, final=final), FILE_FAILURES
+    )
+    missing = [name for name in run.eval_sets if name not in present]
     if step == 0:
-        missing = [name for name in missing if not _reuse_base(run, name, progress)]
+        missing = [name for name in missing if not _reuse_base(run, name, progress, final=final)]
+    return missing
+
+
+def _lacks_base(run: Run, step: int, missing: Sequence[str], progress: Progress) -> bool:
+    """Whether the base is to be evaluated and the run does not have it any more, which is said."""
     if missing and step == 0 and run.step > 0 and not run.base.exists:
         progress.note(
             "step 0 is not evaluated: with lora.enabled false and teacher.url, teacher.weights "
@@ -76,25 +146,19 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
             "evaluated before the first step alone; evaluate it with "
             f"python -m paint_engine.evaluate --model {run.config.model.name_or_path}"
         )
-        return
-    if missing and (step > 0 or run.step == 0):
-        run.sampler.sync(step)
-    for name in missing:
-        _evaluate_on(run, name, step, checkpoint, progress, stop)
-    keep_best(run, step, checkpoint)
-    if missing:
-        together(lambda: run.world.is_main and note_shortening(run, step, progress), FILE_FAILURES)
+        return True
+    return False
 
 
-def _remove_shares(run: Run, step: int, names: Iterable[str]) -> None:
+def _remove_shares(run: Run, step: int, names: Iterable[str], *, final: bool) -> None:
     directory = evaluation_directory(run.run_dir)
     for name in names:
-        remove_shares(directory, _files_of(run, step, name))
+        remove_shares(directory, _files_of(run, step, name, final=final))
 
 
-def _files_of(run: Run, step: int, name: str) -> str:
-    several = bool(run.config.eval.benchmarks)
-    return evaluation_name(evaluation_directory(run.run_dir), step, name, several=several)
+def _files_of(run: Run, step: int, name: str, *, final: bool) -> str:
+    several, directory = bool(run.config.eval.benchmarks), evaluation_directory(run.run_dir)
+    return evaluation_name(directory, step, name, several=several, final=final)
 
 
 def _evaluate_on(
@@ -104,16 +168,21 @@ def _evaluate_on(
     checkpoint: Path | None,
     progress: Progress,
     stop: StopRequest,
+    *,
+    final: bool,
 ) -> None:
     """Evaluates the weights on one benchmark, and resumes an interrupted evaluation of them.
 
-    checkpoint: that of the step; None for the base.
+    checkpoint: that of the step; None for the base. final: by the full protocol.
     """
     started = time.monotonic()
     header, files_name = gather_objects(
         together(
             lambda: (
-                (evaluation_header(run, name, step, checkpoint), _files_of(run, step, name))
+                (
+                    evaluation_header(run, name, step, checkpoint, final=final),
+                    _files_of(run, step, name, final=final),
+                )
                 if run.world.is_main
                 else (None, "")
             ),
@@ -127,13 +196,14 @@ def _evaluate_on(
         SampleFiles(directory, files_name, header, run.world, replace=True, lock=run.lock)
     ) as files:
         problems = run.eval_sets[name].problems
-        mine = files.share(all_requests(problems, run.config.eval.num_samples))
+        mine = files.share(all_requests(problems, run.eval_section(final=final).num_samples))
         failure: Exception | None = None
 
         def answer() -> bool:
             nonlocal failure
             try:
-                return answer_all(run, name, step, files, files.missing(mine), progress, stop)
+                requests = files.missing(mine)
+                return answer_all(run, name, step, files, requests, progress, stop, final=final)
             except FAILURES as failed:
                 failure = failed
                 return True
@@ -163,7 +233,7 @@ def _base_entry(run: Run, header: Header) -> tuple[Path, Header] | None:
     return None if entry is None else (directory, entry)
 
 
-def _reuse_base(run: Run, name: str, progress: Progress) -> bool:
+def _reuse_base(run: Run, name: str, progress: Progress, *, final: bool) -> bool:
     """Copies the evaluation of the base on a benchmark that another run or command has made, and
     says so. Returns False where there is none. A collective: raises BadFile, ReadFailed,
     WriteFailed and LockLost on every rank."""
@@ -171,14 +241,17 @@ def _reuse_base(run: Run, name: str, progress: Progress) -> bool:
     def reuse() -> bool:
         if not run.world.is_main:
             return False
-        header = evaluation_header(run, name, 0, None)
+        header = evaluation_header(run, name, 0, None, final=final)
         entry = _base_entry(run, header)
         if entry is None or (found := find_base(*entry)) is None:
             return False
         file, evaluation = found
         if run.lock is not None:
             run.lock.check()
-        directory, files_name = evaluation_directory(run.run_dir), _files_of(run, 0, name)
+        directory, files_name = (
+            evaluation_directory(run.run_dir),
+            _files_of(run, 0, name, final=final),
+        )
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
             # Of other settings.
@@ -206,19 +279,21 @@ def _keep_base(run: Run, evaluation: Evaluation, progress: Progress) -> None:
         )
 
 
-def evaluation_header(run: Run, name: str, step: int, checkpoint: Path | None) -> Header:
+def evaluation_header(
+    run: Run, name: str, step: int, checkpoint: Path | None, *, final: bool = False
+) -> Header:
     """Returns the header of the evaluation on a benchmark after `step` steps.
 
-    checkpoint: holds the evaluated weights; None for the base.
+    checkpoint: holds the evaluated weights; None for the base. final: by the full protocol.
     """
     weights = "base"
     if checkpoint is not None:
         manifest = read_json(checkpoint / MANIFEST_FILE, dict[str, list[int | str]])
         weights = manifest[ADAPTER_FILE if ADAPTER_FILE in manifest else MODEL_FILE][1]
-    config = run.config
+    config, section = run.config, run.eval_section(final=final)
     return Header(
         name,
-        evaluation_settings(config.eval, run.eval_seed, config.prompts, config.reward.function),
+        evaluation_settings(section, run.eval_seed, config.prompts, config.reward.function),
         {"weights": weights},
         fingerprints(run.eval_sets[name].problems),
         step,
@@ -233,13 +308,16 @@ def answer_all(
     requests: list[tuple[int, int]],
     progress: Progress,
     stop: StopRequest,
+    *,
+    final: bool = False,
 ) -> bool:
     """Samples the rest of this rank's share of an evaluation. Returns False if a signal stopped
     it."""
-    section, held_out = run.config.eval, run.eval_sets[name]
+    section, held_out = run.eval_section(final=final), run.eval_sets[name]
     share = "" if run.world.size == 1 else f" (this of {run.world.size} ranks)"
     of = f"{name}: " if len(run.eval_sets) > 1 else ""
-    title = f"{of}Avg@{section.num_samples} after {step} steps{share}"
+    full = ", the full protocol" if final else ""
+    title = f"{of}Avg@{section.num_samples} after {step} steps{full}{share}"
     with progress.evaluation(title, len(requests)) as advance:
         record, num_left = files.recorder(advance), len(requests)
 
@@ -257,7 +335,7 @@ def answer_all(
                 held_out.problems,
                 held_out.prompts,
                 requests,
-                run.eval_params,
+                sampling_params(section, run.model, run.tokenizer),
                 run.reward,
                 seed=run.eval_seed,
                 base=step == 0 and run.step > 0,
@@ -294,7 +372,9 @@ def note_shortening(run: Run, step: int, progress: Progress) -> None:
         progress.note(f"note: {found[step].note}")
 
 
-def _present(run: Run) -> dict[int, dict[str, Evaluation]]:
+def _present(run: Run, *, final: bool) -> dict[int, dict[str, Evaluation]]:
     """The complete evaluations by step and benchmark on the main rank, none on others. A
     collective: raises BadFile and ReadFailed on every rank."""
-    return together(lambda: current_evaluations(run) if run.world.is_main else {}, FILE_FAILURES)
+    return together(
+        lambda: current_evaluations(run, final=final) if run.world.is_main else {}, FILE_FAILURES
+    )

@@ -16,7 +16,7 @@ from paint_engine.prompts.template import BadTemplate
 from paint_engine.report.page import write_report
 from paint_engine.rewards import RewardFailed
 from paint_engine.rollout import EngineDied
-from paint_engine.training.evaluations import evaluate_at
+from paint_engine.training.evaluations import evaluate_at, evaluate_finally
 from paint_engine.training.finite import bad_weight, largest_weight
 from paint_engine.training.interrupt import Stopped, StopRequest
 from paint_engine.training.run import Run, SaveFailed, StepNotRecorded, save
@@ -51,10 +51,6 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
         run.config.checkpoint,
     )
 
-    def is_evaluated(step: int) -> bool:
-        regular = section.every > 0 and step > 0 and step % section.every == 0
-        return regular or (section.at_end and step == num_steps)
-
     def evaluate_after(step: int) -> None:
         evaluate_at(run, step, progress, stop)
         record_evaluation(run, writer, step)
@@ -66,7 +62,7 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
             stop.check_together()
             # An evaluation runs before the step that samples from the same weights. A stop during
             # it then loses no step, and a resumed run starts with it.
-            if run.eval_sets and is_evaluated(run.step):
+            if run.eval_sets and section.is_evaluated(run.step, num_steps):
                 evaluate_after(run.step)
             metrics, samples = train_step(run, run.step)
             check_finite(metrics)
@@ -82,8 +78,10 @@ def train(run: Run, writer: MetricsWriter | None, progress: Progress, stop: Stop
             if checkpoint.every and run.step % checkpoint.every == 0:
                 save(run)
     save(run)
-    if run.eval_sets and is_evaluated(num_steps):
+    if run.eval_sets and section.is_evaluated(num_steps, num_steps):
         evaluate_after(num_steps)
+        if section.final is not None:
+            evaluate_finally(run, progress, stop)
 
 
 def record_step(

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paint_engine.checkpoint.save import save_checkpoint
 from paint_engine.config.schema import Config
+from paint_engine.config.sections import EvalSection
 from paint_engine.data import ProblemSet
 from paint_engine.distributed import (
     World,
@@ -26,7 +27,7 @@ from paint_engine.monitor import NotFinite, ShorteningWatch
 from paint_engine.monitor.timings import Timings
 from paint_engine.recipes import Recipe
 from paint_engine.rewards import Reward
-from paint_engine.rollout import RolloutEngine, Sampler, SamplingParams, sampling_params
+from paint_engine.rollout import RolloutEngine, Sampler
 from paint_engine.scoring import Scorer
 from paint_engine.training.finite import bad_weight
 from paint_engine.types import Reader
@@ -123,10 +124,12 @@ class Run:
         """Maximum number of tokens of the teacher's prompt and a completion."""
         return self.max_context if self.scorer is None else self.scorer.room(self.max_context)
 
-    @property
-    def eval_params(self) -> SamplingParams:
-        """Sampling parameters of the evaluations."""
-        return sampling_params(self.config.eval, self.model, self.tokenizer)
+    def eval_section(self, *, final: bool) -> EvalSection:
+        """The section of the evaluations during training, or of those by the full protocol after
+        it, where there are any."""
+        section = self.config.eval.final if final else self.config.eval
+        assert section is not None, "the run has no protocol of its own for its end"
+        return section
 
     @property
     def eval_seed(self) -> int:

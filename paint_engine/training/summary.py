@@ -44,18 +44,19 @@ Evaluations = Mapping[int, Mapping[str, Evaluation]]
 
 
 def current_evaluations(
-    run: Run, complete: Evaluations | None = None
+    run: Run, complete: Evaluations | None = None, *, final: bool = False
 ) -> dict[int, dict[str, Evaluation]]:
     """Returns the run's complete evaluations by step and benchmark that have the current
     settings, benchmarks and problems.
 
     complete: all complete evaluations; None reads them from the disk.
+    final: those by the full protocol, in place of those during training.
     """
     config = run.config
     if complete is None:
-        complete = read_evaluations(run.run_dir)
+        complete = read_evaluations(run.run_dir, final=final)
     settings = evaluation_settings(
-        config.eval, run.eval_seed, config.prompts, config.reward.function
+        run.eval_section(final=final), run.eval_seed, config.prompts, config.reward.function
     )
     problems = {name: fingerprints(held_out.problems) for name, held_out in run.eval_sets.items()}
 
@@ -72,11 +73,11 @@ def current_evaluations(
 
 
 def present_evaluations(
-    run: Run, complete: Evaluations | None = None
+    run: Run, complete: Evaluations | None = None, *, final: bool = False
 ) -> dict[int, dict[str, Evaluation]]:
     """Returns `current_evaluations` of the steps that are evaluated on every benchmark: only these
     can be compared."""
-    current = current_evaluations(run, complete)
+    current = current_evaluations(run, complete, final=final)
     names = run.eval_sets.keys() or {name for found in current.values() for name in found}
     return {
         step: {name: found[name] for name in names}
@@ -93,7 +94,7 @@ def summarise(run: Run) -> dict[str, Any]:
 
     `best` is selected on the problems that it is measured on, so it is biased upwards; `last` is
     not."""
-    complete = read_evaluations(run.run_dir)
+    complete, finals = read_evaluations(run.run_dir), read_evaluations(run.run_dir, final=True)
     present = present_evaluations(run, complete)
     evaluations = [evaluation_row(step, found) for step, found in present.items()]
     rows, last = {row["step"]: row for row in evaluations}, run.config.train.num_steps
@@ -103,7 +104,8 @@ def summarise(run: Run) -> dict[str, Any]:
         correct_matrix(one.samples).shape for one in next(iter(present.values()), {}).values()
     ]
     num_samples = shapes[0][1] if shapes else 0
-    seconds_eval = sum(one.seconds for found in complete.values() for one in found.values())
+    everything = (*complete.values(), *finals.values())
+    seconds_eval = sum(one.seconds for found in everything for one in found.values())
 
     def of(step: int, key: str) -> Any:
         return rows[step][key] if step in rows else None
@@ -127,6 +129,8 @@ def summarise(run: Run) -> dict[str, Any]:
         ],
         "num_problems": sum(num_problems for num_problems, _ in shapes),
         "num_samples": num_samples,
+        "max_new_tokens": run.config.eval.max_new_tokens,
+        "final": _summarise_final(run, finals, best),
         "seconds": run.seconds_train + seconds_eval,
         "seconds_train": run.seconds_train,
         "seconds_eval": seconds_eval,
@@ -138,6 +142,29 @@ def summarise(run: Run) -> dict[str, Any]:
     }
     write_json(run.run_dir / SUMMARY_FILE, summary)
     return summary
+
+
+def _summarise_final(run: Run, complete: Evaluations, best: int | None) -> dict[str, Any] | None:
+    """Returns the numbers by the full protocol, of the base, the last step and the one that was
+    best by the evaluations during training; None where they were evaluated by no other one.
+
+    complete: the evaluations by the full protocol.
+    """
+    section = run.config.eval.final
+    if section is None:
+        return None
+    present = present_evaluations(run, complete, final=True)
+    rows, last = {step: evaluation_row(step, found) for step, found in present.items()}, run.step
+    difference = paired_difference(present[0], present[last]) if {0, last} <= rows.keys() else None
+    return {
+        "num_samples": section.num_samples,
+        "max_new_tokens": section.max_new_tokens,
+        "base": rows.get(0),
+        "last": rows.get(last),
+        "best": None if best is None else rows.get(best),
+        "paired_difference": difference and difference.value,
+        "paired_difference_ci95": difference and difference.ci95,
+    }
 
 
 def paired_difference(
@@ -234,6 +261,9 @@ def evaluation_shortenings(evaluations: Evaluations) -> list[Shortening]:
 
 def print_summary(console: Terminal, summary: dict[str, Any], report: Path | None) -> None:
     """Prints the summary in a few lines."""
+    final = summary["final"]
+    if final is not None and summary["evaluations"]:
+        console.print(f"during training, {_protocol(summary)}:")
     for moment in ("before", "after"):
         if (value := summary[f"avg_at_k_{moment}"]) is not None:
             label = f"Avg@{summary['num_samples']} {moment}:"
@@ -249,6 +279,8 @@ def print_summary(console: Terminal, summary: dict[str, Any], report: Path | Non
             console.print(f"{name + ':':15}{value}  (Avg@{summary['num_samples']}, step {step})")
             for benchmark, numbers in summary[name].get("benchmarks", {}).items():
                 console.print(f"  {one_line(benchmark) + ':':13}{numbers['avg_at_k']:.1%}")
+    if final is not None:
+        _print_final(console, final)
     console.print(
         f"time:          {summary['seconds']:.0f} s ({summary['seconds_train']:.0f} s for "
         f"{summary['num_steps']} steps, {summary['seconds_eval']:.0f} s for evaluation)"
@@ -256,3 +288,23 @@ def print_summary(console: Terminal, summary: dict[str, Any], report: Path | Non
     console.say(f"run directory: {summary['run_dir']}")
     if report is not None:
         console.say(f"report:        {report}")
+
+
+def _protocol(budget: Mapping[str, Any]) -> str:
+    return f"Avg@{budget['num_samples']} with at most {budget['max_new_tokens']:,} tokens"
+
+
+def _print_final(console: Terminal, final: Mapping[str, Any]) -> None:
+    """Prints the numbers by the full protocol, under a heading of their own."""
+    console.print(f"after training, {_protocol(final)}, not comparable with those above:")
+    for name in ("base", "last", "best"):
+        if (row := final[name]) is None:
+            continue
+        step = f"  (step {row['step']})" if row["step"] else ""
+        console.print(f"  {name + ':':13}{row['avg_at_k']:.1%}{step}")
+        for benchmark, numbers in row.get("benchmarks", {}).items():
+            console.print(f"    {one_line(benchmark) + ':':11}{numbers['avg_at_k']:.1%}")
+    if final["paired_difference"] is not None:
+        low, high = (100 * bound for bound in final["paired_difference_ci95"])
+        difference = f"{100 * final['paired_difference']:+.1f} points"
+        console.print(f"  difference:  {difference}  (95% interval {low:+.1f} to {high:+.1f})")

@@ -6,20 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from exit_codes import exit_code
 
+from paint_engine import evaluate
 from paint_engine.checkpoint import save
 from paint_engine.evaluation import store
 from paint_engine.evaluation.accuracy import avg_at_k, best_step, correct_matrix, pass_at_k
+from paint_engine.evaluation.compare import check_pairs, read_run
 from paint_engine.evaluation.store import (
     EvalSample,
     Evaluation,
     Header,
     SampleFiles,
+    read_evaluation,
     read_evaluations,
 )
 from paint_engine.files import read_jsonl
 from paint_engine.monitor import is_evaluation
 from paint_engine.training import evaluations as run_eval
+from paint_engine.training import summary as summary_module
 from paint_engine.training.summary import (
     evaluation_metrics,
     evaluation_row,
@@ -335,3 +340,84 @@ def test_means_over_benchmarks_by_hand() -> None:
     # The mean of the benchmarks decides, though "a" alone is best at step 2.
     better = {"a": of("a", True, True, True, True), "b": of("b", False, False)}
     assert best_step({0: better, 2: better, 4: first}) == 4
+
+
+FULL = ["--eval.final_num_samples", "3", "--eval.final_max_new_tokens", "8"]
+
+
+def full(run_dir: Path) -> dict[int, Evaluation]:
+    """The evaluations by the full protocol."""
+    return {step: found["test"] for step, found in read_evaluations(run_dir, final=True).items()}
+
+
+def test_the_full_protocol_is_of_the_base_the_last_and_the_best_and_stays_apart(
+    arguments: list[str], run_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Step 2 is made the best. Its full evaluation is of its own weights: the command of
+    evaluations gives the same answers for its checkpoint."""
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_eval, "best_step", lambda found: min(found.keys() - {0}, default=None))
+        patch.setattr(summary_module, "best_step", lambda found: 2)
+        assert run_main([*arguments, *FULL, "--checkpoint.keep", "5"]) == 0
+    found = full(run)
+    assert list(found) == [0, 2, 4] and list(read_evaluations(run)) == [0, 2, 4]
+    for evaluation in found.values():
+        assert evaluation.settings["num_samples"] == 3
+        assert evaluation.settings["max_new_tokens"] == 8
+        assert len(evaluation.samples) == 9
+    short = read_evaluations(run)[2]["test"]
+    assert short.settings["num_samples"] == 2 and short.settings["max_new_tokens"] == 6
+    assert found[2].header.subject == short.header.subject != found[4].header.subject
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["num_samples"], summary["max_new_tokens"]) == (2, 6)
+    final = summary["final"]
+    assert (final["num_samples"], final["max_new_tokens"]) == (3, 8)
+    for name, step in (("base", 0), ("best", 2), ("last", 4)):
+        assert final[name]["step"] == step
+        assert final[name]["avg_at_k"] == avg_at_k(correct_matrix(found[step].samples))
+    # No line of a full evaluation.
+    assert [line["step"] for line in logged(run)] == [0, 2, 4]
+    printed = capsys.readouterr().out
+    assert "during training, Avg@2 with at most 6 tokens:" in printed
+    assert "after training, Avg@3 with at most 8 tokens, not comparable" in printed
+    flags = ["--adapter", f"{run}:2", "--benchmarks", str(tmp_path / "test.jsonl")]
+    flags += ["--num-samples", "3", "--max-new-tokens", "8", "--thinking", "false"]
+    flags += ["--top-p", "1.0", "--engine", "builtin", "--device", "cpu", "--max-sequences", "2"]
+    assert exit_code(evaluate.main, *flags, "--output", tmp_path / "out") == 0
+    assert read_evaluation(tmp_path / "out" / "test.json").samples == found[2].samples
+    assert read_run(f"{run}:final-last") == {"test": found[4]}
+    assert read_run(f"{run}:final-0") == {"test": found[0]}
+    with pytest.raises(ValueError, match=r"no complete evaluation 'final-3'.* protocol.: 0, 2, 4"):
+        read_run(f"{run}:final-3")
+    with pytest.raises(ValueError, match=r"differ in max_new_tokens .6 and 8., num_samples"):
+        check_pairs("a", "b", read_run(f"{run}:0"), read_run(f"{run}:final-last"))
+    assert "Avg@3 with 8 tokens, after training" in (run / "report.html").read_text()
+
+
+def test_a_killed_full_evaluation_resumes_where_it_was(
+    arguments: list[str], run_main: Main, tmp_path: Path
+) -> None:
+    """After the three evaluations during training, within that of the last step."""
+    run, arguments = tmp_path / "run", [*arguments, *FULL]
+    with pytest.MonkeyPatch.context() as patch:
+        killing(patch, 3 * NUM_SAMPLES + 4)
+        with pytest.raises(Killed):
+            run_main(arguments)
+    assert full(run) == {}
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = asked(patch)
+        assert run_main(["--resume", str(run)]) == 0
+    best = json.loads((run / "summary.json").read_text())["best_step"]
+    # The last step's rest, the base, and the best step unless it is the last one.
+    assert drawn == [5, 9] + [9] * (best != 4)
+    assert list(full(run)) == sorted({0, best, 4})
+
+
+def test_the_full_protocol_needs_an_evaluation_at_the_end(
+    arguments: list[str], run_main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main([*arguments, *FULL, "--eval.at_end", "false"]) == 2
+    assert "eval.at_end: got false with eval.final_num_samples 3" in capsys.readouterr().out
+    same = ["--eval.final_num_samples", "2", "--eval.final_max_new_tokens", "6"]
+    assert run_main([*arguments, *same, "--eval.at_end", "false", "--print-config"]) == 0
