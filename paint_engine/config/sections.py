@@ -136,6 +136,7 @@ TopK = Annotated[int, Field(le=10**9), AfterValidator(_top_k_is_on_or_off)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Date = Annotated[str, AfterValidator(_is_date)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+GpuName = Literal["a100-40gb", "a100-80gb", "h100", "h200", "l40s", "rtx-4090"]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 # Of a file or a directory; or what a hub or an import looks up as one.
@@ -577,6 +578,10 @@ class ParallelSection(Section):
         default=None,
         description="memory of one GPU that the estimate must fit, in GiB (80 for an 80 GB GPU); "
         "none = that of this machine",
+    )
+    gpu: OrNone[GpuName] = Field(
+        default=None,
+        description="GPU for which --dry-run predicts hours; none = this machine's, if known",
     )
 
 

@@ -3,6 +3,7 @@ step."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from statistics import mean
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from paint_engine.contexts import Context
 from paint_engine.data import ProblemSet, batch_requests
 from paint_engine.estimate.arithmetic import Scoring, rollout_flops, scoring_of
 from paint_engine.estimate.capacity import check_fits, device_memory_bytes
+from paint_engine.estimate.hours import evaluations_of, hours_lines
 from paint_engine.estimate.lengths import (
     PromptLengths,
     prompt_lengths,
@@ -131,6 +133,24 @@ def _teacher_lines(config: Config, completion: int, scoring: Sequence[Scoring]) 
     return lines
 
 
+def _step_flops(
+    config: Config, shape: ModelShape, typical: Lengths, scoring: Sequence[Scoring]
+) -> dict[str, float]:
+    """Returns the operations of one rollout by part."""
+    return rollout_flops(
+        config,
+        shape,
+        student_prompt=typical.student_prompt,
+        completion=typical.completion,
+        scoring=scoring,
+    )
+
+
+def _passes(flops: Mapping[str, float]) -> float:
+    """Returns the operations of one rollout but for its sampling."""
+    return sum(flops.values()) - flops.get("rollout", 0.0) - flops.get("rationale", 0.0)
+
+
 def _work_lines(
     config: Config, shape: ModelShape, typical: Lengths, scoring: Sequence[Scoring]
 ) -> list[str]:
@@ -142,13 +162,7 @@ def _work_lines(
     if recipe.served_top_k is not None:
         served = size * (typical.teacher_prompt + completion)
         second = f"; the server scores {served:,}, which are not in the sums below"
-    flops = rollout_flops(
-        config,
-        shape,
-        student_prompt=typical.student_prompt,
-        completion=completion,
-        scoring=scoring,
-    )
+    flops = _step_flops(config, shape, typical, scoring)
     parts = ", ".join(f"{name} {part * size / 1e12:.3g}" for name, part in flops.items())
     lines = [
         f"# a step: at most {size * completion:,} completion tokens, {student:,} tokens "
@@ -156,7 +170,7 @@ def _work_lines(
         f"# a step: {sum(flops.values()) * size / 1e12:.3g} TFLOP ({parts})",
     ]
     if recipe.leaves_out:
-        passes = sum(flops.values()) - flops.get("rollout", 0.0) - flops.get("rationale", 0.0)
+        passes = _passes(flops)
         lines.append(
             "# the sums have every rollout; each one that is left out of the passes takes "
             f"{passes / 1e12:.3g} TFLOP less"
@@ -255,6 +269,7 @@ def describe(
             (other, lengths.longest(completion)),
         )
     )
+    passes = _passes(_step_flops(config, shape, lengths.typical(completion), scoring))
     processors = "a CPU" if longest.device_memory_bytes is None else "a GPU"
     each = "1 process" if num_ranks == 1 else f"each of {num_ranks} processes"
     num_held_out = sum(len(held_out.problems) for held_out in (eval_sets or {}).values())
@@ -263,6 +278,15 @@ def describe(
             to_toml(config),
             f"# {len(train_set.problems)} training problems, {num_held_out} held-out problems",
             *_sizes(config, shape, lengths, scoring),
+            *hours_lines(
+                config,
+                shape,
+                evaluations_of(config.eval, config.train.num_steps, eval_sets or {}),
+                step_flops=passes * config.train.batch_size,
+                prompt=mean(lengths.student),
+                device=device,
+                num_ranks=num_ranks,
+            ),
             "",
             *_first_batch(config, tokenizer, train_set, context, readers),
             "",

@@ -301,6 +301,15 @@ def _gathered(shape: ModelShape, setting: Setting) -> tuple[int, int]:
     return layer * setting.sharded, a * shape.root_parameters * setting.sharded
 
 
+def cache_row_bytes(shape: ModelShape, length: int, number_bytes: int) -> int:
+    """Returns the bytes that a sampler caches of one text of so many tokens.
+
+    number_bytes: of one number of keys and values; recurrent states are in float32.
+    """
+    num_cached = sum(min(length, window or length) for window in shape.windows)
+    return 2 * num_cached * shape.keys * number_bytes + _FLOAT32 * shape.state_elements
+
+
 def _sampling(
     shape: ModelShape, setting: Setting, config: Config, lengths: Lengths
 ) -> dict[str, int]:
@@ -323,11 +332,7 @@ def _sampling(
         longest = lengths.student_prompt + config.eval.longest_completion
         runs.append((longest, config.eval.max_sequences))
 
-    def row_bytes(length: int) -> int:
-        num_cached = sum(min(length, window or length) for window in shape.windows)
-        return 2 * num_cached * shape.keys * a + _FLOAT32 * shape.state_elements
-
-    cache = max(rows * row_bytes(length) for length, rows in runs)
+    cache = max(rows * cache_row_bytes(shape, length, a) for length, rows in runs)
     # Float32 logits, the sorted logits, and their order as int64.
     logits = max(rows for _, rows in runs) * shape.num_head_rows * (2 * _FLOAT32 + 8)
     whole = (a * shape.base_parameters + _FLOAT32 * shape.adapter_parameters) * setting.sharded
