@@ -8,6 +8,7 @@ from importlib import import_module
 
 from pydantic import model_validator
 
+from paint_engine.config import templates
 from paint_engine.config.sections import (
     CheckpointSection,
     DataSection,
@@ -29,6 +30,13 @@ from paint_engine.config.sections import (
 )
 
 
+def evaluation_prompts(prompts: PromptsSection, section: EvalSection) -> PromptsSection:
+    """Returns the prompts with the message that `eval.prompt` names."""
+    if section.prompt == "student":
+        return prompts
+    return prompts.model_copy(update={"student_template": templates.OPSD_EVALUATION})
+
+
 class Config(Section):
     """One run. Stages below `training` and `estimate` take the sections that they need."""
 
@@ -48,6 +56,11 @@ class Config(Section):
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     run: RunSection = RunSection()
+
+    @property
+    def eval_prompts(self) -> PromptsSection:
+        """The prompts of evaluations: those of training, but for a message of their own."""
+        return evaluation_prompts(self.prompts, self.eval)
 
     @model_validator(mode="after")
     def _check_fields_against_each_other(self) -> "Config":

@@ -614,6 +614,11 @@ class EvalSection(Section):
     thinking: bool = Field(
         default=True, description="chat template's thinking switch in evaluation"
     )
+    prompt: Literal["student", "opsd"] = Field(
+        default="student",
+        description="message of an evaluation: the one that the student is trained with, or OPSD's "
+        "without 'Problem: '",
+    )
     every: Interval = Field(
         default=0, description="steps between evaluations; 0 = none during training"
     )

@@ -19,6 +19,8 @@ _REFERENCE = (
     "=== Reference Solution End ===\n"
 )
 STUDENT = "Problem: {problem}\n\n{instruction}"
+OPSD_EVALUATION = "{problem}\n\n{instruction}"
+"""the student's message in OPSD's evaluation: its training has "Problem: " before the problem"""
 TEACHER = (
     _REFERENCE + "{rationale}"
     "After reading the reference solution above, derive the same final answer in your own words.\n"

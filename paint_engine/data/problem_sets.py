@@ -272,7 +272,7 @@ def _load_eval_set(
     for note in spelled_note(source.path, tokenizer, loaded.problems):
         say(f"note: {note}")
     encoded = encode_student_prompts(
-        tokenizer, loaded.problems, config.prompts, thinking=section.thinking
+        tokenizer, loaded.problems, config.eval_prompts, thinking=section.thinking
     )
     limits = context, section.longest_completion
     is_final = section.longest_completion > section.max_new_tokens

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from paint_engine.config import templates
 from paint_engine.config.benchmarks import KNOWN, Benchmark, parse_benchmarks
 from paint_engine.config.command_line import parse_value
+from paint_engine.config.schema import evaluation_prompts
 from paint_engine.config.sections import (
     BESIDE_RUN,
     INSTRUCTION,
@@ -187,6 +188,13 @@ def _add_answers(add: Callable[..., object]) -> None:
     add("--top-k", type=int, default=paper.top_k, help="most likely tokens kept; -1 = all")
     add("--max-new-tokens", type=int, default=paper.max_new_tokens, help="tokens of an answer")
     add("--thinking", type=_flag, default=paper.thinking, help="chat template's thinking switch")
+    add(
+        "--prompt",
+        choices=("student", "opsd"),
+        default=paper.prompt,
+        help="opsd: OPSD's message, the problem without 'Problem: ', in place of "
+        "--student-template's",
+    )
     add(
         "--instruction",
         # As in training: TOML's quotes are not part of the text.
@@ -427,10 +435,16 @@ def prompts_of(arguments: argparse.Namespace) -> PromptsSection:
             f"--instruction: got {instruction!r} with a --student-template that has no "
             "{instruction}; leave it out, or put {instruction} into the template"
         )
+    if arguments.prompt != "student" and template != templates.STUDENT:
+        raise ValueError(
+            f"--prompt: got {arguments.prompt!r} with --student-template {template!r}; needs one "
+            "of them; leave out the other"
+        )
     with _named_as_flags():
-        return PromptsSection(
+        prompts = PromptsSection(
             instruction=instruction, student_template=template, date=arguments.date
         )
+    return evaluation_prompts(prompts, section_of(arguments))
 
 
 def own_flags(message: str) -> str:

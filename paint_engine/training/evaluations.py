@@ -293,7 +293,7 @@ def evaluation_header(
     config, section = run.config, run.eval_section(final=final)
     return Header(
         name,
-        evaluation_settings(section, run.eval_seed, config.prompts, config.reward.function),
+        evaluation_settings(section, run.eval_seed, config.eval_prompts, config.reward.function),
         {"weights": weights},
         fingerprints(run.eval_sets[name].problems),
         step,

@@ -56,7 +56,7 @@ def current_evaluations(
     if complete is None:
         complete = read_evaluations(run.run_dir, final=final)
     settings = evaluation_settings(
-        run.eval_section(final=final), run.eval_seed, config.prompts, config.reward.function
+        run.eval_section(final=final), run.eval_seed, config.eval_prompts, config.reward.function
     )
     problems = {name: fingerprints(held_out.problems) for name, held_out in run.eval_sets.items()}
 

@@ -3,7 +3,14 @@
 import pytest
 
 from paint_engine.config.command_line import load_config
-from paint_engine.evaluation.flags import own_flags, parse_arguments, prompts_of, section_of
+from paint_engine.config.templates import STUDENT
+from paint_engine.evaluation.flags import (
+    own_flags,
+    parse_arguments,
+    parse_command,
+    prompts_of,
+    section_of,
+)
 
 GIVEN = ["--model", "tiny", "--benchmarks", "tiny"]
 
@@ -66,3 +73,12 @@ def test_an_instruction_without_a_place_is_refused() -> None:
 def test_messages_name_flags_and_not_keys_of_a_configuration() -> None:
     assert own_flags("needs --model.name_or_path and eval.top_p") == "needs --model and --top-p"
     assert own_flags("data.jsonl is damaged") == "data.jsonl is damaged"
+
+
+def test_opsd_s_message_has_a_name() -> None:
+    flags = ["--model", "tiny", "--benchmarks", "tiny"]
+    command = parse_command([*flags, "--prompt", "opsd"])
+    assert command.prompts.student_template == "{problem}\n\n{instruction}"
+    assert parse_command(flags).prompts.student_template == STUDENT
+    with pytest.raises(ValueError, match=r"got 'opsd' with --student-template 'Solve: \{"):
+        parse_command([*flags, "--prompt", "opsd", "--student-template", "Solve: {problem}"])

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from exit_codes import exit_code
+from transformers import PreTrainedTokenizerBase
 
 from paint_engine import evaluate
 from paint_engine.checkpoint import save
+from paint_engine.config.command_line import load_config
 from paint_engine.evaluation import store
 from paint_engine.evaluation.accuracy import avg_at_k, best_step, correct_matrix, pass_at_k
 from paint_engine.evaluation.compare import check_pairs, read_run
@@ -18,13 +20,16 @@ from paint_engine.evaluation.store import (
     Evaluation,
     Header,
     SampleFiles,
+    evaluation_settings,
     read_evaluation,
     read_evaluations,
 )
 from paint_engine.files import read_jsonl
+from paint_engine.model import meta_model
 from paint_engine.monitor import is_evaluation
 from paint_engine.training import evaluations as run_eval
 from paint_engine.training import summary as summary_module
+from paint_engine.training.parts.sets import load_sets
 from paint_engine.training.summary import (
     evaluation_metrics,
     evaluation_row,
@@ -421,3 +426,18 @@ def test_the_full_protocol_needs_an_evaluation_at_the_end(
     assert "eval.at_end: got false with eval.final_num_samples 3" in capsys.readouterr().out
     same = ["--eval.final_num_samples", "2", "--eval.final_max_new_tokens", "6"]
     assert run_main([*arguments, *same, "--eval.at_end", "false", "--print-config"]) == 0
+
+
+def test_opsd_s_message_is_of_the_evaluations_alone(
+    command: list[str], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = load_config([*command, "--eval.prompt", "opsd"]).config
+    train_set, eval_sets, _ = load_sets(
+        config, tokenizer, meta_model(config), (), None, lambda _: None
+    )
+    (held_out,) = eval_sets.values()
+    texts = [tokenizer.decode(list(s.prompts[0])) for s in (train_set, held_out)]
+    assert "Problem: Mia has" in texts[0]
+    assert "Problem: " not in texts[1] and "Mia has 2 kites" in texts[1]
+    settings = evaluation_settings(config.eval, 0, config.eval_prompts)
+    assert settings["student_template"] == "{problem}\n\n{instruction}"
