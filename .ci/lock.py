@@ -80,6 +80,14 @@ def gpu_versions() -> set[str]:
     return found
 
 
+def of_dev(extras: dict[str, list[str]]) -> list[str]:
+    """What the extra "dev" needs, with what the other extras need that it names."""
+    itself, *needed = extras["dev"]
+    names = re.fullmatch(r"paint-engine\[([\w,]+)\]", itself)
+    assert names is not None, itself
+    return [*needed, *(one for name in names[1].split(",") for one in extras[name])]
+
+
 def write(name: str, what: str, entries: list[str]) -> None:
     (ROOT / "locks" / name).write_text(HEADER.format(what=what) + "".join(sorted(entries)))
     print(f"locks/{name}: {len(entries)} packages")
@@ -89,8 +97,7 @@ def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
-    needed = [*project["dependencies"], *extras["engine"], *extras["dev"], *build]
-    needed.remove("paint-engine[engine]")
+    needed = [*project["dependencies"], *of_dev(extras), *build]
     constraints = pins("constraints.txt")
 
     entries = resolve(needed, constraints)

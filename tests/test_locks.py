@@ -66,6 +66,8 @@ def test_the_development_lock_has_the_versions_of_the_constraints() -> None:
 def test_everything_that_the_tests_need_is_locked_in_its_range() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     needed = [*PROJECT["project"]["dependencies"], *extras["engine"], *extras["dev"]]
+    # Their real packages are tested against.
+    needed += [*extras["tensorboard"], *extras["wandb"]]
     needed += PROJECT["build-system"]["requires"]
     for lock in ("torch.txt", "torch-cpu.txt"):
         there = locked("dev.txt") | locked(lock)
