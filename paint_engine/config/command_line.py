@@ -68,6 +68,7 @@ _MAY_DIFFER_ON_RESUME = (
     "reward.timeout_s",
     "optim.max_skipped_steps",
     "run.samples_per_step",
+    "run.samples_per_evaluation",
     "run.tensorboard",
     "run.wandb_project",
     "run.auto_resume",

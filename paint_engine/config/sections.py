@@ -694,6 +694,11 @@ class RunSection(Section):
     samples_per_step: NoneOrMore = Field(
         default=2, description="rollouts per step kept for the report"
     )
+    samples_per_evaluation: NoneOrMore = Field(
+        default=8,
+        description="answers of each benchmark's evaluation that TensorBoard and W&B show, one of "
+        "each of the first problems; 0 = none",
+    )
     tensorboard: bool = Field(default=False, description="also write TensorBoard event files")
     wandb_project: OrNone[PathText] = Field(
         default=None, description="also log to this Weights & Biases project"

@@ -1,15 +1,14 @@
 """What a training run records and shows: metrics and samples on disk, the console display, the time
 of each part. `timings` is not imported here, because it needs torch and the report does not."""
 
+from paint_engine.monitor.loggers import Sample, check_loggers, wandb_id
 from paint_engine.monitor.metrics import (
     EVAL_PREFIX,
     SKIPPED_STEPS,
     MetricsWriter,
     NotFinite,
     check_finite,
-    check_loggers,
     is_evaluation,
-    wandb_id,
 )
 from paint_engine.monitor.progress import Progress
 from paint_engine.monitor.shortening import (
@@ -30,6 +29,7 @@ __all__ = [
     "MetricsWriter",
     "NotFinite",
     "Progress",
+    "Sample",
     "Shortening",
     "ShorteningWatch",
     "check_finite",

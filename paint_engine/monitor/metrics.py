@@ -1,20 +1,15 @@
 """Writes a run's metrics and samples, and checks that metrics are finite.
 
 `MetricsWriter` appends one JSON object per step to `metrics.jsonl`, one per evaluation between the
-steps, and one per kept rollout to `samples.jsonl`. It also logs the metrics to TensorBoard and W&B
-on request. KL and entropies are in nats; overlap, accuracy, mask ratios, masses and rates are
-fractions.
+steps, and one per kept rollout to `samples.jsonl`. It hands what it writes to TensorBoard and W&B
+on request (`loggers.py`). KL and entropies are in nats; overlap, accuracy, mask ratios, masses and
+rates are fractions.
 """
 
 import math
-import os
-import re
-import secrets
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
-from importlib.util import find_spec
 from io import FileIO
 from pathlib import Path
 from typing import Any, Self
@@ -22,26 +17,18 @@ from typing import Any, Self
 from paint_engine.files import (
     METRICS_FILE,
     SAMPLES_FILE,
-    TENSORBOARD_DIRECTORY,
-    WANDB_DIRECTORY,
-    WANDB_ID_FILE,
-    BadFile,
     WriteFailed,
     append_lines,
     json_line,
     open_jsonl,
-    read_bytes,
     truncate_jsonl,
-    write_atomic,
-    write_failure,
-    writing,
 )
+from paint_engine.monitor.loggers import Sample, open_loggers
 
 SKIPPED_STEPS = "skipped_steps"
 """the metric: optimizer steps so far that were skipped, because their gradient was not finite"""
 EVAL_PREFIX = "eval_"
 """how the metrics of an evaluation begin"""
-_WANDB_ID = re.compile(r"[0-9a-f]{16}")
 
 
 class NotFinite(Exception):
@@ -97,20 +84,18 @@ class MetricsWriter:
         config: dict[str, Any],
         resume_step: int,
     ) -> None:
-        self._run_dir = run_dir
-        self._tensorboard = self._wandb = None
         with ExitStack() as stack:
             open_lines = partial(_open_lines, resume_step=resume_step)
             self._metrics, self._last = open_lines(run_dir / METRICS_FILE)
             stack.enter_context(self._metrics)
             self._samples = stack.enter_context(open_lines(run_dir / SAMPLES_FILE)[0])
-            if tensorboard:
-                stack.enter_context(_quiet_threads())
-                with writing(run_dir / TENSORBOARD_DIRECTORY):
-                    self._tensorboard = _open_tensorboard(run_dir, resume_step)
-            if wandb_project is not None:
-                with writing(run_dir / WANDB_DIRECTORY):
-                    self._wandb = _open_wandb(run_dir, wandb_project, config)
+            self._loggers = open_loggers(
+                *(stack, run_dir),
+                tensorboard=tensorboard,
+                wandb_project=wandb_project,
+                config=config,
+                resume_step=resume_step,
+            )
             self._stack = stack.pop_all()
 
     def write(self, metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
@@ -123,42 +108,35 @@ class MetricsWriter:
         append_lines(self._samples, b"".join(json_line(sample) for sample in samples))
         self._mirror(metrics)
 
-    def write_evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Appends the metrics of the evaluation after `step` steps, a line of its own.
+    def write_evaluation(
+        self, metrics: Mapping[str, float], samples: Sequence[Sample] = ()
+    ) -> None:
+        """Appends the metrics of the evaluation after `step` steps, a line of its own, and shows
+        TensorBoard and W&B some of its answers, which have the same keys.
 
         A resumed run passes its evaluations again: nothing is written if `metrics.jsonl` ends with
         this one, or with a later step, since the steps of its lines never decrease."""
         if metrics["step"] < self._last.get("step", 0) or metrics == self._last:
             return
         self._append(metrics)
-        self._mirror(metrics)
+        self._mirror(metrics, samples)
+
+    def add_report(self, report: Path) -> None:
+        """Gives the page of a finished run to W&B, as an artifact."""
+        for logger in self._loggers:
+            logger.add_report(report)
 
     def _append(self, metrics: Mapping[str, float]) -> None:
         append_lines(self._metrics, json_line(metrics))
         self._last = dict(metrics)
 
-    def _mirror(self, metrics: Mapping[str, float]) -> None:
-        """Logs the metrics to TensorBoard and W&B."""
-        step = int(metrics["step"])
-        numbers = {name: value for name, value in metrics.items() if name != "step"}
-        if self._tensorboard is not None:
-            with writing(self._run_dir / TENSORBOARD_DIRECTORY):
-                for name, value in numbers.items():
-                    self._tensorboard.add_scalar(name, value, step)
-                self._tensorboard.flush()
-        if self._wandb is not None:
-            with writing(self._run_dir / WANDB_DIRECTORY):
-                self._wandb.log(numbers, step=step)
+    def _mirror(self, metrics: Mapping[str, float], samples: Sequence[Sample] = ()) -> None:
+        for logger in self._loggers:
+            logger.log(metrics, samples)
 
     def close(self) -> None:
         """Closes every file and finishes the W&B run. Writing afterwards is an error."""
-        with self._stack:
-            if self._tensorboard is not None:
-                with writing(self._run_dir / TENSORBOARD_DIRECTORY):
-                    self._tensorboard.close()
-            if self._wandb is not None:
-                with writing(self._run_dir / WANDB_DIRECTORY):
-                    self._wandb.finish()
+        self._stack.close()
 
     def __enter__(self) -> Self:
         return self
@@ -169,78 +147,7 @@ class MetricsWriter:
             self.close()
 
 
-@contextmanager
-def _quiet_threads() -> Iterator[None]:
-    """TensorBoard's thread prints the traceback of a failed write, and raises it again in the
-    thread that logs."""
-    before = threading.excepthook
-
-    def show(failed: threading.ExceptHookArgs) -> None:
-        if not isinstance(failed.exc_value, Exception) or write_failure(failed.exc_value) is None:
-            before(failed)
-
-    threading.excepthook = show
-    try:
-        yield
-    finally:
-        threading.excepthook = before
-
-
 def _open_lines(path: Path, resume_step: int) -> tuple[FileIO, dict[str, Any]]:
     """Returns the file, opened at its end, and its last object."""
     last = truncate_jsonl(path, resume_step)
     return open_jsonl(path), last
-
-
-def check_loggers(*, tensorboard: bool, wandb_project: str | None) -> None:
-    """Raises ValueError if TensorBoard or W&B is requested and not installed."""
-    if tensorboard and find_spec("tensorboard") is None:
-        raise ValueError(_missing_package("run.tensorboard", "tensorboard"))
-    if wandb_project is not None and find_spec("wandb") is None:
-        raise ValueError(_missing_package("run.wandb_project", "wandb"))
-
-
-def _open_tensorboard(run_dir: Path, resume_step: int) -> Any:
-    from torch.utils.tensorboard.writer import SummaryWriter
-
-    return SummaryWriter(str(run_dir / TENSORBOARD_DIRECTORY), purge_step=resume_step + 1)
-
-
-def _open_wandb(run_dir: Path, project: str, config: dict[str, Any]) -> Any:
-    import wandb  # pyright: ignore[reportMissingImports]
-
-    # W&B ignores the few steps that it already has of a resumed run.
-    return wandb.init(
-        project=project,
-        name=run_dir.resolve().name,
-        id=wandb_id(run_dir),
-        resume="allow",
-        dir=str(run_dir),
-        config=config,
-    )
-
-
-def wandb_id(run_dir: Path) -> str:
-    """Returns the run's id in W&B: a random one, which the directory keeps, so that a resumed run
-    continues its own curves, and no run those of another one whose directory has the same name.
-
-    Raises BadFile for an id that no run has written, ReadFailed and WriteFailed.
-    """
-    path = run_dir / WANDB_ID_FILE
-    if not os.path.lexists(path):
-        write_atomic(path, secrets.token_hex(8) + "\n")
-    # A run directory comes from anywhere: what it holds is data.
-    found = read_bytes(path).decode(errors="replace").strip()
-    if not _WANDB_ID.fullmatch(found):
-        raise BadFile(
-            f"{path}: got {found[:60]!r}; needs the run's id in W&B, 16 of the characters 0-9 and "
-            "a-f; delete the file, and the resumed run gets a new one"
-        )
-    return found
-
-
-def _missing_package(setting: str, extra: str) -> str:
-    return (
-        f"{setting} is set but the package {extra} is not installed; run "
-        f"pip install '.[{extra}]' in the clone, or unset {setting}."
-    )

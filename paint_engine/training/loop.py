@@ -23,6 +23,7 @@ from paint_engine.training.run import Run, SaveFailed, StepNotRecorded, save
 from paint_engine.training.step import train_step
 from paint_engine.training.summary import (
     evaluation_metrics,
+    evaluation_samples,
     present_evaluations,
     print_summary,
     summarise,
@@ -109,7 +110,9 @@ def record_evaluation(run: Run, writer: MetricsWriter | None, step: int) -> None
 
     def write() -> None:
         if writer is not None and (found := present_evaluations(run).get(step)) is not None:
-            writer.write_evaluation(evaluation_metrics(step, found))
+            problems = {name: held_out.problems for name, held_out in run.eval_sets.items()}
+            shown = evaluation_samples(found, problems, run.config.run.samples_per_evaluation)
+            writer.write_evaluation(evaluation_metrics(step, found), shown)
 
     together(write, FILE_FAILURES)
 
@@ -154,8 +157,8 @@ def explain_weights(run: Run) -> str:
     return f"all weights are finite; the largest of the trained ones is {size:.3g}, in {name}"
 
 
-def finish(run: Run, console: Terminal) -> None:
-    """Writes and prints the summary, and writes the report. For the main rank.
+def finish(run: Run, writer: MetricsWriter, console: Terminal) -> None:
+    """Writes and prints the summary, and writes and logs the report. For the main rank.
 
     Training is over and saved by then: a report that cannot be made, as of records that were
     changed while the run was stopped, is a message and no failure of the run.
@@ -170,6 +173,8 @@ def finish(run: Run, console: Terminal) -> None:
             f"report with: {again}"
         )
     print_summary(console, summary, report)
+    if report is not None:
+        writer.add_report(report)
 
 
 def run_training(run: Run, console: Terminal, stop: StopRequest) -> None:
@@ -202,7 +207,7 @@ def run_training(run: Run, console: Terminal, stop: StopRequest) -> None:
                     save(run)
                 raise
             run.check_lock()
-            together(lambda: run.world.is_main and finish(run, console), FILE_FAILURES)
+            together(lambda: writer and finish(run, writer, console), FILE_FAILURES)
     except LockLost as lost:
         say(f"error: {lost}", style="red")
         sys.exit(1)

@@ -32,12 +32,14 @@ from paint_engine.files.terminal import Terminal
 from paint_engine.monitor import (
     EVAL_PREFIX,
     FALL,
+    Sample,
     Shortening,
     compare_lengths,
     joined,
     lengths_of,
 )
 from paint_engine.training.run import Run
+from paint_engine.types import Problem
 
 Evaluations = Mapping[int, Mapping[str, Evaluation]]
 """by step and benchmark"""
@@ -236,6 +238,35 @@ def _metrics_of(numbers: Mapping[str, Any], prefix: str) -> dict[str, float]:
     }
     flat |= {f"pass_at_{k}": share for k, share in numbers["pass_at_k"].items()}
     return {f"{prefix}{key}": value for key, value in flat.items() if value is not None}
+
+
+def evaluation_samples(
+    evaluations: Mapping[str, Evaluation], problems: Mapping[str, Sequence[Problem]], count: int
+) -> list[Sample]:
+    """Returns what loggers show of an evaluation: the first answer to each of the first `count`
+    problems of every benchmark, the same problems in each evaluation of a run.
+
+    evaluations, problems: by benchmark.
+    """
+    rows: list[Sample] = []
+    for name, evaluation in evaluations.items():
+        firsts = {s.problem_id: s for s in evaluation.samples if s.sample_index == 0}
+        for problem in problems[name][:count]:
+            sample = firsts[problem.problem_id]
+            rows.append(
+                {
+                    "benchmark": name,
+                    "problem_id": problem.problem_id,
+                    "problem": problem.problem,
+                    "reference": problem.answer,
+                    "correct": sample.correct,
+                    "extracted": sample.extracted,
+                    "num_tokens": sample.num_tokens,
+                    "truncated": sample.truncated,
+                    "text": sample.text,
+                }
+            )
+    return rows
 
 
 def evaluation_shortenings(evaluations: Evaluations) -> list[Shortening]:

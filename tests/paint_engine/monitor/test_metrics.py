@@ -1,6 +1,4 @@
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +8,7 @@ from paint_engine.monitor.metrics import (
     MetricsWriter,
     NotFinite,
     check_finite,
-    check_loggers,
     is_evaluation,
-    wandb_id,
 )
 
 METRICS = {
@@ -117,90 +113,3 @@ def test_fresh_run_starts_with_empty_files(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.1}\n')
     open_writer(tmp_path).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
-
-
-@pytest.mark.parametrize(
-    ("package", "asked"),
-    [
-        ("tensorboard", {"tensorboard": True, "wandb_project": None}),
-        ("wandb", {"tensorboard": False, "wandb_project": "paint"}),
-    ],
-)
-def test_absent_package_names_the_extra(
-    package: str, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("paint_engine.monitor.metrics.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=rf"not installed; run pip install '\.\[{package}\]' in"):
-        check_loggers(**asked)
-    check_loggers(tensorboard=False, wandb_project=None)
-
-
-def test_numbers_are_mirrored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, ...]] = []
-
-    class SummaryWriter:
-        def __init__(self, directory: str, purge_step: int) -> None:
-            calls.append((directory, purge_step))
-
-        def add_scalar(self, *arguments: object) -> None:
-            calls.append(arguments)
-
-        def flush(self) -> None:
-            calls.append(("flushed",))
-
-        def close(self) -> None:
-            calls.append(("closed",))
-
-    run = SimpleNamespace(
-        log=lambda numbers, step: calls.append((numbers, step)),
-        finish=lambda: calls.append(("finished",)),
-    )
-    wandb = SimpleNamespace(init=lambda **settings: calls.append((settings["id"],)) or run)
-    tensorboard = SimpleNamespace(SummaryWriter=SummaryWriter)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", tensorboard)
-    with open_writer(tmp_path, 4, tensorboard=True, wandb_project="paint") as writer:
-        writer.write({"step": 5, "loss": 0.25}, [])
-        writer.write_evaluation({"step": 5, "eval_tokens_per_correct": 80.0})
-    assert calls == [
-        (str(tmp_path / "tensorboard"), 5),
-        (wandb_id(tmp_path),),
-        ("loss", 0.25, 5),
-        ("flushed",),
-        ({"loss": 0.25}, 5),
-        ("eval_tokens_per_correct", 80.0, 5),
-        ("flushed",),
-        ({"eval_tokens_per_correct": 80.0}, 5),
-        ("closed",),
-        ("finished",),
-    ]
-
-
-def test_runs_in_directories_of_one_name_have_ids_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[dict[str, Any]] = []
-
-    def init(**settings: Any) -> SimpleNamespace:
-        started.append(settings)
-        return SimpleNamespace(finish=lambda: None)
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    for parent, resume_step in (("a", 0), ("b", 0), ("a", 3)):
-        run_dir = tmp_path / parent / "run"
-        run_dir.mkdir(parents=True, exist_ok=True)
-        open_writer(run_dir, resume_step, wandb_project="paint").close()
-    first, second, resumed = started
-    assert first["id"] == resumed["id"] != second["id"]
-    assert [settings["name"] for settings in started] == ["run"] * 3
-    assert {settings["resume"] for settings in started} == {"allow"}
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"../../other", b"0" * 17, b"0" * 5000, b"\x1b[2J\xff", b"a" * 15 + b"\n\nb"]
-)
-def test_an_id_that_no_run_has_written_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "wandb_id.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"wandb_id\.txt: got '.*'; needs the run's id in W&B"):
-        wandb_id(tmp_path)
