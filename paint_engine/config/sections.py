@@ -513,9 +513,9 @@ class GrpoSection(Section):
         default=True, description="divide a group's advantages by its rewards' standard deviation"
     )
     skip_zero_variance: bool = Field(
-        default=False,
-        description="leave out the passes of groups whose rewards are all equal: without a KL "
-        "their gradient is zero",
+        default=True,
+        description="leave out the passes of groups whose rewards are all equal, where their "
+        "gradient is zero: without a KL or a teacher",
     )
     num_updates: Rollouts = Field(
         default=1, description="optimizer steps on each batch of rollouts"

@@ -109,16 +109,8 @@ class Grpo(Recipe):
             )
 
     def notes(self) -> list[str]:
-        """Returns notes on skipped groups and on rollouts that are one step old."""
-        grpo, found = self.config.grpo, []
-        if grpo.skip_zero_variance and grpo.kl_weight > 0:
-            found.append(
-                "groups of equal rewards are skipped, including their KL to the base, but still "
-                f"count in the mean: grpo.kl_weight {grpo.kl_weight} is in effect multiplied by "
-                "the share of groups whose rewards differ; --grpo.skip_zero_variance false keeps "
-                "its full effect"
-            )
-        return found + stale_rollouts_note(self.config)
+        """Returns a note on rollouts that are one step old."""
+        return stale_rollouts_note(self.config)
 
     @property
     def display(self) -> Display:
@@ -167,17 +159,25 @@ class Grpo(Recipe):
         return [replace(e, advantage=a) for e, a in zip(examples, advantages, strict=True)]
 
     def trained(self, examples: Sequence[TrainExample]) -> Sequence[TrainExample]:
-        """Returns all examples, or with `skip_zero_variance` those of groups whose rewards
-        differ."""
-        if not self.config.grpo.skip_zero_variance:
+        """Returns the examples that have a gradient, or all without `skip_zero_variance`: an
+        advantage of 0 has none."""
+        if not self._skips:
             return examples
         kept = [group for group in self._groups(examples) if not has_equal_rewards(group)]
         return [example for group in kept for example in group]
 
     @property
+    def _skips(self) -> bool:
+        """Whether the policy gradient has no use for groups of equal rewards. A KL to the base has
+        a gradient there too, and so has an advantage that does not depend on rewards."""
+        section = self.config.grpo
+        compares = section.advantage == "group"
+        return section.skip_zero_variance and compares and section.kl_weight == 0
+
+    @property
     def leaves_out(self) -> bool:
         """Those of groups of equal rewards, with `skip_zero_variance`."""
-        return self.config.grpo.skip_zero_variance
+        return self._skips
 
     def metrics(self, examples: Sequence[TrainExample]) -> dict[str, float]:
         """Returns the rollouts' means, the mean reward and the number of groups without a
@@ -250,7 +250,7 @@ def _check_advantage(section: GrpoSection) -> None:
     if section.advantage == "group":
         idle, why, other = ("negative_fraction",), "is the same for a rollout's tokens", "negative"
     else:
-        idle, why, other = ("scale_by_std", "skip_zero_variance"), "compares no rewards", "group"
+        idle, why, other = ("scale_by_std",), "compares no rewards", "group"
     for name in idle:
         value = getattr(section, name)
         if value != GrpoSection.model_fields[name].default:

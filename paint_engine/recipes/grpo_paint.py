@@ -69,15 +69,8 @@ class GrpoPaint(Paint, Grpo):
             )
 
     def notes(self) -> list[str]:
-        """Returns the notes of both recipes, and one on groups that cannot be left out."""
-        found = Grpo.notes(self) + Paint.notes(self)
-        if self.config.grpo.skip_zero_variance and not self.chooses:
-            found.append(
-                "grpo.skip_zero_variance leaves no rollout out: groups of equal rewards have no "
-                "policy gradient, but the teacher trains them; with objective.on wrong or right "
-                "it leaves out those that the teacher does not train"
-            )
-        return found
+        """Returns the notes of both recipes."""
+        return Grpo.notes(self) + Paint.notes(self)
 
     @property
     def display(self) -> Display:
@@ -104,7 +97,7 @@ class GrpoPaint(Paint, Grpo):
     @property
     def leaves_out(self) -> bool:
         """Those that neither of the two parts trains."""
-        return self.config.grpo.skip_zero_variance and self.chooses
+        return self._skips and self.chooses
 
     @property
     def takes_token_losses(self) -> bool:

@@ -438,7 +438,7 @@ IDLE = [
     (GRPO, "grpo.advantage", "negative", ""),
     (GRPO, "grpo.negative_fraction", "0.5", "--grpo.advantage negative"),
     (GRPO, "grpo.scale_by_std", "false", ""),
-    (GRPO, "grpo.skip_zero_variance", "true", ""),
+    (GRPO, "grpo.skip_zero_variance", "false", ""),
     (GRPO, "grpo.num_updates", "2", ""),
 ]
 SERVER = "--teacher.url http://node7:8000 --objective.temperature 1.0"

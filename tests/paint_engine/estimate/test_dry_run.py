@@ -202,11 +202,13 @@ def test_what_the_sums_leave_out_is_said(
         ("--objective.on wrong", True),
         ("--teacher.context sibling", True),
         ("--teacher.context feedback --data.columns.feedback hint", True),
-        ("--objective.name grpo", False),
-        ("--objective.name grpo --grpo.skip_zero_variance true", True),
-        ("--objective.name grpo_paint --objective.on wrong", False),
-        ("--objective.name grpo_paint --grpo.skip_zero_variance true", False),
-        ("--objective.name grpo_paint --grpo.skip_zero_variance true --objective.on wrong", True),
+        ("--objective.name grpo", True),
+        ("--objective.name grpo --grpo.skip_zero_variance false", False),
+        ("--objective.name grpo --grpo.kl_weight 0.04", False),
+        ("--objective.name grpo --grpo.advantage negative", False),
+        ("--objective.name grpo_paint", False),
+        ("--objective.name grpo_paint --grpo.skip_zero_variance false --objective.on wrong", False),
+        ("--objective.name grpo_paint --objective.on wrong", True),
     ],
 )
 def test_a_recipe_says_whether_it_leaves_rollouts_out(options: str, expected: bool) -> None:

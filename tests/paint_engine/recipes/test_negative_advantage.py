@@ -81,11 +81,6 @@ def test_the_whole_rollout_and_the_default_fifth() -> None:
             "grpo.scale_by_std: got False with grpo.advantage 'negative', which compares no "
             "rewards; leave it out, or use --grpo.advantage group",
         ),
-        (
-            "--grpo.advantage negative --grpo.skip_zero_variance true",
-            "grpo.skip_zero_variance: got True with grpo.advantage 'negative', which compares no "
-            "rewards; leave it out, or use --grpo.advantage group",
-        ),
     ],
 )
 @pytest.mark.parametrize("name", ["grpo", "grpo_paint"])

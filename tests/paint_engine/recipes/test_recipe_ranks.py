@@ -22,9 +22,9 @@ RECIPES = {
     "sft": "--preset sft-tiny",
     "grpo": (
         "--preset grpo-tiny --rollout.max_new_tokens 160 --grpo.group_size 4 --grpo.num_updates 2 "
-        "--grpo.kl_weight 0.04 --grpo.skip_zero_variance true --train.max_tokens_per_microbatch 600"
+        "--grpo.kl_weight 0.04 --train.max_tokens_per_microbatch 600"
     ),
-    "grpo, all groups skipped": "--preset grpo-tiny --grpo.skip_zero_variance true",
+    "grpo, all groups skipped": "--preset grpo-tiny",
     "ema": "--preset paint-tiny --teacher.weights ema --teacher.ema_decay 0.5",
     "live": "--preset paint-tiny --teacher.weights live",
     "reason-first, ema": f"--preset paint-tiny {REASON} --teacher.weights ema",

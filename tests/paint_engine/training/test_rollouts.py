@@ -208,7 +208,7 @@ def rewarded(run: Run, rewards: list[float]) -> list[TrainExample]:
 
 
 def test_advantages_are_of_the_group_and_equal_rewards_can_be_left_out(build: Build) -> None:
-    run = build(**GRPO, **{"grpo.skip_zero_variance": "true"})
+    run = build(**GRPO)
     items = rewarded(run, [1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
     # Rewards 1, 0, 0: mean 1/3, sample standard deviation sqrt(1/3).
     deviation = 3**-0.5 + 1e-4
@@ -218,7 +218,9 @@ def test_advantages_are_of_the_group_and_equal_rewards_can_be_left_out(build: Bu
     metrics = run.recipe.metrics(items)
     assert metrics["zero_variance_groups"] == 1 and metrics["reward"] == pytest.approx(4 / 6)
     assert "mask_ratio" not in metrics
-    assert len(build(**GRPO).recipe.trained(items)) == 6
+    # The last has a gradient in every group, of the KL to the base.
+    for setting in ({"grpo.skip_zero_variance": "false"}, {"grpo.kl_weight": 0.04}):
+        assert len(build(**GRPO, **setting).recipe.trained(items)) == 6
 
 
 def test_advantages_need_not_be_scaled(build: Build) -> None:
@@ -242,20 +244,31 @@ def test_the_reward_is_of_the_last_box_or_of_the_first(
     assert item.verdict.reward == float(answer == {"math": "7", "first_box": "8"}[reward])
 
 
+# What is of the whole batch, with and without passes of groups of equal rewards.
+SAME = (
+    *("loss", "reward", "zero_variance_groups", "accuracy", "completion_length", "truncation_rate"),
+    *("overlap", "num_loss_tokens", "grad_norm", "skipped_steps", "learning_rate"),
+)
+
+
 @pytest.mark.parametrize("rewards", [[1.0, 0.0, 0.0, 1.0, 1.0, 1.0], [1.0] * 6])
 def test_leaving_out_groups_of_equal_rewards_changes_no_gradient(
     rewards: list[float], build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained = []
+    trained, logged = [], []
     for skip in ("true", "false"):
         run = build(**GRPO, **{"grpo.skip_zero_variance": skip})
         items = rewarded(run, rewards)
         monkeypatch.setattr(step_module, "sample_step", lambda run, step, items=items: (items, 0))
-        norms = [train_step(run, step)[0]["grad_norm"] for step in range(2)]
+        steps = [train_step(run, step)[0] for step in range(2)]
+        norms = [metrics["grad_norm"] for metrics in steps]
+        logged.append([{name: metrics[name] for name in SAME} for metrics in steps])
         # The weights would magnify rounding: AdamW divides each entry by its own gradient's size.
         moments = [run.optimizer.state[p]["exp_avg"].clone() for p in run.parameters]
         trained.append((norms, moments))
     (norms, moments), (other_norms, others) = trained
+    for left_out, whole in zip(*logged, strict=True):
+        assert left_out == pytest.approx(whole, rel=1e-5, abs=1e-7)
     assert norms == pytest.approx(other_norms, rel=1e-5)
     assert (norms[0] > 0) == (len(set(rewards)) == 2)
     for moment, other in zip(moments, others, strict=True):
@@ -388,7 +401,9 @@ def test_rewards_need_no_solutions(build: Build, tmp_path: Path) -> None:
     rows = [{"problem": f"How much is {n} + 1?", "answer": str(n + 1)} for n in range(4)]
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    metrics, samples = train_step(build(**GRPO, **{"data.path": path}), 0)
+    # All answers are wrong, and are trained all the same, so that there are samples.
+    settings = {"data.path": path, "grpo.skip_zero_variance": "false"}
+    metrics, samples = train_step(build(**GRPO, **settings), 0)
     assert metrics["reward"] == 0 and samples[0]["solution"] == ""
     with pytest.raises(ValueError, match="training needs one"):
         build(**{"data.path": path})
