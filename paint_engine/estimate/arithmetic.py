@@ -67,6 +67,13 @@ def sampling_flops(shape: ModelShape, prompt: float, completion: float) -> float
     return forward + head_flops(shape, completion)
 
 
+def token_flops(shape: ModelShape, rows: int, cached: float) -> float:
+    """Returns the operations of sampling one more token for each of `rows` texts, of which
+    `cached` tokens in all are in the cache."""
+    weights = shape.active_parameters + shape.adapter_parameters + shape.head_parameters
+    return 2 * weights * rows + 4 * shape.num_attention * shape.queries * cached
+
+
 def loss_flops(
     shape: ModelShape, work: HeadWork, completion: float, scoring: Sequence[Scoring]
 ) -> float:

@@ -314,9 +314,7 @@ def _sampling(
     shape: ModelShape, setting: Setting, config: Config, lengths: Lengths
 ) -> dict[str, int]:
     """Returns the bytes of the built-in sampler: its cache at its longest, the logits and their
-    sort. With sharding, each rank also holds whole weights.
-
-    Recurrent states are counted in float32, which most layers use."""
+    sort. With sharding, each rank also holds whole weights."""
     if not draws(config) or setting.colocated_vllm or config.rollout.url is not None:
         return {}
     a = setting.compute_bytes

@@ -24,7 +24,7 @@ from paint_engine.rollout.engine import Completion, SamplingParams
 # Finished rows are dropped from the batch when they are this share of it. This is rare enough that
 # copying the cache costs little, and often enough that stragglers do not decode in a mostly
 # finished batch.
-_COMPACTION_SHARE = 0.25
+COMPACTION_SHARE = 0.25
 
 # transformers' own method: false for models whose caches are of another kind.
 _TAKES_STANDARD_CACHE = "_supports_default_dynamic_cache"
@@ -204,7 +204,7 @@ def _decode_batch(
         if num_live == 0:
             break
         decoding.append(tokens)
-        if num_live <= (1 - _COMPACTION_SHARE) * len(rows):
+        if num_live <= (1 - COMPACTION_SHARE) * len(rows):
             kept = live.nonzero().squeeze(1)
             decoding.keep(kept)
             rows = rows[kept]

@@ -229,7 +229,7 @@ def test_finished_rows_leave_the_batch_and_the_cache(
     assert len(sizes) >= 2
     assert sizes == sorted(sizes, reverse=True)
     sizes.clear()
-    monkeypatch.setattr(rollout_hf, "_COMPACTION_SHARE", 1.1)
+    monkeypatch.setattr(rollout_hf, "COMPACTION_SHARE", 1.1)
     _same(generate(base, prompts, seeds, params, max_sequences=12), compacted)
     assert not sizes
 
