@@ -8,8 +8,10 @@ from bench.measure import ROOT
 BENCH = ROOT / "bench"
 FOLDERS = {path.parent.name for path in BENCH.glob("*/__init__.py")}
 SHARED = {"figures", "losses", "measure", "tables"}
-# The GPU check repeats a part of the comparison and of the step.
+# The GPU check repeats a part of the comparison and of the step. A cluster's step is predicted from
+# the counted loss and from rollouts as the step's benchmark has them.
 MAY_IMPORT = {
+    "cluster": {"floor", "kernels", "step"},
     "floor": {"kernels"},
     "gpu": {"kernels", "step"},
     "kernels": set(),
