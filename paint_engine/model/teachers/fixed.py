@@ -13,6 +13,22 @@ from paint_engine.model.forward import compute_dtype
 from paint_engine.model.teachers.base import Teacher, scoring_with
 
 
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    """Returns a copy of a model in evaluation mode, with its weights in the compute dtype if that
+    is narrower: it is not trained, so that loses nothing.
+
+    Buffers keep their dtype. In bfloat16, the frequencies of rotary embeddings would be wrong by up
+    to 0.4%, and the angles at the position 1,000 by radians.
+    """
+    narrow = compute_dtype(model) if compute_dtype(model) != torch.float32 else None
+    weights = {
+        id(weight): nn.Parameter(weight.detach().to(narrow, copy=True), requires_grad=False)
+        for weight in model.parameters()
+    }
+    # deepcopy takes what its memo has. So no second copy in the wider dtype is made.
+    return copy.deepcopy(model, weights).eval()
+
+
 class FixedTeacher(Teacher):
     """The base before training: the model with its adapters off, or a frozen copy of a model
     without adapters.
@@ -30,10 +46,7 @@ class FixedTeacher(Teacher):
         self._copy: nn.Module | None = None
         self._is_lent = False
         if not isinstance(model, PeftModel) and copies:
-            self._copy = copy.deepcopy(model).requires_grad_(False).eval()
-            if compute_dtype(model) != torch.float32:
-                # The copy is not trained, so the narrower dtype loses nothing.
-                self._copy.to(compute_dtype(model))
+            self._copy = _frozen_copy(model)
 
     @property
     def copy(self) -> nn.Module | None:

@@ -1,5 +1,7 @@
 """The fixed teacher: the base bit for bit, whatever was trained; the student is left alone."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel
@@ -7,8 +9,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from paint_engine.config.sections import LoraSection
+from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.model.forward import causal_lm, hidden_states, lm_head_weight
+from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
 from paint_engine.model.packing import build_batch
 from paint_engine.model.teachers import FixedTeacher
@@ -45,6 +48,24 @@ def test_scoring_is_the_base_bit_for_bit_though_the_adapters_are_not_zero(
     assert (student - expected).norm() > 0.1 * expected.norm()
     with torch.no_grad():
         assert torch.equal(_states(model, ragged), student)
+
+
+def test_the_copy_of_a_model_that_trains_in_bfloat16_is_the_bfloat16_base_bit_for_bit(
+    model_dir: Path, ragged: list[TrainExample]
+) -> None:
+    """Rotary frequencies are float32 in both: rounded, they would turn late positions elsewhere."""
+    section = ModelSection(name_or_path=str(model_dir), dtype="bfloat16")
+    trained = load_base(section, torch.device("cpu"), trains_base=True)
+    assert {weight.dtype for weight in trained.parameters()} == {torch.float32}
+    with FixedTeacher(trained).scoring() as scorer:
+        copied = _states(scorer, ragged)
+    assert scorer is not trained
+    assert {weight.dtype for weight in scorer.parameters()} == {torch.bfloat16}
+    assert not any(weight.requires_grad for weight in scorer.parameters())
+    assert lm_head_weight(scorer) is causal_lm(scorer).get_input_embeddings().weight
+    with torch.no_grad():
+        base = _states(load_base(section, torch.device("cpu")), ragged)
+    assert torch.equal(copied, base)
 
 
 def test_scoring_takes_no_gradients_and_changes_no_requires_grad(
