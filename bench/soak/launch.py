@@ -76,6 +76,8 @@ def arguments(num_steps: int, changed: Mapping[str, str]) -> list[str]:
     settings = {
         "data.path": problems,
         "eval.path": problems,
+        # Each run evaluates by itself, also under kills.
+        "eval.base_cache": "none",
         "lora.rank": "8",
         "lora.alpha": "16",
         "optim.schedule": "cosine",

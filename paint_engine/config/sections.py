@@ -628,7 +628,7 @@ class EvalSection(Section):
         description="directory of the base's evaluations, which runs share; auto = "
         "base-evaluations beside the run directory; none = each run has its own",
     )
-    seed: OrNone[Seed] = Field(
+    sampling_seed: OrNone[Seed] = Field(
         default=None,
         description="seed of the answers; none = train.seed: runs of other seeds then share no "
         "evaluation of the base",

@@ -229,8 +229,10 @@ def reuse_bases(
         return {}
 
     def reuse() -> dict[str, Evaluation]:
-        copies = {}
-        for name in missing if lock is not None else ():
+        copies: dict[str, Evaluation] = {}
+        if lock is None:
+            return copies
+        for name in missing:
             header = plan.headers[name]
             entry = cache_header(header)
             if entry is not None and (kept := find_base(directory, entry)) is not None:

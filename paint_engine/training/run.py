@@ -134,7 +134,7 @@ class Run:
     @property
     def eval_seed(self) -> int:
         """Seed of the evaluations' answers."""
-        own = self.config.eval.seed
+        own = self.config.eval.sampling_seed
         return self.config.train.seed if own is None else own
 
     def check_lock(self) -> None:

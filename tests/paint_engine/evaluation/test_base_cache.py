@@ -97,7 +97,14 @@ def test_later_runs_and_commands_reuse_the_first_run_s_evaluation(
 ) -> None:
     numbers, cache = drawn(monkeypatch), tmp_path / "base-evaluations"
     training = [*command, "--train.num_steps", "1", "--rollout.engine", "builtin"]
-    training += ["--eval.base_cache", "auto", "--eval.seed", "5", "--eval.num_problems", "none"]
+    training += [
+        "--eval.base_cache",
+        "auto",
+        "--eval.sampling_seed",
+        "5",
+        "--eval.num_problems",
+        "none",
+    ]
     assert run_main([*training, "--run.dir", str(tmp_path / "first")]) == 0
     assert numbers == [6, 6] and len(list(cache.glob("test-*.json"))) == 1
     (file,) = cache.glob("test-*.json")
