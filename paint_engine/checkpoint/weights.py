@@ -16,10 +16,8 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gather_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
-    """Copies of the trained weights, unsharded, on the CPU. A collective: every rank calls it.
-
-    keep: False = this rank takes part, and the result is empty.
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The trained weights as they lie on this rank, perhaps sharded, by name.
 
     With adapters: theirs, float32, under peft's names ("base_model.model.model.layers.0.self_attn.
     q_proj.lora_A.weight"). Without: all of the causal language model's, under its own names; a tied
@@ -27,13 +25,19 @@ def gather_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     """
     if isinstance(model, PeftModel):
         # "auto" would ask the hub whether the vocabulary was resized; it never is here.
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    else:
-        tied = set(causal_lm(model)._tied_weights_keys or ())
-        tied = tied if causal_lm(model).config.get_text_config().tie_word_embeddings else set()
-        state = {n: t for n, t in causal_lm(model).state_dict().items() if n not in tied}
+        return get_peft_model_state_dict(model, save_embedding_layers=False)
+    tied = set(causal_lm(model)._tied_weights_keys or ())
+    tied = tied if causal_lm(model).config.get_text_config().tie_word_embeddings else set()
+    return {n: t for n, t in causal_lm(model).state_dict().items() if n not in tied}
+
+
+def gather_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """Copies of the trained weights, unsharded, on the CPU. A collective: every rank calls it.
+
+    keep: False = this rank takes part, and the result is empty.
+    """
     gathered = {}
-    for name, tensor in state.items():
+    for name, tensor in trained_weights(model).items():
         # An unsharded tensor on the CPU is cloned, since training changes it in place.
         full = whole(tensor.detach())
         if keep:

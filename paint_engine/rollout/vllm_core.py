@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from paint_engine.rollout.adapter_files import WrittenWeights
 from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
+from paint_engine.rollout.weights import SharedWeights, WrittenWeights
 
 # vLLM's limit of biased tokens per request (a buffer of its second model runner).
 _MAX_BIASES = 1024
@@ -104,8 +104,9 @@ class Core:
         self._head_size = head_size
         self._has_adapters = llm_args["enable_lora"]
         self._adapter: Any = None
-        # Without adapters: the path of the weights in the engine, and the path of the student's.
-        self._in_place = self._student_path = self._base_path
+        # Without adapters: the weights in the engine, and the student's. None = the base's.
+        self._in_place: WrittenWeights | SharedWeights | None = None
+        self._student: WrittenWeights | SharedWeights | None = None
         self._llm: Any = None
         try:
             from vllm import LLM  # pyright: ignore[reportMissingImports]
@@ -115,27 +116,34 @@ class Core:
         except _START_FAILURES as error:
             raise EngineDied(f"{type(error).__name__}: {error}") from error
 
-    def load(self, written: WrittenWeights) -> None:
+    def load(self, written: WrittenWeights | SharedWeights) -> None:
         """Loads these weights as the student's."""
         if not self._has_adapters:
-            self._student_path = str(written.directory)
-            self._put_in_place(self._student_path)
+            self._student = written
+            self._put_in_place(written)
             return
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
+        assert isinstance(written, WrittenWeights), "adapters are files"
         if self._adapter is not None:
             self._llm.llm_engine.remove_lora(self._adapter.lora_int_id)
         self._adapter = LoRARequest(written.name, written.serial, str(written.directory))
         self._llm.llm_engine.add_lora(self._adapter)
 
-    def _put_in_place(self, path: str) -> None:
+    def _put_in_place(self, weights: WrittenWeights | SharedWeights | None) -> None:
+        """Replaces the engine's weights by these; None = by the base's."""
         from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        if isinstance(weights, SharedWeights):
+            # The engine is in this process, so that nothing of it is pickled.
+            source: dict[str, Any] = {"weights_iterator": weights.tensors()}
+        else:
+            source = {"weights_path": str(weights.directory) if weights else self._base_path}
+        self._llm.collective_rpc("reload_weights", kwargs=source)
         if current_platform.is_cpu():
             self._llm.apply_model(_repack_tied_head)
         self._llm.reset_prefix_cache()
-        self._in_place = path
+        self._in_place = weights
 
     def generate(
         self,
@@ -166,7 +174,7 @@ class Core:
         generator aborts the rest."""
         if self._llm is None:
             raise EngineDied("vLLM has been closed")
-        wanted = self._base_path if base else self._student_path
+        wanted = None if base else self._student
         engine = self._llm.llm_engine
         unfinished: set[int] = set()
         with _random_state_kept():

@@ -16,10 +16,16 @@ from torch import nn
 from paint_engine.distributed import World, raise_together
 from paint_engine.model import compute_dtype, lm_head_weight
 from paint_engine.model.stored import refuse_prefixes
-from paint_engine.rollout.adapter_files import WeightFiles, WrittenWeights
 from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
 from paint_engine.rollout.vllm_core import Core, OnBatch, deaths, reserved_lora_rank, reserved_rank
 from paint_engine.rollout.vllm_process import OwnProcess
+from paint_engine.rollout.weights import (
+    SharedWeights,
+    WeightFiles,
+    WeightMemory,
+    WrittenWeights,
+    has_shared_memory,
+)
 
 T = TypeVar("T")
 
@@ -73,6 +79,8 @@ class VllmEngine:
         ranks).
     tensor_parallel_size: number of consecutive ranks of a node that one engine spans; they must
         call `generate` together. A single process with a `StoredModel` starts vLLM's own workers.
+    adapter_dir: where the weights are handed over as files; None = adapters in files in shared
+        memory, a whole model in memory without files.
     own_process: a single process also runs the engine in a separate process, so that it generates
         while the trainer trains. Not with an engine over several ranks.
 
@@ -126,14 +134,13 @@ class VllmEngine:
             # The ranks are vLLM's workers: the engine joins the trainer's process group and GPU.
             backend = "mp" if own_workers else "external_launcher"
             self._llm_args["distributed_executor_backend"] = backend
-        self._files = model if stored else WeightFiles(model, world, adapter_dir, per_node=True)
-        self._written: WrittenWeights | None = None
+        self._weights = model if stored else _way_of(model, world, adapter_dir)
+        self._written: WrittenWeights | SharedWeights | None = None
         self._core = self._first_core()
 
     def sync(self, weights_version: int) -> None:
-        """Writes the student's current weights to files and loads them into the engine. A
-        collective call."""
-        self._written = self._files.write(weights_version)
+        """Hands the student's current weights to the engine. A collective call."""
+        self._written = self._weights.write(weights_version)
         self._alive(lambda core: core.load(self._current()))
 
     def generate(
@@ -195,11 +202,11 @@ class VllmEngine:
             self._alive(lambda core: core.load(self._current()))
 
     def close(self) -> None:
-        """Stops the engine and deletes its files."""
+        """Stops the engine, and deletes the files or frees the memory of the weights."""
         try:
             self._core.close()
         finally:
-            self._files.close()
+            self._weights.close()
 
     def _first_core(self) -> Core | OwnProcess:
         core, error = None, None
@@ -218,7 +225,7 @@ class VllmEngine:
         try:
             raise_together(error)
         except ValueError:
-            self._files.close()
+            self._weights.close()
             if core is not None:
                 core.close()
             raise
@@ -244,7 +251,7 @@ class VllmEngine:
                 "max_new_tokens, or leave out longer problems"
             )
 
-    def _current(self) -> WrittenWeights:
+    def _current(self) -> WrittenWeights | SharedWeights:
         assert self._written is not None
         return self._written
 
@@ -266,6 +273,13 @@ class VllmEngine:
         shares: list[Any] = [None] * self._group_size
         dist.all_gather_object(shares, share, group=get_tp_group().cpu_group)
         return shares
+
+
+def _way_of(model: nn.Module, world: World, adapter_dir: str | None) -> WeightFiles | WeightMemory:
+    """Returns how the weights get to the engines: vLLM takes adapters as files alone."""
+    if isinstance(model, PeftModel) or adapter_dir is not None or not has_shared_memory():
+        return WeightFiles(model, world, adapter_dir, per_node=True)
+    return WeightMemory(model, world)
 
 
 def own_environment(world: World) -> dict[str, str]:

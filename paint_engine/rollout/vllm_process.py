@@ -17,9 +17,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from paint_engine.files import printable_output
-from paint_engine.rollout.adapter_files import WrittenWeights
 from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
 from paint_engine.rollout.vllm_core import Core, OnBatch
+from paint_engine.rollout.weights import SharedWeights, WrittenWeights
 
 # How long an engine's process may take to exit when asked to.
 _EXIT_TIMEOUT_S = 10.0
@@ -164,7 +164,7 @@ class OwnProcess:
             self.close()
             raise
 
-    def load(self, written: WrittenWeights) -> None:
+    def load(self, written: WrittenWeights | SharedWeights) -> None:
         """Loads the weights; see `Core`."""
         self._call("load", written)
 

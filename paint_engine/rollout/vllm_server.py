@@ -20,7 +20,6 @@ from torch import nn
 from paint_engine.distributed import World, gather_objects, raise_together
 from paint_engine.keys import with_key
 from paint_engine.model import lm_head_weight
-from paint_engine.rollout.adapter_files import WeightFiles, WrittenWeights
 from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
 from paint_engine.rollout.http import (
     MAX_BODY_BYTES,
@@ -34,6 +33,7 @@ from paint_engine.rollout.http import (
 )
 from paint_engine.rollout.replies import engine_faults, read_completion, read_models
 from paint_engine.rollout.vllm_core import biased_tokens, reserved_lora_rank
+from paint_engine.rollout.weights import WeightFiles, WrittenWeights
 
 # Time that a whole exchange may take, for requests that need no engine,
 _CONTROL_TIMEOUT_S = 10.0

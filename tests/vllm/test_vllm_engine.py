@@ -19,12 +19,12 @@ from paint_engine.files import WriteFailed
 from paint_engine.model.forward import hidden_states, lm_head_weight
 from paint_engine.model.packing import pack_sequences
 from paint_engine.prompts.chat import encode_student_prompt
-from paint_engine.rollout import adapter_files as rollout_weights
-from paint_engine.rollout.adapter_files import WrittenWeights
 from paint_engine.rollout.engine import EngineDied, SamplingParams
 from paint_engine.rollout.mismatch import logprob_differences
 from paint_engine.rollout.vllm_core import biased_tokens, reserved_lora_rank
 from paint_engine.rollout.vllm_engine import VllmEngine
+from paint_engine.rollout.weights import files as rollout_weights
+from paint_engine.rollout.weights.files import WrittenWeights
 from paint_engine.types import Problem, Rollout
 
 Prompts = Sequence[tuple[int, ...]]
@@ -191,7 +191,7 @@ def test_a_name_that_comes_twice_would_serve_stale_keys(
 ) -> None:
     """The trap that the five steps above avoid: the prefix cache goes by the adapter's name (and,
     in newer versions, by its path), not by what the files hold."""
-    write = engine._files.write
+    write = engine._weights.write
 
     def write_in_place(version: int) -> WrittenWeights:
         written = write(version)
@@ -199,7 +199,7 @@ def test_a_name_that_comes_twice_would_serve_stale_keys(
         return replace(written, name="the-same", directory=tmp_path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._files, "write", write_in_place)
+        patch.setattr(engine._weights, "write", write_in_place)
         for step in (11, 12):
             train_step(student, step)
             engine.sync(step)
@@ -340,6 +340,8 @@ def test_full_fine_tuning_replaces_the_weights_and_base_brings_them_back(
         assert mismatch(untouched, prompts, completions, params) > 0.01, step
         base = engine.generate(prompts, seeds, params, base=True)
         assert mismatch(untouched, prompts, base, params) < 1e-4, step
+        # Nothing is written for the engine.
+        assert left_in_shared_memory() == elsewhere
     assert engine.generate(prompts, seeds, params) == completions
     engine.close()
     assert left_in_shared_memory() == elsewhere

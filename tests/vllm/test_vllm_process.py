@@ -127,6 +127,47 @@ def test_killed_while_it_generates(
     engine.close()
 
 
+def test_a_whole_model_is_there_again_after_a_death(
+    make_student: Callable[..., nn.Module],
+    model_dir: Path,
+    world: World,
+    prompts: Prompts,
+    params: SamplingParams,
+    mismatch: Callable[..., float],
+    train_step: Callable[[nn.Module, int], None],
+    left_in_shared_memory: Callable[[], list[str]],
+) -> None:
+    """The memory with the weights is the trainer's; training has gone on since."""
+    elsewhere = left_in_shared_memory()
+    student = make_student(lora=False)
+    engine = VllmEngine(
+        student,
+        str(model_dir),
+        world,
+        max_model_len=512,
+        max_sequences=8,
+        gpu_memory_utilization=0.1,
+        own_process=True,
+    )
+    seeds = range(len(prompts))
+    train_step(student, 1)
+    engine.sync(1)
+    before = engine.generate(prompts, seeds, params)
+    assert mismatch(student, prompts, before, params) < 1e-4
+    train_step(student, 2)
+    assert mismatch(student, prompts, before, params) > 0.01
+    os.kill(engine._core._process.pid, signal.SIGKILL)
+    with pytest.raises(EngineDied, match="exit code -9"):
+        engine.generate(prompts, seeds, params)
+    engine.restart()
+    engine.generate(prompts, seeds, params, base=True)
+    assert engine.generate(prompts, seeds, params) == before
+    engine.sync(2)
+    assert mismatch(student, prompts, engine.generate(prompts, seeds, params), params) < 1e-4
+    assert left_in_shared_memory() == elsewhere
+    engine.close()
+
+
 # A trainer whose engine generates for ever, after it has shown that it can.
 TRAINER = """
 import sys

@@ -30,11 +30,11 @@ from paint_engine.model.forward import autocast, hidden_states, lm_head_weight
 from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
 from paint_engine.model.packing import build_batch
-from paint_engine.rollout import adapter_files
-from paint_engine.rollout.adapter_files import WeightFiles
 from paint_engine.rollout.builtin import BuiltinEngine
 from paint_engine.rollout.engine import SamplingParams
 from paint_engine.rollout.mismatch import logprob_differences, mismatch_metrics
+from paint_engine.rollout.weights import files as weight_files
+from paint_engine.rollout.weights.files import WeightFiles
 from paint_engine.types import Problem, Rollout, TrainExample
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -172,8 +172,8 @@ from paint_engine.distributed import World
 from paint_engine.files.processes import start_of
 from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
-from paint_engine.rollout import adapter_files
-from paint_engine.rollout.adapter_files import WeightFiles
+from paint_engine.rollout.weights import files as weight_files
+from paint_engine.rollout.weights.files import WeightFiles
 
 device = torch.device("cpu")
 model = load_base(ModelSection(name_or_path={str(model_dir)!r}), device)
@@ -242,7 +242,7 @@ def test_whoever_may_read_the_named_directory_may_read_the_weights(
             assert modes(files.write(1).directory) == found, oct(mode)
             files.close()
         tmp_path.chmod(0o1777)
-        monkeypatch.setattr(adapter_files, "_SHARED_MEMORY", tmp_path)
+        monkeypatch.setattr(weight_files, "_SHARED_MEMORY", tmp_path)
         files = WeightFiles(lora_model, WORLD, None, per_node=True)
         written = files.write(1).directory
         assert modes(written) == {"0o700", "0o600"}
@@ -260,7 +260,7 @@ def test_a_link_with_the_name_of_a_left_over_is_not_followed(
     (outside / "file").write_text("kept")
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    name = f"paint-{process.pid}-s4711-{adapter_files._machine_digits()}-{8 * '0'}"
+    name = f"paint-{process.pid}-s4711-{weight_files._machine_digits()}-{8 * '0'}"
     (tmp_path / name).symlink_to(outside)
     WeightFiles(lora_model, WORLD, str(tmp_path), per_node=True).close()
     assert [path.name for path in tmp_path.iterdir()] == ["outside"]
