@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedConfig
 
 from paint_engine.distributed import World, raise_together
-from paint_engine.model import compute_dtype, lm_head_weight
+from paint_engine.model import causal_lm, compute_dtype, lm_head_weight
 from paint_engine.model.stored import refuse_prefixes
 from paint_engine.rollout.engine import Completion, EngineDied, SamplingParams
 from paint_engine.rollout.vllm_core import Core, OnBatch, deaths, reserved_lora_rank, reserved_rank
@@ -108,6 +109,8 @@ class VllmEngine:
         own_workers = stored and world.size == 1 and tensor_parallel_size > 1
         if not own_workers:
             _check_ranks(world, tensor_parallel_size, own_process)
+        if not stored:
+            check_heads(causal_lm(model).config, tensor_parallel_size)
         self._world = world
         # An engine inside several ranks could not be rebuilt by one of them alone.
         self._own_process = own_process or (world.size > 1 and tensor_parallel_size == 1)
@@ -365,6 +368,22 @@ def _adapter_args(model: nn.Module | StoredModel) -> dict[str, Any]:
         "max_loras": 1,
         "max_cpu_loras": 1,
     }
+
+
+def check_heads(config: PreTrainedConfig, tensor_parallel_size: int) -> None:
+    """Raises ValueError unless the GPUs of an engine can share the model's attention heads evenly.
+    vLLM copies key-value heads to several GPUs where there are fewer of them."""
+    text = config.get_text_config()
+    # Models without attention have none.
+    num_heads = getattr(text, "num_attention_heads", 0)
+    num_keys = getattr(text, "num_key_value_heads", None) or num_heads
+    size = tensor_parallel_size
+    if num_heads % size or (num_keys % size and size % num_keys):
+        raise ValueError(
+            f"rollout.tensor_parallel_size is {size} with {num_heads} attention heads and "
+            f"{num_keys} key-value heads; needs a divisor of the first, and of the second a "
+            "divisor or a multiple; change it, or use 1 (an engine for each GPU)"
+        )
 
 
 def _check_ranks(world: World, tensor_parallel_size: int, own_process: bool) -> None:
