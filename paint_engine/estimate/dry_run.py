@@ -28,7 +28,7 @@ from paint_engine.estimate.model_shape import ModelShape, shape_of
 from paint_engine.files import one_line
 from paint_engine.model import max_context
 from paint_engine.prompts.rationale import encode_reason_prompt
-from paint_engine.recipes import recipe_of
+from paint_engine.recipes import draws, recipe_of
 from paint_engine.types import Problem, Reader
 
 
@@ -151,6 +151,17 @@ def _passes(flops: Mapping[str, float]) -> float:
     return sum(flops.values()) - flops.get("rollout", 0.0) - flops.get("rationale", 0.0)
 
 
+def _server_lines(config: Config) -> list[str]:
+    """Returns a line on the servers that share a step's rollouts, if there are several."""
+    urls, size = config.rollout.url or (), config.train.batch_size
+    if len(urls) < 2 or not draws(config):
+        return []
+    return [
+        f"# {len(urls)} servers sample about {_share(size / len(urls))} of a step's {size:,} "
+        f"rollouts each (not asked now): {', '.join(urls)}"
+    ]
+
+
 def _work_lines(
     config: Config, shape: ModelShape, typical: Lengths, scoring: Sequence[Scoring]
 ) -> list[str]:
@@ -196,6 +207,7 @@ def _sizes(
         *_teacher_lines(config, completion, scoring),
         f"# prompts of {typical.student_prompt} tokens on average for the student (at most "
         f"{max(lengths.student)}){prompts}",
+        *_server_lines(config),
         *_work_lines(config, shape, typical, scoring),
     ]
 

@@ -12,7 +12,7 @@ from paint_engine.config.command_line import load_config
 from paint_engine.config.schema import Config
 from paint_engine.data.problem_sets import ProblemSet, batch_indices, load_train_set
 from paint_engine.estimate.arithmetic import Scoring
-from paint_engine.estimate.dry_run import _teacher_lines, check_run_fits, describe
+from paint_engine.estimate.dry_run import _server_lines, _teacher_lines, check_run_fits, describe
 from paint_engine.estimate.lengths import prompt_lengths
 from paint_engine.estimate.memory import estimate_memory
 from paint_engine.estimate.model_shape import shape_of
@@ -235,6 +235,26 @@ def test_a_teacher_s_rollouts_are_an_upper_bound_where_some_are_left_out(
     assert line in found
     (found,) = _teacher_lines(config, 100, [Scoring(shape, 20.0, share=2 / 700)])
     assert "2.93 of a step's 1,024" in found
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        (
+            "--rollout.url http://a:1,http://b:1,http://c:1",
+            [
+                "# 3 servers sample about 341.33 of a step's 1,024 rollouts each (not asked now): "
+                "http://a:1, http://b:1, http://c:1"
+            ],
+        ),
+        ("--rollout.url http://a:1", []),
+        ("", []),
+        ("--rollout.url http://a:1,http://b:1 --objective.name sft --eval.enabled false", []),
+    ],
+)
+def test_servers_share_a_step(options: str, lines: list[str]) -> None:
+    fixed = ("--rollout.engine", "vllm", "--train.batch_size", "1024")
+    assert _server_lines(load_config([*fixed, *options.split()]).config) == lines
 
 
 def test_memory_is_of_the_roles_and_the_sampling_that_a_run_has(
