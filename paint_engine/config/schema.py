@@ -83,6 +83,7 @@ class Config(Section):
                 "since the full protocol follows the evaluation after the last step; leave these "
                 "keys out, or set --eval.at_end true"
             )
+        self._check_evaluations_engine()
         self._check_rollouts()
         if self.run.auto_resume and (self.run.dir is None or self.run.overwrite):
             raise ValueError(
@@ -93,6 +94,23 @@ class Config(Section):
         # Imported by name, because recipes are a layer above the configuration.
         import_module("paint_engine.recipes").recipe_of(self).check()
         return self
+
+    def _check_evaluations_engine(self) -> None:
+        share, size = self.eval.gpu_memory_utilization, self.rollout.tensor_parallel_size
+        if share is None and self.eval.max_concurrent is not None:
+            raise ValueError(
+                f"eval.max_concurrent: got {self.eval.max_concurrent} without "
+                "eval.gpu_memory_utilization, where the rollouts' engine answers with "
+                "rollout.max_sequences; set a share for an engine of the evaluations' own, or "
+                "leave this key out"
+            )
+        if share is not None and size > 1:
+            raise ValueError(
+                f"eval.gpu_memory_utilization: got {share} with rollout.tensor_parallel_size "
+                f"{size}; an engine over several ranks lives in their processes and cannot end "
+                "for another one; needs --rollout.tensor_parallel_size 1, or "
+                "--eval.gpu_memory_utilization none"
+            )
 
     def _check_rollouts(self) -> None:
         rollout = self.rollout

@@ -611,6 +611,15 @@ class EvalSection(Section):
         description="sequences that the built-in sampler decodes at once; vLLM has "
         "rollout.max_sequences",
     )
+    gpu_memory_utilization: OrNone[Fraction] = Field(
+        default=None,
+        description="share of GPU memory for vLLM of the evaluations' own, during which that of "
+        "the rollouts ends; none = one engine for both",
+    )
+    max_concurrent: OrNone[Rollouts] = Field(
+        default=None,
+        description="sequences that this engine decodes at once; none = rollout.max_sequences",
+    )
     thinking: bool = Field(
         default=True, description="chat template's thinking switch in evaluation"
     )

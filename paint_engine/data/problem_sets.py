@@ -311,9 +311,14 @@ def longest_sequence(
         )
         num_tokens = (len(prompt) + shows.num_added_tokens) * 5 // 4
         sizes.append(num_tokens + config.teacher.reason_max_new_tokens)
-    for held_out in eval_sets.values():
-        sizes.append(max(map(len, held_out.prompts)) + config.eval.longest_completion)
-    return max(sizes)
+    return max([*sizes, longest_answer(config, eval_sets)])
+
+
+def longest_answer(config: Config, eval_sets: Mapping[str, ProblemSet]) -> int:
+    """Returns the length in tokens of the longest prompt plus answer of the evaluations; 0 without
+    any."""
+    prompts = [len(prompt) for held_out in eval_sets.values() for prompt in held_out.prompts]
+    return max(prompts) + config.eval.longest_completion if prompts else 0
 
 
 def batch_requests(config: Config, train_set: ProblemSet, step: int) -> list[Request]:

@@ -6,7 +6,13 @@ import torch
 
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import ParallelSection
-from paint_engine.estimate.memory import GIB, Lengths, MemoryEstimate, estimate_memory
+from paint_engine.estimate.memory import (
+    GIB,
+    Lengths,
+    MemoryEstimate,
+    estimate_memory,
+    evaluation_share,
+)
 from paint_engine.estimate.model_shape import ModelShape
 
 _TOKEN_STEP = 256
@@ -46,9 +52,13 @@ def _alternatives(config: Config, lengths: Lengths) -> Iterator[list[tuple[str, 
         yield [("parallel.activation_checkpointing", True)]
     if config.parallel.shard != "full":
         yield [("parallel.shard", "full")]
-    percent = round(100 * config.rollout.gpu_memory_utilization)
-    shares = range(percent // 5 * 5, round(100 * _LEAST_UTILIZATION) - 1, -5)
-    yield [("rollout.gpu_memory_utilization", p / 100) for p in shares if p < percent]
+    for name, share in (
+        ("eval", evaluation_share(config)),
+        ("rollout", config.rollout.gpu_memory_utilization),
+    ):
+        percent = round(100 * (share or 0))
+        shares = range(percent // 5 * 5, round(100 * _LEAST_UTILIZATION) - 1, -5)
+        yield [(f"{name}.gpu_memory_utilization", p / 100) for p in shares if p < percent]
     for section in (config.rollout, config.eval):
         name = "rollout" if section is config.rollout else "eval"
         powers = range(1, section.max_sequences.bit_length())

@@ -16,7 +16,7 @@ from paint_engine.config.schema import Config
 from paint_engine.config.sections import EvalSection, ParallelSection
 from paint_engine.data import ProblemSet
 from paint_engine.estimate.arithmetic import sampling_flops
-from paint_engine.estimate.memory import GIB, cache_row_bytes, setting_of
+from paint_engine.estimate.memory import GIB, cache_row_bytes, evaluation_share, setting_of
 from paint_engine.estimate.model_shape import ModelShape
 from paint_engine.recipes import recipe_of
 
@@ -124,12 +124,14 @@ def engine_of(
     if not setting.colocated_vllm:
         limit = config.eval.max_sequences if evaluates else rollout.max_sequences
         return Engine(num_ranks, 1, limit, None)
-    num_gpus = rollout.tensor_parallel_size
-    memory_bytes = (config.parallel.device_memory_gb or gpu.memory_gib) * GIB
-    share = rollout.gpu_memory_utilization * memory_bytes * num_gpus
+    num_gpus, limit = rollout.tensor_parallel_size, rollout.max_sequences
+    memory_bytes = (config.parallel.device_memory_gb or gpu.memory_gib) * GIB * num_gpus
+    share, own = rollout.gpu_memory_utilization, evaluation_share(config)
+    if evaluates and own is not None:
+        share, limit = own, config.eval.max_concurrent or limit
     weights_bytes = 2 * (shape.base_parameters + shape.adapter_parameters)
-    cache_bytes = max(0.0, share - weights_bytes)
-    return Engine(max(1, num_ranks // num_gpus), num_gpus, rollout.max_sequences, cache_bytes)
+    cache_bytes = max(0.0, share * memory_bytes - weights_bytes)
+    return Engine(max(1, num_ranks // num_gpus), num_gpus, limit, cache_bytes)
 
 
 @dataclass(frozen=True)

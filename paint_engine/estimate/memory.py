@@ -9,7 +9,7 @@ total widths of queries and of keys, and a the bytes of one number in the comput
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -30,6 +30,7 @@ ALLOCATOR_SLACK = 0.05
 allowance"""
 
 _FLOAT32 = 4
+_EVALUATION = "an evaluation"
 _GATHERED_LAYERS = 2
 """FSDP gathers the next layer while one layer computes"""
 
@@ -346,22 +347,29 @@ class MemoryEstimate:
     outside: Mapping[str, int]
     """outside PyTorch's allocator, and its slack"""
     device_memory_bytes: int | None
+    beside: Mapping[str, int] = field(default_factory=dict)
+    """bytes that phases take outside the allocator, more than `outside` has"""
+
+    def _phase_bytes(self, name: str) -> int:
+        return sum(self.phases[name].values()) + self.beside.get(name, 0)
 
     @property
     def peak_phase(self) -> str:
         """The phase that takes the most memory."""
-        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+        return max(self.phases, key=self._phase_bytes)
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of all tensors at the peak, which `torch.cuda.max_memory_allocated` should
+        """Bytes of all tensors at their peak, which `torch.cuda.max_memory_allocated` should
         report."""
-        return sum(self.held.values()) + sum(self.phases[self.peak_phase].values())
+        return sum(self.held.values()) + max(sum(parts.values()) for parts in self.phases.values())
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of everything, including the shares of other processes and libraries."""
-        return self.allocated_bytes + sum(self.outside.values())
+        """Bytes of everything at the peak, including the shares of other processes and
+        libraries."""
+        peak = self._phase_bytes(self.peak_phase)
+        return sum(self.held.values()) + peak + sum(self.outside.values())
 
     def table(self) -> str:
         """Returns one line per part, in GiB. Phases follow each other, so only the largest
@@ -369,8 +377,9 @@ class MemoryEstimate:
         lines = _rows(self.held)
         for name, parts in self.phases.items():
             mark = "  <- peak" if name == self.peak_phase else ""
-            lines.append(f"{sum(parts.values()) / GIB:9.3f}  while: {name}{mark}")
-            lines += [f"  {line}" for line in _rows(parts)]
+            lines.append(f"{self._phase_bytes(name) / GIB:9.3f}  while: {name}{mark}")
+            more = {"vLLM, more than for rollouts": self.beside.get(name, 0)}
+            lines += [f"  {line}" for line in _rows({**parts, **more})]
         lines += _rows(self.outside)
         total = f"{self.total_bytes / GIB:9.3f}  at the peak"
         if self.device_memory_bytes is not None:
@@ -408,17 +417,27 @@ def estimate_memory(
         del phases["the teacher's pass"]
     if sampling := _sampling(shape, setting, config, lengths):
         phases["sampling" if recipe_of(config).samples else "evaluation"] = sampling
-    outside = {}
+    outside, beside = {}, {}
     if device_memory_bytes is not None:
         tensors = MemoryEstimate(held, phases, {}, None).allocated_bytes
         share = config.rollout.gpu_memory_utilization * setting.colocated_vllm
+        own = evaluation_share(config)
+        if setting.colocated_vllm and own is not None:
+            # The rollouts' engine has ended by then, and the allocator's cache is given back.
+            phases = {**phases, _EVALUATION: {}}
+            beside = {_EVALUATION: math.ceil(max(0.0, own - share) * device_memory_bytes)}
         outside = {
             "vLLM": math.ceil(share * device_memory_bytes),
             "CUDA context": CUDA_CONTEXT_BYTES,
             "NCCL": NCCL_BYTES * (num_ranks > 1),
             "allocator's slack": math.ceil(ALLOCATOR_SLACK * tensors),
         }
-    return MemoryEstimate(held, phases, outside, device_memory_bytes)
+    return MemoryEstimate(held, phases, outside, device_memory_bytes, beside)
+
+
+def evaluation_share(config: Config) -> float | None:
+    """Returns the share of a GPU that vLLM of the evaluations' own takes; None without one."""
+    return config.eval.gpu_memory_utilization if config.eval.enabled else None
 
 
 def _teachers_pass(

@@ -363,6 +363,9 @@ class BuiltinEngine:
                 on_batch=on_batch,
             )
 
+    def pause(self) -> None:
+        """Does nothing: the engine has no memory of its own here."""
+
     def restart(self) -> None:
         """Does nothing: the engine has no state of its own."""
 

@@ -45,6 +45,38 @@ def engine_name(config: Config) -> Literal["builtin", "vllm", "server"]:
     return "vllm" if config.rollout.url is None else "server"
 
 
+def evaluates_alone(config: Config) -> bool:
+    """Returns whether evaluations have a vLLM engine of their own."""
+    section = config.eval
+    own = section.enabled and section.gpu_memory_utilization is not None
+    return own and engine_name(config) == "vllm"
+
+
+def open_eval_engine(
+    config: Config, model: nn.Module, world: World, max_model_len: int
+) -> VllmEngine:
+    """Starts the engine of the evaluations' own, in a process of its own. A collective call.
+
+    max_model_len: the longest prompt and answer together, in tokens.
+
+    Raises ValueError on every rank if it does not start.
+    """
+    section, rollout = config.eval, config.rollout
+    assert section.gpu_memory_utilization is not None
+    return VllmEngine(
+        model,
+        resolve_model(config.model),
+        world,
+        max_model_len=max_model_len,
+        max_sequences=section.max_concurrent or rollout.max_sequences,
+        gpu_memory_utilization=section.gpu_memory_utilization,
+        adapter_dir=rollout.adapter_dir,
+        trust_remote_code=config.model.trust_remote_code,
+        own_process=True,
+        memory_keys="--eval.gpu_memory_utilization or --eval.max_concurrent",
+    )
+
+
 def make_engines(
     config: Config,
     model: nn.Module,
@@ -55,7 +87,8 @@ def make_engines(
     warn: Callable[[str], None],
 ) -> tuple[RolloutEngine, RolloutEngine]:
     """Builds the engine for rollouts and the engine for evaluations. vLLM is one engine for
-    both.
+    both; where evaluations have their own (`evaluates_alone`), that of rollouts is in a process,
+    which can end meanwhile.
 
     warn: gets a message on each server that is lost or returns.
     """
@@ -87,7 +120,7 @@ def make_engines(
             tensor_parallel_size=section.tensor_parallel_size,
             adapter_dir=section.adapter_dir,
             trust_remote_code=config.model.trust_remote_code,
-            own_process=section.ahead == 1,
+            own_process=section.ahead == 1 or evaluates_alone(config),
         )
     return engine, engine
 

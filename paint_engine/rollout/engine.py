@@ -145,6 +145,10 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def pause(self) -> None:
+        """Frees the memory of an engine that has some of its own, until `restart`."""
+        ...
+
     def restart(self) -> None:
         """Rebuilds the engine with the weights of the last `sync`. Raises EngineDied if that
         fails."""

@@ -1,8 +1,9 @@
 """Samples the student's rollouts, step by step, with the built-in engine or vLLM."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -97,6 +98,7 @@ class Sampler:
         self._warn = warn
         self.timings = timings
         self._restarts_left = 1
+        self._is_paused = False
         # A single thread: the engine serves one request at a time.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if ahead else None
         self._pending: Future[Sampled] | None = None
@@ -107,6 +109,7 @@ class Sampler:
     def take(self, step: int, num_steps: int) -> Sampled:
         """Returns this rank's completions of `step`, sampled now or ahead. With `ahead`, it then
         starts to sample the next step, if there is one. A collective call."""
+        self._wake()
         with self.timings.span("rollout"):
             sampled = None if self._pending is None else self._together(self._pending.result)
         # Not before: a step that Ctrl-C ends while it waits leaves the engine at work.
@@ -122,23 +125,52 @@ class Sampler:
             self._pending = self._thread.submit(self._sample, step + 1, step)
         return sampled
 
-    def sync(self, weights_version: int) -> None:
-        """Gives the engine the student's current weights once it is idle. A collective call."""
+    def sync(self, weights_version: int, engine: RolloutEngine | None = None) -> None:
+        """Gives the engine the student's current weights once it is idle. A collective call.
+
+        engine: another one than the rollouts'.
+        """
         self.pending()
+        given = engine or self._engine
+        if given is self._engine:
+            self._wake()
 
         # A restart loads the new weights too. Another sync would be a collective call that the
         # other ranks do not make.
         def sync() -> None:
-            self._engine.sync(weights_version)
+            given.sync(weights_version)
 
         with self.timings.span("sync"):
-            self._together(lambda: self._or_restart(sync, lambda: None))
+            self._together(lambda: self._or_restart(sync, lambda: None, given))
 
-    def guarded(self, attempt: Callable[[], T]) -> T:
+    def guarded(self, attempt: Callable[[], T], engine: RolloutEngine | None = None) -> T:
         """Calls `attempt`, which uses the engine, once the engine is idle, and again after a
-        restart. A collective call. Raises EngineDied on every rank."""
+        restart. A collective call. Raises EngineDied on every rank.
+
+        engine: another one than the rollouts'.
+        """
         self.pending()
-        return self._together(lambda: self._or_restart(attempt, attempt))
+        given = engine or self._engine
+        if given is self._engine:
+            self._wake()
+        return self._together(lambda: self._or_restart(attempt, attempt, given))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around the use of another engine: frees the memory of the rollouts' engine once it is
+        idle. Its next use rebuilds it, which after the last step never comes. A collective call."""
+        self.pending()
+        if not self._is_paused:
+            self._engine.pause()
+        self._is_paused = True
+        yield
+
+    def _wake(self) -> None:
+        """Rebuilds an engine that has been paused. A collective call: raises EngineDied on every
+        rank."""
+        if self._is_paused:
+            self._is_paused = False
+            self._together(self._engine.restart)
 
     def complete(
         self,
@@ -191,17 +223,21 @@ class Sampler:
                 check_completion(completion, request.problem.problem_id)
             return completions
 
-        return Sampled(step, weights_version, requests, self._or_restart(generate, generate))
+        completions = self._or_restart(generate, generate, self._engine)
+        return Sampled(step, weights_version, requests, completions)
 
-    def _or_restart(self, attempt: Callable[[], T], again: Callable[[], T]) -> T:
+    def _or_restart(
+        self, attempt: Callable[[], T], again: Callable[[], T], engine: RolloutEngine
+    ) -> T:
         try:
             return attempt()
         except EngineDied as death:
-            if self._restarts_left == 0 or not self._engine.can_restart:
+            if self._restarts_left == 0 or not engine.can_restart:
                 raise
             self._restarts_left -= 1
-            self._warn(f"the rollout engine failed ({death}); it is restarted once")
-            self._engine.restart()
+            name = "the rollout engine" if engine is self._engine else "the evaluations' engine"
+            self._warn(f"{name} failed ({death}); it is restarted once")
+            engine.restart()
             return again()
 
     def _together(self, attempt: Callable[[], T]) -> T:

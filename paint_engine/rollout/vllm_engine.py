@@ -84,6 +84,7 @@ class VllmEngine:
         memory, a whole model in memory without files.
     own_process: a single process also runs the engine in a separate process, so that it generates
         while the trainer trains. Not with an engine over several ranks.
+    memory_keys: what to change if vLLM does not start for lack of memory.
 
     The constructor and `sync` are collective calls. The constructor raises ValueError if the
     settings do not match the ranks, and if vLLM does not start.
@@ -102,6 +103,7 @@ class VllmEngine:
         adapter_dir: str | None = None,
         trust_remote_code: bool = False,
         own_process: bool = False,
+        memory_keys: str = "--rollout.gpu_memory_utilization or --rollout.max_sequences",
     ) -> None:
         refuse_prefixes(model_path)
         stored = isinstance(model, StoredModel)
@@ -137,6 +139,7 @@ class VllmEngine:
             # The ranks are vLLM's workers: the engine joins the trainer's process group and GPU.
             backend = "mp" if own_workers else "external_launcher"
             self._llm_args["distributed_executor_backend"] = backend
+        self._memory_keys = memory_keys
         self._weights = model if stored else _way_of(model, world, adapter_dir)
         self._written: WrittenWeights | SharedWeights | None = None
         self._core = self._first_core()
@@ -188,6 +191,10 @@ class VllmEngine:
         built by all of them, and the other ranks do not know that it died."""
         return self._group_size == 1
 
+    def pause(self) -> None:
+        """Ends the engine until `restart`. One in a process of its own leaves no memory behind."""
+        self._alive(lambda core: core.close())
+
     def restart(self) -> None:
         """Rebuilds the engine with the weights of the last `sync`.
 
@@ -218,8 +225,7 @@ class VllmEngine:
         except EngineDied as death:
             error = (
                 f"vLLM did not start on rank {self._world.rank} ({death}); if memory is the cause, "
-                "change --rollout.gpu_memory_utilization or --rollout.max_sequences; or use "
-                "--rollout.engine builtin"
+                f"change {self._memory_keys}; or use --rollout.engine builtin"
             )
         # Ranks that are vLLM's own workers wait inside vLLM for the rank that failed, so this rank
         # raises alone.

@@ -356,6 +356,9 @@ class ServerEngine:
         """True: whoever started the servers can start them again."""
         return True
 
+    def pause(self) -> None:
+        """Does nothing: the servers' memory is not here."""
+
     def restart(self) -> None:
         """Waits for a server to return (whoever started it must restart it), and has each that
         answers then load the weights of the last `sync`. Raises EngineDied if none returns in

@@ -3,11 +3,12 @@ shows what it would be."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 
 from transformers import set_seed
 
 from paint_engine.config.command_line import CommandLine
-from paint_engine.data import check_same_data, longest_sequence
+from paint_engine.data import check_same_data, longest_answer, longest_sequence
 from paint_engine.distributed import World, launched_ranks, together
 from paint_engine.estimate import check_run_fits, describe
 from paint_engine.files import FILE_FAILURES, DirectoryLock, one_line, recorded_name
@@ -35,6 +36,7 @@ from paint_engine.model.teachers.external import (
 from paint_engine.recipes import recipe_of
 from paint_engine.rewards import open_reward
 from paint_engine.rollout import make_engines
+from paint_engine.rollout.choose import evaluates_alone, open_eval_engine
 from paint_engine.scoring import Scorer
 from paint_engine.seeds import global_seed
 from paint_engine.training.optim import build_optimizer
@@ -143,7 +145,9 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
         check_same_teachers(run_dir, teacher_commits)
         check_same_start(command, run_dir, commit, data, (train_set, eval_sets), say)
         progress = load_progress(config, run_dir, model, optimizer, teacher, world, say)
-    longest = min(longest_sequence(config, tokenizer, train_set, eval_sets), max_context(base))
+    alone, context = evaluates_alone(config), max_context(base)
+    sampled_for = {} if alone else eval_sets
+    longest = min(longest_sequence(config, tokenizer, train_set, sampled_for), context)
     engine, eval_engine = make_engines(config, model, fixed, teacher, world, longest, warn)
     sampler = build_sampler(config, engine, model, tokenizer, train_set, world, progress, warn)
     run = Run(
@@ -164,6 +168,12 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
         attention=attention,
         sampler=sampler,
         eval_engine=eval_engine,
+        open_eval_engine=partial(
+            *(open_eval_engine, config, model, world),
+            max_model_len=min(longest_answer(config, eval_sets), context),
+        )
+        if alone
+        else None,
         reward=reward,
         scorer=server and Scorer(server, timings=sampler.timings, warn=warn),
         step=progress.step,

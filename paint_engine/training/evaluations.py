@@ -1,10 +1,13 @@
 """Evaluations during training, and the checkpoint that evaluated best."""
 
+import gc
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from paint_engine.checkpoint.directory import mark_best, prune
 from paint_engine.checkpoint.load import load_step
@@ -44,7 +47,7 @@ from paint_engine.files import (
 )
 from paint_engine.model import compute_dtype
 from paint_engine.monitor import Progress
-from paint_engine.rollout import sampling_params
+from paint_engine.rollout import RolloutEngine, sampling_params
 from paint_engine.rollout.choose import engine_name
 from paint_engine.training.interrupt import Stopped, StopRequest
 from paint_engine.training.run import Run, save
@@ -68,10 +71,7 @@ def evaluate_at(run: Run, step: int, progress: Progress, stop: StopRequest) -> N
     missing = _missing(run, step, progress, final=False)
     if _lacks_base(run, step, missing, progress):
         return
-    if missing and (step > 0 or run.step == 0):
-        run.sampler.sync(step)
-    for name in missing:
-        _evaluate_on(run, name, step, checkpoint, progress, stop, final=False)
+    _evaluate_missing(run, missing, step, checkpoint, progress, stop, final=False)
     keep_best(run, step, checkpoint)
     if missing:
         together(lambda: run.world.is_main and note_shortening(run, step, progress), FILE_FAILURES)
@@ -87,14 +87,11 @@ def evaluate_finally(run: Run, progress: Progress, stop: StopRequest) -> None:
     """
     last, best = run.step, gather_objects(_best_of(run))[0]
     checkpoint = save(run)
-    if missing := _missing(run, last, progress, final=True):
-        run.sampler.sync(last)
-    for name in missing:
-        _evaluate_on(run, name, last, checkpoint, progress, stop, final=True)
+    missing = _missing(run, last, progress, final=True)
+    _evaluate_missing(run, missing, last, checkpoint, progress, stop, final=True)
     missing = _missing(run, 0, progress, final=True) if run.config.eval.at_start else []
     if not _lacks_base(run, 0, missing, progress):
-        for name in missing:
-            _evaluate_on(run, name, 0, None, progress, stop, final=True)
+        _evaluate_missing(run, missing, 0, None, progress, stop, final=True)
     if best is None or best == last:
         return
     missing, checkpoint = (
@@ -110,9 +107,47 @@ def evaluate_finally(run: Run, progress: Progress, stop: StopRequest) -> None:
         )
         return
     load_step(checkpoint, run.model, run.optimizer, world=run.world, teacher=run.teacher)
-    run.sampler.sync(best)
-    for name in missing:
-        _evaluate_on(run, name, best, checkpoint, progress, stop, final=True)
+    _evaluate_missing(run, missing, best, checkpoint, progress, stop, final=True)
+
+
+def _evaluate_missing(
+    run: Run,
+    missing: Sequence[str],
+    step: int,
+    checkpoint: Path | None,
+    progress: Progress,
+    stop: StopRequest,
+    *,
+    final: bool,
+) -> None:
+    """Evaluates the weights on these benchmarks with one engine."""
+    if not missing:
+        return
+    with _answering(run, step) as engine:
+        for name in missing:
+            _evaluate_on(run, name, step, checkpoint, engine, progress, stop, final=final)
+
+
+@contextmanager
+def _answering(run: Run, step: int) -> Iterator[RolloutEngine]:
+    """Yields the engine that answers, with the run's weights: the rollouts', or one of the
+    evaluations' own, for which the rollouts' ends and the trainer gives back what memory it has
+    cached. A collective call.
+
+    step: that is evaluated; 0 = the base, which engines have beside the run's weights.
+    """
+    if run.open_eval_engine is None:
+        if step > 0 or run.step == 0:
+            run.sampler.sync(step)
+        yield run.eval_engine
+        return
+    with run.sampler.paused():
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        with closing(run.open_eval_engine()) as engine:
+            run.sampler.sync(step, engine)
+            yield engine
 
 
 def _best_of(run: Run) -> int | None:
@@ -166,6 +201,7 @@ def _evaluate_on(
     name: str,
     step: int,
     checkpoint: Path | None,
+    engine: RolloutEngine,
     progress: Progress,
     stop: StopRequest,
     *,
@@ -203,12 +239,14 @@ def _evaluate_on(
             nonlocal failure
             try:
                 requests = files.missing(mine)
-                return answer_all(run, name, step, files, requests, progress, stop, final=final)
+                return answer_all(
+                    *(run, name, step, files, requests, engine, progress, stop), final=final
+                )
             except FAILURES as failed:
                 failure = failed
                 return True
 
-        finished = run.sampler.guarded(answer)
+        finished = run.sampler.guarded(answer, engine)
         check_answers(run.reward, files, failure)
         if any_rank(not finished):
             stop.check_together()
@@ -306,6 +344,7 @@ def answer_all(
     step: int,
     files: SampleFiles,
     requests: list[tuple[int, int]],
+    engine: RolloutEngine,
     progress: Progress,
     stop: StopRequest,
     *,
@@ -330,7 +369,7 @@ def answer_all(
 
         with suppress(Stopped):
             evaluate(
-                run.eval_engine,
+                engine,
                 run.tokenizer,
                 held_out.problems,
                 held_out.prompts,

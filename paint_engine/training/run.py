@@ -1,5 +1,6 @@
 """The state of a training run, and the checkpoint of its last finished step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -66,6 +67,7 @@ class Run:
     """The state of a training run. `step` counts finished steps; `seconds_train` adds up over
     resumes.
 
+    `eval_engine` answers evaluations, unless `open_eval_engine` starts one of their own.
     `base` is the model before training. `teacher` scores the rollouts and is often the base; with
     `scorer`, a server does. `readers` are the teachers that are other models, as readers of
     prompts. `eval_sets` are the held-out problems by benchmark, none if evaluation is off. `name`
@@ -92,6 +94,7 @@ class Run:
     sampler: Sampler
     eval_engine: RolloutEngine
     reward: Reward
+    open_eval_engine: Callable[[], RolloutEngine] | None = None
     scorer: Scorer | None = None
     step: int = 0
     seconds_train: float = 0.0

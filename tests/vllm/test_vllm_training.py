@@ -207,3 +207,67 @@ def test_importance_weights_of_the_engines_own_probabilities_are_one(
     for step in read_jsonl(run / "metrics.jsonl"):
         assert abs(step["importance_weight"] - 1) < 1e-4
         assert step["ratio"] == 1.0 and 0 < step["rollout_logprob_diff"] < 1e-4
+
+
+EVENTS = """
+import sys, time
+from paint_engine.rollout import vllm_engine
+
+class Recorded(vllm_engine.OwnProcess):
+    def __init__(self, llm_args, *rest):
+        super().__init__(llm_args, *rest)
+        self.share, self.open = llm_args["gpu_memory_utilization"], True
+        self.say("starts", llm_args["max_num_seqs"], llm_args["max_model_len"])
+
+    def say(self, *words):
+        with open(sys.argv[1], "a") as file:
+            print(self.share, *words, file=file)
+
+    def close(self):
+        super().close()
+        if self.open:
+            self.say("ends")
+        self.open = False
+
+if __name__ == "__main__":
+    vllm_engine.OwnProcess = Recorded
+    from paint_engine import train
+    train.main(sys.argv[2:])
+"""
+
+
+def test_evaluations_have_an_engine_of_their_own_while_that_of_rollouts_ends(
+    tmp_path: Path,
+) -> None:
+    """Their answers are those of the shared engine, and so are the rollouts after them."""
+    script, events, runs = tmp_path / "events.py", tmp_path / "events", {}
+    script.write_text(EVENTS)
+    own = ("--eval.gpu_memory_utilization", "0.2", "--eval.max_concurrent", "5")
+    for name, extra in (("shared", ()), ("own", own)):
+        settings = [part for key, value in SETTINGS.items() for part in (f"--{key}", str(value))]
+        options = ("--run.dir", tmp_path / name, "--eval.base_cache", "none", "--eval.every", "0")
+        options += ("--train.num_steps", "1", "--rollout.max_new_tokens", "96")
+        options += ("--rollout.gpu_memory_utilization", "0.1", *extra)
+        done = subprocess.run(
+            [sys.executable, script, events, *map(str, options), *settings],
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        found = (tmp_path / name / "evaluations").glob("*.jsonl")
+        answers = {path.name: path.read_text() for path in found}
+        steps = [
+            (m["num_loss_tokens"], m["rollout_lag"], m["rollout_logprob_diff"] < 1e-5)
+            for m in read_metrics(tmp_path / name / "metrics.jsonl")
+        ]
+        runs[name] = answers, steps
+    assert runs["own"] == runs["shared"]
+    lines = events.read_text().split("\n")[:-1]
+    kinds = [" ".join(line.split()[:3]) for line in lines]
+    # After the last step no rollouts come.
+    rollouts, answered = ["0.1 starts 8", "0.1 ends"], ["0.2 starts 5", "0.2 ends"]
+    assert kinds == [*rollouts, *answered, *rollouts, *answered]
+    lengths = {line.split()[0]: int(line.split()[3]) for line in lines if "starts" in line}
+    # Rollouts of 96 tokens need no room for an evaluation's answer.
+    assert lengths["0.1"] < lengths["0.2"]

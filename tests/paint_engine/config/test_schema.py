@@ -386,6 +386,14 @@ TWO = {"teacher.weights": "external", "teacher.models": ["a", "b"]}
             {**TWO, "teacher.route_column": "domain", "teacher.model_names": ["x"]},
             "needs one name for each",
         ),
+        (
+            {"eval.gpu_memory_utilization": 0.7, "rollout.tensor_parallel_size": 2},
+            r"got 0\.7 with rollout\.tensor_parallel_size 2; .*--eval\.gpu_memory_utilization none",
+        ),
+        (
+            {"eval.max_concurrent": 64},
+            r"eval\.max_concurrent: got 64 without eval\.gpu_memory_utilization",
+        ),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(layer: dict[str, object], expected: str) -> None:

@@ -29,9 +29,10 @@ SHAPE_8B: dict[str, Any] = {
 
 
 def with_options(*options: str) -> Config:
-    """The 8B preset, with vLLM in the process."""
+    """The 8B preset, with one vLLM engine for rollouts and evaluations."""
     preset = ("--preset", "paint-qwen3-8b", "--rollout.engine", "vllm")
-    return load_config([*preset, *options]).config
+    one = ("--eval.gpu_memory_utilization", "none")
+    return load_config([*preset, *one, *options]).config
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,35 @@ def test_the_setting_that_a_refusal_names_makes_the_run_fit(
         # No smaller than it has to be.
         more = str(int(changed[1]) + 256)
         assert check(shape, with_options(*options, changed[0], more), gib=gib) != ""
+
+
+def test_an_engine_for_evaluations_takes_its_share_in_place_of_the_rollouts(
+    shape: ModelShape,
+) -> None:
+    """Beside what is held throughout, and without the activations of a step."""
+    share = "--eval.gpu_memory_utilization"
+    preset = ("--preset", "paint-qwen3-8b", "--rollout.engine", "vllm")
+    config = load_config([*preset]).config
+    assert config.eval.gpu_memory_utilization == 0.7
+    for num_ranks in (1, 8):
+        assert check(shape, config, gib=80, num_ranks=num_ranks) == ""
+    large = with_options(share, "0.8")
+    estimate = estimate_memory(
+        shape, config=large, lengths=LENGTHS, num_ranks=1, device_memory_bytes=80 * GIB
+    )
+    one = estimate_memory(
+        shape, config=with_options(), lengths=LENGTHS, num_ranks=1, device_memory_bytes=80 * GIB
+    )
+    assert estimate.peak_phase == "an evaluation" and one.peak_phase == "the loss"
+    # 0.35 of the GPU is the rollouts' share.
+    outside = sum(one.outside.values()) + round(0.45 * 80 * GIB)
+    assert estimate.total_bytes == pytest.approx(sum(one.held.values()) + outside, abs=2)
+    assert estimate.allocated_bytes == one.allocated_bytes
+    assert "vLLM, more than for rollouts" in estimate.table()
+    refusal = check(shape, large, gib=80)
+    assert "at its peak (an evaluation)" in refusal and f"{share} 0.7" in refusal
+    assert check(shape, with_options(share, "0.8", "--eval.enabled", "false"), gib=80) == ""
+    assert check(shape, with_options(share, "0.8", "--rollout.engine", "builtin"), gib=80) == ""
 
 
 def test_what_no_setting_mends_is_said_to_need_larger_gpus(shape: ModelShape) -> None:

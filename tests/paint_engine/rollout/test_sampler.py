@@ -28,6 +28,11 @@ class FakeEngine:
         self.loaded = self.current = -1
         self.alive = self.can_restart = True
         self.closed = False
+        self.always_has_logprobs = True
+
+    def pause(self) -> None:
+        self.calls.append("pause")
+        self.alive = False
 
     def sync(self, weights_version: int) -> None:
         self.calls.append(f"sync {weights_version}")
@@ -162,6 +167,40 @@ def test_an_engine_that_dies_is_restarted_once_and_its_batch_done_again() -> Non
         assert sampler.take(step, 4) == healthy.take(step, 4)
     assert engine.calls.count("restart") == 1
     assert len(warnings) == 1 and "killed" in warnings[0] and "restarted once" in warnings[0]
+
+
+def test_an_engine_ends_for_another_one_and_samples_as_before_after_it() -> None:
+    """The one that dies is restarted. Two uses of another one after each other cost one start."""
+    engine, other = FakeEngine(), FakeEngine(deaths=[1])
+    sampler, warnings = make(engine)
+    healthy, _ = make(FakeEngine())
+    assert sampler.take(0, 4) == healthy.take(0, 4)
+    with sampler.paused():
+        assert not engine.alive
+        sampler.sync(1, other)
+        sampler.guarded(lambda: other.generate([], [], PARAMS), other)
+    assert other.calls == ["sync 1", "generate 1", "restart", "generate 1"]
+    assert warnings == ["the evaluations' engine failed (killed); it is restarted once"]
+    with sampler.paused():
+        pass
+    assert engine.calls == ["sync 0", "generate 0", "pause"]
+    assert [sampler.take(step, 4) for step in (1, 2)] == [healthy.take(step, 4) for step in (1, 2)]
+    assert engine.calls[2:6] == ["pause", "restart", "sync 1", "generate 1"]
+
+
+def test_an_engine_that_was_paused_while_it_was_ahead_is_rebuilt_for_the_next_step() -> None:
+    engine = FakeEngine()
+    sampler, _ = make(engine, ahead=True)
+    healthy, _ = make(FakeEngine(), ahead=True)
+    assert sampler.take(0, 4) == healthy.take(0, 4)
+    with sampler.paused():
+        pass
+    assert [sampler.take(step, 4) for step in (1, 2, 3)] == [
+        healthy.take(step, 4) for step in (1, 2, 3)
+    ]
+    assert engine.calls.count("restart") == 1
+    for each in (sampler, healthy):
+        each.close()
 
 
 @pytest.mark.parametrize("deaths", [[2, 3], [2, 4]], ids=["at once", "a step later"])

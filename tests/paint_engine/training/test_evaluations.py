@@ -2,16 +2,20 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from exit_codes import exit_code
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from paint_engine import evaluate
 from paint_engine.checkpoint import save
 from paint_engine.config.command_line import load_config
+from paint_engine.config.schema import Config
+from paint_engine.distributed import World
 from paint_engine.evaluation import store
 from paint_engine.evaluation.accuracy import avg_at_k, best_step, correct_matrix, pass_at_k
 from paint_engine.evaluation.compare import check_pairs, read_run
@@ -27,6 +31,8 @@ from paint_engine.evaluation.store import (
 from paint_engine.files import read_jsonl
 from paint_engine.model import meta_model
 from paint_engine.monitor import is_evaluation
+from paint_engine.rollout.builtin import BuiltinEngine
+from paint_engine.training import build
 from paint_engine.training import evaluations as run_eval
 from paint_engine.training import summary as summary_module
 from paint_engine.training.parts.sets import load_sets
@@ -441,3 +447,42 @@ def test_opsd_s_message_is_of_the_evaluations_alone(
     assert "Problem: " not in texts[1] and "Mia has 2 kites" in texts[1]
     settings = evaluation_settings(config.eval, 0, config.eval_prompts)
     assert settings["student_template"] == "{problem}\n\n{instruction}"
+
+
+def test_an_engine_of_the_evaluations_own_is_open_while_they_last(
+    arguments: list[str], run_main: Main, tmp_path: Path
+) -> None:
+    """It has the weights of the step, answers all of it, and is closed before the next step."""
+    events: list[tuple[str, int]] = []
+
+    class Own(BuiltinEngine):
+        def sync(self, weights_version: int) -> None:
+            events.append(("sync", weights_version))
+
+        def close(self) -> None:
+            events.append(("close", 0))
+
+    def open_own(config: Config, model: nn.Module, world: World, *, max_model_len: int) -> Own:
+        events.append(("open", max_model_len))
+        return Own(model, lambda: nullcontext(model), config.eval.max_sequences)
+
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    assert run_main([*arguments, "--run.dir", str(shared)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "evaluates_alone", lambda config: True)
+        patch.setattr(build, "open_eval_engine", open_own)
+        assert run_main([*arguments, "--run.dir", str(own)]) == 0
+    assert evaluations(own) == evaluations(shared)
+    assert logged(own) == logged(shared)
+    lengths = {number for name, number in events if name == "open"}
+    # The longest prompt, and an answer of 6 tokens.
+    assert len(lengths) == 1 and min(lengths) > 6
+    order = [(name, number) for name, number in events if name != "open"]
+    assert order == [
+        ("sync", 0),
+        ("close", 0),
+        ("sync", 2),
+        ("close", 0),
+        ("sync", 4),
+        ("close", 0),
+    ]
