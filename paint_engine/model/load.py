@@ -14,11 +14,18 @@ from transformers.utils import logging as transformers_logging
 from paint_engine.config.bundled import BUNDLED
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import ModelSection
-from paint_engine.files import ADAPTER_CONFIG_FILE, check_no_devices
+from paint_engine.distributed import World, gather_objects, together
+from paint_engine.files import ADAPTER_CONFIG_FILE, FILE_FAILURES, check_no_devices
 from paint_engine.model.forward import _COMPUTE_DTYPE
 from paint_engine.model.lora import add_lora
 from paint_engine.model.probe import set_logit_scale
-from paint_engine.model.stored import empty_model, load_weights, read_settings
+from paint_engine.model.stored import (
+    empty_model,
+    load_empty,
+    load_weights,
+    read_settings,
+    stored_shapes,
+)
 from paint_engine.seeds import adapter_seed
 
 # What a model has beside its weights.
@@ -149,7 +156,7 @@ def load_base(
     device: torch.device,
     *,
     trains_base: bool = False,
-    on_cpu: bool = False,
+    ranks: World | None = None,
     say: Callable[[str], object] = print,
 ) -> PreTrainedModel:
     """Loads the base onto `device`, from safetensors only. Its attention is SDPA where the
@@ -158,21 +165,45 @@ def load_base(
     section.dtype: dtype of the arithmetic, and of the weights unless they are trained.
     trains_base: the base's own weights are trained. They are then float32, because bfloat16 rounds
     most updates away at the usual learning rates.
-    on_cpu: leave it there, to be sharded onto devices of that kind.
+    ranks: the ranks that `shard_model` will divide it among. The main rank alone reads the weights,
+        onto its CPU; the others' model is on the meta device. A collective call.
     say: is called with a note if the names of the weights had to be changed.
 
     Raises ValueError as `load_weights` and `logit_scale` do.
     """
     dtype = pick_dtype(section.dtype, device)
     stored = torch.float32 if trains_base else dtype
-    place = None if on_cpu else device
-    model = load_weights(resolve_model(section), section, stored, say, device=place)
+    if ranks is None:
+        model = load_weights(resolve_model(section), section, stored, say, device=device)
+    else:
+        model = _load_on_main(section, stored, say, ranks)
     if section.revision is not None:
         # peft writes it into the adapters' configuration: the id, and not a place in the cache.
         model.name_or_path = model.config.name_or_path = section.name_or_path
     setattr(model, _COMPUTE_DTYPE, dtype)
     set_logit_scale(model, f"model {section.name_or_path}")
     return model
+
+
+def _load_on_main(
+    section: ModelSection, dtype: torch.dtype, say: Callable[[str], object], world: World
+) -> PreTrainedModel:
+    """Loads a model on the CPU of the main rank, and on the meta device of the others. A collective
+    call: what the main rank refuses is raised on every rank."""
+
+    def load() -> tuple[PreTrainedModel, dict[str, tuple[int, ...]]] | None:
+        if not world.is_main:
+            return None
+        path = resolve_model(section)
+        model = load_weights(path, section, dtype, say, apart=True)
+        return model, stored_shapes(path, section)
+
+    loaded = together(load, (ValueError, *FILE_FAILURES))
+    shapes = gather_objects(loaded and loaded[1])[0]
+    if loaded is not None:
+        return loaded[0]
+    assert shapes is not None
+    return load_empty(resolve_model(section, with_weights=False), section, dtype, shapes)
 
 
 def meta_base(section: ModelSection, *, trains_base: bool = False) -> PreTrainedModel:

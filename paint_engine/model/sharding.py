@@ -1,12 +1,14 @@
 """Shards a model over the ranks with FSDP2."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -14,9 +16,10 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from paint_engine.config.schema import Config
-from paint_engine.distributed import World
+from paint_engine.distributed import World, gather_objects
 from paint_engine.model.forward import _BACKBONE, _backbone_states, causal_lm, compute_dtype
 
 
@@ -51,7 +54,12 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def shard_model(model: nn.Module, world: World) -> None:
-    """Shards the weights over all ranks: each decoder layer as a unit, then the rest.
+    """Shards the weights over all ranks: each decoder layer as a unit, then the rest. A collective
+    call.
+
+    The main rank's weights and buffers become those of all ranks. The other ranks' own are not
+    read, and may be on the meta device. They are handed out one by one, and the main rank frees
+    each, so that no rank holds the whole model beside its shards.
 
     Gradients are summed over the ranks and not averaged, because losses are divided by the rollouts
     or tokens of the whole step. Float32 weights that are trained with bfloat16 arithmetic are
@@ -62,15 +70,59 @@ def shard_model(model: nn.Module, world: World) -> None:
     policy = MixedPrecisionPolicy()
     if not isinstance(model, PeftModel) and inner.dtype != compute_dtype(model):
         policy = MixedPrecisionPolicy(compute_dtype(model), torch.float32)
+    taken = _take_tensors(inner, world)
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     fully_shard(inner, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    inner.to_empty(device=world.device)
+    _hand_out(inner, taken, world)
     setattr(inner, _BACKBONE, MethodType(_backbone_states, inner))
     register_fsdp_forward_method(inner, _BACKBONE)
     for module in _sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         # The factor would otherwise use an operator that scales and adds, which gloo lacks.
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields parameters and buffers by name; tied ones once."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+@torch.no_grad()
+def _take_tensors(module: nn.Module, world: World) -> dict[str, Tensor]:
+    """Moves a module to the meta device, and returns what it held on the main rank; nothing on the
+    others. Tied weights stay tied."""
+    taken, described = {}, []
+    for name, tensor in _tensors(module):
+        described.append((name, tensor.shape, tensor.dtype, tensor.requires_grad))
+        held = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            held = nn.Parameter(held, tensor.requires_grad)
+        torch.utils.swap_tensors(tensor, held)
+        taken[name] = held.detach()
+    digest = hashlib.sha256(repr(described).encode()).hexdigest()
+    assert len(set(gather_objects(digest))) == 1, "the ranks have built different models"
+    return taken if world.is_main else {}
+
+
+@torch.no_grad()
+def _hand_out(module: nn.Module, taken: dict[str, Tensor], world: World) -> None:
+    """Fills a sharded module on every rank from what `_take_tensors` took, which is emptied."""
+    for name, tensor in _tensors(module):
+        if isinstance(tensor, DTensor):
+            whole = (
+                taken.pop(name)
+                if world.is_main
+                else torch.empty(tensor.shape, dtype=tensor.dtype, device=world.device)
+            )
+            shards = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
+            tensor.to_local().copy_(shards.to_local())
+        else:
+            if world.is_main:
+                tensor.copy_(taken.pop(name))
+            dist.broadcast(tensor, 0)
 
 
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:

@@ -6,7 +6,7 @@ nowhere, and casts integers to floating point. Here all of these are refused.
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -157,14 +157,33 @@ def weight_files(path: str, *, cached_only: bool = False) -> list[Path]:
     return []
 
 
+class _Apart:
+    """A stored tensor, unread, with a mapping of the file of its own. Its pages count as this
+    process's memory until it is freed; those of a shared mapping, until all tensors are."""
+
+    def __init__(self, file: Path, name: str, unread: Any) -> None:
+        self._file, self._name = file, name
+        self.get_shape, self.get_dtype = unread.get_shape, unread.get_dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        with safe_open(self._file, framework="pt") as opened:
+            return opened.get_slice(self._name)[index]
+
+
 @contextmanager
-def _open_tensors(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """A context that yields the tensors of the files by name, unread."""
+def _open_tensors(files: Iterable[Path], *, apart: bool = False) -> Iterator[dict[str, Any]]:
+    """A context that yields the tensors of the files by name, unread.
+
+    apart: each with a mapping of its own.
+    """
     with ExitStack() as stack:
         tensors = {}
         for file in files:
             opened = stack.enter_context(safe_open(file, framework="pt"))
-            tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            unread = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            if apart:
+                unread = {name: _Apart(file, name, tensor) for name, tensor in unread.items()}
+            tensors |= unread
         yield tensors
 
 
@@ -275,10 +294,10 @@ def _fill(
 
 @contextmanager
 def _stored_tensors(
-    path: str, section: ModelSection, *, cached_only: bool
+    path: str, section: ModelSection, *, cached_only: bool, apart: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """A context that yields a model's stored tensors, unread. Raises ValueError for files that
-    cannot be read and for tensors that hold no floating-point numbers."""
+    """A context that yields a model's stored tensors as `_open_tensors` does. Raises ValueError for
+    files that cannot be read and for tensors that hold no floating-point numbers."""
     name = section.name_or_path
     try:
         files = weight_files(path, cached_only=cached_only)
@@ -290,12 +309,37 @@ def _stored_tensors(
             f"({_first(missing)}); save or fetch it again"
         )
     try:
-        with _open_tensors(files) as tensors:
+        with _open_tensors(files, apart=apart) as tensors:
             if others := not_floats(tensors):
                 raise _quantised(name, f"({others})")
             yield tensors
     except (OSError, SafetensorError) as error:
         raise load_failure("model", name, error) from error
+
+
+def stored_shapes(
+    path: str, section: ModelSection, *, cached_only: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a model's stored tensors, by name, without reading their values.
+
+    cached_only: looks for a hub id in the cache alone; empty if it is not there.
+
+    Raises ValueError for files that cannot be read and for tensors of no floating-point numbers.
+    """
+    with _stored_tensors(path, section, cached_only=cached_only) as tensors:
+        return {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+
+
+def _fill_empty(
+    shapes: Mapping[str, Sequence[int]],
+    settings: PreTrainedConfig,
+    section: ModelSection,
+    **given: Any,
+) -> PreTrainedModel:
+    """Returns the model on the meta device. transformers renames and merges tensors, such as the
+    experts of one layer. So the load is its own, of tensors without values."""
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return _fill(tensors, settings, section, device_map={"": "meta"}, **given)
 
 
 def load_weights(
@@ -306,6 +350,7 @@ def load_weights(
     *,
     device: torch.device | None = None,
     settings: PreTrainedConfig | None = None,
+    apart: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal language model from safetensors only.
 
@@ -314,11 +359,13 @@ def load_weights(
     say: is called with a note if wrappers' prefixes were taken off the names.
     device: where the weights go; None = they stay on the CPU.
     settings: None = those of the path's config.json.
+    apart: each weight can be freed alone. Otherwise the mapped pages of weights that need no cast
+        are freed with the last of their file.
 
     Raises ValueError unless the files fill every weight with finite numbers and hold no others.
     """
     settings = settings or read_settings(path, section)
-    with _stored_tensors(path, section, cached_only=False) as tensors:
+    with _stored_tensors(path, section, cached_only=False, apart=apart) as tensors:
         _tell_prefixes(tensors, section, say)
         model = _fill(tensors, settings, section, dtype=dtype or stored_dtype(settings))
     _check_tied_head(model, section.name_or_path)
@@ -326,6 +373,30 @@ def load_weights(
         nn.Module.to(model, device)
     # On the device, since a GPU reads its memory a hundred times as fast as a CPU.
     check_finite(model, section.name_or_path)
+    set_generation_config(model, path)
+    return model
+
+
+def load_empty(
+    path: str,
+    section: ModelSection,
+    dtype: torch.dtype | None,
+    shapes: Mapping[str, Sequence[int]],
+) -> PreTrainedModel:
+    """Builds on the meta device the model that `load_weights` loads, for a process that gets its
+    weights from another one. It reads no weights.
+
+    shapes: of the stored tensors, as `stored_shapes` returns them to the process that loads.
+
+    Raises ValueError as `load_weights` does, except for values.
+    """
+    settings = read_settings(path, section)
+    model = _fill_empty(shapes, settings, section, dtype=dtype or stored_dtype(settings))
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if settings.get_text_config().tie_word_embeddings and head is not None:
+        # Files may hold a tied head too, and transformers ties it where both have the same values.
+        # `load_weights` has refused two different ones.
+        head.weight = embeddings.weight
     set_generation_config(model, path)
     return model
 
@@ -449,16 +520,11 @@ def check_stored(
     Raises ValueError as `load_weights` does, except for values.
     """
     settings = read_settings(path, section)
-    with _stored_tensors(path, section, cached_only=True) as tensors:
-        if not tensors:
-            return False
-        _tell_prefixes(tensors, section, say)
-        shapes = {
-            name: torch.empty(tensor.get_shape(), device="meta") for name, tensor in tensors.items()
-        }
-        # transformers renames and merges tensors, such as the experts of one layer. So the load is
-        # its own, of tensors without values.
-        _fill(shapes, settings, section, device_map={"": "meta"})
+    shapes = stored_shapes(path, section, cached_only=True)
+    if not shapes:
+        return False
+    _tell_prefixes(shapes, section, say)
+    _fill_empty(shapes, settings, section)
     return True
 
 

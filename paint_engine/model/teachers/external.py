@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paint_engine.config.external import TeacherModel, teacher_models
 from paint_engine.config.schema import Config
-from paint_engine.distributed import World
+from paint_engine.distributed import World, together
 from paint_engine.model.attention import check_layers, choose_attention
 from paint_engine.model.forward import compute_dtype, max_context
 from paint_engine.model.load import hub_commit, is_on_hub, load_base, meta_base, resolve_model
@@ -148,16 +149,16 @@ def load_teachers(
 
     Raises ValueError as `load_base` and `check_forward` do.
     """
-    sharded, teachers = is_sharded(config, world), []
+    ranks, teachers = world if is_sharded(config, world) else None, []
     for teacher in opened:
         section, name = teacher.given.section, teacher.given.name
         with _for_teacher(name):
-            model = load_base(section, world.device, on_cpu=sharded, say=say)
+            model = load_base(section, world.device, ranks=ranks, say=say)
             model.requires_grad_(False).eval()
-            attention = choose_attention(
-                model, section.attention, world.device, compute_dtype(model)
-            )
-            if sharded:
+            choose = partial(choose_attention, model, section.attention, world.device)
+            # What takes weights to find out, only the main rank may see.
+            attention = together(partial(choose, compute_dtype(model)), (ValueError,))
+            if ranks is not None:
                 shard_model(model, world)
             check_forward(model, attention, f"model {section.name_or_path}")
         teachers.append(ExternalTeacher(name, model, attention, teacher.given.weight))

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paint_engine.config.schema import Config
 from paint_engine.data import ProblemSet
-from paint_engine.distributed import World, raise_together
+from paint_engine.distributed import World, raise_together, together
 from paint_engine.estimate import check_run_fits
 from paint_engine.model import (
     FixedTeacher,
@@ -35,13 +35,15 @@ def load_checked_base(
     teachers: Sequence[OpenedTeacher],
     say: Callable[[str], object],
 ) -> tuple[PreTrainedModel, str]:
-    """Returns the base, which the tokenizer fits, and the attention over its packed sequences."""
-    # Sharding moves each layer's shard to the device, which never holds the whole model.
-    on_cpu, trains_base = is_sharded(config, world), not config.lora.enabled
-    base = load_base(config.model, world.device, trains_base=trains_base, on_cpu=on_cpu, say=say)
+    """Returns the base, which the tokenizer fits, and the attention over its packed sequences. A
+    collective call. If the weights will be sharded, the main rank alone has them."""
+    ranks, trains_base = world if is_sharded(config, world) else None, not config.lora.enabled
+    base = load_base(config.model, world.device, trains_base=trains_base, ranks=ranks, say=say)
     for note in check_tokenizer(config, tokenizer, base, teachers):
         say(f"note: {note}")
-    return base, choose_attention(base, config.model.attention, world.device, compute_dtype(base))
+    name, dtype = config.model.attention, compute_dtype(base)
+    # What takes weights to find out, only the main rank may see.
+    return base, together(lambda: choose_attention(base, name, world.device, dtype), (ValueError,))
 
 
 def build_student(
