@@ -85,6 +85,12 @@ class Config(Section):
             )
         self._check_evaluations_engine()
         self._check_rollouts()
+        if self.parallel.replicas > 1 and self.parallel.shard != "full":
+            raise ValueError(
+                f"parallel.replicas: got {self.parallel.replicas} with parallel.shard "
+                f"{self.parallel.shard!r}, which holds all weights on every rank; needs sharded "
+                "weights; set --parallel.shard full, or leave parallel.replicas out"
+            )
         if self.run.auto_resume and (self.run.dir is None or self.run.overwrite):
             raise ValueError(
                 f"run.auto_resume: got true with run.dir {self.run.dir} and run.overwrite "

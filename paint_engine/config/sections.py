@@ -571,6 +571,11 @@ class ParallelSection(Section):
         default="full",
         description="under torchrun: weights sharded over all ranks (FSDP2), or whole on each",
     )
+    replicas: Gpus = Field(
+        default=1,
+        description="copies of the sharded weights (HSDP), each over as many consecutive ranks; "
+        "with the number of nodes, weights are gathered within a node",
+    )
     activation_checkpointing: bool = Field(
         default=False, description="recompute each layer in the backward pass: slower, less memory"
     )

@@ -52,6 +52,8 @@ def _alternatives(config: Config, lengths: Lengths) -> Iterator[list[tuple[str, 
         yield [("parallel.activation_checkpointing", True)]
     if config.parallel.shard != "full":
         yield [("parallel.shard", "full")]
+    if config.parallel.replicas > 1:
+        yield [("parallel.replicas", 1)]
     for name, share in (
         ("eval", evaluation_share(config)),
         ("rollout", config.rollout.gpu_memory_utilization),

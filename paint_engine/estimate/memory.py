@@ -92,6 +92,7 @@ class Setting:
     checkpointing: bool
     on_gpu: bool
     num_ranks: int
+    replicas: int
     sharded: bool
     colocated_vllm: bool
     served_top_k: int | None = None
@@ -100,7 +101,7 @@ class Setting:
     @property
     def shards(self) -> int:
         """Number of ranks that share one copy of the weights."""
-        return self.num_ranks if self.sharded else 1
+        return self.num_ranks // self.replicas if self.sharded else 1
 
     @property
     def casts_weights(self) -> bool:
@@ -132,6 +133,7 @@ def setting_of(config: Config, num_ranks: int, *, on_gpu: bool) -> Setting:
         checkpointing=parallel.activation_checkpointing,
         on_gpu=on_gpu,
         num_ranks=num_ranks,
+        replicas=parallel.replicas,
         sharded=sharded,
         colocated_vllm=on_gpu and in_process and (rollout.engine == "vllm" or vllm_is_installed()),
         served_top_k=recipe.served_top_k,

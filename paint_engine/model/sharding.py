@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -26,6 +26,20 @@ from paint_engine.model.forward import _BACKBONE, _backbone_states, causal_lm, c
 def is_sharded(config: Config, world: World) -> bool:
     """Returns whether a run shards its weights over these ranks."""
     return world.size > 1 and config.parallel.shard == "full"
+
+
+def check_replicas(config: Config, num_ranks: int) -> None:
+    """Raises ValueError unless the ranks can be divided into as many equal groups as
+    `parallel.replicas` says."""
+    replicas = config.parallel.replicas
+    if num_ranks % replicas:
+        divisors = [str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0]
+        raise ValueError(
+            f"parallel.replicas: got {replicas} with {num_ranks} "
+            f"{'process' if num_ranks == 1 else 'processes'}; needs a divisor of that number "
+            f"({', '.join(divisors)}), such as the number of nodes; change --parallel.replicas, or "
+            "start another number of processes with torchrun"
+        )
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -53,9 +67,12 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     )
 
 
-def shard_model(model: nn.Module, world: World) -> None:
+def shard_model(model: nn.Module, world: World, *, replicas: int = 1) -> None:
     """Shards the weights over all ranks: each decoder layer as a unit, then the rest. A collective
     call.
+
+    replicas: groups of consecutive ranks, each of which shares one copy of the weights. Gradients
+        are reduced within a group, then over the groups. It divides the number of ranks.
 
     The main rank's weights and buffers become those of all ranks. The other ranks' own are not
     read, and may be on the meta device. They are handed out one by one, and the main rank frees
@@ -66,7 +83,7 @@ def shard_model(model: nn.Module, world: World) -> None:
     gathered in bfloat16, and their gradients are summed in float32.
     """
     inner = causal_lm(model)
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    mesh = _mesh(world, replicas)
     policy = MixedPrecisionPolicy()
     if not isinstance(model, PeftModel) and inner.dtype != compute_dtype(model):
         policy = MixedPrecisionPolicy(compute_dtype(model), torch.float32)
@@ -82,6 +99,15 @@ def shard_model(model: nn.Module, world: World) -> None:
         module.set_gradient_divide_factor(1.0)
         # The factor would otherwise use an operator that scales and adds, which gloo lacks.
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _mesh(world: World, replicas: int) -> DeviceMesh:
+    assert world.size % replicas == 0, (world.size, replicas)
+    kind = world.device.type
+    if replicas == 1:
+        return init_device_mesh(kind, (world.size,))
+    shape = (replicas, world.size // replicas)
+    return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -133,11 +159,14 @@ def sync_gradients(model: nn.Module, *, last: bool) -> None:
     """Sets whether the next backward pass reduces a sharded model's gradients over the ranks.
 
     The gradients of adapters are small and are reduced once, after the last micro-batch of a step.
-    The gradients of a whole model are large and are reduced after every micro-batch.
+    The gradients of a whole model are large and are reduced after every micro-batch, within the
+    group of ranks that share the weights. The sum over such groups comes with the last one.
     """
     inner = causal_lm(model)
     if isinstance(inner, FSDPModule) and isinstance(model, PeftModel):
         inner.set_requires_gradient_sync(last)
+    elif isinstance(inner, FSDPModule):
+        inner.set_requires_all_reduce(last)
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
     Raises ValueError as `build_run` does. For a run that does not fit, it is raised at the end.
     """
     config, device = command.config, pick_device(command.config.train.device)
-    check_before_loading(config, show)
+    check_before_loading(config, launched_ranks(), show)
     open_reward(config.reward.function, config.reward.timeout_s, show).close()
     tokenizer, model = load_tokenizer(config.model), meta_model(config)
     # Of the hub, nothing is downloaded for it.
@@ -123,7 +123,7 @@ def _build_locked(command: CommandLine, world: World, lock: DirectoryLock | None
     say, warn = Terminal().say if world.is_main else lambda text: None, _warner(world)
     # The engine does not use the global generators. This makes libraries that do repeatable.
     set_seed(global_seed(command.config.train.seed))
-    check_before_loading(command.config, say)
+    check_before_loading(command.config, world.size, say)
     reward = open_reward(command.config.reward.function, command.config.reward.timeout_s, warn)
     tokenizer = load_tokenizer(command.config.model)
     opened = open_teachers(command.config, tokenizer, say)

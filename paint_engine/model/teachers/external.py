@@ -159,7 +159,7 @@ def load_teachers(
             # What takes weights to find out, only the main rank may see.
             attention = together(partial(choose, compute_dtype(model)), (ValueError,))
             if ranks is not None:
-                shard_model(model, world)
+                shard_model(model, world, replicas=config.parallel.replicas)
             check_forward(model, attention, f"model {section.name_or_path}")
         teachers.append(ExternalTeacher(name, model, attention, teacher.given.weight))
     return tuple(teachers)

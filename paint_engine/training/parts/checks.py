@@ -14,6 +14,7 @@ from paint_engine.config.toml import LEAVES, value_of
 from paint_engine.data import ProblemSet, check_same_data, held_out_notes
 from paint_engine.files import recorded_commit, recorded_teacher_commits
 from paint_engine.model import check_vocabulary
+from paint_engine.model.sharding import check_replicas
 from paint_engine.model.teachers.external import OpenedTeacher
 from paint_engine.monitor import check_loggers
 from paint_engine.prompts.template import check_template, shows_date
@@ -22,9 +23,10 @@ from paint_engine.rollout import server_notes, stop_notes
 from paint_engine.rollout.choose import check_engine_has_teacher
 
 
-def check_before_loading(config: Config, say: Callable[[str], object]) -> None:
-    """Says the notes on the settings. Raises ValueError for loggers and an engine that the run
-    cannot have."""
+def check_before_loading(config: Config, num_ranks: int, say: Callable[[str], object]) -> None:
+    """Says the notes on the settings. Raises ValueError for loggers, an engine and replicas that
+    the run cannot have."""
+    check_replicas(config, num_ranks)
     check_loggers(tensorboard=config.run.tensorboard, wandb_project=config.run.wandb_project)
     check_engine_has_teacher(config)
     notes = recipe_of(config).notes() + server_notes(config.rollout, config.teacher)

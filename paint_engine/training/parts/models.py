@@ -75,7 +75,7 @@ def build_student(
         checkpoint_activations(model)
     if is_sharded(config, world):
         for module in filter(None, (model, teacher.copy)):
-            shard_model(module, world)
+            shard_model(module, world, replicas=config.parallel.replicas)
     return model, teacher
 
 

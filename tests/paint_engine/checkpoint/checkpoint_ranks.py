@@ -35,7 +35,12 @@ from paint_engine.model.sharding import shard_model
 CPU = torch.device("cpu")
 # Rank 2 over 4 processes: two of them hold nothing. The vocabulary over 4: uneven.
 MODELS = {"lora": 2, "full": None}
-LAYOUTS = ((1, "replicate"), (2, "full"), (2, "replicate"), (4, "full"), (4, "replicate"))
+LAYOUTS = (
+    (1, "replicate"),
+    *((size, shard) for size in (2, 4) for shard in ("full", "replicate")),
+    # Two copies of the weights, each over two ranks.
+    (4, "hybrid"),
+)
 KILLS = 12
 
 Trained = tuple[nn.Module, torch.optim.Optimizer]
@@ -44,8 +49,8 @@ Trained = tuple[nn.Module, torch.optim.Optimizer]
 def build(model_dir: Path, rank: int | None, world: World, shard: str, seed: int = 0) -> Trained:
     base = load_base(ModelSection(name_or_path=str(model_dir), dtype="float32"), CPU)
     model = add_lora(base, LoraSection(enabled=rank is not None, rank=rank or 1, alpha=8), seed)
-    if shard == "full":
-        shard_model(model, world)
+    if shard != "replicate":
+        shard_model(model, world, replicas=2 if shard == "hybrid" else 1)
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
 
 
@@ -92,7 +97,7 @@ def save_all(world: World, work: Path, model_dir: Path) -> None:
 def load_all(world: World, work: Path, model_dir: Path) -> dict[str, str]:
     """What came back differently, for each saved layout at this number of ranks; "" if nothing."""
     outcome: dict[str, str] = {}
-    for shard in ("replicate", "full") if world.size > 1 else ("replicate",):
+    for shard in (shard for size, shard in LAYOUTS if size == world.size):
         for name, rank in MODELS.items():
             model, optimizer = build(model_dir, rank, world, shard, seed=5)
             for size, saved_shard in LAYOUTS:

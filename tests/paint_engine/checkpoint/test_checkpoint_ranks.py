@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = Path(__file__).with_name("checkpoint_ranks.py")
 # As in the program: models, layouts that save and layouts that load, kills.
-NUM_RESTORED, NUM_KILLS = 2 * 5 * 5, 12
+NUM_RESTORED, NUM_KILLS = 2 * 6 * 6, 12
 
 
 @pytest.fixture(scope="module")

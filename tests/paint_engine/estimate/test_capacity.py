@@ -81,6 +81,15 @@ def test_the_preset_fits_a_gpu_of_80_gib_and_not_one_of_48(shape: ModelShape) ->
         ),
         (
             (
+                *("--train.max_tokens_per_microbatch", "1024", "--parallel.replicas", "8"),
+                *("--parallel.activation_checkpointing", "true"),
+            ),
+            34,
+            8,
+            {"replicas"},
+        ),
+        (
+            (
                 *("--train.max_tokens_per_microbatch", "1024"),
                 *("--parallel.activation_checkpointing", "true"),
             ),
@@ -178,6 +187,21 @@ def test_weights_are_split_over_the_ranks_and_gathered_in_passing(shape: ModelSh
     assert gathered == 2 * (2 * 151936 * 4096 + 4096)
     assert whole.phases["the loss"]["FSDP: gathered embeddings and head"] == 0
     assert split.total_bytes < whole.total_bytes
+
+
+def test_a_copy_of_the_weights_is_split_over_its_own_ranks_alone(shape: ModelShape) -> None:
+    copies, one, smaller = (
+        estimate_memory(
+            shape,
+            config=with_options("--parallel.replicas", replicas),
+            lengths=LENGTHS,
+            num_ranks=num_ranks,
+            device_memory_bytes=80 * GIB,
+        )
+        for replicas, num_ranks in (("4", 8), ("1", 8), ("1", 2))
+    )
+    assert copies.held == smaller.held
+    assert copies.held["frozen base"] == pytest.approx(4 * one.held["frozen base"], rel=1e-6)
 
 
 def test_a_rollout_above_the_limit_is_a_micro_batch_of_its_own() -> None:

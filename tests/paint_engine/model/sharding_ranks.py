@@ -1,7 +1,7 @@
 """The program that `test_sharding` starts: python sharding_ranks.py WORK_DIR MODELS_DIR
 
-Three ranks run every case, sharded, and the main rank runs it again as one process; what differs
-goes into WORK_DIR/report.json.
+Three ranks run every case, sharded, and the main rank runs it again as one process; four ranks do
+so with two copies of the weights. What differs goes into WORK_DIR/report.json.
 """
 
 import json
@@ -55,6 +55,7 @@ class Case:
     """kind: "lora" in float64, "lora bf16" (float32 adapters on a bfloat16 base) or "all weights"
     in float64.
 
+    shard: "full", "replicate", or "hybrid": two copies, each over half of the ranks.
     max_tokens: of a micro-batch; at 1 each rollout is one, and a rank has one without rollouts.
     fault: what to do wrong, to see that it would be seen.
     """
@@ -84,6 +85,15 @@ CASES = [
     Case("all weights", tied=False, max_tokens=1, reduction="token_mean"),
     *(Case(kind, max_tokens=1, shard="replicate") for kind in ("lora", "lora bf16", "all weights")),
     Case("lora", max_tokens=1, shard="replicate", reduction="token_mean"),
+]
+HYBRID = [
+    Case(kind, tied, recomputed, max_tokens, shard="hybrid", samples_first=not recomputed)
+    for kind, tied, recomputed, max_tokens in (
+        ("lora", True, False, 1),
+        ("lora bf16", True, True, 10_000),
+        ("all weights", True, False, 1),
+        ("all weights", False, True, 1),
+    )
 ]
 FAULTS = [
     Case("all weights", max_tokens=1, fault="gradients averaged"),
@@ -300,9 +310,9 @@ def prepare(case: Case, model: nn.Module, world: World) -> FixedTeacher:
     teacher = FixedTeacher(model)
     if case.checkpointed:
         checkpoint_activations(model)
-    if case.shard == "full":
+    if case.shard != "replicate":
         for module in filter(None, (model, teacher.copy)):
-            shard_model(module, world)
+            shard_model(module, world, replicas=2 if case.shard == "hybrid" else 1)
     for module in model.modules():
         if case.fault == "gradients averaged" and isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(world.size)
@@ -348,7 +358,7 @@ def run_case(case: Case, world: World, models: Path) -> dict[str, Any]:
         for name, parameter in trained(model).items():
             assert parameter.grad is not None, name
             assert parameter.grad.dtype == parameter.dtype, (name, parameter.grad.dtype)
-            assert isinstance(parameter, DTensor) == (case.shard == "full"), name
+            assert isinstance(parameter, DTensor) == (case.shard != "replicate"), name
             mine[name], gradients[name] = parameter.grad, whole(parameter.grad)
         errors["missing"] += [name for name, g in expected.gradients.items() if not g.any()]
         found, name = compare(gradients, expected.gradients, expected.slack)
@@ -417,8 +427,19 @@ def everything(world: World, work: Path, models: Path) -> dict[str, Any]:
     }
 
 
+def hybrid(world: World, work: Path, models: Path) -> dict[str, Any]:
+    """The cases with two copies of the weights; how many elements of the first a rank holds."""
+    model = build(HYBRID[0], models)
+    prepare(HYBRID[0], model, world)
+    weight = next(model.parameters())
+    assert isinstance(weight, DTensor)
+    held = gather_objects(weight.to_local().numel() / weight.numel())
+    return {"cases": [run_case(case, world, models) for case in HYBRID], "held": held}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     work = Path(sys.argv[1])
     report = on_ranks(NUM_RANKS, everything, work, Path(sys.argv[2]))
+    report["hybrid"] = on_ranks(4, hybrid, work, Path(sys.argv[2]))
     (work / "report.json").write_text(json.dumps(report))

@@ -41,6 +41,18 @@ def test_three_ranks_take_the_step_of_one_process(report: dict[str, Any]) -> Non
     assert {case["empty"] for case in cases} == {0, 1}
 
 
+def test_two_copies_over_two_ranks_each_take_the_step_of_one_process(
+    report: dict[str, Any],
+) -> None:
+    """Of five rollouts for four ranks: one has none in its last micro-batch."""
+    assert report["hybrid"]["held"] == [0.5] * 4
+    assert len(report["hybrid"]["cases"]) == 4
+    for case in report["hybrid"]["cases"]:
+        assert case["missing"] == []
+        for what in ("loss", "gradients", "sampled", "weights"):
+            assert case[what] < TOLERANCE, (what, case)
+
+
 @pytest.mark.parametrize(
     "fault",
     [

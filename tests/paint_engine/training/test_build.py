@@ -177,6 +177,32 @@ def test_a_server_has_no_moving_teacher_to_reason_with(
     assert "--rollout.engine builtin" in text
 
 
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_replicas_that_do_not_divide_the_processes_are_refused(
+    dry: tuple[str, ...],
+    command: list[str],
+    run_main: Main,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = refused(run_main, capsys, [*command, "--parallel.replicas", "2", *dry])
+    assert "got 2 with 1 process; needs a divisor of that number (1)" in text
+    if dry:
+        monkeypatch.setenv("WORLD_SIZE", "8")
+        text = refused(run_main, capsys, [*command, "--parallel.replicas", "3", *dry])
+        assert "got 3 with 8 processes; needs a divisor of that number (1, 2, 4, 8)" in text
+        assert run_main([*command, "--parallel.replicas", "4", *dry]) == 0
+
+
+def test_replicas_of_whole_weights_are_refused(
+    command: list[str], run_main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = ("--parallel.shard", "replicate", "--parallel.replicas", "2")
+    text = refused(run_main, capsys, [*command, *whole])
+    assert "parallel.replicas: got 2 with parallel.shard 'replicate'" in text
+    assert "--parallel.shard full" in text
+
+
 def test_an_evaluation_longer_than_the_context_is_refused(
     command: list[str], run_main: Main, capsys: pytest.CaptureFixture[str]
 ) -> None:
