@@ -1,9 +1,11 @@
 """Predicts a training step on 1 to 64 GPUs, and the best split between rollouts and training.
 
     python -m bench.cluster --output bench/results/cluster.json
+    python -m bench.cluster --cpu --output bench/results/cluster-cpu.json
 
 Nothing runs on a GPU: operations and bytes are counted and divided by published and assumed rates
-(bench.cluster.machine). The last line of stdout is JSON.
+(bench.cluster.machine). With --cpu, the same prediction is made of steps of 1, 2 and 4 processes on
+this machine, which are measured beside it. The last line of stdout is JSON.
 """
 
 import argparse
@@ -12,10 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers.utils import logging as transformers_logging
+
 from bench import measure
+from bench.cluster import measured
 from bench.cluster.machine import GPUS, constants, gpu_machine
 from bench.cluster.splits import MODELS, NUM_GPUS, changed_bests, loss_rate, splits_of, workload
-from bench.cluster.tables import SHOWN_GPUS, gpus_table, splits_of_number
+from bench.cluster.tables import SHOWN_GPUS, cpu_table, gpus_table, splits_of_number
 from bench.losses import EQUAL, MIXTURES
 from bench.step.cases import LENGTHS, Lengths
 
@@ -40,6 +46,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--student-prompt", type=positive, default=LENGTHS.student_prompt)
     found.add_argument("--teacher-prompt", type=positive, default=LENGTHS.teacher_prompt)
     found.add_argument("--gpus", type=positive, nargs="+", default=list(NUM_GPUS))
+    found.add_argument(
+        "--cpu", action="store_true", help="measure and predict steps of 1, 2 and 4 processes here"
+    )
+    found.add_argument(
+        "--rounds", type=positive, default=12, help="of --cpu: measured steps of each number"
+    )
     found.add_argument("--output", type=Path, help="also write the JSON to this file")
     return found
 
@@ -69,7 +81,16 @@ def predict(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> None:
     arguments = parser().parse_args(argv)
-    result = {**predict(arguments), "command": " ".join(["python -m bench.cluster", *argv])}
+    command = " ".join(["python -m bench.cluster", *argv])
+    transformers_logging.disable_progress_bar()
+    if arguments.cpu:
+        torch.set_num_threads(1)
+        environment = measure.environment(torch.device("cpu"), command)
+        found = {"name": "cluster_cpu", **environment, **measured.measure(arguments.rounds)}
+        print(f"{cpu_table(found)}\n", flush=True)
+        measure.emit(found, arguments.output)
+        return
+    result = {**predict(arguments), "command": command}
     for num_gpus in arguments.gpus:
         print(f"{splits_of_number(result, num_gpus)}\n")
     print(f"{gpus_table(result)}\n", flush=True)

@@ -82,7 +82,7 @@ class Machine:
         return both + calls * self.gather_s(0, group, per_node=per_node)
 
 
-SHARE, BYTES = "", "byte"
+SHARE, BYTES = "", "B"
 """units of a constant without one, and of a memory's size"""
 
 
@@ -117,9 +117,9 @@ GPUS = {
 }
 _DATASHEET = "NVIDIA's data sheet, SXM"
 SHARED = {
-    "NVLink": Constant(450e9, "byte/s each way", _DATASHEET),
+    "NVLink": Constant(450e9, "B/s each way", _DATASHEET),
     "GPUs in a node": Constant(8, SHARE, "HGX boards"),
-    "network of a GPU": Constant(50e9, "byte/s each way", "one adapter of 400 Gbit/s per GPU"),
+    "network of a GPU": Constant(50e9, "B/s each way", "one adapter of 400 Gbit/s per GPU"),
     "passes, of the peak": Constant(
         0.40, SHARE, "38% to 43% in training on H100s (Llama 3, arXiv 2407.21783, Table 4)", True
     ),
@@ -129,7 +129,7 @@ SHARED = {
     "a decoding step beside the GPU's work": Constant(
         2e-3, "s", "scheduling, sampling, the adapters' small kernels", True
     ),
-    "adapter's files": Constant(2e9, "byte/s", "writing to shared memory; reading alike", True),
+    "adapter's files": Constant(2e9, "B/s", "writing to shared memory; reading alike", True),
     "reward of a rollout": Constant(5e-3, "s", "with its prompts and anchors, in its rank", True),
     "a step beside its parts": Constant(50e-3, "s", "exchanges of objects, metrics", True),
     "vLLM beside weights and cache": Constant(2e9, BYTES, "activations, CUDA graphs", True),
@@ -144,11 +144,13 @@ def constants(gpu: Gpu) -> dict[str, Constant]:
         "matrix products, large": Constant(
             device.flops_per_s, "FLOP/s", "TRL, issue 7244; in the loss and in decoding"
         ),
-        "memory, peak": Constant(gpu.peak_bytes_per_s, "byte/s", _DATASHEET),
+        "memory, peak": Constant(gpu.peak_bytes_per_s, "B/s", _DATASHEET),
         "memory, attained": Constant(
-            device.bytes_per_s, "byte/s", "`bench.kernels.limits`: a large copy", True
+            device.bytes_per_s, "B/s", "`bench.kernels.limits`: a large copy", True
         ),
-        "memory of a GPU": Constant(gpu.memory_bytes, BYTES, "GiB that nvidia-smi shows, less 1"),
+        "memory of a GPU": Constant(
+            gpu.memory_bytes, BYTES, "total memory that PyTorch reports, in whole GiB"
+        ),
         **SHARED,
     }
 

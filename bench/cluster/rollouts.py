@@ -8,6 +8,7 @@ parallelism. Engines work side by side, and the longest rollout decides.
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -55,44 +56,64 @@ def _decoded(work: Workload, batch: Sequence[Lengths]) -> tuple[np.ndarray, ...]
     return rows, rows * longest, rows * sizes[longest]
 
 
+class Decoding(NamedTuple):
+    """Work of a batch for each token of its longest completion."""
+
+    rows: np.ndarray
+    flops: np.ndarray
+    read: np.ndarray
+    """bytes of weights and caches"""
+
+
+def decoding_of(work: Workload, batch: Sequence[Lengths]) -> Decoding:
+    """Returns the work of decoding a batch, without its prompts."""
+    shape = work.shape
+    rows, cached, cache = _decoded(work, batch)
+    weights = shape.active_parameters + shape.adapter_parameters + shape.head_parameters
+    flops = token_flops(shape, 1, 0) * rows + token_flops(shape, 0, 1) * cached
+    return Decoding(rows, flops, work.number_bytes * weights + cache)
+
+
+def prefill_flops(work: Workload, batch: Sequence[Lengths]) -> float:
+    """Returns the operations of a batch's prompts. The built-in sampler pads them."""
+    longest = max(one.student_prompt for one in batch)
+    prompts = [longest if work.builtin else one.student_prompt for one in batch]
+    return sum(forward_flops(work.shape, size, adapters=True) for size in prompts)
+
+
+def batches(work: Workload, rollouts: Sequence[Lengths], at_once: int) -> list[Sequence[Lengths]]:
+    """Returns the rollouts that an engine decodes together: `at_once`, then as many more."""
+    ordered = sorted(rollouts, key=lambda one: one.student_prompt) if work.builtin else rollouts
+    return [ordered[start : start + at_once] for start in range(0, len(ordered), at_once)]
+
+
 def batch_s(machine: Machine, work: Workload, batch: Sequence[Lengths], parallel: int) -> float:
     """Returns the seconds of rollouts that one engine decodes together.
 
     parallel: GPUs of the engine.
     """
-    shape = work.shape
-    rows, cached, cache = _decoded(work, batch)
-    weights = shape.active_parameters + shape.adapter_parameters + shape.head_parameters
-    read = (work.number_bytes * weights + cache) / parallel
-    flops = token_flops(shape, 1, 0) * rows + token_flops(shape, 0, 1) * cached
-    tokens_s = np.maximum(
-        read / machine.read_bytes_per_s, flops / parallel / machine.token.flops_per_s
-    )
+    rows, flops, read = decoding_of(work, batch)
+    tokens_s = np.maximum(read / machine.read_bytes_per_s, flops / machine.token.flops_per_s)
     # Two all-reduces per layer, of every row's hidden state.
-    hidden = work.number_bytes * shape.hidden
+    hidden = work.number_bytes * work.shape.hidden
     sums_s = sum(
         many * machine.reduce_s(number * hidden, parallel)
         for number, many in Counter(rows.tolist()).items()
     )
-    longest = max(one.student_prompt for one in batch)
-    prompts = [longest if work.builtin else one.student_prompt for one in batch]
-    prefill = sum(forward_flops(shape, size, adapters=True) for size in prompts) / parallel
     return (
-        machine.parts["prefill"].seconds(prefill)
+        machine.parts["prefill"].seconds(prefill_flops(work, batch) / parallel)
         + len(rows) * machine.token.fixed_s
-        + float(tokens_s.sum())
-        + 2 * shape.num_layers * sums_s
+        + float(tokens_s.sum()) / parallel
+        + 2 * work.shape.num_layers * sums_s
     )
 
 
 @lru_cache(maxsize=1024)
 def engine_s(
-    machine: Machine, work: Workload, batch: tuple[Lengths, ...], parallel: int, at_once: int
+    machine: Machine, work: Workload, share: tuple[Lengths, ...], parallel: int, at_once: int
 ) -> float:
     """Returns the seconds of one engine's rollouts; those above `at_once` wait for the others."""
-    ordered = sorted(batch, key=lambda one: one.student_prompt) if work.builtin else batch
-    groups = [ordered[start : start + at_once] for start in range(0, len(ordered), at_once)]
-    return sum(batch_s(machine, work, group, parallel) for group in groups)
+    return sum(batch_s(machine, work, one, parallel) for one in batches(work, share, at_once))
 
 
 def rollout_s(machine: Machine, work: Workload, layout: Layout, at_once: int) -> float:

@@ -55,8 +55,8 @@ def flops_of(work: Workload, group: Sequence[TrainExample]) -> dict[str, float]:
 
 
 @lru_cache(maxsize=256)
-def _plan(work: Workload, num_ranks: int) -> list[list[dict[str, float]]]:
-    """Returns the operations of each rank's micro-batches."""
+def planned_flops(work: Workload, num_ranks: int) -> list[list[dict[str, float]]]:
+    """Returns the operations of each rank's micro-batches, by part."""
     limit = work.config.train.max_tokens_per_microbatch
     ranks = plan_microbatches(work.examples, limit, num_ranks, padded=work.padded)
     # A rank without rollouts runs one all the same.
@@ -118,7 +118,7 @@ def step_time(machine: Machine, work: Workload, layout: Layout, at_once: int) ->
     at_once: rollouts that an engine decodes at once.
     """
     ranks, cores = layout.train_gpus, machine.cores
-    computed = _computed_s(machine, _plan(work, ranks), layout.shards)
+    computed = _computed_s(machine, planned_flops(work, ranks), layout.shards)
     rewards = [machine.rollout_s * len(work.rollouts[rank::ranks]) for rank in range(ranks)]
     trained = work.shape.trained_parameters / layout.shards
     parts = {

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from bench.cluster.splits import AHEAD, SHARED
-from bench.tables import Result, markdown, number
+from bench.tables import Result, made_by, markdown, number
 
 SHOWN_GPUS = 8
 """the number whose splits the documents show"""
@@ -22,6 +22,8 @@ def seconds(value: float) -> str:
 
 
 def split_name(row: Result) -> str:
+    if row["num_gpus"] == 1:
+        return "it samples, then trains"
     if row["mode"] == SHARED:
         return f"all {row['num_gpus']} sample, then train"
     ahead = ", one step ahead" if row["mode"] == AHEAD else ""
@@ -102,11 +104,13 @@ def gpus_table(result: Result) -> str:
     return f"{markdown(header, rows)}\n\n{caption}"
 
 
-def scaled(value: float) -> str:
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1.0, ""), (1e-3, "m"), (1e-6, "µ")):
-        if value >= size:
-            return f"{value / size:.4g} {prefix}".strip()
-    return f"{value:g}"
+def quantity(value: float, unit: str) -> str:
+    """Returns a value with its unit, in a prefix's steps: 50 ms, 3.35 TB/s."""
+    if not unit:
+        return f"{value:g}"
+    sizes = ((1e12, "T"), (1e9, "G"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
+    size, prefix = next(pair for pair in sizes if value >= pair[0])
+    return f"{value / size:.4g} {prefix}{unit}"
 
 
 def constants_table(result: Result) -> str:
@@ -114,8 +118,7 @@ def constants_table(result: Result) -> str:
     rows = [
         [
             name,
-            f"{scaled(one['value'])}{'' if scaled(one['value'])[-1].isalpha() else ' '}"
-            f"{one['unit']}".strip(),
+            quantity(one["value"], one["unit"]),
             "assumed" if one["assumed"] else "published",
             one["source"],
         ]
@@ -129,7 +132,7 @@ def changes_table(result: Result) -> str:
     rows = [
         [
             row["constant"],
-            f"{scaled(row['value'])} {row['unit']}".strip(),
+            quantity(row["value"], row["unit"]),
             split_name(row),
             engines(row),
             weights(row),
@@ -140,3 +143,29 @@ def changes_table(result: Result) -> str:
     header = ["assumed constant", "if it were", "best split", "engines x GPUs", "weights"]
     caption = f"A prediction, not a measurement: {title(result)}. By `{result['command']}`."
     return f"{markdown([*header, 'step, s'], rows)}\n\n{caption}"
+
+
+def cpu_table(result: Result) -> str:
+    """Returns a table of measured steps beside their prediction."""
+    rows = [
+        [
+            str(row["num_processes"]),
+            "one process" if row["num_processes"] == 1 else f"`{row['shard']}`",
+            f"{row['measured_s']:.2f}",
+            f"{row['fastest_s']:.2f} to {row['slowest_s']:.2f}",
+            f"{row['busy_s']:.2f}",
+            f"{row['predicted_s']:.2f}",
+            f"{row['error']:+.1%}",
+        ]
+        for row in result["rows"]
+    ]
+    tokens = " or ".join(f"{number:,}" for number in result["num_tokens"])
+    caption = (
+        f"Seconds of a step of the preset `tiny`: {result['num_rollouts']} rollouts of {tokens} "
+        f"tokens in all; {result['cores']} cores, one thread per process. Median of "
+        f"{result['rounds']} rounds and their range; busy: what the processes' processor seconds "
+        "take on the cores, without waiting; the error is the median of the rounds' own, so that "
+        f"it may differ from that of the medians. Measured on {made_by(result)}"
+    )
+    header = ["processes", "weights", "measured", "rounds", "busy", "predicted", "error"]
+    return f"{markdown(header, rows)}\n\n{caption}"

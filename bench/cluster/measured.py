@@ -1,0 +1,223 @@
+"""Steps of 1, 2 and 4 processes on this CPU, beside their prediction.
+
+Groups of processes wait for their turn, so that a slow spell of the machine hits all of them. In
+every round, one process takes steps of three numbers of rollouts, from which the machine is
+calibrated; every group takes a step; and the groups of several run bare collectives.
+"""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from bench.cluster.calibration import Calibration, with_links, workload_of
+from bench.cluster.step import step_time
+from bench.cluster.workload import Layout, Workload, waiting_s
+from bench.measure import ROOT, progress
+from paint_engine.config.command_line import load_config
+from paint_engine.estimate.model_shape import shape_of
+from paint_engine.model import meta_model
+from paint_engine.model.attention import pick_attention
+
+NUM_PROCESSES = (1, 2, 4)
+SHARDS = ("full", "replicate")
+STARTS_S = 300
+"""until a group has built its runs, on a busy machine"""
+ARGUMENTS = (
+    *("--preset", "tiny", "--eval.enabled", "false", "--train.device", "cpu"),
+    # Every step is the first one again: the weights do not move.
+    *("--optim.learning_rate", "1e-12", "--checkpoint.every", "0"),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes that answer questions, and the stream to their first rank."""
+
+    stream: IO[str]
+    log: Path
+
+    def ask(self, question: str) -> Any:
+        """Returns what `bench.cluster.worker.Worker` answers. Raises RuntimeError if it ended."""
+        self.stream.write(question + "\n")
+        self.stream.flush()
+        answer = self.stream.readline()
+        if not answer:
+            raise RuntimeError(f"a measured process ended at {question!r}:\n{self.log.read_text()}")
+        return json.loads(answer)
+
+
+def accepted(server: socket.socket, process: subprocess.Popen[bytes], log: Path) -> socket.socket:
+    """Returns the connection of a group that has started. Raises RuntimeError if it ended, or has
+    not started after STARTS_S."""
+    server.settimeout(1.0)
+    for _ in range(STARTS_S):
+        try:
+            return server.accept()[0]
+        except TimeoutError:
+            if process.poll() is not None:
+                break
+    raise RuntimeError(f"a measured group did not start within {STARTS_S} s:\n{log.read_text()}")
+
+
+@contextmanager
+def group_of(number: int, arguments: Sequence[str], folder: Path) -> Iterator[Group]:
+    """Starts a group of processes, which ends with the context."""
+    folder.mkdir()
+    log, path = folder / "log.txt", str(folder / "socket")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(number), "-m", "bench.cluster.worker", path, str(folder)]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    with socket.socket(socket.AF_UNIX) as server, log.open("wb") as output:
+        server.bind(path)
+        server.listen(1)
+        process = subprocess.Popen(
+            [*command, *arguments], env=environment, stdout=output, stderr=output, cwd=ROOT
+        )
+        try:
+            connection = accepted(server, process, log)
+            with connection, connection.makefile("rw") as stream:
+                yield Group(stream, log)
+            # The closed stream ends the processes.
+            process.wait(STARTS_S)
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def padded_workload() -> Workload:
+    """Returns the step of the measured runs, without rollouts yet."""
+    config = load_config(ARGUMENTS).config
+    attention = pick_attention(config.model.attention, torch.device("cpu"), torch.float32)
+    shape = shape_of(meta_model(config))
+    return Workload(config, shape, (), padded=attention == "padded", number_bytes=4)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round measured.
+
+    parts: of one process, as `Worker.parts` returns them. steps, bare: by sharding and number of
+    processes, as `Worker.step` and `Worker.collectives` return them.
+    """
+
+    parts: list[Mapping[str, Any]]
+    steps: Mapping[tuple[str, int], Mapping[str, Any]]
+    bare: Mapping[tuple[str, int], Mapping[str, float]]
+
+
+def predictions(
+    found: Round, work: Workload, cores: int, exchanges: Mapping[tuple[str, int], int]
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """Returns the predicted steps of a round by sharding and number of processes: seconds, and
+    seconds by part."""
+    works = [workload_of(work, step["rollouts"]) for step in found.parts]
+    machine = Calibration(works, found.parts).machine(cores)
+    at_once, predicted = work.config.rollout.max_sequences, {}
+    for shard, number in found.steps:
+        own = machine
+        if number > 1:
+            own = with_links(
+                machine, work, found.bare[shard, number], number, exchanges[shard, number]
+            )
+        layout = Layout(number, number if shard == "full" else 1)
+        time = step_time(own, works[0], layout, at_once)
+        predicted[shard, number] = {"step_s": time.step_s, "parts_s": dict(time.parts)}
+    return predicted
+
+
+def rows_of(
+    rounds: Sequence[Round],
+    predicted: Sequence[Mapping[tuple[str, int], Mapping[str, Any]]],
+    cores: int,
+) -> list[dict[str, Any]]:
+    """Returns a row for each sharding and number of processes. The error is the median over rounds
+    of predicted over measured, because the machine's speed changes from round to round.
+
+    busy_s: what the processor seconds of all ranks take on the cores, without any waiting.
+    """
+    rows = []
+    for key in rounds[0].steps:
+        steps, times = [one.steps[key] for one in rounds], [one[key] for one in predicted]
+        measured = [step["seconds"] for step in steps]
+        ratios = [time["step_s"] / s for time, s in zip(times, measured, strict=True)]
+        parts = {
+            part: statistics.median(time["parts_s"][part] for time in times)
+            for part in times[0]["parts_s"]
+        }
+        rows.append(
+            {
+                "shard": key[0],
+                "num_processes": key[1],
+                "measured_s": statistics.median(measured),
+                "fastest_s": min(measured),
+                "slowest_s": max(measured),
+                "busy_s": statistics.median(waiting_s(s["processor_s"], cores) for s in steps),
+                "predicted_s": statistics.median(time["step_s"] for time in times),
+                "parts_s": parts,
+                "error": statistics.median(ratios) - 1,
+            }
+        )
+    return rows
+
+
+def measured_rounds(
+    rounds: int, folder: Path, arguments: Sequence[str]
+) -> tuple[list[Round], dict[tuple[str, int], int]]:
+    """Measures the rounds, after one that warms up. Returns them, and the number of a step's
+    exchanges of objects by sharding and number of processes."""
+    found: list[Round] = []
+    with ExitStack() as stack:
+        groups: dict[tuple[str, int], Group] = {}
+        for number in NUM_PROCESSES:
+            for shard in SHARDS if number > 1 else SHARDS[:1]:
+                progress(f"starting {number} processes, {shard}")
+                own = [*arguments, "--parallel.shard", shard]
+                opened = group_of(number, own, folder / f"{shard}-{number}")
+                groups[shard, number] = stack.enter_context(opened)
+        several = {key: group for key, group in groups.items() if key[1] > 1}
+        alone = groups[SHARDS[0], 1]
+        exchanges = {key: group.ask("exchanges")["number"] for key, group in several.items()}
+        for number in range(rounds + 1):
+            parts = alone.ask("parts")
+            steps = {key: group.ask("step") for key, group in groups.items()}
+            bare = {key: group.ask("collectives") for key, group in several.items()}
+            if number > 0:
+                found.append(Round(parts, steps, bare))
+            seconds = ", ".join(f"{step['seconds']:.2f}" for step in steps.values())
+            progress(f"round {number} of {rounds}: steps of {seconds} s")
+        # Closed streams end the processes: of all groups at once.
+        for group in groups.values():
+            group.stream.close()
+    return found, exchanges
+
+
+def measure(rounds: int, arguments: Sequence[str] = ARGUMENTS) -> dict[str, Any]:
+    """Returns the measured and predicted steps: the result's part of the JSON."""
+    cores, work = len(os.sched_getaffinity(0)), padded_workload()
+    with tempfile.TemporaryDirectory() as folder:
+        found, exchanges = measured_rounds(rounds, Path(folder), arguments)
+    predicted = [predictions(one, work, cores, exchanges) for one in found]
+    tokens = {step["num_tokens"] for one in found for step in one.steps.values()}
+    return {
+        "cores": cores,
+        "rounds": rounds,
+        "num_rollouts": work.config.train.batch_size,
+        "num_tokens": sorted(tokens),
+        "rows": rows_of(found, predicted, cores),
+    }
