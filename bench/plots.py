@@ -1,7 +1,7 @@
 """Fills tables and draws figures from the committed results.
 
-A table between `<!-- begin NAME -->` and `<!-- end NAME -->` in README.md or bench/README.md is
-generated from bench/results/NAME.json (see bench/tables.py). The page beside paper-tables*.json is
+A table between `<!-- begin NAME -->` and `<!-- end NAME -->` in one of DOCUMENTS is generated from
+bench/results/NAME.json (see bench/tables.py). The page beside paper-tables*.json is
 generated as a whole. docs/kernels.png shows the variants of kernels-*.json, docs/scaling.png the
 runs of scaling-*.json. With --check, nothing is written and the exit status is 1 if a table differs
 from its result; figures are not compared.
@@ -14,6 +14,13 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
+from bench.cluster.tables import (
+    changes_table,
+    constants_table,
+    cpu_table,
+    gpus_table,
+    splits_table,
+)
 from bench.figures import STYLE, draw_scaling
 from bench.floor.tables import head_table, lengths_table, parts_table, top_k_table
 from bench.kernels.figures import draw_kernels
@@ -51,6 +58,11 @@ TABLES: dict[tuple[str, str], Table] = {
     ("floor", "topk"): top_k_table,
     ("engine", ""): engine_table,
     ("step_estimates", ""): estimates_table,
+    ("cluster", "splits"): splits_table,
+    ("cluster", "gpus"): gpus_table,
+    ("cluster", "changes"): changes_table,
+    ("cluster", "constants"): constants_table,
+    ("cluster_cpu", ""): cpu_table,
     ("soak", "steps"): steps_table,
     ("soak", "kills"): kills_table,
     ("soak", "starts"): starts_table,
@@ -58,7 +70,7 @@ TABLES: dict[tuple[str, str], Table] = {
 }
 """keyed by the result's name and the view in the marker"""
 DOCUMENTS = (
-    *("README.md", "docs/loss.md", "docs/models.md", "docs/recipes.md"),
+    *("README.md", "docs/cluster.md", "docs/loss.md", "docs/models.md", "docs/recipes.md"),
     "bench/README.md",
 )
 
