@@ -3,6 +3,7 @@ of each step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from paint_engine.config.benchmarks import Benchmark
 from paint_engine.config.external import scorers, teacher_models
 from paint_engine.config.schema import Config
-from paint_engine.config.sections import ColumnsSection
+from paint_engine.config.sections import ColumnsSection, PromptsSection
+from paint_engine.data.prompt_cache import PromptCache
 from paint_engine.data.rows import Routes, load_problems
 from paint_engine.distributed import World, my_share
 from paint_engine.prompts.chat import encode_hidden_teacher_prompts, encode_student_prompts
@@ -55,7 +57,10 @@ def _check_length(
 
 
 def _check_teacher_prompts(
-    config: Config, problems: Sequence[Problem], readers: Sequence[Reader]
+    config: Config,
+    problems: Sequence[Problem],
+    readers: Sequence[Reader],
+    say: Callable[[str], object],
 ) -> None:
     """Checks the problems' teacher prompts with the whole shown text hidden. A prompt that does not
     fit then never fits.
@@ -68,18 +73,47 @@ def _check_teacher_prompts(
     scored_by = {route: scorers(config, route) for route in {p.route for p in problems}}
     for place, reader in enumerate(readers):
         own = [problem for problem in problems if place in scored_by[problem.route]]
-        shortest = encode_hidden_teacher_prompts(reader.tokenizer, own, prompts, marker=marker)
+        shortest = PromptCache(reader.tokenizer, say).get(
+            partial(encode_hidden_teacher_prompts, reader.tokenizer, own, prompts, marker=marker),
+            *(own, prompts),
+            kind="teacher, all hidden",
+            marker=marker,
+        )
         for problem, teacher in zip(own, shortest, strict=True):
             _check_length(problem, len(teacher), reader.max_context, completion, "teacher", key)
     if config.teacher.reason_first:
         # The student's model writes them.
         tokenizer, context = readers[0].tokenizer, readers[0].max_context
-        requests = encode_hidden_reason_prompts(
-            tokenizer, problems, prompts, thinking=False, marker=marker
+        requests = PromptCache(tokenizer, say).get(
+            partial(
+                encode_hidden_reason_prompts,
+                *(tokenizer, problems, prompts),
+                thinking=False,
+                marker=marker,
+            ),
+            *(problems, prompts),
+            kind="reason, all hidden",
+            marker=marker,
         )
         rationale, key = config.teacher.reason_max_new_tokens, "teacher.reason_max_new_tokens"
         for problem, request in zip(problems, requests, strict=True):
             _check_length(problem, len(request), context, rationale, "reasoning teacher", key)
+
+
+def _student_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    prompts: PromptsSection,
+    say: Callable[[str], object],
+    *,
+    thinking: bool,
+) -> list[tuple[int, ...]]:
+    return PromptCache(tokenizer, say).get(
+        partial(encode_student_prompts, tokenizer, problems, prompts, thinking=thinking),
+        *(problems, prompts),
+        kind="student",
+        thinking=thinking,
+    )
 
 
 def _routes(config: Config) -> Routes | None:
@@ -176,8 +210,8 @@ def load_train_set(
         routes=_routes(config),
     )
     limits = context, config.rollout.max_new_tokens
-    students = encode_student_prompts(
-        tokenizer, loaded.problems, prompts, thinking=prompts.student_thinking
+    students = _student_prompts(
+        tokenizer, loaded.problems, prompts, say, thinking=prompts.student_thinking
     )
     kept: list[Problem] = []
     kept_prompts: list[tuple[int, ...]] = []
@@ -195,7 +229,7 @@ def load_train_set(
     if recipe.context is not None:
         recipe.context.check_problems(kept)
     if recipe.uses_teacher:
-        _check_teacher_prompts(config, kept, teachers or (Reader(tokenizer, context),))
+        _check_teacher_prompts(config, kept, teachers or (Reader(tokenizer, context),), say)
     num_long = len(loaded.problems) - len(kept)
     if loaded.num_skipped or num_long:
         long = f" and {num_long} with more than {data.max_prompt_tokens} prompt tokens"
@@ -271,8 +305,8 @@ def _load_eval_set(
         say(f"{source.path}: skipped {loaded.num_skipped} bad rows")
     for note in spelled_note(source.path, tokenizer, loaded.problems):
         say(f"note: {note}")
-    encoded = encode_student_prompts(
-        tokenizer, loaded.problems, config.eval_prompts, thinking=section.thinking
+    encoded = _student_prompts(
+        tokenizer, loaded.problems, config.eval_prompts, say, thinking=section.thinking
     )
     limits = context, section.longest_completion
     is_final = section.longest_completion > section.max_new_tokens

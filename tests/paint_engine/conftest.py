@@ -34,6 +34,8 @@ NUM_PADDING_ROWS = 6
 
 
 transformers_logging.disable_progress_bar()
+# Neither these processes nor their children write to the user's cache.
+os.environ["PAINT_CACHE_DIR"] = "none"
 
 
 @pytest.fixture(scope="session")
