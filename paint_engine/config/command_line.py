@@ -71,6 +71,7 @@ _MAY_DIFFER_ON_RESUME = (
     "run.samples_per_evaluation",
     "run.tensorboard",
     "run.wandb_project",
+    "run.push_to_hub",
     "run.auto_resume",
 )
 _SECTIONS_MAY_DIFFER_ON_RESUME = ("checkpoint.", "eval.", "parallel.")

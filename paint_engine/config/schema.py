@@ -97,6 +97,11 @@ class Config(Section):
                 f"{str(self.run.overwrite).lower()}; needs a directory that can be resumed, "
                 "not overwritten; give --run.dir, and leave out --run.overwrite"
             )
+        if self.run.push_to_hub is not None and not self.lora.enabled:
+            raise ValueError(
+                f"run.push_to_hub: got {self.run.push_to_hub} with lora.enabled false; it pushes "
+                "adapters only; leave it out, and push what paint_engine.export writes"
+            )
         # Imported by name, because recipes are a layer above the configuration.
         import_module("paint_engine.recipes").recipe_of(self).check()
         return self

@@ -5,6 +5,7 @@ Modules that receive a section need not check it. Checks across sections: `schem
 """
 
 import datetime
+import re
 from typing import Annotated, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -34,6 +35,9 @@ HIDDEN = "hidden"
 # Of the domain name system.
 _MAX_HOST_BYTES = 253
 _MAX_SERVERS = 64
+# As huggingface_hub checks it, with the owner.
+_PART = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
+_REPOSITORY = re.compile(rf"(?=.{{3,96}}\Z){_PART}/{_PART}", re.ASCII)
 ALL_LINEAR = "all-linear"
 """in place of names: every linear layer of the text decoder, as in peft"""
 
@@ -67,6 +71,15 @@ def _is_server_url(text: str) -> str:
         raise ValueError(
             "a server's address, such as http://node7:8000, whose host name has 1 to 63 characters "
             f"between its dots and at most {_MAX_HOST_BYTES} in all"
+        )
+    return text
+
+
+def _is_repository(text: str) -> str:
+    if not _REPOSITORY.fullmatch(text) or "--" in text or ".." in text or text.endswith(".git"):
+        raise ValueError(
+            "a repository of the Hugging Face Hub as user/name, each part of letters, digits, "
+            "'-', '_' and '.', and at most 96 characters in all"
         )
     return text
 
@@ -151,6 +164,7 @@ LayerNames = Annotated[
     TextTuple, BeforeValidator(_one_word_is_a_list), AfterValidator(_all_is_alone)
 ]
 
+Repository = Annotated[Text, AfterValidator(_is_repository)]
 ServerUrl = Annotated[Text, AfterValidator(_is_server_url)]
 # Only the check after those of each address counts them: its message shows all of them.
 ServerUrls = Annotated[
@@ -716,4 +730,9 @@ class RunSection(Section):
     tensorboard: bool = Field(default=False, description="also write TensorBoard event files")
     wandb_project: OrNone[PathText] = Field(
         default=None, description="also log to this Weights & Biases project"
+    )
+    push_to_hub: OrNone[Repository] = Field(
+        default=None,
+        description="push the adapter at the end to this repository of the Hugging Face Hub, as "
+        "user/name; a new one is private; none = do not",
     )

@@ -85,6 +85,10 @@ _WIDENING: Mapping[str, _Widening] = {
         "sends the run to W&B with your key; none = does not",
         lambda c: c.run.wandb_project is not None,
     ),
+    "run.push_to_hub": _Widening(
+        "pushes the adapter to the hub with your token; none = does not",
+        lambda c: c.run.push_to_hub is not None,
+    ),
 }
 # Of a run's file that --config names. --resume does neither.
 _PLACES: Mapping[str, _Widening] = {

@@ -3,14 +3,18 @@
 import shlex
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
+from typing import Any
 
 from paint_engine.checkpoint.directory import checkpoint_step, list_checkpoints
+from paint_engine.checkpoint.push import push_adapter
 from paint_engine.checkpoint.run_dir import resume_again, start_again
 from paint_engine.contexts import ContextFailed
 from paint_engine.distributed import gather_objects, together
 from paint_engine.files import FILE_FAILURES, LockLost, ReadFailed, WriteFailed
 from paint_engine.files.terminal import Terminal
+from paint_engine.model import hub_commit
 from paint_engine.monitor import MetricsWriter, NotFinite, Progress, check_finite
 from paint_engine.prompts.template import BadTemplate
 from paint_engine.report.page import write_report
@@ -175,6 +179,26 @@ def finish(run: Run, writer: MetricsWriter, console: Terminal) -> None:
     print_summary(console, summary, report)
     if report is not None:
         writer.add_report(report)
+    if run.config.run.push_to_hub is not None:
+        console.say(push(run, run.config.run.push_to_hub, summary))
+
+
+def push(run: Run, repo: str, summary: Mapping[str, Any]) -> str:
+    """Pushes the adapter of a finished run to the hub. Returns a line for the console."""
+    config = run.config
+    facts = {
+        "recipe": config.objective.name,
+        "rollouts per step": str(config.train.batch_size),
+        "learning rate": str(config.optim.learning_rate),
+        "seed": str(config.train.seed),
+    }
+    for moment in ("before", "after"):
+        if (value := summary[f"avg_at_k_{moment}"]) is not None:
+            facts[f"Avg@{summary['num_samples']} {moment}"] = (
+                f"{value:.1%} of {summary['num_problems']} held-out problems"
+            )
+    base = config.model.model_copy(update={"revision": hub_commit(config.model)})
+    return push_adapter(run.run_dir, base, repo, run.run_dir.resolve().name, facts)
 
 
 def run_training(run: Run, console: Terminal, stop: StopRequest) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from paint_engine.checkpoint.push import check_push
 from paint_engine.config.command_line import CommandLine
 from paint_engine.config.schema import Config
 from paint_engine.config.toml import LEAVES, value_of
@@ -24,10 +25,11 @@ from paint_engine.rollout.choose import check_engine_has_teacher
 
 
 def check_before_loading(config: Config, num_ranks: int, say: Callable[[str], object]) -> None:
-    """Says the notes on the settings. Raises ValueError for loggers, an engine and replicas that
-    the run cannot have."""
+    """Says the notes on the settings. Raises ValueError for loggers, a push, an engine and
+    replicas that the run cannot have."""
     check_replicas(config, num_ranks)
     check_loggers(tensorboard=config.run.tensorboard, wandb_project=config.run.wandb_project)
+    check_push(config.run.push_to_hub)
     check_engine_has_teacher(config)
     notes = recipe_of(config).notes() + server_notes(config.rollout, config.teacher)
     for note in notes + held_out_notes(config):

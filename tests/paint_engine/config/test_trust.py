@@ -33,6 +33,7 @@ HOSTILE: Mapping[str, object] = {
     "teacher.url": "http://127.0.0.1:9/teacher",
     "eval.base_cache": "/home/victims",
     "run.wandb_project": "theirs",
+    "run.push_to_hub": "their/adapter",
 }
 # Of teachers that are other models, which do not go with a server; tried below.
 EXTERNAL = ("teacher.model", "teacher.models", "teacher.revision")
