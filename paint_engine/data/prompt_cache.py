@@ -105,7 +105,9 @@ class PromptCache:
         tokenizer = self._tokenizer
         special = json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)
         split = str(tokenizer.split_special_tokens)
-        whole = tokenizer.backend_tokenizer.to_str()
+        backend = tokenizer.backend_tokenizer
+        assert isinstance(backend, Tokenizer), "a tokenizer that is not known has no cache"
+        whole = backend.to_str()
         return [type(tokenizer).__name__, whole, str(tokenizer.get_chat_template()), special, split]
 
     def _origin(
