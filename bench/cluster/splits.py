@@ -81,8 +81,10 @@ def _changed(config: Config, **sections: Mapping[str, object]) -> Config:
 
 def trainer_bytes(work: Workload, layout: Layout, gpu: Gpu) -> int:
     """Returns the memory of a training GPU by the estimate of `--dry-run`, with vLLM's share where
-    it samples, too. Ranks that share a copy take their part of the batch."""
-    copies = layout.train_gpus // layout.shards
+    it samples, too. Ranks that share one of several copies are a run with their part of the
+    batch."""
+    num_ranks = layout.train_gpus if layout.shards == 1 else layout.shards
+    copies = layout.train_gpus // num_ranks
     config = _changed(
         work.config,
         train={"batch_size": -(-len(work.rollouts) // copies)},
@@ -95,7 +97,7 @@ def trainer_bytes(work: Workload, layout: Layout, gpu: Gpu) -> int:
         work.shape,
         config=config,
         lengths=lengths,
-        num_ranks=layout.shards,
+        num_ranks=num_ranks,
         device_memory_bytes=gpu.memory_bytes,
     )
     return found.total_bytes

@@ -17,6 +17,7 @@ from bench.cluster.splits import (
     loss_rate,
     obstacle,
     splits_of,
+    trainer_bytes,
     workload,
 )
 from bench.cluster.tables import gpus_table, splits_of_number
@@ -83,6 +84,13 @@ def test_memory_refuses_what_does_not_fit(work: Workload) -> None:
         "does not fit: an engine's memory holds no rollout beside the weights"
     )
     assert obstacle(saving, Layout(8, 8, rollout_gpus=2, tensor_parallel=2), tiny) == ""
+
+
+def test_the_memory_is_that_of_the_table_in_the_docs(work: Workload) -> None:
+    # "8B, adapters" of docs/cluster.md, and vLLM's share of 79 GiB.
+    for layout, gib in ((Layout(1), 49.8), (Layout(8, 8), 37.2), (Layout(8), 50.5)):
+        found = trainer_bytes(work, layout, H100) / GIB
+        assert found == pytest.approx(gib + 0.35 * 79, abs=0.1)
 
 
 def test_the_cache_bounds_the_rollouts_at_once(work: Workload) -> None:
