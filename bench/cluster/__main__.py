@@ -52,6 +52,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--rounds", type=positive, default=12, help="of --cpu: measured steps of each number"
     )
+    found.add_argument(
+        "--shards",
+        choices=measured.SHARDS,
+        nargs="+",
+        default=list(measured.SHARDS[:1]),
+        help="of --cpu: the weights of several processes",
+    )
     found.add_argument("--output", type=Path, help="also write the JSON to this file")
     return found
 
@@ -86,7 +93,11 @@ def main(argv: Sequence[str]) -> None:
     if arguments.cpu:
         torch.set_num_threads(1)
         environment = measure.environment(torch.device("cpu"), command)
-        found = {"name": "cluster_cpu", **environment, **measured.measure(arguments.rounds)}
+        found = {
+            "name": "cluster_cpu",
+            **environment,
+            **measured.measure(arguments.rounds, arguments.shards),
+        }
         print(f"{cpu_table(found)}\n", flush=True)
         measure.emit(found, arguments.output)
         return

@@ -31,6 +31,7 @@ from paint_engine.model.attention import pick_attention
 
 NUM_PROCESSES = (1, 2, 4)
 SHARDS = ("full", "replicate")
+"""each takes 0.6 GB per process of 2 and of 4"""
 STARTS_S = 300
 """until a group has built its runs, on a busy machine"""
 ARGUMENTS = (
@@ -44,6 +45,7 @@ ARGUMENTS = (
 class Group:
     """Processes that answer questions, and the stream to their first rank."""
 
+    connection: socket.socket
     stream: IO[str]
     log: Path
 
@@ -55,6 +57,10 @@ class Group:
         if not answer:
             raise RuntimeError(f"a measured process ended at {question!r}:\n{self.log.read_text()}")
         return json.loads(answer)
+
+    def end(self) -> None:
+        """Asks nothing more: the processes end, of several groups at once."""
+        self.connection.shutdown(socket.SHUT_RDWR)
 
 
 def accepted(server: socket.socket, process: subprocess.Popen[bytes], log: Path) -> socket.socket:
@@ -92,7 +98,7 @@ def group_of(number: int, arguments: Sequence[str], folder: Path) -> Iterator[Gr
         try:
             connection = accepted(server, process, log)
             with connection, connection.makefile("rw") as stream:
-                yield Group(stream, log)
+                yield Group(connection, stream, log)
             # The closed stream ends the processes.
             process.wait(STARTS_S)
         finally:
@@ -141,21 +147,28 @@ def predictions(
     return predicted
 
 
+def median_error(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    """Returns the median over rounds of the relative error of a prediction."""
+    return statistics.median(p / m for p, m in zip(predicted, measured, strict=True)) - 1
+
+
 def rows_of(
     rounds: Sequence[Round],
     predicted: Sequence[Mapping[tuple[str, int], Mapping[str, Any]]],
     cores: int,
 ) -> list[dict[str, Any]]:
-    """Returns a row for each sharding and number of processes. The error is the median over rounds
-    of predicted over measured, because the machine's speed changes from round to round.
+    """Returns a row for each sharding and number of processes. Errors are medians over the rounds'
+    own, because the machine's speed changes from round to round.
 
-    busy_s: what the processor seconds of all ranks take on the cores, without any waiting.
+    Fields: measured_s by the clock; busy_s, what the processor seconds of all ranks take on the
+    cores, without any waiting; others, the processors that other processes used.
     """
     rows = []
     for key in rounds[0].steps:
         steps, times = [one.steps[key] for one in rounds], [one[key] for one in predicted]
         measured = [step["seconds"] for step in steps]
-        ratios = [time["step_s"] / s for time, s in zip(times, measured, strict=True)]
+        busy = [waiting_s(step["processor_s"], cores) for step in steps]
+        predicted_s = [time["step_s"] for time in times]
         parts = {
             part: statistics.median(time["parts_s"][part] for time in times)
             for part in times[0]["parts_s"]
@@ -167,17 +180,19 @@ def rows_of(
                 "measured_s": statistics.median(measured),
                 "fastest_s": min(measured),
                 "slowest_s": max(measured),
-                "busy_s": statistics.median(waiting_s(s["processor_s"], cores) for s in steps),
-                "predicted_s": statistics.median(time["step_s"] for time in times),
+                "busy_s": statistics.median(busy),
+                "others": statistics.median(step["others"] for step in steps),
+                "predicted_s": statistics.median(predicted_s),
                 "parts_s": parts,
-                "error": statistics.median(ratios) - 1,
+                "error": median_error(predicted_s, measured),
+                "error_to_busy": median_error(predicted_s, busy),
             }
         )
     return rows
 
 
 def measured_rounds(
-    rounds: int, folder: Path, arguments: Sequence[str]
+    rounds: int, folder: Path, arguments: Sequence[str], shards: Sequence[str]
 ) -> tuple[list[Round], dict[tuple[str, int], int]]:
     """Measures the rounds, after one that warms up. Returns them, and the number of a step's
     exchanges of objects by sharding and number of processes."""
@@ -185,13 +200,13 @@ def measured_rounds(
     with ExitStack() as stack:
         groups: dict[tuple[str, int], Group] = {}
         for number in NUM_PROCESSES:
-            for shard in SHARDS if number > 1 else SHARDS[:1]:
+            for shard in shards if number > 1 else shards[:1]:
                 progress(f"starting {number} processes, {shard}")
                 own = [*arguments, "--parallel.shard", shard]
                 opened = group_of(number, own, folder / f"{shard}-{number}")
                 groups[shard, number] = stack.enter_context(opened)
         several = {key: group for key, group in groups.items() if key[1] > 1}
-        alone = groups[SHARDS[0], 1]
+        alone = groups[shards[0], 1]
         exchanges = {key: group.ask("exchanges")["number"] for key, group in several.items()}
         for number in range(rounds + 1):
             parts = alone.ask("parts")
@@ -201,17 +216,21 @@ def measured_rounds(
                 found.append(Round(parts, steps, bare))
             seconds = ", ".join(f"{step['seconds']:.2f}" for step in steps.values())
             progress(f"round {number} of {rounds}: steps of {seconds} s")
-        # Closed streams end the processes: of all groups at once.
         for group in groups.values():
-            group.stream.close()
+            group.end()
     return found, exchanges
 
 
-def measure(rounds: int, arguments: Sequence[str] = ARGUMENTS) -> dict[str, Any]:
-    """Returns the measured and predicted steps: the result's part of the JSON."""
+def measure(
+    rounds: int, shards: Sequence[str] = SHARDS[:1], arguments: Sequence[str] = ARGUMENTS
+) -> dict[str, Any]:
+    """Returns the measured and predicted steps: the result's part of the JSON.
+
+    shards: values of `parallel.shard` for several processes.
+    """
     cores, work = len(os.sched_getaffinity(0)), padded_workload()
     with tempfile.TemporaryDirectory() as folder:
-        found, exchanges = measured_rounds(rounds, Path(folder), arguments)
+        found, exchanges = measured_rounds(rounds, Path(folder), arguments, shards)
     predicted = [predictions(one, work, cores, exchanges) for one in found]
     tokens = {step["num_tokens"] for one in found for step in one.steps.values()}
     return {

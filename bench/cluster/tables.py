@@ -153,9 +153,11 @@ def cpu_table(result: Result) -> str:
             "one process" if row["num_processes"] == 1 else f"`{row['shard']}`",
             f"{row['measured_s']:.2f}",
             f"{row['fastest_s']:.2f} to {row['slowest_s']:.2f}",
-            f"{row['busy_s']:.2f}",
             f"{row['predicted_s']:.2f}",
             f"{row['error']:+.1%}",
+            f"{row['busy_s']:.2f}",
+            f"{row['error_to_busy']:+.1%}",
+            f"{row['others']:.2f}",
         ]
         for row in result["rows"]
     ]
@@ -163,9 +165,11 @@ def cpu_table(result: Result) -> str:
     caption = (
         f"Seconds of a step of the preset `tiny`: {result['num_rollouts']} rollouts of {tokens} "
         f"tokens in all; {result['cores']} cores, one thread per process. Median of "
-        f"{result['rounds']} rounds and their range; busy: what the processes' processor seconds "
-        "take on the cores, without waiting; the error is the median of the rounds' own, so that "
-        f"it may differ from that of the medians. Measured on {made_by(result)}"
+        f"{result['rounds']} rounds and their range. Errors are medians of the rounds' own. Busy: "
+        "what the processes' processor seconds take on the cores, without any waiting. Others: how "
+        "many cores other processes used; more than 0.1 lengthen the measured steps. Measured on "
+        f"{made_by(result)}"
     )
-    header = ["processes", "weights", "measured", "rounds", "busy", "predicted", "error"]
+    header = ["processes", "weights", "measured", "rounds", "predicted", "error"]
+    header += ["busy", "error to busy", "others"]
     return f"{markdown(header, rows)}\n\n{caption}"

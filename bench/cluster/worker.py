@@ -26,6 +26,7 @@ from paint_engine.training import step as training_step
 from paint_engine.training.build import build_run
 from paint_engine.training.run import Run
 from paint_engine.types import TrainExample
+from paint_kernels._spinning import used_seconds
 
 REPEATS = 5
 """of each bare collective; the median counts"""
@@ -65,15 +66,19 @@ class Worker:
             training_step.train_step(run, 0)
 
     def step(self) -> dict[str, Any]:
-        """Takes a step. Returns its seconds, and the processor seconds of every rank."""
+        """Takes a step. Returns its seconds, the processor seconds of every rank, and how many
+        processors other processes used meanwhile."""
         barrier()
-        begin, used = time.perf_counter(), time.process_time()
+        begin, own, every = time.perf_counter(), time.process_time(), used_seconds()
         self._step(self.run)
-        seconds, used = time.perf_counter() - begin, time.process_time() - used
-        ranks = gather_objects((seconds, used))
+        seconds, own = time.perf_counter() - begin, time.process_time() - own
+        every = used_seconds() - every
+        ranks = gather_objects((seconds, own))
+        processor_s = [used for _, used in ranks]
         return {
             "seconds": max(seconds for seconds, _ in ranks),
-            "processor_s": [used for _, used in ranks],
+            "processor_s": processor_s,
+            "others": (every - sum(processor_s)) / seconds,
             "num_tokens": sum(len(e.rollout.completion_ids) for e in self.examples),
         }
 

@@ -122,8 +122,8 @@ def test_errors_are_of_rounds_and_stand_in_the_table() -> None:
 
     def taken(one: float, two: float) -> Round:
         steps = {
-            keys[0]: {"seconds": one, "processor_s": [one]},
-            keys[1]: {"seconds": two, "processor_s": [two - 0.1, two - 0.2]},
+            keys[0]: {"seconds": one, "processor_s": [one], "others": 0.0},
+            keys[1]: {"seconds": two, "processor_s": [two - 0.1, two - 0.2], "others": 0.5},
         }
         return Round([], steps, {})
 
@@ -149,8 +149,13 @@ def test_errors_are_of_rounds_and_stand_in_the_table() -> None:
         "command": "python -m bench.cluster --cpu",
     }
     lines = cpu_table(result).splitlines()
-    assert lines[2] == "| 1 | one process | 3.00 | 2.00 to 4.00 | 3.00 | 3.30 | +10.0% |"
-    assert lines[3] == "| 2 | `full` | 2.00 | 1.00 to 2.00 | 1.90 | 3.30 | +120.0% |"
+    assert (
+        lines[2]
+        == "| 1 | one process | 3.00 | 2.00 to 4.00 | 3.30 | +10.0% | 3.00 | +10.0% | 0.00 |"
+    )
+    assert (
+        lines[3] == "| 2 | `full` | 2.00 | 1.00 to 2.00 | 3.30 | +120.0% | 1.90 | +131.6% | 0.50 |"
+    )
     assert "32 rollouts of 3,221 tokens in all; 2 cores" in lines[-1]
 
 
@@ -162,7 +167,7 @@ def test_a_group_answers_and_ends(number: int, tmp_path: Path) -> None:
     with group_of(number, [*SHORT, "--parallel.shard", "full"], tmp_path / "group") as group:
         step = group.ask("step")
         assert step["seconds"] > 0 and len(step["processor_s"]) == number
-        assert step["num_tokens"] <= 16
+        assert step["num_tokens"] <= 16 and math.isfinite(step["others"])
         assert group.ask("step")["num_tokens"] == step["num_tokens"]
         if number == 1:
             parts = group.ask("parts")
@@ -174,6 +179,7 @@ def test_a_group_answers_and_ends(number: int, tmp_path: Path) -> None:
             assert {"layer_s", "weights_s", "gather_small_s", "object_s"} < set(bare)
             assert all(seconds > 0 for seconds in bare.values())
             assert group.ask("exchanges")["number"] > 2
+        group.end()
 
 
 def test_a_group_that_does_not_start_is_an_error(tmp_path: Path) -> None:
