@@ -92,7 +92,7 @@ def test_an_engine_has_its_share_of_the_memory_without_the_weights() -> None:
 
 
 def held_out(num_problems: int) -> dict[str, ProblemSet]:
-    problems = [Problem(f"p:{i}", "How many?", "", "3") for i in range(num_problems)]
+    problems = tuple(Problem(f"p:{i}", "How many?", "", "3") for i in range(num_problems))
     return {"a": ProblemSet(problems, ((1, 2, 3),) * num_problems, 0)}
 
 

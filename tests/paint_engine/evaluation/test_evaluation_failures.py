@@ -143,7 +143,8 @@ class _Engine:
 def test_only_the_first_token_of_one_answer_is_asked_for_with_its_log_probability(
     first: float, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    engine, seen, reward = _Engine(first), [], REWARD(timeout_s=1.0)
+    engine: Any = _Engine(first)
+    seen, reward = [], REWARD(timeout_s=1.0)
     problem = Problem("p:1", "How many?", "", "3")
     params = SamplingParams(1.0, 1.0, -1, 30, (2,), 340, logprobs=False)
 
