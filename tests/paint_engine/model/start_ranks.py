@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,7 +32,7 @@ from paint_engine.model.teachers import FixedTeacher
 
 CPU = torch.device("cpu")
 LARGE = "large"
-NUM_LARGE_BYTES = 4 * (8 * (4 * 512 * 512 + 3 * 512 * 2048) + 2 * 340 * 512)
+NUM_LARGE_BYTES = 4 * (14 * (4 * 512 * 512 + 3 * 512 * 2048) + 2 * 340 * 512)
 
 
 def refuse(self: object, index: object) -> Tensor:
@@ -104,17 +103,18 @@ def refusals(world: World, work: Path, models: Path) -> list[str]:
     return gather_objects(message)
 
 
-def start(world: World, work: Path, models: Path) -> tuple[float, float]:
-    """The time before and after a start, in seconds of the monotonic clock."""
+def start(world: World, work: Path, models: Path) -> None:
+    """Starts twice: what the first start leaves is at rest before the second, a large one."""
     load("tied", models, "float32", lora=True, ranks=world)
     # Touches every object, so that no page is shared with the parent from here on.
     gc.collect()
     barrier()
-    time.sleep(0.3)
-    before = time.monotonic()
+    if world.is_main:
+        (work / "at rest").touch()
+    while not (work / "measured").exists():
+        time.sleep(0.01)
     load(LARGE, models, "float32", lora=True, ranks=world)
     barrier()
-    return before, time.monotonic()
 
 
 def pss_bytes() -> int:
@@ -127,35 +127,37 @@ def pss_bytes() -> int:
     return total
 
 
-def peak_bytes(run: Callable[[], tuple[float, float]]) -> int:
-    """By how much the memory of all ranks grew at most between the two times that `run` returns."""
-    samples: list[tuple[float, int]] = []
+def peak_bytes(work: Path, models: Path) -> int:
+    """By how much the memory of both ranks together grew at most in the second start."""
+    samples: list[int] = []
     ended = threading.Event()
 
     def sample() -> None:
         while not ended.wait(0.005):
+            if not (work / "at rest").exists():
+                continue
             try:
-                samples.append((time.monotonic(), pss_bytes()))
+                samples.append(pss_bytes())
             except (FileNotFoundError, ProcessLookupError):
                 # A rank that has just ended.
                 continue
+            (work / "measured").touch()
 
     thread = threading.Thread(target=sample)
     thread.start()
-    before, after = run()
+    on_ranks(2, start, work, models)
     ended.set()
     thread.join()
-    at_rest = [size for at, size in samples if at < before][-1]
-    return max(size for at, size in samples if before <= at <= after) - at_rest
+    return max(samples) - samples[0]
 
 
 def save_large(directory: Path, like: Path) -> None:
-    """A model of 136 MB in float32, whose matrices are of 4 MiB at most."""
+    """A model of 236 MB in float32, whose matrices are of 4 MiB at most."""
     config = Qwen3Config(
         vocab_size=340,
         hidden_size=512,
         intermediate_size=2048,
-        num_hidden_layers=8,
+        num_hidden_layers=14,
         num_attention_heads=8,
         num_key_value_heads=8,
         head_dim=64,
@@ -186,7 +188,7 @@ def main(work: Path, models: Path) -> None:
     report = {
         "differing": on_ranks(2, compare, work, models),
         "refusals": on_ranks(2, refusals, work, models),
-        "peak": peak_bytes(lambda: on_ranks(2, start, work, models)) / NUM_LARGE_BYTES,
+        "peak": peak_bytes(work, models) / NUM_LARGE_BYTES,
     }
     (work / "report.json").write_text(json.dumps(report))
 
