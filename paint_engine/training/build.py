@@ -53,6 +53,7 @@ from paint_engine.training.parts.directory import (
     write_start,
 )
 from paint_engine.training.parts.models import build_server, build_student, load_checked_base
+from paint_engine.training.parts.ping import ping_ranks, started_by_torchrun
 from paint_engine.training.parts.sampler import build_sampler
 from paint_engine.training.parts.sets import load_sets
 from paint_engine.training.parts.settle import with_date, with_served_model
@@ -60,11 +61,14 @@ from paint_engine.training.run import Run, SavedProgress
 
 
 def plan_run(command: CommandLine, show: Callable[[str], object]) -> None:
-    """Shows what `--dry-run` reports. Checks everything except the weights, and loads none.
+    """Shows what `--dry-run` reports. Checks everything except the weights, and loads none. Under
+    torchrun, it first connects every pair of ranks.
 
     Raises ValueError as `build_run` does. For a run that does not fit, it is raised at the end.
     """
     config, device = command.config, pick_device(command.config.train.device)
+    if started_by_torchrun():
+        ping_ranks(device, show)
     check_before_loading(config, launched_ranks(), show)
     open_reward(config.reward.function, config.reward.timeout_s, show).close()
     tokenizer, model = load_tokenizer(config.model), meta_model(config)
