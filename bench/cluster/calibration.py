@@ -1,7 +1,8 @@
 """A CPU's rates, from steps of one process and from bare collectives.
 
-One process takes steps of three numbers of rollouts. Each part's processor seconds are fitted by a
-constant per call and the part's operations. Steps of several processes are not looked at.
+Single processes take steps of three numbers of rollouts, as many of them at once as the predicted
+step has. Each part's processor seconds are fitted by a constant per call and the part's operations.
+The steps that several processes take together are not looked at.
 """
 
 import math
@@ -106,11 +107,17 @@ class Calibration:
 
 
 def with_links(
-    machine: Machine, work: Workload, bare: Mapping[str, float], num_ranks: int, exchanges: int
+    machine: Machine,
+    work: Workload,
+    bare: Mapping[str, float],
+    num_ranks: int,
+    exchanges: int,
+    pass_s: float,
 ) -> Machine:
     """Returns the machine with the links between a number of processes.
 
     bare: what `Worker.collectives` returned. exchanges: number of a step's exchanges of objects.
+    pass_s: of one token's pass in a single process, without FSDP's hooks.
     """
     share = (num_ranks - 1) / num_ranks
     seconds = bare["gather_large_s"] - bare["gather_small_s"]
@@ -123,7 +130,11 @@ def with_links(
     link = Link(rate, latency_s)
     small = exchanges - ROLLOUT_EXCHANGES
     exchanges_s = small * bare["object_s"] + ROLLOUT_EXCHANGES * bare["rollouts_s"]
-    return replace(machine, inside=link, outside=link, exchanges_s=exchanges_s)
+    # The built-in sampler has the weights gathered once.
+    exchanges_s += bare.get("weights_s", 0.0)
+    hooks_s = max(0.0, bare["pass_s"] - pass_s)
+    token = machine.token._replace(fixed_s=machine.token.fixed_s + hooks_s)
+    return replace(machine, token=token, inside=link, outside=link, exchanges_s=exchanges_s)
 
 
 def workload_of(work: Workload, rollouts: Sequence[Sequence[int]]) -> Workload:

@@ -1,8 +1,10 @@
 """Steps of 1, 2 and 4 processes on this CPU, beside their prediction.
 
 Groups of processes wait for their turn, so that a slow spell of the machine hits all of them. In
-every round, one process takes steps of three numbers of rollouts, from which the machine is
-calibrated; every group takes a step; and the groups of several run bare collectives.
+every round, single processes take steps of three numbers of rollouts, from which the machine is
+calibrated: as many at once as the group has, each with a run of its own, since processes that share
+cores and caches take more processor seconds for the same work. Then every group takes a step, and
+the groups of several run bare collectives.
 """
 
 import json
@@ -51,8 +53,15 @@ class Group:
 
     def ask(self, question: str) -> Any:
         """Returns what `bench.cluster.worker.Worker` answers. Raises RuntimeError if it ended."""
+        self.send(question)
+        return self.answer(question)
+
+    def send(self, question: str) -> None:
         self.stream.write(question + "\n")
         self.stream.flush()
+
+    def answer(self, question: str) -> Any:
+        """Returns the answer to a question that was sent."""
         answer = self.stream.readline()
         if not answer:
             raise RuntimeError(f"a measured process ended at {question!r}:\n{self.log.read_text()}")
@@ -118,11 +127,12 @@ def padded_workload() -> Workload:
 class Round:
     """What one round measured.
 
-    parts: of one process, as `Worker.parts` returns them. steps, bare: by sharding and number of
-    processes, as `Worker.step` and `Worker.collectives` return them.
+    parts: of one process, as `Worker.parts` returns them, by the number of such processes that ran
+    at once. steps, bare: by sharding and number of processes, as `Worker.step` and
+    `Worker.collectives` return them.
     """
 
-    parts: list[Mapping[str, Any]]
+    parts: Mapping[int, Sequence[Mapping[str, Any]]]
     steps: Mapping[tuple[str, int], Mapping[str, Any]]
     bare: Mapping[tuple[str, int], Mapping[str, float]]
 
@@ -132,15 +142,14 @@ def predictions(
 ) -> dict[tuple[str, int], dict[str, Any]]:
     """Returns the predicted steps of a round by sharding and number of processes: seconds, and
     seconds by part."""
-    works = [workload_of(work, step["rollouts"]) for step in found.parts]
-    machine = Calibration(works, found.parts).machine(cores)
     at_once, predicted = work.config.rollout.max_sequences, {}
     for shard, number in found.steps:
-        own = machine
+        parts = found.parts[number]
+        works = [workload_of(work, step["rollouts"]) for step in parts]
+        own = Calibration(works, parts).machine(cores)
         if number > 1:
-            own = with_links(
-                machine, work, found.bare[shard, number], number, exchanges[shard, number]
-            )
+            bare, many = found.bare[shard, number], exchanges[shard, number]
+            own = with_links(own, work, bare, number, many, parts[0]["pass_s"])
         layout = Layout(number, number if shard == "full" else 1)
         time = step_time(own, works[0], layout, at_once)
         predicted[shard, number] = {"step_s": time.step_s, "parts_s": dict(time.parts)}
@@ -191,6 +200,25 @@ def rows_of(
     return rows
 
 
+def parts_at_once(singles: Sequence[Group]) -> list[dict[str, Any]]:
+    """Returns the parts of a single process's steps while all of these take theirs, as means over
+    the processes."""
+    for group in singles:
+        group.send("parts")
+    answers = [group.answer("parts") for group in singles]
+    means = []
+    for steps in zip(*answers, strict=True):
+        mean = dict(steps[0])
+        for name in ("step_s", "pass_s"):
+            mean[name] = statistics.mean(step[name] for step in steps)
+        mean["parts_s"] = {
+            part: statistics.mean(step["parts_s"][part] for step in steps)
+            for part in steps[0]["parts_s"]
+        }
+        means.append(mean)
+    return means
+
+
 def measured_rounds(
     rounds: int, folder: Path, arguments: Sequence[str], shards: Sequence[str]
 ) -> tuple[list[Round], dict[tuple[str, int], int]]:
@@ -199,24 +227,29 @@ def measured_rounds(
     found: list[Round] = []
     with ExitStack() as stack:
         groups: dict[tuple[str, int], Group] = {}
+
+        def open_group(number: int, shard: str, name: str) -> Group:
+            progress(f"starting {number} processes, {shard}")
+            own = [*arguments, "--parallel.shard", shard]
+            return stack.enter_context(group_of(number, own, folder / name))
+
         for number in NUM_PROCESSES:
             for shard in shards if number > 1 else shards[:1]:
-                progress(f"starting {number} processes, {shard}")
-                own = [*arguments, "--parallel.shard", shard]
-                opened = group_of(number, own, folder / f"{shard}-{number}")
-                groups[shard, number] = stack.enter_context(opened)
+                groups[shard, number] = open_group(number, shard, f"{shard}-{number}")
+        singles = [groups[shards[0], 1]]
+        for place in range(1, max(NUM_PROCESSES)):
+            singles.append(open_group(1, shards[0], f"single-{place}"))
         several = {key: group for key, group in groups.items() if key[1] > 1}
-        alone = groups[shards[0], 1]
         exchanges = {key: group.ask("exchanges")["number"] for key, group in several.items()}
         for number in range(rounds + 1):
-            parts = alone.ask("parts")
+            parts = {many: parts_at_once(singles[:many]) for many in NUM_PROCESSES}
             steps = {key: group.ask("step") for key, group in groups.items()}
             bare = {key: group.ask("collectives") for key, group in several.items()}
             if number > 0:
                 found.append(Round(parts, steps, bare))
             seconds = ", ".join(f"{step['seconds']:.2f}" for step in steps.values())
             progress(f"round {number} of {rounds}: steps of {seconds} s")
-        for group in groups.values():
+        for group in [*groups.values(), *singles[1:]]:
             group.end()
     return found, exchanges
 

@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -68,6 +69,7 @@ class Worker:
     def step(self) -> dict[str, Any]:
         """Takes a step. Returns its seconds, the processor seconds of every rank, and how many
         processors other processes used meanwhile."""
+        self.run.timings.seconds.clear()
         barrier()
         begin, own, every = time.perf_counter(), time.process_time(), used_seconds()
         self._step(self.run)
@@ -79,12 +81,14 @@ class Worker:
             "seconds": max(seconds for seconds, _ in ranks),
             "processor_s": processor_s,
             "others": (every - sum(processor_s)) / seconds,
+            "parts_s": dict(self.run.timings.seconds),
             "num_tokens": sum(len(e.rollout.completion_ids) for e in self.examples),
         }
 
     def parts(self) -> list[dict[str, Any]]:
-        """Takes a step of each number of rollouts. Returns their processor seconds by part, and
-        their rollouts' lengths: student's prompt, teacher's prompt, completion."""
+        """Takes a step of each number of rollouts. Returns their processor seconds by part,
+        their rollouts' lengths (student's prompt, teacher's prompt, completion), and what
+        `_pass_s` returns."""
         found = []
         for run in self.runs.values():
             run.timings.clock = time.process_time
@@ -104,7 +108,7 @@ class Worker:
             found.append(
                 {"parts_s": dict(run.timings.seconds), "step_s": seconds, "rollouts": lengths}
             )
-        return found
+        return [{**one, "pass_s": self._pass_s()} for one in found]
 
     def exchanges(self) -> dict[str, int]:
         """Takes a step. Returns the number of exchanges of objects in it."""
@@ -131,7 +135,21 @@ class Worker:
             found["weights_s"] = self._median(lambda: self._gather_weights(model))
             layer: Any = decoder_layers(model)[0]
             found["layer_s"] = self._median(lambda: (layer.unshard(), layer.reshard()))
+        found["pass_s"] = max(gather_objects(self._pass_s()))
         return found
+
+    @torch.no_grad()
+    def _pass_s(self) -> float:
+        """Returns the processor seconds of a pass of one token, with whole weights: those of a
+        sharded model have FSDP's hooks besides."""
+        token = torch.zeros(1, 1, dtype=torch.long)
+        with unsharded(self.run.model) if self.run.is_sharded else nullcontext():
+            for _ in range(REPEATS):
+                self.run.model(token)
+            begin = time.process_time()
+            for _ in range(REPEATS):
+                self.run.model(token)
+            return (time.process_time() - begin) / REPEATS
 
     @staticmethod
     def _gather_weights(model: torch.nn.Module) -> None:

@@ -9,7 +9,14 @@ import pytest
 from bench.cluster import measured
 from bench.cluster.calibration import Calibration, fitted, with_links
 from bench.cluster.machine import Link, Machine, Rate
-from bench.cluster.measured import Round, group_of, padded_workload, predictions, rows_of
+from bench.cluster.measured import (
+    Round,
+    group_of,
+    padded_workload,
+    parts_at_once,
+    predictions,
+    rows_of,
+)
 from bench.cluster.step import COMPUTED, step_time
 from bench.cluster.tables import cpu_table
 from bench.cluster.worker import LARGE_BYTES, SMALL_BYTES
@@ -58,7 +65,8 @@ def parts_of(work: Workload, rollouts: list[tuple[int, int, int]]) -> list[dict[
         step_s = sum(parts.values())
         beside = ("other", "rewards", "collectives")
         kept = {name: seconds for name, seconds in parts.items() if name not in beside}
-        found.append({"parts_s": kept, "step_s": step_s, "rollouts": rollouts[:number]})
+        one = {"parts_s": kept, "step_s": step_s, "rollouts": rollouts[:number], "pass_s": 0.004}
+        found.append(one)
     return found
 
 
@@ -92,21 +100,28 @@ def test_links_come_from_bare_collectives(work: Workload) -> None:
         "rollouts_s": 0.01,
         "gather_small_s": 0.002,
         "gather_large_s": 0.002 + (LARGE_BYTES - SMALL_BYTES) / 2 / 1e9,
+        "pass_s": 0.004,
     }
-    replicated = with_links(CPU, work, bare, 2, 9)
+    replicated = with_links(CPU, work, bare, 2, 9, 0.004)
+    assert replicated.token == CPU.token
     assert replicated.inside.bytes_per_s == pytest.approx(1e9)
     assert replicated.inside.latency_s == 0.002
     assert replicated.exchanges_s == pytest.approx(7 * 0.001 + 2 * 0.01)
     layer = work.layers_bytes / 4
-    sharded = with_links(CPU, work, {**bare, "layer_s": 0.005 + layer / 2 / 1e9}, 2, 9)
+    bare |= {"layer_s": 0.005 + layer / 2 / 1e9, "weights_s": 0.03, "pass_s": 0.0045}
+    sharded = with_links(CPU, work, bare, 2, 9, 0.004)
+    assert sharded.token.fixed_s == pytest.approx(CPU.token.fixed_s + 0.0005)
+    assert sharded.exchanges_s == pytest.approx(replicated.exchanges_s + 0.03)
     assert sharded.gather_s(layer, 2) == pytest.approx(0.005 + layer / 2 / 1e9)
 
 
 def test_processes_beyond_the_cores_take_turns(work: Workload) -> None:
-    bare = dict.fromkeys(("object_s", "rollouts_s", "gather_small_s", "gather_large_s"), 0.0)
+    names = ("object_s", "rollouts_s", "gather_small_s", "gather_large_s", "pass_s")
+    bare = dict.fromkeys(names, 0.0)
     keys = [("full", 1), ("replicate", 2), ("replicate", 4)]
     steps = {key: {"seconds": 1.0} for key in keys}
-    found = Round(parts_of(work, [(20, 60, 40)] * 16), steps, {key: bare for key in keys})
+    parts = parts_of(work, [(20, 60, 40)] * 16)
+    found = Round(dict.fromkeys((1, 2, 4), parts), steps, {key: bare for key in keys})
     times = predictions(found, work, CORES, dict.fromkeys(keys, 9))
     one, two, four = (times[key]["parts_s"] for key in keys)
     assert two["backward"] == pytest.approx(one["backward"] / 2, rel=0.05)
@@ -125,7 +140,7 @@ def test_errors_are_of_rounds_and_stand_in_the_table() -> None:
             keys[0]: {"seconds": one, "processor_s": [one], "others": 0.0},
             keys[1]: {"seconds": two, "processor_s": [two - 0.1, two - 0.2], "others": 0.5},
         }
-        return Round([], steps, {})
+        return Round({}, steps, {})
 
     rounds = [taken(2.0, 1.0), taken(4.0, 2.0), taken(3.0, 2.0)]
     times = [
@@ -173,6 +188,9 @@ def test_a_group_answers_and_ends(number: int, tmp_path: Path) -> None:
             parts = group.ask("parts")
             assert [len(one["rollouts"]) for one in parts] == [4, 2, 1]
             assert all(set(COMPUTED) < set(one["parts_s"]) for one in parts)
+            first, second = parts_at_once([group]), parts_at_once([group])
+            assert first[0]["rollouts"] == second[0]["rollouts"] == parts[0]["rollouts"]
+            assert all(one["pass_s"] > 0 for one in first + second)
             assert all(sum(one["parts_s"].values()) < one["step_s"] for one in parts)
         else:
             bare = group.ask("collectives")
