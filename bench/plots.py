@@ -23,6 +23,7 @@ from bench.cluster.tables import (
 )
 from bench.figures import STYLE, draw_scaling
 from bench.floor.tables import head_table, lengths_table, parts_table, top_k_table
+from bench.hours import hours_table
 from bench.kernels.figures import draw_kernels
 from bench.kernels.tables import kernel_shapes_table, kernels_first_table, kernels_table
 from bench.measure import ROOT
@@ -58,6 +59,7 @@ TABLES: dict[tuple[str, str], Table] = {
     ("floor", "topk"): top_k_table,
     ("engine", ""): engine_table,
     ("step_estimates", ""): estimates_table,
+    ("hours", ""): hours_table,
     ("cluster", "splits"): splits_table,
     ("cluster", "gpus"): gpus_table,
     ("cluster", "changes"): changes_table,
@@ -70,7 +72,14 @@ TABLES: dict[tuple[str, str], Table] = {
 }
 """keyed by the result's name and the view in the marker"""
 DOCUMENTS = (
-    *("README.md", "docs/cluster.md", "docs/loss.md", "docs/models.md", "docs/recipes.md"),
+    *(
+        "README.md",
+        "docs/cluster.md",
+        "docs/loss.md",
+        "docs/models.md",
+        "docs/recipes.md",
+        "docs/reproducing.md",
+    ),
     "bench/README.md",
 )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bench.kernels.limits import DEVICES, Device
+from paint_engine.estimate.hours import GPUS as PUBLISHED
 from paint_engine.estimate.memory import GIB
 
 
@@ -110,10 +111,9 @@ class Gpu:
     memory_bytes: int
 
 
-_H100, _H200 = DEVICES
 GPUS = {
-    "h100": Gpu(_H100, 989e12, 3.35e12, 79 * GIB),
-    "h200": Gpu(_H200, 989e12, 4.8e12, 139 * GIB),
+    name: Gpu(device, PUBLISHED[name].flops_per_s, PUBLISHED[name].bytes_per_s, size * GIB)
+    for name, device, size in zip(("h100", "h200"), DEVICES, (79, 139), strict=True)
 }
 _DATASHEET = "NVIDIA's data sheet, SXM"
 SHARED = {

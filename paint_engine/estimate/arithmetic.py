@@ -6,7 +6,7 @@ recurrent states count nothing beside the products with weights. What works on s
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
@@ -126,6 +126,11 @@ def rollout_flops(
         request = max(0.0, scoring[0].prompt - rationale)
         parts["rationale"] = sampling_flops(shape, request, rationale)
     return parts
+
+
+def passes_flops(parts: Mapping[str, float]) -> float:
+    """Returns the operations of one rollout but for sampling, of what `rollout_flops` returns."""
+    return sum(parts.values()) - parts.get("rollout", 0.0) - parts.get("rationale", 0.0)
 
 
 def scoring_of(

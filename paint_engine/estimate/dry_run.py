@@ -14,7 +14,7 @@ from paint_engine.config.schema import Config
 from paint_engine.config.toml import to_toml
 from paint_engine.contexts import Context
 from paint_engine.data import ProblemSet, batch_requests
-from paint_engine.estimate.arithmetic import Scoring, rollout_flops, scoring_of
+from paint_engine.estimate.arithmetic import Scoring, passes_flops, rollout_flops, scoring_of
 from paint_engine.estimate.capacity import check_fits, device_memory_bytes
 from paint_engine.estimate.hours import evaluations_of, hours_lines
 from paint_engine.estimate.lengths import (
@@ -146,11 +146,6 @@ def _step_flops(
     )
 
 
-def _passes(flops: Mapping[str, float]) -> float:
-    """Returns the operations of one rollout but for its sampling."""
-    return sum(flops.values()) - flops.get("rollout", 0.0) - flops.get("rationale", 0.0)
-
-
 def _server_lines(config: Config) -> list[str]:
     """Returns a line on the servers that share a step's rollouts, if there are several."""
     urls, size = config.rollout.url or (), config.train.batch_size
@@ -181,7 +176,7 @@ def _work_lines(
         f"# a step: {sum(flops.values()) * size / 1e12:.3g} TFLOP ({parts})",
     ]
     if recipe.leaves_out:
-        passes = _passes(flops)
+        passes = passes_flops(flops)
         lines.append(
             "# the sums have every rollout; each one that is left out of the passes takes "
             f"{passes / 1e12:.3g} TFLOP less"
@@ -281,7 +276,7 @@ def describe(
             (other, lengths.longest(completion)),
         )
     )
-    passes = _passes(_step_flops(config, shape, lengths.typical(completion), scoring))
+    passes = passes_flops(_step_flops(config, shape, lengths.typical(completion), scoring))
     processors = "a CPU" if longest.device_memory_bytes is None else "a GPU"
     each = "1 process" if num_ranks == 1 else f"each of {num_ranks} processes"
     num_held_out = sum(len(held_out.problems) for held_out in (eval_sets or {}).values())

@@ -199,49 +199,74 @@ def hours_lines(
     name = gpu_name(config.parallel, device)
     if name is None:
         return [*lines, f"# no hours: name a GPU with --parallel.gpu ({', '.join(GPUS)})"]
-    return [*lines, *_predicted(config, shape, evaluations, step_flops, prompt, name, num_ranks)]
+    found = predicted_seconds(
+        *(config, shape, evaluations),
+        step_flops=step_flops,
+        prompt=prompt,
+        gpu=GPUS[name],
+        num_ranks=num_ranks,
+    )
+    served = config.rollout.url is not None
+    return [*lines, *_prediction(found, name, num_ranks, served=served)]
 
 
-def _predicted(
+@dataclass(frozen=True)
+class Seconds:
+    """Predicted seconds of a run's steps, and of its evaluations by protocol."""
+
+    training: float
+    evaluations: tuple[float, ...]
+
+
+def predicted_seconds(
     config: Config,
     shape: ModelShape,
     evaluations: Sequence[Evaluations],
+    *,
     step_flops: float,
     prompt: float,
-    name: str,
+    gpu: Gpu,
     num_ranks: int,
-) -> list[str]:
-    gpu, completion = GPUS[name], config.rollout.max_new_tokens
-    passes_s = step_flops / (FLOPS_SHARE * gpu.flops_per_s * num_ranks)
-    rollouts_s, evaluations_s, notes = 0.0, [0.0] * len(evaluations), []
+) -> Seconds:
+    """Returns the seconds on so many GPUs, without what a server samples. Arguments as of
+    `hours_lines`."""
+    recipe, completion = recipe_of(config), config.rollout.max_new_tokens
+    step_s = step_flops / (FLOPS_SHARE * gpu.flops_per_s * num_ranks)
     if config.rollout.url is not None:
-        notes.append("what the server samples is not counted")
-    else:
-        notes.append("with every completion as long as its limit")
-        if recipe_of(config).samples:
-            engine, size = engine_of(config, shape, gpu, num_ranks), config.train.batch_size
-            rollouts_s = decode_seconds(
-                shape, gpu, engine, num_answers=size, prompt=prompt, completion=completion
-            )
-        engine = engine_of(config, shape, gpu, num_ranks, evaluates=True)
-        evaluations_s = [
-            one.number
-            * decode_seconds(
-                *(shape, gpu, engine),
-                num_answers=one.num_answers,
-                prompt=one.prompt,
-                completion=one.max_new_tokens,
-            )
-            for one in evaluations
-        ]
-    train_s = config.train.num_steps * (passes_s + rollouts_s)
-    parts = [f"training {train_s / _HOUR_S:.2f} h"]
+        return Seconds(config.train.num_steps * step_s, (0.0,) * len(evaluations))
+    if recipe.samples:
+        engine, size = engine_of(config, shape, gpu, num_ranks), config.train.batch_size
+        step_s += decode_seconds(
+            shape, gpu, engine, num_answers=size, prompt=prompt, completion=completion
+        )
+    engine = engine_of(config, shape, gpu, num_ranks, evaluates=True)
+    sampled = tuple(
+        one.number
+        * decode_seconds(
+            *(shape, gpu, engine),
+            num_answers=one.num_answers,
+            prompt=one.prompt,
+            completion=one.max_new_tokens,
+        )
+        for one in evaluations
+    )
+    return Seconds(config.train.num_steps * step_s, sampled)
+
+
+def _prediction(found: Seconds, name: str, num_ranks: int, *, served: bool) -> list[str]:
+    gpu = GPUS[name]
+    what = (
+        "what the server samples is not counted"
+        if served
+        else "with every completion as long as its limit"
+    )
+    parts = [f"training {found.training / _HOUR_S:.2f} h"]
     parts += [
         f"{kind} {seconds / _HOUR_S:.2f} h"
-        for kind, seconds in zip(("evaluations", "full protocol"), evaluations_s, strict=False)
+        for kind, seconds in zip(("evaluations", "full protocol"), found.evaluations, strict=False)
     ]
     return [
-        f"# prediction for {num_ranks} x {name}, {', '.join(notes)}: {', '.join(parts)}",
+        f"# prediction for {num_ranks} x {name}, {what}: {', '.join(parts)}",
         f"# (at {FLOPS_SHARE:.0%} of {gpu.flops_per_s / 1e12:,.0f} TFLOP/s and "
         f"{BANDWIDTH_SHARE:.0%} of {gpu.bytes_per_s / 1e12:.2f} TB/s, which are assumptions)",
     ]
