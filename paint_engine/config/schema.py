@@ -115,7 +115,8 @@ class Config(Section):
                 "rollout.max_sequences; set a share for an engine of the evaluations' own, or "
                 "leave this key out"
             )
-        if share is not None and size > 1:
+        has_own = share is not None and self.eval.enabled and self.rollout.url is None
+        if has_own and self.rollout.engine != "builtin" and size > 1:
             raise ValueError(
                 f"eval.gpu_memory_utilization: got {share} with rollout.tensor_parallel_size "
                 f"{size}; an engine over several ranks lives in their processes and cannot end "

@@ -239,6 +239,13 @@ def predicted_seconds(
         step_s += decode_seconds(
             shape, gpu, engine, num_answers=size, prompt=prompt, completion=completion
         )
+        if config.teacher.reason_first:
+            step_s += decode_seconds(
+                *(shape, gpu, engine),
+                num_answers=size,
+                prompt=prompt,
+                completion=config.teacher.reason_max_new_tokens,
+            )
     engine = engine_of(config, shape, gpu, num_ranks, evaluates=True)
     sampled = tuple(
         one.number

@@ -108,8 +108,13 @@ def _check_first_token(
         replace(params, max_new_tokens=1, logprobs=True),
         base=base,
     )
-    for (i, _), completion in zip(requests, completions, strict=True):
-        check_completion(completion, problems[i].problem_id)
+    try:
+        for (i, _), completion in zip(requests, completions, strict=True):
+            check_completion(completion, problems[i].problem_id)
+    except NotFinite:
+        # Ranks that share the engine wait for this one in the answers' batch.
+        engine.generate([], [], params, base=base)
+        raise
 
 
 def _judged(reward: Reward, rollout: Rollout, sample_index: int) -> EvalSample:

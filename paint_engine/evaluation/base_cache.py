@@ -10,6 +10,7 @@ complete evaluation whichever came last.
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from paint_engine.evaluation.store import Evaluation, Header, read_finished, wri
 from paint_engine.files import (
     BASE_CACHE_DIRECTORY,
     BadFile,
+    WriteFailed,
     check_links,
     package_versions,
     writing,
@@ -37,7 +39,9 @@ def base_cache_of(setting: str | None, run_dir: Path) -> Path | None:
     """
     if setting is None or setting != BESIDE_RUN:
         return None if setting is None else Path(setting)
-    beside = run_dir.parent / BASE_CACHE_DIRECTORY
+    # "." and ".." have no name. A run directory that is a link is not followed.
+    named = run_dir if run_dir.name not in ("", "..") else Path(os.path.abspath(run_dir))
+    beside = named.parent / BASE_CACHE_DIRECTORY
     if beside.is_symlink():
         raise BadFile(
             f"{beside} is a link to {os.readlink(beside)!r}; needs a directory of its own; remove "
@@ -88,3 +92,24 @@ def keep_base(directory: Path, header: Header, evaluation: Evaluation) -> Path:
     check_links(directory)
     write_evaluation(directory, _name_of(header), replace(evaluation, header=header))
     return directory / f"{_name_of(header)}.json"
+
+
+def share_base(
+    directory: Path,
+    header: Header,
+    evaluation: Evaluation,
+    say: Callable[[str], object],
+    setting: str,
+) -> None:
+    """Keeps the entry for others. Where the place cannot be written, a note says so: whoever made
+    the evaluation has its own copy.
+
+    setting: the flag that names the directory.
+    """
+    try:
+        keep_base(directory, header, evaluation)
+    except WriteFailed as failure:
+        say(
+            f"note: the base's evaluation is not kept for other runs: {failure}; name another "
+            f"directory with {setting}, or give none"
+        )

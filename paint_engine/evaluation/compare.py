@@ -84,7 +84,7 @@ def read_run(text: str) -> dict[str, Evaluation]:
         evaluations, which = read_evaluations(path), which or "last"
         if not evaluations:
             raise ValueError(_no_evaluation(text, path))
-        step = _choose_step(text, evaluations, which.removeprefix(_FINAL))
+        step = _choose_step(text, evaluations, which)
         if which.startswith(_FINAL):
             evaluations = read_evaluations(path, final=True)
         if step not in evaluations:
@@ -122,14 +122,15 @@ def _no_evaluation(text: str, run_dir: Path) -> str:
 def _choose_step(text: str, evaluations: Mapping[int, dict[str, Evaluation]], which: str) -> int:
     """The step that `which` names, best by the evaluations during training."""
     step: int | None = None
-    if which == "best":
+    name = which.removeprefix(_FINAL)
+    if name == "best":
         # A resumed run may have other benchmarks than before.
         names = evaluations[max(evaluations)].keys()
         step = best_step({s: found for s, found in evaluations.items() if found.keys() == names})
-    elif which == "last":
+    elif name == "last":
         step = max(evaluations)
-    elif which.removeprefix("step-").isdecimal():
-        step = int(which.removeprefix("step-"))
+    elif name.removeprefix("step-").isdecimal():
+        step = int(name.removeprefix("step-"))
     if step is None:
         raise ValueError(_no_such(text, which, evaluations))
     return step

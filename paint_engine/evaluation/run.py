@@ -16,7 +16,7 @@ from paint_engine.distributed import (
     together,
 )
 from paint_engine.evaluation.answers import FAILURES, all_requests, check_answers, evaluate
-from paint_engine.evaluation.base_cache import cache_header, find_base, keep_base, reused
+from paint_engine.evaluation.base_cache import cache_header, find_base, reused, share_base
 from paint_engine.evaluation.compare import is_training_run
 from paint_engine.evaluation.flags import EvaluationCommand, own_flags
 from paint_engine.evaluation.plan import Plan, make_plan
@@ -247,11 +247,11 @@ def reuse_bases(
     return gather_objects(together(reuse, FILE_FAILURES))[0]
 
 
-def keep_base_of(plan: Plan, evaluation: Evaluation) -> None:
+def keep_base_of(plan: Plan, evaluation: Evaluation, say: Callable[[str], object]) -> None:
     """Keeps the evaluation of a model before training for others. The main rank calls it."""
     entry = cache_header(evaluation.header)
     if plan.base_cache is not None and entry is not None:
-        keep_base(plan.base_cache, entry, evaluation)
+        share_base(plan.base_cache, entry, evaluation, say, "--base-cache")
 
 
 def answer_benchmarks(
@@ -273,7 +273,7 @@ def answer_benchmarks(
         check_still_same(plan, world)
         for name in pending:
             answered = answer_benchmark(plan, name, engine, reward, lock, world, progress)
-            keep = partial(keep_base_of, plan, answered)
+            keep = partial(keep_base_of, plan, answered, progress.note)
             together(lambda keep=keep: world.is_main and keep(), FILE_FAILURES)
             found[name] = answered
     return [evaluation for evaluation in found.values() if evaluation is not None]

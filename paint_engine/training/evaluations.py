@@ -18,8 +18,8 @@ from paint_engine.evaluation.base_cache import (
     base_cache_of,
     cache_header,
     find_base,
-    keep_base,
     reused,
+    share_base,
 )
 from paint_engine.evaluation.store import (
     EvalSample,
@@ -39,15 +39,15 @@ from paint_engine.files import (
     FILE_FAILURES,
     MANIFEST_FILE,
     MODEL_FILE,
+    BadFile,
     LockLost,
-    WriteFailed,
     one_line,
     read_json,
     writing,
 )
 from paint_engine.model import compute_dtype
 from paint_engine.monitor import Progress
-from paint_engine.rollout import RolloutEngine, sampling_params
+from paint_engine.rollout import EngineDied, RolloutEngine, sampling_params
 from paint_engine.rollout.choose import engine_name
 from paint_engine.training.interrupt import Stopped, StopRequest
 from paint_engine.training.run import Run, save
@@ -120,12 +120,15 @@ def _evaluate_missing(
     *,
     final: bool,
 ) -> None:
-    """Evaluates the weights on these benchmarks with one engine."""
+    """Evaluates the weights on these benchmarks with one engine, whose start counts to the first of
+    them."""
     if not missing:
         return
+    started = time.monotonic()
     with _answering(run, step) as engine:
         for name in missing:
-            _evaluate_on(run, name, step, checkpoint, engine, progress, stop, final=final)
+            _evaluate_on(run, name, step, checkpoint, engine, progress, stop, started, final=final)
+            started = time.monotonic()
 
 
 @contextmanager
@@ -145,7 +148,12 @@ def _answering(run: Run, step: int) -> Iterator[RolloutEngine]:
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-        with closing(run.open_eval_engine()) as engine:
+        try:
+            opened = run.open_eval_engine()
+        except ValueError as refusal:
+            # As for any other engine that is gone: the run is saved, and can resume.
+            raise EngineDied(str(refusal)) from refusal
+        with closing(opened) as engine:
             run.sampler.sync(step, engine)
             yield engine
 
@@ -204,14 +212,15 @@ def _evaluate_on(
     engine: RolloutEngine,
     progress: Progress,
     stop: StopRequest,
+    started: float,
     *,
     final: bool,
 ) -> None:
     """Evaluates the weights on one benchmark, and resumes an interrupted evaluation of them.
 
-    checkpoint: that of the step; None for the base. final: by the full protocol.
+    checkpoint: that of the step; None for the base. started: since when its seconds count, by the
+        monotonic clock. final: by the full protocol.
     """
-    started = time.monotonic()
     header, files_name = gather_objects(
         together(
             lambda: (
@@ -258,15 +267,20 @@ def _evaluate_on(
 
 def _base_entry(run: Run, header: Header) -> tuple[Path, Header] | None:
     """Returns where the run's evaluation of the base is shared with other runs, and its header
-    there; None where it is not shared.
+    there; None where it is not shared: what a server samples with is not known here.
 
     header: of the run's own evaluation.
+
+    Raises BadFile for files of the base that cannot be read any more.
     """
     config = run.config
     directory = base_cache_of(config.eval.base_cache, run.run_dir)
-    if directory is None:
+    if directory is None or engine_name(config) == "server":
         return None
-    identity = Target(config.model).identity(engine_name(config), compute_dtype(run.model))
+    try:
+        identity = Target(config.model).identity(engine_name(config), compute_dtype(run.model))
+    except (ValueError, OSError) as error:
+        raise BadFile(str(error)) from error
     entry = cache_header(replace(header, subject=identity))
     return None if entry is None else (directory, entry)
 
@@ -299,22 +313,14 @@ def _reuse_base(run: Run, name: str, progress: Progress, *, final: bool) -> bool
         progress.note(f"{one_line(name)}: the base's evaluation is reused, from {file}")
         return True
 
-    return gather_objects(together(reuse, (ValueError, LockLost, *FILE_FAILURES)))[0]
+    return gather_objects(together(reuse, (LockLost, *FILE_FAILURES)))[0]
 
 
 def _keep_base(run: Run, evaluation: Evaluation, progress: Progress) -> None:
-    """Shares the run's evaluation of the base with later runs. Where the place cannot be written, a
-    note says so: the run has its own copy. The main rank calls it."""
+    """Shares the run's evaluation of the base with later runs. The main rank calls it."""
     entry = _base_entry(run, evaluation.header)
-    if entry is None:
-        return
-    try:
-        keep_base(*entry, evaluation)
-    except WriteFailed as failure:
-        progress.note(
-            f"note: the base's evaluation is not kept for other runs: {failure}; name another "
-            "directory with --eval.base_cache, or give none"
-        )
+    if entry is not None:
+        share_base(*entry, evaluation, progress.note, "--eval.base_cache")
 
 
 def evaluation_header(

@@ -156,6 +156,8 @@ def _summarise_final(run: Run, complete: Evaluations, best: int | None) -> dict[
     if section is None:
         return None
     present = present_evaluations(run, complete, final=True)
+    if not present:
+        return None
     rows, last = {step: evaluation_row(step, found) for step, found in present.items()}, run.step
     difference = paired_difference(present[0], present[last]) if {0, last} <= rows.keys() else None
     return {

@@ -80,6 +80,7 @@ def test_a_function_of_the_user_s_is_not_trusted_to_stay_the_same() -> None:
 def test_the_directory_is_beside_the_run_another_one_or_none(tmp_path: Path) -> None:
     run = Path("runs/a")
     assert base_cache_of("auto", run) == Path("runs/base-evaluations")
+    assert base_cache_of("auto", Path(".")) == Path.cwd().parent / "base-evaluations"
     assert base_cache_of("/shared/bases", run) == Path("/shared/bases")
     assert base_cache_of(None, run) is None
     (tmp_path / "base-evaluations").symlink_to(tmp_path / "elsewhere")
@@ -145,6 +146,7 @@ def flat(text: str) -> str:
 def test_a_place_that_cannot_be_written_is_a_note_and_a_link_is_refused(
     command: list[str],
     run_main: Callable[[Sequence[str]], int],
+    model_dir: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -154,6 +156,12 @@ def test_a_place_that_cannot_be_written_is_a_note_and_a_link_is_refused(
     assert run_main([*training, *place]) == 0
     note = "note: the base's evaluation is not kept for other runs"
     assert note in flat(capsys.readouterr().out)
+    flags = ("--benchmarks", tmp_path / "test.jsonl", "--num-samples", 1, "--max-new-tokens", 6)
+    flags += ("--engine", "builtin", "--device", "cpu", "--model", model_dir)
+    flags += ("--base-cache", tmp_path / "file" / "below", "--output", tmp_path / "out")
+    assert exit_code(evaluate.main, *flags) == 0
+    printed = capsys.readouterr()
+    assert f"{note}: " in flat(printed.out + printed.err)
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / "test.json").symlink_to(tmp_path / "elsewhere.json")

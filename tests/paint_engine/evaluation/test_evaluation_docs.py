@@ -24,7 +24,9 @@ WORLD = World(0, 1, 0, torch.device("cpu"))
 
 
 def spans(pattern: str) -> list[str]:
-    found = re.findall(pattern, PAGE.read_text(), re.MULTILINE)
+    # A shell joins lines that end with a backslash.
+    text = PAGE.read_text().replace("\\\n", "")
+    found = re.findall(pattern, text, re.MULTILINE)
     assert found
     return found
 

@@ -18,7 +18,7 @@ from paint_engine.evaluation.results import measures
 from paint_engine.evaluation.store import EvalSample, evaluation_settings
 from paint_engine.files import read_jsonl
 from paint_engine.rewards import Reward, RewardFailed
-from paint_engine.rollout.engine import Completion
+from paint_engine.rollout.engine import Completion, SamplingParams
 from paint_engine.types import Problem, Verdict
 
 SOURCE = """
@@ -157,7 +157,7 @@ def run(
     problems, seen = [Problem("p", "q", "", "3")], []
     requests: Sequence[tuple[int, int]] = all_requests(problems, num_samples)
     engine: Any = OneByOne()
-    params: Any = None
+    params = SamplingParams(1.0, 1.0, -1, 8, (), 100)
     try:
         found = evaluate(
             *(engine, tokenizer, problems, [(1,)], requests, params, reward),

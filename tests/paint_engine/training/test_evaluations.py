@@ -486,3 +486,24 @@ def test_an_engine_of_the_evaluations_own_is_open_while_they_last(
         ("sync", 4),
         ("close", 0),
     ]
+
+
+def test_an_engine_of_the_evaluations_own_that_does_not_start_leaves_a_run_that_resumes(
+    arguments: list[str], run_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = []
+
+    def refuse(config: Config, model: nn.Module, world: World, *, max_model_len: int) -> Any:
+        calls.append(max_model_len)
+        if len(calls) > 1:
+            raise ValueError("vLLM did not start on rank 0; change --eval.gpu_memory_utilization")
+        return BuiltinEngine(model, lambda: nullcontext(model), config.eval.max_sequences)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "evaluates_alone", lambda config: True)
+        patch.setattr(build, "open_eval_engine", refuse)
+        assert run_main([*arguments, "--run.dir", str(tmp_path / "run")]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "vLLM did not start on rank 0; change --eval.gpu_memory_utilization" in printed
+    assert "saved" in printed and "--resume" in printed
+    assert run_main(["--resume", str(tmp_path / "run")]) == 0
