@@ -37,6 +37,7 @@ from paint_engine.rollout.weights import WeightFiles, WrittenWeights
 
 # Time that a whole exchange may take, for requests that need no engine,
 _CONTROL_TIMEOUT_S = 10.0
+_POLL_S = 1.0
 # for loading an adapter, which waits for the running requests and may read a shared disk,
 _LOAD_TIMEOUT_S = 600.0
 # and for a completion, which may wait for those of other ranks: this, plus a time per token.
@@ -73,9 +74,12 @@ class Replica:
         self._base_name = ""
         self._loaded: str | None = None
 
-    def unfit(self) -> str | None:
+    def unfit(self, answer_s: float = _ANSWER_TIMEOUT_S) -> str | None:
         """Returns the reason why this server cannot provide rollouts, or None. Sets the name of the
-        served model."""
+        served model.
+
+        answer_s: how long it may take to sample a token.
+        """
         try:
             self._server.request("GET", "/health", timeout_s=_CONTROL_TIMEOUT_S)
             models = self._server.request("GET", "/v1/models", timeout_s=_CONTROL_TIMEOUT_S)
@@ -90,17 +94,17 @@ class Replica:
             elif self._load_adapter("", "", _CONTROL_TIMEOUT_S)[0] == 404:
                 fault = "does not load adapters while it runs"
             else:
-                fault = self._probe()
+                fault = self._probe(answer_s)
         except (OSError, http.client.HTTPException, Refused, BadReply) as error:
             fault = f"does not answer as a vLLM server ({quoted(str(error))})"
         if fault is None:
             return None
         return f"the server at {self.url} {fault}; start it with: {self._command}"
 
-    def _probe(self) -> str | None:
+    def _probe(self, answer_s: float) -> str | None:
         # With one candidate the processed log-probability is 0. The raw one hardly ever is.
         params = SamplingParams(1.0, 1.0, 1, 1, (), self._head_size)
-        completion = self.complete(None, (0,), 0, params, Requests())
+        completion = self.complete(None, (0,), 0, params, Requests(), answer_s)
         if completion.logprobs != (0.0,):
             return "returns raw log-probabilities, not those of the sampled distribution"
         return None
@@ -150,14 +154,18 @@ class Replica:
         seed: int,
         params: SamplingParams,
         requests: Requests,
+        answer_s: float = _ANSWER_TIMEOUT_S,
     ) -> Completion:
         """Returns the completion by the adapter of this name; None = by the base. Raises what
-        `engine_faults` converts."""
+        `engine_faults` converts.
+
+        answer_s: how long the reply may take, beside the time of its tokens.
+        """
         body = self._server.request(
             "POST",
             "/v1/completions",
             self._request(adapter or self._base_name, prompt, seed, params),
-            timeout_s=_ANSWER_TIMEOUT_S + _TOKEN_TIMEOUT_S * params.max_new_tokens,
+            timeout_s=answer_s + _TOKEN_TIMEOUT_S * params.max_new_tokens,
             max_bytes=MAX_BODY_BYTES
             + _TOKEN_BYTES * params.max_new_tokens
             + _PROMPT_TOKEN_BYTES * len(prompt),
@@ -330,8 +338,10 @@ class ServerEngine:
                 except EngineDied as death:
                     if requests.is_over:
                         raise
-                    self._lose(replica, str(death))
-                    spread.drop(replica)
+                    # The other requests of a server that was dropped end by that.
+                    if not part.is_over:
+                        self._lose(replica, str(death))
+                        spread.drop(replica)
             raise EngineDied(self._reasons())
 
         # Checked only now: an earlier `close` did not see these calls, and a later one ends them.
@@ -362,15 +372,20 @@ class ServerEngine:
     def restart(self) -> None:
         """Waits for a server to return (whoever started it must restart it), and has each that
         answers then load the weights of the last `sync`. Raises EngineDied if none returns in
-        time."""
+        time, or if all have and none is fit."""
         deadline = time.monotonic() + self._restart_timeout_s
-        if not returns_in_time(self._is_healthy, deadline, _CONTROL_TIMEOUT_S):
-            raise EngineDied(
-                f"the server at {' and at '.join(one.url for one in self._replicas)} has not "
-                f"returned within {self._restart_timeout_s:.0f} s"
-            )
-        self._admit(max(deadline - time.monotonic(), _LEAST_LOAD_TIMEOUT_S))
-        self._check_any_left()
+        while returns_in_time(self._is_healthy, deadline, _CONTROL_TIMEOUT_S):
+            self._admit(max(deadline - time.monotonic(), _LEAST_LOAD_TIMEOUT_S))
+            if self._in_use():
+                return
+            # One that is healthy and not fit does not end the wait for the others.
+            if all(self._healths()):
+                raise EngineDied(self._reasons())
+            time.sleep(_POLL_S)
+        raise EngineDied(
+            f"the server at {' and at '.join(one.url for one in self._replicas)} has not "
+            f"returned within {self._restart_timeout_s:.0f} s"
+        )
 
     def close(self) -> None:
         """Aborts the running requests, unloads the adapter from the servers that still answer, and
@@ -389,7 +404,7 @@ class ServerEngine:
             lost = self._lost.get(replica.url)
             if lost is not None and not replica.is_healthy(_CONTROL_TIMEOUT_S):
                 return lost
-            if lost is not None and (fault := replica.unfit()) is not None:
+            if lost is not None and (fault := replica.unfit(_CONTROL_TIMEOUT_S)) is not None:
                 return fault
             try:
                 if self._written is not None:
@@ -430,7 +445,10 @@ class ServerEngine:
 
     def _is_healthy(self, timeout_s: float) -> bool:
         """Returns whether a server answers and its engine is alive."""
-        return any(self._of_each(lambda replica: replica.is_healthy(timeout_s)))
+        return any(self._healths(timeout_s))
+
+    def _healths(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> list[bool]:
+        return self._of_each(lambda replica: replica.is_healthy(timeout_s))
 
     def _of_each(self, ask: Callable[[Replica], T]) -> list[T]:
         """Returns what is asked of each server, asked at the same time."""

@@ -1,6 +1,7 @@
 """Several servers: equal shares, one that dies in the middle of a batch, one that returns, one in
 its place with another model."""
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -243,3 +244,31 @@ def test_when_none_is_left_the_run_waits_for_one(
     forget(servers)
     assert len(sample(engine, 4)) == 4
     assert counts(servers) == [4, 0]
+
+
+def test_one_that_is_not_fit_does_not_end_the_wait_for_the_others(
+    engine: ServerEngine, servers: list[Any], start_server: Start, kill_server: Kill
+) -> None:
+    for server in servers:
+        kill_server(server)
+    with pytest.raises(EngineDied):
+        sample(engine, 4)
+    other = start_server(servers[0].server_port, model="someone/else")
+    late = threading.Timer(2.0, lambda: start_server(servers[1].server_port))
+    late.start()
+    engine.restart()
+    late.join()
+    assert len(sample(engine, 4)) == 4 and counts([other]) == [0]
+
+
+def test_the_wait_ends_where_all_answer_and_none_is_fit(
+    engine: ServerEngine, servers: list[Any], start_server: Start, kill_server: Kill
+) -> None:
+    for server in servers:
+        kill_server(server)
+    with pytest.raises(EngineDied):
+        sample(engine, 4)
+    for server in servers:
+        start_server(server.server_port, model="someone/else")
+    with pytest.raises(EngineDied, match="serves someone/else, but the student is"):
+        engine.restart()
