@@ -7,12 +7,14 @@ not reach each other. Here each pair has a group of its own and a short time.
 import fcntl
 import json
 import os
+import secrets
 import socket
 import struct
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -82,10 +84,10 @@ def describe_interfaces() -> str:
 def _sum_of_pair(backend: str, store: Store, place: int, device: torch.device) -> str | None:
     """Adds up a number of each of two ranks; what failed, in words. place: 0 or 1."""
     limit = timedelta(seconds=_PING_S)
-    number = torch.tensor([place + 1.0], device=device)
     # The stubs of these classes lack their collectives.
     group: Any
     try:
+        number = torch.tensor([place + 1.0], device=device)
         if backend == "gloo":
             group = dist.ProcessGroupGloo(store, place, 2, limit)
         else:
@@ -107,7 +109,9 @@ def _within(limit_s: float, action: Callable[[], str | None]) -> str | None:
     thread = threading.Thread(target=lambda: found.append(action()), daemon=True)
     thread.start()
     thread.join(limit_s)
-    return found[0] if found else f"no answer within {limit_s:g} s"
+    if found:
+        return found[0]
+    return f"no answer within {limit_s:g} s" if thread.is_alive() else "it failed, see above"
 
 
 def _present(store: Store, names: list[str], limit_s: float) -> list[bool]:
@@ -162,6 +166,46 @@ def _open_store() -> Store:
         ) from error
 
 
+@contextmanager
+def _session(store: Store) -> Iterator[str]:
+    """Yields a prefix for the ping's keys that no earlier start has used: processes that torchrun
+    restarts find the store as their predecessors left it (`distributed._agree_on_session`). Rank 0
+    answers whoever asks as long as the context lasts; it does not wait for the others.
+
+    Raises ValueError on the other ranks if rank 0 does not answer.
+    """
+    rank = launched_rank()
+    if rank > 0:
+        word = secrets.token_hex(8)
+        store.set(f"ask-{rank}", word)
+        try:
+            session = store.get(f"answer-{word}").decode()
+        except dist.DistError as error:
+            raise ValueError(
+                f"no sign of rank 0 within {_JOIN_S:g} s on rank {rank}; needs every rank; look at "
+                "what rank 0 says, and start as many processes as --nproc-per-node and --nnodes say"
+            ) from error
+        yield session
+        return
+    session, over = secrets.token_hex(8), threading.Event()
+    # A connection of its own: the ping waits on the other.
+    apart = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def answer() -> None:
+        while not over.wait(0.05):
+            for other in range(1, launched_ranks()):
+                if apart.check([f"ask-{other}"]):
+                    apart.set(f"answer-{apart.get(f'ask-{other}').decode()}", session)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    try:
+        yield session
+    finally:
+        over.set()
+        thread.join()
+
+
 def ping_ranks(device: torch.device, show: Callable[[str], object]) -> None:
     """Connects every pair of ranks, with gloo, and with NCCL if `device` is a GPU. A collective
     call of the ranks that have started.
@@ -171,8 +215,13 @@ def ping_ranks(device: torch.device, show: Callable[[str], object]) -> None:
     Raises ValueError on the lowest rank that is there if another one has not started, or if a pair
     does not connect. The other ranks then end, with exit code 0: one rank tells.
     """
+    opened = PrefixStore("ping", _open_store())
+    with _session(opened) as session:
+        _ping(PrefixStore(session, opened), device, show)
+
+
+def _ping(store: Store, device: torch.device, show: Callable[[str], object]) -> None:
     rank, ranks = launched_rank(), range(launched_ranks())
-    store = PrefixStore("ping", _open_store())
     store.set(f"here-{rank}", describe_interfaces())
     here = _present(store, [f"here-{other}" for other in ranks], _JOIN_S)
     backends = {"gloo": torch.device("cpu")}

@@ -1,14 +1,17 @@
 """The pings of a dry run under torchrun: every pair of ranks, and which does not connect."""
 
+import os
 import re
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from paint_engine.training.parts.ping import rounds
 
@@ -95,3 +98,31 @@ def test_a_rank_that_does_not_answer_is_named(
     assert printed.count("error: pairs") + printed.count("error: no sign") == 1
     assert "set GLOO_SOCKET_IFNAME" in text
     assert "paint_engine/training" not in printed, printed
+
+
+def test_processes_that_are_started_again_do_not_read_what_the_first_ones_left() -> None:
+    """torchrun keeps its store when it restarts a run, with the addresses of the ranks before."""
+    program = "import torch; from paint_engine.training.parts.ping import ping_ranks; "
+    program += "ping_ranks(torch.device('cpu'), print)"
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(agent.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    for _ in range(2):
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", program],
+                env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in "01"
+        ]
+        printed = [process.communicate(timeout=300)[0] for process in ranks]
+        assert [process.returncode for process in ranks] == [0, 0], printed
+        assert "every pair of 2 ranks connects (gloo)" in printed[0]
