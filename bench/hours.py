@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench import measure
 from bench.cluster.splits import MODELS, shape_of_model
 from bench.tables import Result, markdown, number
@@ -109,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
         "student_prompt": STUDENT_PROMPT,
         "teacher_prompt": TEACHER_PROMPT,
         "rows": [predict(recipe, model) for recipe in RECIPES for model in MODELS],
-        "command": " ".join(["python -m bench.hours", *argv]),
+        **measure.environment(torch.device("cpu"), " ".join(["python -m bench.hours", *argv])),
     }
     print(f"{hours_table(result)}\n", flush=True)
     measure.emit(result, arguments.output)

@@ -90,9 +90,10 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser().parse_args(argv)
     command = " ".join(["python -m bench.cluster", *argv])
     transformers_logging.disable_progress_bar()
+    environment = measure.environment(torch.device("cpu"), command)
     if arguments.cpu:
         torch.set_num_threads(1)
-        environment = measure.environment(torch.device("cpu"), command)
+        environment["num_threads"] = 1
         found = {
             "name": "cluster_cpu",
             **environment,
@@ -101,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"{cpu_table(found)}\n", flush=True)
         measure.emit(found, arguments.output)
         return
-    result = {**predict(arguments), "command": command}
+    result = {**predict(arguments), **environment}
     for num_gpus in arguments.gpus:
         print(f"{splits_of_number(result, num_gpus)}\n")
     print(f"{gpus_table(result)}\n", flush=True)

@@ -82,7 +82,9 @@ def accepted(server: socket.socket, process: subprocess.Popen[bytes], log: Path)
         except TimeoutError:
             if process.poll() is not None:
                 break
-    raise RuntimeError(f"a measured group did not start within {STARTS_S} s:\n{log.read_text()}")
+    raise RuntimeError(
+        f"a measured group ended, or did not start within {STARTS_S} s:\n{log.read_text()}"
+    )
 
 
 @contextmanager

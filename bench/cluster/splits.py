@@ -89,7 +89,7 @@ def trainer_bytes(work: Workload, layout: Layout, gpu: Gpu) -> int:
         work.config,
         train={"batch_size": -(-len(work.rollouts) // copies)},
         parallel={"shard": "full" if layout.shards > 1 else "replicate"},
-        rollout={"url": "http://server" if layout.rollout_gpus else None},
+        rollout={"url": ("http://server",) if layout.rollout_gpus else None},
     )
     student, teacher = LONGEST_PROMPTS
     lengths = memory.Lengths(student, teacher, config.rollout.max_new_tokens)

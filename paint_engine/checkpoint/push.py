@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, ModelCardData, get_token, is_offline_mode
 from paint_engine.checkpoint.directory import best_checkpoint, list_checkpoints
 from paint_engine.checkpoint.exported import export_adapter
 from paint_engine.config.sections import ModelSection
-from paint_engine.files import one_line
+from paint_engine.files import one_line, write_atomic
 from paint_engine.model import is_on_hub
 
 _CARD_FILE = "README.md"
@@ -54,7 +54,7 @@ def push_adapter(
         with TemporaryDirectory() as folder:
             steps = _export_into(Path(folder), run_dir, base)
             card = _card(base, title, facts, steps)
-            (Path(folder) / _CARD_FILE).write_text(card, encoding="utf-8")
+            write_atomic(Path(folder) / _CARD_FILE, card)
             api = HfApi(library_name="paint-engine")
             url = api.create_repo(repo, private=True, exist_ok=True)
             message = f"Adapter after {steps['last']} steps"
@@ -101,4 +101,4 @@ def _card(
 def _by_hand(run_dir: Path, repo: str) -> str:
     output = f"{run_dir.name}-adapter"
     export = ["python", "-m", "paint_engine.export", str(run_dir), output, "--form", "adapter"]
-    return f"{shlex.join(export)} && {shlex.join(['hf', 'upload', repo, output])}"
+    return f"{shlex.join(export)} && {shlex.join(['hf', 'upload', '--private', repo, output])}"

@@ -14,7 +14,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property
+from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -100,7 +101,7 @@ class PromptCache:
         dated = shows_date(tokenizer) and prompts.date is None
         return ours and isinstance(backend, Tokenizer) and not dated
 
-    @cached_property
+    @property
     def _tokenizer_state(self) -> list[str]:
         tokenizer = self._tokenizer
         special = json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)
@@ -165,6 +166,10 @@ def _write(path: Path, origin: str, prompts: Prompts) -> None:
     write_atomic(path, _sealed(origin, content) + content)
     with writing(path.parent):
         files = [entry for entry in os.scandir(path.parent) if entry.name.endswith(_SUFFIX)]
-        times = {entry.name: os.stat(entry.path).st_mtime for entry in files if entry.is_file()}
+        times = {}
+        for entry in files:
+            # Another process may delete it too.
+            with suppress(FileNotFoundError):
+                times[entry.name] = os.stat(entry.path).st_mtime
         for name in sorted(times, key=times.__getitem__)[:-_MAX_FILES]:
             (path.parent / name).unlink(missing_ok=True)

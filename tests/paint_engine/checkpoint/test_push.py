@@ -184,7 +184,7 @@ def test_without_an_answer_the_run_ends_all_the_same(
     assert line.startswith(f"note: the adapter was not pushed to {REPO}: ConnectError")
     by_hand = line.partition("push it with: ")[2]
     export, _, upload = by_hand.partition(" && ")
-    assert shlex.split(upload) == ["hf", "upload", REPO, "run-adapter"]
+    assert shlex.split(upload) == ["hf", "upload", "--private", REPO, "run-adapter"]
     assert shlex.split(export)[3:] == [str(tmp_path / "run"), "run-adapter", "--form", "adapter"]
 
 
