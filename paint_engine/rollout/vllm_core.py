@@ -136,10 +136,11 @@ class Core:
 
         if isinstance(weights, SharedWeights):
             # The engine is in this process, so that nothing of it is pickled.
-            source: dict[str, Any] = {"weights_iterator": weights.tensors()}
+            tensors = weights.tensors()
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
         else:
-            source = {"weights_path": str(weights.directory) if weights else self._base_path}
-        self._llm.collective_rpc("reload_weights", kwargs=source)
+            path = str(weights.directory) if weights else self._base_path
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
         if current_platform.is_cpu():
             self._llm.apply_model(_repack_tied_head)
         self._llm.reset_prefix_cache()
