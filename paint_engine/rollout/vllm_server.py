@@ -74,11 +74,11 @@ class Replica:
         self._base_name = ""
         self._loaded: str | None = None
 
-    def unfit(self, answer_s: float = _ANSWER_TIMEOUT_S) -> str | None:
+    def unfit(self, answer_s: float | None = None) -> str | None:
         """Returns the reason why this server cannot provide rollouts, or None. Sets the name of the
         served model.
 
-        answer_s: how long it may take to sample a token.
+        answer_s: how long it may take to sample a token; None = as long as any reply.
         """
         try:
             self._server.request("GET", "/health", timeout_s=_CONTROL_TIMEOUT_S)
@@ -101,7 +101,7 @@ class Replica:
             return None
         return f"the server at {self.url} {fault}; start it with: {self._command}"
 
-    def _probe(self, answer_s: float) -> str | None:
+    def _probe(self, answer_s: float | None) -> str | None:
         # With one candidate the processed log-probability is 0. The raw one hardly ever is.
         params = SamplingParams(1.0, 1.0, 1, 1, (), self._head_size)
         completion = self.complete(None, (0,), 0, params, Requests(), answer_s)
@@ -154,18 +154,18 @@ class Replica:
         seed: int,
         params: SamplingParams,
         requests: Requests,
-        answer_s: float = _ANSWER_TIMEOUT_S,
+        answer_s: float | None = None,
     ) -> Completion:
         """Returns the completion by the adapter of this name; None = by the base. Raises what
         `engine_faults` converts.
 
-        answer_s: how long the reply may take, beside the time of its tokens.
+        answer_s: how long the reply may take, beside the time of its tokens; None = ten minutes.
         """
         body = self._server.request(
             "POST",
             "/v1/completions",
             self._request(adapter or self._base_name, prompt, seed, params),
-            timeout_s=answer_s + _TOKEN_TIMEOUT_S * params.max_new_tokens,
+            timeout_s=(answer_s or _ANSWER_TIMEOUT_S) + _TOKEN_TIMEOUT_S * params.max_new_tokens,
             max_bytes=MAX_BODY_BYTES
             + _TOKEN_BYTES * params.max_new_tokens
             + _PROMPT_TOKEN_BYTES * len(prompt),
