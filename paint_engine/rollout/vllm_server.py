@@ -379,12 +379,13 @@ class ServerEngine:
             if self._in_use():
                 return
             # One that is healthy and not fit does not end the wait for the others.
-            if all(self._healths()):
+            if all(self._healths(_CONTROL_TIMEOUT_S)):
                 raise EngineDied(self._reasons())
-            time.sleep(_POLL_S)
+            time.sleep(max(0.0, min(deadline - time.monotonic(), _POLL_S)))
         raise EngineDied(
             f"the server at {' and at '.join(one.url for one in self._replicas)} has not "
             f"returned within {self._restart_timeout_s:.0f} s"
+            + (f" ({self._reasons()})" if self._lost else "")
         )
 
     def close(self) -> None:
@@ -447,7 +448,7 @@ class ServerEngine:
         """Returns whether a server answers and its engine is alive."""
         return any(self._healths(timeout_s))
 
-    def _healths(self, timeout_s: float = _CONTROL_TIMEOUT_S) -> list[bool]:
+    def _healths(self, timeout_s: float) -> list[bool]:
         return self._of_each(lambda replica: replica.is_healthy(timeout_s))
 
     def _of_each(self, ask: Callable[[Replica], T]) -> list[T]:

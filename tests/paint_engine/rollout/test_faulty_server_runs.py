@@ -126,8 +126,9 @@ def test_a_run_goes_on_when_one_of_its_servers_dies(
     assert text.err.count("its requests go to the other servers until it returns") == 1
     assert f"the server at {second.url} is gone" in text.err
     assert "restarted once" not in text.err and "Traceback" not in text.err
-    # Four steps of three rollouts, in equal shares until the fourth request to the second server.
-    assert (sampled(server), sampled(second)) == (12 - 3, 4)
+    # Four steps of three rollouts, in equal shares until the fourth request to the second server,
+    # beside which the fifth may be under way.
+    assert sampled(server) == 12 - 3 and sampled(second) in (4, 5)
     assert numbers(tmp_path / "run") == numbers(tmp_path / "undisturbed")
     assert (
         str([server.url, second.url]).replace("'", '"')
