@@ -77,11 +77,12 @@ class Config(Section):
                 f"{self.train.num_steps}; needs at most that many; lower it or train longer"
             )
         if self.eval.final is not None and not self.eval.at_end:
+            samples, tokens = self.eval.final_num_samples, self.eval.final_max_new_tokens
             raise ValueError(
-                f"eval.at_end: got false with eval.final_num_samples {self.eval.final_num_samples} "
-                f"and eval.final_max_new_tokens {self.eval.final_max_new_tokens}; needs true, "
-                "since the full protocol follows the evaluation after the last step; leave these "
-                "keys out, or set --eval.at_end true"
+                f"eval.at_end: got false with eval.final_num_samples {samples or 'none'} and "
+                f"eval.final_max_new_tokens {tokens or 'none'}; needs true, since the full "
+                "protocol follows the evaluation after the last step; leave these keys out, or "
+                "set --eval.at_end true"
             )
         self._check_evaluations_engine()
         self._check_rollouts()

@@ -201,5 +201,5 @@ def wandb_id(run_dir: Path) -> str:
 def _missing_package(setting: str, extra: str) -> str:
     return (
         f"{setting} is set but the package {extra} is not installed; run "
-        f"pip install '.[{extra}]' in the clone, or unset {setting}."
+        f"pip install -e '.[{extra}]' in the clone, or unset {setting}."
     )

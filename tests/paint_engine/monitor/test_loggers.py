@@ -119,7 +119,9 @@ def test_absent_package_names_the_extra(
 ) -> None:
     check_loggers(**{**WITHOUT, **asked})
     monkeypatch.setattr("paint_engine.monitor.loggers.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=rf"not installed; run pip install '\.\[{package}\]' in"):
+    with pytest.raises(
+        ValueError, match=rf"not installed; run pip install -e '\.\[{package}\]' in"
+    ):
         check_loggers(**{**WITHOUT, **asked})
     check_loggers(tensorboard=False, wandb_project=None)
 
