@@ -159,7 +159,8 @@ def test_only_the_first_token_of_one_answer_is_asked_for_with_its_log_probabilit
     if math.isnan(first):
         with pytest.raises(NotFinite, match=r"token 0 .* of the completion for p:1 is nan"):
             ask()
-        assert engine.asked == [(1, 1, True)] and not seen
+        # Then for nothing: ranks that share the engine wait for this one in the answers' batch.
+        assert engine.asked == [(1, 1, True), (0, 30, False)] and not seen
     else:
         ask()
         assert engine.asked == [(1, 1, True), (2, 30, False)] and len(seen) == 2
