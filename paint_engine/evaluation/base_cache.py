@@ -16,10 +16,17 @@ from pathlib import Path
 
 from paint_engine.config.plugins import is_own
 from paint_engine.config.sections import BESIDE_RUN
-from paint_engine.evaluation.store import Evaluation, Header, read_finished, write_evaluation
+from paint_engine.evaluation.store import (
+    Evaluation,
+    Header,
+    read_finished,
+    remove_shares,
+    write_evaluation,
+)
 from paint_engine.files import (
     BASE_CACHE_DIRECTORY,
     BadFile,
+    DirectoryLock,
     WriteFailed,
     check_links,
     package_versions,
@@ -78,10 +85,33 @@ def find_base(directory: Path, header: Header) -> tuple[Path, Evaluation] | None
     return None if found is None else (directory / f"{_name_of(header)}.json", found)
 
 
-def reused(evaluation: Evaluation, header: Header) -> Evaluation:
-    """Returns an entry's evaluation as one of a run or command with this header, which it has taken
-    no time."""
-    return replace(evaluation, header=header, seconds=0.0)
+def copy_base(
+    cache: Path,
+    entry: Header,
+    directory: Path,
+    name: str,
+    header: Header,
+    lock: DirectoryLock | None,
+) -> tuple[Path, Evaluation] | None:
+    """Copies the entry of a header (`cache_header`'s) to `directory` under `name`, as an evaluation
+    with `header` that has taken no time. Returns the entry's file and the copy; None without one.
+
+    Raises BadFile, ReadFailed, WriteFailed and LockLost.
+    """
+    found = find_base(cache, entry)
+    if found is None:
+        return None
+    file, evaluation = found
+    if lock is not None:
+        lock.check()
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        # Of other settings.
+        (directory / f"{name}.json").unlink(missing_ok=True)
+    copy = replace(evaluation, header=header, seconds=0.0)
+    write_evaluation(directory, name, copy)
+    remove_shares(directory, name)
+    return file, copy
 
 
 def keep_base(directory: Path, header: Header, evaluation: Evaluation) -> Path:

@@ -16,7 +16,7 @@ from paint_engine.distributed import (
     together,
 )
 from paint_engine.evaluation.answers import FAILURES, all_requests, check_answers, evaluate
-from paint_engine.evaluation.base_cache import cache_header, find_base, reused, share_base
+from paint_engine.evaluation.base_cache import cache_header, copy_base, share_base
 from paint_engine.evaluation.compare import is_training_run
 from paint_engine.evaluation.flags import EvaluationCommand, own_flags
 from paint_engine.evaluation.plan import Plan, make_plan
@@ -33,7 +33,6 @@ from paint_engine.evaluation.store import (
     read_finished,
     read_unfinished,
     remove_shares,
-    write_evaluation,
 )
 from paint_engine.evaluation.target import build_engine, compute_dtype_of
 from paint_engine.files import (
@@ -235,12 +234,11 @@ def reuse_bases(
         for name in missing:
             header = plan.headers[name]
             entry = cache_header(header)
-            if entry is not None and (kept := find_base(directory, entry)) is not None:
-                file, evaluation = kept
-                lock.check()
-                copies[name] = reused(evaluation, header)
-                write_evaluation(plan.directory, name, copies[name])
-                remove_shares(plan.directory, name)
+            if entry is None:
+                continue
+            copy = copy_base(directory, entry, plan.directory, name, header, lock)
+            if copy is not None:
+                file, copies[name] = copy
                 say(f"{one_line(name)}: reused, from {file}; nothing was sampled")
         return copies
 

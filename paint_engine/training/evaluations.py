@@ -17,8 +17,7 @@ from paint_engine.evaluation.answers import FAILURES, all_requests, check_answer
 from paint_engine.evaluation.base_cache import (
     base_cache_of,
     cache_header,
-    find_base,
-    reused,
+    copy_base,
     share_base,
 )
 from paint_engine.evaluation.store import (
@@ -31,7 +30,6 @@ from paint_engine.evaluation.store import (
     evaluation_settings,
     fingerprints,
     remove_shares,
-    write_evaluation,
 )
 from paint_engine.evaluation.target import Target
 from paint_engine.files import (
@@ -43,7 +41,6 @@ from paint_engine.files import (
     LockLost,
     one_line,
     read_json,
-    writing,
 )
 from paint_engine.model import compute_dtype
 from paint_engine.monitor import Progress
@@ -295,22 +292,14 @@ def _reuse_base(run: Run, name: str, progress: Progress, *, final: bool) -> bool
             return False
         header = evaluation_header(run, name, 0, None, final=final)
         entry = _base_entry(run, header)
-        if entry is None or (found := find_base(*entry)) is None:
+        if entry is None:
             return False
-        file, evaluation = found
-        if run.lock is not None:
-            run.lock.check()
-        directory, files_name = (
-            evaluation_directory(run.run_dir),
-            _files_of(run, 0, name, final=final),
-        )
-        with writing(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            # Of other settings.
-            (directory / f"{files_name}.json").unlink(missing_ok=True)
-        write_evaluation(directory, files_name, reused(evaluation, header))
-        remove_shares(directory, files_name)
-        progress.note(f"{one_line(name)}: the base's evaluation is reused, from {file}")
+        directory = evaluation_directory(run.run_dir)
+        files_name = _files_of(run, 0, name, final=final)
+        copy = copy_base(*entry, directory, files_name, header, run.lock)
+        if copy is None:
+            return False
+        progress.note(f"{one_line(name)}: the base's evaluation is reused, from {copy[0]}")
         return True
 
     return gather_objects(together(reuse, (LockLost, *FILE_FAILURES)))[0]
