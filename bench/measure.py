@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -121,12 +121,27 @@ def git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def commit() -> str:
-    """Returns the checkout's commit; BENCH_COMMIT without a checkout; empty without either."""
-    head = git("rev-parse", "HEAD") if shutil.which("git") else ""
+def commit(but: Sequence[str] = ()) -> str:
+    """Returns the checkout's commit, with "+changes" if it has any; BENCH_COMMIT without a
+    checkout; empty without either.
+
+    but: folders that do not count. The last commit that changed anything else is returned.
+    """
+    rest = _all_but(but)
+    head = git("log", "-1", "--format=%H", *(rest if but else ())) if shutil.which("git") else ""
     if not head:
         return os.environ.get("BENCH_COMMIT", "")
-    return head + ("+changes" if git("status", "--porcelain") else "")
+    return head + ("+changes" if changes(but) else "")
+
+
+def changes(but: Sequence[str] = ()) -> str:
+    """Returns git's lines of the files that differ from the commit, in all folders but these; empty
+    for none, and without a checkout."""
+    return git("status", "--porcelain", *_all_but(but)) if shutil.which("git") else ""
+
+
+def _all_but(folders: Sequence[str]) -> tuple[str, ...]:
+    return ("--", ".", *(f":(exclude){folder}" for folder in folders))
 
 
 def version(package: str) -> str:

@@ -1,29 +1,31 @@
 """Makes the paper's four tables at laptop scale, and one of other teachers and signals.
 
-    python -m bench.paper_tables --quick    # ten minutes on two cores
-    python -m bench.paper_tables --tables 5
+    python -m bench.paper_tables --quick          # fifteen minutes on two cores
+    python -m bench.paper_tables --minutes 120    # resumes; again until no run is left
     python -m bench.paper_tables --rerun small/paint/seed-0
 
 Every recipe, mask ratio, placement and interpolation of the paper runs on the laptop problems, with
 equal bases, steps and rollouts, learning rates from one sweep on validation problems, and several
-seeds. Finished runs are kept in --runs, and a command that was killed resumes with the missing
-ones. --rerun repeats one row or run of the committed result from scratch and exits with 1 if its
-accuracies differ. --list prints the runs' ids.
+seeds. Finished runs are kept in --ledger, and the command resumes with the missing ones. --rerun
+repeats one row or run of the ledger from scratch and exits with 1 if its accuracies differ. --list
+prints the runs' ids.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.paper.markdown import document
+from bench.paper.ledger import Ledger
+from bench.paper.markdown import document, mechanisms_figure
 from bench.paper.plan import (
-    PAPER,
+    NOT_CODE,
+    NUMBERS,
     SCALES,
-    TABLES,
     Scale,
     needed_bases,
     quick,
@@ -31,11 +33,10 @@ from bench.paper.plan import (
     table_runs,
 )
 from bench.paper.result import build_result, rerun
-from bench.paper.runs import describe_bases, make_bases, make_pool, run_tables, visible_gpus
+from bench.paper.runs import Crew, describe_bases, make_bases, make_pool, run_tables, visible_gpus
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-NUMBERS = tuple(table.number for table in TABLES)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -45,26 +46,41 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one base, two seeds, half the steps: ten minutes on two cores",
+        help="one base, two seeds, half of the steps: fifteen minutes on two cores",
     )
     parser.add_argument(
         "--scale",
         choices=SCALES,
         default="laptop",
-        help="laptop: bases of 0.9 to 1.9 million parameters, 90 minutes on two cores; "
-        "gpu: bases of 10 to 100 million parameters",
+        help="laptop: the bundled base, six hours on two cores; gpu: bases of 10 and 30 million "
+        "parameters",
     )
     parser.add_argument(
         "--tables",
         type=int,
         nargs="+",
         choices=NUMBERS,
-        default=PAPER,
+        default=NUMBERS,
         help="1: recipes; 2: mask ratios; 3: placements; 4: interpolation; 5: other teachers, "
-        "contexts and signals, not in the paper (default: 1 2 3 4)",
+        "contexts and signals, not in the paper (default: all)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="no run starts after so many minutes; the command resumes (default: no limit)",
     )
     parser.add_argument("--workers", type=int, help="default: 2, or the number of GPUs")
-    parser.add_argument("--runs", type=Path, help="default: runs/paper-tables-SCALE")
+    parser.add_argument(
+        "--ledger",
+        type=Path,
+        help="JSON Lines file of the finished runs (default: paper-runs.jsonl in bench/results, or "
+        "paper-runs-SCALE.jsonl)",
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        help="directory of logs and run directories (default: runs/paper-tables-SCALE)",
+    )
     parser.add_argument(
         "--bases",
         type=Path,
@@ -74,8 +90,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=Path,
-        help="JSON file; Markdown and a figure are written beside it (default: paper-tables.json "
+        help="JSON file; Markdown and figures are written beside it (default: paper-tables.json "
         "in bench/results, or paper-tables-1-2.json for --tables 1 2)",
+    )
+    parser.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="run with uncommitted changes of the code: for tries, not for results",
     )
     parser.add_argument(
         "--rerun", metavar="ID", help="repeat a row or run, such as small/paint/seed-0"
@@ -101,73 +122,97 @@ def default_workers(scale: Scale) -> int:
 
 
 def output_path(arguments: argparse.Namespace, scale: Scale) -> Path:
-    """Returns the result file to write, or the one that a rerun is compared with."""
+    """Returns the result file to write."""
     parts = ["paper-tables", *([] if scale.name == "laptop" else [scale.name])]
     numbers = sorted(set(arguments.tables))
-    # Some of the paper's tables do not replace the file of all, which a rerun is compared with.
-    is_part = numbers != list(PAPER) and not (arguments.rerun and set(numbers) <= set(PAPER))
-    parts += map(str, numbers) if is_part else []
+    # Some of the tables do not replace the file of all.
+    parts += map(str, numbers) if numbers != list(NUMBERS) else []
     return arguments.output or RESULTS / f"{'-'.join(parts)}.json"
 
 
-def make_tables(arguments: argparse.Namespace, scale: Scale, num_workers: int) -> Path:
-    """Makes the missing bases and runs and writes the result file; returns its path."""
+def ledger_path(arguments: argparse.Namespace, scale: Scale) -> Path:
+    name = "paper-runs" if scale.name == "laptop" else f"paper-runs-{scale.name}"
+    return arguments.ledger or RESULTS / f"{name}.jsonl"
+
+
+def check_committed() -> None:
+    """Raises ValueError for uncommitted changes of what runs depend on: each run records the commit
+    that it can be repeated with."""
+    # Imported late, as below.
+    from bench.measure import changes
+
+    if found := changes(but=NOT_CODE):
+        raise ValueError(
+            f"the checkout has uncommitted changes outside of {', '.join(NOT_CODE)}:\n{found}\n"
+            "needs a commit, which each run records; commit them, or pass --allow-changes for a try"
+        )
+
+
+def make_tables(arguments: argparse.Namespace, scale: Scale, num_workers: int) -> str:
+    """Makes the missing bases and runs, and writes the result file if no run is left; returns a
+    line on the outcome."""
+    started, minutes = time.monotonic(), arguments.minutes
     numbers = tuple(sorted(set(arguments.tables)))
     directory = arguments.runs or Path("runs") / f"paper-tables-{scale.name}"
-    output = output_path(arguments, scale)
+    ledger = Ledger(ledger_path(arguments, scale))
     names = needed_bases(scale, numbers)
     make_bases(names, arguments.bases)
     with make_pool(num_workers, on_gpus=arguments.scale == "gpu") as pool:
-        records, choices, swept = run_tables(scale, numbers, arguments.bases, directory, pool)
+        crew = Crew(pool, num_workers, None if minutes is None else started + 60 * minutes)
+        finished = run_tables(scale, numbers, arguments.bases, directory, crew, ledger)
+    if isinstance(finished, int):
+        return (
+            f"{finished} runs are left; {len(ledger.records)} are in {ledger.path}; the same "
+            "command resumes with the missing ones"
+        )
     bases = describe_bases(names, arguments.bases)
-    result = build_result(scale, numbers, bases, records, choices, swept, num_workers)
+    result = build_result(scale, numbers, bases, finished, num_workers)
     if len(result["commits"]) > 1:
         print(
             f"note: the runs come from {len(result['commits'])} commits; if code or presets "
-            "changed between them, repeat all runs with another --runs"
+            "changed between them, repeat all runs with another --ledger"
         )
+    output = output_path(arguments, scale)
     write(result, output)
-    return output
+    return f"wrote {output}"
 
 
 def write(result: dict[str, Any], output: Path) -> None:
-    """Writes the result file, and beside it the same as a Markdown page and a figure."""
+    """Writes the result file, and beside it the same as a Markdown page and two figures."""
     # Imported late, because it imports PyTorch, which workers import after their own settings.
-    from bench.paper.figures import save
+    from bench.paper.figures import draw_mechanisms, draw_tables, save
 
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(dump(result))
-    figure = output.with_suffix(".png")
-    output.with_suffix(".md").write_text(document(result, figure.name))
-    save(result, figure)
+    output.with_suffix(".md").write_text(document(result, output.stem))
+    save(draw_tables, result, output.with_suffix(".png"))
+    save(draw_mechanisms, result, output.with_name(mechanisms_figure(output.stem)))
 
 
 def dump(result: dict[str, Any]) -> str:
-    """Returns JSON with one line per run, so that a changed run is a changed line."""
-    head = {name: value for name, value in result.items() if name != "runs"}
-    runs = ",\n".join(json.dumps(run) for run in result["runs"])
-    return f'{json.dumps(head, indent=1)[:-2]},\n "runs": [\n{runs}\n ]\n}}\n'
+    """Returns JSON with one line for the mechanisms of each row, which are the last entry."""
+    head = {name: value for name, value in result.items() if name != "mechanisms"}
+    rows = ",\n".join(json.dumps(row) for row in result["mechanisms"])
+    return f'{json.dumps(head, indent=1)[:-2]},\n "mechanisms": [\n{rows}\n ]\n}}\n'
 
 
 def rerun_from(arguments: argparse.Namespace, scale: Scale, num_workers: int) -> int:
-    """Returns the exit status: 1 if a run's answers differ from those in the result.
+    """Returns the exit status: 1 if a run's answers differ from those in the ledger.
 
-    Raises ValueError if there is no result of this scale.
+    Raises ValueError if there is no ledger.
     """
-    output = output_path(arguments, scale)
-    if not output.exists():
-        raise ValueError(f"--rerun: {output} does not exist; needs a result; make the tables first")
-    result = json.loads(output.read_text())
-    if result["scale"]["name"] != scale.name:
+    path = ledger_path(arguments, scale)
+    if not path.exists():
         raise ValueError(
-            f"--rerun: {output} has scale {result['scale']['name']}, not {scale.name}; pass the "
-            "--scale and --quick that it was made with"
+            f"--rerun: {path} does not exist; needs the ledger of the runs; pass the --scale and "
+            "--quick that it was made with, or --ledger"
         )
     with (
         tempfile.TemporaryDirectory() as directory,
         make_pool(num_workers, on_gpus=arguments.scale == "gpu") as pool,
     ):
-        lines = rerun(result, arguments.rerun, arguments.bases, Path(directory), pool)
+        bases = arguments.bases
+        lines = rerun(Ledger(path), scale, arguments.rerun, bases, Path(directory), pool)
     print("\n".join(lines))
     return int(any(line.endswith("DIFFERS") for line in lines))
 
@@ -183,7 +228,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_workers = arguments.workers or default
         if arguments.rerun:
             sys.exit(rerun_from(arguments, scale, num_workers))
-        print(f"wrote {make_tables(arguments, scale, num_workers)}")
+        if not arguments.allow_changes:
+            check_committed()
+        print(make_tables(arguments, scale, num_workers))
     except (ValueError, RuntimeError) as failure:
         sys.exit(f"error: {failure}")
 

@@ -1,15 +1,18 @@
-"""Draws the tables' differences with their intervals, beside those of the paper."""
+"""Draws the tables' differences with their intervals, beside those of the paper; and what happens
+inside the runs."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from bench.figures import COLOURS, STYLE
 from bench.paper.markdown import (
+    KIND_LABELS,
     LABELS,
     backbone_index,
     base_names,
@@ -17,17 +20,26 @@ from bench.paper.markdown import (
     panels_of,
     ratio_label,
     reference_of,
+    setting_label,
+    times_chance,
 )
+from bench.paper.mechanisms import KINDS
+from bench.paper.plan import RATIO_ROWS
 from bench.paper.published import paper_difference
 from bench.tables import Result
 
+SHADES = colormaps["viridis_r"]
 TITLES = {
     1: "Table 1, recipes: points above no update,\n{base}",
     2: "Table 2, share of the solution hidden at\noverlap 1 / 0: points above 0.40 / 0.30",
     3: "Table 3, what is hidden:\npoints above a suffix",
     4: "Table 4, strength k and budget f of the\ninterpolation: points above k 0.03, f 0.03",
-    5: "Other teachers, contexts and signals:\npoints above no update",
+    5: "Table 5, other teachers, contexts and signals:\npoints above no update",
 }
+LINES = ((1,), (2, 3, 4), (5,))
+"""the tables of each line of panels"""
+WAY_ROWS = ("rho-0.00-0.00", "rho-0.25-0.25", "rho-0.40-0.30", "rho-0.75-0.75", "opsd", "sft")
+"""rows whose share of solutions that go "together" is drawn"""
 
 
 def row_name(table: int, setting: str) -> str:
@@ -85,16 +97,15 @@ def draw_panel(axes: Axes, result: Result, panel: dict[str, Any]) -> None:
 
 
 def draw_tables(result: Result) -> Figure:
-    """Draws Table 1's bases in the first row of panels, the ablations in the second."""
-    numbers = sorted({panel["table"] for panel in result["tables"]})
-    first = panels_of(result, 1)
-    second = [panel for number in numbers if number > 1 for panel in panels_of(result, number)]
-    lines = [line for line in (first, second) if line]
+    """Draws Table 1's bases in the first line of panels, the ablations in the second, and Table 5
+    in the last."""
+    lines = [[panel for number in line for panel in panels_of(result, number)] for line in LINES]
+    lines = [line for line in lines if line]
     figure = Figure(figsize=(12, 2.9 * len(lines) + 0.4), layout="constrained")
     parts = figure.subfigures(len(lines), 1, squeeze=False)[:, 0]
     for part, line in zip(parts, lines, strict=True):
         # The bases share an axis, so that their gains can be compared.
-        share = line is first
+        share = line[0]["table"] == 1
         drawn = part.subplots(1, len(line), squeeze=False, sharex=share)[0]
         for axes, panel in zip(drawn, line, strict=True):
             draw_panel(axes, result, panel)
@@ -114,7 +125,59 @@ def draw_tables(result: Result) -> Figure:
     return figure
 
 
-def save(result: Result, path: Path) -> None:
+def draw_mechanisms(result: Result) -> Figure:
+    """Draws, of the rows that were run: the teacher's entropy by mask ratio, the share of solutions
+    that go "together", and how often PAINT selects each kind of token, against chance."""
+    rows = {row["setting"]: row for row in result["mechanisms"]}
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    entropy, way, kinds = figure.subplots(1, 3)
+    draw_entropies(entropy, {name: rows[name] for name in RATIO_ROWS if name in rows})
+    draw_ways(way, {name: rows[name] for name in WAY_ROWS if name in rows})
+    if "paint" in rows:
+        draw_selection(kinds, rows["paint"]["kinds"])
+    for axes in (entropy, way):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3, linewidth=0.5)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=7)
+    titles = ("Teacher's entropy, nats", 'Share of solutions that go "together"')
+    titles += ("PAINT: selected, times chance",)
+    for axes, title in zip((entropy, way, kinds), titles, strict=True):
+        axes.set_title(title, loc="left", fontsize=9)
+    return figure
+
+
+def draw_entropies(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
+    """Draws a line per mask ratio, darker the more is hidden."""
+    for setting, row in rows.items():
+        values = row["steps"]["teacher_entropy"]
+        shade = SHADES(0.2 + sum(map(float, ratio_label(setting))) / 2)
+        axes.plot(range(1, len(values) + 1), values, color=shade, label=setting_label(setting))
+
+
+def draw_ways(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
+    """Draws a line per row: of its rollouts, for each block of steps; of SFT, which has none, of
+    its answers to the test problems."""
+    for place, (setting, row) in enumerate(rows.items()):
+        points = row["answers" if setting == "sft" else "blocks"]
+        steps = [entry["step"] for entry in points]
+        shares = [entry["together"] / entry["solutions"] for entry in points]
+        label = setting_label(setting) + ", test answers" * (setting == "sft")
+        style: dict[str, Any] = {"marker": "s", "linestyle": ":"} if setting == "sft" else {}
+        axes.plot(steps, shares, color=f"C{place}", label=label, **style)
+    axes.set_ylim(-0.02, 1.02)
+
+
+def draw_selection(axes: Axes, kinds: dict[str, dict[str, float]]) -> None:
+    axes.barh(
+        range(len(KINDS)), [times_chance(kinds, kind) for kind in KINDS], color=COLOURS["ours"]
+    )
+    axes.set_yticks(range(len(KINDS)), [KIND_LABELS[kind] for kind in KINDS])
+    axes.invert_yaxis()
+    axes.axvline(1, color="#333333", linewidth=0.8)
+
+
+def save(draw: Callable[[Result], Figure], result: Result, path: Path) -> None:
     with rc_context(STYLE):
         # Omits matplotlib's version, so that equal results give equal files.
-        draw_tables(result).savefig(path, metadata={"Software": None})
+        draw(result).savefig(path, metadata={"Software": None})

@@ -4,7 +4,9 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from bench.paper.plan import PAPER
+from bench.paper.claims import CLAIMS, level_of
+from bench.paper.mechanisms import KINDS
+from bench.paper.plan import KEPT_ROLLOUTS, PAPER, TABLES
 from bench.paper.published import ABLATIONS, TABLE_1, paper_difference
 from bench.tables import Result, Table, markdown
 
@@ -32,7 +34,7 @@ TITLES = {
     5: "other teachers, contexts and signals",
 }
 NOT_IN_PAPER = "none"
-QUICK = "**A quick version:** one base, two seeds, half the steps, some of the rows. Not a result."
+QUICK = "**A quick version:** one base, two seeds, few steps, some of the rows. Not a result."
 
 
 def percent(value: float) -> str:
@@ -57,7 +59,7 @@ def difference_cells(row: dict[str, Any], reference: str) -> list[str]:
     for difference in row["differences"]:
         if difference["reference"] == reference:
             above, equal = difference["seeds_above"], difference["seeds_equal"]
-            seeds = f"{above} of {len(row['last_by_seed'])}" + f", {equal} equal" * (equal > 0)
+            seeds = f"{above} of {difference['num_seeds']}" + f", {equal} equal" * (equal > 0)
             return [difference_cell(difference), difference["verdict"], seeds]
     return ["", "", ""]
 
@@ -98,6 +100,7 @@ def recipes_table(result: Result) -> str:
             setting, rate = row["setting"], row["learning_rate"]
             is_base = setting == "base"
             paper = None if is_base else paper_difference(1, index, setting, "base")
+            published = TABLE_1[backbone].get(setting)
             lines.append(
                 [
                     base_names(result)[panel["size"]] if is_base else "",
@@ -105,7 +108,7 @@ def recipes_table(result: Result) -> str:
                     *accuracy_cells(row),
                     *difference_cells(row, "base"),
                     "" if rate is None else f"{rate:g}",
-                    f"{TABLE_1[backbone][setting][-1]} ({backbone})",
+                    NOT_IN_PAPER if published is None else f"{published[-1]} ({backbone})",
                     "" if is_base else points(paper),
                 ]
             )
@@ -209,7 +212,7 @@ def teachers_table(result: Result) -> str:
 
 def reference_of(panel: dict[str, Any]) -> str:
     """Returns the setting that the other rows of a panel are compared with."""
-    return next(d["reference"] for row in panel["rows"] for d in row["differences"])
+    return next(table for table in TABLES if table.number == panel["table"]).references[0]
 
 
 def ratio_label(setting: str) -> list[str]:
@@ -230,19 +233,24 @@ def caption(result: Result, table: int, *, beside_paper: bool = True) -> str:
     scale, panels = result["scale"], panels_of(result, table)
     of = "macro Avg@12" if table == 1 else "AIME 2024 Avg@12 of Qwen3-1.7B"
     base = "" if table == 1 else f"{base_names(result)[panels[0]['size']]}; "
-    num_seeds, most = len(panels[0]["seeds"]), len(scale["main_seeds"])
-    fewer = table == 4 and num_seeds < most
-    shared = f" PAINT's row uses the first {num_seeds} seeds of Table 1." * fewer
+    shared = ""
     if table in (2, 3):
         shared = " No row interpolates: the default is the first row of Table 4."
     return (
         f"{QUICK + ' ' if result['quick'] else ''}Avg@{scale['num_samples']} on "
-        f"{scale['num_problems']} held-out problems, mean of {num_seeds} seeds; "
+        f"{scale['num_problems']} held-out problems, mean of {seeds_text(scale)}; "
         f"{base}{scale['num_steps']} steps of {scale['batch_size']} rollouts or solutions. "
         "Differences are between last accuracies, in points, with 95% intervals of about "
         f"±{half_width(panels):.1f} points; smaller differences are not resolved.{shared} "
         f"{f'Paper: {of}. ' * beside_paper}{made_by(result)}"
     )
+
+
+def seeds_text(scale: dict[str, Any]) -> str:
+    """Returns the number of seeds, and those of the rows that have more."""
+    few, some, many = (len(scale[n]) for n in ("seeds", "claim_seeds", "primary_seeds"))
+    more = f" ({some} for the rows of a claim, {many} for OPSD and PAINT)"
+    return f"{few} seeds" + more * (many > few)
 
 
 def half_width(panels: list[dict[str, Any]]) -> float:
@@ -282,15 +290,147 @@ def rates_table(result: Result) -> str:
         edge = "yes" if choice["at_grid_edge"] else ""
         lines.append([choice["size"], LABELS[choice["recipe"]], *cells, edge])
     scale = result["scale"]
-    answers = scale["sweep_problems"] * scale["sweep_samples"]
+    num_seeds = len(scale["sweep_seeds"])
+    answers = scale["sweep_problems"] * scale["sweep_samples"] * num_seeds
     text = (
         f"Avg@{scale['sweep_samples']} on {scale['sweep_problems']} validation problems after "
-        f"{scale['num_steps']} steps, with one seed that no table uses. The rate with the highest "
-        "accuracy is used, the lower one of equals. The difference of two accuracies near 75% from "
-        f"{answers} answers each is known to about ±{1.96 * (2 * 75 * 25 / answers) ** 0.5:.0f} "
-        "points, so the choice between closer rates is random."
+        f"{scale['num_steps']} steps, mean of {num_seeds} seed{'s' * (num_seeds > 1)} that no "
+        "table uses. The rate with the highest accuracy is used, the lower one of equals. The "
+        f"difference of two accuracies near 75% from {answers:,} answers each is known to about "
+        f"±{1.96 * (2 * 75 * 25 / answers) ** 0.5:.1f} points, and less well because seeds "
+        "differ, so the choice between closer rates is random."
     )
     return f"{markdown(header, lines)}\n\n{text}"
+
+
+def claims_table(result: Result) -> str:
+    """Returns the paper's claims with the difference, its interval and the outcome; empty if no
+    claim's rows were run."""
+    if not result["claims"]:
+        return ""
+    header = ["claim", "outcome", "difference", "level", "p", "seeds above", "size as claimed"]
+    header += ["paper's difference"]
+    lines = []
+    for entry in result["claims"]:
+        text = entry["text"] + (", the primary claim" if entry["is_primary"] else "")
+        lines.append(
+            [
+                f"**{text}**" if entry["is_primary"] else text,
+                entry["outcome"],
+                difference_cell(entry),
+                f"{100 * entry['level']:g}%",
+                f"{entry['p_value']:.2g}",
+                f"{entry['seeds_above']} of {entry['num_seeds']}",
+                size_as_claimed(entry),
+                points(entry["paper_difference"]),
+            ]
+        )
+    others = [claim for claim in CLAIMS if not claim.is_primary]
+    text = (
+        f"{QUICK + ' ' if result['quick'] else ''}Fixed before the runs. The primary claim is "
+        f"tested at 95%. The other {len(others)} share an error of 5%, so that their intervals are "
+        f"at {100 * level_of(others[0]):g}% (Bonferroni); p is of a single test. A claim is *seen* "
+        "if its interval lies on the paper's side of 0, and *reversed* if on the other. *Not seen* "
+        "is not equal: the next to last column is the largest effect as claimed that the interval "
+        "does not exclude; of a claim that was seen, it is the smallest."
+    )
+    return f"{markdown(header, lines)}\n\n{text} {made_by(result)}"
+
+
+def size_as_claimed(entry: dict[str, Any]) -> str:
+    """Returns the bound of the effect in the claimed direction, in points: the lower one of a claim
+    that was seen, else the upper one."""
+    ends = sorted(100 * entry["paper_sign"] * entry[end] for end in ("low", "high"))
+    if entry["outcome"] == "reversed":
+        return "none"
+    return f"at least {ends[0]:.1f}" if entry["outcome"] == "seen" else f"at most {ends[1]:.1f}"
+
+
+def mechanisms_text(result: Result) -> str:
+    """Returns where PAINT's selection, divergence and clip act, and how the rows' answers are
+    written."""
+    parts = [kinds_table(result), style_table(result)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def kinds_table(result: Result) -> str:
+    """Returns the shares of PAINT's tokens by kind; empty without its row."""
+    rows = [row for row in result["mechanisms"] if row["setting"] == "paint"]
+    if not rows:
+        return ""
+    kinds = rows[0]["kinds"]
+    header = ["kind of token", "of all tokens", "of the selected", "selected, times chance"]
+    header += ["of the KL", "of the clipped mass"]
+    lines = []
+    for kind in KINDS:
+        shares = {name: kind_share(kinds, kind, name) for name in KIND_SUMS}
+        lines.append(
+            [
+                KIND_LABELS[kind],
+                percent(shares["tokens"]),
+                percent(shares["selected"]),
+                f"{times_chance(kinds, kind):.2f}",
+                percent(shares["token_kl"]),
+                percent(shares["clipped_mass"]),
+            ]
+        )
+    num_tokens = round(sum(kinds[kind]["tokens"] for kind in KINDS))
+    text = (
+        f"PAINT's {num_tokens:,} tokens in the first {KEPT_ROLLOUTS} rollouts of each step, all "
+        "seeds. *Times chance*: how often a kind is selected, over how often it would be if "
+        "positions were drawn at random. KL: the divergence without the clip. Clipped mass: the "
+        "target's probability of the vocabulary entries above the clip, whose gradient it removes."
+    )
+    return f"{markdown(header, lines)}\n\n{text}"
+
+
+KIND_SUMS = ("tokens", "selected", "token_kl", "clipped_mass")
+KIND_LABELS = {
+    "result": "digit of a result",
+    "operand": "other digit",
+    "branch": "first token of a line",
+    "symbol": "other, in a formula",
+    "word": "other",
+}
+
+
+def kind_share(kinds: dict[str, dict[str, float]], kind: str, name: str) -> float:
+    """Returns a kind's share of the sum over all kinds; 0 of nothing."""
+    total = sum(kinds[one].get(name, 0) for one in KINDS)
+    return kinds[kind].get(name, 0) / total if total else 0.0
+
+
+def times_chance(kinds: dict[str, dict[str, float]], kind: str) -> float:
+    """Returns a kind's share of the selected tokens over its share of all; 0 for a kind without
+    tokens."""
+    share = kind_share(kinds, kind, "tokens")
+    return kind_share(kinds, kind, "selected") / share if share else 0.0
+
+
+def style_table(result: Result) -> str:
+    """Returns how the answers to the test problems are written after the last step, by row."""
+    header = ["row", "go together", "have a check", "are terse"]
+    lines = []
+    for row in result["mechanisms"]:
+        last = row["answers"][-1]
+        names = ("together", "checked", "terse")
+        shares = [percent(last[name] / last["solutions"]) for name in names]
+        lines.append([setting_label(row["setting"]), *shares])
+    text = (
+        "Answers to the test problems after the last step, all seeds. *Together* adds up what "
+        "comes at a time and multiplies once, as the references do; *terse* is a solution of bare "
+        "formulas, as the references are."
+    )
+    return f"{markdown(header, lines)}\n\n{text}"
+
+
+def setting_label(setting: str) -> str:
+    """Returns the words for a row of any table."""
+    if setting in LABELS:
+        return LABELS[setting]
+    kind, first, second = setting.split("-")
+    names = {"rho": f"mask {first} / {second}", "blend": f"k {first}, f {second}"}
+    return names[kind]
 
 
 READING = """\
@@ -303,7 +443,7 @@ of rollouts (solutions for SFT).
   the test problems and therefore optimistic; the paper reports best checkpoints.
 - *s.d. of seeds*: standard deviation of the seeds' last accuracies.
 - A difference is between last accuracies, in points, with its 95% interval. Both rows share
-  problems and seeds, which are resampled together.
+  problems and seeds, and the difference is taken on each of them.
 - *verdict*: "above" or "below" if the interval excludes 0, else "within noise": these runs cannot
   tell the two apart, which does not make them equal.
 - *seeds above*: number of seeds in which the row's last accuracy is higher, and in which both are
@@ -315,51 +455,46 @@ READING_PAPER = """
 
 LIMITS = """\
 **What the tables show:** whether each recipe, with its preset and at an equal budget, improves a
-small model that often makes slips, and how large a difference must be to be detected here.
+small model that makes slips, which of the paper's differences appear on it, and how large a
+difference must be to be detected here.
 
-**What they do not show:** which of the paper's rows is best on competition mathematics.
+**What they do not show:** which row is best on competition mathematics.
 
-- The models have {models} million parameters, and the problems are word problems of one domain.
+- {models}, and the problems are word problems of one domain.
+- The base's slips are learned: it was pretrained on a writer who slips more where he works alone
+  than where a reference confirms a result. Recipes unlearn them. Large models may err
+  for other reasons.
+- The two ways to an answer, and how strongly a reference draws to its own, are built in: the more
+  of it the base sees, the likelier it goes that way (docs/decisions.md, "The tiny base"). What a
+  mask does to the teacher is therefore chosen; the tables show what the student takes from it.
+- The base was also pretrained to ignore another problem's reference. So its teacher has nothing to
+  gain from one, by design.
 - OPSD and PAINT are bounded by their teacher, the base with a solution in its prompt. Recipes that
-  reach it cannot be told apart.{small}
-- SFT learns from solutions without slips, while the base was trained to slip. This favours SFT here
-  and not in the paper.
-- Equal rollouts are not equal problems: GRPO spends 8 rollouts on each problem, so it sees {groups}
-  problems per step and the others see {batch}. The paper's GRPO had longer rollouts and trained
-  for longer.
-- Each learning rate was chosen with one seed from a coarse grid, and the intervals ignore this
-  choice. If the chosen rate is at the grid's edge, a better one may lie outside. Tables 2 to 4 use
-  PAINT's rate in every row, which favours its default. The row of Table 2 that hides nothing is
-  OPSD at PAINT's rate, which may differ from OPSD's rate in Table 1.
-- Answers are sampled at top-p 1.0. At the paper's 0.95 the bases slip less, and there is less to
-  gain.
-
-**The intervals** come from a bootstrap over problems and seeds. With {seeds} seeds, the seeds' part
-is rough. If seeds move a row by less than 2 points, the intervals are too wide, because the noise
-of single answers is counted more than once: they cover the truth in more than 95% of cases, and
-"within noise" is reported too often. If seeds move a row by more, they are too narrow (figures in
-bench/paper/stats.py). There is no correction for the number of rows."""
+  reach it cannot be told apart.
+- SFT learns from terse solutions without slips or checks, all of one way. The base writes longer
+  ones, and checks some of its results.
+- Equal rollouts are not equal problems: {grouped} 8 rollouts on each problem, {groups} problems a
+  step where the others see {batch}.
+- Each learning rate was chosen from a coarse grid, and the intervals ignore this choice. If the
+  chosen rate is at the grid's edge, a better one may lie outside.
+"""
+LIMITS_OF_ABLATIONS = """\
+- Tables 2 to 4 use PAINT's rate in every row, which favours its default. The row of Table 2 that
+  hides nothing is OPSD at PAINT's rate, which may differ from OPSD's rate in Table 1.
+"""
 LIMITS_OF_TEACHERS = """\
-**What the table shows:** what a small model learns from each teacher and signal at an equal budget
-of rollouts, and whether another problem's solution, as a control, teaches as much as its own.
+- The stronger teacher of Table 5 is the base after more steps on solutions without slips. It is
+  closer to the base than a larger model would be. The base was not taught the message that shows a
+  sibling.
+"""
+INTERVALS = """\
+- Answers are sampled at temperature {temperature:g} and top-p {top_p:g}. They have up to
+  {max_new_tokens} tokens.
 
-**What it does not show:** which of them is best on competition mathematics.
-
-- The models have {models} million parameters, and the problems are word problems of one domain.
-- The stronger teacher is of the base's size; it was pretrained on solutions without slips. A
-  teacher of the base's own family and size is closer to it than a larger one.
-- The base was taught to read a solution of the problem in its prompt. It was not taught another
-  problem's solution, and not the message that shows a sibling.
-- Equal rollouts are not equal problems: SDPO and GRPO spend 8 rollouts on each problem, so they see
-  {groups} problems per step and the others see {batch}.
-- Each learning rate was chosen with one seed from a coarse grid, and the intervals ignore this
-  choice.
-
-**The intervals** come from a bootstrap over problems and seeds. With {seeds} seeds, the seeds' part
-is rough (figures in bench/paper/stats.py). There is no correction for the number of rows."""
-OF_SMALL = """
-  The small base also uses the presence of a solution more than its contents, so mask ratios and
-  placements hardly matter to it (docs/decisions.md)."""
+**The intervals** are those of a mean with errors that cluster by seeds and by problems, with
+Student's t of as many degrees of freedom as the rows share seeds, less one. They are too wide where
+seeds hardly differ (bench/paper/stats.py). The claims are corrected for their number; the verdicts
+in the tables are not, and one of twenty would be wrong if all rows were equal."""
 
 
 def has_paper_tables(result: Result) -> bool:
@@ -373,14 +508,20 @@ def reading_text(result: Result) -> str:
 def limits_text(result: Result) -> str:
     """Returns a text on what the tables show and do not show, and how long they took."""
     sizes = [f"{base['num_parameters'] / 1e6:.1f}" for base in result["bases"]]
-    scale = result["scale"]
-    num_seeds = sorted({len(panel["seeds"]) for panel in result["tables"]})
-    text = (LIMITS if has_paper_tables(result) else LIMITS_OF_TEACHERS).format(
-        models=" to ".join(dict.fromkeys((sizes[0], sizes[-1]))),
-        small=OF_SMALL if "small" in scale["sizes"] else "",
+    scale, numbers = result["scale"], {panel["table"] for panel in result["tables"]}
+    one = f"The model has {sizes[0]} million parameters"
+    several = f"The models have {' and '.join(dict.fromkeys(sizes))} million parameters"
+    text = (
+        LIMITS
+        + LIMITS_OF_ABLATIONS * (not numbers.isdisjoint((2, 3, 4)))
+        + LIMITS_OF_TEACHERS * (5 in numbers)
+        + INTERVALS
+    ).format(
+        models=one if len(set(sizes)) == 1 else several,
+        grouped="GRPO and SDPO spend" if 5 in numbers else "GRPO spends",
         groups=scale["batch_size"] // 8,
         batch=scale["batch_size"],
-        seeds=" to ".join(map(str, num_seeds)),
+        **result["sampling"],
     )
     return f"{text}\n\n{time_text(result)}"
 
@@ -391,7 +532,7 @@ def time_text(result: Result) -> str:
     hours = sum(seconds.values()) / 3600
     rates = seconds["learning_rates"] / 3600
     return (
-        f"**Time:** {len(result['runs'])} runs took {hours:.1f} hours on one processor core, "
+        f"**Time:** {result['num_runs']} runs took {hours:.1f} hours on one processor core, "
         f"{rates:.1f} of them for the learning rates. With {workers} cores that is "
         f"{60 * hours / workers:.0f} minutes. The pretraining of the bases is not counted."
     )
@@ -404,6 +545,8 @@ PAPER_TABLES: dict[tuple[str, str], Table] = {
     ("paper-tables", "3"): lambda result: ablation_table(result, 3, placement_label),
     ("paper-tables", "4"): lambda result: ablation_table(result, 4, blend_label),
     ("paper-tables", "5"): teachers_table,
+    ("paper-tables", "claims"): claims_table,
+    ("paper-tables", "mechanisms"): mechanisms_text,
     ("paper-tables", "rates"): rates_table,
     ("paper-tables", "reading"): reading_text,
     ("paper-tables", "limits"): limits_text,
@@ -411,18 +554,29 @@ PAPER_TABLES: dict[tuple[str, str], Table] = {
 """for `bench.tables.fill`, keyed by the result's name and the view in the marker"""
 
 
-def document(result: Result, figure: str) -> str:
-    """Returns all tables as one page, which shows the figure of the given file name."""
+def mechanisms_figure(stem: str) -> str:
+    """Returns the file name of the figure of the mechanisms, from the stem of the result's."""
+    if stem.startswith("paper-tables"):
+        return f"{stem.replace('tables', 'mechanisms', 1)}.png"
+    return f"{stem}-mechanisms.png"
+
+
+def document(result: Result, stem: str) -> str:
+    """Returns all tables as one page beside the result, whose file name has this stem."""
+    of_paper = has_paper_tables(result)
     numbers = sorted({panel["table"] for panel in result["tables"]})
     views = [("## How to read them", "reading")]
+    views += [("## The paper's claims", "claims")] * bool(result["claims"])
     views += [(f"## Table {n}: {TITLES[n]}", str(n)) for n in numbers]
     views += [
         ("## Learning rates", "rates"),
+        ("## What happens inside", "mechanisms"),
         ("## What the tables show, and what they do not", "limits"),
     ]
-    parts = [f"{title}\n\n{PAPER_TABLES['paper-tables', view](result)}" for title, view in views]
-    of_paper = has_paper_tables(result)
+    texts = {view: PAPER_TABLES["paper-tables", view](result) for _, view in views}
+    texts["mechanisms"] += f"\n\n![Mechanisms]({mechanisms_figure(stem)})"
+    parts = [f"{title}\n\n{texts[view]}" for title, view in views]
     and_paper = ", and the paper's" if of_paper else ""
-    picture = f"![Differences with their intervals{and_paper}]({figure})"
+    picture = f"![Differences with their intervals{and_paper}]({stem}.png)"
     what = "The paper's tables" if of_paper else "Teachers and signals"
     return "\n\n".join([f"# {what} at laptop scale", picture, *parts]) + "\n"

@@ -1,6 +1,7 @@
 """The plan of the tables at laptop scale: scales, rows, settings and runs.
 
-Tables 1 to 4 are the paper's. Table 5 has the other teachers, contexts and signals.
+Tables 1 to 4 are the paper's; Table 1 has the control as a further row. Table 5 has the other
+teachers, contexts and signals.
 
 A row is a setting on every seed; a run is a setting on one seed, such as `small/paint/seed-0`. A
 setting that occurs in several tables runs once. All is fixed before the first run, except for the
@@ -21,12 +22,26 @@ TEACHER = "teacher"
 EVALUATED = (BASE, TEACHER)
 """rows that are evaluated and not trained"""
 RECIPES = ("sft", "grpo", "opsd", "paint")
-TEACHERS = ("opd", "paint", "paint-control", "sdpo", "grpo-paint")
+CONTROL = "paint-control"
+"""PAINT with another problem's solution in the teacher's prompt"""
+PRIMARY = ("opsd", "paint")
+"""rows of the primary claim"""
+CLAIMED = (
+    *("base", "sft", "grpo", "paint-control"),
+    *("rho-0.40-0.30", "rho-0.00-0.00", "rho-0.75-0.75"),
+    *("place-prefix", "place-middle", "place-random", "blend-0.03-1.00"),
+)
+"""the other rows of the claims (bench/paper/claims.py)"""
+TEACHERS = ("opd", "paint", CONTROL, "sdpo", "grpo-paint")
 """presets of Table 5, without the model's name"""
-SWEEP_SEED = 100
-"""seed of the sweep, used in no table"""
+KEPT_ROLLOUTS = 4
+"""the number of rollouts whose tokens are kept of each step, in the runs of the tables"""
 BUNDLED = "small"
 """size of the base that is part of the package"""
+
+
+NOT_CODE = ("bench/results", "docs", "runs")
+"""folders that no run depends on: they may change between the runs of a result"""
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,10 @@ class Scale:
     the end of each run.
     sweep_problems, sweep_samples: of the only evaluation in a run of the sweep, on validation
     problems.
+    seeds: of the rows that are in no claim.
+    claim_seeds: of the rows in CLAIMED; they begin with `seeds`.
+    primary_seeds: of the rows in PRIMARY; they begin with `claim_seeds`.
+    sweep_seeds: of the sweep, used in no table.
     rows: the settings that the tables show; None for all.
     """
 
@@ -50,39 +69,46 @@ class Scale:
     sweep_problems: int
     sweep_samples: int
     rates: tuple[float, ...]
-    main_seeds: tuple[int, ...]
-    ablation_seeds: tuple[int, ...]
+    seeds: tuple[int, ...]
+    claim_seeds: tuple[int, ...]
+    primary_seeds: tuple[int, ...]
+    sweep_seeds: tuple[int, ...]
     rows: tuple[str, ...] | None = None
 
 
 LAPTOP = Scale(
     name="laptop",
-    sizes=("small", "medium", "large"),
+    sizes=("small",),
     ablation_size="small",
     num_steps=20,
     batch_size=32,
-    num_problems=256,
+    num_problems=1024,
     num_samples=2,
-    sweep_problems=128,
+    sweep_problems=512,
     sweep_samples=2,
-    rates=(1e-4, 3e-4, 1e-3),
-    main_seeds=(0, 1, 2, 3, 4),
-    ablation_seeds=(0, 1, 2),
+    rates=(3e-5, 1e-4, 3e-4, 1e-3),
+    seeds=tuple(range(5)),
+    claim_seeds=tuple(range(10)),
+    primary_seeds=tuple(range(20)),
+    sweep_seeds=(100, 101),
 )
-# Not run yet. The steps (100) and samples (12) are the paper's.
+# Has not run yet. Sized for about ten minutes of one GPU, without the pretraining of the bases: it
+# shows that larger bases run, and is no result.
 GPU = Scale(
     name="gpu",
-    sizes=("10m", "30m", "100m"),
+    sizes=("10m", "30m"),
     ablation_size="10m",
-    num_steps=100,
+    num_steps=8,
     batch_size=32,
-    num_problems=512,
-    num_samples=12,
-    sweep_problems=256,
-    sweep_samples=4,
-    rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
-    main_seeds=(0, 1, 2, 3, 4),
-    ablation_seeds=(0, 1, 2),
+    num_problems=64,
+    num_samples=2,
+    sweep_problems=32,
+    sweep_samples=2,
+    rates=(1e-4, 3e-4),
+    seeds=(0, 1),
+    claim_seeds=(0, 1),
+    primary_seeds=(0, 1),
+    sweep_seeds=(100,),
 )
 QUICK_ROWS = (
     *(BASE, *RECIPES, TEACHER, *TEACHERS),
@@ -92,19 +118,21 @@ SCALES = {scale.name: scale for scale in (LAPTOP, GPU)}
 
 
 def quick(scale: Scale) -> Scale:
-    """Returns a scale to check that everything runs, in ten minutes: one base, two seeds, half the
-    steps."""
+    """Returns a scale to check that everything runs, in fifteen minutes of two cores: one base, two
+    seeds, half of the steps."""
     return replace(
         scale,
         name=f"{scale.name}-quick",
         sizes=(scale.ablation_size,),
         num_steps=scale.num_steps // 2,
-        num_problems=128,
+        num_problems=min(128, scale.num_problems),
         num_samples=2,
-        sweep_problems=64,
+        sweep_problems=min(64, scale.sweep_problems),
         rates=scale.rates[-3:],
-        main_seeds=(0, 1),
-        ablation_seeds=(0, 1),
+        seeds=scale.seeds[:2],
+        claim_seeds=scale.seeds[:2],
+        primary_seeds=scale.seeds[:2],
+        sweep_seeds=scale.sweep_seeds[:1],
         rows=QUICK_ROWS,
     )
 
@@ -160,12 +188,13 @@ class Table:
 
 
 TABLES = (
-    Table(1, (BASE, *RECIPES), (BASE, "opsd")),
+    Table(1, (BASE, *RECIPES, CONTROL), (BASE, "opsd")),
     Table(2, RATIO_ROWS, ("rho-0.40-0.30",)),
     Table(3, PLACEMENT_ROWS, ("rho-0.40-0.30",)),
     Table(4, BLEND_ROWS, ("paint",)),
     Table(5, (BASE, TEACHER, *TEACHERS), (BASE, "paint"), all_with_all=True),
 )
+NUMBERS = tuple(table.number for table in TABLES)
 PAPER = (1, 2, 3, 4)
 """the numbers of the paper's tables"""
 
@@ -186,7 +215,7 @@ class PlannedRun:
     @property
     def run_id(self) -> str:
         if self.rate is not None:
-            return f"sweep/{self.size}/{self.setting}/rate-{self.rate:g}"
+            return f"sweep/{self.size}/{self.setting}/rate-{self.rate:g}/seed-{self.seed}"
         return f"{self.size}/{self.setting}/seed-{self.seed}"
 
     @property
@@ -208,8 +237,10 @@ def table_sizes(scale: Scale, table: Table) -> tuple[str, ...]:
     return scale.sizes if table.number == 1 else (scale.ablation_size,)
 
 
-def table_seeds(scale: Scale, table: Table) -> tuple[int, ...]:
-    return scale.main_seeds if table.number == 1 else scale.ablation_seeds
+def seeds_of(scale: Scale, setting: str) -> tuple[int, ...]:
+    if setting in PRIMARY:
+        return scale.primary_seeds
+    return scale.claim_seeds if setting in CLAIMED else scale.seeds
 
 
 def chosen_tables(numbers: Sequence[int]) -> tuple[Table, ...]:
@@ -224,7 +255,7 @@ def table_runs(scale: Scale, numbers: Sequence[int]) -> list[PlannedRun]:
         for table in chosen_tables(numbers)
         for size in table_sizes(scale, table)
         for row in shown_rows(scale, table)
-        for seed in table_seeds(scale, table)
+        for seed in seeds_of(scale, row)
     }
     return sorted(runs, key=lambda run: (-scale.sizes.index(run.size), run.seed, run.setting))
 
@@ -236,14 +267,16 @@ def needed_bases(scale: Scale, numbers: Sequence[int]) -> tuple[str, ...]:
 
 
 def sweep_runs(scale: Scale, numbers: Sequence[int]) -> list[PlannedRun]:
-    """Returns a run at every learning rate of the grid, for each recipe and size in the tables."""
+    """Returns a run at every learning rate of the grid on every seed of the sweep, for each recipe
+    and size in the tables."""
     trained = [run for run in table_runs(scale, numbers) if run.setting not in EVALUATED]
     needed = {(run.size, run.recipe) for run in trained}
     ordered = sorted(needed, key=lambda pair: (-scale.sizes.index(pair[0]), pair[1]))
     return [
-        PlannedRun(size, recipe, SWEEP_SEED, rate)
+        PlannedRun(size, recipe, seed, rate)
         for size, recipe in ordered
         for rate in scale.rates
+        for seed in scale.sweep_seeds
     ]
 
 
@@ -266,7 +299,7 @@ def overrides(scale: Scale, run: PlannedRun, rate: float | None) -> dict[str, st
         "eval.every": "0" if sweep else str(half),
         "eval.at_start": "false",
         "checkpoint.every": "0",
-        "run.samples_per_step": "0",
+        "run.samples_per_step": "0" if sweep else str(KEPT_ROLLOUTS),
     }
     return values if rate is None else {**values, "optim.learning_rate": f"{rate:g}"}
 
@@ -297,7 +330,7 @@ class Job:
 
     rate: the learning rate; None for a row that is only evaluated.
     base: the directory of the model that is trained or evaluated.
-    directory: holds the log, the record and, in `training`, the run directory.
+    directory: holds the log and, in `training`, the run directory.
     """
 
     run: PlannedRun

@@ -1,7 +1,8 @@
 """Makes the planned runs that are missing, in one process per core or GPU.
 
-A run ends by writing `DIR/<run id>/result.json` atomically; a command that was killed resumes with
-the runs that lack it. Only the workers import PyTorch, after their thread and device settings.
+A run's record goes to the ledger as the run ends. A command that was killed, or whose time was up,
+resumes with the runs that the ledger lacks. Only the workers import PyTorch, after their thread and
+device settings.
 """
 
 import json
@@ -9,17 +10,21 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
+from bench.paper.ledger import Ledger
 from bench.paper.plan import (
     EVALUATED,
     Job,
@@ -30,33 +35,18 @@ from bench.paper.plan import (
     sweep_runs,
     table_runs,
 )
-from paint_engine.files import write_atomic
 
 Record = dict[str, Any]
 Rates = dict[tuple[str, str], float]
-RESULT = "result.json"
 
 
 def perform_job(job: Job) -> Record:
-    """Makes a run from scratch, in a worker; writes and returns its record."""
+    """Makes a run from scratch, in a worker; returns its record."""
     from bench.paper.worker import perform
 
     shutil.rmtree(job.directory, ignore_errors=True)
     job.directory.mkdir(parents=True)
-    record = perform(job)
-    write_atomic(job.directory / RESULT, json.dumps(record) + "\n")
-    return record
-
-
-def stored(job: Job) -> Record | None:
-    """Returns the stored record of a run, if its settings and base are those of the job; else
-    None."""
-    path = job.directory / RESULT
-    if not path.exists():
-        return None
-    record: Record = json.loads(path.read_text())
-    settings = job.settings
-    return record if {name: record[name] for name in settings} == settings else None
+    return perform(job)
 
 
 def start_worker(devices: "Queue[str] | None") -> None:
@@ -106,42 +96,54 @@ def make_pool(num_workers: int, *, on_gpus: bool) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(num_workers, context, initializer=start_worker, initargs=(devices,))
 
 
+@dataclass(frozen=True)
+class Crew:
+    """Who makes the runs, and until when.
+
+    num_workers: of the pool.
+    deadline: of `time.monotonic`, after which no run starts; None for no limit.
+    """
+
+    pool: Executor
+    num_workers: int
+    deadline: float | None = None
+
+    def has_time(self) -> bool:
+        return self.deadline is None or time.monotonic() < self.deadline
+
+
 def run_missing(
     jobs: Sequence[Job],
-    pool: Executor,
+    crew: Crew,
+    ledger: Ledger,
     *,
     perform: Callable[[Job], Record] = perform_job,
     say: Callable[[str], None] = print,
-) -> dict[str, Record]:
-    """Makes the runs that are not stored; returns the records of all jobs by run id.
+) -> None:
+    """Makes the runs that the ledger lacks and enters them, until the crew's time is up. Runs that
+    have begun are finished.
 
     Raises RuntimeError if runs failed, after the others are done.
     """
-    records: dict[str, Record] = {}
-    waiting: dict[Future[Record], Job] = {}
-    for job in jobs:
-        known = stored(job)
-        if known is None:
-            waiting[pool.submit(perform, job)] = job
-        else:
-            records[job.run.run_id] = known
-    started, failed = time.monotonic(), []
-    try:
-        for future in as_completed(waiting):
-            name = waiting[future].run.run_id
-            error = future.exception()
+    waiting = deque(ledger.missing(jobs))
+    done, failed = len(jobs) - len(waiting), []
+    running: dict[Future[Record], Job] = {}
+    started = time.monotonic()
+    while running or (waiting and crew.has_time()):
+        # No more than can run: what a pool has queued starts even if the time is up.
+        while waiting and len(running) < crew.num_workers and crew.has_time():
+            job = waiting.popleft()
+            running[crew.pool.submit(perform, job)] = job
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            name, error = running.pop(future).run.run_id, future.exception()
             if error is None:
-                records[name] = future.result()
+                ledger.add(future.result())
             else:
                 failed.append(f"{name}: {''.join(traceback.format_exception(error))}")
-            say(_progress(name, future, len(records) + len(failed), len(jobs), started))
-    except KeyboardInterrupt:
-        # Otherwise leaving the pool would wait for all queued runs.
-        pool.shutdown(cancel_futures=True)
-        raise
+            done += 1
+            say(_progress(name, future, done, len(jobs), started))
     if failed:
         raise RuntimeError("some runs failed; the others are stored:\n" + "\n".join(failed))
-    return {job.run.run_id: records[job.run.run_id] for job in jobs}
 
 
 def _progress(name: str, future: Future[Record], done: int, total: int, started: float) -> str:
@@ -156,21 +158,21 @@ def _progress(name: str, future: Future[Record], done: int, total: int, started:
 
 
 def best_rates(scale: Scale, sweep: Sequence[Record]) -> tuple[Rates, list[Record]]:
-    """Returns the learning rate with the highest accuracy by (size, recipe); the lower one of
-    equals.
+    """Returns the learning rate with the highest accuracy, the mean over the sweep's seeds, by
+    (size, recipe); the lower one of equals.
 
     Also returns all rates that were tried, for the result.
     """
     rates: Rates = {}
     found: list[Record] = []
-    pairs = dict.fromkeys((record["size"], record["setting"]) for record in sweep)
-    for size, recipe in pairs:
-        tried = {
-            record["learning_rate"]: record["evaluations"][-1]["avg_at_k"]
-            for record in sweep
-            if (record["size"], record["setting"]) == (size, recipe)
-        }
-        best = max(tried, key=lambda rate: (tried[rate], -rate))
+    by_pair: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for record in sweep:
+        tried = by_pair.setdefault((record["size"], record["setting"]), {})
+        accuracy = record["evaluations"][-1]["avg_at_k"]
+        tried.setdefault(record["learning_rate"], []).append(accuracy)
+    for (size, recipe), tried in by_pair.items():
+        means = {rate: statistics.fmean(tried[rate]) for rate in sorted(tried)}
+        best = max(means, key=lambda rate: (means[rate], -rate))
         rates[size, recipe] = best
         found.append(
             {
@@ -178,7 +180,10 @@ def best_rates(scale: Scale, sweep: Sequence[Record]) -> tuple[Rates, list[Recor
                 "recipe": recipe,
                 "chosen": best,
                 "at_grid_edge": best in (min(scale.rates), max(scale.rates)),
-                "tried": [{"rate": r, "avg_at_k": tried[r]} for r in sorted(tried)],
+                "tried": [
+                    {"rate": rate, "avg_at_k": mean, "by_seed": tried[rate]}
+                    for rate, mean in means.items()
+                ],
             }
         )
     return rates, found
@@ -226,23 +231,46 @@ def make_jobs(
     return jobs
 
 
+@dataclass(frozen=True)
+class Finished:
+    """All runs of some tables.
+
+    records, swept: of the tables and of the sweep, by run id.
+    choices: the learning rates that were tried, and the best.
+    """
+
+    records: dict[str, Record]
+    choices: list[Record]
+    swept: dict[str, Record]
+
+
 def run_tables(
     scale: Scale,
     numbers: Sequence[int],
     bases: Path,
     directory: Path,
-    pool: Executor,
+    crew: Crew,
+    ledger: Ledger,
     say: Callable[[str], None] = print,
-) -> tuple[dict[str, Record], list[Record], dict[str, Record]]:
+) -> Finished | int:
     """Runs the sweep, then the tables at the learning rates that it chose.
 
-    Returns the tables' records by run id, the choice of rates, and the sweep's records by run id.
+    Returns the number of runs that are left if the time was up before.
     """
-    sweep = sweep_runs(scale, numbers)
-    say(f"learning rates: {len(sweep)} runs")
-    swept = run_missing(make_jobs(sweep, scale, {}, bases, directory), pool, say=say)
-    rates, choices = best_rates(scale, list(swept.values()))
+    sweep = make_jobs(sweep_runs(scale, numbers), scale, {}, bases, directory)
     runs = table_runs(scale, numbers)
-    say(f"tables: {len(runs)} runs")
+    say(f"learning rates: {len(sweep)} runs")
+    run_missing(sweep, crew, ledger, say=say)
+    if left := len(ledger.missing(sweep)):
+        # The tables' runs wait for the rates.
+        return left + len(runs)
+    swept = _entries(ledger, sweep)
+    rates, choices = best_rates(scale, list(swept.values()))
     jobs = make_jobs(runs, scale, rates, bases, directory)
-    return run_missing(jobs, pool, say=say), choices, swept
+    say(f"tables: {len(jobs)} runs")
+    run_missing(jobs, crew, ledger, say=say)
+    return len(ledger.missing(jobs)) or Finished(_entries(ledger, jobs), choices, swept)
+
+
+def _entries(ledger: Ledger, jobs: Sequence[Job]) -> dict[str, Record]:
+    return {job.run.run_id: ledger.records[job.run.run_id] for job in jobs}

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from bench.measure import commit
-from bench.paper.plan import EVALUATED, Job, arguments, overrides, preset_of
+from bench.paper.mechanisms import read_mechanisms, style_counts
+from bench.paper.plan import EVALUATED, NOT_CODE, Job, arguments, overrides, preset_of
 from bench.paper.stats import encode_counts
 from paint_engine import train
 from paint_engine.config.command_line import load_config
@@ -49,6 +50,7 @@ def perform(job: Job) -> dict[str, Any]:
             ) from stop
     # No longer needed, and hundreds of runs would keep many. The base's evaluation has none.
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    has_rollouts = job.run.rate is None and job.run.setting not in EVALUATED
     return {
         "id": job.run.run_id,
         "size": job.run.size,
@@ -58,6 +60,7 @@ def perform(job: Job) -> dict[str, Any]:
         **job.settings,
         "num_samples": int(values["eval.num_samples"]),
         "evaluations": _evaluations(run_dir),
+        "mechanisms": read_mechanisms(run_dir) if has_rollouts else None,
         # Processor time of this process, which has one thread: the time of a run on a core of its
         # own, whatever else the machine does. The answer checker's process takes little.
         "seconds": round(time.process_time() - started, 1),
@@ -85,6 +88,7 @@ def _evaluations(run_dir: Path) -> list[dict[str, Any]]:
                 "step": step,
                 "avg_at_k": float(correct.mean()),
                 "correct": encode_counts(correct),
+                "style": style_counts(sample.text for sample in evaluation.samples),
                 "seconds": round(evaluation.seconds, 1),
             }
         )
@@ -93,8 +97,8 @@ def _evaluations(run_dir: Path) -> list[dict[str, Any]]:
 
 @cache
 def code_version() -> str:
-    """Returns the commit when this process started, even if the checkout has changed since."""
-    return commit()
+    """Returns the commit of the code when this process started, even if it has changed since."""
+    return commit(but=NOT_CODE)
 
 
 def device_name() -> str:

@@ -7,11 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.paper.plan import BASE, RECIPES, Job, PlannedRun, Scale, table_runs
+from bench.paper.mechanisms import KINDS, STEPS_PER_BLOCK
+from bench.paper.plan import (
+    BASE,
+    EVALUATED,
+    NUMBERS,
+    RECIPES,
+    TEACHERS,
+    Job,
+    PlannedRun,
+    Scale,
+    table_runs,
+)
 from bench.paper.runs import make_jobs
 from bench.paper.stats import encode_counts
-
-ALL = (1, 2, 3, 4)
 
 
 def planted_accuracy(run: PlannedRun) -> float:
@@ -20,12 +29,37 @@ def planted_accuracy(run: PlannedRun) -> float:
     return 0.6 + gain.get(run.setting, 0.1)
 
 
+def planted_style(run: PlannedRun, step: int) -> dict[str, int]:
+    """Of 20 solutions, those of PAINT go "together" more often from step to step."""
+    together = 10 + step // 4 if run.setting == "paint" else 10
+    return {"solutions": 20, "together": together, "checked": 5, "terse": 1}
+
+
+def planted_mechanisms(run: PlannedRun, scale: Scale) -> dict[str, Any] | None:
+    """Three quarters of the selected tokens of PAINT are digits of results, a quarter of all."""
+    if run.setting in EVALUATED or run.rate is not None:
+        return None
+    kinds = {kind: {"tokens": 100} for kind in KINDS}
+    kinds["result"]["tokens"] = 200
+    kinds["word"]["tokens"] = 300
+    if run.setting not in ("sft", "grpo"):
+        for kind in KINDS:
+            kinds[kind] |= {"selected": 2, "token_kl": 1.5, "clipped_mass": 0.5}
+        kinds["result"]["selected"] = 24
+    ends = range(STEPS_PER_BLOCK, scale.num_steps + 1, STEPS_PER_BLOCK)
+    return {
+        "steps": {"teacher_entropy": [0.1 + 0.01 * run.seed] * scale.num_steps},
+        "blocks": [{"step": step, **planted_style(run, step)} for step in ends],
+        "kinds": kinds,
+    }
+
+
 def planted_record(job: Job) -> dict[str, Any]:
     """A run's record, with answers drawn from the planted accuracy."""
     run, scale = job.run, job.scale
     rng = np.random.default_rng([run.seed, *run.run_id.encode()])
     shape = (scale.num_problems, scale.num_samples)
-    steps = [0] if run.setting == BASE else [scale.num_steps // 2, scale.num_steps]
+    steps = [0] if run.setting in EVALUATED else [scale.num_steps // 2, scale.num_steps]
     evaluations = []
     for step in steps:
         correct = rng.random(shape) < planted_accuracy(run)
@@ -34,6 +68,7 @@ def planted_record(job: Job) -> dict[str, Any]:
                 "step": step,
                 "avg_at_k": float(correct.mean()),
                 "correct": encode_counts(correct),
+                "style": planted_style(run, step),
                 "seconds": 1.0,
             }
         )
@@ -46,6 +81,7 @@ def planted_record(job: Job) -> dict[str, Any]:
         **job.settings,
         "num_samples": scale.num_samples,
         "evaluations": evaluations,
+        "mechanisms": planted_mechanisms(run, scale),
         "seconds": 60.0,
         "commit": "0123456789ab",
         "device": "a CPU",
@@ -54,7 +90,7 @@ def planted_record(job: Job) -> dict[str, Any]:
 
 @pytest.fixture
 def bases(tmp_path: Path) -> Path:
-    for size in ("small", "medium", "large"):
+    for size in ("small", "10m", "30m"):
         directory = tmp_path / "bases" / size
         directory.mkdir(parents=True)
         (directory / "model.safetensors").write_bytes(size.encode())
@@ -66,8 +102,8 @@ def jobs_of(bases: Path, tmp_path: Path) -> Callable[[Scale], list[Job]]:
     """The jobs of all tables at one learning rate."""
 
     def jobs(scale: Scale) -> list[Job]:
-        rates = {(size, recipe): 1e-4 for size in scale.sizes for recipe in RECIPES}
-        return make_jobs(table_runs(scale, ALL), scale, rates, bases, tmp_path / "runs")
+        rates = {(size, recipe): 1e-4 for size in scale.sizes for recipe in RECIPES + TEACHERS}
+        return make_jobs(table_runs(scale, NUMBERS), scale, rates, bases, tmp_path / "runs")
 
     return jobs
 

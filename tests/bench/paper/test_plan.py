@@ -12,9 +12,10 @@ from bench.paper.plan import (
     BASE,
     EVALUATED,
     GPU,
+    KEPT_ROLLOUTS,
     LAPTOP,
+    NUMBERS,
     RECIPES,
-    SWEEP_SEED,
     TABLES,
     TEACHER,
     TEACHERS,
@@ -28,6 +29,7 @@ from bench.paper.plan import (
     overrides,
     preset_of,
     quick,
+    seeds_of,
     sweep_runs,
     table_runs,
 )
@@ -37,7 +39,7 @@ from paint_engine.config.schema import Config
 from paint_engine.tiny.pretrain import SIZES
 from paint_engine.tiny.problems import load_split
 
-ALL = (1, 2, 3, 4)
+ALL = NUMBERS
 
 
 def config_of(run: PlannedRun, scale: Scale = LAPTOP) -> Config:
@@ -47,31 +49,52 @@ def config_of(run: PlannedRun, scale: Scale = LAPTOP) -> Config:
 
 def test_the_plan_has_the_papers_rows_once_each() -> None:
     runs = table_runs(LAPTOP, ALL)
-    # 3 sizes x (base + 4 recipes) x 5 seeds, and 7 + 4 + 5 further settings x 3 seeds.
-    assert len(runs) == 3 * 5 * 5 + 16 * 3
+    # Base, 4 recipes and the control; 7 + 4 + 5 further settings; the teacher and 3 recipes.
+    # 20 seeds of OPSD and PAINT, 10 of the 11 other rows of claims, 5 of the rest.
+    assert len(runs) == 2 * 20 + 11 * 10 + (6 + 16 + 4 - 13) * 5
     assert len({run.run_id for run in runs}) == len(runs)
-    assert [len(table.rows) for table in TABLES if table.number in ALL] == [5, 7, 5, 7]
-    # 4 recipes x 3 sizes x 3 learning rates, none of them on a seed of the tables.
+    assert [len(table.rows) for table in TABLES] == [6, 7, 5, 7, 7]
+    assert {run.seed for run in runs} == set(range(20))
+    assert {run.setting for run in runs if run.seed >= 10} == {"opsd", "paint"}
+    # 8 recipes x 4 learning rates x 2 seeds, which are none of the tables'.
     sweep = sweep_runs(LAPTOP, ALL)
-    assert len({run.run_id for run in sweep}) == len(sweep) == 36
-    assert SWEEP_SEED not in {run.seed for run in runs}
-    assert {run.seed for run in sweep} == {SWEEP_SEED}
+    assert len({run.run_id for run in sweep}) == len(sweep) == 64
+    assert {run.seed for run in sweep} == {100, 101}
 
 
 def test_rows_of_several_tables_are_run_once() -> None:
     alone = {number: {r.run_id for r in table_runs(LAPTOP, (number,))} for number in ALL}
-    unchanged = {f"small/rho-0.40-0.30/seed-{seed}" for seed in range(3)}
-    assert alone[2] & alone[3] & alone[4] == unchanged
+
+    def runs_of(*settings: str) -> set[str]:
+        return {
+            f"small/{setting}/seed-{seed}"
+            for setting in settings
+            for seed in seeds_of(LAPTOP, setting)
+        }
+
+    assert alone[2] & alone[3] & alone[4] == runs_of("rho-0.40-0.30")
     assert not alone[1] & alone[2]
-    assert alone[1] & alone[4] == {f"small/paint/seed-{seed}" for seed in range(3)}
+    assert alone[1] & alone[4] == runs_of("paint")
+    assert alone[1] & alone[5] == runs_of("base", "paint", "paint-control")
 
 
 def test_quick_is_one_size_and_fewer_rows() -> None:
     scale = quick(LAPTOP)
     runs = table_runs(scale, ALL)
     assert {run.size for run in runs} == {"small"}
-    assert len(runs) == 9 * 2 and len(sweep_runs(scale, ALL)) == 4 * 3
-    assert scale.num_steps < LAPTOP.num_steps and scale.name == "laptop-quick"
+    assert len(runs) == 14 * 2 and len(sweep_runs(scale, ALL)) == 8 * 3
+    assert (scale.num_steps, scale.name) == (10, "laptop-quick")
+    small = quick(GPU)
+    assert small.sizes == ("10m",) and small.num_problems <= GPU.num_problems
+
+
+def test_quick_takes_fifteen_minutes_of_two_cores() -> None:
+    """A second for each step, and 30 for 1,000 answers."""
+    scale = quick(LAPTOP)
+    table = scale.num_steps + 2 * scale.num_problems * scale.num_samples * 0.03
+    sweep = scale.num_steps + scale.sweep_problems * scale.sweep_samples * 0.03
+    seconds = len(table_runs(scale, ALL)) * table + len(sweep_runs(scale, ALL)) * sweep
+    assert seconds / 2 <= 15 * 60
 
 
 @pytest.mark.parametrize("scale", [LAPTOP, GPU, quick(LAPTOP), quick(GPU)])
@@ -90,18 +113,19 @@ def test_every_setting_is_a_valid_configuration_with_the_same_budget(scale: Scal
 
 def test_every_recipe_has_the_same_grid_on_validation_problems_alone() -> None:
     sweep = sweep_runs(LAPTOP, ALL)
-    for size in LAPTOP.sizes:
-        for recipe in RECIPES:
-            runs = [run for run in sweep if (run.size, run.setting) == (size, recipe)]
-            assert tuple(run.rate for run in runs) == LAPTOP.rates
+    for recipe in RECIPES + TEACHERS:
+        found = [(run.rate, run.seed) for run in sweep if run.setting == recipe]
+        assert found == [(rate, seed) for rate in LAPTOP.rates for seed in LAPTOP.sweep_seeds]
     budgets = [overrides(LAPTOP, run, run.rate) for run in sweep]
-    assert {values.pop("optim.learning_rate") for values in budgets} == {
-        "0.0001",
-        "0.0003",
-        "0.001",
-    }
+    rates = {values.pop("optim.learning_rate") for values in budgets}
+    assert rates == {"3e-05", "0.0001", "0.0003", "0.001"}
+    assert {values.pop("train.seed") for values in budgets} == {"100", "101"}
     assert all(values == budgets[0] for values in budgets)
     assert budgets[0]["eval.split"] == "validation"
+    # Only the tables' runs keep rollouts.
+    assert budgets[0]["run.samples_per_step"] == "0"
+    for run in table_runs(LAPTOP, ALL):
+        assert overrides(LAPTOP, run, None)["run.samples_per_step"] == str(KEPT_ROLLOUTS)
     names = [
         {problem.problem for problem in load_split(split)}
         for split in ("train", "validation", "test")
@@ -113,7 +137,9 @@ def test_scales_have_bases_that_the_pretraining_script_knows() -> None:
     for scale in (LAPTOP, GPU):
         assert set(scale.sizes) <= set(SIZES)
         assert list(scale.sizes) == sorted(scale.sizes, key=lambda size: SIZES[size].hidden_size)
-        assert len(scale.sizes) == len(published.TABLE_1)
+        assert scale.ablation_size == scale.sizes[0]
+        # Each size is shown beside a backbone of the paper.
+        assert len(scale.sizes) <= len(published.TABLE_1)
 
 
 def test_shared_rows_are_what_the_tables_say() -> None:
@@ -135,12 +161,12 @@ def test_shared_rows_are_what_the_tables_say() -> None:
 
 def test_teachers_and_signals_are_compared_at_the_same_budget() -> None:
     runs = table_runs(LAPTOP, (5,))
-    assert len(runs) == 7 * 3 and len(sweep_runs(LAPTOP, (5,))) == 5 * 3
+    assert len(runs) == 20 + 2 * 10 + 4 * 5 and len(sweep_runs(LAPTOP, (5,))) == 5 * 4 * 2
     configs = {run.setting: config_of(run) for run in runs if run.setting not in EVALUATED}
     assert set(configs) == set(TEACHERS)
     for config in configs.values():
         assert (config.train.num_steps, config.train.batch_size) == (20, 32)
-        assert config.eval.num_problems == 256 and config.lora == configs["paint"].lora
+        assert config.eval.num_problems == 1024 and config.lora == configs["paint"].lora
     teachers = {setting: config.teacher for setting, config in configs.items()}
     assert (teachers["opd"].weights, teachers["opd"].context) == ("external", "none")
     assert teachers["paint-control"].context == "other"
@@ -204,5 +230,5 @@ def test_the_papers_scores_are_shares_of_360_answers() -> None:
 def test_list_prints_ids_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     paper_tables.main(["--list", "--scale", "gpu", "--tables", "1"])
     printed = capsys.readouterr().out.split()
-    assert "100m/paint/seed-4" in printed and "sweep/10m/grpo/rate-0.001" in printed
-    assert len(printed) == 3 * 5 * 5 + 3 * 4 * 5
+    assert "30m/paint/seed-1" in printed and "sweep/10m/grpo/rate-0.0001/seed-100" in printed
+    assert len(printed) == 2 * 6 * 2 + 2 * 5 * 2
