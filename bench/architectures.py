@@ -20,6 +20,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from paint_engine.config.bundled import TINY_BASE
 from paint_engine.config.sections import ModelSection
 from paint_engine.files import write_json
 from paint_engine.model import load_base, load_tokenizer
@@ -27,6 +28,7 @@ from paint_engine.model.forward import LOGIT_SCALE
 from paint_engine.model.probe import forward_error
 
 _NUM_STEPS = 2
+_BASE = json.loads((TINY_BASE / "config.json").read_text())
 _SHAPE: dict[str, Any] = {
     "vocab_size": 768,
     "hidden_size": 64,
@@ -36,8 +38,8 @@ _SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
     "bos_token_id": None,
-    "eos_token_id": 765,
-    "pad_token_id": 763,
+    "eos_token_id": _BASE["eos_token_id"],
+    "pad_token_id": _BASE["pad_token_id"],
 }
 _HEAD = {"head_dim": 16}
 # The configuration class, and what the architecture needs beside the shape. Where published models

@@ -28,6 +28,7 @@ from bench.kernels.figures import draw_kernels
 from bench.kernels.tables import kernel_shapes_table, kernels_first_table, kernels_table
 from bench.measure import ROOT
 from bench.paper.markdown import PAPER_TABLES, document
+from bench.properties import properties_table
 from bench.soak.tables import kills_table, starts_table, steps_table
 from bench.step.tables import engine_table, estimates_table
 from bench.tables import (
@@ -45,6 +46,7 @@ from bench.tables import (
 RESULTS = ROOT / "bench" / "results"
 TABLES: dict[tuple[str, str], Table] = {
     ("tiny", ""): tiny_table,
+    ("properties", ""): properties_table,
     ("architectures", ""): architectures_table,
     ("kernels", ""): kernels_table,
     ("kernels", "first"): kernels_first_table,
@@ -75,6 +77,7 @@ DOCUMENTS = (
     *(
         "README.md",
         "docs/cluster.md",
+        "docs/decisions.md",
         "docs/loss.md",
         "docs/models.md",
         "docs/recipes.md",
@@ -112,8 +115,7 @@ def generated() -> dict[Path, str]:
     """Returns what each document and each page of the paper's tables should contain."""
     texts = {path: fill(path.read_text(), result_of, TABLES) for path in documents()}
     for path in RESULTS.glob("paper-tables*.json"):
-        page = document(json.loads(path.read_text()), path.with_suffix(".png").name)
-        texts[path.with_suffix(".md")] = page
+        texts[path.with_suffix(".md")] = document(json.loads(path.read_text()), path.stem)
     return texts
 
 

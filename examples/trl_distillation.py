@@ -33,14 +33,14 @@ def load_student(noise: float) -> torch.nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="TRL with the PAINT loss")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--output", default="runs/trl-distillation", help="TRL's output directory")
     args = parser.parse_args()
 
     questions = [f"Problem: {row.problem}\n\n{INSTRUCTION}" for row in load_split("train", 64)]
     prompts = [{"prompt": [{"role": "user", "content": question}]} for question in questions]
     trainer = PaintDistillationTrainer(
-        model=load_student(noise=0.3),
+        model=load_student(noise=0.4),
         teacher_model=AutoModelForCausalLM.from_pretrained(TINY_BASE),
         # The paper's settings are the defaults; what is given here replaces them one by one.
         loss_settings={"top_fraction": 0.05},
@@ -50,7 +50,7 @@ def main() -> None:
             per_device_train_batch_size=4,
             gradient_accumulation_steps=2,
             max_completion_length=64,
-            learning_rate=1e-3,  # for a million parameters; the paper has 5e-6
+            learning_rate=3e-3,  # for a million parameters; the paper has 5e-6
             lr_scheduler_type="constant",
             logging_steps=1,
             save_strategy="no",

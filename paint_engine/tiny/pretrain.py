@@ -1,12 +1,11 @@
-"""Pretrains the tiny models: `python -m paint_engine.tiny.pretrain [--slip-rate 0] [--output DIR]`.
+"""Pretrains the tiny models: `python -m paint_engine.tiny.pretrain [--teacher] [--output DIR]`.
 
-The base gets the two properties that PAINT needs of a real one. Alone it is fallible: in the
-unaided solutions of its training data, a share of the intermediate results is wrong, and later
-steps use the wrong results. With a verified solution in its prompt, whole or partly hidden, it is
-much better: those training solutions are correct, in other words than the shown one.
+The base learns to write like a fallible writer (`paint_engine.tiny.writer`), alone and with a
+reference in its prompt, whole, partly hidden, or of another problem. What that gives it is measured
+by `python -m paint_engine.tiny.properties`.
 
-The bundled stronger teacher, which the preset opd-tiny distils from, is the same model but for
-`--slip-rate 0`: it has seen correct solutions only. Its tokenizer is the base's.
+The bundled stronger teacher, which the preset opd-tiny distils from, is the base after more steps
+on the solutions of a writer without slips.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from paint_engine.config.bundled import TINY_BASE, TINY_TEACHER
 from paint_engine.config.sections import PromptsSection
@@ -35,9 +34,11 @@ from paint_engine.tiny.problems import (
     WordProblem,
     draw_drill,
     draw_problem,
-    render_solution,
+    render_reference,
 )
+from paint_engine.tiny.stories import WAYS, Plan, Way
 from paint_engine.tiny.tokenizer import train_tokenizer
+from paint_engine.tiny.writer import Habits, visible_roles, write_solution, write_terse
 
 # The paper's prompt, fixed here: the base is trained on these words, whatever the configuration
 # says.
@@ -45,7 +46,9 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 _PROMPTS = PromptsSection(instruction=INSTRUCTION)
 
 SEED = 0
-NUM_STEPS = 1300
+NUM_STEPS = 3000
+# Of the teacher, and the share of the learning rates that they begin at.
+TEACHER_STEPS, TEACHER_RATE = 100, 0.3
 BATCH_SIZE = 32
 MICROBATCH_SIZE = 8
 VOCAB_SIZE = 768
@@ -53,17 +56,18 @@ PEAK_LEARNING_RATE = 3e-3
 MUON_LEARNING_RATE = 2e-2
 WARMUP_STEPS = 50
 
-SLIP_RATE = 0.08
-DRILL_SHARE = 0.2
-UNAIDED_SHARE = 0.35
-# Shares of the privileged documents: the whole solution, a hidden suffix, a span hidden anywhere.
-PLACEMENT_WEIGHTS = {"whole": 0.1, "suffix": 0.65, "random": 0.25}
+DRILL_SHARE = 0.15
+# Of the other documents: no reference, a reference to the problem, one to another problem.
+UNAIDED_SHARE, AIDED_SHARE, CONTROL_SHARE = 0.35, 0.45, 0.2
+TOGETHER_SHARE = 0.7
+# Of the solutions, which are then as terse as a reference.
+TERSE_SHARE = 0.08
+PLACEMENT_WEIGHTS = {"whole": 0.3, "suffix": 0.45, "random": 0.25}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The settings that differ between the sizes of the base. Heads have 32 dimensions up to 2
-    million parameters, then 64."""
+    """The settings that differ between the sizes of the base."""
 
     hidden_size: int
     num_heads: int
@@ -72,15 +76,12 @@ class Shape:
     head_dim: int = 32
 
 
-# "small" is the bundled base. A width of 96 is too small: see docs/decisions.md.
+# "small" is the bundled base.
 SIZES = {
-    "small": Shape(128, 4, 2),
-    "medium": Shape(160, 5, 1),
-    "large": Shape(192, 6, 2),
+    "small": Shape(128, 4, 2, num_layers=5),
     # For GPUs; not trained yet.
     "10m": Shape(320, 5, 1, num_layers=8, head_dim=64),
     "30m": Shape(512, 8, 4, num_layers=10, head_dim=64),
-    "100m": Shape(768, 12, 6, num_layers=14, head_dim=64),
 }
 
 
@@ -100,31 +101,61 @@ def draw_pretraining_problem(rng: random.Random) -> WordProblem:
             return problem
 
 
-def _user_text(problem: WordProblem, rng: random.Random, *, unaided: bool) -> str:
-    if unaided:
-        return student_text(problem.text, _PROMPTS)
+def _draw_way(rng: random.Random, preferred: Way, share: float) -> Way:
+    return preferred if rng.random() < share else next(way for way in WAYS if way != preferred)
+
+
+def _draw_reference(plan: Plan, rng: random.Random) -> tuple[Way, str]:
+    """Returns the way of a reference, and the reference, whole or with a part hidden."""
+    way = _draw_way(rng, "together", TOGETHER_SHARE)
     placements, weights = zip(*PLACEMENT_WEIGHTS.items(), strict=True)
     placement = rng.choices(placements, weights)[0]
-    reference = render_solution(problem, rng)
+    reference = render_reference(plan, way)
     if placement == "whole":
-        return teacher_text(problem.text, reference, _PROMPTS, whole=True)
-    partial = mask_solution(
-        reference, rng.uniform(0.1, 0.9), placement=placement, generator=rng, marker=OMISSION_MARKER
+        return way, reference
+    ratio = rng.uniform(0.05, 0.95)
+    return way, mask_solution(
+        reference, ratio, placement=placement, generator=rng, marker=OMISSION_MARKER
     )
-    return teacher_text(problem.text, partial, _PROMPTS, whole=False)
+
+
+def _write(
+    plan: Plan, way: Way, rng: random.Random, habits: Habits, visible: frozenset[str]
+) -> str:
+    write = write_terse if rng.random() < TERSE_SHARE else write_solution
+    return write(plan, way, rng, habits, visible)
+
+
+def _solution(problem: WordProblem, rng: random.Random, habits: Habits) -> tuple[str, str]:
+    """Returns a user message and the writer's solution: alone, or with a reference to this problem
+    or to another."""
+    kind = rng.random() * (UNAIDED_SHARE + AIDED_SHARE + CONTROL_SHARE)
+    plan = problem.plan
+    if kind < UNAIDED_SHARE:
+        text = student_text(problem.text, _PROMPTS)
+        return text, _write(plan, rng.choice(WAYS), rng, habits, frozenset())
+    is_control = kind < UNAIDED_SHARE + CONTROL_SHARE
+    shown_plan = draw_pretraining_problem(rng).plan if is_control else plan
+    shown_way, shown = _draw_reference(shown_plan, rng)
+    whole = OMISSION_MARKER not in shown
+    text = teacher_text(problem.text, shown, _PROMPTS, whole=whole)
+    if is_control:
+        return text, _write(plan, rng.choice(WAYS), rng, habits, frozenset())
+    # The more of a reference is visible, the more the writer is drawn to its way.
+    visible_share = (len(shown) - (0 if whole else len(OMISSION_MARKER))) / len(
+        render_reference(plan, shown_way)
+    )
+    way = _draw_way(rng, shown_way, 0.5 + 0.49 * visible_share)
+    return text, _write(plan, way, rng, habits, visible_roles(plan, shown_way, shown))
 
 
 def draw_document(
-    tokenizer: PreTrainedTokenizerBase, rng: random.Random, slip_rate: float = SLIP_RATE
+    tokenizer: PreTrainedTokenizerBase, rng: random.Random, habits: Habits
 ) -> Document:
-    """Draws an unaided solution with slips, a correct one after a verified solution, or a drill."""
-    kind = rng.random()
-    if kind < DRILL_SHARE:
+    """Draws a drill, or a solution of the writer after a prompt."""
+    if rng.random() < DRILL_SHARE:
         return Document((), tuple(tokenizer.encode(draw_drill(rng) + "<|endoftext|>")))
-    problem = draw_pretraining_problem(rng)
-    unaided = kind < DRILL_SHARE + UNAIDED_SHARE
-    prompt = _user_text(problem, rng, unaided=unaided)
-    completion = render_solution(problem, rng, slip_rate=slip_rate if unaided else 0.0)
+    prompt, completion = _solution(draw_pretraining_problem(rng), rng, habits)
     return Document(
         encode_chat(tokenizer, prompt, thinking=False),
         tuple(tokenizer.encode(completion + "<|im_end|>")),
@@ -135,15 +166,12 @@ def _train_tiny_tokenizer() -> PreTrainedTokenizerBase:
     rng = random.Random(f"paint-tiny-tokenizer-{SEED}")
     corpus = []
     for _ in range(3000):
-        problem = draw_pretraining_problem(rng)
-        corpus.append(_user_text(problem, rng, unaided=False))
-        corpus.append(render_solution(problem, rng, slip_rate=SLIP_RATE))
+        corpus += _solution(draw_pretraining_problem(rng), rng, Habits())
     return train_tokenizer(corpus, VOCAB_SIZE)
 
 
 def model_config(tokenizer: PreTrainedTokenizerBase, size: str = "small") -> Qwen3Config:
-    """Returns Qwen3's architecture with 0.9, 1.3 or 1.9 million parameters, or 10, 30 or 100
-    million."""
+    """Returns Qwen3's architecture with 1.1, 10 or 30 million parameters."""
     shape = SIZES[size]
     stop, padding = tokenizer.encode("<|im_end|><|endoftext|>")
     return Qwen3Config(
@@ -195,37 +223,36 @@ def pretrain(
     num_steps: int,
     *,
     size: str = "small",
-    slip_rate: float = SLIP_RATE,
+    start: Path | None = None,
     device: torch.device,
     log_every: int = 50,
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
-    """Trains tokenizer and model from scratch. The result is the same on every run on one
-    machine; the tokenizer is the same at any size and slip rate.
+    """Trains tokenizer and model from scratch, or a teacher from a base. The result is the same on
+    every run on one machine; the tokenizer is the same at any size.
 
-    slip_rate: the share of the intermediate results that are wrong in unaided solutions.
+    start: directory of the base that becomes the teacher; None for a new base.
     """
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)
-    tokenizer = _train_tiny_tokenizer()
-    model = Qwen3ForCausalLM(model_config(tokenizer, size))
+    if start is None:
+        tokenizer = _train_tiny_tokenizer()
+        model = Qwen3ForCausalLM(model_config(tokenizer, size))
+        rng, habits = random.Random(f"paint-tiny-pretrain-{SEED}"), Habits()
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(start)
+        model = Qwen3ForCausalLM.from_pretrained(start).train()
+        rng, habits = random.Random(f"paint-tiny-teacher-{SEED}"), Habits(0.0, 0.0)
     torch.nn.Module.to(model, device)
     optimizers = _optimizers(model)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    rng = random.Random(f"paint-tiny-pretrain-{SEED}")
     started = time.monotonic()
     for step in range(num_steps):
         # Linear warm-up, then a cosine schedule to zero.
         warmup = min(1.0, (step + 1) / WARMUP_STEPS)
         scale = warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-        documents = [draw_document(tokenizer, rng, slip_rate) for _ in range(BATCH_SIZE)]
-        # Rows of similar length share a micro-batch, so little is padding.
-        documents.sort(key=lambda d: len(d.prompt_ids) + len(d.completion_ids))
-        num_tokens = sum(len(d.prompt_ids) + len(d.completion_ids) - 1 for d in documents)
-        loss_sum = 0.0
-        for start in range(0, BATCH_SIZE, MICROBATCH_SIZE):
-            loss = _batch_loss(model, documents[start : start + MICROBATCH_SIZE]) / num_tokens
-            loss.backward()
-            loss_sum += loss.item()
+        scale *= 1.0 if start is None else TEACHER_RATE
+        documents = [draw_document(tokenizer, rng, habits) for _ in range(BATCH_SIZE)]
+        loss = _accumulate(model, documents)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * scale
@@ -234,50 +261,60 @@ def pretrain(
         if (step + 1) % log_every == 0 or step + 1 == num_steps:
             elapsed_s = time.monotonic() - started
             print(
-                f"step {step + 1}/{num_steps}  loss {loss_sum:.4f} nats  {elapsed_s:.0f} s",
-                flush=True,
+                f"step {step + 1}/{num_steps}  loss {loss:.4f} nats  {elapsed_s:.0f} s", flush=True
             )
     return model.eval(), tokenizer
+
+
+def _accumulate(model: Qwen3ForCausalLM, documents: list[Document]) -> float:
+    """Adds the gradient of the documents' mean loss per token; returns that loss in nats."""
+    # Rows of similar length share a micro-batch, so little is padding.
+    documents = sorted(documents, key=lambda d: len(d.prompt_ids) + len(d.completion_ids))
+    num_tokens = sum(len(d.prompt_ids) + len(d.completion_ids) - 1 for d in documents)
+    loss_sum = 0.0
+    for first in range(0, len(documents), MICROBATCH_SIZE):
+        loss = _batch_loss(model, documents[first : first + MICROBATCH_SIZE]) / num_tokens
+        loss.backward()
+        loss_sum += loss.item()
+    return loss_sum
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain a tiny model of the laptop domain.")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument(
-        "--slip-rate",
-        type=float,
-        default=SLIP_RATE,
-        help="share of wrong intermediate results in unaided solutions; 0 for a teacher",
+        "--teacher",
+        action="store_true",
+        help="train the bundled base further, into the teacher of opd-tiny",
     )
     parser.add_argument("--output", type=Path, help="default: the bundled model's folder")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--num-steps", type=int, default=NUM_STEPS)
+    parser.add_argument(
+        "--num-steps", type=int, help=f"default: {NUM_STEPS}, for the teacher {TEACHER_STEPS}"
+    )
     arguments = parser.parse_args()
-    output: Path | None = arguments.output
-    if not 0 <= arguments.slip_rate < 1:
-        parser.error(f"--slip-rate: got {arguments.slip_rate:g}; needs 0 to below 1")
-    bundled = {("small", SLIP_RATE): TINY_BASE, ("small", 0.0): TINY_TEACHER}
-    output = output or bundled.get((arguments.size, arguments.slip_rate))
-    if output is None:
-        parser.error(
-            f"--size {arguments.size} with --slip-rate {arguments.slip_rate:g} is no bundled "
-            "model; needs --output DIR"
-        )
+    size, teacher = arguments.size, arguments.teacher
+    if size != "small" and (teacher or arguments.output is None):
+        parser.error(f"--size {size} is no bundled model; needs --output DIR, and no --teacher")
+    output: Path = arguments.output or (TINY_TEACHER if teacher else TINY_BASE)
+    num_steps = arguments.num_steps or (TEACHER_STEPS if teacher else NUM_STEPS)
     # Deterministic algorithms need this setting on a GPU.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     started = time.monotonic()
-    device = pick_device(arguments.device)
     model, tokenizer = pretrain(
-        arguments.num_steps, size=arguments.size, slip_rate=arguments.slip_rate, device=device
+        num_steps,
+        size=size,
+        start=TINY_BASE if teacher else None,
+        device=pick_device(arguments.device),
     )
     with new_files(output) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
     weights = (output / "model.safetensors").read_bytes()
+    option = " --teacher" if teacher else "" if size == "small" else f" --size {size}"
     record = {
-        "command": f"python -m paint_engine.tiny.pretrain --size {arguments.size} "
-        f"--slip-rate {arguments.slip_rate:g}",
-        "num_steps": arguments.num_steps,
+        "command": f"python -m paint_engine.tiny.pretrain{option}",
+        "num_steps": num_steps,
         "num_parameters": model.num_parameters(),
         "sha256": hashlib.sha256(weights).hexdigest(),
         "seconds": round(time.monotonic() - started),

@@ -1,40 +1,26 @@
-"""Multi-step word problems whose solutions resemble real ones: prose, LaTeX, intermediate results,
-a box.
+"""Multi-step word problems with two sound ways to each answer, in disjoint splits.
 
-A problem is a story (the text of the problem) and a plan (the steps that solve it). A plan can be
-rendered many times in different words. It is rendered correctly, or with slips that later steps
-use, like the solutions of a fallible writer. The split of a problem is a hash of its arithmetic
-alone, so a held-out problem never reappears under other names: no two splits share a family,
-structure and set of numbers.
+A problem is a story (its text) and a plan (the steps of each way). The split of a problem is a hash
+of its arithmetic alone, so a held-out problem never reappears under other names: no two splits
+share a family, structure and set of numbers. The references of the splits are terse and go the way
+"together".
 """
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from paint_engine.tiny.stories import FAMILIES, Operator, Plan, Step
+from paint_engine.tiny.stories import FAMILIES, Operator, Plan, Step, Way, draw_plan
 from paint_engine.types import Problem
 
 # The hash buckets, of 64, of each split; the base is pretrained on the rest.
-SPLIT_BUCKETS = {"test": range(0, 4), "validation": range(4, 6), "train": range(6, 22)}
-SPLIT_SIZES = {"test": 512, "validation": 256, "train": 4096}
+SPLIT_BUCKETS = {"test": range(0, 6), "validation": range(6, 8), "train": range(8, 22)}
+SPLIT_SIZES = {"test": 2048, "validation": 512, "train": 4096}
 PRETRAIN_BUCKETS = range(22, 64)
 
-# Sums and differences need the most practice.
-_DRILL_OPERATORS: tuple[Operator, ...] = ("+", "+", "-", "-", "*", "/", "%")
-_STEP_PATTERNS = (
-    "{Label} is {formula}.",
-    "We compute {label}: {formula}.",
-    "So {label} is {formula}.",
-    "{Label} comes to {formula}.",
-)
-_CLOSING_PATTERNS = (
-    "The answer is $\\boxed{{{answer}}}$.",
-    "Therefore the answer is $\\boxed{{{answer}}}$.",
-    "This gives $\\boxed{{{answer}}}$ in the end.",
-)
+_DRILL_OPERATORS: tuple[Operator, ...] = ("+", "-", "*", "/")
 
 
 @dataclass(frozen=True)
@@ -52,135 +38,135 @@ class WordProblem:
         return digest[0] % 64
 
 
-def _apply(step: Step, left: int, right: int) -> int:
+def apply_operator(op: Operator, left: int, right: int) -> int:
     """Returns a step's result. After a slip a division can be inexact; the quotient is rounded
     down."""
-    if step.op == "+":
-        return left + right
-    if step.op == "-":
-        return left - right
-    if step.op == "*":
-        return left * right
-    if step.op == "/":
-        return left // right
-    assert step.op == "%", step.op
-    return left * right // 100
+    match op:
+        case "+":
+            return left + right
+        case "-":
+            return left - right
+        case "*":
+            return left * right
+        case "/":
+            return left // right
 
 
-def _formula(step: Step, left: int, right: int, result: int) -> str:
-    if step.op == "+":
-        return f"${left} + {right} = {result}$"
-    if step.op == "-":
-        return f"${left} - {right} = {result}$"
-    if step.op == "*":
-        return f"${left} \\times {right} = {result}$"
-    if step.op == "/":
-        return f"$\\frac{{{left}}}{{{right}}} = {result}$"
-    return f"$\\frac{{{right}}}{{100}} \\times {left} = {result}$"
+def formula(op: Operator, left: int | str, right: int | str) -> str:
+    """Returns the left side of a formula in LaTeX."""
+    match op:
+        case "*":
+            return f"{left}\\times {right}"
+        case "/":
+            return f"\\frac{{{left}}}{{{right}}}"
+        case _:
+            return f"{left}{op}{right}"
 
 
-def _slip(result: int, rng: random.Random) -> int:
-    """Returns a plausible wrong result: one digit, at any place, is off by one or two.
+def operands_of(step: Step, values: Mapping[str, int]) -> tuple[int, int]:
+    """Returns the two numbers of a step.
 
-    An earlier slip can have made the result negative; its sign stays.
+    values: the results of earlier steps, by role.
     """
-    digits = [int(digit) for digit in str(abs(result))]
-    place = rng.randrange(len(digits))
-    lowest = 1 if place == 0 else 0
-    near = [digits[place] + offset for offset in (-2, -1, 1, 2)]
-    digits[place] = rng.choice([digit for digit in near if lowest <= digit <= 9])
-    return int("".join(map(str, digits))) * (-1 if result < 0 else 1)
+    left, right = (values[n] if isinstance(n, str) else n for n in (step.left, step.right))
+    return left, right
 
 
-def _values(plan: Plan, slip_rate: float, rng: random.Random) -> list[tuple[int, int, int]]:
-    """Returns (left, right, result) of every step. Steps that use a slipped result use it as
-    written."""
-    results: list[int] = []
-    values = []
-    for step in plan.steps:
-        left = results[-step.left - 1] if step.left < 0 else step.left
-        right = results[-step.right - 1] if step.right < 0 else step.right
-        result = _apply(step, left, right)
-        if rng.random() < slip_rate:
-            result = _slip(result, rng)
-        results.append(result)
-        values.append((left, right, result))
+def true_values(plan: Plan, way: Way) -> dict[str, int]:
+    """Returns the right result of every step of a way, by role."""
+    values: dict[str, int] = {}
+    for step in plan.ways[way]:
+        values[step.role] = apply_operator(step.op, *operands_of(step, values))
     return values
 
 
-def render_solution(problem: WordProblem, rng: random.Random, *, slip_rate: float = 0.0) -> str:
-    """Writes a solution in words chosen by `rng`.
+def combined_side(steps: Sequence[Step], values: Mapping[str, int]) -> str:
+    """Returns the left side of one formula that takes several steps, the last of which uses the
+    others.
 
-    slip_rate: probability, per step, that the written result is wrong. Later steps use the wrong
-        result.
+    values: of the roles that earlier formulas have found.
     """
-    values = _values(problem.plan, slip_rate, rng)
-    lines = []
-    for step, (left, right, result) in zip(problem.plan.steps, values, strict=True):
-        label = rng.choice(step.labels)
-        pattern = rng.choice(_STEP_PATTERNS)
-        formula = _formula(step, left, right, result)
-        lines.append(
-            pattern.format(label=label, Label=label[0].upper() + label[1:], formula=formula)
+    texts: dict[str, str] = {}
+    for step in steps:
+        left, right = (
+            n if isinstance(n, int) else texts.get(n, str(values.get(n)))
+            for n in (step.left, step.right)
         )
-    lines.append(rng.choice(_CLOSING_PATTERNS).format(answer=values[-1][2]))
-    return "\n".join(lines)
+        texts[step.role] = formula(step.op, left, right)
+    return texts[steps[-1].role]
 
 
-def _is_within_reach(op: str, left: int, right: int, result: int) -> bool:
-    """Returns whether a result is exact, positive and small: up to 200, or up to 600 if a multiple
-    of ten. A model of a million parameters can learn such results in minutes."""
-    if op == "/" and (left % right or result > 40):
+def terse_lines(plan: Plan, way: Way) -> list[list[Step]]:
+    """Returns the steps of each formula of a terse solution."""
+    steps = {step.role: step for step in plan.ways[way]}
+    return [[steps[role] for role in roles] for roles in plan.lines[way]]
+
+
+def terse_text(formulas: Sequence[str], answer: int) -> str:
+    return "\n".join([*(f"${text}$" for text in formulas), f"$\\boxed{{{answer}}}$"])
+
+
+def render_reference(plan: Plan, way: Way) -> str:
+    """Writes a terse solution: formulas without words, some of which take several steps at once."""
+    values = true_values(plan, way)
+    formulas = [
+        f"{combined_side(steps, values)}={values[steps[-1].role]}"
+        for steps in terse_lines(plan, way)
+    ]
+    return terse_text(formulas, values["answer"])
+
+
+def _is_within_reach(op: Operator, left: int, right: int, result: int) -> bool:
+    """Returns whether a result is exact, positive and up to 300. A model of a million parameters
+    can learn such results in minutes."""
+    if op == "/" and (left % right or result > 100):
         return False
-    if op == "%" and left * right % 100:
-        return False
-    return 0 < result <= 200 or (result % 10 == 0 and 0 < result <= 600)
+    return 0 < result <= 300
 
 
 def draw_problem(rng: random.Random) -> WordProblem:
     """Draws one problem. Families are equally likely, and intermediate results are positive
     integers."""
-    family: Callable[[random.Random], Plan] = rng.choice(FAMILIES)
+    family = rng.choice(FAMILIES)
     while True:
-        plan = family(rng)
-        values = _values(plan, 0.0, rng)
-        steps = zip(plan.steps, values, strict=True)
-        if all(_is_within_reach(step.op, *value) for step, value in steps):
-            return WordProblem(" ".join(plan.story), plan, values[-1][2])
+        plan = draw_plan(rng, family)
+        values = true_values(plan, "together")
+        steps = plan.ways["together"]
+        if all(_is_within_reach(s.op, *operands_of(s, values), values[s.role]) for s in steps):
+            return WordProblem(" ".join(plan.story), plan, values["answer"])
 
 
 def draw_drill(rng: random.Random, num_lines: int = 16) -> str:
-    """Draws correct formulas like those in solutions: practice without a story."""
+    """Draws correct formulas of one step, like those in solutions: practice without a story."""
     lines: list[str] = []
     while len(lines) < num_lines:
         op = rng.choice(_DRILL_OPERATORS)
-        left = rng.choice((rng.randint(2, 200), 10 * rng.randint(1, 60)))
         if op in "+-":
-            right = rng.choice((rng.randint(2, 60), rng.randint(2, 200), 10 * rng.randint(1, 60)))
-        elif op == "%":
-            right = rng.choice((10, 20, 25, 50))
+            left, right = rng.randint(10, 300), rng.randint(2, 99)
+        elif op == "*":
+            left, right = rng.randint(2, 9), rng.choice((rng.randint(2, 49), rng.randint(10, 150)))
+            left, right = rng.sample((left, right), 2)
         else:
-            right = rng.choice((rng.randint(2, 9), 10 * rng.randint(1, 4)))
-        step = Step(op, left, right, ())
-        result = _apply(step, left, right)
+            right = rng.randint(2, 5)
+            left = right * rng.randint(2, 100)
+        result = apply_operator(op, left, right)
         if _is_within_reach(op, left, right, result):
-            lines.append(_formula(step, left, right, result))
+            lines.append(f"${formula(op, left, right)}={result}$")
     return "\n".join(lines)
 
 
 @lru_cache(maxsize=8)
-def _draw_split(split: str) -> tuple[Problem, ...]:
+def draw_split(split: str) -> tuple[WordProblem, ...]:
+    """Returns the problems of a split with their plans."""
     rng = random.Random(f"paint-tiny-{split}")
     seen: set[tuple[object, ...]] = set()
-    problems: list[Problem] = []
+    problems: list[WordProblem] = []
     while len(problems) < SPLIT_SIZES[split]:
         drawn = draw_problem(rng)
         if drawn.bucket not in SPLIT_BUCKETS[split] or drawn.plan.key in seen:
             continue
         seen.add(drawn.plan.key)
-        solution = render_solution(drawn, rng)
-        name = f"tiny-{split}:{len(problems)}"
-        problems.append(Problem(name, drawn.text, solution, str(drawn.answer)))
+        problems.append(drawn)
     return tuple(problems)
 
 
@@ -195,4 +181,22 @@ def load_split(split: str, max_rows: int | None = None) -> list[Problem]:
             f"the tiny domain has no split {split!r}; it has {sorted(SPLIT_BUCKETS)}; "
             "set --data.split or --eval.split to one of them"
         )
-    return list(_draw_split(split)[:max_rows])
+    drawn = draw_split(split)[:max_rows]
+    return [
+        Problem(
+            f"tiny-{split}:{index}",
+            problem.text,
+            render_reference(problem.plan, "together"),
+            str(problem.answer),
+        )
+        for index, problem in enumerate(drawn)
+    ]
+
+
+def way_of(solution: str) -> Way | None:
+    """Returns the way of a solution by its first formula; None if it has none."""
+    _, opened, rest = solution.partition("$")
+    left = rest.partition("=")[0]
+    if not opened:
+        return None
+    return "apart" if "\\times" in left else "together"

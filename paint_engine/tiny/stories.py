@@ -1,231 +1,206 @@
 """The families of stories of the tiny domain. Each draws numbers and words, and returns the text
-and the solving steps."""
+and two ways of solving it."""
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 _NAMES = ("Mia", "Tom", "Ana", "Ben", "Zoe", "Max", "Lea", "Sam", "Ivy", "Leo", "Nora", "Omar")
-_FRUIT = ("apples", "pears", "plums", "lemons", "figs", "melons")
-_GOODS = ("lamps", "chairs", "mugs", "kites", "clocks", "toys")
-_GIFTS = ("bike", "tent", "guitar", "camera", "desk", "drum")
 
-Operator = Literal["+", "-", "*", "/", "%"]
+Operator = Literal["+", "-", "*", "/"]
+Way = Literal["together", "apart"]
+WAYS: tuple[Way, ...] = ("together", "apart")
 
 
 @dataclass(frozen=True)
 class Step:
-    """`left op right`. A negative operand -k - 1 is the result of step k.
+    """`left op right`. An operand that is a string is the result of the step with that role.
 
-    Step("*", 4, 12, ("the number of apples in the baskets",)) is 48; a next Step("-", -1, 15, ...)
-    is 33. "%" is right percent of left. `labels` are different names of the result.
+    role: names the result; the steps of both ways to one result share its role.
+    label: the words for the result.
     """
 
+    role: str
     op: Operator
-    left: int
-    right: int
-    labels: tuple[str, ...]
+    left: int | str
+    right: int | str
+    label: str
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The sentences of the problem and the steps that solve it.
+    """The sentences of a problem, and the steps of each way to its answer.
 
-    `family` names the kind of story and its variant.
+    "together" adds up what comes at a time and multiplies once; "apart" multiplies each part and
+    adds up the products. From the total on, the ways share their steps.
+
+    lines: by way, the roles that a terse solution computes in each of its formulas.
     """
 
     family: str
     story: tuple[str, ...]
-    steps: tuple[Step, ...]
+    ways: dict[Way, tuple[Step, ...]]
+    lines: dict[Way, tuple[tuple[str, ...], ...]]
 
     @property
     def key(self) -> tuple[object, ...]:
         """The arithmetic of the problem without its words. No two splits share a key."""
-        return (self.family, *((step.op, step.left, step.right) for step in self.steps))
+        return (self.family, *((s.op, s.left, s.right) for s in self.ways["together"]))
 
 
-def _harvest(rng: random.Random) -> Plan:
-    first, second = rng.sample(_NAMES, 2)
-    fruit = rng.choice(_FRUIT)
-    baskets, each = rng.randint(2, 8), rng.randint(4, 15)
-    story = [f"{first} picks {baskets} baskets with {each} {fruit} in each basket."]
-    steps = [Step("*", baskets, each, (f"the number of {fruit} of {first}", f"what {first} picks"))]
-    relation = rng.choice(("more", "fewer", "twice", "half"))
-    second_labels = (f"the number of {fruit} of {second}", f"what {second} picks")
-    if relation in ("more", "fewer"):
-        gap = rng.randint(3, 25)
-        story.append(f"{second} picks {gap} {relation} {fruit} than {first}.")
-        steps.append(Step("+" if relation == "more" else "-", -1, gap, second_labels))
-    elif relation == "twice":
-        story.append(f"{second} picks twice as many {fruit} as {first}.")
-        steps.append(Step("*", -1, 2, second_labels))
-    else:
-        story.append(f"{second} picks half as many {fruit} as {first}.")
-        steps.append(Step("/", -1, 2, second_labels))
-    total = (f"the number of {fruit} together", "what they have together")
-    steps.append(Step("+", -1, -2, total))
-    ending = rng.choice(("eat", "pack", "sell"))
-    if ending == "eat":
-        eaten = rng.randint(5, 40)
-        story.append(f"They eat {eaten} of them. How many {fruit} are left?")
-        steps.append(Step("-", -3, eaten, (f"the number of {fruit} left", "what is left")))
-    elif ending == "pack":
-        size = rng.randint(3, 9)
-        story.append(f"They put all of them in boxes of {size}. How many boxes do they fill?")
-        steps.append(Step("/", -3, size, ("the number of boxes", "the count of full boxes")))
-    else:
-        price = rng.randint(2, 4)
-        story.append(
-            f"They sell all of them for {price} dollars each. How many dollars do they get?"
-        )
-        steps.append(Step("*", -3, price, ("the money in dollars", "what they get")))
-    return Plan(f"harvest-{relation}-{ending}", tuple(story), tuple(steps))
+class Words(NamedTuple):
+    """What a family calls its results, from the sum at a time to the last result but one."""
+
+    at_a_time: str
+    first: str
+    second: str
+    total: str
+    after: str
+    then: str
 
 
-def _savings(rng: random.Random) -> Plan:
-    name, gift = rng.choice(_NAMES), rng.choice(_GIFTS)
-    start, weekly, weeks = rng.randint(10, 60), rng.randint(4, 15), rng.randint(3, 8)
-    percent = rng.choice((10, 20, 25, 50))
-    story = [
-        f"{name} has {start} dollars and saves {weekly} dollars a week for {weeks} weeks.",
-        f"Then {name} spends {percent} percent of all the money on a book.",
-    ]
-    steps = [
-        Step("*", weekly, weeks, ("the money saved", f"what {name} saves")),
-        Step("+", start, -1, ("all the money", f"what {name} has then")),
-        Step("%", -2, percent, ("the price of the book", "the money for the book")),
-        Step("-", -2, -3, ("the money left", f"what {name} has left")),
-    ]
-    ending = rng.choice(("need", "gift"))
-    if ending == "need":
-        cost = rng.randint(8, 20) * 10
-        story.append(f"A {gift} costs {cost} dollars. How many more dollars does {name} need?")
-        steps.append(Step("-", cost, -4, ("the money still needed", f"what {name} needs")))
-    else:
-        more = rng.randint(10, 50)
-        story.append(
-            f"For a birthday {name} gets {more} dollars more. How many dollars is that now?"
-        )
-        steps.append(Step("+", -4, more, ("the money now", f"what {name} has now")))
-    return Plan(f"savings-{ending}", tuple(story), tuple(steps))
+class Ending(NamedTuple):
+    """The last sentences and step of a story; `{k}` is the step's number."""
+
+    text: str
+    op: Operator
+    label: str
 
 
-def _journey(rng: random.Random) -> Plan:
+class Family(NamedTuple):
+    """A kind of story. `{n}` is a name, `{a}` how often `{b}` and `{c}` come, `{d}` and `{e}` what
+    is taken away and added.
+
+    joining: "+" if the second part adds to the first, "-" if it is lost.
+    losing: the sentence where `{d}` is taken away before `{e}` is added; `gaining`: the reverse.
+    """
+
+    name: str
+    opening: str
+    joining: Operator
+    losing: str
+    gaining: str
+    endings: tuple[Ending, ...]
+    words: Words
+
+
+def draw_plan(rng: random.Random, family: Family) -> Plan:
+    """Draws the numbers, the name and the variant of a story. Results can be out of reach."""
+    numbers = {
+        "a": rng.randint(3, 9),
+        "b": 10 * rng.randint(1, 4),
+        "c": rng.randint(2, 9),
+        "d": 10 * rng.randint(1, 8) + rng.randint(1, 9),
+        "e": 10 * rng.randint(1, 8) + rng.randint(1, 9),
+    }
     name = rng.choice(_NAMES)
-    vehicle = rng.choice(("bus", "train", "truck", "boat"))
-    speed, hours = rng.randrange(10, 90, 10), rng.randint(2, 6)
-    speed2, hours2 = rng.randrange(10, 90, 10), rng.randint(2, 5)
-    story = [
-        f"{name} drives a {vehicle} for {hours} hours at {speed} miles per hour.",
-        f"After a stop {name} drives {hours2} hours at {speed2} miles per hour.",
-    ]
-    steps = [
-        Step("*", speed, hours, ("the first part in miles", "the way before the stop")),
-        Step("*", speed2, hours2, ("the second part in miles", "the way after the stop")),
-        Step("+", -1, -2, ("the way so far", "the number of miles so far")),
-    ]
-    way = rng.randint(20, 60) * 10
-    story.append(f"The whole way is {way} miles.")
-    steps.append(Step("-", way, -3, ("the way left", "the number of miles left")))
-    ending = rng.choice(("left", "hours"))
-    if ending == "left":
-        story.append("How many miles are left?")
-    else:
-        speed3 = rng.choice((10, 20, 30, 40))
-        story.append(f"How many hours does the rest take at {speed3} miles per hour?")
-        steps.append(Step("/", -4, speed3, ("the number of hours left", "the time for the rest")))
-    return Plan(f"journey-{ending}", tuple(story), tuple(steps))
+    is_losing = rng.random() < 0.5
+    ending = rng.choice(family.endings)
+    last = rng.randint(2, 4) if ending.op == "*" else rng.randint(2, 5)
+    texts = (family.opening, family.losing if is_losing else family.gaining, ending.text)
+    story = tuple(text.format(n=name, k=last, **numbers) for text in texts)
+    signs: tuple[Operator, Operator] = ("-", "+") if is_losing else ("+", "-")
+    words, joining = family.words, family.joining
+    changes = (numbers["d"], numbers["e"]) if is_losing else (numbers["e"], numbers["d"])
+    tail = (
+        Step("after", signs[0], "total", changes[0], words.after),
+        Step("then", signs[1], "after", changes[1], words.then),
+        Step("answer", ending.op, "then", last, ending.label),
+    )
+    together = (
+        Step("at_a_time", joining, numbers["b"], numbers["c"], words.at_a_time),
+        Step("total", "*", numbers["a"], "at_a_time", words.total),
+    )
+    apart = (
+        Step("first", "*", numbers["a"], numbers["b"], words.first),
+        Step("second", "*", numbers["a"], numbers["c"], words.second),
+        Step("total", joining, "first", "second", words.total),
+    )
+    ends = (("then",), ("answer",))
+    return Plan(
+        f"{family.name}-{'lose' if is_losing else 'gain'}-{ending.label}",
+        story,
+        {"together": (*together, *tail), "apart": (*apart, *tail)},
+        {
+            "together": (("at_a_time",), ("total", "after"), *ends),
+            "apart": (("first", "second", "total"), ("after",), *ends),
+        },
+    )
 
 
-def _workshop(rng: random.Random) -> Plan:
-    name, goods = rng.choice(_NAMES), rng.choice(_GOODS)
-    rate, hours = rng.randint(4, 25), rng.randint(3, 9)
-    percent = rng.choice((10, 20, 25, 50))
-    story = [
-        f"A machine makes {rate} {goods} an hour and runs for {hours} hours.",
-        f"Of these, {percent} percent are broken and {name} throws them away.",
-    ]
-    steps = [
-        Step("*", rate, hours, (f"the number of {goods} made", "what the machine makes")),
-        Step("%", -1, percent, (f"the number of broken {goods}", "what is broken")),
-        Step("-", -1, -2, (f"the number of good {goods}", "what is good")),
-    ]
-    ending = rng.choice(("boxes", "store", "sell"))
-    if ending == "boxes":
-        size = rng.randint(2, 9)
-        story.append(f"The good ones go in boxes of {size}. How many boxes are there?")
-        steps.append(Step("/", -3, size, ("the number of boxes", "the count of full boxes")))
-    elif ending == "store":
-        stored, sold = rng.randint(20, 100), rng.randint(10, 50)
-        story.append(f"There were {stored} {goods} in the store, and {sold} are sold at once.")
-        story.append(f"How many {goods} are in the store now?")
-        steps.append(Step("+", stored, -3, ("what is in the store", f"all the {goods}")))
-        steps.append(Step("-", -4, sold, (f"the number of {goods} now", "what is there now")))
-    else:
-        price = rng.randint(2, 6)
-        story.append(f"The good ones are sold for {price} dollars each. How many dollars is that?")
-        steps.append(Step("*", -3, price, ("the money in dollars", "what they bring")))
-    return Plan(f"workshop-{ending}", tuple(story), tuple(steps))
-
-
-def _garden(rng: random.Random) -> Plan:
-    name = rng.choice(_NAMES)
-    width, extra = rng.randint(5, 30), rng.randint(3, 20)
-    story = [f"The garden of {name} is {width} feet wide and {extra} feet longer than it is wide."]
-    steps = [
-        Step("+", width, extra, ("the length", "the length in feet")),
-        Step("+", width, -1, ("half the way around", "length and width together")),
-        Step("*", -2, 2, ("the way around the garden", "the length of the fence")),
-    ]
-    ending = rng.choice(("gate", "cost", "posts"))
-    gate = rng.randint(3, 15)
-    story.append(f"A fence goes all around but leaves {gate} feet open for a gate.")
-    steps.append(Step("-", -3, gate, ("the fence without the gate", "the fence to build")))
-    if ending == "gate":
-        story.append("How many feet of fence does it take?")
-    elif ending == "cost":
-        cost = rng.randint(2, 4)
-        story.append(f"A foot of fence costs {cost} dollars. How many dollars is the fence?")
-        steps.append(Step("*", -4, cost, ("the money in dollars", "the price of the fence")))
-    else:
-        gap = rng.randint(2, 6)
-        story.append(f"There is a post every {gap} feet. How many posts does it take?")
-        steps.append(Step("/", -4, gap, ("the number of posts", "the count of posts")))
-    return Plan(f"garden-{ending}", tuple(story), tuple(steps))
-
-
-def _library(rng: random.Random) -> Plan:
-    name = rng.choice(_NAMES)
-    shelves, each, bought = rng.randint(3, 9), rng.randint(6, 20), rng.randint(10, 40)
-    story = [
-        f"{name} runs a library with {shelves} shelves of {each} books.",
-        f"{name} buys {bought} books more.",
-    ]
-    steps = [
-        Step("*", shelves, each, ("the number of books at first", "what is on the shelves")),
-        Step("+", -1, bought, ("the number of books then", "all the books")),
-    ]
-    part = rng.choice((2, 3, 4, 5))
-    word = {2: "Half", 3: "A third", 4: "A quarter", 5: "A fifth"}[part]
-    story.append(f"{word} of all the books are lent out.")
-    steps.append(Step("/", -2, part, ("the number of books lent", "what is lent")))
-    steps.append(Step("-", -2, -3, ("the number of books there", "what is still there")))
-    ending = rng.choice(("there", "back"))
-    if ending == "there":
-        story.append("How many books are still there?")
-    else:
-        back = rng.randint(5, 30)
-        story.append(f"After a week {back} books come back. How many books are there then?")
-        steps.append(Step("+", -4, back, ("the number of books in the end", "what is there then")))
-    return Plan(f"library-{part}-{ending}", tuple(story), tuple(steps))
-
-
-FAMILIES: tuple[Callable[[random.Random], Plan], ...] = (
-    _harvest,
-    _savings,
-    _journey,
-    _workshop,
-    _garden,
-    _library,
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "harvest",
+        "{n} picks {b} apples and {c} pears a day for {a} days.",
+        "+",
+        "{n} gives away {d} of them and buys {e} more.",
+        "{n} buys {e} more and gives away {d} of them.",
+        (
+            Ending("{n} sells all for {k} dollars each. How many dollars is that?", "*", "dollars"),
+            Ending("{n} packs all in bags of {k}. How many bags are there?", "/", "bags"),
+        ),
+        Words("fruit a day", "apples", "pears", "all fruit", "fruit then", "fruit now"),
+    ),
+    Family(
+        "workshop",
+        "A machine makes {b} lamps an hour, but {c} of them are broken. It runs for {a} hours.",
+        "-",
+        "{n} sells {d} good lamps and then finds {e} more.",
+        "{n} finds {e} more good lamps and then sells {d}.",
+        (
+            Ending("A lamp needs {k} screws. How many screws is that?", "*", "screws"),
+            Ending("The lamps go in boxes of {k}. How many boxes are there?", "/", "boxes"),
+        ),
+        Words(
+            "good an hour", "lamps made", "lamps broken", "good lamps", "lamps then", "lamps now"
+        ),
+    ),
+    Family(
+        "journey",
+        "A bus drives {b} miles before noon and {c} miles after noon on each of {a} days.",
+        "+",
+        "The driver {n} takes off {d} miles of a detour and adds {e} miles of a trip.",
+        "The driver {n} adds {e} miles of a trip and takes off {d} miles of a detour.",
+        (
+            Ending("A mile costs {k} dollars. How many dollars is that?", "*", "costs"),
+            Ending("It needs a break every {k} miles. How many breaks is that?", "/", "breaks"),
+        ),
+        Words("miles a day", "before noon", "after noon", "all miles", "miles then", "miles now"),
+    ),
+    Family(
+        "savings",
+        "{n} earns {b} dollars a week and spends {c} dollars a week for {a} weeks.",
+        "-",
+        "Then {n} pays {d} dollars for a tent and gets {e} dollars as a gift.",
+        "Then {n} gets {e} dollars as a gift and pays {d} dollars for a tent.",
+        (
+            Ending("The bank pays {k} times the money. How much is that?", "*", "payment"),
+            Ending("{k} friends share the money. How much does one get?", "/", "share"),
+        ),
+        Words("saved a week", "earned", "spent", "savings", "money then", "money now"),
+    ),
+    Family(
+        "garden",
+        "In each of {a} rows {n} plants {b} tulips and {c} roses.",
+        "+",
+        "In May {d} flowers wither and {e} new ones grow.",
+        "In May {e} new flowers grow and {d} wither.",
+        (
+            Ending("A flower has {k} leaves. How many leaves is that?", "*", "leaves"),
+            Ending("{n} makes bunches of {k} flowers. How many bunches is that?", "/", "bunches"),
+        ),
+        Words("flowers a row", "tulips", "roses", "all flowers", "flowers then", "flowers now"),
+    ),
+    Family(
+        "library",
+        "A library has {a} shelves with {b} books each, but {c} on each shelf are lent.",
+        "-",
+        "{n} takes {d} books out and puts {e} others in.",
+        "{n} puts {e} others in and takes {d} books out.",
+        (
+            Ending("A book weighs {k} pounds. How many pounds is that?", "*", "pounds"),
+            Ending("They go on carts of {k} books. How many carts is that?", "/", "carts"),
+        ),
+        Words("books a shelf", "places", "books lent", "all books", "books then", "books now"),
+    ),
 )

@@ -50,7 +50,7 @@ CHAT_TEMPLATE = """\
 
 def train_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Trains a tokenizer of `vocab_size` entries, including special tokens, that can encode any
-    text.
+    text. It has fewer where the corpus has no more words to learn.
 
     Every digit is a token of its own, as in Qwen3, so the model compares numbers digit by digit.
     """

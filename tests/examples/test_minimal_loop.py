@@ -1,6 +1,7 @@
 """examples/minimal_loop.py: the engine's prompts, the reference's loss, the same run twice."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,8 @@ from paint_engine.tiny.problems import load_split
 from paint_kernels import reference
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "minimal_loop.py"
-STOP = 765
+BASE = json.loads((TINY_BASE / "config.json").read_text())
+STOP, PADDING = BASE["eos_token_id"], BASE["pad_token_id"]
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +69,13 @@ def test_rollouts_end_with_the_stop_token_or_are_cut(
 ) -> None:
     torch.manual_seed(0)
     with model.disable_adapter():
-        rollouts = example.roll_out(model, tokenizer, load_split("train", 8), 96)
+        rollouts = example.roll_out(model, tokenizer, load_split("train", 16), 90)
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
-    assert min(lengths) < max(lengths) == 96, lengths
+    assert min(lengths) < max(lengths) == 90, lengths
     for rollout in rollouts:
         *before, last = rollout.completion_ids
-        assert STOP not in before and 763 not in before
-        assert last == STOP or len(rollout.completion_ids) == 96
+        assert STOP not in before and PADDING not in before
+        assert last == STOP or len(rollout.completion_ids) == 90
 
 
 def test_the_loss_and_its_gradient_are_the_reference_s(
@@ -123,4 +125,4 @@ def test_a_run_trains_the_adapter_and_repeats_to_the_bit(run_example: Any, tmp_p
     weights = load_file(tmp_path / "first" / "adapter_model.safetensors")
     # B starts at zero, so that what it is now is what it has learnt.
     moved = [weight.abs().max().item() for name, weight in weights.items() if "lora_B" in name]
-    assert len(moved) == 4 * 7 and min(moved) > 0
+    assert len(moved) == 7 * BASE["num_hidden_layers"] and min(moved) > 0

@@ -1,6 +1,7 @@
 """What the integration tests share: small random models and the tiny domain's tokenizer. Nothing
 here asks the network for anything."""
 
+import json
 import os
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 import paint_engine.tiny
 
 TOKENIZER_DIR = Path(paint_engine.tiny.__file__).parent / "base"
+BASE = json.loads((TOKENIZER_DIR / "config.json").read_text())
 
 transformers_logging.disable_progress_bar()
 
@@ -90,8 +92,8 @@ def random_model(seed: int, hidden_size: int = 32, *, tied: bool = True) -> Qwen
         initializer_range=0.15,
         tie_word_embeddings=tied,
         bos_token_id=None,
-        eos_token_id=765,
-        pad_token_id=763,
+        eos_token_id=BASE["eos_token_id"],
+        pad_token_id=BASE["pad_token_id"],
         dtype="float32",
     )
     return Qwen3ForCausalLM(config)

@@ -56,7 +56,7 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         ids = [row[f"{name}input_ids"] for row in rows]
         labels = [row[f"{name}labels"] for row in rows]
         ones = [torch.ones_like(row) for row in ids]
-        batch[f"{name}input_ids"] = pad_sequence(ids, batch_first=True, padding_value=763)
+        batch[f"{name}input_ids"] = pad_sequence(ids, batch_first=True, padding_value=744)
         batch[f"{name}labels"] = pad_sequence(labels, batch_first=True, padding_value=-100)
         batch[f"{name}attention_mask"] = pad_sequence(ones, batch_first=True)
     return batch

@@ -24,7 +24,7 @@ RESPONSE_LENGTHS = [9, 1, 14, 6, 3, 11]
 PROMPT_LENGTHS = {"student": [4, 2, 7, 3, 5, 1], "teacher": [6, 9, 8, 3, 7, 4]}
 TOOL_TOKENS = {2: range(4, 8), 5: range(0, 3)}
 """Response tokens that no model wrote, by rollout: outside the loss."""
-PADDING = 763
+PADDING = 744
 
 
 class Batch(NamedTuple):

@@ -25,8 +25,9 @@ from paint_engine import train
 from paint_engine.config.sections import LoraSection, ModelSection
 from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
-from paint_engine.tiny.problems import draw_problem, render_solution
+from paint_engine.tiny.problems import draw_problem
 from paint_engine.tiny.tokenizer import train_tokenizer
+from paint_engine.tiny.writer import Habits, write_solution
 from paint_engine.types import Problem, Rollout, TeacherView, TrainExample, Verdict
 
 # The head's rows above the tokenizer's size, as in Qwen3, whose head is padded.
@@ -42,7 +43,9 @@ os.environ["PAINT_CACHE_DIR"] = "none"
 def tokenizer() -> PreTrainedTokenizerBase:
     rng = random.Random(0)
     drawn = [draw_problem(rng) for _ in range(60)]
-    corpus = [text for p in drawn for text in (p.text, render_solution(p, rng))]
+    corpus = [
+        text for p in drawn for text in (p.text, write_solution(p.plan, "apart", rng, Habits()))
+    ]
     return train_tokenizer(corpus, 340)
 
 

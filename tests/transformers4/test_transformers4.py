@@ -1,6 +1,7 @@
 """Exports read by the real transformers 4.57, in an environment of its own that `make
 test-transformers4` builds: the same logits as by release 5, and the same token ids."""
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.skipif(
     not PYTHON.is_file(), reason="make test-transformers4 builds the environment with 4.57"
 )
 
+BASE = json.loads((TINY_BASE / "config.json").read_text())
 SHAPE = {
     "vocab_size": 768,
     "hidden_size": 64,
@@ -39,8 +41,8 @@ SHAPE = {
     "max_position_embeddings": 1024,
     "initializer_range": 0.1,
     "bos_token_id": None,
-    "eos_token_id": 765,
-    "pad_token_id": 763,
+    "eos_token_id": BASE["eos_token_id"],
+    "pad_token_id": BASE["pad_token_id"],
 }
 # Where all linear layers are not what peft adapts.
 TARGETS: dict[str, dict[str, Any]] = {
@@ -206,4 +208,4 @@ def test_both_releases_read_the_same_tokenizer(
     message = [{"role": "user", "content": TEXT}]
     chat = tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
     assert old["chat"].tolist() == chat
-    assert old["stops"].tolist() == [765, 765]
+    assert old["stops"].tolist() == [BASE["eos_token_id"]] * 2

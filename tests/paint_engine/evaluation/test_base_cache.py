@@ -129,7 +129,7 @@ def test_later_runs_and_commands_reuse_the_first_run_s_evaluation(
     flags = ("--benchmarks", tmp_path / "test.jsonl", "--num-samples", 2, "--max-new-tokens", 6)
     flags += ("--engine", "builtin", "--device", "cpu", "--seed", 5, "--model", model_dir)
     # The tiny preset's.
-    flags += ("--thinking", "false", "--top-p", 1.0)
+    flags += ("--thinking", "false")
     out = ("--output", tmp_path / "out")
     assert main(*flags, *out, "--base-cache", cache) == 0
     assert numbers == [] and "reused, from" in capsys.readouterr().out

@@ -28,7 +28,7 @@ from paint_engine.tiny.tokenizer import CHAT_TEMPLATE
 from paint_engine.types import Problem
 
 MARKER = "...(omitted)..."
-SECTION = EvalSection(num_samples=1, top_p=1.0, max_new_tokens=224)
+SECTION = EvalSection(num_samples=2, max_new_tokens=224)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,9 @@ def test_the_weights_are_those_that_the_record_describes() -> None:
     assert hashlib.sha256(file.read_bytes()).hexdigest() == record["sha256"]
     assert file.stat().st_size <= 5_000_000
     assert sum(t.numel() for t in load_file(file).values()) == record["num_parameters"]
-    # Fifteen minutes on two cores at most, as the default command makes it.
+    # An hour on two cores at most, as the default command makes it.
     assert record["num_steps"] == pretrain.NUM_STEPS
-    assert record["seconds"] <= 900
+    assert record["seconds"] <= 3600
     assert record["command"] == "python -m paint_engine.tiny.pretrain"
 
 
@@ -105,7 +105,7 @@ def test_it_solves_clearly_more_with_the_reference_in_its_prompt(
     )
     masked = accuracy([teacher_prompt(p, 0.35) for p in problems])
     # Fallible alone, and neither hopeless nor done.
-    assert 0.25 <= avg_at_k(alone) <= 0.8
+    assert 0.45 <= avg_at_k(alone) <= 0.75
     difference = paired_bootstrap((alone, masked))
     assert difference.low > 0
-    assert avg_at_k(masked) > 0.65
+    assert avg_at_k(masked) > 0.7

@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 from paint_engine.config import sections as config_sections
+from paint_engine.config.bundled import TINY_BASE
 from paint_engine.prompts import masking
 from paint_engine.rewards.boxes import extract_boxed
 from paint_engine.tiny import pretrain
+from paint_engine.tiny.problems import WordProblem, render_reference
+from paint_engine.tiny.stories import WAYS, Plan, Way
+from paint_engine.tiny.writer import Habits
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +40,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
 
 def _documents(tokenizer: PreTrainedTokenizerBase, count: int) -> list[tuple[str, str]]:
     rng = random.Random(1)
-    drawn = [pretrain.draw_document(tokenizer, rng) for _ in range(count)]
+    drawn = [pretrain.draw_document(tokenizer, rng, Habits()) for _ in range(count)]
     return [(_text(tokenizer, d.prompt_ids), _text(tokenizer, d.completion_ids)) for d in drawn]
 
 
@@ -46,7 +51,8 @@ def test_the_base_reads_the_prompts_that_it_is_used_with() -> None:
 
 def test_documents_come_in_their_shares(tokenizer: PreTrainedTokenizerBase) -> None:
     kinds: Counter[str] = Counter()
-    for prompt, completion in _documents(tokenizer, 300):
+    documents = _documents(tokenizer, 400)
+    for prompt, completion in documents:
         if not prompt:
             kinds["drill"] += 1
             assert completion.endswith("<|endoftext|>")
@@ -55,6 +61,7 @@ def test_documents_come_in_their_shares(tokenizer: PreTrainedTokenizerBase) -> N
         assert prompt.endswith("<think>\n\n</think>\n\n")
         assert completion.endswith("<|im_end|>")
         assert extract_boxed(completion) is not None
+        kinds["terse"] += ":" not in completion
         if "Reference Solution" not in prompt:
             kinds["unaided"] += 1
         else:
@@ -62,34 +69,53 @@ def test_documents_come_in_their_shares(tokenizer: PreTrainedTokenizerBase) -> N
             assert ("a part of reference solution" in prompt) == partial
             kinds["partial" if partial else "whole"] += 1
     # Four standard deviations of a share near a third.
-    assert abs(kinds["unaided"] / 300 - pretrain.UNAIDED_SHARE) < 0.11
-    assert abs(kinds["drill"] / 300 - pretrain.DRILL_SHARE) < 0.11
-    assert kinds["whole"] > 5 and kinds["partial"] > 70
+    solutions = 400 - kinds["drill"]
+    assert abs(kinds["unaided"] / solutions - pretrain.UNAIDED_SHARE) < 0.11
+    assert abs(kinds["drill"] / 400 - pretrain.DRILL_SHARE) < 0.1
+    assert kinds["whole"] > 20 and kinds["partial"] > 70
+    assert 0.02 < kinds["terse"] / solutions < 0.16
 
 
-def test_privileged_documents_are_clean_and_unaided_ones_slip(
+def test_the_writer_sees_what_his_prompt_shows(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates: list[tuple[bool, float]] = []
-    original = pretrain.render_solution
+    """Another problem's reference confirms nothing; a visible result of his own does."""
+    written: list[tuple[Plan, Way, frozenset[str]]] = []
+    original = pretrain.write_solution
 
-    def spy(problem, rng, *, slip_rate: float = 0.0) -> str:
-        assert problem.bucket in pretrain.PRETRAIN_BUCKETS
-        rates[-1] = (rates[-1][0], max(rates[-1][1], slip_rate))
-        return original(problem, rng, slip_rate=slip_rate)
+    def spy(plan: Plan, way: Way, rng: random.Random, habits: Habits, visible: frozenset[str]):
+        written.append((plan, way, visible))
+        return original(plan, way, rng, habits, visible)
 
-    monkeypatch.setattr(pretrain, "render_solution", spy)
+    monkeypatch.setattr(pretrain, "write_solution", spy)
+    monkeypatch.setattr(pretrain, "TERSE_SHARE", 0.0)
     rng = random.Random(2)
-    for _ in range(80):
-        rates.append((False, 0.0))
-        document = pretrain.draw_document(tokenizer, rng)
-        if not document.prompt_ids:
-            rates.pop()
+    kinds: Counter[str] = Counter()
+    followed: list[bool] = []
+    for _ in range(600):
+        count = len(written)
+        document = pretrain.draw_document(tokenizer, rng, Habits())
+        if len(written) == count:
             continue
-        aided = "Reference Solution" in _text(tokenizer, document.prompt_ids)
-        rates[-1] = (aided, rates[-1][1])
-    assert {rate for aided, rate in rates if aided} == {0.0}
-    assert {rate for aided, rate in rates if not aided} == {pretrain.SLIP_RATE}
+        plan, way, visible = written[-1]
+        assert WordProblem("", plan, 0).bucket in pretrain.PRETRAIN_BUCKETS
+        _, fence, shown = _text(tokenizer, document.prompt_ids).partition("Begin ===\n")
+        shown = shown.partition("\n===")[0]
+        own = {w: render_reference(plan, w) for w in WAYS}
+        if not fence:
+            kinds["unaided"] += 1
+            assert visible == frozenset()
+        elif shown in own.values():
+            kinds["whole"] += 1
+            assert visible == {line[-1] for line in plan.lines["together"][1:]} | (
+                {"at_a_time"} if shown == own["together"] else {"total"}
+            )
+            followed.append(own[way] == shown)
+        elif masking.OMISSION_MARKER not in shown:
+            kinds["another's"] += 1
+            assert visible == frozenset()
+    assert min(kinds.values()) > 15 and len(kinds) == 3
+    assert sum(followed) > 0.85 * len(followed)
 
 
 def test_the_loss_is_that_of_each_document_whatever_shares_its_batch(
@@ -130,6 +156,41 @@ def test_main_writes_the_same_weights_twice_with_their_hash(
         }
         digests.append(digest)
     assert digests[0] == digests[1]
+
+
+def test_the_teacher_begins_as_the_base_and_slips_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = []
+
+    def spy(tokenizer: PreTrainedTokenizerBase, rng: random.Random, habits: Habits):
+        rates.append((habits.slip, habits.confirmed_slip))
+        return pretrain.Document((1, 2), (3, 4))
+
+    monkeypatch.setattr(pretrain, "draw_document", spy)
+    monkeypatch.setattr("sys.argv", ["pretrain", "--teacher", "--num-steps", "1"])
+    monkeypatch.setattr(pretrain, "TINY_TEACHER", tmp_path / "teacher")
+    pretrain.main()
+    assert set(rates) == {(0.0, 0.0)}
+    base, teacher = (
+        load_file(path / "model.safetensors") for path in (TINY_BASE, tmp_path / "teacher")
+    )
+    assert base.keys() == teacher.keys()
+    # One step of the warm-up.
+    assert all(torch.allclose(base[name], teacher[name], atol=1e-2) for name in base)
+    assert any(not torch.equal(base[name], teacher[name]) for name in base)
+    record = json.loads((tmp_path / "teacher" / "pretraining.json").read_text())
+    assert record["command"] == "python -m paint_engine.tiny.pretrain --teacher"
+
+
+@pytest.mark.parametrize("argv", [["--size", "10m"], ["--size", "10m", "--teacher"]])
+def test_only_the_bundled_size_has_a_place_of_its_own(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["pretrain", *argv])
+    with pytest.raises(SystemExit):
+        pretrain.main()
+    assert "needs --output DIR" in capsys.readouterr().err
 
 
 def test_the_architecture_is_about_a_million_parameters(

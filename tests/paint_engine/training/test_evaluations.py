@@ -394,7 +394,7 @@ def test_the_full_protocol_is_of_the_base_the_last_and_the_best_and_stays_apart(
     assert "after training, Avg@3 with at most 8 tokens, not comparable" in printed
     flags = ["--adapter", f"{run}:2", "--benchmarks", str(tmp_path / "test.jsonl")]
     flags += ["--num-samples", "3", "--max-new-tokens", "8", "--thinking", "false"]
-    flags += ["--top-p", "1.0", "--engine", "builtin", "--device", "cpu", "--max-sequences", "2"]
+    flags += ["--engine", "builtin", "--device", "cpu", "--max-sequences", "2"]
     assert exit_code(evaluate.main, *flags, "--output", tmp_path / "out") == 0
     assert read_evaluation(tmp_path / "out" / "test.json").samples == found[2].samples
     assert read_run(f"{run}:final-last") == {"test": found[4]}

@@ -18,19 +18,19 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
-def vowels(problem, text):
+def letters(problem, text):
     if (HERE / "broken").exists():
         raise KeyError("tests")
     if (HERE / "picky").exists() and problem.problem_id.endswith(":1"):
         raise KeyError("first")
-    return (1 + sum(map(text.count, "aeiou"))) / 100
+    return (1 + sum(map(ord, text)) % 90) / 100
 """
 GRPO = (
     *("--objective.name", "grpo", "--grpo.group_size", "3", "--rollout.top_p", "1.0"),
     *("--rollout.top_k", "-1", "--train.num_steps", "2"),
 )
 ALONE = ("--eval.enabled", "false")
-OWN = ("--reward.function", "user_reward:vowels")
+OWN = ("--reward.function", "user_reward:letters")
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_the_reward_steers_grpo(
     command: list[str], own: Path, run_main: Main, tmp_path: Path
 ) -> None:
     trained = []
-    for name in ("user_reward:vowels", "math"):
+    for name in ("user_reward:letters", "math"):
         run_dir = tmp_path / name.partition(":")[0]
         argv = [*command, *GRPO, *ALONE, "--reward.function", name, "--run.dir", str(run_dir)]
         assert run_main(argv) == 0
@@ -79,8 +79,8 @@ def test_errors_are_counted_and_the_first_is_shown(
     (metrics,) = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert metrics["checker_errors"] == 3
     shown = capfd.readouterr().err
-    assert shown.count("the reward function user_reward:vowels failed on train.jsonl:1; ") == 1
-    assert 'user_reward.py", line 10, in vowels' in shown and shown.count("KeyError: 'first'") == 1
+    assert shown.count("the reward function user_reward:letters failed on train.jsonl:1; ") == 1
+    assert 'user_reward.py", line 10, in letters' in shown and shown.count("KeyError: 'first'") == 1
 
 
 def test_a_step_of_which_every_call_fails_stops_the_run(
@@ -134,7 +134,7 @@ def test_evaluations_use_it_and_keep_nothing_where_every_call_fails(
     assert run_main([*argv, "--run.overwrite", "true"]) == 0
     for step in (0, 1):
         head = json.loads((directory / f"step-{step}.json").read_text())
-        assert head["settings"]["reward_function"] == "user_reward:vowels"
+        assert head["settings"]["reward_function"] == "user_reward:letters"
         rows = read_jsonl(directory / f"step-{step}.jsonl")
         assert any(0 < row.get("reward", 0) < 1 for row in rows)
         assert all(row["correct"] == (row.get("reward", 0) > 0) for row in rows)
@@ -147,7 +147,7 @@ def test_evaluations_use_it_and_keep_nothing_where_every_call_fails(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("user_reward:wovels", "has no 'wovels'; did you mean vowels?"),
+        ("user_reward:leters", "has no 'leters'; did you mean letters?"),
         ("nowhere:f", "No module named 'nowhere'"),
         ("first-box", "needs one of first_box, math, or module:attribute"),
     ],
@@ -184,5 +184,5 @@ def test_ranks_stop_together_where_every_call_fails(
     printed = printed_by(torchrun(2, "-m", "paint_engine.train", *argv), 250)
     assert "error: the reward function failed on each of 6 completions of step 1" in printed
     for rank in (0, 1):
-        assert printed.count(f"rank {rank}: the reward function user_reward:vowels failed on") == 1
+        assert printed.count(f"rank {rank}: the reward function user_reward:letters failed on") == 1
     assert not (tmp_path / "run" / "checkpoints").exists()
