@@ -65,7 +65,7 @@ class World:
         self.model: PreTrainedModel = load_base(section, torch.device("cpu"))
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(section)
         self.problems = load_split("test", num_problems)
-        # The paper's sampling, and the lengths of the preset `tiny`.
+        # The paper's sampling, with room for the longest solutions.
         self.section = EvalSection(
             num_samples=num_samples, temperature=1.0, top_p=0.95, max_new_tokens=256
         )

@@ -1,9 +1,9 @@
 """A fallible writer, whose solutions the base is pretrained on.
 
-He writes a step a line, in either way. Alone, he slips in the digits of a harder result, and uses
-what he wrote. Some of his solutions are careful: he works out harder results a second time, and
-goes on with what he finds then. Where a visible part of a reference confirms a result, he slips
-seldom and checks less. A reference to another problem changes nothing.
+The writer puts one step on a line, in either way. Without a reference, digits of a harder result
+can be wrong, and later steps use the wrong result. Some solutions are careful: a check computes a
+harder result a second time, and later steps use the second result. Slips and checks are rarer where
+a visible part of a reference confirms a result. A reference to another problem changes nothing.
 """
 
 import random
@@ -36,7 +36,8 @@ class Habits:
 
     slip, confirmed_slip: of the digits of harder results that are written wrong, where he works
         alone and where a reference confirms the result. The first lies above the 5% that top-p 0.95
-        cuts off, the second below it; their distance is within what the clip at 0.06 lets pass.
+        cuts off, the second below it; their distance is near what the clip at 0.06 lets pass
+        (docs/decisions.md).
     careful: of the solutions that have checks at all.
     check, confirmed_check: of the harder results in them that are checked.
     """
