@@ -30,6 +30,7 @@ from paint_engine.files import (
 from paint_engine.monitor import SKIPPED_STEPS
 from paint_engine.recipes import Recipe, recipe_of, recipe_that_recorded
 from paint_engine.report.figures import draw_curves
+from paint_engine.report.kinds import kinds_table
 from paint_engine.report.records import (
     read_metrics,
     read_samples,
@@ -161,6 +162,7 @@ def _contents(run: _Run) -> dict[str, Any]:
         "num_steps": run.metrics[-1]["step"] if run.metrics else 0,
         "absent": display.absent,
         "curves": curves,
+        "kinds": kinds_table(run.samples, settings),
         "samples": [view_sample(sample, settings) for sample in samples],
         "num_samples": len(run.samples),
         "things": display.things,

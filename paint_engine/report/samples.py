@@ -105,16 +105,26 @@ class SampleView:
 
 
 def choose_samples(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Returns at most `MAX_SAMPLES` samples, spread evenly from the first to the last."""
-    count = min(len(samples), MAX_SAMPLES)
+    """Returns the samples that the page shows."""
+    return spread(samples, MAX_SAMPLES)
+
+
+def spread(samples: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
+    """Returns at most `most` samples, spread evenly from the first to the last."""
+    count = min(len(samples), most)
     if count <= 1:
         return list(samples[:count])
     return [samples[round(i * (len(samples) - 1) / (count - 1))] for i in range(count)]
 
 
+def check_values(sample: Mapping[str, Any], settings: ViewSettings) -> None:
+    """Raises BadFile for an object of `samples.jsonl` that the page cannot show."""
+    check_sample(sample, _COLUMNS, settings.color.key)
+
+
 def view_sample(sample: Mapping[str, Any], settings: ViewSettings) -> SampleView:
     """Converts an object of `samples.jsonl` for the page. Raises BadFile for another object."""
-    check_sample(sample, _COLUMNS, settings.color.key)
+    check_values(sample, settings)
     return SampleView(
         step=sample["step"],
         problem_id=sample["problem_id"],

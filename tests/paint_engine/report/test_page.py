@@ -279,7 +279,12 @@ def test_headline_and_sections(run_dir: Path) -> None:
     assert not all(captions.values())
     for caption, drawn in captions.items():
         assert (caption in text) is drawn, caption
-    assert [i for i in parse(page).ids if i.isalpha()] == ["curves", "rollouts", "configuration"]
+    assert [i for i in parse(page).ids if i.isalpha()] == [
+        "curves",
+        "kinds",
+        "rollouts",
+        "configuration",
+    ]
     assert "Missing from this run" not in text
 
 
@@ -319,7 +324,7 @@ def test_lengths_and_where_they_fell(run_dir: Path) -> None:
     page = write_report(run_dir).read_text()
     text = text_of(page)
     assert "Shorter completions the <b> fell." in text
-    headings = re.findall(r'<th scope="col">([^<]*)</th>', page)
+    headings = re.findall(r'<th scope="col">([^<]*)</th>', page.split("</table>")[0])
     assert headings == [
         "step",
         *(f"correct within {budget} tokens" for budget in ("28", "56", "112", "1,120")),
@@ -329,7 +334,7 @@ def test_lengths_and_where_they_fell(run_dir: Path) -> None:
         "tokens if correct, median",
         "tokens per correct answer",
     ]
-    table = page.split('<table class="lengths">')[1].split("</table>")[0]
+    table = page.split('<table class="numbers">')[1].split("</table>")[0]
     rows = [re.findall(r"<td>([^<]*)</td>", row) for row in table.split("<tr>")[2:]]
     none = "\N{EN DASH}"
     assert rows == [
