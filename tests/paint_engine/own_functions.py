@@ -6,12 +6,22 @@ from torch import Tensor
 from paint_engine.recipes.token_weights import RolloutTokens
 from paint_engine.types import Problem, Verdict
 
+SHORT = 150
+"""letters of a problem"""
+
 
 def judge(problem: Problem, text: str) -> Verdict:
-    """Random weights answer nothing: every third completion is said to be right. The others get
+    """Random weights answer nothing: every second completion is said to be right. The others get
     feedback."""
-    correct = sum(map(ord, text)) % 3 == 0
+    correct = sum(map(ord, text)) % 2 == 0
     return Verdict(float(correct), correct, feedback="" if correct else f"{len(text)} letters")
+
+
+def judge_some(problem: Problem, text: str) -> Verdict:
+    """No completion of a short problem is right. To others, hardly two completions are worth the
+    same."""
+    reward = sum(map(ord, text)) % 97 / 97 if len(problem.problem) > SHORT else 0.0
+    return Verdict(reward, reward > 0.5)
 
 
 def wordy(problem: Problem, text: str) -> Verdict:
