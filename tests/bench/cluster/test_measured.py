@@ -1,5 +1,6 @@
 """Measured steps beside their prediction: the calibration, the errors, the groups of processes."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from bench.cluster.tables import cpu_table
 from bench.cluster.worker import LARGE_BYTES, SMALL_BYTES
 from bench.cluster.workload import Layout, Workload
 from bench.step.cases import Lengths
+from paint_engine.config.bundled import TINY_BASE
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
 CORES = 2
@@ -71,7 +73,9 @@ def parts_of(work: Workload, rollouts: list[tuple[int, int, int]]) -> list[dict[
 
 
 def test_the_measured_model_is_that_of_the_preset(work: Workload) -> None:
-    assert work.shape.num_layers == 4 and work.shape.hidden == 128
+    bundled = json.loads((TINY_BASE / "config.json").read_text())
+    assert work.shape.num_layers == bundled["num_hidden_layers"]
+    assert work.shape.hidden == bundled["hidden_size"]
     assert work.builtin and work.padded and work.number_bytes == 4
 
 
@@ -107,7 +111,7 @@ def test_links_come_from_bare_collectives(work: Workload) -> None:
     assert replicated.inside.bytes_per_s == pytest.approx(1e9)
     assert replicated.inside.latency_s == 0.002
     assert replicated.exchanges_s == pytest.approx(7 * 0.001 + 2 * 0.01)
-    layer = work.layers_bytes / 4
+    layer = work.layers_bytes / work.shape.num_layers
     bare |= {"layer_s": 0.005 + layer / 2 / 1e9, "weights_s": 0.03, "pass_s": 0.0045}
     sharded = with_links(CPU, work, bare, 2, 9, 0.004)
     assert sharded.token.fixed_s == pytest.approx(CPU.token.fixed_s + 0.0005)
