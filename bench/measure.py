@@ -125,7 +125,7 @@ def commit(but: Sequence[str] = ()) -> str:
     """Returns the checkout's commit, with "+changes" if it has any; BENCH_COMMIT without a
     checkout; empty without either.
 
-    but: folders that do not count. The last commit that changed anything else is returned.
+    but: folders, or patterns of files, that do not count. The last commit that changed anything else is returned.
     """
     rest = _all_but(but)
     head = git("log", "-1", "--format=%H", *(rest if but else ())) if shutil.which("git") else ""
@@ -135,7 +135,7 @@ def commit(but: Sequence[str] = ()) -> str:
 
 
 def changes(but: Sequence[str] = ()) -> str:
-    """Returns git's lines of the files that differ from the commit, in all folders but these; empty
+    """Returns git's lines of the files that differ from the commit, but those in `but`; empty
     for none, and without a checkout."""
     return git("status", "--porcelain", *_all_but(but)) if shutil.which("git") else ""
 

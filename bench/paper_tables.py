@@ -37,16 +37,29 @@ from bench.paper.runs import Crew, describe_bases, make_bases, make_pool, run_ta
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+# Models of a few million parameters leave most of a GPU idle.
+WORKERS_PER_GPU = 4
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.paper_tables", description=(__doc__ or "").split("\n")[0]
     )
+    add_choices(parser)
+    add_places(parser)
+    parser.add_argument(
+        "--rerun", metavar="ID", help="repeat a row or run, such as small/paint/seed-0"
+    )
+    parser.add_argument("--list", action="store_true", help="print the runs' ids and exit")
+    return parser
+
+
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """Adds what is run, by how many and for how long."""
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one base, two seeds, half of the steps: fifteen minutes on two cores",
+        help="one base, two seeds, a quarter of the steps: fifteen minutes on two cores",
     )
     parser.add_argument(
         "--scale",
@@ -69,7 +82,18 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         help="no run starts after so many minutes; the command resumes (default: no limit)",
     )
-    parser.add_argument("--workers", type=int, help="default: 2, or the number of GPUs")
+    parser.add_argument(
+        "--workers", type=int, help=f"default: 2, or {WORKERS_PER_GPU} for each GPU"
+    )
+    parser.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="run with uncommitted changes of the code: for tries, not for results",
+    )
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Adds the files and folders."""
     parser.add_argument(
         "--ledger",
         type=Path,
@@ -93,16 +117,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="JSON file; Markdown and figures are written beside it (default: paper-tables.json "
         "in bench/results, or paper-tables-1-2.json for --tables 1 2)",
     )
-    parser.add_argument(
-        "--allow-changes",
-        action="store_true",
-        help="run with uncommitted changes of the code: for tries, not for results",
-    )
-    parser.add_argument(
-        "--rerun", metavar="ID", help="repeat a row or run, such as small/paint/seed-0"
-    )
-    parser.add_argument("--list", action="store_true", help="print the runs' ids and exit")
-    return parser
 
 
 def list_runs(scale: Scale, numbers: Sequence[int]) -> list[str]:
@@ -115,10 +129,10 @@ def default_workers(scale: Scale) -> int:
     num_gpus = len(visible_gpus())
     if num_gpus == 0:
         raise ValueError(
-            "--scale gpu: found no GPU; needs one or more, with a worker each; use --scale "
+            "--scale gpu: found no GPU; needs one or more; use --scale "
             "laptop, or --list to see the runs"
         )
-    return num_gpus
+    return WORKERS_PER_GPU * num_gpus
 
 
 def output_path(arguments: argparse.Namespace, scale: Scale) -> Path:

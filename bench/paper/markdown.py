@@ -67,7 +67,7 @@ def difference_cells(row: dict[str, Any], reference: str) -> list[str]:
 def accuracy_cells(row: dict[str, Any]) -> list[str]:
     spread = row["seed_std"]
     shown = "" if spread is None else f"{100 * spread:.1f}"
-    return [percent(row["last"]), percent(row["best"]), shown]
+    return [percent(row["last"]), shown]
 
 
 def base_names(result: Result) -> dict[str, str]:
@@ -90,7 +90,7 @@ def backbone_index(result: Result, size: str) -> int:
 def recipes_table(result: Result) -> str:
     """Returns Table 1: one panel per size of the base with the paper's macro averages; then PAINT
     and OPSD."""
-    header = ["base", "recipe", "last", "best", "s.d. of seeds", "to no update", "verdict"]
+    header = ["base", "recipe", "last", "s.d. of seeds", "to no update", "verdict"]
     header += ["seeds above", "learning rate", "paper", "paper's difference"]
     lines = []
     for panel in panels_of(result, 1):
@@ -137,7 +137,7 @@ def against_opsd_table(result: Result) -> str:
     """Returns a table of what PAINT adds to OPSD at each size of the base; empty if one of the rows
     is not shown."""
     header = ["PAINT against OPSD", "OPSD, last", "PAINT, last", "difference", "verdict"]
-    header += ["seeds above", "learning rates", "difference of best", "paper's difference"]
+    header += ["seeds above", "learning rates", "paper's difference"]
     lines = []
     for panel in panels_of(result, 1):
         rows = {row["setting"]: row for row in panel["rows"]}
@@ -151,7 +151,6 @@ def against_opsd_table(result: Result) -> str:
                 *(percent(rows[name]["last"]) for name in ("opsd", "paint")),
                 *difference_cells(rows["paint"], "opsd"),
                 ", ".join(f"{rows[name]['learning_rate']:g}" for name in ("opsd", "paint")),
-                points(100 * (rows["paint"]["best"] - rows["opsd"]["best"])),
                 f"{paper} ({list(TABLE_1)[index]})",
             ]
         )
@@ -162,7 +161,7 @@ def ablation_table(result: Result, table: int, label: Callable[[str], list[str]]
     """Returns Table 2, 3 or 4: every row compared with the default, and the paper's AIME 2024."""
     (panel,) = panels_of(result, table)
     reference = reference_of(panel)
-    header = [*TABLE_HEADERS[table], "last", "best", "s.d. of seeds"]
+    header = [*TABLE_HEADERS[table], "last", "s.d. of seeds"]
     header += ["to the default", "verdict", "seeds above", "paper", "paper's difference"]
     lines = []
     for row in panel["rows"]:
@@ -192,7 +191,7 @@ TABLE_HEADERS = {
 def teachers_table(result: Result) -> str:
     """Returns Table 5: every row compared with no update and with PAINT."""
     (panel,) = panels_of(result, 5)
-    header = ["recipe", "last", "best", "s.d. of seeds"]
+    header = ["recipe", "last", "s.d. of seeds"]
     header += ["to no update", "verdict", "seeds above", "to PAINT", "verdict", "seeds above"]
     header += ["learning rate"]
     lines = []
@@ -437,10 +436,8 @@ READING = """\
 All rows of a table start from the same base and take the same number of steps with the same number
 of rollouts (solutions for SFT).
 
-- *last*: accuracy on held-out problems after the last step, mean over seeds. This is the main
-  result.
-- *best*: the better of each run's two evaluations, in the middle and at the end. It is chosen on
-  the test problems and therefore optimistic; the paper reports best checkpoints.
+- *last*: accuracy on held-out problems after the last step, mean over seeds. The paper
+  reports best checkpoints; here none is chosen.
 - *s.d. of seeds*: standard deviation of the seeds' last accuracies.
 - A difference is between last accuracies, in points, with its 95% interval. Both rows share
   problems and seeds, and the difference is taken on each of them.
@@ -467,8 +464,8 @@ difference must be to be detected here.
 - The two ways to an answer, and how strongly a reference draws to its own, are built in: the more
   of it the base sees, the likelier it goes that way (docs/decisions.md, "The tiny base"). What a
   mask does to the teacher is therefore chosen; the tables show what the student takes from it.
-- The base was also pretrained to ignore another problem's reference. So its teacher has nothing to
-  gain from one, by design.
+- Another problem's reference draws the base to its way and confirms none of its results. So the
+  teacher has nothing to gain from one, by design.
 - OPSD and PAINT are bounded by their teacher, the base with a solution in its prompt. Recipes that
   reach it cannot be told apart.
 - SFT learns from terse solutions without slips or checks, all of one way. The base writes longer

@@ -50,14 +50,17 @@ def perform_job(job: Job) -> Record:
 
 
 def start_worker(devices: "Queue[str] | None") -> None:
-    """Sets a worker's thread and device before it imports PyTorch.
+    """Sets a worker's thread, instructions and device before it imports PyTorch.
 
-    With one thread, sums have the same order on any number of cores.
+    With one thread, sums have the same order on any number of cores; with AVX2, on processors with
+    and without AVX-512. That is as fast here.
 
     devices: holds a GPU for each worker; None on CPUs.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    # Of PyTorch's own kernels, and of MKL's products.
+    os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2"}
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if devices is None else devices.get()
     import torch
 

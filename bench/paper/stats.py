@@ -190,12 +190,8 @@ def last_shares(records: Sequence[Record]) -> np.ndarray:
 def row_numbers(
     setting: str, records: Sequence[Record], references: Mapping[str, Sequence[Record]]
 ) -> dict[str, Any]:
-    """Returns one row of a table: last and best accuracy, the seeds' spread and the differences.
-
-    `best` is the best of each seed's evaluations, chosen on the test problems themselves.
-    """
+    """Returns one row of a table: last accuracy, the seeds' spread and the differences."""
     last = [record["evaluations"][-1]["avg_at_k"] for record in records]
-    best = [max(e["avg_at_k"] for e in record["evaluations"]) for record in records]
     found = [
         compare(records, others, name) for name, others in references.items() if name != setting
     ]
@@ -203,10 +199,8 @@ def row_numbers(
         "setting": setting,
         "learning_rate": records[0]["learning_rate"],
         "last": statistics.fmean(last),
-        "best": statistics.fmean(best),
         "seed_std": statistics.stdev(last),
         "last_by_seed": last,
-        "best_by_seed": best,
         "seconds_per_run": statistics.fmean(record["seconds"] for record in records),
         "differences": [{**asdict(one), "verdict": one.verdict} for one in found],
     }

@@ -59,19 +59,15 @@ def planted_record(job: Job) -> dict[str, Any]:
     run, scale = job.run, job.scale
     rng = np.random.default_rng([run.seed, *run.run_id.encode()])
     shape = (scale.num_problems, scale.num_samples)
-    steps = [0] if run.setting in EVALUATED else [scale.num_steps // 2, scale.num_steps]
-    evaluations = []
-    for step in steps:
-        correct = rng.random(shape) < planted_accuracy(run)
-        evaluations.append(
-            {
-                "step": step,
-                "avg_at_k": float(correct.mean()),
-                "correct": encode_counts(correct),
-                "style": planted_style(run, step),
-                "seconds": 1.0,
-            }
-        )
+    step = 0 if run.setting in EVALUATED else scale.num_steps
+    correct = rng.random(shape) < planted_accuracy(run)
+    evaluation = {
+        "step": step,
+        "avg_at_k": float(correct.mean()),
+        "correct": encode_counts(correct),
+        "style": planted_style(run, step),
+        "seconds": 1.0,
+    }
     return {
         "id": run.run_id,
         "size": run.size,
@@ -80,7 +76,7 @@ def planted_record(job: Job) -> dict[str, Any]:
         "learning_rate": job.rate,
         **job.settings,
         "num_samples": scale.num_samples,
-        "evaluations": evaluations,
+        "evaluations": [evaluation],
         "mechanisms": planted_mechanisms(run, scale),
         "seconds": 60.0,
         "commit": "0123456789ab",

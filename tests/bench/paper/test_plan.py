@@ -83,16 +83,16 @@ def test_quick_is_one_size_and_fewer_rows() -> None:
     runs = table_runs(scale, ALL)
     assert {run.size for run in runs} == {"small"}
     assert len(runs) == 14 * 2 and len(sweep_runs(scale, ALL)) == 8 * 3
-    assert (scale.num_steps, scale.name) == (10, "laptop-quick")
+    assert (scale.num_steps, scale.name) == (5, "laptop-quick")
     small = quick(GPU)
     assert small.sizes == ("10m",) and small.num_problems <= GPU.num_problems
 
 
 def test_quick_takes_fifteen_minutes_of_two_cores() -> None:
-    """A second for each step, and 30 for 1,000 answers."""
+    """Four seconds for each step, and 40 for 1,000 answers."""
     scale = quick(LAPTOP)
-    table = scale.num_steps + 2 * scale.num_problems * scale.num_samples * 0.03
-    sweep = scale.num_steps + scale.sweep_problems * scale.sweep_samples * 0.03
+    table = 4 * scale.num_steps + scale.num_problems * scale.num_samples * 0.04
+    sweep = 4 * scale.num_steps + scale.sweep_problems * scale.sweep_samples * 0.04
     seconds = len(table_runs(scale, ALL)) * table + len(sweep_runs(scale, ALL)) * sweep
     assert seconds / 2 <= 15 * 60
 
@@ -109,6 +109,13 @@ def test_every_setting_is_a_valid_configuration_with_the_same_budget(scale: Scal
         assert config.eval.model_dump(exclude={"max_sequences"}) == sections[0].eval.model_dump(
             exclude={"max_sequences"}
         )
+
+
+def test_the_gpu_scale_takes_ten_minutes_of_one_gpu() -> None:
+    """Thirty seconds for each run, four at a time."""
+    num_runs = len(table_runs(GPU, ALL)) + len(sweep_runs(GPU, ALL))
+    assert 30 * num_runs / paper_tables.WORKERS_PER_GPU <= 10 * 60
+    assert {run.size for run in table_runs(GPU, ALL)} == {"10m", "30m"}
 
 
 def test_every_recipe_has_the_same_grid_on_validation_problems_alone() -> None:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from bench.paper.ledger import Ledger
 from bench.paper.plan import BASE, LAPTOP, Job, Scale, quick, table_runs
@@ -175,6 +176,9 @@ def test_more_workers_than_gpus_share_them(monkeypatch: pytest.MonkeyPatch) -> N
     with make_pool(2, on_gpus=True) as pool:
         found = [pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES") for _ in range(2)]
         assert [future.result() for future in found] == ["6", "6"]
+        # What decides the order of sums on a processor.
+        assert pool.submit(torch.get_num_threads).result() == 1
+        assert pool.submit(torch.backends.cpu.get_cpu_capability).result() != "AVX512"
 
 
 KILLED_SCRIPT = """
