@@ -4,6 +4,7 @@ The base learns to write like a fallible writer (`paint_engine.tiny.writer`), al
 reference in its prompt, whole, partly hidden, or of another problem. What that gives it is measured
 by `python -m paint_engine.tiny.properties`.
 
+Its last steps are a stage of their own (`STAGES`), for the reference's way (docs/decisions.md).
 The bundled stronger teacher, which the preset opd-tiny distils from, is the base after more steps
 on the solutions of a writer without slips.
 """
@@ -15,7 +16,8 @@ import math
 import os
 import random
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -46,9 +48,6 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 _PROMPTS = PromptsSection(instruction=INSTRUCTION)
 
 SEED = 0
-NUM_STEPS = 3000
-# Of the teacher, and the share of the learning rates that they begin at.
-TEACHER_STEPS, TEACHER_RATE = 100, 0.3
 BATCH_SIZE = 32
 MICROBATCH_SIZE = 8
 VOCAB_SIZE = 768
@@ -57,12 +56,39 @@ MUON_LEARNING_RATE = 2e-2
 WARMUP_STEPS = 50
 
 DRILL_SHARE = 0.15
-# Of the other documents: no reference, a reference to the problem, one to another problem.
-UNAIDED_SHARE, AIDED_SHARE, CONTROL_SHARE = 0.35, 0.45, 0.2
 TOGETHER_SHARE = 0.7
 # Of the solutions, which are then as terse as a reference.
 TERSE_SHARE = 0.08
 PLACEMENT_WEIGHTS = {"whole": 0.3, "suffix": 0.45, "random": 0.25}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the pretraining, with optimizers, a schedule and documents of its own.
+
+    name: seeds the documents.
+    rate: the share of the peak learning rates that it begins at.
+    unaided, aided, control: shares of the documents that are no drills: without a reference, with
+        one to the problem, with one to another problem.
+    follows_any: whether another problem's reference draws the writer to its way as well. It
+        confirms no result.
+    """
+
+    name: str
+    num_steps: int
+    rate: float = 1.0
+    unaided: float = 0.35
+    aided: float = 0.45
+    control: float = 0.2
+    follows_any: bool = False
+    habits: Habits = field(default_factory=Habits)
+
+
+STAGES = (
+    Stage("pretrain", 3000),
+    Stage("polish", 300, rate=0.3, unaided=0.3, aided=0.55, control=0.15, follows_any=True),
+)
+TEACHER_STAGES = (replace(STAGES[-1], name="teacher", habits=Habits(slip=0.0, confirmed_slip=0.0)),)
 
 
 @dataclass(frozen=True)
@@ -126,36 +152,35 @@ def _write(
     return write(plan, way, rng, habits, visible)
 
 
-def _solution(problem: WordProblem, rng: random.Random, habits: Habits) -> tuple[str, str]:
+def _solution(problem: WordProblem, rng: random.Random, stage: Stage) -> tuple[str, str]:
     """Returns a user message and the writer's solution: alone, or with a reference to this problem
     or to another."""
-    kind = rng.random() * (UNAIDED_SHARE + AIDED_SHARE + CONTROL_SHARE)
-    plan = problem.plan
-    if kind < UNAIDED_SHARE:
+    kind = rng.random() * (stage.unaided + stage.aided + stage.control)
+    plan, habits = problem.plan, stage.habits
+    if kind < stage.unaided:
         text = student_text(problem.text, _PROMPTS)
         return text, _write(plan, rng.choice(WAYS), rng, habits, frozenset())
-    is_control = kind < UNAIDED_SHARE + CONTROL_SHARE
+    is_control = kind < stage.unaided + stage.control
     shown_plan = draw_pretraining_problem(rng).plan if is_control else plan
     shown_way, shown = _draw_reference(shown_plan, rng)
     whole = OMISSION_MARKER not in shown
     text = teacher_text(problem.text, shown, _PROMPTS, whole=whole)
-    if is_control:
+    if is_control and not stage.follows_any:
         return text, _write(plan, rng.choice(WAYS), rng, habits, frozenset())
     # The more of a reference is visible, the more the writer is drawn to its way.
     visible_share = (len(shown) - (0 if whole else len(OMISSION_MARKER))) / len(
-        render_reference(plan, shown_way)
+        render_reference(shown_plan, shown_way)
     )
     way = _draw_way(rng, shown_way, 0.5 + 0.49 * visible_share)
-    return text, _write(plan, way, rng, habits, visible_roles(plan, shown_way, shown))
+    visible = frozenset() if is_control else visible_roles(plan, shown_way, shown)
+    return text, _write(plan, way, rng, habits, visible)
 
 
-def draw_document(
-    tokenizer: PreTrainedTokenizerBase, rng: random.Random, habits: Habits
-) -> Document:
+def draw_document(tokenizer: PreTrainedTokenizerBase, rng: random.Random, stage: Stage) -> Document:
     """Draws a drill, or a solution of the writer after a prompt."""
     if rng.random() < DRILL_SHARE:
         return Document((), tuple(tokenizer.encode(draw_drill(rng) + "<|endoftext|>")))
-    prompt, completion = _solution(draw_pretraining_problem(rng), rng, habits)
+    prompt, completion = _solution(draw_pretraining_problem(rng), rng, stage)
     return Document(
         encode_chat(tokenizer, prompt, thinking=False),
         tuple(tokenizer.encode(completion + "<|im_end|>")),
@@ -166,7 +191,7 @@ def _train_tiny_tokenizer() -> PreTrainedTokenizerBase:
     rng = random.Random(f"paint-tiny-tokenizer-{SEED}")
     corpus = []
     for _ in range(3000):
-        corpus += _solution(draw_pretraining_problem(rng), rng, Habits())
+        corpus += _solution(draw_pretraining_problem(rng), rng, STAGES[0])
     return train_tokenizer(corpus, VOCAB_SIZE)
 
 
@@ -220,7 +245,7 @@ def _optimizers(model: Qwen3ForCausalLM) -> tuple[torch.optim.Optimizer, ...]:
 
 
 def pretrain(
-    num_steps: int,
+    stages: Sequence[Stage],
     *,
     size: str = "small",
     start: Path | None = None,
@@ -237,21 +262,27 @@ def pretrain(
     if start is None:
         tokenizer = _train_tiny_tokenizer()
         model = Qwen3ForCausalLM(model_config(tokenizer, size))
-        rng, habits = random.Random(f"paint-tiny-pretrain-{SEED}"), Habits()
     else:
         tokenizer = AutoTokenizer.from_pretrained(start)
         model = Qwen3ForCausalLM.from_pretrained(start).train()
-        rng, habits = random.Random(f"paint-tiny-teacher-{SEED}"), Habits(0.0, 0.0)
     torch.nn.Module.to(model, device)
+    for stage in stages:
+        _train(model, tokenizer, stage, log_every)
+    return model.eval(), tokenizer
+
+
+def _train(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, stage: Stage, log_every: int
+) -> None:
+    rng = random.Random(f"paint-tiny-{stage.name}-{SEED}")
     optimizers = _optimizers(model)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    started = time.monotonic()
+    started, num_steps = time.monotonic(), stage.num_steps
     for step in range(num_steps):
         # Linear warm-up, then a cosine schedule to zero.
         warmup = min(1.0, (step + 1) / WARMUP_STEPS)
-        scale = warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-        scale *= 1.0 if start is None else TEACHER_RATE
-        documents = [draw_document(tokenizer, rng, habits) for _ in range(BATCH_SIZE)]
+        scale = warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps)) * stage.rate
+        documents = [draw_document(tokenizer, rng, stage) for _ in range(BATCH_SIZE)]
         loss = _accumulate(model, documents)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
@@ -261,9 +292,10 @@ def pretrain(
         if (step + 1) % log_every == 0 or step + 1 == num_steps:
             elapsed_s = time.monotonic() - started
             print(
-                f"step {step + 1}/{num_steps}  loss {loss:.4f} nats  {elapsed_s:.0f} s", flush=True
+                f"{stage.name}: step {step + 1}/{num_steps}  loss {loss:.4f} nats  "
+                f"{elapsed_s:.0f} s",
+                flush=True,
             )
-    return model.eval(), tokenizer
 
 
 def _accumulate(model: Qwen3ForCausalLM, documents: list[Document]) -> float:
@@ -289,20 +321,20 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="default: the bundled model's folder")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument(
-        "--num-steps", type=int, help=f"default: {NUM_STEPS}, for the teacher {TEACHER_STEPS}"
-    )
+    parser.add_argument("--num-steps", type=int, help="of each stage, for a try")
     arguments = parser.parse_args()
     size, teacher = arguments.size, arguments.teacher
     if size != "small" and (teacher or arguments.output is None):
         parser.error(f"--size {size} is no bundled model; needs --output DIR, and no --teacher")
     output: Path = arguments.output or (TINY_TEACHER if teacher else TINY_BASE)
-    num_steps = arguments.num_steps or (TEACHER_STEPS if teacher else NUM_STEPS)
+    stages = TEACHER_STAGES if teacher else STAGES
+    if arguments.num_steps:
+        stages = [replace(stage, num_steps=arguments.num_steps) for stage in stages]
     # Deterministic algorithms need this setting on a GPU.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     started = time.monotonic()
     model, tokenizer = pretrain(
-        num_steps,
+        stages,
         size=size,
         start=TINY_BASE if teacher else None,
         device=pick_device(arguments.device),
@@ -314,7 +346,7 @@ def main() -> None:
     option = " --teacher" if teacher else "" if size == "small" else f" --size {size}"
     record = {
         "command": f"python -m paint_engine.tiny.pretrain{option}",
-        "num_steps": num_steps,
+        "num_steps": sum(stage.num_steps for stage in stages),
         "num_parameters": model.num_parameters(),
         "sha256": hashlib.sha256(weights).hexdigest(),
         "seconds": round(time.monotonic() - started),

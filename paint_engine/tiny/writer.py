@@ -91,6 +91,23 @@ def slip(result: int, rate: float, rng: random.Random) -> int:
     return int("".join(map(str, digits))) * (-1 if result < 0 else 1)
 
 
+def _put_down(
+    exact: int,
+    shown: int | None,
+    rng: random.Random,
+    habits: Habits,
+    *,
+    hard: bool,
+    confirmed: bool,
+) -> int:
+    """Returns what the writer writes for a result: the reference's number if it shows one, whatever
+    was written before, else his own. Harder results get slips."""
+    result = exact if shown is None else shown
+    if not hard:
+        return result
+    return slip(result, habits.confirmed_slip if confirmed else habits.slip, rng)
+
+
 def write_solution(
     plan: Plan, way: Way, rng: random.Random, habits: Habits, visible: Set[str] = frozenset()
 ) -> str:
@@ -105,18 +122,15 @@ def write_solution(
     for step in plan.ways[way]:
         left, right = operands_of(step, written)
         exact = apply_operator(step.op, left, right)
-        is_confirmed = any(r in visible for r in _CONFIRMED_BY.get(step.role, (step.role,)))
-        # A result that the reference shows is copied, whatever was written before.
-        result = truth[step.role] if step.role in visible else exact
+        shown = truth[step.role] if step.role in visible else None
+        confirmed = any(r in visible for r in _CONFIRMED_BY.get(step.role, (step.role,)))
         hard = is_hard(step.op, left, right)
-        if hard:
-            rate = habits.confirmed_slip if is_confirmed else habits.slip
-            result = slip(result, rate, rng)
+        result = _put_down(exact, shown, rng, habits, hard=hard, confirmed=confirmed)
         label = step.label[0].upper() + step.label[1:]
         left_side = formula(step.op, left, right)
         lines.append(f"{label}: ${left_side}={result}$.")
-        rate = habits.confirmed_check if is_confirmed else habits.check
-        is_consistent = step.role not in visible or truth[step.role] == exact
+        rate = habits.confirmed_check if confirmed else habits.check
+        is_consistent = shown is None or shown == exact
         if hard and is_careful and is_consistent and rng.random() < rate:
             # Where the line above is wrong, this mends it.
             result = exact
@@ -139,10 +153,8 @@ def write_terse(
             written[step.role] = apply_operator(step.op, left, right)
             hard = hard or is_hard(step.op, left, right)
         role = steps[-1].role
-        result = truth[role] if role in visible else written[role]
-        if hard:
-            rate = habits.confirmed_slip if role in visible else habits.slip
-            result = slip(result, rate, rng)
-        formulas.append(f"{left_side}={result}")
-        written[role] = result
+        shown = truth[role] if role in visible else None
+        confirmed = shown is not None
+        written[role] = _put_down(written[role], shown, rng, habits, hard=hard, confirmed=confirmed)
+        formulas.append(f"{left_side}={written[role]}")
     return terse_text(formulas, written["answer"])

@@ -44,7 +44,7 @@ def test_the_weights_are_those_that_the_record_describes() -> None:
     assert file.stat().st_size <= 5_000_000
     assert sum(t.numel() for t in load_file(file).values()) == record["num_parameters"]
     # An hour on two cores at most, as the default command makes it.
-    assert record["num_steps"] == pretrain.NUM_STEPS
+    assert record["num_steps"] == sum(stage.num_steps for stage in pretrain.STAGES)
     assert record["seconds"] <= 3600
     assert record["command"] == "python -m paint_engine.tiny.pretrain"
 

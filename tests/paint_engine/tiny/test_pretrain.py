@@ -16,9 +16,11 @@ from paint_engine.config.bundled import TINY_BASE
 from paint_engine.prompts import masking
 from paint_engine.rewards.boxes import extract_boxed
 from paint_engine.tiny import pretrain
-from paint_engine.tiny.problems import WordProblem, render_reference
+from paint_engine.tiny.problems import WordProblem, render_reference, way_of
 from paint_engine.tiny.stories import WAYS, Plan, Way
 from paint_engine.tiny.writer import Habits
+
+FIRST = pretrain.STAGES[0]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +42,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
 
 def _documents(tokenizer: PreTrainedTokenizerBase, count: int) -> list[tuple[str, str]]:
     rng = random.Random(1)
-    drawn = [pretrain.draw_document(tokenizer, rng, Habits()) for _ in range(count)]
+    drawn = [pretrain.draw_document(tokenizer, rng, FIRST) for _ in range(count)]
     return [(_text(tokenizer, d.prompt_ids), _text(tokenizer, d.completion_ids)) for d in drawn]
 
 
@@ -70,16 +72,18 @@ def test_documents_come_in_their_shares(tokenizer: PreTrainedTokenizerBase) -> N
             kinds["partial" if partial else "whole"] += 1
     # Four standard deviations of a share near a third.
     solutions = 400 - kinds["drill"]
-    assert abs(kinds["unaided"] / solutions - pretrain.UNAIDED_SHARE) < 0.11
+    assert abs(kinds["unaided"] / solutions - FIRST.unaided) < 0.11
     assert abs(kinds["drill"] / 400 - pretrain.DRILL_SHARE) < 0.1
     assert kinds["whole"] > 20 and kinds["partial"] > 70
     assert 0.02 < kinds["terse"] / solutions < 0.16
 
 
+@pytest.mark.parametrize("stage", pretrain.STAGES, ids=lambda stage: stage.name)
 def test_the_writer_sees_what_his_prompt_shows(
-    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    stage: pretrain.Stage, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another problem's reference confirms nothing; a visible result of his own does."""
+    """Another problem's reference confirms nothing, and draws to its way in the last stage alone; a
+    visible result of his own confirms, and draws."""
     written: list[tuple[Plan, Way, frozenset[str]]] = []
     original = pretrain.write_solution
 
@@ -92,9 +96,10 @@ def test_the_writer_sees_what_his_prompt_shows(
     rng = random.Random(2)
     kinds: Counter[str] = Counter()
     followed: list[bool] = []
+    together: list[bool] = []
     for _ in range(600):
         count = len(written)
-        document = pretrain.draw_document(tokenizer, rng, Habits())
+        document = pretrain.draw_document(tokenizer, rng, stage)
         if len(written) == count:
             continue
         plan, way, visible = written[-1]
@@ -114,8 +119,12 @@ def test_the_writer_sees_what_his_prompt_shows(
         elif masking.OMISSION_MARKER not in shown:
             kinds["another's"] += 1
             assert visible == frozenset()
+            # Of another problem's reference, the way is told by its first formula.
+            together.append((way_of(shown) == "together") == (way == "together"))
     assert min(kinds.values()) > 15 and len(kinds) == 3
     assert sum(followed) > 0.85 * len(followed)
+    share = sum(together) / len(together)
+    assert share > 0.85 if stage.follows_any else share < 0.8
 
 
 def test_the_loss_is_that_of_each_document_whatever_shares_its_batch(
@@ -149,7 +158,7 @@ def test_main_writes_the_same_weights_twice_with_their_hash(
         record = json.loads((output / "pretraining.json").read_text())
         digest = hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
         assert record["sha256"] == digest
-        assert record["num_steps"] == 2
+        assert record["num_steps"] == 2 * len(pretrain.STAGES)
         assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
         assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= {
             path.name for path in output.iterdir()
@@ -163,8 +172,8 @@ def test_the_teacher_begins_as_the_base_and_slips_no_more(
 ) -> None:
     rates = []
 
-    def spy(tokenizer: PreTrainedTokenizerBase, rng: random.Random, habits: Habits):
-        rates.append((habits.slip, habits.confirmed_slip))
+    def spy(tokenizer: PreTrainedTokenizerBase, rng: random.Random, stage: pretrain.Stage):
+        rates.append((stage.habits.slip, stage.habits.confirmed_slip))
         return pretrain.Document((1, 2), (3, 4))
 
     monkeypatch.setattr(pretrain, "draw_document", spy)
