@@ -125,8 +125,8 @@ def commit(but: Sequence[str] = ()) -> str:
     """Returns the checkout's commit, with "+changes" if it has any; BENCH_COMMIT without a
     checkout; empty without either.
 
-    but: folders, or patterns of files, that do not count. The last commit that changed anything else
-        is returned.
+    but: folders, or patterns of files, that do not count: the last commit that changed anything
+        else is returned.
     """
     rest = _all_but(but)
     head = git("log", "-1", "--format=%H", *(rest if but else ())) if shutil.which("git") else ""

@@ -1,6 +1,5 @@
 """The report's table of where the loss acts: the kept rollouts' tokens by kind."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,12 +66,12 @@ def kinds_table(samples: Sequence[Mapping[str, Any]], settings: ViewSettings) ->
 def _shares(kinds: Sequence[Sequence[str]], values: Sequence[Sequence[float]]) -> dict[str, float]:
     """Returns each kind's share of the values' sum, all zeros if that is zero. Both have a list per
     rollout with an entry per token."""
-    sums = Counter[str]()
+    sums: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     for names, numbers in zip(kinds, values, strict=True):
         for name, number in zip(names, numbers, strict=True):
             sums[name] += number
-    total = sums.total()
-    return {kind: sums[kind] / total if total else 0.0 for kind in KINDS}
+    total = sum(sums.values())
+    return {kind: part / total if total else 0.0 for kind, part in sums.items()}
 
 
 def _percent(share: float) -> str:
