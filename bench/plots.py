@@ -78,6 +78,7 @@ DOCUMENTS = (
         "README.md",
         "docs/cluster.md",
         "docs/decisions.md",
+        "docs/evidence.md",
         "docs/loss.md",
         "docs/models.md",
         "docs/recipes.md",
