@@ -359,10 +359,10 @@ def kinds_table(result: Result) -> str:
         return ""
     kinds = rows[0]["kinds"]
     header = ["kind of token", "of all tokens", "of the selected", "selected, times chance"]
-    header += ["of the KL", "of the clipped mass"]
+    header += ["of the KL", "KL per token", "with the clip"]
     lines = []
     for kind in KINDS:
-        shares = {name: kind_share(kinds, kind, name) for name in KIND_SUMS}
+        shares = {name: kind_share(kinds, kind, name) for name in KIND_SHARES}
         lines.append(
             [
                 KIND_LABELS[kind],
@@ -370,20 +370,21 @@ def kinds_table(result: Result) -> str:
                 percent(shares["selected"]),
                 f"{times_chance(kinds, kind):.2f}",
                 percent(shares["token_kl"]),
-                percent(shares["clipped_mass"]),
+                *(f"{per_token(kinds[kind], name):.4f}" for name in ("token_kl", "token_loss")),
             ]
         )
     num_tokens = round(sum(kinds[kind]["tokens"] for kind in KINDS))
     text = (
         f"PAINT's {num_tokens:,} tokens in the first {KEPT_ROLLOUTS} rollouts of each step, all "
-        "seeds. *Times chance*: how often a kind is selected, over how often it would be if "
-        "positions were drawn at random. KL: the divergence without the clip. Clipped mass: the "
-        "target's probability of the vocabulary entries above the clip, whose gradient it removes."
+        "seeds. *Times chance*: how often a kind is selected, over how often it would be if each "
+        "rollout's positions were drawn at random. KL: the divergence without the clip. The last "
+        "two columns are in nats. With the clip, it can be negative: the clip lowers the summands "
+        "of single vocabulary entries that are above it, and leaves those below 0."
     )
     return f"{markdown(header, lines)}\n\n{text}"
 
 
-KIND_SUMS = ("tokens", "selected", "token_kl", "clipped_mass")
+KIND_SHARES = ("tokens", "selected", "token_kl")
 KIND_LABELS = {
     "result": "digit of a result",
     "operand": "other digit",
@@ -400,10 +401,15 @@ def kind_share(kinds: dict[str, dict[str, float]], kind: str, name: str) -> floa
 
 
 def times_chance(kinds: dict[str, dict[str, float]], kind: str) -> float:
-    """Returns a kind's share of the selected tokens over its share of all; 0 for a kind without
-    tokens."""
-    share = kind_share(kinds, kind, "tokens")
-    return kind_share(kinds, kind, "selected") / share if share else 0.0
+    """Returns how many tokens of a kind are selected over how many would be by chance; 0 for a kind
+    without tokens."""
+    by_chance = kinds[kind].get("by_chance", 0)
+    return kinds[kind]["selected"] / by_chance if by_chance else 0.0
+
+
+def per_token(sums: dict[str, float], name: str) -> float:
+    """Returns the mean of a value over a kind's tokens; 0 of none."""
+    return sums.get(name, 0) / sums["tokens"] if sums.get("tokens") else 0.0
 
 
 def style_table(result: Result) -> str:
@@ -418,7 +424,8 @@ def style_table(result: Result) -> str:
     text = (
         "Answers to the test problems after the last step, all seeds. *Together* adds up what "
         "comes at a time and multiplies once, as the references do; *terse* is a solution of bare "
-        "formulas, as the references are."
+        f"formulas, as the references are. The figure below has the first {KEPT_ROLLOUTS} rollouts "
+        "that each step trains on, which for GRPO are of one problem with right and wrong answers."
     )
     return f"{markdown(header, lines)}\n\n{text}"
 
@@ -439,8 +446,9 @@ of rollouts (solutions for SFT).
 - *last*: accuracy on held-out problems after the last step, mean over seeds. The paper
   reports best checkpoints; here none is chosen.
 - *s.d. of seeds*: standard deviation of the seeds' last accuracies.
-- A difference is between last accuracies, in points, with its 95% interval. Both rows share
-  problems and seeds, and the difference is taken on each of them.
+- A difference is between last accuracies, in points, with its 95% interval. It is taken on each
+  problem and each seed that both rows have, so where one row has more seeds, it is not the
+  difference of the two means.
 - *verdict*: "above" or "below" if the interval excludes 0, else "within noise": these runs cannot
   tell the two apart, which does not make them equal.
 - *seeds above*: number of seeds in which the row's last accuracy is higher, and in which both are
@@ -466,6 +474,10 @@ difference must be to be detected here.
   mask does to the teacher is therefore chosen; the tables show what the student takes from it.
 - Another problem's reference draws the base to its way and confirms none of its results. So the
   teacher has nothing to gain from one, by design.
+- The base has seen references with a hidden end more often than others. A start or a middle was
+  hidden only where a random part was.
+- The base was chosen by its properties on the first 512 of the test problems. The rows share this
+  base and these problems.
 - OPSD and PAINT are bounded by their teacher, the base with a solution in its prompt. Recipes that
   reach it cannot be told apart.
 - SFT learns from terse solutions without slips or checks, all of one way. The base writes longer

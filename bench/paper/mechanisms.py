@@ -21,17 +21,18 @@ from paint_engine.tiny.writer import CHECK
 Record = dict[str, Any]
 STEP_METRICS = (
     *("teacher_entropy", "student_entropy", "clipped_mass", "clipped_token_share"),
-    *("mask_ratio", "overlap", "completion_length"),
+    *("mask_ratio", "overlap", "completion_length", "accuracy"),
 )
 """metrics of a step that are kept, of the recipes that have them"""
 STEPS_PER_BLOCK = 5
 KINDS = ("result", "operand", "branch", "symbol", "word")
 """of tokens: a digit of a result, another digit, the first token of a line, what else is in a
 formula, the rest"""
-TOKEN_SUMS = ("token_kl", "clipped_mass")
-"""values by token that are summed by kind, of the recipes that have them. `token_kl` is the
-divergence without the clip, in nats. `clipped_mass` is the target's probability of the vocabulary
-entries whose summand is above the clip: what the clip takes out of the gradient."""
+TOKEN_SUMS = ("token_loss", "token_kl", "clipped_mass")
+"""values by token that are summed by kind, of the recipes that have them. `token_loss` is the loss,
+which for PAINT is the divergence with the clip, and `token_kl` the divergence without it, in nats.
+`clipped_mass` is the target's probability of the vocabulary entries whose summand is above the
+clip: what the clip takes out of the gradient."""
 _LABELLED = re.compile(r"^[^$\n]+: \$", re.MULTILINE)
 
 
@@ -75,11 +76,15 @@ def style_counts(texts: Iterable[str]) -> dict[str, int]:
 
 def kind_sums(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Returns by kind the number of tokens and, of the recipes that have them, the number of
-    selected ones and the sums of TOKEN_SUMS."""
+    selected ones, the sums of TOKEN_SUMS, and `by_chance`: how many would be selected if each
+    rollout's selected positions were drawn at random."""
     sums = {kind: Counter[str]() for kind in KINDS}
     for sample in samples:
-        for place, kind in enumerate(token_kinds(sample["tokens"])):
+        kinds = token_kinds(sample["tokens"])
+        for place, kind in enumerate(kinds):
             sums[kind]["tokens"] += 1
+            if "selected" in sample:
+                sums[kind]["by_chance"] += sum(sample["selected"]) / len(kinds)
             for name in ("selected", *TOKEN_SUMS):
                 if name in sample:
                     sums[kind][name] += sample[name][place]

@@ -1,10 +1,8 @@
 """Builds the result file, and repeats runs of the ledger."""
 
-import platform
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +24,16 @@ from bench.paper.stats import table_numbers
 from paint_engine.config.command_line import load_config
 
 Record = dict[str, Any]
-PACKAGES = ("torch", "transformers", "peft")
 SAMPLING = ("temperature", "top_p", "max_new_tokens")
 
 
-def versions() -> dict[str, str]:
-    found = {name: metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **found}
+def versions(records: Sequence[Record]) -> dict[str, str]:
+    """Returns by package the versions that the runs were made with."""
+    found: dict[str, set[str]] = {}
+    for record in records:
+        for name, version in record["versions"].items():
+            found.setdefault(name, set()).add(version)
+    return {name: " and ".join(sorted(several)) for name, several in found.items()}
 
 
 def command(scale: Scale, numbers: Sequence[int]) -> str:
@@ -74,7 +75,7 @@ def build_result(
         "quick": scale.name.endswith("-quick"),
         "device": ", ".join(devices),
         "num_threads": 1,
-        "versions": versions(),
+        "versions": versions(everything),
         "commit": commits[0] if len(commits) == 1 else "",
         "commits": commits,
         "num_workers": num_workers,

@@ -59,8 +59,8 @@ def start_worker(devices: "Queue[str] | None") -> None:
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    # Of PyTorch's own kernels, and of MKL's products.
-    os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2"}
+    # Of PyTorch's own kernels, of MKL's products, and of oneDNN's.
+    os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if devices is None else devices.get()
     import torch
 

@@ -5,6 +5,7 @@ import shutil
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from paint_engine.monitor.progress import Progress
 from paint_engine.training.build import build_run
 from paint_engine.training.evaluations import evaluate_at
 from paint_engine.training.interrupt import StopRequest
+
+PACKAGES = ("torch", "transformers", "peft")
 
 
 def perform(job: Job) -> dict[str, Any]:
@@ -65,6 +68,7 @@ def perform(job: Job) -> dict[str, Any]:
         # own, whatever else the machine does. The answer checker's process takes little.
         "seconds": round(time.process_time() - started, 1),
         "commit": version,
+        "versions": versions(),
         "device": device_name(),
     }
 
@@ -93,6 +97,11 @@ def _evaluations(run_dir: Path) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def versions() -> dict[str, str]:
+    found = {name: metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **found}
 
 
 @cache

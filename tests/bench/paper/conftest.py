@@ -36,7 +36,8 @@ def planted_style(run: PlannedRun, step: int) -> dict[str, int]:
 
 
 def planted_mechanisms(run: PlannedRun, scale: Scale) -> dict[str, Any] | None:
-    """Three quarters of the selected tokens of PAINT are digits of results, a quarter of all."""
+    """Three quarters of the selected tokens of PAINT are digits of results, a quarter of all. The
+    clip takes away a third of the divergence, of digits of results more than all."""
     if run.setting in EVALUATED or run.rate is not None:
         return None
     kinds = {kind: {"tokens": 100} for kind in KINDS}
@@ -44,8 +45,10 @@ def planted_mechanisms(run: PlannedRun, scale: Scale) -> dict[str, Any] | None:
     kinds["word"]["tokens"] = 300
     if run.setting not in ("sft", "grpo"):
         for kind in KINDS:
-            kinds[kind] |= {"selected": 2, "token_kl": 1.5, "clipped_mass": 0.5}
-        kinds["result"]["selected"] = 24
+            by_chance = kinds[kind]["tokens"] * 32 / 800
+            kinds[kind] |= {"selected": 2, "by_chance": by_chance, "clipped_mass": 0.5}
+            kinds[kind] |= {"token_kl": 1.5, "token_loss": 1.0}
+        kinds["result"] |= {"selected": 24, "token_loss": -0.5}
     ends = range(STEPS_PER_BLOCK, scale.num_steps + 1, STEPS_PER_BLOCK)
     return {
         "steps": {"teacher_entropy": [0.1 + 0.01 * run.seed] * scale.num_steps},
@@ -80,6 +83,7 @@ def planted_record(job: Job) -> dict[str, Any]:
         "mechanisms": planted_mechanisms(run, scale),
         "seconds": 60.0,
         "commit": "0123456789ab",
+        "versions": {"python": "3.11.7", "torch": "2.13.0" if run.seed else "2.12.1"},
         "device": "a CPU",
     }
 

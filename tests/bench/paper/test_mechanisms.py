@@ -77,14 +77,30 @@ def test_sums_are_taken_by_kind_of_what_a_recipe_has() -> None:
     paint = {
         "tokens": tokens,
         "selected": [False, False, True, True, False],
+        "token_loss": [0.25, 0.25, 0.5, 1.0, 0.0],
         "token_kl": [0.5, 0.25, 1.0, 2.0, 0.0],
         "clipped_mass": [0.0, 0.0, 0.5, 0.25, 0.0],
     }
     sums = kind_sums([paint, paint])
-    assert sums["result"] == {"tokens": 2, "selected": 2, "token_kl": 4.0, "clipped_mass": 0.5}
-    assert sums["symbol"] == {"tokens": 4, "selected": 2, "token_kl": 2.0, "clipped_mass": 1.0}
+    assert sums["result"] == {
+        **{"tokens": 2, "selected": 2, "by_chance": 0.8},
+        **{"token_loss": 2.0, "token_kl": 4.0, "clipped_mass": 0.5},
+    }
+    assert sums["symbol"] == {
+        **{"tokens": 4, "selected": 2, "by_chance": 1.6},
+        **{"token_loss": 1.0, "token_kl": 2.0, "clipped_mass": 1.0},
+    }
     assert sums["word"] == {}
     assert kind_sums([{"tokens": tokens}])["operand"] == {"tokens": 1}
+
+
+def test_chance_is_that_of_each_rollout() -> None:
+    """A short rollout of which more is selected does not count as much as a long one."""
+    short = {"tokens": ["1", "\n"], "selected": [True, True]}
+    long = {"tokens": ["1", *["+"] * 8, "\n"], "selected": [True] + [False] * 9}
+    sums = kind_sums([short, long])
+    assert sums["branch"]["by_chance"] == 1.1
+    assert sum(found.get("by_chance", 0) for found in sums.values()) == 3.0
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
