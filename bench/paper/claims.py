@@ -1,6 +1,6 @@
 """The paper's claims about pairs of rows, fixed before the runs, and what the runs say to each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,6 +45,17 @@ CLAIMS = (
 )
 
 
+SAME_RATE = Claim(
+    "paint-opsd-rate",
+    "PAINT is above OPSD, both at PAINT's learning rate",
+    "paint",
+    "rho-0.00-0.00",
+)
+"""is no claim of the plan, which names it as exploratory"""
+CHOSEN_BY = 512
+"""the number of test problems on which bases were chosen by their properties"""
+
+
 def level_of(claim: Claim) -> float:
     """Returns the level of the claim's interval. The claims that are not primary share ERROR in
     equal parts (Bonferroni)."""
@@ -65,15 +76,8 @@ def claim_numbers(
 ) -> list[Record]:
     """Returns each claim whose rows were run, on the ablations' base: the difference of its rows
     with the interval at the claim's level, the outcome, and the paper's difference in points."""
-    size = scale.ablation_size
-    there = {run.setting for run in table_runs(scale, numbers) if run.size == size}
     entries = []
-    for claim in CLAIMS:
-        if not {claim.row, claim.reference} <= there:
-            continue
-        row, reference = (
-            row_records(scale, size, setting, records) for setting in (claim.row, claim.reference)
-        )
+    for claim, row, reference in _with_rows(CLAIMS, scale, numbers, records):
         found = compare(row, reference, claim.reference, level_of(claim))
         entries.append(
             {
@@ -85,6 +89,38 @@ def claim_numbers(
             }
         )
     return entries
+
+
+def exploratory_numbers(
+    scale: Scale, numbers: Sequence[int], records: Mapping[str, Record]
+) -> list[Record]:
+    """Returns the claims and `SAME_RATE` with 95% intervals, on all problems and on those by which
+    no base was chosen; empty for a scale without such problems."""
+    if scale.num_problems < 2 * CHOSEN_BY:
+        return []
+    return [
+        {
+            "text": claim.text,
+            "all": asdict(compare(row, reference, claim.reference)),
+            "unchosen": asdict(compare(row, reference, claim.reference, skip=CHOSEN_BY)),
+        }
+        for claim, row, reference in _with_rows((*CLAIMS, SAME_RATE), scale, numbers, records)
+    ]
+
+
+def _with_rows(
+    claims: Sequence[Claim], scale: Scale, numbers: Sequence[int], records: Mapping[str, Record]
+) -> Iterator[tuple[Claim, list[Record], list[Record]]]:
+    """Yields each claim whose rows were run, with the records of its row and its reference."""
+    size = scale.ablation_size
+    there = {run.setting for run in table_runs(scale, numbers) if run.size == size}
+    for claim in claims:
+        if {claim.row, claim.reference} <= there:
+            yield (
+                claim,
+                row_records(scale, size, claim.row, records),
+                row_records(scale, size, claim.reference, records),
+            )
 
 
 def _in_paper(claim: Claim) -> float | None:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from bench.paper.claims import CLAIMS, level_of
+from bench.paper.claims import CHOSEN_BY, CLAIMS, level_of
 from bench.paper.mechanisms import KINDS
 from bench.paper.plan import KEPT_ROLLOUTS, PAPER, TABLES
 from bench.paper.published import ABLATIONS, TABLE_1, paper_difference
@@ -336,6 +336,24 @@ def claims_table(result: Result) -> str:
     return f"{markdown(header, lines)}\n\n{text} {made_by(result)}"
 
 
+def exploratory_table(result: Result) -> str:
+    """Returns the claims on all problems and on those that chose no base; empty without the
+    latter."""
+    if not result["exploratory"]:
+        return ""
+    num_problems = result["scale"]["num_problems"]
+    header = ["claim", "all problems", f"problems {CHOSEN_BY + 1} to {num_problems:,}"]
+    lines = [
+        [entry["text"], difference_cell(entry["all"]), difference_cell(entry["unchosen"])]
+        for entry in result["exploratory"]
+    ]
+    text = (
+        "Exploratory: 95% intervals without correction. The base was chosen by its properties on "
+        f"the first {CHOSEN_BY} problems."
+    )
+    return f"{markdown(header, lines)}\n\n{text}"
+
+
 def size_as_claimed(entry: dict[str, Any]) -> str:
     """Returns the bound of the effect in the claimed direction, in points: the lower one of a claim
     that was seen, else the upper one."""
@@ -555,6 +573,7 @@ PAPER_TABLES: dict[tuple[str, str], Table] = {
     ("paper-tables", "4"): lambda result: ablation_table(result, 4, blend_label),
     ("paper-tables", "5"): teachers_table,
     ("paper-tables", "claims"): claims_table,
+    ("paper-tables", "exploratory"): exploratory_table,
     ("paper-tables", "mechanisms"): mechanisms_text,
     ("paper-tables", "rates"): rates_table,
     ("paper-tables", "reading"): reading_text,
@@ -576,6 +595,7 @@ def document(result: Result, stem: str) -> str:
     numbers = sorted({panel["table"] for panel in result["tables"]})
     views = [("## How to read them", "reading")]
     views += [("## The paper's claims", "claims")] * bool(result["claims"])
+    views += [("## Exploratory", "exploratory")] * bool(result["exploratory"])
     views += [(f"## Table {n}: {TITLES[n]}", str(n)) for n in numbers]
     views += [
         ("## Learning rates", "rates"),

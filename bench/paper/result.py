@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.paper.claims import claim_numbers
+from bench.paper.claims import claim_numbers, exploratory_numbers
 from bench.paper.ledger import Ledger, is_made_by
 from bench.paper.mechanisms import row_mechanisms
 from bench.paper.plan import (
@@ -89,6 +89,7 @@ def build_result(
         "bases": list(bases),
         "learning_rates": list(finished.choices),
         "claims": claim_numbers(scale, numbers, records),
+        "exploratory": exploratory_numbers(scale, numbers, records),
         "tables": table_numbers(scale, numbers, records),
         "mechanisms": row_mechanisms(scale, numbers, records),
     }

@@ -156,16 +156,19 @@ def compare(
     others: Sequence[Record],
     reference: str,
     level: float = LEVEL,
+    *,
+    skip: int = 0,
 ) -> Difference:
     """Returns the difference of two rows after the last step, with its interval at `level`.
 
     records, others: of the row and of the reference, in the order of the seeds. Of a row with more
         seeds than the other, those that both have count.
+    skip: so many of the first problems are left out.
     """
     count = min(len(records), len(others))
     records, others = records[:count], others[:count]
     assert [r["seed"] for r in records] == [r["seed"] for r in others]
-    gained = last_shares(records) - last_shares(others)
+    gained = (last_shares(records) - last_shares(others))[:, skip:]
     mean = clustered_mean(gained)
     # Counts of answers are exact; shares are rounded.
     counts = np.rint(gained.sum(axis=1) * records[0]["num_samples"])

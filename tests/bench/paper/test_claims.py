@@ -6,8 +6,16 @@ from typing import Any
 
 import pytest
 
-from bench.paper.claims import CLAIMS, Claim, claim_numbers, level_of, outcome
-from bench.paper.markdown import claims_table, size_as_claimed
+from bench.paper.claims import (
+    CLAIMS,
+    SAME_RATE,
+    Claim,
+    claim_numbers,
+    exploratory_numbers,
+    level_of,
+    outcome,
+)
+from bench.paper.markdown import claims_table, exploratory_table, size_as_claimed
 from bench.paper.plan import (
     BASE,
     CLAIMED,
@@ -19,7 +27,7 @@ from bench.paper.plan import (
     quick,
     table_runs,
 )
-from bench.paper.stats import Difference
+from bench.paper.stats import Difference, last_shares, row_records
 
 ABOVE = Claim("one", "one is above another", "paint", "opsd")
 BELOW = replace(ABOVE, paper_sign=-1)
@@ -111,6 +119,25 @@ def test_planted_differences_decide_the_claims(
     assert table[2].startswith("| **PAINT is above OPSD, the primary claim** | seen | +")
     assert "| 95% |" in table[2] and "| 99.5% |" in table[3]
     assert "| reversed |" in table[3] and table[3].endswith("| none | -1.3 |")
+
+
+def test_what_the_plan_calls_exploratory_is_shown_on_problems_that_chose_no_base(
+    jobs_of: Callable[[Scale], list[Job]], planted_record: Callable[[Job], dict[str, Any]]
+) -> None:
+    records = {job.run.run_id: planted_record(job) for job in jobs_of(LAPTOP)}
+    entries = exploratory_numbers(LAPTOP, NUMBERS, records)
+    assert [entry["text"] for entry in entries] == [c.text for c in (*CLAIMS, SAME_RATE)]
+    confirmed = claim_numbers(LAPTOP, NUMBERS, records)[0]
+    assert entries[0]["all"]["low"] == confirmed["low"]
+    halves = [last_shares(row_records(LAPTOP, "small", n, records)) for n in PRIMARY]
+    expected = halves[1][:, 512:].mean() - halves[0][:, 512:].mean()
+    assert entries[0]["unchosen"]["difference"] == pytest.approx(expected)
+    table = exploratory_table({"scale": {"num_problems": 1024}, "exploratory": entries})
+    assert "| claim | all problems | problems 513 to 1,024 |" in table
+    assert len(table.split("\n\n")[0].splitlines()) == 2 + 12
+    small = quick(LAPTOP)
+    assert exploratory_numbers(small, NUMBERS, records) == []
+    assert exploratory_table({"exploratory": []}) == ""
 
 
 MADE_BY = {
