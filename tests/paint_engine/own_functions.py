@@ -6,9 +6,6 @@ from torch import Tensor
 from paint_engine.recipes.token_weights import RolloutTokens
 from paint_engine.types import Problem, Verdict
 
-SHORT = 150
-"""letters of a problem"""
-
 
 def judge(problem: Problem, text: str) -> Verdict:
     """Random weights answer nothing: every second completion is said to be right. The others get
@@ -18,10 +15,12 @@ def judge(problem: Problem, text: str) -> Verdict:
 
 
 def judge_some(problem: Problem, text: str) -> Verdict:
-    """No completion of a short problem is right. To others, hardly two completions are worth the
-    same."""
-    reward = sum(map(ord, text)) % 97 / 97 if len(problem.problem) > SHORT else 0.0
-    return Verdict(reward, reward > 0.5)
+    """Of half of the problems no completion is right, whatever the model. Of the others two thirds
+    are, and hardly two are worth the same. Those that are not right get feedback."""
+    hopeless = sum(map(ord, problem.problem)) % 4 < 2
+    reward = 0.0 if hopeless else sum(map(ord, text)) % 97 / 97
+    correct = reward > 1 / 3
+    return Verdict(reward, correct, feedback="" if correct else f"{len(text)} letters")
 
 
 def wordy(problem: Problem, text: str) -> Verdict:

@@ -28,8 +28,10 @@ OPTIONS = {
     "sibling": SIBLING,
     "answer": "--teacher.context answer",
 }
-# Every third completion is said to be right; the others get feedback.
+# Every second completion is said to be right; the others get feedback.
 REWARD = "--reward.function own_functions:judge"
+# Of one of the two problems of each step none is right, so its group has no siblings.
+GROUPS = "--reward.function own_functions:judge_some --train.seed 5"
 
 
 def trained(main: Main, run: Path, *options: str) -> tuple[list[dict[str, Any]], list[dict]]:
@@ -207,7 +209,7 @@ def test_a_rollout_that_is_shown_nothing_has_the_policy_gradient_alone(
     context: str, small: str, rows: Callable[..., str], run_main: Main, tmp_path: Path
 ) -> None:
     """Siblings are those of GRPO's group."""
-    options = f"{rows(answer='7')} {REWARD} --objective.name grpo_paint --grpo.group_size 4"
+    options = f"{rows(answer='7')} {GROUPS} --objective.name grpo_paint --grpo.group_size 4"
     options += f" --teacher.context {context} --objective.distill_weight 0.5"
     # A group may be all right or all wrong by chance.
     options += " --grpo.skip_zero_variance false"

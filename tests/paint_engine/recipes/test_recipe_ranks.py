@@ -23,7 +23,7 @@ RECIPES = {
     "grpo": (
         "--preset grpo-tiny --rollout.max_new_tokens 48 --grpo.group_size 4 --grpo.num_updates 2 "
         "--grpo.kl_weight 0.04 --train.max_tokens_per_microbatch 400 "
-        "--reward.function own_functions:judge_some"
+        "--reward.function own_functions:judge_some --train.seed 3"
     ),
     "grpo, all groups skipped": "--preset grpo-tiny",
     "ema": "--preset paint-tiny --teacher.weights ema --teacher.ema_decay 0.5",
@@ -115,6 +115,6 @@ def test_the_runs_move_but_where_nothing_is_said(runs: tuple[Path, Path]) -> Non
     for name in RECIPES:
         steps = read_jsonl(runs[1] / name / "metrics.jsonl")
         assert (steps[1]["grad_norm"] > 0) == ("all groups" not in name), name
-    # The rewards of one problem are all 0: of two groups one is left out in the first step.
+    # The rewards of one problem of each step are all 0, so that its group is left out.
     steps = read_jsonl(runs[1] / "grpo" / "metrics.jsonl")
-    assert [step["zero_variance_groups"] for step in steps] == [1, 0]
+    assert [step["zero_variance_groups"] for step in steps] == [1, 1]

@@ -34,8 +34,10 @@ TIMING = ("seconds", "tokens_per_s", "rollout_logprob_diff")
 PLAIN = ("--objective.pointwise_clip", "none", "--objective.interpolation_weight", "0")
 
 
-# Every third completion is said to be right; the others get feedback.
+# Every second completion is said to be right; the others get feedback.
 JUDGED = ("--reward.function", "own_functions:judge")
+# Of one of the first step's two problems none is right, so its group has no siblings.
+GROUPS = ("--reward.function", "own_functions:judge_some", "--train.seed", "1")
 
 
 def flags_of(teachers: Sequence[Path]) -> dict[str, list[str]]:
@@ -60,7 +62,8 @@ def flags_of(teachers: Sequence[Path]) -> dict[str, list[str]]:
         "routed, with rewards": [*external, *models, *routed, *both, *weighed],
         "external, sibling": [
             *(*external, "--teacher.model", str(teachers[0])),
-            *(*sibling, "--teacher.group_size", "5"),
+            *("--teacher.context", "sibling", "--teacher.group_size", "5", *GROUPS),
+            *("--train.batch_size", "10"),
         ],
         "mixed, feedback": [*external, *models, "--teacher.model_weights", "[1, 3]", *feedback],
         # Each has a policy gradient, and some have a divergence: to the one teacher or the other.
@@ -169,8 +172,8 @@ def test_the_loss_of_a_step_is_that_of_float64_by_hand(
     metrics, samples = train_step(run, 0)
     # A rollout that is shown nothing is in the denominator.
     assert run.recipe.context is not None and len(shown) > 0
-    assert (len(shown) < 5) == run.recipe.context.is_optional
-    loss = torch.stack([tokens.mean() for tokens in by_hand]).sum().item() / 5
+    assert (len(shown) < len(items)) == run.recipe.context.is_optional
+    loss = torch.stack([tokens.mean() for tokens in by_hand]).sum().item() / len(items)
     assert loss > 0.1
     assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
     assert metrics["token_kl"] == pytest.approx(torch.cat(by_hand).mean().item(), rel=1e-4)
@@ -268,7 +271,8 @@ def test_three_steps_and_one_more_are_four(
     argv = [*commands[name], "--train.num_steps", "3", "--run.dir", str(tmp_path)]
     assert run_main(argv) == 0
     # A run directory cannot allow modules of a user's own.
-    own = JUDGED if "sibling" in name or "feedback" in name else ()
+    reward = [place for place, flag in enumerate(argv) if flag == "--reward.function"]
+    own = [part for place in reward for part in argv[place : place + 2]]
     resumed = ["--resume", str(tmp_path), "--train.num_steps", str(NUM_STEPS), *own]
     assert run_main(resumed) == 0
     expected = assert_same(tmp_path, runs[0] / name, NUM_STEPS)
