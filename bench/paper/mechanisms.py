@@ -6,7 +6,7 @@ This module does not import PyTorch.
 
 import re
 import statistics
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def kind_sums(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float
     """Returns by kind the number of tokens and, of the recipes that have them, the number of
     selected ones, the sums of TOKEN_SUMS, and `by_chance`: how many would be selected if each
     rollout's selected positions were drawn at random."""
-    sums = {kind: Counter[str]() for kind in KINDS}
+    sums = {kind: defaultdict[str, float](int) for kind in KINDS}
     for sample in samples:
         kinds = token_kinds(sample["tokens"])
         for place, kind in enumerate(kinds):
