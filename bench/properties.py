@@ -20,7 +20,9 @@ class Property(NamedTuple):
     @property
     def needed(self) -> str:
         unit = " points" if self.is_difference else "%"
-        bounds = [f"{100 * bound:g}" for bound in (self.lowest, self.highest) if bound is not None]
+        bounds = [
+            f"{100 * bound:.3g}" for bound in (self.lowest, self.highest) if bound is not None
+        ]
         if len(bounds) == 2:
             return f"{' to '.join(bounds)}{unit}"
         return f"{bounds[0]}{unit} or {'more' if self.highest is None else 'less'}"
@@ -44,7 +46,8 @@ PROPERTIES = (
     Property(
         "fewer with half of it, by", "whole_minus_hidden_50_together", 0.05, is_difference=True
     ),
-    Property("alone", "alone_together", 0.2, 0.8),
+    Property("that way, alone", "alone_together", 0.2),
+    Property("the other way, alone", "alone_apart", 0.2),
     Property(
         "5. Imitation costs: lost without its checks",
         "alone_minus_without_checks",
@@ -52,7 +55,7 @@ PROPERTIES = (
         is_difference=True,
     ),
     Property(
-        "a reference's length, of its own solutions'", "reference_length_share", highest=0.667
+        "a reference's length, of its own solutions'", "reference_length_share", highest=2 / 3
     ),
 )
 
@@ -70,8 +73,8 @@ def properties_table(result: Result) -> str:
         rows.append([one.text, one.needed, shown, "yes" if one.holds(value) else "**no**"])
     caption = (
         f"{result['num_problems']} held-out problems, {result['num_samples']} samples each, "
-        "temperature 1.0, top-p 0.95; 95% intervals over problems; torch "
-        f"{result['torch']}; by `{result['command']}`."
+        "temperature 1.0, top-p 0.95; 95% intervals over problems. A property holds if the "
+        f"measured value is within its bounds. torch {result['torch']}; by `{result['command']}`."
     )
     header = ["property", "needed", "measured", "holds"]
     return f"{markdown(header, rows)}\n\n{caption}"

@@ -200,7 +200,8 @@ def make_bases(names: Sequence[str], bases: Path, say: Callable[[str], None] = p
             continue
         say(f"pretraining the {name} base in {directory}")
         command = [sys.executable, "-m", "paint_engine.tiny.pretrain", "--size", name]
-        subprocess.run([*command, "--output", str(directory)], check=True)
+        command += ["--device", "auto", "--output", str(directory)]
+        subprocess.run(command, check=True)
 
 
 def describe_bases(names: Sequence[str], bases: Path) -> list[Record]:

@@ -18,6 +18,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -252,8 +253,8 @@ def pretrain(
     device: torch.device,
     log_every: int = 50,
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
-    """Trains tokenizer and model from scratch, or a teacher from a base. The result is the same on
-    every run on one machine; the tokenizer is the same at any size.
+    """Trains tokenizer and model from scratch, or a teacher from a base. With one thread, the
+    result is the same on every run on one machine; the tokenizer is the same at any size.
 
     start: directory of the base that becomes the teacher; None for a new base.
     """
@@ -320,32 +321,36 @@ def main() -> None:
         help="train the bundled base further, into the teacher of opd-tiny",
     )
     parser.add_argument("--output", type=Path, help="default: the bundled model's folder")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--num-steps", type=int, help="of each stage, for a try")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
+    parser.add_argument("--num-steps", type=int, help="of each stage, for a try; needs --output")
     arguments = parser.parse_args()
-    size, teacher = arguments.size, arguments.teacher
+    size, teacher, num_steps = arguments.size, arguments.teacher, arguments.num_steps
     if size != "small" and (teacher or arguments.output is None):
         parser.error(f"--size {size} is no bundled model; needs --output DIR, and no --teacher")
+    if num_steps is not None and (num_steps < 1 or arguments.output is None):
+        parser.error(f"--num-steps: got {num_steps}; needs 1 or more, and --output DIR")
     output: Path = arguments.output or (TINY_TEACHER if teacher else TINY_BASE)
     stages = TEACHER_STAGES if teacher else STAGES
-    if arguments.num_steps:
-        stages = [replace(stage, num_steps=arguments.num_steps) for stage in stages]
+    if num_steps is not None:
+        stages = [replace(stage, num_steps=num_steps) for stage in stages]
+    # Sums then have the same order on any number of cores.
+    torch.set_num_threads(1)
     # Deterministic algorithms need this setting on a GPU.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    started = time.monotonic()
+    started, device = time.monotonic(), pick_device(arguments.device)
     model, tokenizer = pretrain(
-        stages,
-        size=size,
-        start=TINY_BASE if teacher else None,
-        device=pick_device(arguments.device),
+        stages, size=size, start=TINY_BASE if teacher else None, device=device
     )
     with new_files(output) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
     weights = (output / "model.safetensors").read_bytes()
-    option = " --teacher" if teacher else "" if size == "small" else f" --size {size}"
+    options = [["--size", size]] if size != "small" else []
+    options += [["--teacher"]] if teacher else []
+    options += [["--device", device.type]] if device.type != "cpu" else []
+    options += [["--num-steps", str(num_steps)]] if num_steps is not None else []
     record = {
-        "command": f"python -m paint_engine.tiny.pretrain{option}",
+        "command": " ".join(["python -m paint_engine.tiny.pretrain", *chain(*options)]),
         "num_steps": sum(stage.num_steps for stage in stages),
         "num_parameters": model.num_parameters(),
         "sha256": hashlib.sha256(weights).hexdigest(),

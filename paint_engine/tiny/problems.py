@@ -89,7 +89,7 @@ def combined_side(steps: Sequence[Step], values: Mapping[str, int]) -> str:
     texts: dict[str, str] = {}
     for step in steps:
         left, right = (
-            n if isinstance(n, int) else texts.get(n, str(values.get(n)))
+            n if isinstance(n, int) else texts[n] if n in texts else str(values[n])
             for n in (step.left, step.right)
         )
         texts[step.role] = formula(step.op, left, right)
@@ -194,9 +194,8 @@ def load_split(split: str, max_rows: int | None = None) -> list[Problem]:
 
 
 def way_of(solution: str) -> Way | None:
-    """Returns the way of a solution by its first formula; None if it has none."""
-    _, opened, rest = solution.partition("$")
-    left = rest.partition("=")[0]
-    if not opened:
+    """Returns the way of a solution by its first formula with a result; None if it has none."""
+    left, equals, _ = solution.partition("$")[2].partition("=")
+    if not equals:
         return None
     return "apart" if "\\times" in left else "together"

@@ -1,6 +1,6 @@
 """Measures the properties of a tiny base that PAINT's argument rests on.
 
-    python -m paint_engine.tiny.properties [--model DIR]
+    python -m paint_engine.tiny.properties [--model DIR] [--split validation]
 
 The base answers held-out problems at the paper's sampling: alone, with the reference whole or its
 end hidden, with another problem's reference, and alone with its checks forbidden. The last line of
@@ -8,6 +8,7 @@ the output is JSON; accuracies are shares, and differences have 95% intervals ov
 """
 
 import argparse
+import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paint_engine.config import user_errors
+from paint_engine.config.bundled import BUNDLED
 from paint_engine.config.sections import EvalSection, ModelSection, PromptsSection
 from paint_engine.contexts.other import draw_other
 from paint_engine.evaluation.accuracy import Estimate, bootstrap, correct_matrix
@@ -47,24 +49,25 @@ SEED = 0
 class Answers:
     """The answers of one condition.
 
-    correct, together, checked: (P, k) booleans: right; by the way "together"; with a check.
-    num_tokens: (P, k) lengths.
+    correct, together, apart, checked: (P, k) booleans: right; by which way; with a check.
+    num_tokens: (P, k) lengths, with the token that ends an answer.
     """
 
     correct: np.ndarray
     together: np.ndarray
+    apart: np.ndarray
     checked: np.ndarray
     num_tokens: np.ndarray
 
 
-class World:
+class Examination:
     """A base with its tokenizer, and the held-out problems that it answers."""
 
-    def __init__(self, model: str, num_problems: int, num_samples: int) -> None:
+    def __init__(self, model: str, split: str, num_problems: int, num_samples: int) -> None:
         section = ModelSection(name_or_path=model, dtype="float32")
         self.model: PreTrainedModel = load_base(section, torch.device("cpu"))
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(section)
-        self.problems = load_split("test", num_problems)
+        self.problems = load_split(split, num_problems)
         # The paper's sampling, with room for the longest solutions.
         self.section = EvalSection(
             num_samples=num_samples, temperature=1.0, top_p=0.95, max_new_tokens=256
@@ -135,16 +138,19 @@ class World:
         return self.answer(prompts)
 
     def reference_tokens(self) -> np.ndarray:
-        return np.array([len(self.tokenizer.encode(p.solution)) for p in self.problems])
+        """Returns (P,) lengths of the references, with the token that would end them."""
+        return np.array([len(self.tokenizer.encode(p.solution)) + 1 for p in self.problems])
 
 
 def _answers(samples: Sequence[EvalSample], num_samples: int) -> Answers:
     def matrix(values: list[bool] | list[int]) -> np.ndarray:
         return np.array(values).reshape(-1, num_samples)
 
+    ways = [way_of(sample.text) for sample in samples]
     return Answers(
         correct=correct_matrix(samples),
-        together=matrix([way_of(s.text) == "together" for s in samples]),
+        together=matrix([way == "together" for way in ways]),
+        apart=matrix([way == "apart" for way in ways]),
         checked=matrix([CHECK in s.text for s in samples]),
         num_tokens=matrix([s.num_tokens for s in samples]),
     )
@@ -158,11 +164,19 @@ def _rise(before: np.ndarray, after: np.ndarray) -> Estimate:
     return bootstrap([after.mean(axis=1) - before.mean(axis=1)])
 
 
-def conditions(world: World) -> dict[str, Answers]:
+def _ratio(numerators: np.ndarray, denominators: np.ndarray) -> Estimate:
+    """Returns the ratio of two (P,) means. Its interval is that of its linear terms (delta
+    method)."""
+    mean = denominators.mean()
+    ratio = numerators.mean() / mean
+    return bootstrap([ratio + (numerators - ratio * denominators) / mean])
+
+
+def conditions(examination: Examination) -> dict[str, Answers]:
     """Returns the answers of each condition."""
-    found = {"alone": world.alone()}
-    found |= {name: world.shown(hidden) for name, hidden in HIDDEN.items()}
-    return found | {"other": world.other(), "without_checks": world.without_checks()}
+    found = {"alone": examination.alone()}
+    found |= {name: examination.shown(hidden) for name, hidden in HIDDEN.items()}
+    return found | {"other": examination.other(), "without_checks": examination.without_checks()}
 
 
 def record(
@@ -171,27 +185,28 @@ def record(
     """Returns every share and difference by name, with its 95% interval as NAME_ci95."""
     alone = found["alone"]
     estimates = {name: _mean(answers.correct) for name, answers in found.items()}
-    for name in ("whole", "hidden_35", "other"):
+    for name in ("whole", "hidden_35", "hidden_75", "other"):
         estimates[f"{name}_minus_alone"] = _rise(alone.correct, found[name].correct)
     doses = ("whole", "hidden_25", "hidden_50", "hidden_75")
     for before, after in pairwise(doses):
         estimates[f"{before}_minus_{after}"] = _rise(found[after].correct, found[before].correct)
     for name, answers in found.items():
         estimates[f"{name}_together"] = _mean(answers.together)
+        estimates[f"{name}_apart"] = _mean(answers.apart)
         estimates[f"{name}_checked"] = _mean(answers.checked)
     estimates["whole_minus_hidden_50_together"] = _rise(
         found["hidden_50"].together, found["whole"].together
     )
     estimates["alone_minus_without_checks"] = _rise(found["without_checks"].correct, alone.correct)
     lengths = alone.num_tokens.mean(axis=1)
-    estimates["reference_length_share"] = bootstrap([reference_tokens / lengths.mean()])
+    estimates["reference_length_share"] = _ratio(reference_tokens, lengths)
     values: dict[str, float | list[float]] = {}
     for name, estimate in estimates.items():
         values[name] = round(estimate.value, 4)
         values[f"{name}_ci95"] = [round(estimate.low, 4), round(estimate.high, 4)]
     for name, kept in (
         ("together", alone.together),
-        ("apart", ~alone.together),
+        ("apart", alone.apart),
         ("checked", alone.checked),
         ("unchecked", ~alone.checked),
     ):
@@ -202,9 +217,16 @@ def record(
     return values
 
 
+def _weights_sha256(model: str) -> str:
+    """Returns the hash of a model's one file of weights; empty if it has several or none here."""
+    file = Path(BUNDLED.get(model, model)) / "model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the properties of a tiny base.")
     parser.add_argument("--model", default="tiny", help="a directory (default: the bundled base)")
+    parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--num-problems", type=int, default=512)
     parser.add_argument("--num-samples", type=int, default=4)
     parser.add_argument("--output", type=Path, help="file for the last line, too")
@@ -213,18 +235,23 @@ def main() -> None:
         parser.error("--num-problems and --num-samples: need 1 or more")
     with user_errors(Terminal()):
         quiet_libraries()
-        world = World(arguments.model, arguments.num_problems, arguments.num_samples)
-        values = record(conditions(world), world.reference_tokens())
+        examination = Examination(
+            arguments.model, arguments.split, arguments.num_problems, arguments.num_samples
+        )
+        values = record(conditions(examination), examination.reference_tokens())
     for name, value in values.items():
         if not name.endswith("_ci95"):
             interval = values.get(f"{name}_ci95")
             shown = f"  ({interval[0]} to {interval[1]})" if isinstance(interval, list) else ""
             print(f"{name}: {value}{shown}")
+    option = "" if arguments.split == "test" else f" --split {arguments.split}"
     made = {
         "name": "properties",
-        "command": "python -m paint_engine.tiny.properties",
+        "command": f"python -m paint_engine.tiny.properties{option}",
         "model": arguments.model,
-        "num_problems": len(world.problems),
+        "sha256": _weights_sha256(arguments.model),
+        "split": arguments.split,
+        "num_problems": len(examination.problems),
         "num_samples": arguments.num_samples,
         "torch": torch.__version__,
     }

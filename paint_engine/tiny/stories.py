@@ -44,7 +44,8 @@ class Plan:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """The arithmetic of the problem without its words. No two splits share a key."""
+        """The arithmetic of the problem and its family, without the other words. No two splits
+        share a key."""
         return (self.family, *((s.op, s.left, s.right) for s in self.ways["together"]))
 
 

@@ -70,8 +70,8 @@ def visible_roles(plan: Plan, way: Way, shown: str) -> frozenset[str]:
 
 
 def is_hard(op: Operator, left: int, right: int) -> bool:
-    """Returns whether the writer slips and checks here: both numbers of a sum or difference have
-    units, or a number above 9 is multiplied, not a multiple of ten, or any is divided."""
+    """Returns whether the writer slips and checks here: no number of a sum or difference ends in
+    0, or a number above 9 is multiplied, not a multiple of ten, or any is divided."""
     if op in "+-":
         return left % 10 != 0 and right % 10 != 0
     return op == "/" or (max(left, right) > 9 and left % 10 != 0 and right % 10 != 0)
@@ -79,7 +79,7 @@ def is_hard(op: Operator, left: int, right: int) -> bool:
 
 def slip(result: int, rate: float, rng: random.Random) -> int:
     """Returns the result with each digit wrong with probability `rate`: an odd one is 1 less, an
-    even one 1 more.
+    even one 1 more. A 1 in front becomes 2.
 
     One wrong digit at each place, so that it stays likely enough to be drawn with top-p 0.95.
     """

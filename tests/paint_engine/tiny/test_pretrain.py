@@ -25,13 +25,14 @@ FIRST = pretrain.STAGES[0]
 
 @pytest.fixture(autouse=True)
 def small_and_restored(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase):
-    """Two short rows a step; the process-wide switch that pretraining sets is set back."""
+    """Two short rows a step; the process-wide settings of pretraining are set back."""
     monkeypatch.setattr(pretrain, "BATCH_SIZE", 4)
     monkeypatch.setattr(pretrain, "MICROBATCH_SIZE", 2)
     monkeypatch.setattr(pretrain, "_train_tiny_tokenizer", lambda: tokenizer)
-    before = torch.are_deterministic_algorithms_enabled()
+    before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     yield
     torch.use_deterministic_algorithms(before)
+    torch.set_num_threads(threads)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
@@ -159,6 +160,9 @@ def test_main_writes_the_same_weights_twice_with_their_hash(
         digest = hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
         assert record["sha256"] == digest
         assert record["num_steps"] == 2 * len(pretrain.STAGES)
+        assert record["command"] == "python -m paint_engine.tiny.pretrain --num-steps 2"
+        # Two cores would give other sums than four.
+        assert record["num_threads"] == 1
         assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
         assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= {
             path.name for path in output.iterdir()
@@ -177,8 +181,8 @@ def test_the_teacher_begins_as_the_base_and_slips_no_more(
         return pretrain.Document((1, 2), (3, 4))
 
     monkeypatch.setattr(pretrain, "draw_document", spy)
-    monkeypatch.setattr("sys.argv", ["pretrain", "--teacher", "--num-steps", "1"])
-    monkeypatch.setattr(pretrain, "TINY_TEACHER", tmp_path / "teacher")
+    argv = ["pretrain", "--teacher", "--num-steps", "1", "--output", str(tmp_path / "teacher")]
+    monkeypatch.setattr("sys.argv", argv)
     pretrain.main()
     assert set(rates) == {(0.0, 0.0)}
     base, teacher = (
@@ -189,7 +193,26 @@ def test_the_teacher_begins_as_the_base_and_slips_no_more(
     assert all(torch.allclose(base[name], teacher[name], atol=1e-2) for name in base)
     assert any(not torch.equal(base[name], teacher[name]) for name in base)
     record = json.loads((tmp_path / "teacher" / "pretraining.json").read_text())
-    assert record["command"] == "python -m paint_engine.tiny.pretrain --teacher"
+    assert record["command"] == "python -m paint_engine.tiny.pretrain --teacher --num-steps 1"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--num-steps", "2"], "--num-steps: got 2; needs 1 or more, and --output DIR"),
+        (["--num-steps", "0", "--output", "x"], "--num-steps: got 0; needs 1 or more"),
+    ],
+)
+def test_a_try_does_not_replace_the_bundled_base(
+    argv: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["pretrain", *argv])
+    with pytest.raises(SystemExit):
+        pretrain.main()
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["--size", "10m"], ["--size", "10m", "--teacher"]])

@@ -107,6 +107,7 @@ def test_both_ways_give_the_answer_and_are_told_apart() -> None:
             values = true_values(problem.plan, way)
             assert results == [values[roles[-1]] for roles in problem.plan.lines[way]]
     assert way_of("no formula") is None
+    assert way_of("The answer is $\\boxed{12}$.") is None
 
 
 def test_results_are_whole_positive_and_within_reach() -> None:

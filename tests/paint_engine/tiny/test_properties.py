@@ -6,17 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from paint_engine.config.bundled import TINY_BASE
 from paint_engine.tiny import properties
-from paint_engine.tiny.properties import HIDDEN, Answers, World, record
+from paint_engine.tiny.properties import HIDDEN, Answers, Examination, record
 
 
 def answers(share: float, *, together: float = 0.5, checked: float = 0.5, tokens: int = 100):
-    """400 problems with 2 samples, of which the first part is right, by a way, or checked."""
+    """400 problems with 2 samples, of which the first part is right, together, or
+    checked. The next tenth goes no way, the rest apart."""
 
     def first(part: float) -> np.ndarray:
         return np.repeat(np.arange(400) < 400 * part, 2).reshape(400, 2)
 
-    return Answers(first(share), first(together), first(checked), np.full((400, 2), tokens))
+    return Answers(
+        *(first(share), first(together), ~first(together + 0.1), first(checked)),
+        np.full((400, 2), tokens),
+    )
 
 
 def test_the_record_has_each_share_and_difference_with_its_interval() -> None:
@@ -34,6 +39,7 @@ def test_the_record_has_each_share_and_difference_with_its_interval() -> None:
     assert values["hidden_50_minus_hidden_75"] == pytest.approx(0.1)
     assert values["alone_minus_without_checks"] == pytest.approx(0.1)
     assert values["whole_together"] == 0.95
+    assert values["alone_apart"] == pytest.approx(0.4)
     assert values["reference_length_share"] == pytest.approx(0.45)
     # The first half is right, by "together" and checked.
     assert values["alone_if_together"] == values["alone_if_checked"] == 1.0
@@ -49,6 +55,30 @@ def test_the_record_has_each_share_and_difference_with_its_interval() -> None:
     assert high - low == pytest.approx(2 * 1.96 * 0.025, rel=0.1)
 
 
+def test_a_ratio_has_the_errors_of_both_means() -> None:
+    """Against 400 problems drawn again and again; equal lengths have a certain ratio."""
+    rng = np.random.default_rng(0)
+
+    def draw() -> tuple[np.ndarray, np.ndarray]:
+        lengths = rng.normal(100, 30, 400)
+        return 0.5 * lengths + rng.normal(0, 5, 400), lengths
+
+    found = np.array([a.mean() / b.mean() for a, b in (draw() for _ in range(2000))])
+    estimate = properties._ratio(*draw())
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * found.std(), rel=0.1)
+    lengths = draw()[1]
+    exact = properties._ratio(0.5 * lengths, lengths)
+    assert (exact.low, exact.value, exact.high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("name", ["properties", "properties-validation"])
+def test_the_committed_properties_are_those_of_the_bundled_base(name: str) -> None:
+    root = Path(__file__).parents[3]
+    recorded = json.loads((TINY_BASE / "pretraining.json").read_text())
+    found = json.loads((root / "bench" / "results" / f"{name}.json").read_text())
+    assert found["sha256"] == recorded["sha256"]
+
+
 def test_the_command_answers_every_condition_and_ends_in_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -58,7 +88,9 @@ def test_the_command_answers_every_condition_and_ends_in_json(
     *lines, last = capsys.readouterr().out.splitlines()
     values = json.loads(last)
     assert json.loads((tmp_path / "found.json").read_text()) == values
-    assert (values["num_problems"], values["num_samples"]) == (6, 2)
+    assert (values["num_problems"], values["num_samples"], values["split"]) == (6, 2, "test")
+    recorded = json.loads((TINY_BASE / "pretraining.json").read_text())
+    assert values["sha256"] == recorded["sha256"]
     for name in ("alone", *HIDDEN, "other", "without_checks"):
         assert 0 <= values[name] <= 1
         assert any(line.startswith(f"{name}: ") for line in lines)
@@ -67,24 +99,24 @@ def test_the_command_answers_every_condition_and_ends_in_json(
 
 
 def test_forbidding_checks_leaves_the_model_as_it_was() -> None:
-    world = World("tiny", 4, 2)
-    before = world.alone()
-    world.without_checks()
-    after = world.alone()
+    examination = Examination("tiny", "test", 4, 2)
+    before = examination.alone()
+    examination.without_checks()
+    after = examination.alone()
     assert np.array_equal(before.num_tokens, after.num_tokens)
 
 
 def test_another_problem_s_reference_is_shown_whole() -> None:
-    world = World("tiny", 8, 1)
+    examination = Examination("tiny", "test", 8, 1)
     shown = []
-    world.answer = shown.append  # type: ignore[method-assign, assignment]
-    world.other()
-    texts = [world.tokenizer.decode(list(ids)) for ids in shown[0]]
-    for problem, text in zip(world.problems, texts, strict=True):
+    examination.answer = shown.append  # type: ignore[method-assign, assignment]
+    examination.other()
+    texts = [examination.tokenizer.decode(list(ids)) for ids in shown[0]]
+    for problem, text in zip(examination.problems, texts, strict=True):
         assert problem.problem in text
         assert problem.solution not in text
         assert "omitted" not in text
-        assert any(p.solution in text for p in world.problems)
+        assert any(p.solution in text for p in examination.problems)
 
 
 def test_a_model_that_is_not_there_is_refused_without_a_traceback(
