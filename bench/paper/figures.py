@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from bench.figures import COLOURS, STYLE
-from bench.paper.markdown import (
-    KIND_LABELS,
+from bench.paper.cells import (
     LABELS,
     backbone_index,
     base_names,
@@ -21,8 +20,8 @@ from bench.paper.markdown import (
     ratio_label,
     reference_of,
     setting_label,
-    times_chance,
 )
+from bench.paper.mechanism_tables import KIND_LABELS, times_chance
 from bench.paper.mechanisms import KINDS
 from bench.paper.plan import RATIO_ROWS
 from bench.paper.published import paper_difference

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.paper.markdown import difference_cells
+from bench.paper.cells import difference_cells
 from bench.paper.stats import (
     clustered_mean,
     decode_counts,

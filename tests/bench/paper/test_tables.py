@@ -14,14 +14,10 @@ import torch
 from bench import paper_tables
 from bench.figures import COLOURS
 from bench.paper import published
+from bench.paper.cells import LABELS
 from bench.paper.figures import draw_mechanisms, draw_tables
 from bench.paper.ledger import Ledger
-from bench.paper.markdown import (
-    LABELS,
-    PAPER_TABLES,
-    against_opsd_table,
-    document,
-)
+from bench.paper.markdown import PAPER_TABLES, against_opsd_table, document
 from bench.paper.mechanisms import KINDS, STEP_METRICS
 from bench.paper.plan import (
     BASE,
