@@ -81,10 +81,12 @@ def kind_sums(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float
     sums = {kind: defaultdict[str, float](int) for kind in KINDS}
     for sample in samples:
         kinds = token_kinds(sample["tokens"])
+        has_selected = "selected" in sample
+        share = sum(sample["selected"]) / max(1, len(kinds)) if has_selected else 0.0
         for place, kind in enumerate(kinds):
             sums[kind]["tokens"] += 1
-            if "selected" in sample:
-                sums[kind]["by_chance"] += sum(sample["selected"]) / len(kinds)
+            if has_selected:
+                sums[kind]["by_chance"] += share
             for name in ("selected", *TOKEN_SUMS):
                 if name in sample:
                     sums[kind][name] += sample[name][place]

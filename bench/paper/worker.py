@@ -5,13 +5,12 @@ import shutil
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.measure import commit
+from bench.measure import commit, version
 from bench.paper.mechanisms import read_mechanisms, style_counts
 from bench.paper.plan import EVALUATED, NOT_CODE, Job, arguments, overrides, preset_of
 from bench.paper.stats import encode_counts
@@ -35,7 +34,7 @@ def perform(job: Job) -> dict[str, Any]:
 
     Raises RuntimeError with the path of the log if training ended early.
     """
-    started, version = time.process_time(), code_version()
+    started, made_at = time.process_time(), code_version()
     run_dir = job.directory / "training"
     values = overrides(job.scale, job.run, job.rate)
     places = {"model.name_or_path": str(job.base), "run.dir": str(run_dir)}
@@ -67,7 +66,7 @@ def perform(job: Job) -> dict[str, Any]:
         # Processor time of this process, which has one thread: the time of a run on a core of its
         # own, whatever else the machine does. The answer checker's process takes little.
         "seconds": round(time.process_time() - started, 1),
-        "commit": version,
+        "commit": made_at,
         "versions": versions(),
         "device": device_name(),
     }
@@ -100,7 +99,7 @@ def _evaluations(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    found = {name: metadata.version(name) for name in PACKAGES}
+    found = {name: version(name) for name in PACKAGES}
     return {"python": platform.python_version(), **found}
 
 
