@@ -18,7 +18,6 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -27,26 +26,11 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from paint_engine.config.bundled import TINY_BASE, TINY_TEACHER
-from paint_engine.config.sections import PromptsSection
 from paint_engine.files import new_files, write_json
 from paint_engine.model import pick_device
-from paint_engine.prompts.chat import encode_chat, student_text, teacher_text
-from paint_engine.prompts.masking import OMISSION_MARKER, mask_solution
-from paint_engine.tiny.problems import (
-    PRETRAIN_BUCKETS,
-    WordProblem,
-    draw_drill,
-    draw_problem,
-    render_reference,
-)
-from paint_engine.tiny.stories import WAYS, Plan, Way
+from paint_engine.tiny.documents import Document, Mixture, draw_document, draw_solution
 from paint_engine.tiny.tokenizer import train_tokenizer
-from paint_engine.tiny.writer import Habits, visible_roles, write_solution, write_terse
-
-# The paper's prompt, fixed here: the base is trained on these words, whatever the configuration
-# says.
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-_PROMPTS = PromptsSection(instruction=INSTRUCTION)
+from paint_engine.tiny.writer import Habits
 
 SEED = 0
 BATCH_SIZE = 32
@@ -56,12 +40,6 @@ PEAK_LEARNING_RATE = 3e-3
 MUON_LEARNING_RATE = 2e-2
 WARMUP_STEPS = 50
 
-DRILL_SHARE = 0.15
-TOGETHER_SHARE = 0.7
-# Of the solutions, which are then as terse as a reference.
-TERSE_SHARE = 0.08
-PLACEMENT_WEIGHTS = {"whole": 0.3, "suffix": 0.45, "random": 0.25}
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -69,27 +47,18 @@ class Stage:
 
     name: seeds the documents.
     rate: the share of the peak learning rates that it begins at.
-    unaided, aided, control: shares of the documents that are no drills: without a reference, with
-        one to the problem, with one to another problem.
-    follows_any: whether another problem's reference draws the writer to its way as well. It
-        confirms no result.
     """
 
     name: str
     num_steps: int
+    mixture: Mixture = field(default_factory=Mixture)
     rate: float = 1.0
-    unaided: float = 0.35
-    aided: float = 0.45
-    control: float = 0.2
-    follows_any: bool = False
-    habits: Habits = field(default_factory=Habits)
 
 
-STAGES = (
-    Stage("pretrain", 3000),
-    Stage("polish", 300, rate=0.3, unaided=0.3, aided=0.55, control=0.15, follows_any=True),
-)
-TEACHER_STAGES = (replace(STAGES[-1], name="teacher", habits=Habits(slip=0.0, confirmed_slip=0.0)),)
+POLISH = Mixture(unaided=0.3, aided=0.55, control=0.15, follows_any=True)
+WITHOUT_SLIPS = replace(POLISH, habits=Habits(slip=0.0, confirmed_slip=0.0))
+STAGES = (Stage("pretrain", 3000), Stage("polish", 300, POLISH, rate=0.3))
+TEACHER_STAGES = (Stage("teacher", 300, WITHOUT_SLIPS, rate=0.3),)
 
 
 @dataclass(frozen=True)
@@ -112,87 +81,11 @@ SIZES = {
 }
 
 
-@dataclass(frozen=True)
-class Document:
-    """Token ids of a prompt and its completion. Both are trained on."""
-
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-
-
-def draw_pretraining_problem(rng: random.Random) -> WordProblem:
-    """Draws a problem whose arithmetic is in none of the splits."""
-    while True:
-        problem = draw_problem(rng)
-        if problem.bucket in PRETRAIN_BUCKETS:
-            return problem
-
-
-def _draw_way(rng: random.Random, preferred: Way, share: float) -> Way:
-    return preferred if rng.random() < share else next(way for way in WAYS if way != preferred)
-
-
-def _draw_reference(plan: Plan, rng: random.Random) -> tuple[Way, str]:
-    """Returns the way of a reference, and the reference, whole or with a part hidden."""
-    way = _draw_way(rng, "together", TOGETHER_SHARE)
-    placements, weights = zip(*PLACEMENT_WEIGHTS.items(), strict=True)
-    placement = rng.choices(placements, weights)[0]
-    reference = render_reference(plan, way)
-    if placement == "whole":
-        return way, reference
-    ratio = rng.uniform(0.05, 0.95)
-    return way, mask_solution(
-        reference, ratio, placement=placement, generator=rng, marker=OMISSION_MARKER
-    )
-
-
-def _write(
-    plan: Plan, way: Way, rng: random.Random, habits: Habits, visible: frozenset[str]
-) -> str:
-    write = write_terse if rng.random() < TERSE_SHARE else write_solution
-    return write(plan, way, rng, habits, visible)
-
-
-def _solution(problem: WordProblem, rng: random.Random, stage: Stage) -> tuple[str, str]:
-    """Returns a user message and the writer's solution: alone, or with a reference to this problem
-    or to another."""
-    kind = rng.random() * (stage.unaided + stage.aided + stage.control)
-    plan, habits = problem.plan, stage.habits
-    if kind < stage.unaided:
-        text = student_text(problem.text, _PROMPTS)
-        return text, _write(plan, rng.choice(WAYS), rng, habits, frozenset())
-    is_control = kind < stage.unaided + stage.control
-    shown_plan = draw_pretraining_problem(rng).plan if is_control else plan
-    shown_way, shown = _draw_reference(shown_plan, rng)
-    whole = OMISSION_MARKER not in shown
-    text = teacher_text(problem.text, shown, _PROMPTS, whole=whole)
-    if is_control and not stage.follows_any:
-        return text, _write(plan, rng.choice(WAYS), rng, habits, frozenset())
-    # The more of a reference is visible, the more the writer is drawn to its way.
-    visible_share = (len(shown) - (0 if whole else len(OMISSION_MARKER))) / len(
-        render_reference(shown_plan, shown_way)
-    )
-    way = _draw_way(rng, shown_way, 0.5 + 0.49 * visible_share)
-    visible = frozenset() if is_control else visible_roles(plan, shown_way, shown)
-    return text, _write(plan, way, rng, habits, visible)
-
-
-def draw_document(tokenizer: PreTrainedTokenizerBase, rng: random.Random, stage: Stage) -> Document:
-    """Draws a drill, or a solution of the writer after a prompt."""
-    if rng.random() < DRILL_SHARE:
-        return Document((), tuple(tokenizer.encode(draw_drill(rng) + "<|endoftext|>")))
-    prompt, completion = _solution(draw_pretraining_problem(rng), rng, stage)
-    return Document(
-        encode_chat(tokenizer, prompt, thinking=False),
-        tuple(tokenizer.encode(completion + "<|im_end|>")),
-    )
-
-
 def _train_tiny_tokenizer() -> PreTrainedTokenizerBase:
     rng = random.Random(f"paint-tiny-tokenizer-{SEED}")
     corpus = []
     for _ in range(3000):
-        corpus += _solution(draw_pretraining_problem(rng), rng, STAGES[0])
+        corpus += draw_solution(rng, STAGES[0].mixture)
     return train_tokenizer(corpus, VOCAB_SIZE)
 
 
@@ -283,7 +176,7 @@ def _train(
         # Linear warm-up, then a cosine schedule to zero.
         warmup = min(1.0, (step + 1) / WARMUP_STEPS)
         scale = warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps)) * stage.rate
-        documents = [draw_document(tokenizer, rng, stage) for _ in range(BATCH_SIZE)]
+        documents = [draw_document(tokenizer, rng, stage.mixture) for _ in range(BATCH_SIZE)]
         loss = _accumulate(model, documents)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
@@ -312,7 +205,7 @@ def _accumulate(model: Qwen3ForCausalLM, documents: list[Document]) -> float:
     return loss_sum
 
 
-def main() -> None:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Pretrain a tiny model of the laptop domain.")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument(
@@ -324,11 +217,28 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     parser.add_argument("--num-steps", type=int, help="of each stage, for a try; needs --output")
     arguments = parser.parse_args()
-    size, teacher, num_steps = arguments.size, arguments.teacher, arguments.num_steps
-    if size != "small" and (teacher or arguments.output is None):
+    size, num_steps = arguments.size, arguments.num_steps
+    if size != "small" and (arguments.teacher or arguments.output is None):
         parser.error(f"--size {size} is no bundled model; needs --output DIR, and no --teacher")
     if num_steps is not None and (num_steps < 1 or arguments.output is None):
         parser.error(f"--num-steps: got {num_steps}; needs 1 or more, and --output DIR")
+    return arguments
+
+
+def _command(arguments: argparse.Namespace, device: torch.device) -> str:
+    """Returns the shortest command that makes the same model."""
+    size, num_steps = arguments.size, arguments.num_steps
+    parts = ["python -m paint_engine.tiny.pretrain"]
+    parts += [f"--size {size}"] if size != "small" else []
+    parts += ["--teacher"] if arguments.teacher else []
+    parts += [f"--device {device.type}"] if device.type != "cpu" else []
+    parts += [f"--num-steps {num_steps}"] if num_steps is not None else []
+    return " ".join(parts)
+
+
+def main() -> None:
+    arguments = _arguments()
+    teacher, num_steps = arguments.teacher, arguments.num_steps
     output: Path = arguments.output or (TINY_TEACHER if teacher else TINY_BASE)
     stages = TEACHER_STAGES if teacher else STAGES
     if num_steps is not None:
@@ -339,18 +249,14 @@ def main() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     started, device = time.monotonic(), pick_device(arguments.device)
     model, tokenizer = pretrain(
-        stages, size=size, start=TINY_BASE if teacher else None, device=device
+        stages, size=arguments.size, start=TINY_BASE if teacher else None, device=device
     )
     with new_files(output) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
     weights = (output / "model.safetensors").read_bytes()
-    options = [["--size", size]] if size != "small" else []
-    options += [["--teacher"]] if teacher else []
-    options += [["--device", device.type]] if device.type != "cpu" else []
-    options += [["--num-steps", str(num_steps)]] if num_steps is not None else []
     record = {
-        "command": " ".join(["python -m paint_engine.tiny.pretrain", *chain(*options)]),
+        "command": _command(arguments, device),
         "num_steps": sum(stage.num_steps for stage in stages),
         "num_parameters": model.num_parameters(),
         "sha256": hashlib.sha256(weights).hexdigest(),

@@ -1,9 +1,8 @@
-"""Pretraining of the tiny base: what it reads, and that two runs give the same weights."""
+"""Pretraining of the tiny models: its loss, and that two runs give the same weights."""
 
 import hashlib
 import json
 import random
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,16 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from paint_engine.config import sections as config_sections
 from paint_engine.config.bundled import TINY_BASE
-from paint_engine.prompts import masking
-from paint_engine.rewards.boxes import extract_boxed
 from paint_engine.tiny import pretrain
-from paint_engine.tiny.problems import WordProblem, render_reference, way_of
-from paint_engine.tiny.stories import WAYS, Plan, Way
-from paint_engine.tiny.writer import Habits
-
-FIRST = pretrain.STAGES[0]
+from paint_engine.tiny.documents import Document, Mixture
 
 
 @pytest.fixture(autouse=True)
@@ -35,107 +27,14 @@ def small_and_restored(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTok
     torch.set_num_threads(threads)
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
-    text = tokenizer.decode(list(ids))
-    assert isinstance(text, str)
-    return text
-
-
-def _documents(tokenizer: PreTrainedTokenizerBase, count: int) -> list[tuple[str, str]]:
-    rng = random.Random(1)
-    drawn = [pretrain.draw_document(tokenizer, rng, FIRST) for _ in range(count)]
-    return [(_text(tokenizer, d.prompt_ids), _text(tokenizer, d.completion_ids)) for d in drawn]
-
-
-def test_the_base_reads_the_prompts_that_it_is_used_with() -> None:
-    assert pretrain.INSTRUCTION == config_sections.INSTRUCTION
-    assert config_sections.MaskingSection().marker == masking.OMISSION_MARKER
-
-
-def test_documents_come_in_their_shares(tokenizer: PreTrainedTokenizerBase) -> None:
-    kinds: Counter[str] = Counter()
-    documents = _documents(tokenizer, 400)
-    for prompt, completion in documents:
-        if not prompt:
-            kinds["drill"] += 1
-            assert completion.endswith("<|endoftext|>")
-            assert "boxed" not in completion and "Problem" not in completion
-            continue
-        assert prompt.endswith("<think>\n\n</think>\n\n")
-        assert completion.endswith("<|im_end|>")
-        assert extract_boxed(completion) is not None
-        kinds["terse"] += ":" not in completion
-        if "Reference Solution" not in prompt:
-            kinds["unaided"] += 1
-        else:
-            partial = masking.OMISSION_MARKER in prompt
-            assert ("a part of reference solution" in prompt) == partial
-            kinds["partial" if partial else "whole"] += 1
-    # Four standard deviations of a share near a third.
-    solutions = 400 - kinds["drill"]
-    assert abs(kinds["unaided"] / solutions - FIRST.unaided) < 0.11
-    assert abs(kinds["drill"] / 400 - pretrain.DRILL_SHARE) < 0.1
-    assert kinds["whole"] > 20 and kinds["partial"] > 70
-    assert 0.02 < kinds["terse"] / solutions < 0.16
-
-
-@pytest.mark.parametrize("stage", pretrain.STAGES, ids=lambda stage: stage.name)
-def test_the_writer_sees_what_his_prompt_shows(
-    stage: pretrain.Stage, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another problem's reference confirms nothing, and draws to its way in the last stage alone; a
-    visible result of his own confirms, and draws."""
-    written: list[tuple[Plan, Way, frozenset[str]]] = []
-    original = pretrain.write_solution
-
-    def spy(plan: Plan, way: Way, rng: random.Random, habits: Habits, visible: frozenset[str]):
-        written.append((plan, way, visible))
-        return original(plan, way, rng, habits, visible)
-
-    monkeypatch.setattr(pretrain, "write_solution", spy)
-    monkeypatch.setattr(pretrain, "TERSE_SHARE", 0.0)
-    rng = random.Random(2)
-    kinds: Counter[str] = Counter()
-    followed: list[bool] = []
-    together: list[bool] = []
-    for _ in range(600):
-        count = len(written)
-        document = pretrain.draw_document(tokenizer, rng, stage)
-        if len(written) == count:
-            continue
-        plan, way, visible = written[-1]
-        assert WordProblem("", plan, 0).bucket in pretrain.PRETRAIN_BUCKETS
-        _, fence, shown = _text(tokenizer, document.prompt_ids).partition("Begin ===\n")
-        shown = shown.partition("\n===")[0]
-        own = {w: render_reference(plan, w) for w in WAYS}
-        if not fence:
-            kinds["unaided"] += 1
-            assert visible == frozenset()
-        elif shown in own.values():
-            kinds["whole"] += 1
-            assert visible == {line[-1] for line in plan.lines["together"][1:]} | (
-                {"at_a_time"} if shown == own["together"] else {"total"}
-            )
-            followed.append(own[way] == shown)
-        elif masking.OMISSION_MARKER not in shown:
-            kinds["another's"] += 1
-            assert visible == frozenset()
-            # Of another problem's reference, the way is told by its first formula.
-            together.append((way_of(shown) == "together") == (way == "together"))
-    assert min(kinds.values()) > 15 and len(kinds) == 3
-    assert sum(followed) > 0.85 * len(followed)
-    share = sum(together) / len(together)
-    assert share > 0.85 if stage.follows_any else share < 0.8
-
-
 def test_the_loss_is_that_of_each_document_whatever_shares_its_batch(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(pretrain.model_config(tokenizer)).double()
     documents = [
-        pretrain.Document((5, 6, 7), (8, 9)),
-        pretrain.Document((1,), (2, 3, 4, 5, 6, 7)),
+        Document((5, 6, 7), (8, 9)),
+        Document((1,), (2, 3, 4, 5, 6, 7)),
     ]
     together = pretrain._batch_loss(model, documents)
     expected = 0.0
@@ -176,9 +75,9 @@ def test_the_teacher_begins_as_the_base_and_slips_no_more(
 ) -> None:
     rates = []
 
-    def spy(tokenizer: PreTrainedTokenizerBase, rng: random.Random, stage: pretrain.Stage):
-        rates.append((stage.habits.slip, stage.habits.confirmed_slip))
-        return pretrain.Document((1, 2), (3, 4))
+    def spy(tokenizer: PreTrainedTokenizerBase, rng: random.Random, mixture: Mixture):
+        rates.append((mixture.habits.slip, mixture.habits.confirmed_slip))
+        return Document((1, 2), (3, 4))
 
     monkeypatch.setattr(pretrain, "draw_document", spy)
     argv = ["pretrain", "--teacher", "--num-steps", "1", "--output", str(tmp_path / "teacher")]
