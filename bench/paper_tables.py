@@ -1,4 +1,5 @@
-"""Makes the paper's four tables at laptop scale, and one of other teachers and signals.
+"""Makes the paper's four tables at laptop scale, one of other teachers and signals, and one of the
+clip.
 
     python -m bench.paper_tables --quick          # fifteen minutes on two cores
     python -m bench.paper_tables --minutes 120    # resumes; again until no run is left
@@ -25,6 +26,7 @@ from bench.paper.markdown import document, mechanisms_figure
 from bench.paper.plan import (
     NOT_CODE,
     NUMBERS,
+    PLANNED,
     SCALES,
     Scale,
     needed_bases,
@@ -73,9 +75,9 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         choices=NUMBERS,
-        default=NUMBERS,
+        default=PLANNED,
         help="1: recipes; 2: mask ratios; 3: placements; 4: interpolation; 5: other teachers, "
-        "contexts and signals, not in the paper (default: all)",
+        "contexts and signals, not in the paper; 6: the clip, exploratory (default: 1 to 5)",
     )
     parser.add_argument(
         "--minutes",
@@ -139,8 +141,8 @@ def output_path(arguments: argparse.Namespace, scale: Scale) -> Path:
     """Returns the result file to write."""
     parts = ["paper-tables", *([] if scale.name == "laptop" else [scale.name])]
     numbers = sorted(set(arguments.tables))
-    # Some of the tables do not replace the file of all.
-    parts += map(str, numbers) if numbers != list(NUMBERS) else []
+    # Other tables do not replace the file of all that are planned.
+    parts += map(str, numbers) if numbers != list(PLANNED) else []
     return arguments.output or RESULTS / f"{'-'.join(parts)}.json"
 
 

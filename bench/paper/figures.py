@@ -34,8 +34,9 @@ TITLES = {
     3: "Table 3, what is hidden:\npoints above a suffix",
     4: "Table 4, strength k and budget f of the\ninterpolation: points above k 0.03, f 0.03",
     5: "Table 5, other teachers, contexts and signals:\npoints above no update",
+    6: "Table 6, the clip, at PAINT's learning rate:\npoints above no update",
 }
-LINES = ((1,), (2, 3, 4), (5,))
+LINES = ((1,), (2, 3, 4), (5,), (6,))
 """the tables of each line of panels"""
 WAY_ROWS = ("rho-0.00-0.00", "rho-0.25-0.25", "rho-0.40-0.30", "rho-0.75-0.75", "opsd", "sft")
 """rows whose share of solutions that go "together" is drawn"""

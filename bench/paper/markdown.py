@@ -8,6 +8,7 @@ from bench.paper.cells import (
     LABELS,
     NOT_IN_PAPER,
     QUICK,
+    UNPLANNED,
     accuracy_cells,
     backbone_index,
     base_names,
@@ -24,6 +25,7 @@ from bench.paper.cells import (
 )
 from bench.paper.claims import CHOSEN_BY, CLAIMS, level_of
 from bench.paper.mechanism_tables import mechanisms_text
+from bench.paper.plan import EXPLORATORY
 from bench.paper.published import ABLATIONS, TABLE_1, paper_difference
 from bench.paper.reading import has_paper_tables, limits_text, reading_text
 from bench.tables import Result, Table, markdown
@@ -34,6 +36,7 @@ TITLES = {
     3: "what part of it is hidden",
     4: "strength and budget of the interpolation",
     5: "other teachers, contexts and signals",
+    6: "the clip (exploratory)",
 }
 
 
@@ -138,9 +141,9 @@ TABLE_HEADERS = {
 }
 
 
-def teachers_table(result: Result) -> str:
-    """Returns Table 5: every row compared with no update and with PAINT."""
-    (panel,) = panels_of(result, 5)
+def against_paint_table(result: Result, table: int) -> str:
+    """Returns Table 5 or 6: every row compared with no update and with PAINT."""
+    (panel,) = panels_of(result, table)
     header = ["recipe", "last", "s.d. of seeds"]
     header += ["to no update", "verdict", "seeds above", "to PAINT", "verdict", "seeds above"]
     header += ["learning rate"]
@@ -156,7 +159,7 @@ def teachers_table(result: Result) -> str:
                 "" if rate is None else f"{rate:g}",
             ]
         )
-    return f"{markdown(header, lines)}\n\n{caption(result, 5, beside_paper=False)}"
+    return f"{markdown(header, lines)}\n\n{caption(result, table, beside_paper=False)}"
 
 
 def caption(result: Result, table: int, *, beside_paper: bool = True) -> str:
@@ -168,9 +171,10 @@ def caption(result: Result, table: int, *, beside_paper: bool = True) -> str:
     if table in (2, 3):
         shared = " No row interpolates: the default is the first row of Table 4."
     return (
-        f"{QUICK + ' ' if result['quick'] else ''}Avg@{scale['num_samples']} on "
-        f"{scale['num_problems']} held-out problems, mean of {seeds_text(scale)}; "
-        f"{base}{scale['num_steps']} steps of {scale['batch_size']} rollouts or solutions. "
+        f"{QUICK + ' ' if result['quick'] else ''}{UNPLANNED + ' ' if table in EXPLORATORY else ''}"
+        f"Avg@{scale['num_samples']} on {scale['num_problems']} held-out problems, "
+        f"mean of {seeds_text(scale)}; {base}{scale['num_steps']} steps of "
+        f"{scale['batch_size']} rollouts or solutions. "
         "Differences are between last accuracies, in points, with 95% intervals of about "
         f"±{half_width(panels):.1f} points; smaller differences are not resolved.{shared} "
         f"{f'Paper: {of}. ' * beside_paper}{made_by(result)}"
@@ -287,7 +291,8 @@ PAPER_TABLES: dict[tuple[str, str], Table] = {
     ("paper-tables", "2"): lambda result: ablation_table(result, 2, ratio_label),
     ("paper-tables", "3"): lambda result: ablation_table(result, 3, placement_label),
     ("paper-tables", "4"): lambda result: ablation_table(result, 4, blend_label),
-    ("paper-tables", "5"): teachers_table,
+    ("paper-tables", "5"): lambda result: against_paint_table(result, 5),
+    ("paper-tables", "6"): lambda result: against_paint_table(result, 6),
     ("paper-tables", "claims"): claims_table,
     ("paper-tables", "exploratory"): exploratory_table,
     ("paper-tables", "mechanisms"): mechanisms_text,
@@ -323,5 +328,6 @@ def document(result: Result, stem: str) -> str:
     parts = [f"{title}\n\n{texts[view]}" for title, view in views]
     and_paper = ", and the paper's" if of_paper else ""
     picture = f"![Differences with their intervals{and_paper}]({stem}.png)"
-    what = "The paper's tables" if of_paper else "Teachers and signals"
-    return "\n\n".join([f"# {what} at laptop scale", picture, *parts]) + "\n"
+    what = "The paper's tables" if of_paper else " and ".join(TITLES[n] for n in numbers)
+    title = f"# {what[0].upper()}{what[1:]} at laptop scale"
+    return "\n\n".join([title, picture, *parts]) + "\n"

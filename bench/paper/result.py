@@ -11,6 +11,7 @@ from bench.paper.ledger import Ledger, is_made_by
 from bench.paper.mechanisms import row_mechanisms
 from bench.paper.plan import (
     NUMBERS,
+    PLANNED,
     Job,
     PlannedRun,
     Scale,
@@ -42,7 +43,7 @@ def command(scale: Scale, numbers: Sequence[int]) -> str:
     parts = ["python -m bench.paper_tables"]
     parts += ["--quick"] if is_quick else []
     parts += [] if name == "laptop" else [f"--scale {name}"]
-    parts += [] if tuple(numbers) == NUMBERS else [f"--tables {' '.join(map(str, numbers))}"]
+    parts += [] if tuple(numbers) == PLANNED else [f"--tables {' '.join(map(str, numbers))}"]
     return " ".join(parts)
 
 

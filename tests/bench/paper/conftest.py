@@ -1,6 +1,6 @@
 """Planted runs of the paper's tables: records as training would write them, without training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from bench.paper.mechanisms import KINDS, STEPS_PER_BLOCK
 from bench.paper.plan import (
     BASE,
     EVALUATED,
-    NUMBERS,
+    PLANNED,
     RECIPES,
     TEACHERS,
     Job,
@@ -98,12 +98,12 @@ def bases(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def jobs_of(bases: Path, tmp_path: Path) -> Callable[[Scale], list[Job]]:
-    """The jobs of all tables at one learning rate."""
+def jobs_of(bases: Path, tmp_path: Path) -> Callable[..., list[Job]]:
+    """The jobs of the planned tables, or of others, at one learning rate."""
 
-    def jobs(scale: Scale) -> list[Job]:
+    def jobs(scale: Scale, numbers: Sequence[int] = PLANNED) -> list[Job]:
         rates = {(size, recipe): 1e-4 for size in scale.sizes for recipe in RECIPES + TEACHERS}
-        return make_jobs(table_runs(scale, NUMBERS), scale, rates, bases, tmp_path / "runs")
+        return make_jobs(table_runs(scale, numbers), scale, rates, bases, tmp_path / "runs")
 
     return jobs
 

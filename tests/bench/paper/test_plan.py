@@ -15,6 +15,7 @@ from bench.paper.plan import (
     KEPT_ROLLOUTS,
     LAPTOP,
     NUMBERS,
+    PLANNED,
     RECIPES,
     TABLES,
     TEACHER,
@@ -48,18 +49,30 @@ def config_of(run: PlannedRun, scale: Scale = LAPTOP) -> Config:
 
 
 def test_the_plan_has_the_papers_rows_once_each() -> None:
-    runs = table_runs(LAPTOP, ALL)
+    runs = table_runs(LAPTOP, PLANNED)
     # Base, 4 recipes and the control; 7 + 4 + 5 further settings; the teacher and 3 recipes.
     # 20 seeds of OPSD and PAINT, 10 of the 11 other rows of claims, 5 of the rest.
     assert len(runs) == 2 * 20 + 11 * 10 + (6 + 16 + 4 - 13) * 5
     assert len({run.run_id for run in runs}) == len(runs)
-    assert [len(table.rows) for table in TABLES] == [6, 7, 5, 7, 7]
+    assert [len(table.rows) for table in TABLES] == [6, 7, 5, 7, 7, 5]
     assert {run.seed for run in runs} == set(range(20))
     assert {run.setting for run in runs if run.seed >= 10} == {"opsd", "paint"}
     # 8 recipes x 4 learning rates x 2 seeds, which are none of the tables'.
-    sweep = sweep_runs(LAPTOP, ALL)
+    sweep = sweep_runs(LAPTOP, PLANNED)
     assert len({run.run_id for run in sweep}) == len(sweep) == 64
     assert {run.seed for run in sweep} == {100, 101}
+
+
+def test_the_exploratory_table_is_none_of_the_plan() -> None:
+    planned = {run.run_id for run in table_runs(LAPTOP, PLANNED)}
+    added = [run for run in table_runs(LAPTOP, (6,)) if run.run_id not in planned]
+    assert len(added) == 3 * len(LAPTOP.seeds)
+    # At PAINT's learning rate.
+    assert {run.recipe for run in added} == {"paint"}
+    assert set(sweep_runs(LAPTOP, (6,))) < set(sweep_runs(LAPTOP, PLANNED))
+    configs = [config_of(run) for run in added if run.seed == 0]
+    found = {(c.teacher.context, c.objective.pointwise_clip) for c in configs}
+    assert found == {("solution", None), ("other", 0.06), ("other", None)}
 
 
 def test_rows_of_several_tables_are_run_once() -> None:
@@ -197,8 +210,17 @@ def test_an_ablation_differs_from_paint_in_what_its_name_says(setting: str) -> N
     kind, *values = setting.split("-")
     config = config_of(PlannedRun("small", setting, 0))
     full = config_of(PlannedRun("small", "paint", 0))
-    others = {"masking", "objective"}
+    others = {"masking", "objective", "teacher"}
     assert config.model_dump(exclude=others) == full.model_dump(exclude=others)
+    if kind == "clip":
+        own, clip = values[0] == "own", None if values[1] == "none" else float(values[1])
+        teacher, objective = full.teacher, full.objective
+        context = "solution" if own else "other"
+        assert config.teacher == teacher.model_copy(update={"context": context})
+        assert config.objective == objective.model_copy(update={"pointwise_clip": clip})
+        assert config.masking == full.masking
+        return
+    assert config.teacher == full.teacher
     if kind == "blend":
         k, f = map(float, values)
         assert (config.objective.interpolation_weight, config.objective.top_fraction) == (k, f)

@@ -22,7 +22,7 @@ from bench.paper.mechanisms import KINDS, STEP_METRICS
 from bench.paper.plan import (
     BASE,
     LAPTOP,
-    NUMBERS,
+    PLANNED,
     RECIPES,
     SCALES,
     TEACHER,
@@ -54,10 +54,10 @@ MICRO = replace(
 
 @pytest.fixture
 def finished(
-    bases: Path, tmp_path: Path, jobs_of: Callable[[Scale], list[Job]], planted_record: Planted
+    bases: Path, tmp_path: Path, jobs_of: Callable[..., list[Job]], planted_record: Planted
 ) -> Finished:
     records = {job.run.run_id: planted_record(job) for job in jobs_of(LAPTOP)}
-    sweep = make_jobs(sweep_runs(LAPTOP, NUMBERS), LAPTOP, {}, bases, tmp_path / "runs")
+    sweep = make_jobs(sweep_runs(LAPTOP, PLANNED), LAPTOP, {}, bases, tmp_path / "runs")
     swept = {job.run.run_id: planted_record(job) for job in sweep}
     _, choices = best_rates(LAPTOP, list(swept.values()))
     return Finished(records, choices, swept)
@@ -68,7 +68,7 @@ DESCRIBED = [{"size": "small", "num_parameters": 886_144, "num_steps": 1300, "sh
 
 @pytest.fixture
 def result(finished: Finished) -> dict[str, Any]:
-    return build_result(LAPTOP, NUMBERS, DESCRIBED, finished, 2)
+    return build_result(LAPTOP, PLANNED, DESCRIBED, finished, 2)
 
 
 def row_of(result: dict[str, Any], table: int, setting: str) -> dict[str, Any]:
@@ -209,13 +209,28 @@ def test_teachers_are_compared_with_no_update_and_with_paint(finished: Finished)
     assert cells["PAINT"][4] == "above" and cells["PAINT"][6:9] == ["", "", ""]
     assert cells["no update"][7] == "below"
     page = document(result, "x")
-    assert "# Teachers and signals" in page and "another problem's" in page
+    assert "# Other teachers, contexts and signals at" in page and "another problem's" in page
     assert "Table 1" not in page and "the paper's figures" not in page
     (panel,) = draw_tables(result).subfigs[0].axes
     names = [label.get_text() for label in panel.get_yticklabels()]
     # First to no update, as the title says, then to PAINT.
     assert len(names) == 6 + 6 and names[0] == LABELS[TEACHER]
     assert names[6] == "no update over PAINT"
+
+
+def test_the_table_of_the_clip_says_that_it_was_added(
+    result: dict[str, Any], jobs_of: Callable[..., list[Job]], planted_record: Planted
+) -> None:
+    records = {job.run.run_id: planted_record(job) for job in jobs_of(LAPTOP, (6,))}
+    clip = build_result(LAPTOP, (6,), DESCRIBED, Finished(records, [], {}), 2)
+    assert clip["command"].endswith("--tables 6") and clip["claims"] == []
+    page = document(clip, "x")
+    assert page.startswith("# The clip (exploratory) at laptop scale")
+    assert "**Exploratory:** no part of the plan" in page and "| PAINT without the clip |" in page
+    assert "no part of the plan" not in document(result, "x")
+    (panel,) = [axes for part in draw_tables(clip).subfigs for axes in part.axes]
+    # Four rows against the base, three of them and the base against PAINT.
+    assert len(panel.get_yticks()) == 8
 
 
 def test_the_figure_has_a_panel_per_table(result: dict[str, Any]) -> None:
@@ -268,9 +283,7 @@ def test_the_mechanisms_are_tabled(result: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def ledger(
-    tmp_path: Path, jobs_of: Callable[[Scale], list[Job]], planted_record: Planted
-) -> Ledger:
+def ledger(tmp_path: Path, jobs_of: Callable[..., list[Job]], planted_record: Planted) -> Ledger:
     made = Ledger(tmp_path / "runs.jsonl")
     made.records = {job.run.run_id: planted_record(job) for job in jobs_of(LAPTOP)}
     return made
