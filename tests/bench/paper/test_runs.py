@@ -17,8 +17,22 @@ import pytest
 import torch
 
 from bench.paper.ledger import Ledger
-from bench.paper.plan import BASE, LAPTOP, Job, Scale, quick, table_runs
+from bench.paper.plan import (
+    BASE,
+    CONTROL,
+    LAPTOP,
+    PLANNED,
+    RECIPES,
+    TEACHERS,
+    Job,
+    Scale,
+    quick,
+    sweep_runs,
+    table_runs,
+)
 from bench.paper.runs import Crew, best_rates, make_pool, run_missing, run_tables, visible_gpus
+from bench.paper_tables import RESULTS
+from paint_engine.config.command_line import load_config
 
 LAST = {"step": 20, "avg_at_k": 0.5}
 PERFORMED: list[str] = []
@@ -262,3 +276,15 @@ def test_the_rate_with_the_best_mean_or_the_lower_of_equals_is_chosen() -> None:
     assert [choice["at_grid_edge"] for choice in found] == [False, True]
     assert [entry["avg_at_k"] for entry in found[1]["tried"]] == [0.5, 0.5, 0.125]
     assert found[0]["tried"][2]["by_seed"] == [1.0, 0.25]
+
+
+def test_the_presets_of_the_bundled_model_have_the_rates_that_the_sweep_chose() -> None:
+    """But for OPSD and the control, which have PAINT's, so that nothing else differs."""
+    ledger = Ledger(RESULTS / "paper-runs.jsonl")
+    sweep = [ledger.records[run.run_id] for run in sweep_runs(LAPTOP, PLANNED)]
+    rates, _ = best_rates(LAPTOP, sweep)
+    assert {recipe for _, recipe in rates} == {*RECIPES, *TEACHERS}
+    for (_, recipe), rate in rates.items():
+        same = recipe in ("opsd", CONTROL)
+        config = load_config(["--preset", f"{recipe}-tiny"]).config
+        assert config.optim.learning_rate == (rates["small", "paint"] if same else rate), recipe
