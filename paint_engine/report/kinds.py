@@ -12,10 +12,14 @@ KINDS = ("number", "line start", "symbol", "word")
 
 @dataclass(frozen=True)
 class KindsTable:
-    """Headings, and a row of texts for each kind. `num_tokens` are counted in `num_samples`."""
+    """Headings, and a row of texts for each kind. `num_tokens` are counted in `num_samples`.
+
+    clips: whether there is a pointwise clip.
+    """
 
     headings: list[str]
     rows: list[list[str]]
+    clips: bool
     num_samples: int
     num_tokens: int
 
@@ -38,40 +42,57 @@ def token_kinds(tokens: Sequence[str]) -> list[str]:
 
 
 def kinds_table(samples: Sequence[Mapping[str, Any]], settings: ViewSettings) -> KindsTable | None:
-    """Returns each kind's shares, from at most `MAX_SAMPLES` of the kept rollouts; None if their
-    recipe has no divergence per token. Raises BadFile as `view_sample` does."""
+    """Returns each kind's shares, and its KL and loss per token in nats, from at most `MAX_SAMPLES`
+    of the kept rollouts; None if their recipe has no divergence per token. Raises BadFile as
+    `view_sample` does."""
     chosen = spread(samples, MAX_SAMPLES)
     for sample in chosen:
         check_values(sample, settings)
     headings = {"token_kl": f"of the {settings.color.label}"}
     headings |= {"selected": "of the selected"} if settings.interpolates else {}
-    headings |= {"clipped_mass": "of the clipped mass"} if settings.clips else {}
     headings = {n: text for n, text in headings.items() if all(n in one for one in chosen)}
     if settings.color.key not in headings or not chosen:
         return None
     kinds = [token_kinds(sample["tokens"]) for sample in chosen]
     tokens = _shares(kinds, [[1] * len(found) for found in kinds])
     shares = [_shares(kinds, [sample[name] for sample in chosen]) for name in headings]
+    label = settings.color.label
+    means = {"token_kl": f"{label} per token", "token_loss": "loss per token"}
+    means = {n: text for n, text in means.items() if all(n in one for one in chosen)}
+    values = [_means(kinds, [sample[name] for sample in chosen]) for name in means]
     rows = []
     for kind in KINDS:
         cells = [_percent(tokens[kind])]
         for found in shares:
             times = found[kind] / tokens[kind] if tokens[kind] else 0.0
             cells.append(f"{_percent(found[kind])}, {times:.1f} times")
+        cells += [f"{found[kind]:.4f}" for found in values]
         rows.append([kind, *cells])
-    names = ["kind of token", "of all tokens", *headings.values()]
-    return KindsTable(names, rows, len(chosen), sum(map(len, kinds)))
+    names = ["kind of token", "of all tokens", *headings.values(), *means.values()]
+    return KindsTable(names, rows, settings.clips, len(chosen), sum(map(len, kinds)))
 
 
-def _shares(kinds: Sequence[Sequence[str]], values: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Returns each kind's share of the values' sum, all zeros if that is zero. Both have a list per
-    rollout with an entry per token."""
+def _sums(kinds: Sequence[Sequence[str]], values: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Returns the sum of the values by kind. Both have a list per rollout with an entry per
+    token."""
     sums: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     for names, numbers in zip(kinds, values, strict=True):
         for name, number in zip(names, numbers, strict=True):
             sums[name] += number
+    return sums
+
+
+def _shares(kinds: Sequence[Sequence[str]], values: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Returns each kind's share of the values' sum, all zeros if that is zero."""
+    sums = _sums(kinds, values)
     total = sum(sums.values())
     return {kind: part / total if total else 0.0 for kind, part in sums.items()}
+
+
+def _means(kinds: Sequence[Sequence[str]], values: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Returns the mean of each kind's values, 0 of a kind without tokens."""
+    counts = _sums(kinds, [[1] * len(found) for found in kinds])
+    return {kind: part / max(1, counts[kind]) for kind, part in _sums(kinds, values).items()}
 
 
 def _percent(share: float) -> str:

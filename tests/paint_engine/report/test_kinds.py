@@ -23,7 +23,8 @@ SAMPLE = {
     # A fifth of it at the starts of lines, half at numbers.
     "token_kl": [0.1, 0, 0, 0, 0.5, 0, 0, 0.1, 0, 0.3],
     "selected": [False, False, False, False, True, True, False, True, False, False],
-    "clipped_mass": [0.0] * 10,
+    # Below 0 where the clip acts.
+    "token_loss": [-0.1, 0, 0, 0, 0.06, 0, 0, -0.1, 0, 0.3],
 }
 
 
@@ -46,19 +47,22 @@ def test_shares_are_of_all_tokens_and_beside_chance() -> None:
     table = kinds_table([SAMPLE, SAMPLE], PAINT)
     assert table is not None and (table.num_samples, table.num_tokens) == (2, 20)
     assert table.headings == [
-        *("kind of token", "of all tokens", "of the KL", "of the selected", "of the clipped mass")
+        *("kind of token", "of all tokens", "of the KL", "of the selected"),
+        *("KL per token", "loss per token"),
     ]
     assert table.rows == [
-        ["number", "30.0%", "50.0%, 1.7 times", "66.7%, 2.2 times", "0.0%, 0.0 times"],
-        ["line start", "20.0%", "20.0%, 1.0 times", "33.3%, 1.7 times", "0.0%, 0.0 times"],
-        ["symbol", "40.0%", "30.0%, 0.7 times", "0.0%, 0.0 times", "0.0%, 0.0 times"],
-        ["word", "10.0%", "0.0%, 0.0 times", "0.0%, 0.0 times", "0.0%, 0.0 times"],
+        ["number", "30.0%", "50.0%, 1.7 times", "66.7%, 2.2 times", "0.1667", "0.0200"],
+        ["line start", "20.0%", "20.0%, 1.0 times", "33.3%, 1.7 times", "0.1000", "-0.1000"],
+        ["symbol", "40.0%", "30.0%, 0.7 times", "0.0%, 0.0 times", "0.0750", "0.0750"],
+        ["word", "10.0%", "0.0%, 0.0 times", "0.0%, 0.0 times", "0.0000", "0.0000"],
     ]
+    assert table.clips
 
 
 def test_a_recipe_shows_what_it_records() -> None:
     opsd = kinds_table([SAMPLE], replace(PAINT, interpolates=False, clips=False))
-    assert opsd is not None and opsd.headings[2:] == ["of the KL"]
+    assert opsd is not None and not opsd.clips
+    assert opsd.headings[2:] == ["of the KL", "KL per token", "loss per token"]
     assert kinds_table([], PAINT) is None
     grpo = TokenColor("student_entropy", "entropy", "entropy")
     assert (
