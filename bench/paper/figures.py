@@ -9,6 +9,7 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from bench.figures import COLOURS, STYLE
 from bench.paper.cells import (
@@ -21,9 +22,9 @@ from bench.paper.cells import (
     reference_of,
     setting_label,
 )
-from bench.paper.mechanism_tables import KIND_LABELS, times_chance
+from bench.paper.mechanism_tables import KIND_LABELS, per_token, times_chance
 from bench.paper.mechanisms import KINDS
-from bench.paper.plan import RATIO_ROWS
+from bench.paper.plan import BASE, CONTROL, RATIO_ROWS
 from bench.paper.published import paper_difference
 from bench.tables import Result
 
@@ -38,8 +39,12 @@ TITLES = {
 }
 LINES = ((1,), (2, 3, 4), (5,), (6,))
 """the tables of each line of panels"""
-WAY_ROWS = ("rho-0.00-0.00", "rho-0.25-0.25", "rho-0.40-0.30", "rho-0.75-0.75", "opsd", "sft")
+WAY_ROWS = (
+    *("rho-0.00-0.00", "rho-0.25-0.25", "rho-0.40-0.30", "rho-0.75-0.75"),
+    *(BASE, "opsd", "sft", CONTROL, "clip-own-none", "clip-other-0.06", "clip-other-none"),
+)
 """rows whose share of solutions that go "together" is drawn"""
+SQUARE: dict[str, Any] = {"marker": "s", "linestyle": ""}
 
 
 def row_name(table: int, setting: str) -> str:
@@ -127,22 +132,29 @@ def draw_tables(result: Result) -> Figure:
 
 def draw_mechanisms(result: Result) -> Figure:
     """Draws, of the rows that were run: the teacher's entropy by mask ratio, the share of solutions
-    that go "together", and how often PAINT selects each kind of token, against chance."""
+    that go "together", and of each kind of PAINT's tokens how often it is selected, against chance,
+    and its divergence without and with the clip."""
     rows = {row["setting"]: row for row in result["mechanisms"]}
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    entropy, way, kinds = figure.subplots(1, 3)
+    figure = Figure(figsize=(12, 7.2), layout="constrained")
+    (entropy, way), (selected, divergence) = figure.subplots(2, 2)
     draw_entropies(entropy, {name: rows[name] for name in RATIO_ROWS if name in rows})
     draw_ways(way, {name: rows[name] for name in WAY_ROWS if name in rows})
     if "paint" in rows:
-        draw_selection(kinds, rows["paint"]["kinds"])
+        draw_selection(selected, rows["paint"]["kinds"])
+        draw_divergence(divergence, rows["paint"]["kinds"])
     for axes in (entropy, way):
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3, linewidth=0.5)
         if axes.lines:
             axes.legend(frameon=False, fontsize=7)
-    titles = ("Teacher's entropy, nats", 'Share of solutions that go "together"')
-    titles += ("PAINT: selected, times chance",)
-    for axes, title in zip((entropy, way, kinds), titles, strict=True):
+    titles = {
+        entropy: "Teacher's entropy, nats",
+        way: 'Share that goes "together": rollouts, and test answers (squares)',
+        selected: "PAINT: selected, times chance",
+        divergence: "PAINT: divergence per token, nats",
+    }
+    for axes, title in titles.items():
         axes.set_title(title, loc="left", fontsize=9)
     return figure
 
@@ -156,25 +168,44 @@ def draw_entropies(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
 
 
 def draw_ways(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
-    """Draws a line per row: of its rollouts, for each block of steps; of SFT, which has none, of
-    its answers to the test problems."""
+    """Draws a line per row, of its rollouts for each block of steps, and a square for its answers
+    to the test problems. SFT, which has no rollouts, and the base have the square alone."""
     for place, (setting, row) in enumerate(rows.items()):
-        points = row["answers" if setting == "sft" else "blocks"]
-        steps = [entry["step"] for entry in points]
-        shares = [entry["together"] / entry["solutions"] for entry in points]
-        label = setting_label(setting) + ", test answers" * (setting == "sft")
-        style: dict[str, Any] = {"marker": "s", "linestyle": ":"} if setting == "sft" else {}
-        axes.plot(steps, shares, color=f"C{place}", label=label, **style)
+        blocks = [] if setting in ("sft", BASE) else row["blocks"]
+        for points, style in (
+            (blocks, {"label": setting_label(setting)}),
+            (row["answers"], SQUARE),
+        ):
+            steps = [entry["step"] for entry in points]
+            shares = [entry["together"] / entry["solutions"] for entry in points]
+            axes.plot(steps, shares, color=f"C{place}", **style)
     axes.set_ylim(-0.02, 1.02)
 
 
 def draw_selection(axes: Axes, kinds: dict[str, dict[str, float]]) -> None:
-    axes.barh(
-        range(len(KINDS)), [times_chance(kinds, kind) for kind in KINDS], color=COLOURS["ours"]
-    )
+    values = [times_chance(kinds, kind) for kind in KINDS]
+    axes.barh(range(len(KINDS)), values, color=COLOURS["ours"])
+    name_kinds(axes)
+    axes.axvline(1, color="#333333", linewidth=0.8)
+
+
+def draw_divergence(axes: Axes, kinds: dict[str, dict[str, float]]) -> None:
+    """Draws two bars per kind: without the clip, and below it with the clip."""
+    for name, shift, label, colour in (
+        ("token_kl", -0.2, "without the clip", COLOURS["plain"]),
+        ("token_loss", 0.2, "with the clip", COLOURS["ours"]),
+    ):
+        places = [place + shift for place in range(len(KINDS))]
+        values = [per_token(kinds[kind], name) for kind in KINDS]
+        axes.barh(places, values, height=0.38, color=colour, label=label)
+    name_kinds(axes)
+    axes.axvline(0, color="#333333", linewidth=0.8)
+    axes.legend(frameon=False, fontsize=7)
+
+
+def name_kinds(axes: Axes) -> None:
     axes.set_yticks(range(len(KINDS)), [KIND_LABELS[kind] for kind in KINDS])
     axes.invert_yaxis()
-    axes.axvline(1, color="#333333", linewidth=0.8)
 
 
 def save(draw: Callable[[Result], Figure], result: Result, path: Path) -> None:

@@ -257,16 +257,23 @@ def test_the_figure_draws_intervals_and_the_papers_marks(result: dict[str, Any])
 
 
 def test_the_mechanisms_are_drawn_from_the_rows_that_were_run(result: dict[str, Any]) -> None:
-    entropy, way, kinds = draw_mechanisms(result).axes
+    entropy, way, selected, divergence = draw_mechanisms(result).axes
     # Seven mask ratios, at the mean over the seeds.
     assert len(entropy.lines) == 7
     assert np.allclose(np.asarray(entropy.lines[0].get_ydata()), 0.1 + 0.01 * 4.5)
     lines = {line.get_label(): line for line in way.lines}
     assert list(np.asarray(lines["OPSD"].get_xdata())) == list(range(5, 21, 5))
-    assert list(np.asarray(lines["SFT, test answers"].get_xdata())) == [20]
-    widths = [bar.get_width() for bar in kinds.patches]
+    assert list(np.asarray(lines["SFT"].get_xdata())) == []
+    squares = [line for line in way.lines if line.get_marker() == "s"]
+    steps = [float(np.asarray(square.get_xdata())[0]) for square in squares]
+    # The base's answers, and those of seven rows after the last step.
+    assert sorted(steps) == [0] + [20] * 7
+    widths = [bar.get_width() for bar in selected.patches]
     # 24 of 32 selected tokens are digits of results, which are 200 of 800.
     assert widths[0] == pytest.approx(0.75 / 0.25)
+    widths = [bar.get_width() for bar in divergence.patches]
+    # Without the clip, then with it.
+    assert widths[0] == pytest.approx(0.0075) and widths[len(KINDS)] == pytest.approx(-0.0025)
 
 
 def test_the_mechanisms_are_tabled(result: dict[str, Any]) -> None:
