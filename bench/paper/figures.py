@@ -147,7 +147,7 @@ def draw_mechanisms(result: Result) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3, linewidth=0.5)
         if axes.lines:
-            axes.legend(frameon=False, fontsize=7)
+            axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     titles = {
         entropy: "Teacher's entropy, nats",
         way: 'Share that goes "together": rollouts, and test answers (squares)',
