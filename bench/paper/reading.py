@@ -40,6 +40,8 @@ difference must be to be detected here.
   teacher has nothing to gain from one, by design.
 - The base has seen references with a hidden end more often than others. A start or a middle was
   hidden only where a random part was.
+- No test problem shares its arithmetic with a training problem, or with one of the pretraining in
+  the same family of stories. Less than 1% share it with one of the pretraining in another family.
 - The base was chosen by its properties on the first 512 of the test problems. The rows share this
   base and these problems.
 - OPSD and PAINT are bounded by their teacher, the base with a solution in its prompt. Recipes that

@@ -58,7 +58,7 @@ def test_an_unknown_split_is_named_with_the_known_ones() -> None:
         load_split("dev")
 
 
-def test_splits_and_pretraining_share_no_arithmetic() -> None:
+def test_splits_and_pretraining_share_no_arithmetic_within_a_family() -> None:
     buckets = [set(r) for r in SPLIT_BUCKETS.values()] + [set(PRETRAIN_BUCKETS)]
     assert sum(map(len, buckets)) == len(set().union(*buckets)) == 64
     seen = {}
@@ -71,6 +71,9 @@ def test_splits_and_pretraining_share_no_arithmetic() -> None:
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             assert not seen[first] & seen[second], (first, second)
+    # What a run trains on and is tested on shares none across families, either.
+    arithmetic = {name: {key[1:] for key in keys} for name, keys in seen.items()}
+    assert not arithmetic["train"] & (arithmetic["test"] | arithmetic["validation"])
 
 
 def test_the_bucket_ignores_names_and_wording() -> None:
