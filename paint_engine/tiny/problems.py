@@ -8,11 +8,21 @@ share a family, structure and set of numbers. The references of the splits are t
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from itertools import islice
 
-from paint_engine.tiny.stories import FAMILIES, Operator, Plan, Step, Way, draw_plan
+from paint_engine.tiny.stories import (
+    FAMILIES,
+    Draft,
+    Operator,
+    Plan,
+    Step,
+    Way,
+    draw_draft,
+    write_plan,
+)
 from paint_engine.types import Problem
 
 # The hash buckets, of 64, of each split; the base is pretrained on the rest.
@@ -129,11 +139,21 @@ def draw_problem(rng: random.Random) -> WordProblem:
     integers."""
     family = rng.choice(FAMILIES)
     while True:
-        plan = draw_plan(rng, family)
-        values = true_values(plan, "together")
-        steps = plan.ways["together"]
-        if all(_is_within_reach(s.op, *operands_of(s, values), values[s.role]) for s in steps):
-            return WordProblem(" ".join(plan.story), plan, values["answer"])
+        draft = draw_draft(rng, family)
+        if (answer := _answer_within_reach(draft)) is not None:
+            plan = write_plan(draft)
+            return WordProblem(" ".join(plan.story), plan, answer)
+
+
+def _answer_within_reach(draft: Draft) -> int | None:
+    """Returns the answer; None if it or an intermediate result is out of reach."""
+    value = draft.b
+    for op, number in draft.chain:
+        result = apply_operator(op, value, number)
+        if not _is_within_reach(op, value, number, result):
+            return None
+        value = result
+    return value
 
 
 def draw_drill(rng: random.Random, num_lines: int = 16) -> str:
@@ -155,19 +175,30 @@ def draw_drill(rng: random.Random, num_lines: int = 16) -> str:
     return "\n".join(lines)
 
 
-@lru_cache(maxsize=8)
-def draw_split(split: str) -> tuple[WordProblem, ...]:
-    """Returns the problems of a split with their plans."""
+def draw_split(split: str, max_rows: int | None = None) -> list[WordProblem]:
+    """Returns the first problems of a split with their plans."""
+    problems, others = _begun(split)
+    count = SPLIT_SIZES[split] if max_rows is None else max_rows
+    problems += islice(others, max(0, count - len(problems)))
+    return problems[:max_rows]
+
+
+@cache
+def _begun(split: str) -> tuple[list[WordProblem], Iterator[WordProblem]]:
+    """Returns the problems that were drawn so far, and an iterator over the others: drawing a whole
+    split takes a second."""
+    return [], _draw_in_order(split)
+
+
+def _draw_in_order(split: str) -> Iterator[WordProblem]:
     rng = random.Random(f"paint-tiny-{split}")
     seen: set[tuple[object, ...]] = set()
-    problems: list[WordProblem] = []
-    while len(problems) < SPLIT_SIZES[split]:
+    while len(seen) < SPLIT_SIZES[split]:
         drawn = draw_problem(rng)
         if drawn.bucket not in SPLIT_BUCKETS[split] or drawn.plan.key in seen:
             continue
         seen.add(drawn.plan.key)
-        problems.append(drawn)
-    return tuple(problems)
+        yield drawn
 
 
 def load_split(split: str, max_rows: int | None = None) -> list[Problem]:
@@ -181,7 +212,6 @@ def load_split(split: str, max_rows: int | None = None) -> list[Problem]:
             f"the tiny domain has no split {split!r}; it has {sorted(SPLIT_BUCKETS)}; "
             "set --data.split or --eval.split to one of them"
         )
-    drawn = draw_split(split)[:max_rows]
     return [
         Problem(
             f"tiny-{split}:{index}",
@@ -189,7 +219,7 @@ def load_split(split: str, max_rows: int | None = None) -> list[Problem]:
             render_reference(problem.plan, "together"),
             str(problem.answer),
         )
-        for index, problem in enumerate(drawn)
+        for index, problem in enumerate(draw_split(split, max_rows))
     ]
 
 

@@ -12,8 +12,7 @@ Way = Literal["together", "apart"]
 WAYS: tuple[Way, ...] = ("together", "apart")
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """`left op right`. An operand that is a string is the result of the step with that role.
 
     role: names the result; the steps of both ways to one result share its role.
@@ -85,42 +84,66 @@ class Family(NamedTuple):
     words: Words
 
 
-def draw_plan(rng: random.Random, family: Family) -> Plan:
+class Draft(NamedTuple):
+    """What a story is drawn with. `{k}` and the numbers are those of `Ending` and `Family`."""
+
+    family: Family
+    a: int
+    b: int
+    c: int
+    d: int
+    e: int
+    name: str
+    is_losing: bool
+    ending: Ending
+    k: int
+
+    @property
+    def chain(self) -> tuple[tuple[Operator, int], ...]:
+        """The operators and numbers that take `b` to the answer, by the way "together"."""
+        changes: tuple[tuple[Operator, int], ...] = (("-", self.d), ("+", self.e))
+        return (
+            (self.family.joining, self.c),
+            ("*", self.a),
+            *(changes if self.is_losing else changes[::-1]),
+            (self.ending.op, self.k),
+        )
+
+
+def draw_draft(rng: random.Random, family: Family) -> Draft:
     """Draws the numbers, the name and the variant of a story. Results can be out of reach."""
-    numbers = {
-        "a": rng.randint(3, 9),
-        "b": 10 * rng.randint(1, 4),
-        "c": rng.randint(2, 9),
-        "d": 10 * rng.randint(1, 8) + rng.randint(1, 9),
-        "e": 10 * rng.randint(1, 8) + rng.randint(1, 9),
-    }
-    name = rng.choice(_NAMES)
-    is_losing = rng.random() < 0.5
-    ending = rng.choice(family.endings)
-    last = rng.randint(2, 4) if ending.op == "*" else rng.randint(2, 5)
-    texts = (family.opening, family.losing if is_losing else family.gaining, ending.text)
-    story = tuple(text.format(n=name, k=last, **numbers) for text in texts)
-    signs: tuple[Operator, Operator] = ("-", "+") if is_losing else ("+", "-")
-    words, joining = family.words, family.joining
-    changes = (numbers["d"], numbers["e"]) if is_losing else (numbers["e"], numbers["d"])
+    a, b, c = rng.randint(3, 9), 10 * rng.randint(1, 4), rng.randint(2, 9)
+    d = 10 * rng.randint(1, 8) + rng.randint(1, 9)
+    e = 10 * rng.randint(1, 8) + rng.randint(1, 9)
+    name, is_losing, ending = rng.choice(_NAMES), rng.random() < 0.5, rng.choice(family.endings)
+    k = rng.randint(2, 4) if ending.op == "*" else rng.randint(2, 5)
+    return Draft(family, a, b, c, d, e, name, is_losing, ending, k)
+
+
+def write_plan(draft: Draft) -> Plan:
+    family, ending, words = draft.family, draft.ending, draft.family.words
+    a, b, c, k = draft.a, draft.b, draft.c, draft.k
+    texts = (family.opening, family.losing if draft.is_losing else family.gaining, ending.text)
+    told = {"n": draft.name, "k": k, "a": a, "b": b, "c": c, "d": draft.d, "e": draft.e}
+    (joining, _), _, *changes, (last, _) = draft.chain
     tail = (
-        Step("after", signs[0], "total", changes[0], words.after),
-        Step("then", signs[1], "after", changes[1], words.then),
-        Step("answer", ending.op, "then", last, ending.label),
+        Step("after", changes[0][0], "total", changes[0][1], words.after),
+        Step("then", changes[1][0], "after", changes[1][1], words.then),
+        Step("answer", last, "then", k, ending.label),
     )
     together = (
-        Step("at_a_time", joining, numbers["b"], numbers["c"], words.at_a_time),
-        Step("total", "*", numbers["a"], "at_a_time", words.total),
+        Step("at_a_time", joining, b, c, words.at_a_time),
+        Step("total", "*", a, "at_a_time", words.total),
     )
     apart = (
-        Step("first", "*", numbers["a"], numbers["b"], words.first),
-        Step("second", "*", numbers["a"], numbers["c"], words.second),
+        Step("first", "*", a, b, words.first),
+        Step("second", "*", a, c, words.second),
         Step("total", joining, "first", "second", words.total),
     )
     ends = (("then",), ("answer",))
     return Plan(
-        f"{family.name}-{'lose' if is_losing else 'gain'}-{ending.label}",
-        story,
+        f"{family.name}-{'lose' if draft.is_losing else 'gain'}-{ending.label}",
+        tuple(text.format(**told) for text in texts),
         {"together": (*together, *tail), "apart": (*apart, *tail)},
         {
             "together": (("at_a_time",), ("total", "after"), *ends),

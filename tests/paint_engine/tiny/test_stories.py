@@ -5,7 +5,11 @@ import re
 
 import pytest
 
-from paint_engine.tiny.stories import FAMILIES, WAYS, Family, draw_plan
+from paint_engine.tiny.stories import FAMILIES, WAYS, Family, Plan, draw_draft, write_plan
+
+
+def draw_plan(rng: random.Random, family: Family) -> Plan:
+    return write_plan(draw_draft(rng, family))
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
