@@ -62,6 +62,7 @@ class Display:
     absent: names what the report lacks compared with a PAINT report.
     thing, things: what a step trains on, singular and plural.
     clips, interpolates: whether the report shows clipped masses and selected tokens.
+    kinds_note: says how to read the loss by kind of token.
     loss_is_flat: whether a step's loss stays near zero regardless of learning. The console then
         omits it, and `flat_loss_note` explains the curve.
     """
@@ -75,6 +76,7 @@ class Display:
     things: str = "rollouts"
     clips: bool = False
     interpolates: bool = False
+    kinds_note: str = ""
     loss_is_flat: Callable[[Mapping[str, float]], bool] = never
     flat_loss_note: str = ""
 

@@ -87,6 +87,8 @@ class GrpoPaint(Paint, Grpo):
                 *distilled.console,
             ),
             curves=(*of_policy, *of_teacher),
+            # The loss of a token has the reward's part, too.
+            kinds_note="",
         )
 
     def trained(self, examples: Sequence[TrainExample]) -> Sequence[TrainExample]:

@@ -40,6 +40,10 @@ _CURVES = {
     "reverse_kl": ("Unclipped KL", "KL(student, teacher)"),
     "jsd": ("Unclipped JSD", "teacher and student"),
 }
+_CLIP_NOTE = (
+    "The clip removes the correction where a vocabulary entry's term is above it. What is left "
+    "lowers that entry's logit, and a loss can be below 0."
+)
 
 
 class Paint(TeacherRecipe):
@@ -152,6 +156,7 @@ class Paint(TeacherRecipe):
             ),
             columns=TEACHER_COLUMNS,
             clips=clips,
+            kinds_note=_CLIP_NOTE * (clips and objective.divergence == "forward_kl"),
             interpolates=objective.interpolation_weight > 0,
         )
 

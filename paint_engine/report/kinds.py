@@ -12,14 +12,10 @@ KINDS = ("number", "line start", "symbol", "word")
 
 @dataclass(frozen=True)
 class KindsTable:
-    """Headings, and a row of texts for each kind. `num_tokens` are counted in `num_samples`.
-
-    clips: whether there is a pointwise clip.
-    """
+    """Headings, and a row of texts for each kind. `num_tokens` are counted in `num_samples`."""
 
     headings: list[str]
     rows: list[list[str]]
-    clips: bool
     num_samples: int
     num_tokens: int
 
@@ -42,7 +38,7 @@ def token_kinds(tokens: Sequence[str]) -> list[str]:
 
 
 def kinds_table(samples: Sequence[Mapping[str, Any]], settings: ViewSettings) -> KindsTable | None:
-    """Returns each kind's shares, and its KL and loss per token in nats, from at most `MAX_SAMPLES`
+    """Returns each kind's shares, and its divergence and loss per token, from at most `MAX_SAMPLES`
     of the kept rollouts; None if their recipe has no divergence per token. Raises BadFile as
     `view_sample` does."""
     chosen = spread(samples, MAX_SAMPLES)
@@ -69,7 +65,7 @@ def kinds_table(samples: Sequence[Mapping[str, Any]], settings: ViewSettings) ->
         cells += [f"{found[kind]:.4f}" for found in values]
         rows.append([kind, *cells])
     names = ["kind of token", "of all tokens", *headings.values(), *means.values()]
-    return KindsTable(names, rows, settings.clips, len(chosen), sum(map(len, kinds)))
+    return KindsTable(names, rows, len(chosen), sum(map(len, kinds)))
 
 
 def _sums(kinds: Sequence[Sequence[str]], values: Sequence[Sequence[float]]) -> dict[str, float]:

@@ -163,6 +163,7 @@ def _contents(run: _Run) -> dict[str, Any]:
         "absent": display.absent,
         "curves": curves,
         "kinds": kinds_table(run.samples, settings),
+        "kinds_note": display.kinds_note,
         "samples": [view_sample(sample, settings) for sample in samples],
         "num_samples": len(run.samples),
         "things": display.things,

@@ -37,8 +37,8 @@ def gradient_of(student: Array, target: Array, clip: float | None) -> Array:
 
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.001, 0.06, 0.3]))
-def test_a_step_never_raises_a_clipped_entry(draw: Draw, seed: int, clip: float) -> None:
-    """However much the teacher prefers it: the rest of the target pulls the student elsewhere."""
+def test_no_gradient_by_a_clipped_logit_is_negative(draw: Draw, seed: int, clip: float) -> None:
+    """However much the teacher prefers the entry: the rest of the target pulls elsewhere."""
     generator = np.random.default_rng(seed)
     size = int(generator.integers(2, 8))
     student, target = draw(generator, 2, 6, size, least=1e-3)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from paint_engine.config.command_line import load_config
 from paint_engine.config.schema import Config
 from paint_engine.config.sections import LoraSection, ModelSection, ObjectiveSection
 from paint_engine.model.forward import causal_lm, hidden_states, lm_head_weight
@@ -20,7 +21,7 @@ from paint_engine.model.load import load_base
 from paint_engine.model.lora import add_lora
 from paint_engine.model.packing import build_batch
 from paint_engine.model.teachers import FixedTeacher
-from paint_engine.recipes import LossInputs, LossOutput, SecondPass
+from paint_engine.recipes import LossInputs, LossOutput, SecondPass, recipe_of
 from paint_engine.recipes.paint import Paint
 from paint_engine.training.microbatches import plan_microbatches
 from paint_engine.training.record import metric_sums
@@ -266,3 +267,18 @@ def test_metric_sums_are_sums_over_the_tokens(
     for name in means:
         assert sums[name] == pytest.approx(math.fsum(per_token[name].tolist())), name
     assert sums["loss"] == output.loss.item()
+
+
+@pytest.mark.parametrize(
+    ("options", "has_note"),
+    [
+        ("", True),
+        ("--objective.pointwise_clip none", False),
+        ("--objective.divergence reverse_kl", False),
+        # The loss of a token has the reward's part, too.
+        ("--objective.name grpo_paint", False),
+    ],
+)
+def test_the_report_explains_the_clip_of_the_forward_kl_alone(options: str, has_note: bool) -> None:
+    config = load_config(["--preset", "paint-tiny", *options.split()]).config
+    assert bool(recipe_of(config).display.kinds_note) is has_note
