@@ -57,7 +57,7 @@ class Document:
 
 
 def draw_pretraining_problem(rng: random.Random) -> WordProblem:
-    """Draws a problem whose arithmetic is in none of the splits."""
+    """Draws a problem whose arithmetic no split has in the same family of stories."""
     while True:
         problem = draw_problem(rng)
         if problem.bucket in PRETRAIN_BUCKETS:

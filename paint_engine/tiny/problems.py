@@ -176,10 +176,12 @@ def draw_drill(rng: random.Random, num_lines: int = 16) -> str:
 
 
 def draw_split(split: str, max_rows: int | None = None) -> list[WordProblem]:
-    """Returns the first problems of a split with their plans."""
+    """Returns the first `max_rows` problems of a split with their plans; None for all."""
     problems, others = _begun(split)
     count = SPLIT_SIZES[split] if max_rows is None else max_rows
     problems += islice(others, max(0, count - len(problems)))
+    # An iterator that an exception has ended draws no more.
+    assert len(problems) >= min(count, SPLIT_SIZES[split]), (split, len(problems))
     return problems[:max_rows]
 
 

@@ -121,24 +121,25 @@ def draw_draft(rng: random.Random, family: Family) -> Draft:
 
 
 def write_plan(draft: Draft) -> Plan:
+    """Writes the story, and the steps of both ways. "together" takes those of `Draft.chain`."""
     family, ending, words = draft.family, draft.ending, draft.family.words
     a, b, c, k = draft.a, draft.b, draft.c, draft.k
     texts = (family.opening, family.losing if draft.is_losing else family.gaining, ending.text)
     told = {"n": draft.name, "k": k, "a": a, "b": b, "c": c, "d": draft.d, "e": draft.e}
-    (joining, _), _, *changes, (last, _) = draft.chain
+    _, _, (first_op, first), (second_op, second), _ = draft.chain
     tail = (
-        Step("after", changes[0][0], "total", changes[0][1], words.after),
-        Step("then", changes[1][0], "after", changes[1][1], words.then),
-        Step("answer", last, "then", k, ending.label),
+        Step("after", first_op, "total", first, words.after),
+        Step("then", second_op, "after", second, words.then),
+        Step("answer", ending.op, "then", k, ending.label),
     )
     together = (
-        Step("at_a_time", joining, b, c, words.at_a_time),
+        Step("at_a_time", family.joining, b, c, words.at_a_time),
         Step("total", "*", a, "at_a_time", words.total),
     )
     apart = (
         Step("first", "*", a, b, words.first),
         Step("second", "*", a, c, words.second),
-        Step("total", joining, "first", "second", words.total),
+        Step("total", family.joining, "first", "second", words.total),
     )
     ends = (("then",), ("answer",))
     return Plan(

@@ -10,6 +10,7 @@ from tiny_formulas import drawn, formulas
 
 from paint_engine.prompts.anchors import extract_anchors
 from paint_engine.rewards.boxes import extract_boxed
+from paint_engine.tiny import problems
 from paint_engine.tiny.problems import (
     PRETRAIN_BUCKETS,
     SPLIT_BUCKETS,
@@ -45,12 +46,16 @@ def test_a_split_is_the_same_on_every_machine(split: str, digest: str) -> None:
     assert hashlib.sha256(texts.encode()).hexdigest()[:16] == digest
 
 
-def test_a_prefix_is_the_beginning_of_the_whole() -> None:
-    whole = load_split("validation")
-    assert load_split("validation", 7) == whole[:7]
-    assert load_split("validation", 10_000) == whole
-    load_split("validation").clear()
-    assert load_split("validation") == whole, "a caller's list must not be the cache itself"
+def test_a_split_is_drawn_as_far_as_it_is_read() -> None:
+    problems._begun.cache_clear()
+    first = draw_split("validation", 7)
+    assert len(problems._begun("validation")[0]) == 7
+    whole = draw_split("validation")
+    assert len(whole) == SPLIT_SIZES["validation"] and whole[:7] == first
+    assert draw_split("validation", 10_000) == whole
+    draw_split("validation").clear()
+    assert draw_split("validation") == whole, "a caller's list must not be the cache itself"
+    assert load_split("validation", 7) == load_split("validation")[:7]
 
 
 def test_an_unknown_split_is_named_with_the_known_ones() -> None:
