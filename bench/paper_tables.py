@@ -1,5 +1,4 @@
-"""Makes the paper's four tables at laptop scale, one of other teachers and signals, and one of the
-clip.
+"""Makes the paper's tables at laptop scale, and further ones of teachers and of the clip.
 
     python -m bench.paper_tables --quick          # fifteen minutes on two cores
     python -m bench.paper_tables --minutes 120    # resumes; again until no run is left

@@ -20,13 +20,13 @@ LABELS = {
     "place-middle": "middle",
     "place-random": "random span",
     "place-sentence_suffix": "suffix, at a sentence's end",
-    "clip-own-none": "PAINT without the clip",
-    "clip-other-0.06": "another problem's solution",
-    "clip-other-none": "another problem's solution, without the clip",
+    "clip-own-none": "PAINT without the clip (exploratory)",
+    "clip-other-0.06": "the control at PAINT's rate (exploratory)",
+    "clip-other-none": "the control at PAINT's rate, without the clip (exploratory)",
 }
 NOT_IN_PAPER = "none"
 QUICK = "**A quick version:** one base, two seeds, few steps, some of the rows. Not a result."
-UNPLANNED = "**Exploratory:** no part of the plan; added after the first runs."
+UNPLANNED = "**Exploratory:** not part of the plan; added after the first runs."
 
 
 def percent(value: float) -> str:

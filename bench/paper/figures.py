@@ -35,16 +35,17 @@ TITLES = {
     3: "Table 3, what is hidden:\npoints above a suffix",
     4: "Table 4, strength k and budget f of the\ninterpolation: points above k 0.03, f 0.03",
     5: "Table 5, other teachers, contexts and signals:\npoints above no update",
-    6: "Table 6, the clip, at PAINT's learning rate:\npoints above no update",
+    6: "Table 6 (exploratory), the clip, at PAINT's learning\nrate: points above no update",
 }
 LINES = ((1,), (2, 3, 4), (5,), (6,))
 """the tables of each line of panels"""
 WAY_ROWS = (
     *("rho-0.00-0.00", "rho-0.25-0.25", "rho-0.40-0.30", "rho-0.75-0.75"),
-    *(BASE, "opsd", "sft", CONTROL, "clip-own-none", "clip-other-0.06", "clip-other-none"),
+    *(BASE, "opsd", "sft", "paint", CONTROL),
+    *("clip-own-none", "clip-other-0.06", "clip-other-none"),
 )
 """rows whose share of solutions that go "together" is drawn"""
-SQUARE: dict[str, Any] = {"marker": "s", "linestyle": ""}
+WAY_COLOURS = colormaps["tab20"]
 
 
 def row_name(table: int, setting: str) -> str:
@@ -102,8 +103,8 @@ def draw_panel(axes: Axes, result: Result, panel: dict[str, Any]) -> None:
 
 
 def draw_tables(result: Result) -> Figure:
-    """Draws Table 1's bases in the first line of panels, the ablations in the second, and Table 5
-    in the last."""
+    """Draws Table 1's bases in the first line of panels, the ablations in the second, then a line
+    each for Tables 5 and 6."""
     lines = [[panel for number in line for panel in panels_of(result, number)] for line in LINES]
     lines = [line for line in lines if line]
     figure = Figure(figsize=(12, 2.9 * len(lines) + 0.4), layout="constrained")
@@ -150,7 +151,7 @@ def draw_mechanisms(result: Result) -> Figure:
             axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     titles = {
         entropy: "Teacher's entropy, nats",
-        way: 'Share that goes "together": rollouts, and test answers (squares)',
+        way: 'Share that goes "together": rollouts (lines), test answers (squares)',
         selected: "PAINT: selected, times chance",
         divergence: "PAINT: divergence per token, nats",
     }
@@ -171,15 +172,19 @@ def draw_ways(axes: Axes, rows: dict[str, dict[str, Any]]) -> None:
     """Draws a line per row, of its rollouts for each block of steps, and a square for its answers
     to the test problems. SFT, which has no rollouts, and the base have the square alone."""
     for place, (setting, row) in enumerate(rows.items()):
-        blocks = [] if setting in ("sft", BASE) else row["blocks"]
-        for points, style in (
-            (blocks, {"label": setting_label(setting)}),
-            (row["answers"], SQUARE),
-        ):
-            steps = [entry["step"] for entry in points]
-            shares = [entry["together"] / entry["solutions"] for entry in points]
-            axes.plot(steps, shares, color=f"C{place}", **style)
+        colour, label = WAY_COLOURS(place), setting_label(setting)
+        has_rollouts = setting not in ("sft", BASE)
+        if has_rollouts:
+            axes.plot(*together_by_step(row["blocks"]), color=colour, label=label)
+        squares = axes.plot(*together_by_step(row["answers"]), "s", color=colour)
+        if not has_rollouts:
+            squares[0].set_label(label)
     axes.set_ylim(-0.02, 1.02)
+
+
+def together_by_step(points: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    shares = [entry["together"] / entry["solutions"] for entry in points]
+    return [entry["step"] for entry in points], shares
 
 
 def draw_selection(axes: Axes, kinds: dict[str, dict[str, float]]) -> None:

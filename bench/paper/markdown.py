@@ -170,9 +170,10 @@ def caption(result: Result, table: int, *, beside_paper: bool = True) -> str:
     shared = ""
     if table in (2, 3):
         shared = " No row interpolates: the default is the first row of Table 4."
+    notes = [QUICK] * result["quick"] + [UNPLANNED] * (table in EXPLORATORY)
     return (
-        f"{QUICK + ' ' if result['quick'] else ''}{UNPLANNED + ' ' if table in EXPLORATORY else ''}"
-        f"Avg@{scale['num_samples']} on {scale['num_problems']} held-out problems, "
+        f"{''.join(f'{note} ' for note in notes)}Avg@{scale['num_samples']} on "
+        f"{scale['num_problems']} held-out problems, "
         f"mean of {seeds_text(scale)}; {base}{scale['num_steps']} steps of "
         f"{scale['batch_size']} rollouts or solutions. "
         "Differences are between last accuracies, in points, with 95% intervals of about "

@@ -1,7 +1,7 @@
 """The plan of the tables at laptop scale: scales, rows, settings and runs.
 
 Tables 1 to 4 are the paper's; Table 1 has the control as a further row. Table 5 has the other
-teachers, contexts and signals. Table 6, on what the clip does, is no part of
+teachers, contexts and signals. Table 6, on what the clip does, is not part of
 docs/evidence-plan.md: it was added after the first runs.
 
 A row is a setting on every seed; a run is a setting on one seed, such as `small/paint/seed-0`. A
@@ -94,6 +94,7 @@ LAPTOP = Scale(
 QUICK_ROWS = (
     *(BASE, *RECIPES, TEACHER, *TEACHERS),
     *("rho-0.75-0.75", "rho-0.40-0.30", "place-prefix", "blend-0.03-1.00"),
+    *("clip-own-none", "clip-other-0.06", "clip-other-none"),
 )
 # Has not run yet. Sized for ten minutes of one GPU, without the pretraining of the bases, if four
 # runs at a time take 30 seconds: it shows that larger bases run, and is no result.
@@ -204,7 +205,7 @@ TABLES = (
 )
 NUMBERS = tuple(table.number for table in TABLES)
 EXPLORATORY = (6,)
-"""the numbers of the tables that are no part of the plan"""
+"""the numbers of the tables that are not part of the plan"""
 PLANNED = tuple(number for number in NUMBERS if number not in EXPLORATORY)
 PAPER = (1, 2, 3, 4)
 """the numbers of the paper's tables"""

@@ -40,8 +40,9 @@ difference must be to be detected here.
   teacher has nothing to gain from one, by design.
 - The base has seen references with a hidden end more often than others. A start or a middle was
   hidden only where a random part was.
-- No test problem shares its arithmetic with a training problem, or with one of the pretraining in
-  the same family of stories. Less than 1% share it with one of the pretraining in another family.
+- No test problem has the arithmetic of a training problem, or of a pretraining problem in the same
+  family of stories. Fewer than 1% have that of a pretraining problem in another family. The plan
+  says that none has.
 - The base was chosen by its properties on the first 512 of the test problems. The rows share this
   base and these problems.
 - OPSD and PAINT are bounded by their teacher, the base with a solution in its prompt. Recipes that
@@ -61,6 +62,10 @@ LIMITS_OF_TEACHERS = """\
 - The stronger teacher of Table 5 is the base after more steps on solutions without slips. It is
   closer to the base than a larger model would be. The base was not taught the message that shows a
   sibling.
+"""
+LIMITS_OF_CLIP = """\
+- Table 6 uses PAINT's rate in every row. It was chosen with the clip and the problem's own
+  solution, which favours that row. Without the clip another rate may be better.
 """
 INTERVALS = """\
 - Answers are sampled at temperature {temperature:g} and top-p {top_p:g}. They have up to
@@ -90,6 +95,7 @@ def limits_text(result: Result) -> str:
         LIMITS
         + LIMITS_OF_ABLATIONS * (not numbers.isdisjoint((2, 3, 4)))
         + LIMITS_OF_TEACHERS * (5 in numbers)
+        + LIMITS_OF_CLIP * (6 in numbers)
         + INTERVALS
     ).format(
         models=one if len(set(sizes)) == 1 else several,

@@ -108,7 +108,8 @@ def find_runs(ledger: Ledger, scale: Scale, run_id: str) -> list[PlannedRun]:
         example = known[0].run_id if known else "none, because it has no run of this scale"
         raise ValueError(
             f"--rerun: got {run_id!r}, which is no run or row in {ledger.path}; needs one such as "
-            f"{example}; --list prints all, --ledger names another file"
+            f"{example}; --list prints those of Tables 1 to 5, --list --tables 6 those of Table 6, "
+            "--ledger names another file"
         )
     return found
 

@@ -20,7 +20,7 @@ from bench.paper.plan import (
     BASE,
     CLAIMED,
     LAPTOP,
-    NUMBERS,
+    PLANNED,
     PRIMARY,
     Job,
     Scale,
@@ -38,7 +38,7 @@ def found(low: float, high: float) -> Difference:
 
 
 def test_every_claim_is_about_rows_of_the_plan() -> None:
-    rows = {run.setting for run in table_runs(LAPTOP, NUMBERS)}
+    rows = {run.setting for run in table_runs(LAPTOP, PLANNED)}
     assert len(CLAIMS) == len({claim.name for claim in CLAIMS}) == 11
     for claim in CLAIMS:
         assert {claim.row, claim.reference} <= rows and claim.row != claim.reference
@@ -91,7 +91,7 @@ def planted(
     planted_record: Callable[[Job], dict[str, Any]],
 ) -> list[dict[str, Any]]:
     records = {job.run.run_id: planted_record(job) for job in jobs_of(scale)}
-    return claim_numbers(scale, NUMBERS, records)
+    return claim_numbers(scale, PLANNED, records)
 
 
 def test_planted_differences_decide_the_claims(
@@ -125,9 +125,9 @@ def test_what_the_plan_calls_exploratory_is_shown_on_problems_that_chose_no_base
     jobs_of: Callable[[Scale], list[Job]], planted_record: Callable[[Job], dict[str, Any]]
 ) -> None:
     records = {job.run.run_id: planted_record(job) for job in jobs_of(LAPTOP)}
-    entries = exploratory_numbers(LAPTOP, NUMBERS, records)
+    entries = exploratory_numbers(LAPTOP, PLANNED, records)
     assert [entry["text"] for entry in entries] == [c.text for c in (*CLAIMS, SAME_RATE)]
-    confirmed = claim_numbers(LAPTOP, NUMBERS, records)[0]
+    confirmed = claim_numbers(LAPTOP, PLANNED, records)[0]
     assert entries[0]["all"]["low"] == confirmed["low"]
     halves = [last_shares(row_records(LAPTOP, "small", n, records)) for n in PRIMARY]
     expected = halves[1][:, 512:].mean() - halves[0][:, 512:].mean()
@@ -136,7 +136,7 @@ def test_what_the_plan_calls_exploratory_is_shown_on_problems_that_chose_no_base
     assert "| claim | all problems | problems 513 to 1,024 |" in table
     assert len(table.split("\n\n")[0].splitlines()) == 2 + 12
     small = quick(LAPTOP)
-    assert exploratory_numbers(small, NUMBERS, records) == []
+    assert exploratory_numbers(small, PLANNED, records) == []
     assert exploratory_table({"exploratory": []}) == ""
 
 

@@ -10,6 +10,7 @@ from bench.paper import published
 from bench.paper.plan import (
     ABLATIONS,
     BASE,
+    CLIP_ROWS,
     EVALUATED,
     GPU,
     KEPT_ROLLOUTS,
@@ -63,10 +64,11 @@ def test_the_plan_has_the_papers_rows_once_each() -> None:
     assert {run.seed for run in sweep} == {100, 101}
 
 
-def test_the_exploratory_table_is_none_of_the_plan() -> None:
+def test_the_exploratory_table_is_not_part_of_the_plan() -> None:
     planned = {run.run_id for run in table_runs(LAPTOP, PLANNED)}
     added = [run for run in table_runs(LAPTOP, (6,)) if run.run_id not in planned]
     assert len(added) == 3 * len(LAPTOP.seeds)
+    assert {run.setting for run in table_runs(quick(LAPTOP), (6,))} == set(CLIP_ROWS)
     # At PAINT's learning rate.
     assert {run.recipe for run in added} == {"paint"}
     assert set(sweep_runs(LAPTOP, (6,))) < set(sweep_runs(LAPTOP, PLANNED))
@@ -93,9 +95,9 @@ def test_rows_of_several_tables_are_run_once() -> None:
 
 def test_quick_is_one_size_and_fewer_rows() -> None:
     scale = quick(LAPTOP)
-    runs = table_runs(scale, ALL)
+    runs = table_runs(scale, PLANNED)
     assert {run.size for run in runs} == {"small"}
-    assert len(runs) == 14 * 2 and len(sweep_runs(scale, ALL)) == 8 * 3
+    assert len(runs) == 14 * 2 and len(sweep_runs(scale, PLANNED)) == 8 * 3
     assert (scale.num_steps, scale.name) == (5, "laptop-quick")
     small = quick(GPU)
     assert small.sizes == ("10m",) and small.num_problems <= GPU.num_problems
@@ -106,7 +108,7 @@ def test_quick_takes_fifteen_minutes_of_two_cores() -> None:
     scale = quick(LAPTOP)
     table = 4 * scale.num_steps + scale.num_problems * scale.num_samples * 0.04
     sweep = 4 * scale.num_steps + scale.sweep_problems * scale.sweep_samples * 0.04
-    seconds = len(table_runs(scale, ALL)) * table + len(sweep_runs(scale, ALL)) * sweep
+    seconds = len(table_runs(scale, PLANNED)) * table + len(sweep_runs(scale, PLANNED)) * sweep
     assert seconds / 2 <= 15 * 60
 
 
@@ -126,9 +128,9 @@ def test_every_setting_is_a_valid_configuration_with_the_same_budget(scale: Scal
 
 def test_the_gpu_scale_takes_ten_minutes_of_one_gpu() -> None:
     """Thirty seconds for each run, four at a time."""
-    num_runs = len(table_runs(GPU, ALL)) + len(sweep_runs(GPU, ALL))
+    num_runs = len(table_runs(GPU, PLANNED)) + len(sweep_runs(GPU, PLANNED))
     assert 30 * num_runs / paper_tables.WORKERS_PER_GPU <= 10 * 60
-    assert {run.size for run in table_runs(GPU, ALL)} == {"10m", "30m"}
+    assert {run.size for run in table_runs(GPU, PLANNED)} == {"10m", "30m"}
 
 
 def test_every_recipe_has_the_same_grid_on_validation_problems_alone() -> None:
@@ -205,22 +207,29 @@ def test_the_teacher_is_evaluated_as_the_model_that_distils(tmp_path: Path) -> N
     assert needed_bases(LAPTOP, (5,)) == ("small", TEACHER)
 
 
-@pytest.mark.parametrize("setting", ABLATIONS)
+CLIP = [setting for setting in ABLATIONS if setting.startswith("clip-")]
+
+
+@pytest.mark.parametrize("setting", CLIP)
+def test_a_row_of_the_clip_differs_from_paint_in_context_and_clip(setting: str) -> None:
+    _, shown, clip = setting.split("-")
+    config = config_of(PlannedRun("small", setting, 0))
+    full = config_of(PlannedRun("small", "paint", 0))
+    others = {"teacher", "objective"}
+    assert config.model_dump(exclude=others) == full.model_dump(exclude=others)
+    context = {"own": "solution", "other": "other"}[shown]
+    assert config.teacher == full.teacher.model_copy(update={"context": context})
+    bound = None if clip == "none" else float(clip)
+    assert config.objective == full.objective.model_copy(update={"pointwise_clip": bound})
+
+
+@pytest.mark.parametrize("setting", [name for name in ABLATIONS if name not in CLIP])
 def test_an_ablation_differs_from_paint_in_what_its_name_says(setting: str) -> None:
     kind, *values = setting.split("-")
     config = config_of(PlannedRun("small", setting, 0))
     full = config_of(PlannedRun("small", "paint", 0))
-    others = {"masking", "objective", "teacher"}
+    others = {"masking", "objective"}
     assert config.model_dump(exclude=others) == full.model_dump(exclude=others)
-    if kind == "clip":
-        own, clip = values[0] == "own", None if values[1] == "none" else float(values[1])
-        teacher, objective = full.teacher, full.objective
-        context = "solution" if own else "other"
-        assert config.teacher == teacher.model_copy(update={"context": context})
-        assert config.objective == objective.model_copy(update={"pointwise_clip": clip})
-        assert config.masking == full.masking
-        return
-    assert config.teacher == full.teacher
     if kind == "blend":
         k, f = map(float, values)
         assert (config.objective.interpolation_weight, config.objective.top_fraction) == (k, f)

@@ -226,8 +226,8 @@ def test_the_table_of_the_clip_says_that_it_was_added(
     assert clip["command"].endswith("--tables 6") and clip["claims"] == []
     page = document(clip, "x")
     assert page.startswith("# The clip (exploratory) at laptop scale")
-    assert "**Exploratory:** no part of the plan" in page and "| PAINT without the clip |" in page
-    assert "no part of the plan" not in document(result, "x")
+    assert "**Exploratory:** not part of the plan" in page and "| PAINT without the clip (" in page
+    assert "not part of the plan" not in document(result, "x")
     (panel,) = [axes for part in draw_tables(clip).subfigs for axes in part.axes]
     # Four rows against the base, three of them and the base against PAINT.
     assert len(panel.get_yticks()) == 8
@@ -263,11 +263,11 @@ def test_the_mechanisms_are_drawn_from_the_rows_that_were_run(result: dict[str, 
     assert np.allclose(np.asarray(entropy.lines[0].get_ydata()), 0.1 + 0.01 * 4.5)
     lines = {line.get_label(): line for line in way.lines}
     assert list(np.asarray(lines["OPSD"].get_xdata())) == list(range(5, 21, 5))
-    assert list(np.asarray(lines["SFT"].get_xdata())) == []
+    assert list(np.asarray(lines["SFT"].get_xdata())) == [20]
     squares = [line for line in way.lines if line.get_marker() == "s"]
     steps = [float(np.asarray(square.get_xdata())[0]) for square in squares]
-    # The base's answers, and those of seven rows after the last step.
-    assert sorted(steps) == [0] + [20] * 7
+    # The base's answers, and those of eight rows after the last step.
+    assert sorted(steps) == [0] + [20] * 8
     widths = [bar.get_width() for bar in selected.patches]
     # 24 of 32 selected tokens are digits of results, which are 200 of 800.
     assert widths[0] == pytest.approx(0.75 / 0.25)
