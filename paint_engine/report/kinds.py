@@ -50,19 +50,20 @@ def kinds_table(samples: Sequence[Mapping[str, Any]], settings: ViewSettings) ->
     if settings.color.key not in headings or not chosen:
         return None
     kinds = [token_kinds(sample["tokens"]) for sample in chosen]
-    tokens = _shares(kinds, [[1] * len(found) for found in kinds])
-    shares = [_shares(kinds, [sample[name] for sample in chosen]) for name in headings]
+    counts = _sums(kinds, [[1] * len(found) for found in kinds])
+    tokens = _shares(counts)
+    shares = [_shares(_sums(kinds, [sample[name] for sample in chosen])) for name in headings]
     label = settings.color.label
     means = {"token_kl": f"{label} per token", "token_loss": "loss per token"}
     means = {n: text for n, text in means.items() if all(n in one for one in chosen)}
-    values = [_means(kinds, [sample[name] for sample in chosen]) for name in means]
+    values = [_sums(kinds, [sample[name] for sample in chosen]) for name in means]
     rows = []
     for kind in KINDS:
         cells = [_percent(tokens[kind])]
         for found in shares:
             times = found[kind] / tokens[kind] if tokens[kind] else 0.0
             cells.append(f"{_percent(found[kind])}, {times:.1f} times")
-        cells += [f"{found[kind]:.4f}" for found in values]
+        cells += [f"{found[kind] / max(1, counts[kind]):.4f}" for found in values]
         rows.append([kind, *cells])
     names = ["kind of token", "of all tokens", *headings.values(), *means.values()]
     return KindsTable(names, rows, len(chosen), sum(map(len, kinds)))
@@ -78,17 +79,10 @@ def _sums(kinds: Sequence[Sequence[str]], values: Sequence[Sequence[float]]) -> 
     return sums
 
 
-def _shares(kinds: Sequence[Sequence[str]], values: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Returns each kind's share of the values' sum, all zeros if that is zero."""
-    sums = _sums(kinds, values)
+def _shares(sums: Mapping[str, float]) -> dict[str, float]:
+    """Returns each kind's share of the total, all zeros if that is zero."""
     total = sum(sums.values())
     return {kind: part / total if total else 0.0 for kind, part in sums.items()}
-
-
-def _means(kinds: Sequence[Sequence[str]], values: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Returns the mean of each kind's values, 0 of a kind without tokens."""
-    counts = _sums(kinds, [[1] * len(found) for found in kinds])
-    return {kind: part / max(1, counts[kind]) for kind, part in _sums(kinds, values).items()}
 
 
 def _percent(share: float) -> str:
