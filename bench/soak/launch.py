@@ -34,7 +34,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 def write_problems(directory: Path) -> None:
     """Writes the problems of the runs that work in directories below this one. The bundled ones
-    take two seconds of every start."""
+    are thousands, which every start would read."""
     rng = random.Random(0)
     rows = []
     for _ in range(_NUM_PROBLEMS):
