@@ -45,7 +45,7 @@ LOW_CLIPS = dict.fromkeys(DIVERGENCES, 1e-3) | {"jsd": 1e-5}
 def small_tiles():
     """Several tiles, chunks and a ragged last one even at test sizes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_triton_backend, "LANES", 32)
+        patch.setattr(_triton_backend, "LANES", 64)
         # Some clipped entries are the largest of their group, and some are not.
         patch.setattr(_triton_backend, "GROUPS", 16)
         patch.setattr(_triton_heads, "BLOCK", 64)
