@@ -1,10 +1,11 @@
 """The ledger: the records of finished runs in one JSON Lines file, which is kept in git.
 
 Runs made on different days and machines add up in it: of two lines of one run, the later counts.
-One command at a time may write a ledger.
+A file beside it has the runs that failed, which are repeated. One command at a time may write a
+ledger.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ Record = dict[str, Any]
 
 
 class Ledger:
-    """The records by run id, in the order in which the runs were first made.
+    """The records by run id, in the order in which the runs were first made; and the failures.
 
     Raises ValueError for a file that was cut short.
     """
@@ -23,6 +24,8 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records = {record["id"]: record for record in _read(path)}
+        self.failures_path = path.with_name(f"{path.stem}-failed.jsonl")
+        self.failures = _read(self.failures_path)
 
     def find(self, job: Job) -> Record | None:
         """Returns the record of a run, if its settings and base are those of the job; else None."""
@@ -35,14 +38,23 @@ class Ledger:
     def add(self, record: Record) -> None:
         """Writes the record, in the place of an earlier one of the same run."""
         self.records[record["id"]] = record
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path, b"".join(map(json_line, self.records.values())))
+        _write(self.path, self.records.values())
+
+    def add_failure(self, run_id: str, error: str) -> None:
+        """Writes that a run failed, and with which exception."""
+        self.failures.append({"id": run_id, "error": error})
+        _write(self.failures_path, self.failures)
 
 
 def is_made_by(record: Record, job: Job) -> bool:
     """Returns whether the job has the settings and the base of a recorded run."""
     settings = job.settings
     return {name: record.get(name) for name in settings} == settings
+
+
+def _write(path: Path, records: Iterable[Record]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, b"".join(map(json_line, records)))
 
 
 def _read(path: Path) -> list[Record]:

@@ -108,12 +108,15 @@ def limits_text(result: Result) -> str:
 
 
 def time_text(result: Result) -> str:
-    """Returns the time of all runs, as text."""
+    """Returns the time of all runs and their failures, as text."""
     seconds, workers = result["seconds"], result["num_workers"]
     hours = sum(seconds.values()) / 3600
     rates = seconds["learning_rates"] / 3600
+    failed = ", ".join(result["failed"])
+    failures = f"Failed, and repeated with the same seed: {failed}." if failed else "No run failed."
     return (
         f"**Time:** {result['num_runs']} runs took {hours:.1f} hours on one processor core, "
         f"{rates:.1f} of them for the learning rates. With {workers} cores that is "
-        f"{60 * hours / workers:.0f} minutes. The pretraining of the bases is not counted."
+        f"{60 * hours / workers:.0f} minutes. The pretraining of the bases is not counted. "
+        f"{failures}"
     )

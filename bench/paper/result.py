@@ -81,6 +81,7 @@ def build_result(
         "commits": commits,
         "num_workers": num_workers,
         "num_runs": len(everything),
+        "failed": list(finished.failed),
         "seconds": {
             "tables": sum(record["seconds"] for record in records.values()),
             "learning_rates": sum(record["seconds"] for record in swept.values()),

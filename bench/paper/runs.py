@@ -124,7 +124,7 @@ def run_missing(
     say: Callable[[str], None] = print,
 ) -> None:
     """Makes the runs that the ledger lacks and enters them, until the crew's time is up. Runs that
-    have begun are finished.
+    have begun are finished. The ledger also has each failure.
 
     Raises RuntimeError if runs failed, after the others are done.
     """
@@ -142,6 +142,7 @@ def run_missing(
             if error is None:
                 ledger.add(future.result())
             else:
+                ledger.add_failure(name, f"{type(error).__name__}: {error}")
                 failed.append(f"{name}: {''.join(traceback.format_exception(error))}")
             done += 1
             say(_progress(name, future, done, len(jobs), started))
@@ -241,11 +242,13 @@ class Finished:
 
     records, swept: of the tables and of the sweep, by run id.
     choices: the learning rates that were tried, and the best.
+    failed: ids of runs that failed before they were repeated.
     """
 
     records: dict[str, Record]
     choices: list[Record]
     swept: dict[str, Record]
+    failed: list[str]
 
 
 def run_tables(
@@ -273,7 +276,11 @@ def run_tables(
     jobs = make_jobs(runs, scale, rates, bases, directory)
     say(f"tables: {len(jobs)} runs")
     run_missing(jobs, crew, ledger, say=say)
-    return len(ledger.missing(jobs)) or Finished(_entries(ledger, jobs), choices, swept)
+    if left := len(ledger.missing(jobs)):
+        return left
+    records = _entries(ledger, jobs)
+    failed = [one["id"] for one in ledger.failures if one["id"] in records | swept]
+    return Finished(records, choices, swept, failed)
 
 
 def _entries(ledger: Ledger, jobs: Sequence[Job]) -> dict[str, Record]:

@@ -78,6 +78,9 @@ def test_a_failed_run_leaves_the_others_and_is_repeated(
             run_missing(jobs, crew, ledger, perform=stub, say=said.append)
         made = list(PERFORMED)
         assert len(made) == len(jobs) - 1 and len(said) == len(jobs)
+        (failure,) = Ledger(ledger.path).failures
+        assert failure["id"] == "small/sft/seed-1"
+        assert failure["error"] == "RuntimeError: the machine is on fire"
         # Another command reads the file.
         again = Ledger(ledger.path)
         run_missing(jobs, crew, again, perform=stub, say=said.append)
@@ -148,10 +151,13 @@ def test_the_runs_that_are_left_are_counted(
     monkeypatch.setattr("bench.paper.runs.run_missing", partial(run_missing, perform=stub))
     with ThreadPoolExecutor(1) as pool:
         late = Crew(pool, 1, time.monotonic())
+        ledger.add_failure("small/paint/seed-0", "RuntimeError: on fire")
+        ledger.add_failure("small/sft/seed-0", "RuntimeError: of no row here")
         assert run_tables(*places, late, ledger, say=silent) == 2 + 4
         finished = run_tables(*places, Crew(pool, 1), ledger, say=silent)
         assert not isinstance(finished, int)
         assert len(finished.records) == 4 and len(finished.swept) == 2
+        assert finished.failed == ["small/paint/seed-0"]
         del ledger.records["small/paint/seed-1"]
         assert run_tables(*places, late, ledger, say=silent) == 1
 

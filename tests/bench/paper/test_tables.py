@@ -60,7 +60,7 @@ def finished(
     sweep = make_jobs(sweep_runs(LAPTOP, PLANNED), LAPTOP, {}, bases, tmp_path / "runs")
     swept = {job.run.run_id: planted_record(job) for job in sweep}
     _, choices = best_rates(LAPTOP, list(swept.values()))
-    return Finished(records, choices, swept)
+    return Finished(records, choices, swept, [])
 
 
 DESCRIBED = [{"size": "small", "num_parameters": 886_144, "num_steps": 1300, "sha256": "0"}]
@@ -92,6 +92,12 @@ def test_the_result_holds_what_its_numbers_come_from(
     assert np.isclose(row["seed_std"], np.std(shares, ddof=1))
     # The ledger has the runs.
     assert "runs" not in result and "/tmp" not in json.dumps(result), "a path of the machine"
+
+
+def test_a_failure_is_reported(result: dict[str, Any]) -> None:
+    assert document(result, "x").endswith("No run failed.\n")
+    result["failed"] = ["small/sft/seed-1"]
+    assert document(result, "x").endswith("repeated with the same seed: small/sft/seed-1.\n")
 
 
 def test_planted_differences_are_found(result: dict[str, Any]) -> None:
@@ -222,7 +228,7 @@ def test_the_table_of_the_clip_says_that_it_was_added(
     result: dict[str, Any], jobs_of: Callable[..., list[Job]], planted_record: Planted
 ) -> None:
     records = {job.run.run_id: planted_record(job) for job in jobs_of(LAPTOP, (6,))}
-    clip = build_result(LAPTOP, (6,), DESCRIBED, Finished(records, [], {}), 2)
+    clip = build_result(LAPTOP, (6,), DESCRIBED, Finished(records, [], {}, []), 2)
     assert clip["command"].endswith("--tables 6") and clip["claims"] == []
     page = document(clip, "x")
     assert page.startswith("# The clip (exploratory) at laptop scale")
