@@ -7,8 +7,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 TRANSFORMERS4 := .venv-transformers4
 
-# Not compiled: Python compiles what is imported, a small part of what is installed.
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # The files of locks/ alone, each compared with its hash. They name what is needed, all of it.
 LOCKED := $(PIP_INSTALL) --require-hashes --no-deps
 # The package itself, built by the setuptools of the lock.
