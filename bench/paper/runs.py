@@ -279,7 +279,8 @@ def run_tables(
     if left := len(ledger.missing(jobs)):
         return left
     records = _entries(ledger, jobs)
-    failed = [one["id"] for one in ledger.failures if one["id"] in records | swept]
+    made = records.keys() | swept.keys()
+    failed = [one["id"] for one in ledger.failures if one["id"] in made]
     return Finished(records, choices, swept, failed)
 
 
